@@ -1,0 +1,37 @@
+# make train   builds, fetches the data, trains the default model and samples from it
+# make test    builds and runs every test that needs no GPU
+# Variables: CC, ARCH (native; x86-64-v3 for valgrind), OPENMP= to build without OpenMP, CUDA_ARCH.
+
+CC ?= cc
+ARCH ?= native
+OPENMP ?= -fopenmp
+WARNINGS = -Wall -Wextra
+CFLAGS ?= -O3 -march=$(ARCH) -ffast-math -fno-finite-math-only
+LDLIBS = -lm
+
+.PHONY: all train test testcu clean
+
+all: train_sessa
+
+train_sessa: train_sessa.c
+	$(CC) $(CFLAGS) $(OPENMP) $(WARNINGS) $< -o $@ $(LDLIBS)
+
+test_sessa: test_sessa.c train_sessa.c
+	$(CC) $(CFLAGS) $(OPENMP) $(WARNINGS) $< -o $@ $(LDLIBS)
+
+# the same test in float64, where central differences check every gradient
+test_sessa64: test_sessa.c train_sessa.c
+	$(CC) $(CFLAGS) $(OPENMP) $(WARNINGS) -DREAL=double $< -o $@ $(LDLIBS)
+
+train: train_sessa
+	@if sh data/tinyshakespeare.sh; then text=data/tinyshakespeare.txt; \
+	else echo "training on train_sessa.c instead"; text=train_sessa.c; fi; \
+	./train_sessa --data $$text $(ARGS) && \
+	echo && ./train_sessa --load sessa.best.safetensors --generate 500 --temperature 0.8
+
+test: test_sessa test_sessa64 train_sessa
+	./test_sessa64
+	./test_sessa
+
+clean:
+	rm -f train_sessa test_sessa test_sessa64 train_sessacu test_sessacu
