@@ -34,6 +34,7 @@ activations are written (=) unless the comment says +=. No layer allocates: scra
 #else
 static inline int omp_get_max_threads(void) { return 1; }
 static inline int omp_get_thread_num(void) { return 0; }
+static inline int omp_get_num_threads(void) { return 1; }
 static inline int omp_in_parallel(void) { return 0; }
 #endif
 
@@ -83,7 +84,7 @@ static int file_fail(char *error, const char *path, const char *format, ...) {
     return -1;
 }
 
-// 0 and the value if the whole text is one finite decimal number ("3e-4", "-1", ".5"), else -1: no spaces, no hex, no inf.
+// 0 and the value if the whole text is one finite decimal number ("3e-4", "-1", ".5"), else -1: no spaces, hex or inf.
 static int parse_number(const char *text, double *value) {
     if (text[strspn(text, "0123456789+-.eE")]) return -1;
     char *end;
@@ -121,16 +122,15 @@ static inline int min_int(int a, int b) { return a < b ? a : b; }
 // float: relative error below 2.5e-7 + 3e-8·|x|, and e^-87 for any x below -87. double: the library's.
 static inline real exp_real(real x) {
     if (sizeof(real) == sizeof(double)) return (real)exp((double)x);
-    float y = (float)x;
-    float clamped = y < 88.0f ? (y > -87.0f ? y : -87.0f) : 88.0f;
-    int32_t n = (int32_t)(clamped * 1.44269504f + (clamped < 0.0f ? -0.5f : 0.5f));
+    float y = (float)x, low = y > -87.0f ? y : -87.0f, clamped = low < 88.0f ? low : 88.0f;
+    int32_t n = (int32_t)(clamped * 1.44269504f + 128.5f) - 128; // the nearest integer
     float r = clamped - (float)n * 0.693147181f;
     float power = 1.0f + r * (1.0f + r * (0.49999988f + r * (0.16666512f + r * (0.041669644f + r * (0.0083696283f +
                   r * 0.0013748823f)))));
     int32_t bits = (n + 127) << 23;
     float scale;
     memcpy(&scale, &bits, sizeof(scale));
-    return y != y ? (real)y : (real)(power * scale);
+    return y == y ? (real)(power * scale) : x;
 }
 
 // Φ(x) = (1 + erf(x/√2))/2, given gauss = e^(-x²/2). float: Φ(-|x|) = gauss · polynomial in 1/(1 + 0.3|x|), fitted here
@@ -204,10 +204,13 @@ static inline void tile_product(real *sum, const real *a, const real *b, int K) 
     }
 }
 
+// Threads that should share so many multiply-adds: 1 inside a parallel region, where each thread has work of its own.
+static inline int team_size(int64_t work) { return work > PARALLEL_WORK && !omp_in_parallel() ? omp_get_max_threads() : 1; }
+
 // The product with a single row, as in generation: bound by reading B once, so nothing is packed.
 static void row_product(real *out, Matrix a, Matrix b, int N, int K, real alpha, real beta, const real *bias) {
     enum { COLUMNS = 64 };
-    #pragma omp parallel for if ((int64_t)N * K > PARALLEL_WORK)
+    #pragma omp parallel for num_threads(team_size((int64_t)N * K))
     for (int n0 = 0; n0 < N; n0 += COLUMNS) {
         int n = min_int(COLUMNS, N - n0);
         const real *at = b.at + n0 * b.col;
@@ -227,47 +230,71 @@ static void row_product(real *out, Matrix a, Matrix b, int N, int K, real alpha,
     }
 }
 
+typedef struct {
+    real *out;
+    ptrdiff_t ld;
+    Matrix a, b;
+    int M, N, K;
+    real alpha, beta;
+    const real *bias;
+    real *packed_b; // one block of B, BLOCK_K × BLOCK_N, packed by all threads together
+} Product;
+
+// out = alpha·sum + keep·out + add for the m × n numbers of one tile
+static inline void store_tile(real *out, ptrdiff_t ld, const real *sum, int m, int n, real alpha, real keep, const real *add) {
+    for (int i = 0; i < m; i++, out += ld, sum += TILE_COLS) {
+        if (keep == 0) for (int j = 0; j < n; j++) out[j] = alpha * sum[j];
+        else for (int j = 0; j < n; j++) out[j] = keep * out[j] + alpha * sum[j];
+        if (add) for (int j = 0; j < n; j++) out[j] += add[j];
+    }
+}
+
+// One thread's part of a product: of every block of B it packs some strips, and of the tiles of `out` over that block,
+// counted row by row, it computes an equal share. The barriers keep the block whole while anyone reads it.
+static void matmul_share(const Product *p, int thread, int threads) {
+    real packed_a[BLOCK_K * TILE_ROWS] __attribute__((aligned(64)));
+    real sum[TILE_ROWS * TILE_COLS] __attribute__((aligned(64)));
+    for (int n0 = 0; n0 < p->N; n0 += BLOCK_N)
+        for (int k0 = 0; k0 == 0 || k0 < p->K; k0 += BLOCK_K) {
+            int block_n = min_int(BLOCK_N, p->N - n0), block_k = min_int(BLOCK_K, p->K - k0);
+            int strips = (block_n + TILE_COLS - 1) / TILE_COLS;
+            for (int j0 = thread * TILE_COLS; j0 < block_n; j0 += threads * TILE_COLS)
+                pack(p->packed_b + j0 * block_k, TILE_COLS, p->b.at + k0 * p->b.row + (n0 + j0) * p->b.col, p->b.col, p->b.row,
+                     min_int(TILE_COLS, block_n - j0), block_k);
+            if (threads > 1) {
+                #pragma omp barrier
+            }
+            int64_t tiles = (int64_t)((p->M + TILE_ROWS - 1) / TILE_ROWS) * strips;
+            int64_t first = tiles * thread / threads, last = tiles * (thread + 1) / threads;
+            for (int64_t tile = first; tile < last; tile++) {
+                int i0 = (int)(tile / strips) * TILE_ROWS, j0 = (int)(tile % strips) * TILE_COLS;
+                int m = min_int(TILE_ROWS, p->M - i0), n = min_int(TILE_COLS, block_n - j0);
+                if (tile == first || j0 == 0)
+                    pack(packed_a, TILE_ROWS, p->a.at + i0 * p->a.row + k0 * p->a.col, p->a.row, p->a.col, m, block_k);
+                tile_product(sum, packed_a, p->packed_b + j0 * block_k, block_k);
+                const real *add = p->bias && k0 == 0 ? p->bias + n0 + j0 : NULL;
+                real *out = p->out + i0 * p->ld + n0 + j0, keep = k0 ? 1 : p->beta;
+                if (n == TILE_COLS) store_tile(out, p->ld, sum, m, TILE_COLS, p->alpha, keep, add); // a constant, for the compiler
+                else store_tile(out, p->ld, sum, m, n, p->alpha, keep, add);
+            }
+            if (threads > 1) {
+                #pragma omp barrier
+            }
+        }
+}
+
 // out = alpha·A·B + beta·out + bias: A (M,K), B (K,N), out (M,N) with `ld` elements from row to row, bias (N) or NULL.
 // beta 0 overwrites. It equals
 //     for i < M: for j < N: out[i][j] = alpha · Σ_k A[i][k]·B[k][j] + beta · out[i][j] + bias[j]
-// Blocks of B are packed by all threads together, then each thread packs strips of A and runs down the block. Which
-// thread takes a strip changes no sum, so the bits do not depend on the number of threads. Inside a parallel region
-// the caller's thread works alone.
-static void matmul(real *out, ptrdiff_t ld, Matrix a, Matrix b, int M, int N, int K, real alpha, real beta,
-                   const real *bias) {
+// Which thread takes a tile changes no sum, so the bits do not depend on the number of threads.
+static void matmul(real *out, ptrdiff_t ld, Matrix a, Matrix b, int M, int N, int K, real alpha, real beta, const real *bias) {
     if (M == 1) { row_product(out, a, b, N, K, alpha, beta, bias); return; }
     real packed_b[BLOCK_K * BLOCK_N] __attribute__((aligned(64)));
-    #pragma omp parallel if ((int64_t)M * N * K > PARALLEL_WORK && !omp_in_parallel())
-    for (int n0 = 0; n0 < N; n0 += BLOCK_N) {
-        int block_n = min_int(BLOCK_N, N - n0);
-        for (int k0 = 0; k0 == 0 || k0 < K; k0 += BLOCK_K) {
-            int block_k = min_int(BLOCK_K, K - k0);
-            real keep = k0 ? 1 : beta;
-            const real *add = k0 ? NULL : bias;
-            #pragma omp for
-            for (int j = 0; j < block_n; j += TILE_COLS)
-                pack(packed_b + j * block_k, TILE_COLS, b.at + k0 * b.row + (n0 + j) * b.col, b.col, b.row,
-                     min_int(TILE_COLS, block_n - j), block_k);
-            #pragma omp for
-            for (int i0 = 0; i0 < M; i0 += TILE_ROWS) {
-                real packed_a[BLOCK_K * TILE_ROWS] __attribute__((aligned(64)));
-                real sum[TILE_ROWS * TILE_COLS] __attribute__((aligned(64)));
-                int m = min_int(TILE_ROWS, M - i0);
-                pack(packed_a, TILE_ROWS, a.at + i0 * a.row + k0 * a.col, a.row, a.col, m, block_k);
-                for (int j0 = 0; j0 < block_n; j0 += TILE_COLS) {
-                    int n = min_int(TILE_COLS, block_n - j0);
-                    tile_product(sum, packed_a, packed_b + j0 * block_k, block_k);
-                    for (int i = 0; i < m; i++) {
-                        real *row = out + (i0 + i) * ld + n0 + j0;
-                        const real *s = sum + i * TILE_COLS;
-                        if (keep == 0) for (int j = 0; j < n; j++) row[j] = alpha * s[j];
-                        else for (int j = 0; j < n; j++) row[j] = keep * row[j] + alpha * s[j];
-                        if (add) for (int j = 0; j < n; j++) row[j] += add[n0 + j0 + j];
-                    }
-                }
-            }
-        }
-    }
+    Product product = {out, ld, a, b, M, N, K, alpha, beta, bias, packed_b};
+    int threads = team_size((int64_t)M * N * K);
+    if (threads == 1) { matmul_share(&product, 0, 1); return; }
+    #pragma omp parallel num_threads(threads)
+    matmul_share(&product, omp_get_thread_num(), omp_get_num_threads());
 }
 
 // Rows of a panel, the unit in which attention and the feedback solve work. 0 chooses: high panels make large
@@ -289,7 +316,7 @@ static void triangular_solve(real *x, ptrdiff_t ld, Matrix N, int n, int D) {
     real packed[(PANEL_MAX + TILE_ROWS) * PANEL_MAX] __attribute__((aligned(64)));
     for (int t0 = 0; t0 < n; t0 += TILE_ROWS)
         pack(packed + t0 * PANEL_MAX, TILE_ROWS, N.at + t0 * N.row, N.row, N.col, min_int(TILE_ROWS, n - t0), t0);
-    #pragma omp parallel for if ((int64_t)n * n * D > PARALLEL_WORK && !omp_in_parallel())
+    #pragma omp parallel for num_threads(team_size((int64_t)n * n * D))
     for (int d0 = 0; d0 < D; d0 += TILE_COLS) {
         int width = min_int(TILE_COLS, D - d0);
         real strip[PANEL_MAX * TILE_COLS] __attribute__((aligned(64)));
@@ -513,9 +540,9 @@ static void softmax_panel(real *weights, real *logsumexp, const real *known, con
                           int ld_k, int i0, int n, int d, int strict) {
     int cols = i0 + n;
     matmul(weights, cols, rows_of(q, ld_q), transpose(rows_of(k, ld_k)), n, cols, d, 1 / (real)sqrt((double)d), 0, NULL);
-    #pragma omp parallel for if (n * cols > PARALLEL_WORK / 16 && !omp_in_parallel())
+    #pragma omp parallel for num_threads(team_size((int64_t)n * cols * 8))
     for (int r = 0; r < n; r++) {
-        real *row = weights + (size_t)r * cols;
+        real *row = weights + (size_t)r * cols, scale = 1;
         int seen = i0 + r + !strict;
         if (known) {
             for (int j = 0; j < seen; j++) row[j] = exp_real(row[j] - known[r]);
@@ -523,13 +550,29 @@ static void softmax_panel(real *weights, real *logsumexp, const real *known, con
             real max = row[0], sum = 0;
             for (int j = 1; j < seen; j++) max = row[j] > max ? row[j] : max;
             for (int j = 0; j < seen; j++) sum += (row[j] = exp_real(row[j] - max));
-            real scale = 1 / sum;
+            scale = 1 / sum;
             for (int j = 0; j < seen; j++) row[j] *= scale;
             logsumexp[r] = max + (real)log((double)sum);
         } else {
             logsumexp[r] = 0;
         }
         for (int j = seen; j < cols; j++) row[j] = 0;
+    }
+}
+
+// Its backward pass, from dweights, the gradient of the weights, with each row multiplied by its gain if there is one:
+//     delta_r = Σ_j weights_rj dweights_rj,   dlogits_rj = gain_r weights_rj (dweights_rj - delta_r)
+// dlogits takes the place of dweights, gain_r weights_rj that of the weights. All (n, cols), delta and gain (n) or NULL.
+static void softmax_panel_backward(real *dweights, real *weights, real *delta, const real *gain, int n, int cols) {
+    #pragma omp parallel for num_threads(team_size((int64_t)n * cols * 4))
+    for (int r = 0; r < n; r++) {
+        real *w = weights + (size_t)r * cols, *dw = dweights + (size_t)r * cols, sum = 0;
+        for (int j = 0; j < cols; j++) sum += w[j] * dw[j];
+        for (int j = 0; j < cols; j++) {
+            if (gain) w[j] *= gain[r];
+            dw[j] = w[j] * (dw[j] - sum);
+        }
+        if (delta) delta[r] = sum;
     }
 }
 
@@ -560,12 +603,11 @@ static void attention_forward(real *out, real *logsumexp, real *scratch, const r
         }
 }
 
-// With p the weights:  dv_j = Σ_t p_tj do_t,   dlogit_tj = p_tj (do_t·v_j - do_t·o_t),
+// With p the weights:  dv_j = Σ_t p_tj do_t,   dp_tj = do_t·v_j,   dlogit from it as above,
 //     dq_t = σ(d) Σ_j dlogit_tj k_j,   dk_j = σ(d) Σ_t dlogit_tj q_t
-// dq, dk, dv have the layout of q, k, v. Panels run from the last: its rows see all keys, so it can write what the others add to.
-static void attention_backward(real *dq, real *dk, real *dv, real *scratch, const real *dout, const real *out,
-                               const real *logsumexp, const real *q, const real *k, const real *v, int ld, int B, int T, int H,
-                               int G, int d, int P) {
+// dq, dk, dv have the layout of q, k, v. Panels run from the last: it sees all keys, so it writes what the others add to.
+static void attention_backward(real *dq, real *dk, real *dv, real *scratch, const real *dout, const real *logsumexp,
+                               const real *q, const real *k, const real *v, int ld, int B, int T, int H, int G, int d, int P) {
     int D = H * d, ratio = H / G;
     real scale = 1 / (real)sqrt((double)d);
     P = panel_height(P, T);
@@ -579,19 +621,14 @@ static void attention_backward(real *dq, real *dk, real *dv, real *scratch, cons
                 for (int i0 = (T - 1) / P * P; i0 >= 0; i0 -= P) {
                     int n = min_int(P, T - i0), cols = i0 + n;
                     real beta = h == group * ratio && cols == T ? 0 : 1;
-                    size_t row = ((size_t)b * T + i0) * ld + h * d, row_out = ((size_t)b * T + i0) * D + h * d;
+                    size_t row = ((size_t)b * T + i0) * ld + h * d;
+                    const real *dout_I = dout + ((size_t)b * T + i0) * D + h * d;
                     softmax_panel(weights, NULL, logsumexp + (size_t)(b * H + h) * T + i0, q + row, ld, k + kv, ld, i0, n, d, 0);
-                    matmul(dlogits, cols, rows_of(dout + row_out, D), transpose(rows_of(v + kv, ld)), n, cols, d, 1, 0, NULL);
-                    #pragma omp parallel for if (n * cols > PARALLEL_WORK / 16 && !omp_in_parallel())
-                    for (int r = 0; r < n; r++) {
-                        real dot = 0;
-                        for (int i = 0; i < d; i++) dot += dout[row_out + (size_t)r * D + i] * out[row_out + (size_t)r * D + i];
-                        for (int j = 0; j < cols; j++)
-                            dlogits[(size_t)r * cols + j] = weights[(size_t)r * cols + j] * (dlogits[(size_t)r * cols + j] - dot);
-                    }
+                    matmul(dlogits, cols, rows_of(dout_I, D), transpose(rows_of(v + kv, ld)), n, cols, d, 1, 0, NULL);
+                    softmax_panel_backward(dlogits, weights, NULL, NULL, n, cols);
                     matmul(dq + row, ld, rows_of(dlogits, cols), rows_of(k + kv, ld), n, d, cols, scale, 0, NULL);
                     matmul(dk + kv, ld, transpose(rows_of(dlogits, cols)), rows_of(q + row, ld), cols, d, n, scale, beta, NULL);
-                    matmul(dv + kv, ld, transpose(rows_of(weights, cols)), rows_of(dout + row_out, D), cols, d, n, 1, beta, NULL);
+                    matmul(dv + kv, ld, transpose(rows_of(weights, cols)), rows_of(dout_I, D), cols, d, n, 1, beta, NULL);
                 }
         }
 }
@@ -680,16 +717,7 @@ static void feedback_backward(real *df, real *dq, real *dk, real *dgamma, real *
             Matrix reversed = {N + n * n - 1, -1, -n}; // rows and columns of N^T, counted from the last
             triangular_solve(lambda_I + (size_t)(n - 1) * D, -D, reversed, n, D);
             matmul(dlogits, cols, rows_of(lambda_I, D), transpose(rows_of(s_b, D)), n, cols, D, 1, 0, NULL);
-            #pragma omp parallel for if (n * cols > PARALLEL_WORK / 16 && !omp_in_parallel())
-            for (int r = 0; r < n; r++) {
-                real *a = A + (size_t)r * cols, *dl = dlogits + (size_t)r * cols, delta = 0;
-                for (int j = 0; j < cols; j++) delta += a[j] * dl[j];
-                for (int j = 0; j < cols; j++) {
-                    a[j] *= gamma[row + r];
-                    dl[j] = a[j] * (dl[j] - delta);
-                }
-                dgamma[row + r] = delta;
-            }
+            softmax_panel_backward(dlogits, A, dgamma + row, gamma + row, n, cols);
             if (i0) matmul(lambda, D, transpose(rows_of(A, cols)), rows_of(lambda_I, D), i0, D, n, 1, 1, NULL);
             matmul(dq + row * ld, ld, rows_of(dlogits, cols), rows_of(k_b, ld), n, D, cols, scale, 0, NULL);
             matmul(dk + (size_t)b * T * ld, ld, transpose(rows_of(dlogits, cols)), rows_of(q_b + (size_t)i0 * ld, ld), cols, D, n,
@@ -977,8 +1005,8 @@ static void attention_mixer_backward(Model *model, int l, int B, int T) {
         linear_backward(back->dout, dw->W_o, NULL, back->df, D, a->o, w->W_o, N, D, D);
         dout = back->dout;
     }
-    attention_backward(back->dproj, back->dproj + D, back->dproj + D + G * d, model->scratch, dout, a->o, a->logsumexp, a->proj,
-                       k, v, E, B, T, H, G, d, model->P);
+    attention_backward(back->dproj, back->dproj + D, back->dproj + D + G * d, model->scratch, dout, a->logsumexp, a->proj, k, v, E,
+                       B, T, H, G, d, model->P);
     rope_backward(back->dproj, E, model->cosine, model->sine, N, T, H + G, d);
     linear_backward(back->dabar, dw->W_qkv, dw->b_qkv, back->dproj, E, a->abar, w->W_qkv, N, D, E);
 }
@@ -1416,8 +1444,8 @@ static const Backend cpu_backend = {"CPU", model_create, model_free, cpu_bytes, 
 //                         and under "__metadata__" an object of strings; spaces may follow
 //     data                the tensors' bytes, row-major; offsets count from here; no gaps
 //
-// Numbers are little-endian, as is every machine that this is built for. A file comes from anywhere, so nothing in it is
-// trusted: what the reader returns has been checked, and any other file is refused with one line that says why.
+// Numbers are little-endian, as is every machine that this is built for. A file comes from anywhere, so nothing in it
+// is trusted: what the reader returns has been checked, and any other file is refused with one line that says why.
 
 enum { MAX_DIMS = 8, MAX_HEADER = 100000000 };
 
@@ -1482,12 +1510,13 @@ static int utf8_valid(const unsigned char *text, size_t length) {
     return 1;
 }
 
-// Reads a whole regular file into fresh memory, with a zero byte past its end. -1 and the line if there is no such file,
-// if it is something else (a folder, a pipe), if it does not fit in memory or if its size changes meanwhile.
+// Reads a whole regular file into fresh memory, with a zero byte past its end. -1 and the line if there is no such
+// file, if it is something else (a folder, a pipe), if it does not fit in memory or if its size changes meanwhile.
 static int file_read(const char *path, unsigned char **bytes, size_t *size, char *error) {
     struct stat info;
     if (stat(path, &info)) return file_fail(error, path, "%s", strerror(errno));
-    if (!S_ISREG(info.st_mode)) return file_fail(error, path, "%s", S_ISDIR(info.st_mode) ? "a folder, not a file" : "not a regular file");
+    if (!S_ISREG(info.st_mode))
+        return file_fail(error, path, S_ISDIR(info.st_mode) ? "a folder, not a file" : "not a regular file");
     FILE *in = fopen(path, "rb");
     if (!in) return file_fail(error, path, "%s", strerror(errno));
     size_t total = (size_t)info.st_size, got = 0;
@@ -1505,7 +1534,7 @@ static int file_read(const char *path, unsigned char **bytes, size_t *size, char
     return 0;
 }
 
-// The header while it is read: start..end, and the place reached.
+// The header while it is read: its start, its end and the place reached.
 typedef struct {
     const char *path;
     char *error;
@@ -1525,9 +1554,8 @@ static int json_peek(Header *h) {
 
 // Takes the byte c, after white space; -1 and the line if another stands there.
 static int json_expect(Header *h, char c) {
-    char what[] = "expected 'c'";
-    what[10] = c;
-    if (json_peek(h) != c) return json_fail(h, what);
+    if (json_peek(h) != c)
+        return file_fail(h->error, h->path, "header, byte %lld: expected '%c'", (long long)(h->at - h->start), c);
     h->at++;
     return 0;
 }
@@ -1535,139 +1563,123 @@ static int json_expect(Header *h, char c) {
 // Inside an object or array that ends with `close`, having read n of its items: 1 if another follows (and its comma is
 // taken), 0 if the end was taken, -1 and the line if neither is there.
 static int json_more(Header *h, char close, int n) {
-    if (json_peek(h) == close) {
-        h->at++;
-        return 0;
+    if (json_peek(h) != close) return n > 0 && json_expect(h, ',') ? -1 : 1;
+    h->at++;
+    return 0;
+}
+
+// Reads what follows the \u of an escape; -1 if it is not four hexadecimal digits.
+static int json_hex(Header *h) {
+    int code = 0;
+    for (int i = 0; i < 4; i++) {
+        int c = h->at < h->end ? *h->at++ : 0;
+        if (!isxdigit(c)) return -1;
+        code = code * 16 + (c <= '9' ? c - '0' : (c | 32) - 'a' + 10);
     }
-    return n > 0 && json_expect(h, ',') ? -1 : 1;
+    return code;
 }
 
 // Reads what follows a backslash, of a surrogate pair both halves; returns the character, -1 if it is no valid escape.
 static int json_escape(Header *h) {
     static const char letters[] = "\"\\/bfnrt", meaning[] = "\"\\/\b\f\n\r\t";
-    int c = h->at < h->end ? *h->at++ : 0, code = 0, high = 0;
+    int c = h->at < h->end ? *h->at++ : 0;
     const char *letter = c ? strchr(letters, c) : NULL;
     if (letter) return meaning[letter - letters];
-    for (; c == 'u'; c = h->at[1], h->at += 2, high = code) {
-        code = 0;
-        if (h->end - h->at < 4) return -1;
-        for (int i = 0; i < 4; i++) {
-            int digit = *h->at++;
-            if (!isxdigit(digit)) return -1;
-            code = code * 16 + (digit <= '9' ? digit - '0' : (digit | 32) - 'a' + 10);
-        }
-        int low = code >= 0xDC00 && code <= 0xDFFF;
-        if ((high != 0) != low) return -1;                             // half a pair
-        if (high) return 0x10000 + ((high - 0xD800) << 10) + (code - 0xDC00);
-        if (code < 0xD800 || code > 0xDFFF) return code;
-        if (h->end - h->at < 2 || h->at[0] != '\\') return -1;
-    }
-    return -1;
+    int code = c == 'u' ? json_hex(h) : -1;
+    if (code < 0xD800 || code > 0xDFFF) return code;
+    if (code > 0xDBFF || h->end - h->at < 2 || h->at[0] != '\\' || h->at[1] != 'u') return -1;
+    h->at += 2;
+    int low = json_hex(h);
+    return low < 0xDC00 || low > 0xDFFF ? -1 : 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00);
 }
 
-// Writes a character as UTF-8 and returns the place behind it. U+0000 becomes C0 80, which is no valid UTF-8 and so
-// equals no other text.
-static unsigned char *utf8_put(unsigned char *out, int code) {
-    static const int lead[] = {0, 0xC0, 0xE0, 0xF0};
-    int tail = code && code < 0x80 ? 0 : code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;     // bytes after the first
-    *out++ = (unsigned char)(lead[tail] | (code >> (6 * tail)));
-    while (tail-- > 0) *out++ = (unsigned char)(0x80 | ((code >> (6 * tail)) & 0x3F));
-    return out;
-}
-
-// Reads a string and decodes it where it stands: the result is never longer than its JSON, and the closing quote leaves
-// room for the zero byte. NULL and the line on a control character, an invalid escape or a missing end.
+// Reads a string and decodes it where it stands: UTF-8 is never longer than the escape, and the closing quote leaves
+// room for the zero byte. U+0000 becomes C0 80, which is no valid UTF-8, so that the text equals no other.
+// NULL and the line on a control character, an invalid escape or a missing end.
 static char *json_string(Header *h) {
+    static const int lead[] = {0, 0xC0, 0xE0, 0xF0};
     if (json_expect(h, '"')) return NULL;
     unsigned char *text = h->at, *out = text;
-    const char *problem = "a string without an end";
     while (h->at < h->end) {
         int c = *h->at++;
         if (c == '"') {
             *out = 0;
             return (char *)text;
         }
-        int code = c == '\\' ? json_escape(h) : 0;
+        int code = c == '\\' ? json_escape(h) : c;
         if (c < 0x20 || code < 0) {
-            problem = c < 0x20 ? "a control character in a string" : "an invalid escape in a string";
-            break;
+            json_fail(h, c < 0x20 ? "a control character in a string" : "an invalid escape in a string");
+            return NULL;
         }
-        if (c == '\\') out = utf8_put(out, code);
-        else *out++ = (unsigned char)c;
+        int tail = code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;          // UTF-8 bytes after the first
+        if (c != '\\' || (code && code < 0x80)) tail = 0;
+        *out++ = (unsigned char)(lead[tail] | (code >> (6 * tail)));
+        while (tail-- > 0) *out++ = (unsigned char)(0x80 | ((code >> (6 * tail)) & 0x3F));
     }
-    json_fail(h, problem);
+    json_fail(h, "a string without an end");
     return NULL;
 }
 
-// Reads a name: a string, and one that C can hold. NULL and the line otherwise.
-static char *json_name(Header *h) {
-    char *name = json_string(h);
-    if (!name || !strstr(name, "\xC0\x80")) return name;
+// Reads a key and its colon. NULL and the line if they are not there, or if the key holds a zero byte.
+static char *json_key(Header *h) {
+    char *key = json_string(h);
+    if (!key || !strstr(key, "\xC0\x80")) return key && !json_expect(h, ':') ? key : NULL;
     json_fail(h, "a zero byte in a name");
     return NULL;
 }
 
-// Reads an integer of 0..2^63-1 in plain digits; -1 and the line if there is none.
-static int json_integer(Header *h, int64_t *value) {
-    int c = json_peek(h);
-    if (c < '0' || c > '9') return json_fail(h, "expected a whole number, 0 or more");
-    if (c == '0' && h->end - h->at > 1 && h->at[1] >= '0' && h->at[1] <= '9') return json_fail(h, "a number starts with 0");
-    for (*value = 0; h->at < h->end && *h->at >= '0' && *h->at <= '9'; h->at++) {
-        int digit = *h->at - '0';
-        if (*value > (INT64_MAX - digit) / 10) return json_fail(h, "a number above 2^63-1");
-        *value = *value * 10 + digit;
+// Reads an array of up to `room` integers in 0..2^63-1; returns their number, -1 and the line if it is none.
+static int json_integers(Header *h, int64_t *list, int room) {
+    int n = 0, more;
+    if (json_expect(h, '[')) return -1;
+    for (; (more = json_more(h, ']', n)) != 0; n++) {
+        int first = json_peek(h);
+        if (more < 0) return -1;
+        if (n == room) return json_fail(h, room == 2 ? "more than two offsets" : "more than 8 dimensions");
+        if (first < '0' || first > '9') return json_fail(h, "expected a whole number, 0 or more");
+        const unsigned char *start = h->at;
+        for (list[n] = 0; h->at < h->end && isdigit(*h->at); h->at++) {
+            int digit = *h->at - '0';
+            if (list[n] > (INT64_MAX - digit) / 10) return json_fail(h, "a number above 2^63-1");
+            list[n] = list[n] * 10 + digit;
+        }
+        if (first == '0' && h->at - start > 1) return json_fail(h, "a number with a leading zero");
     }
-    return 0;
-}
-
-// An array of n items with room for one more: it doubles whenever n is a power of two. NULL, and the old array is
-// still there, when memory is exhausted.
-static void *grown(void *array, int n, size_t item) {
-    if (n & (n - 1)) return array;
-    size_t room = n ? (size_t)n * 2 : 1;
-    return room <= SIZE_MAX / item ? realloc(array, room * item) : NULL;
+    return n;
 }
 
 // Reads the value of one tensor's entry: its three fields, in any order, each once. The data must lie inside the
 // data_size bytes at data and be as long as dtype and shape say. -1 and the line otherwise.
-static int read_tensor(Header *h, FileTensor *tensor, unsigned char *data, int64_t data_size) {
+static int read_tensor(Header *h, FileTensor *tensor, const unsigned char *data, int64_t data_size) {
     static const char *fields[] = {"dtype", "shape", "data_offsets"};
     int64_t offsets[2] = {0, 0}, size;
     int seen = 0, more;
     if (json_expect(h, '{')) return -1;
     for (int n = 0; (more = json_more(h, '}', n)) != 0; n++) {
-        if (more < 0) return -1;
-        char *key = json_string(h);
-        if (!key || json_expect(h, ':')) return -1;
-        int field = 0;
+        const char *key = more < 0 ? NULL : json_key(h), *dtype;
+        int field = 0, length = 0;
+        if (!key) return -1;
         while (field < 3 && strcmp(key, fields[field])) field++;
         if (field == 3) return json_fail(h, "a tensor has a field other than dtype, shape and data_offsets");
         if (seen & (1 << field)) return json_fail(h, "a tensor has the same field twice");
         seen |= 1 << field;
         if (field == 0) {
-            const char *dtype = json_string(h);
-            if (!dtype) return -1;
+            if (!(dtype = json_string(h))) return -1;
             if (!dtype_size(dtype)) return json_fail(h, "an unknown dtype");
             snprintf(tensor->dtype, sizeof(tensor->dtype), "%s", dtype);
-            continue;
+        } else {
+            length = json_integers(h, field == 1 ? tensor->shape : offsets, field == 1 ? MAX_DIMS : 2);
+            if (field == 1) tensor->n_dims = length;
+            else if (length >= 0 && length < 2) return json_fail(h, "fewer than two offsets");
         }
-        int64_t *list = field == 1 ? tensor->shape : offsets;
-        int length = 0, room = field == 1 ? MAX_DIMS : 2;
-        if (json_expect(h, '[')) return -1;
-        for (; (more = json_more(h, ']', length)) != 0; length++) {
-            if (more < 0) return -1;
-            if (length == room) return json_fail(h, field == 1 ? "more than 8 dimensions" : "more than two offsets");
-            if (json_integer(h, &list[length])) return -1;
-        }
-        if (field == 1) tensor->n_dims = length;
-        else if (length != 2) return json_fail(h, "fewer than two offsets");
+        if (length < 0) return -1;
     }
     if (seen != 7) return json_fail(h, "a tensor lacks dtype, shape or data_offsets");
     if (tensor_size(tensor->dtype, tensor->n_dims, tensor->shape, &tensor->count, &size))
         return file_fail(h->error, h->path, "tensor '%.80s': its size overflows", tensor->name);
     if (offsets[0] > offsets[1] || offsets[1] > data_size)
-        return file_fail(h->error, h->path, "tensor '%.80s': bytes %lld to %lld of %lld bytes of data: out of range, or the "
-                         "file ends early", tensor->name, (long long)offsets[0], (long long)offsets[1], (long long)data_size);
+        return file_fail(h->error, h->path, "tensor '%.80s': offsets %lld to %lld of %lld bytes: out of range, or the file "
+                         "ends early", tensor->name, (long long)offsets[0], (long long)offsets[1], (long long)data_size);
     if (offsets[1] - offsets[0] != size)
         return file_fail(h->error, h->path, "tensor '%.80s': dtype and shape need %lld bytes, its offsets span %lld",
                          tensor->name, (long long)size, (long long)(offsets[1] - offsets[0]));
@@ -1676,84 +1688,100 @@ static int read_tensor(Header *h, FileTensor *tensor, unsigned char *data, int64
     return 0;
 }
 
+// An array of n items with room for one more: it doubles whenever n is a power of two. NULL and the line when memory is
+// exhausted; the old array is still there.
+static void *grown(const Header *h, void *array, int n, size_t item) {
+    if (n & (n - 1)) return array;
+    size_t room = n ? (size_t)n * 2 : 1;
+    void *larger = room <= SIZE_MAX / item ? realloc(array, room * item) : NULL;
+    if (!larger) json_fail(h, "memory is exhausted");
+    return larger;
+}
+
 // Reads the value of "__metadata__": an object of strings. -1 and the line if it is none.
 static int read_metadata(Header *h, Safetensors *file) {
     int more;
     if (json_expect(h, '{')) return -1;
     for (int n = 0; (more = json_more(h, '}', n)) != 0; n++) {
-        if (more < 0) return -1;
-        Meta *meta = (Meta *)grown(file->meta, file->n_meta, sizeof(Meta));
-        if (!meta) return json_fail(h, "memory is exhausted");
+        Meta *meta = more < 0 ? NULL : (Meta *)grown(h, file->meta, n, sizeof(Meta));
+        if (!meta) return -1;
         file->meta = meta;
-        meta += file->n_meta;
-        if (!(meta->key = json_name(h)) || json_expect(h, ':') || !(meta->value = json_string(h))) return -1;
-        file->n_meta++;
+        file->n_meta = n + 1;
+        meta[n].key = json_key(h);
+        meta[n].value = meta[n].key ? json_string(h) : NULL;
+        if (!meta[n].value) return -1;
     }
     return 0;
-}
-
-// Reads the whole header into file. -1 and the line if it is no valid one.
-static int read_header(Header *h, Safetensors *file, unsigned char *data, int64_t data_size) {
-    int more, metadata_seen = 0;
-    if (h->at == h->end || *h->at != '{') return json_fail(h, "it does not start with '{': not a safetensors file");
-    if (!utf8_valid(h->start, (size_t)(h->end - h->start))) return json_fail(h, "not valid UTF-8");
-    h->at++;
-    for (int n = 0; (more = json_more(h, '}', n)) != 0; n++) {
-        if (more < 0) return -1;
-        char *name = json_name(h);
-        if (!name || json_expect(h, ':')) return -1;
-        if (!strcmp(name, "__metadata__")) {
-            if (metadata_seen++) return json_fail(h, "__metadata__ stands there twice");
-            if (read_metadata(h, file)) return -1;
-            continue;
-        }
-        FileTensor *tensors = (FileTensor *)grown(file->tensors, file->n_tensors, sizeof(FileTensor));
-        if (!tensors) return json_fail(h, "memory is exhausted");
-        file->tensors = tensors;
-        tensors += file->n_tensors++;
-        memset(tensors, 0, sizeof(*tensors));
-        tensors->name = name;
-        if (read_tensor(h, tensors, data, data_size)) return -1;
-    }
-    while (h->at < h->end && *h->at == ' ') h->at++;
-    return h->at < h->end ? json_fail(h, "something follows the closing brace") : 0;
 }
 
 static int compare_places(const void *a, const void *b) {
     const FileTensor *s = (const FileTensor *)a, *t = (const FileTensor *)b;
     if (s->data != t->data) return s->data < t->data ? -1 : 1;
-    return (s->size > t->size) - (s->size < t->size);
+    return (s->size > t->size) - (s->size < t->size);                  // the empty ones first
 }
 
-static int compare_names(const void *a, const void *b) {
-    return strcmp(((const FileTensor *)a)->name, ((const FileTensor *)b)->name);
-}
+// Of two FileTensor or two Meta: the name or key is the first member of both.
+static int compare_names(const void *a, const void *b) { return strcmp(*(char *const *)a, *(char *const *)b); }
 
-static int compare_keys(const void *a, const void *b) { return strcmp(((const Meta *)a)->key, ((const Meta *)b)->key); }
+// Sorts n FileTensor or Meta by name; returns a name that stands there twice, NULL if there is none.
+static const char *sort_names(void *array, int n, size_t item) {
+    char *items = (char *)array;
+    if (n > 1) qsort(items, (size_t)n, item, compare_names);
+    for (int i = 1; i < n; i++, items += item)
+        if (!compare_names(items, items + item)) return *(char **)(void *)items;
+    return NULL;
+}
 
 // Checks that the tensors cover the data exactly, each byte once, and that no name or key stands there twice; leaves
 // tensors and metadata sorted for the search. -1 and the line otherwise.
 static int check_layout(Safetensors *file, const unsigned char *data, const char *path, char *error) {
     FileTensor *tensors = file->tensors;
+    const unsigned char *reached = data, *end = file->bytes + file->size;
     if (tensors) qsort(tensors, (size_t)file->n_tensors, sizeof(FileTensor), compare_places);
-    const unsigned char *end = data;                                   // of the bytes claimed so far
-    for (int i = 0; i < file->n_tensors; i++) {
-        if (tensors[i].data != end)
+    for (int i = 0; i < file->n_tensors; reached += tensors[i++].size)
+        if (tensors[i].data != reached)
             return file_fail(error, path, "tensor '%.80s' %s", tensors[i].name,
-                             tensors[i].data < end ? "overlaps another" : "has bytes before it that no tensor claims");
-        end += tensors[i].size;
+                             tensors[i].data < reached ? "overlaps another" : "has bytes before it that no tensor claims");
+    if (reached != end)
+        return file_fail(error, path, "no tensor claims the last %lld bytes", (long long)(end - reached));
+    const char *twice = sort_names(tensors, file->n_tensors, sizeof(FileTensor));
+    if (!twice) twice = sort_names(file->meta, file->n_meta, sizeof(Meta));
+    return twice ? file_fail(error, path, "the name '%.80s' stands there twice", twice) : 0;
+}
+
+// Reads the header of the file whose bytes are in place. -1 and the line if it is no valid one.
+static int read_header(Safetensors *file, const char *path, char *error) {
+    uint64_t length;
+    int more, metadata_seen = 0;
+    if (file->size < 8) return file_fail(error, path, "%d bytes are no safetensors file", (int)file->size);
+    memcpy(&length, file->bytes, 8);
+    if (length > MAX_HEADER)
+        return file_fail(error, path, "a header of %llu bytes (over 100 MB): no safetensors file", (unsigned long long)length);
+    if (length > file->size - 8) return file_fail(error, path, "the file ends early, inside its header");
+    unsigned char *start = file->bytes + 8, *data = start + length;
+    Header header = {path, error, start, start, data}, *h = &header;
+    if (!length || *start != '{') return json_fail(h, "it does not start with '{': no safetensors file");
+    if (!utf8_valid(start, (size_t)length)) return json_fail(h, "not valid UTF-8");
+    h->at++;
+    for (int n = 0; (more = json_more(h, '}', n)) != 0; n++) {
+        char *name = more < 0 ? NULL : json_key(h);
+        if (!name) return -1;
+        if (!strcmp(name, "__metadata__")) {
+            if (metadata_seen++) return json_fail(h, "__metadata__ stands there twice");
+            if (read_metadata(h, file)) return -1;
+            continue;
+        }
+        FileTensor *tensors = (FileTensor *)grown(h, file->tensors, file->n_tensors, sizeof(FileTensor));
+        if (!tensors) return -1;
+        file->tensors = tensors;
+        tensors += file->n_tensors++;
+        memset(tensors, 0, sizeof(*tensors));
+        tensors->name = name;
+        if (read_tensor(h, tensors, data, file->bytes + file->size - data)) return -1;
     }
-    if (end != file->bytes + file->size)
-        return file_fail(error, path, "no tensor claims the last %lld bytes", (long long)(file->bytes + file->size - end));
-    if (tensors) qsort(tensors, (size_t)file->n_tensors, sizeof(FileTensor), compare_names);
-    for (int i = 1; i < file->n_tensors; i++)
-        if (!compare_names(&tensors[i - 1], &tensors[i]))
-            return file_fail(error, path, "tensor '%.80s' stands there twice", tensors[i].name);
-    if (file->meta) qsort(file->meta, (size_t)file->n_meta, sizeof(Meta), compare_keys);
-    for (int i = 1; i < file->n_meta; i++)
-        if (!compare_keys(&file->meta[i - 1], &file->meta[i]))
-            return file_fail(error, path, "metadata '%.80s' stands there twice", file->meta[i].key);
-    return 0;
+    while (h->at < data && *h->at == ' ') h->at++;
+    if (h->at < data) return json_fail(h, "something other than spaces follows the last brace");
+    return check_layout(file, data, path, error);
 }
 
 // Frees what a Safetensors holds; fine on one that is all zero.
@@ -1767,26 +1795,12 @@ static void safetensors_free(Safetensors *file) {
 // Makes a Safetensors of the bytes of a file; they must come from malloc and belong to it from now on. The path is for
 // messages only. 0, or -1 with the line in error and nothing to free.
 static int safetensors_parse(Safetensors *file, unsigned char *bytes, size_t size, const char *path, char *error) {
-    uint64_t length = 0;
-    int result = -1;
     memset(file, 0, sizeof(*file));
     file->bytes = bytes;
     file->size = size;
-    if (size >= 8) memcpy(&length, bytes, 8);
-    if (size < 8) {
-        file_fail(error, path, "the file ends early: %lld bytes are no safetensors file", (long long)size);
-    } else if (length > MAX_HEADER) {
-        file_fail(error, path, "a header of %llu bytes is over 100 MB: not a safetensors file", (unsigned long long)length);
-    } else if (length > size - 8) {
-        file_fail(error, path, "the file ends early: inside its header of %llu bytes", (unsigned long long)length);
-    } else {
-        unsigned char *data = bytes + 8 + length;
-        Header header = {path, error, bytes + 8, bytes + 8, data};
-        result = read_header(&header, file, data, (int64_t)(size - 8 - length));
-        if (!result) result = check_layout(file, data, path, error);
-    }
-    if (result) safetensors_free(file);
-    return result;
+    if (!read_header(file, path, error)) return 0;
+    safetensors_free(file);
+    return -1;
 }
 
 // Reads a safetensors file. 0, or -1 with the line in error and nothing to free.
@@ -1800,25 +1814,21 @@ static int safetensors_read(Safetensors *file, const char *path, char *error) {
 
 // The tensor of this name, NULL if there is none.
 static const FileTensor *safetensors_find(const Safetensors *file, const char *name) {
-    int low = 0, high = file->n_tensors;
-    while (low < high) {
-        int middle = low + (high - low) / 2, order = strcmp(name, file->tensors[middle].name);
-        if (order == 0) return &file->tensors[middle];
-        if (order < 0) high = middle;
-        else low = middle + 1;
-    }
-    return NULL;
+    if (!file->n_tensors) return NULL;
+    size_t n = (size_t)file->n_tensors;
+    return (const FileTensor *)bsearch(&name, file->tensors, n, sizeof(FileTensor), compare_names);
 }
 
 // The metadata's value for this key, NULL if there is none.
 static const char *safetensors_meta(const Safetensors *file, const char *key) {
-    for (int i = 0; i < file->n_meta; i++)
-        if (!strcmp(file->meta[i].key, key)) return file->meta[i].value;
-    return NULL;
+    if (!file->n_meta) return NULL;
+    const Meta *meta = (const Meta *)bsearch(&key, file->meta, (size_t)file->n_meta, sizeof(Meta), compare_names);
+    return meta ? meta->value : NULL;
 }
 
-// Writes text as a JSON string.
-static void json_write(FILE *out, const char *text) {
+// Writes text as a JSON string; returns -1 if it is not valid UTF-8.
+static int json_write(FILE *out, const char *text) {
+    if (!utf8_valid((const unsigned char *)text, strlen(text))) return -1;
     fputc('"', out);
     for (; *text; text++) {
         unsigned char c = (unsigned char)*text;
@@ -1827,32 +1837,27 @@ static void json_write(FILE *out, const char *text) {
         else fputc(c, out);
     }
     fputc('"', out);
+    return 0;
 }
 
-// Writes the header for these tensors, laid out in the order given, and pads it with spaces to a multiple of 8.
+// Writes the header of a file, its tensors laid out in the order given, and pads it with spaces to a multiple of 8.
 // -1 and the line if a name or value is no UTF-8, or if a tensor's size is not that of its dtype and shape.
-static int write_header(FILE *out, const char *path, const FileTensor *tensors, int n_tensors, const Meta *meta, int n_meta,
-                        char *error) {
+static int write_header(FILE *out, const char *path, const FileTensor *tensors, int n_tensors, const Meta *meta,
+                        int n_meta, char *error) {
     int64_t offset = 0, count, size;
     fputc('{', out);
     for (int i = 0; i < n_meta; i++) {
-        if (!utf8_valid((const unsigned char *)meta[i].key, strlen(meta[i].key)) ||
-            !utf8_valid((const unsigned char *)meta[i].value, strlen(meta[i].value)))
-            return file_fail(error, path, "cannot be written: '%.80s' is not valid UTF-8: '%.80s'", meta[i].key, meta[i].value);
         fputs(i ? "," : "\"__metadata__\":{", out);
-        json_write(out, meta[i].key);
-        fputc(':', out);
-        json_write(out, meta[i].value);
+        if (json_write(out, meta[i].key) || fputc(':', out) == EOF || json_write(out, meta[i].value))
+            return file_fail(error, path, "'%.80s', '%.80s' cannot be stored: not UTF-8", meta[i].key, meta[i].value);
     }
     if (n_meta) fputc('}', out);
     for (int i = 0; i < n_tensors; i++) {
         const FileTensor *t = &tensors[i];
-        if (!utf8_valid((const unsigned char *)t->name, strlen(t->name)))
-            return file_fail(error, path, "cannot be written: the name '%.80s' is not valid UTF-8", t->name);
-        if (tensor_size(t->dtype, t->n_dims, t->shape, &count, &size) || (uint64_t)size != t->size || size > INT64_MAX - offset)
-            return file_fail(error, path, "cannot be written: tensor '%.80s' has a wrong size", t->name);
         if (i || n_meta) fputc(',', out);
-        json_write(out, t->name);
+        if (json_write(out, t->name) || tensor_size(t->dtype, t->n_dims, t->shape, &count, &size) ||
+            (uint64_t)size != t->size || size > INT64_MAX - offset)
+            return file_fail(error, path, "tensor '%.80s' cannot be stored: its size or name is wrong", t->name);
         fprintf(out, ":{\"dtype\":\"%s\",\"shape\":[", t->dtype);
         for (int j = 0; j < t->n_dims; j++) fprintf(out, "%s%lld", j ? "," : "", (long long)t->shape[j]);
         fprintf(out, "],\"data_offsets\":[%lld,%lld]}", (long long)offset, (long long)(offset + size));
@@ -1863,29 +1868,28 @@ static int write_header(FILE *out, const char *path, const FileTensor *tensors, 
     return 0;
 }
 
-// Puts header and data into the file `temporary`, flushes it to the disk and gives it the name `target`. The file is at
-// any moment the old one or the new one, whole. 0, or the errno of what failed, and the temporary file is gone.
-static int replace_file(char *temporary, const char *target, const char *header, size_t length, const FileTensor *tensors,
-                        int n_tensors) {
+// Puts header and data into the file `temporary`, flushes it to the disk and only then gives it the name `target`: that
+// is at any moment the old file or the new one, whole. 0, or the errno of what failed; the temporary file is then gone.
+static int replace_file(char *temporary, const char *target, const char *header, uint64_t length,
+                        const FileTensor *tensors, int n_tensors) {
     unlink(temporary);                                                 // left by a crash of a process with our number
-    int fd = open(temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+    int fd = open(temporary, O_WRONLY | O_CREAT | O_EXCL, 0666);
     if (fd < 0) return errno;
-    uint64_t prefix = length;
     FILE *out = fdopen(fd, "wb");
-    int ok = out && fwrite(&prefix, 8, 1, out) == 1 && fwrite(header, 1, length, out) == length;
+    int ok = out && fwrite(&length, 8, 1, out) == 1 && fwrite(header, 1, (size_t)length, out) == length;
     for (int i = 0; ok && i < n_tensors; i++)
         ok = !tensors[i].size || fwrite(tensors[i].data, 1, tensors[i].size, out) == tensors[i].size;
     ok = ok && !fflush(out) && !fsync(fd);
-    int problem = ok ? 0 : errno;
+    int problem = ok ? 0 : errno ? errno : EIO;
     if ((out ? fclose(out) : close(fd)) && !problem) problem = errno;
     if (!problem && rename(temporary, target)) problem = errno;
     if (problem) {
         unlink(temporary);
         return problem;
     }
-    char *slash = strrchr(temporary, '/');                             // the folder, so that the new name lasts, too
+    char *slash = strrchr(temporary, '/');                             // the folder, too, so that the new name lasts
     if (slash) slash[1] = 0;
-    fd = open(slash ? temporary : ".", O_RDONLY | O_CLOEXEC);
+    fd = open(slash ? temporary : ".", O_RDONLY);
     if (fd >= 0) {
         fsync(fd);
         close(fd);
@@ -1893,35 +1897,33 @@ static int replace_file(char *temporary, const char *target, const char *header,
     return 0;
 }
 
-// Writes a safetensors file with the tensors in the order given, atomically: a failure leaves an old file of that name as
-// it was. A link is followed, so that it survives. 0, or -1 with the line in error.
+// Writes a safetensors file with the tensors in the order given, atomically: a failure leaves an old file of that name
+// as it was. A link is followed, so that it survives. 0, or -1 with the line in error.
 static int safetensors_write(const char *path, const FileTensor *tensors, int n_tensors, const Meta *meta, int n_meta,
                              char *error) {
     struct stat info;
-    if (!stat(path, &info) && !S_ISREG(info.st_mode)) return file_fail(error, path, "cannot be written: not a regular file");
-    char *text = NULL;
+    char *header = NULL;
     size_t length = 0;
-    FILE *header = open_memstream(&text, &length);
-    if (!header) return file_fail(error, path, "cannot be written: %s", strerror(errno));
-    int result = write_header(header, path, tensors, n_tensors, meta, n_meta, error);
-    int exhausted = ferror(header);
-    exhausted |= fclose(header) != 0;
+    if (!stat(path, &info) && !S_ISREG(info.st_mode))
+        return file_fail(error, path, "cannot be written: not a regular file");
+    FILE *out = open_memstream(&header, &length);
+    if (!out) return file_fail(error, path, "cannot be written: %s", strerror(errno));
+    int result = write_header(out, path, tensors, n_tensors, meta, n_meta, error), exhausted = ferror(out);
+    exhausted |= fclose(out);
     if (!result && (exhausted || length > MAX_HEADER))
-        result = file_fail(error, path, "cannot be written: %s", exhausted ? "memory is exhausted" : "a header over 100 MB");
+        result = file_fail(error, path, "cannot be written: its header does not fit in %s", exhausted ? "memory" : "100 MB");
     if (!result) {
-        char *target = realpath(path, NULL);                           // NULL: a new file
+        char *target = realpath(path, NULL);                           // NULL: there is no such file yet
         const char *name = target ? target : path;
-        char *temporary = (char *)malloc(strlen(name) + 32);
-        int problem = ENOMEM;
-        if (temporary) {
-            snprintf(temporary, strlen(name) + 32, "%s.tmp.%ld", name, (long)getpid());
-            problem = replace_file(temporary, name, text, length, tensors, n_tensors);
-        }
+        size_t room = strlen(name) + 32;
+        char *temporary = (char *)malloc(room);
+        if (temporary) snprintf(temporary, room, "%s.tmp.%ld", name, (long)getpid());
+        int problem = temporary ? replace_file(temporary, name, header, length, tensors, n_tensors) : ENOMEM;
         if (problem) result = file_fail(error, path, "cannot be written: %s", strerror(problem));
         free(temporary);
         free(target);
     }
-    free(text);
+    free(header);
     return result;
 }
 
@@ -1962,9 +1964,9 @@ typedef struct {
     int max_id;                // SHARD, EXAMPLES: the largest id, -1 if there is none
 } Dataset;
 
-// FNV-1a's step (xor, then multiply by its 64-bit prime), taken on 8 bytes at a time for speed and followed by a fold of
-// the upper half into the lower, which a byte-wise hash does not need. The last bytes are padded with zeros, so the size
-// goes in first. It tells files apart that differ by accident, not by design.
+// A 64-bit hash: FNV-1a's step (xor, then multiply by its prime), taken on 8 bytes at a time for speed and followed by a
+// fold of the upper half into the lower, which the hash by bytes does not need. The last bytes are padded with zeros, so
+// the size goes in first. It tells files apart that differ by accident, not by design.
 static uint64_t hash_bytes(const unsigned char *bytes, size_t size) {
     const uint64_t prime = 0x100000001b3;
     uint64_t hash = (0xcbf29ce484222325 ^ size) * prime;
@@ -1990,7 +1992,7 @@ static void dataset_free(Dataset *data) {
 static int shard_read(Dataset *data, const unsigned char *bytes, size_t size, const char *path, char *error) {
     int32_t header[3];
     memcpy(header, bytes, sizeof(header));
-    if (header[1] != 1) return file_fail(error, path, "a token shard of version %d; only version 1 is known", header[1]);
+    if (header[1] != 1) return file_fail(error, path, "a token shard of version %d; only 1 is known", header[1]);
     if (header[2] < 1 || (uint64_t)header[2] * 2 != size - 1024)
         return file_fail(error, path, "a token shard whose header says %d tokens; the file holds %lld bytes of them",
                          header[2], (long long)(size - 1024));
@@ -2011,7 +2013,7 @@ static int32_t *ids_read(const FileTensor *tensor, int low, int *max_id, const c
     int kind = 0, element = dtype_size(tensor->dtype), shift = 64 - 8 * element;
     while (kind < 7 && strcmp(tensor->dtype, known[kind])) kind++;
     if (kind == 7) {
-        file_fail(error, path, "'%s' has dtype %s; ids are I8, I16, I32, I64, U8, U16 or U32", tensor->name, tensor->dtype);
+        file_fail(error, path, "'%s' is %s; ids are I8, I16, I32, I64, U8, U16 or U32", tensor->name, tensor->dtype);
         return NULL;
     }
     int32_t *ids = (uint64_t)tensor->count <= SIZE_MAX / 4 ? (int32_t *)malloc((size_t)tensor->count * 4) : NULL;
@@ -2037,7 +2039,8 @@ static int examples_read(Dataset *data, const Safetensors *file, const char *pat
     const FileTensor *inputs = safetensors_find(file, "inputs"), *targets = safetensors_find(file, "targets");
     const char *vocab_size = safetensors_meta(file, "vocab_size");
     int64_t vocab = 0;
-    if (!inputs || !targets) return file_fail(error, path, "not an example set: it has no '%s'", inputs ? "targets" : "inputs");
+    if (!inputs || !targets)
+        return file_fail(error, path, "not an example set: it has no '%s'", inputs ? "targets" : "inputs");
     if (inputs->n_dims != 2 || targets->n_dims != 2 || memcmp(inputs->shape, targets->shape, 2 * sizeof(int64_t)))
         return file_fail(error, path, "'inputs' and 'targets' must have the same shape (N,T)");
     if (!inputs->count) return file_fail(error, path, "the example set is empty");
@@ -2104,9 +2107,10 @@ static int dataset_encode(Dataset *data, const unsigned char *vocab, int vocab_s
     for (int64_t i = 0; i < data->count; i++) {
         int byte = data->bytes[i];
         char shown[8] = "";
-        if (byte > 32 && byte < 127) snprintf(shown, sizeof(shown), "'%c' ", byte);
-        if (ids[byte] < 0)
-            return file_fail(error, path, "byte %lld is %s(0x%02X), which the vocabulary lacks", (long long)i, shown, byte);
+        if (ids[byte] >= 0) continue;
+        if (byte > 32 && byte < 127) snprintf(shown, sizeof(shown), "'%c', ", byte);
+        return file_fail(error, path, "the vocabulary lacks %s0x%02X, the byte at offset %lld", shown, (unsigned)byte,
+                         (long long)i);
     }
     uint16_t *tokens = (uint64_t)data->count <= SIZE_MAX / 2 ? (uint16_t *)malloc((size_t)data->count * 2) : NULL;
     if (!tokens) return file_fail(error, path, "its tokens do not fit in memory");
