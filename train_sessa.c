@@ -113,6 +113,12 @@ static int parse_integer(const char *text, int64_t low, int64_t high, int64_t *v
     return 0;
 }
 
+// Ends the program where a small allocation fails; what is large is allocated by functions that return errors.
+static void exhausted(void) {
+    fprintf(stderr, "train_sessa: out of memory\n");
+    exit(1);
+}
+
 // ----------------------------------------------------------------------------
 // elementary functions
 
@@ -798,7 +804,7 @@ typedef struct {
 static Tensor *new_row(Table *table, const char *name, int layer) {
     if (table->n % 64 == 0) {
         table->rows = (Tensor *)realloc(table->rows, sizeof(Tensor) * (size_t)(table->n + 64));
-        if (!table->rows) { fprintf(stderr, "train_sessa: out of memory\n"); exit(1); }
+        if (!table->rows) exhausted();
     }
     Tensor *row = &table->rows[table->n++];
     memset(row, 0, sizeof(*row));
@@ -832,19 +838,21 @@ static real *add_parameter(Table *table, real *block, int layer, const char *nam
     return place;
 }
 
-// Names `width` columns, from `column` on, of the tensor in row `whole`.
-static void add_view(Table *table, int layer, const char *name, int whole, int64_t column, int64_t width) {
-    Tensor *row = new_row(table, name, layer), named = *row;
-    *row = table->rows[whole];
-    memcpy(row->name, named.name, sizeof(row->name));
-    row->offset += column;
-    row->shape[row->n_dims - 1] = width;
-}
-
 static const Tensor *find_tensor(const Table *table, const char *name) {
     for (int i = 0; i < table->n; i++)
         if (!strcmp(table->rows[i].name, name)) return &table->rows[i];
     return NULL;
+}
+
+// Names `width` columns, from `column` on, of a tensor of the same layer.
+static void add_view(Table *table, int layer, const char *name, const char *whole, int64_t column, int64_t width) {
+    Tensor named = *new_row(table, whole, layer);
+    table->n--;
+    Tensor view = *find_tensor(table, named.name), *row = new_row(table, name, layer);
+    memcpy(view.name, row->name, sizeof(view.name));
+    view.offset += column;
+    view.shape[view.n_dims - 1] = width;
+    *row = view;
 }
 
 // ----------------------------------------------------------------------------
@@ -918,8 +926,7 @@ typedef struct {
     real *scratch;              // panel_scratch for every thread
     int positions;              // up to which rope table and scratch reach
     LayerCache *cache;          // (L) in generation, else NULL
-    real *cache_block;
-    int cached;                 // positions in the cache
+    int cached, capacity;       // positions in the cache, and for how many there is room
 } Model;
 
 // ----------------------------------------------------------------------------
@@ -1093,19 +1100,17 @@ static void carve_activations(Activations *acts, Table *t, real *block, const Co
             a->ln_mean = add_tensor(t, block, l, "ln_mean", 2, B, T, 1);
             a->ln_rstd = add_tensor(t, block, l, "ln_rstd", 2, B, T, 1);
             a->ag = add_tensor(t, block, l, "ag", 3, B, T, 2 * D);
-            int ag = t->n - 1;
-            add_view(t, l, "a", ag, 0, D);
-            add_view(t, l, "g", ag, D, D);
+            add_view(t, l, "a", "ag", 0, D);
+            add_view(t, l, "g", "ag", D, D);
             a->proj = add_tensor(t, block, l, "proj", 3, B, T, E);
-            int proj = t->n - 1;
-            add_view(t, l, "q", proj, 0, D);
-            add_view(t, l, "k", proj, D, kv_width);
-            add_view(t, l, "v", proj, D + kv_width, kv_width);
+            add_view(t, l, "q", "proj", 0, D);
+            add_view(t, l, "k", "proj", D, kv_width);
+            add_view(t, l, "v", "proj", D + kv_width, kv_width);
             a->logsumexp = add_tensor(t, block, l, "logsumexp", 3, B, H, T);
             a->o = add_tensor(t, block, l, "o", 3, B, T, D);
             if (sessa) {
-                add_view(t, l, "fb_q", proj, E - 2 * D, D);
-                add_view(t, l, "fb_k", proj, E - D, D);
+                add_view(t, l, "fb_q", "proj", E - 2 * D, D);
+                add_view(t, l, "fb_k", "proj", E - D, D);
                 a->gamma = add_tensor(t, block, l, "gamma", 2, B, T, 1);
                 a->fb_logsumexp = add_tensor(t, block, l, "fb_logsumexp", 2, B, T, 1);
                 a->s = add_tensor(t, block, l, "s", 3, B, T, D);
@@ -1121,6 +1126,8 @@ static void carve_activations(Activations *acts, Table *t, real *block, const Co
         if (H == 1) a->f = a->o;
         else if (l == 0 || keep_all || (training && !sessa)) a->f = add_tensor(t, block, l, "f", 3, B, T, D);
         if (!sessa) a->s = a->f;
+        if (keep_all && H == 1) add_view(t, l, "f", "o", 0, D);
+        if (keep_all && !sessa) add_view(t, l, "s", "f", 0, D);
         x = a->y = training ? add_tensor(t, block, l, "residual", 3, B, T, D) : x;
     }
     acts->ln_mean = add_tensor(t, block, -1, "ln_f_mean", 2, B, T, 1);
@@ -1141,14 +1148,13 @@ static void carve_activations(Activations *acts, Table *t, real *block, const Co
     acts->dgamma = add_tensor(t, block, -1, "dgamma", 2, B, T, 1);
 }
 
-// The parameters' names and shapes alone. Returns 0, or -1 with a line in error.
-static int make_table(Table *table, const Config *c, char *error) {
+// The parameters' names and shapes alone.
+static void make_table(Table *table, const Config *c) {
     Weights weights;
     weights.layers = (LayerWeights *)calloc((size_t)c->n_layers, sizeof(LayerWeights));
-    if (!weights.layers) return fail(error, "out of memory");
+    if (!weights.layers) exhausted();
     carve_weights(&weights, table, NULL, c);
     free(weights.layers);
-    return 0;
 }
 
 static real *allocate(int64_t count) {
@@ -1174,8 +1180,14 @@ static int reserve_positions(Model *m, int positions) {
 
 static void model_free(Model *m) {
     void *blocks[] = {m->weights.layers, m->grad.layers, m->acts.layers, m->table.rows, m->acts_table.rows, m->params, m->grads,
-                      m->exp_avg, m->exp_avg_sq, m->acts_block, m->inputs, m->targets, m->cosine, m->sine, m->scratch,
-                      m->cache, m->cache_block};
+                      m->exp_avg, m->exp_avg_sq, m->acts_block, m->inputs, m->targets, m->cosine, m->sine, m->scratch};
+    for (int l = 0; m->cache && l < m->config.n_layers; l++) {
+        free(m->cache[l].k);
+        free(m->cache[l].v);
+        free(m->cache[l].fb_k);
+        free(m->cache[l].s);
+    }
+    free(m->cache);
     for (size_t i = 0; i < sizeof(blocks) / sizeof(blocks[0]); i++) free(blocks[i]);
     free(m);
 }
@@ -1362,30 +1374,21 @@ static void initialise(real *params, const Table *table, uint64_t seed) {
 // Makes the cache hold at least `positions`, keeping what it holds. Returns 0, or -1 without memory.
 static int reserve_cache(Model *m, int positions) {
     const Config *c = &m->config;
-    int64_t D = c->d_model, kv_width = (int64_t)c->n_kv_heads * (D / c->n_heads), L = c->n_layers;
-    int sessa = c->mixer == SESSA, old = m->cache ? m->positions : 0;
-    if (m->cache && positions <= m->positions) return 0;
-    if (positions < INT_MAX / 2 && positions < 2 * old) positions = 2 * old;
-    if (positions < 64) positions = 64;
-    LayerCache *cache = (LayerCache *)calloc((size_t)L, sizeof(LayerCache));
-    real *block = allocate(L * positions * (2 * kv_width + (sessa ? 2 * D : 0)));
-    if (!cache || !block || reserve_positions(m, positions)) { free(cache); free(block); return -1; }
-    real *place = block;
-    for (int64_t l = 0; l < L; l++) {
-        struct { real **to, *from; int64_t width; } parts[] = {
-            {&cache[l].k, m->cache ? m->cache[l].k : NULL, kv_width}, {&cache[l].v, m->cache ? m->cache[l].v : NULL, kv_width},
-            {&cache[l].fb_k, m->cache ? m->cache[l].fb_k : NULL, sessa ? D : 0}, {&cache[l].s, m->cache ? m->cache[l].s : NULL, sessa ? D : 0}};
-        for (int i = 0; i < 4; i++) {
-            *parts[i].to = parts[i].width ? place : NULL;
-            if (parts[i].from) memcpy(place, parts[i].from, sizeof(real) * (size_t)(m->cached * parts[i].width));
-            place += positions * parts[i].width;
+    size_t D = (size_t)c->d_model, kv_width = (size_t)c->n_kv_heads * (D / (size_t)c->n_heads);
+    if (!m->cache && !(m->cache = (LayerCache *)calloc((size_t)c->n_layers, sizeof(LayerCache)))) return -1;
+    if (positions <= m->capacity) return 0;
+    if (m->capacity < INT_MAX / 4 && positions < 2 * m->capacity) positions = 2 * m->capacity;
+    for (int l = 0; l < c->n_layers; l++) {
+        LayerCache *cache = &m->cache[l];
+        real **rows[] = {&cache->k, &cache->v, &cache->fb_k, &cache->s};
+        for (int i = 0; i < (c->mixer == SESSA ? 4 : 2); i++) {
+            real *grown = (real *)realloc(*rows[i], sizeof(real) * (size_t)positions * (i < 2 ? kv_width : D));
+            if (!grown) return -1;
+            *rows[i] = grown;
         }
     }
-    free(m->cache);
-    free(m->cache_block);
-    m->cache = cache;
-    m->cache_block = block;
-    return 0;
+    m->capacity = positions;
+    return reserve_positions(m, positions);
 }
 
 // Appends n tokens to the cached sequence: logits (V) of the last. The model has B = 1; tokens are taken T at a time, so
@@ -2146,7 +2149,7 @@ typedef struct {
 static const Option option_table[] = {
     {DATA, "data", NULL, TEXT, FIELD(data), "data/tinyshakespeare.txt", 0, 0, "text, token shard (.bin) or examples (.safetensors)"},
     {DATA, "val", NULL, TEXT, FIELD(val), NULL, 0, 0, "validation data (else the last 10 % of --data)"},
-    {DATA, "vocab", "vocab", INTEGER, FIELD(vocab), NULL, 1, 1 << 24, "vocabulary of shards and examples (else from the data)"},
+    {DATA, "vocab", NULL, INTEGER, FIELD(vocab), NULL, 1, 1 << 24, "vocabulary of shards and examples (else from the data)"},
     {MODEL, "mixer", "mixer", TEXT, FIELD(mixer), "sessa", 0, 0, "sessa or attention (no feedback)"},
     {MODEL, "dim", "d_model", INTEGER, FIELD(dim), "128", 1, 1 << 16, "width D"},
     {MODEL, "layers", "n_layers", INTEGER, FIELD(layers), "5", 1, 4096, "layers L"},
@@ -2218,15 +2221,16 @@ static const Option *find_option(const char *name, size_t length) {
 }
 static int is_given(const Settings *s, const char *name) { return s->given[find_option(name, strlen(name)) - option_table]; }
 
-// An option's value as text, numbers with as many digits as give the same number again.
-static void option_text(char *text, size_t size, const Options *o, const Option *option) {
+// An option's value as text, a number with as many digits as give the same number again.
+static const char *option_text(char text[96], const Options *o, const Option *option) {
     const char *field = (const char *)o + option->offset;
-    if (option->type == TEXT) snprintf(text, size, "%s", *(const char *const *)field ? *(const char *const *)field : "");
-    else if (option->type != NUMBER) snprintf(text, size, "%lld", (long long)*(const int64_t *)field);
+    if (option->type == TEXT) snprintf(text, 96, "%s", *(const char *const *)field);
+    else if (option->type != NUMBER) snprintf(text, 96, "%lld", (long long)*(const int64_t *)field);
     else for (int digits = 6; digits <= 17; digits++) {
-        snprintf(text, size, "%.*g", digits, *(const double *)field);
+        snprintf(text, 96, "%.*g", digits, *(const double *)field);
         if (strtod(text, NULL) == *(const double *)field) break;
     }
+    return text;
 }
 
 static void print_help(const char *program) {
@@ -2310,94 +2314,89 @@ typedef struct {
     int64_t order_epoch;
 } Run;
 
-enum { METADATA_MAX = N_OPTIONS + 16 };
+// Metadata to be written; grows by one formatted value.
+typedef struct { Meta rows[N_OPTIONS + 16]; int n; } MetaList;
 
-static void add_meta(Meta *meta, int *n, const char *key, const char *format, ...) __attribute__((format(printf, 4, 5)));
-static void add_meta(Meta *meta, int *n, const char *key, const char *format, ...) {
-    char text[4096 + 64];
+static void add_meta(MetaList *list, const char *key, const char *format, ...) __attribute__((format(printf, 3, 4)));
+static void add_meta(MetaList *list, const char *key, const char *format, ...) {
+    Meta *row = &list->rows[list->n++];
     va_list args;
     va_start(args, format);
-    vsnprintf(text, sizeof(text), format, args);
+    row->key = strdup(key);
+    if (!row->key || vasprintf(&row->value, format, args) < 0) exhausted();
     va_end(args);
-    meta[*n].key = strdup(key);
-    meta[*n].value = strdup(text);
-    if (!meta[*n].key || !meta[*n].value) { fprintf(stderr, "train_sessa: out of memory\n"); exit(1); }
-    ++*n;
 }
 
-static void add_data_meta(Meta *meta, int *n, const char *prefix, const char *path, const Dataset *data) {
-    static const char *kinds[] = {"text", "shard", "examples"}, *suffixes[] = {"", "_kind", "_size", "_hash"};
-    char key[32];
-    for (int i = 0; i < 4; i++) {
-        snprintf(key, sizeof(key), "%s%s", prefix, suffixes[i]);
-        if (i == 0) add_meta(meta, n, key, "%s", path);
-        if (i == 1) add_meta(meta, n, key, "%s", kinds[data->kind]);
-        if (i == 2) add_meta(meta, n, key, "%lld", (long long)data->size);
-        if (i == 3) add_meta(meta, n, key, "%016llx", (unsigned long long)data->hash);
+// Kind, size and hash of a data file: what a resumed run must find again.
+static const char *content_of(char text[96], const Dataset *data) {
+    static const char *kinds[] = {"text", "token shard", "examples"};
+    snprintf(text, 96, "%s, %lld bytes, hash %016llx", kinds[data->kind], (long long)data->size, (unsigned long long)data->hash);
+    return text;
+}
+
+// Adds the rows of the parameter table, their values taken from the model, to the tensors of a file. numbers: (count) floats.
+static int add_block(FileTensor *tensors, float *numbers, Run *run, const char *prefix, Block block) {
+    const real *values = run->backend->read(run->model, block);
+    for (int64_t i = 0; i < run->table.count; i++) numbers[i] = (float)values[i];
+    for (int i = 0; i < run->table.n; i++) {
+        const Tensor *row = &run->table.rows[i];
+        FileTensor *t = &tensors[i];
+        if (asprintf(&t->name, "%s%s", prefix, row->name) < 0) exhausted();
+        strcpy(t->dtype, "F32");
+        t->n_dims = row->n_dims;
+        memcpy(t->shape, row->shape, sizeof(row->shape));
+        t->size = (size_t)row->count * sizeof(float);
+        t->data = (const unsigned char *)(numbers + row->offset);
     }
+    return run->table.n;
 }
 
 // Writes the weights, and with `resume` all that a run needs to go on, to path. Returns 0, or -1 with a line in error.
 static int save_checkpoint(Run *run, const char *path, int resume, char *error) {
-    static const char *prefixes[] = {"", "exp_avg.", "exp_avg_sq."};
-    static const Block blocks[] = {PARAMS, EXP_AVG, EXP_AVG_SQ};
-    int n_blocks = resume ? 3 : 1, n_tensors = 0, n_meta = 0, result = -1;
-    const Table *table = &run->table;
-    Meta meta[METADATA_MAX];
-    FileTensor *tensors = (FileTensor *)calloc((size_t)(n_blocks * table->n + 1), sizeof(FileTensor));
-    char (*names)[96] = (char (*)[96])malloc((size_t)(n_blocks * table->n) * 96);
-    float *numbers = (float *)malloc((size_t)(n_blocks * table->count) * sizeof(float));
-    if (!tensors || !names || !numbers) {
-        fail(error, "%s: no memory to save", path);
-    } else {
-        for (int b = 0; b < n_blocks; b++) {
-            const real *values = run->backend->read(run->model, blocks[b]);
-            for (int64_t i = 0; i < table->count; i++) numbers[b * table->count + i] = (float)values[i];
-            for (int i = 0; i < table->n; i++) {
-                const Tensor *row = &table->rows[i];
-                FileTensor *t = &tensors[n_tensors];
-                snprintf(names[n_tensors], 96, "%s%s", prefixes[b], row->name);
-                t->name = names[n_tensors++];
-                strcpy(t->dtype, "F32");
-                t->n_dims = row->n_dims;
-                memcpy(t->shape, row->shape, sizeof(row->shape));
-                t->count = row->count;
-                t->size = (size_t)row->count * sizeof(float);
-                t->data = (const unsigned char *)(numbers + b * table->count + row->offset);
-            }
-        }
-        if (run->vocab_bytes) {
-            FileTensor t = {(char *)"tokenizer.bytes", "U8", 1, {run->vocab_bytes}, run->vocab_bytes, (size_t)run->vocab_bytes, run->vocab};
-            tensors[n_tensors++] = t;
-        }
-        const Options *o = &run->settings.values;
-        add_meta(meta, &n_meta, "vocab_size", "%d", run->config.vocab_size);
-        for (int i = 0; i < N_OPTIONS; i++) {
-            const Option *option = &option_table[i];
-            if (!option->key || (option->group != MODEL && !resume)) continue;
-            char text[64];
-            option_text(text, sizeof(text), o, option);
-            add_meta(meta, &n_meta, option->key, "%s", text);
-        }
-        if (resume) {
-            add_data_meta(meta, &n_meta, "data", o->data, &run->train);
-            if (o->val) add_data_meta(meta, &n_meta, "val", o->val, &run->val);
-            add_meta(meta, &n_meta, "step", "%lld", (long long)run->progress.step);
-            add_meta(meta, &n_meta, "random", "%llu", (unsigned long long)run->progress.random);
-            add_meta(meta, &n_meta, "epoch", "%lld", (long long)run->progress.epoch);
-            add_meta(meta, &n_meta, "place", "%lld", (long long)run->progress.place);
-            if (isfinite(run->progress.best_val)) add_meta(meta, &n_meta, "best_val_loss", "%.17g", run->progress.best_val);
-        }
-        result = safetensors_write(path, tensors, n_tensors, meta, n_meta, error);
+    const Options *o = &run->settings.values;
+    const Progress *p = &run->progress;
+    int blocks = resume ? 3 : 1, n = 0;
+    size_t count = (size_t)run->table.count;
+    FileTensor *tensors = (FileTensor *)calloc((size_t)(blocks * run->table.n + 1), sizeof(FileTensor));
+    float *numbers = (float *)malloc((size_t)blocks * count * sizeof(float));
+    if (!tensors || !numbers) exhausted();
+    n += add_block(tensors, numbers, run, "", PARAMS);
+    if (resume) n += add_block(tensors + n, numbers + count, run, "exp_avg.", EXP_AVG);
+    if (resume) n += add_block(tensors + n, numbers + 2 * count, run, "exp_avg_sq.", EXP_AVG_SQ);
+    int named = n;
+    if (run->vocab_bytes) {
+        FileTensor t = {(char *)"tokenizer.bytes", "U8", 1, {run->vocab_bytes}, run->vocab_bytes, (size_t)run->vocab_bytes, run->vocab};
+        tensors[n++] = t;
     }
-    for (int i = 0; i < n_meta; i++) { free(meta[i].key); free(meta[i].value); }
+    MetaList meta;
+    char text[96];
+    meta.n = 0;
+    add_meta(&meta, "vocab_size", "%d", run->config.vocab_size);
+    for (int i = 0; i < N_OPTIONS; i++) {
+        const Option *option = &option_table[i];
+        if (option->key && (option->group == MODEL || resume)) add_meta(&meta, option->key, "%s", option_text(text, o, option));
+    }
+    if (resume) {
+        add_meta(&meta, "data", "%s", o->data);
+        add_meta(&meta, "data_content", "%s", content_of(text, &run->train));
+        if (o->val) add_meta(&meta, "val", "%s", o->val);
+        if (o->val) add_meta(&meta, "val_content", "%s", content_of(text, &run->val));
+        add_meta(&meta, "step", "%lld", (long long)p->step);
+        add_meta(&meta, "random", "%lld", (long long)p->random);
+        add_meta(&meta, "epoch", "%lld", (long long)p->epoch);
+        add_meta(&meta, "place", "%lld", (long long)p->place);
+        if (isfinite(p->best_val)) add_meta(&meta, "best_val_loss", "%.17g", p->best_val);
+    }
+    int result = safetensors_write(path, tensors, n, meta.rows, meta.n, error);
+    for (int i = 0; i < meta.n; i++) { free(meta.rows[i].key); free(meta.rows[i].value); }
+    for (int i = 0; i < named; i++) free(tensors[i].name);
     free(tensors);
-    free(names);
     free(numbers);
     return result;
 }
 
-// Reads one block of the table's tensors, whose names in the file begin with prefix, into the model.
+// Reads one block of the table's tensors, whose names in the file begin with prefix, into the model. Returns 0, or -1 with
+// a line in error.
 static int load_block(Run *run, const Safetensors *file, const char *path, const char *prefix, Block block, char *error) {
     real *values = run->backend->read(run->model, block);
     for (int i = 0; i < run->table.n; i++) {
@@ -2405,11 +2404,9 @@ static int load_block(Run *run, const Safetensors *file, const char *path, const
         char name[96];
         snprintf(name, sizeof(name), "%s%s", prefix, row->name);
         const FileTensor *t = safetensors_find(file, name);
-        if (!t) return fail(error, "%s: tensor %s is missing", path, name);
-        if (strcmp(t->dtype, "F32")) return fail(error, "%s: tensor %s is %s, not F32", path, name, t->dtype);
-        int same = t->n_dims == row->n_dims;
-        for (int k = 0; same && k < row->n_dims; k++) same = t->shape[k] == row->shape[k];
-        if (!same) return fail(error, "%s: tensor %s has another shape than the model's", path, name);
+        if (!t) return file_fail(error, path, "tensor %s is missing", name);
+        if (strcmp(t->dtype, "F32") || t->n_dims != row->n_dims || memcmp(t->shape, row->shape, sizeof(int64_t) * (size_t)row->n_dims))
+            return file_fail(error, path, "tensor %s has another dtype or shape than the model's", name);
         for (int64_t k = 0; k < row->count; k++) {
             float value;
             memcpy(&value, t->data + k * (int64_t)sizeof(float), sizeof(float));
@@ -2420,51 +2417,69 @@ static int load_block(Run *run, const Safetensors *file, const char *path, const
     return 0;
 }
 
-// Takes from a checkpoint's metadata the options of the groups up to `last`. One that was given as well must agree.
-static int options_from_file(Run *run, const Safetensors *file, const char *path, Group last, char *error) {
+// Takes from a checkpoint the options of the groups MODEL to `last` and the vocabulary. What was given on the command line
+// as well must agree, but for --steps and, loading weights, --seq. Returns 0, or -1 with a line in error.
+static int settings_from_file(Run *run, const Safetensors *file, const char *path, Group last, char *error) {
+    Options *o = &run->settings.values;
     for (int i = 0; i < N_OPTIONS; i++) {
         const Option *option = &option_table[i];
         if (!option->key || option->group > last) continue;
-        const char *text = safetensors_meta(file, option->key);
-        if (!text) {
-            if (option->group == MODEL) return fail(error, "%s: metadata lacks %s", path, option->key);
-            continue;
-        }
+        const char *text = safetensors_meta(file, option->key), *may_differ = last == MODEL ? "seq" : "steps";
+        char given[96], stored[96], line[ERROR_SIZE];
+        Options other = *o;
+        if (!text || set_option(&other, option, text, line))
+            return file_fail(error, path, "metadata %s is %s", option->key, text ? "no valid value" : "missing");
         if (run->settings.given[i]) {
-            int may_differ = last == MODEL ? !strcmp(option->name, "seq") || option->group == DATA : !strcmp(option->name, "steps");
-            char given[64], stored[64];
-            Options other = run->settings.values;
-            if (set_option(&other, option, text, error)) return fail(error, "%s: metadata %s is '%.100s'", path, option->key, text);
-            option_text(given, sizeof(given), &run->settings.values, option);
-            option_text(stored, sizeof(stored), &other, option);
-            if (!may_differ && strcmp(given, stored))
+            if (strcmp(option->name, may_differ) && strcmp(option_text(given, o, option), option_text(stored, &other, option)))
                 return fail(error, "--%s %s differs from %s, which has %s", option->name, given, path, stored);
-            continue;
+        } else {
+            *o = other;
         }
-        if (last == MODEL && option->group == DATA) continue;
-        char line[ERROR_SIZE];
-        const char *keep = option->type == TEXT ? strdup(text) : text;
-        if (!keep || set_option(&run->settings.values, option, keep, line))
-            return fail(error, "%s: metadata %s is '%.100s'", path, option->key, text);
     }
-    return 0;
-}
-
-// The vocabulary of a text model's checkpoint. Returns 0, or -1 with a line in error.
-static int vocabulary_from_file(Run *run, const Safetensors *file, const char *path, char *error) {
     const char *text = safetensors_meta(file, "vocab_size");
     const FileTensor *bytes = safetensors_find(file, "tokenizer.bytes");
     int64_t size;
-    if (!text || parse_integer(text, 1, 1 << 24, &size)) return fail(error, "%s: metadata vocab_size is missing or no number", path);
+    char seen[256] = {0};
+    if (!text || parse_integer(text, 1, 1 << 24, &size)) return file_fail(error, path, "metadata vocab_size is missing or no number");
+    if (o->vocab && o->vocab != size) return fail(error, "--vocab differs from %s, which has %lld", path, (long long)size);
     run->config.vocab_size = (int)size;
     if (!bytes) return 0;
-    char seen[256] = {0};
     int valid = !strcmp(bytes->dtype, "U8") && bytes->n_dims == 1 && bytes->count == size && size <= 256;
     for (int64_t i = 0; valid && i < size; i++) valid = !seen[bytes->data[i]]++;
-    if (!valid) return fail(error, "%s: tokenizer.bytes is not vocab_size distinct bytes", path);
+    if (!valid) return file_fail(error, path, "tokenizer.bytes is not vocab_size distinct bytes");
     memcpy(run->vocab, bytes->data, (size_t)size);
     run->vocab_bytes = (int)size;
     return 0;
+}
+
+// Takes from a checkpoint where the run stood, and its files where none are given. Returns 0, or -1 with a line in error.
+static int progress_from_file(Run *run, const Safetensors *file, const char *path, char *error) {
+    Options *o = &run->settings.values;
+    Progress *p = &run->progress;
+    int64_t random = 0;
+    struct { const char *key; int64_t low, *value; } numbers[] = {
+        {"step", 0, &p->step}, {"epoch", 0, &p->epoch}, {"place", 0, &p->place}, {"random", INT64_MIN, &random}};
+    for (int i = 0; i < 4; i++) {
+        const char *text = safetensors_meta(file, numbers[i].key);
+        if (!text || parse_integer(text, numbers[i].low, INT64_MAX, numbers[i].value))
+            return file_fail(error, path, "metadata %s is missing or no number: this is no run to resume", numbers[i].key);
+    }
+    p->random = (uint64_t)random;
+    const char *best = safetensors_meta(file, "best_val_loss"), *data = safetensors_meta(file, "data"), *val = safetensors_meta(file, "val");
+    if (!data || (best && parse_number(best, &p->best_val))) return file_fail(error, path, "its metadata are not those of a run");
+    if (!o->val != !val && (o->val || is_given(&run->settings, "data"))) return fail(error, "--val differs from %s, which has %s", path, val ? val : "none");
+    if (!is_given(&run->settings, "data")) o->data = data;
+    if (!o->val) o->val = val;
+    if (!is_given(&run->settings, "out")) o->out = path;
+    return 0;
+}
+
+// A resumed run must read what it read before. Returns 0, or -1 with a line in error.
+static int check_content(const Safetensors *file, const char *key, const char *path, const Dataset *data, char *error) {
+    const char *stored = safetensors_meta(file, key);
+    char text[96];
+    if (stored && !strcmp(stored, content_of(text, data))) return 0;
+    return file_fail(error, path, "%s; the run being resumed read %.90s", text, stored ? stored : "nothing");
 }
 
 // Opens --data and --val, settles the vocabulary (unless a checkpoint has) and the splits. Returns 0, or -1 with a line in error.
@@ -2737,10 +2752,10 @@ static void print_resume_command(const Run *run, const char *program) {
     printf("go on with: %s --resume '%s'", program, run->settings.values.out);
     for (int i = 0; i < N_OPTIONS; i++) {
         const Option *option = &option_table[i];
-        char text[4096];
+        char text[96];
         if (!run->settings.given[i] || (option->group != WATCHING && strcmp(option->name, "save-every"))) continue;
-        option_text(text, sizeof(text), &run->settings.values, option);
-        printf(option->type == TEXT ? " --%s '%s'" : " --%s %s", option->name, text);
+        if (option->type == TEXT) printf(" --%s '%s'", option->name, *(const char *const *)((const char *)&run->settings.values + option->offset));
+        else printf(" --%s %s", option->name, option_text(text, &run->settings.values, option));
     }
     printf("\n");
 }
@@ -2813,44 +2828,6 @@ done:
 // ----------------------------------------------------------------------------
 // the program
 
-// Takes options, model, vocabulary and, resuming, the state of the run from a checkpoint. Returns 0, or -1 with a line in error.
-static int read_settings(Run *run, const Safetensors *file, const char *path, int resume, char *error) {
-    Options *o = &run->settings.values;
-    if (options_from_file(run, file, path, resume ? TRAINING : MODEL, error) || vocabulary_from_file(run, file, path, error)) return -1;
-    if (!resume) return 0;
-    struct { const char *key; int64_t *value; } numbers[] = {{"step", &run->progress.step}, {"epoch", &run->progress.epoch}, {"place", &run->progress.place}};
-    for (int i = 0; i < 3; i++) {
-        const char *text = safetensors_meta(file, numbers[i].key);
-        if (!text || parse_integer(text, 0, INT64_MAX, numbers[i].value)) return fail(error, "%s: metadata %s is missing or no number: not a run to resume", path, numbers[i].key);
-    }
-    const char *random = safetensors_meta(file, "random"), *best = safetensors_meta(file, "best_val_loss");
-    const char *data = safetensors_meta(file, "data"), *val = safetensors_meta(file, "val");
-    char *end = NULL;
-    errno = 0;
-    if (!random || !isdigit((unsigned char)*random) || (run->progress.random = strtoull(random, &end, 10), *end) || errno || !data ||
-        (best && parse_number(best, &run->progress.best_val)))
-        return fail(error, "%s: its metadata are not those of a run to resume", path);
-    if (!is_given(&run->settings, "data")) o->data = data;
-    if (!is_given(&run->settings, "val")) o->val = val;
-    if (!o->val != !val) return fail(error, "--val differs from %s, which has %s", path, val ? val : "none");
-    if (!is_given(&run->settings, "out")) o->out = path;
-    return 0;
-}
-
-// A resumed run must read the same data. Returns 0, or -1 with a line in error.
-static int check_same_data(const Safetensors *file, const char *path, const char *prefix, const char *data_path, const Dataset *data,
-                           char *error) {
-    Meta now[4];
-    int n = 0, same = 1;
-    add_data_meta(now, &n, prefix, data_path, data);
-    for (int i = 0; i < n; i++) {
-        const char *stored = safetensors_meta(file, now[i].key);
-        if (i > 0) same = same && stored && !strcmp(stored, now[i].value); // i = 0 is the path, which may change
-    }
-    for (int i = 0; i < n; i++) { free(now[i].key); free(now[i].value); }
-    return same ? 0 : fail(error, "%s is not the data that %s was trained on", data_path, path);
-}
-
 enum { FAILED = -1, WRONG_OPTION = -2 };
 
 static int wrong_option(char *error, const char *line) {
@@ -2867,7 +2844,8 @@ static int prepare(Run *run, Safetensors *file, char *error) {
     if (o->generate && o->eval) return wrong_option(error, "--generate and --eval exclude each other");
     if ((o->generate || o->eval) && !o->load) return wrong_option(error, "--generate and --eval take the weights from --load FILE");
     if (path && safetensors_read(file, path, error)) return FAILED;
-    if (path && read_settings(run, file, path, o->resume != NULL, error)) return strncmp(error, "--", 2) ? FAILED : WRONG_OPTION;
+    if (path && settings_from_file(run, file, path, o->resume ? TRAINING : MODEL, error)) return error[0] == '-' ? WRONG_OPTION : FAILED;
+    if (o->resume && progress_from_file(run, file, path, error)) return error[0] == '-' ? WRONG_OPTION : FAILED;
     // defaults that depend on other options
     if (!o->kv_heads) o->kv_heads = o->heads;
     if (o->min_lr < 0) o->min_lr = o->lr / 10;
@@ -2876,13 +2854,14 @@ static int prepare(Run *run, Safetensors *file, char *error) {
     if (config_of(&run->config, o, run->config.vocab_size, error)) return WRONG_OPTION;
     if (!o->generate && open_data(run, error)) return FAILED;
     if (config_of(&run->config, o, run->config.vocab_size, error)) return WRONG_OPTION; // now with the data's T and V
-    if (o->resume && (check_same_data(file, path, "data", o->data, &run->train, error) ||
-                      (o->val && check_same_data(file, path, "val", o->val, &run->val, error)))) return FAILED;
+    if (o->resume && check_content(file, "data_content", o->data, &run->train, error)) return FAILED;
+    if (o->resume && o->val && check_content(file, "val_content", o->val, &run->val, error)) return FAILED;
 
     int training = !o->generate && !o->eval;
     int B = o->generate ? 1 : (int)o->batch, T = o->generate ? GENERATION_CHUNK : (int)o->seq;
     run->model = backend->create(&run->config, B, T, training, 0, error);
-    if (!run->model || make_table(&run->table, &run->config, error)) return FAILED;
+    if (!run->model) return FAILED;
+    make_table(&run->table, &run->config);
     size_t tokens = (size_t)B * (size_t)T * (size_t)(training ? o->accum : 1);
     run->inputs = (int *)malloc(tokens * sizeof(int));
     run->targets = (int *)malloc(tokens * sizeof(int));
