@@ -35,7 +35,6 @@ activations are written (=) unless the comment says +=. No layer allocates: scra
 static inline int omp_get_max_threads(void) { return 1; }
 static inline int omp_get_thread_num(void) { return 0; }
 static inline int omp_get_num_threads(void) { return 1; }
-static inline int omp_in_parallel(void) { return 0; }
 #endif
 
 #ifndef REAL
@@ -210,23 +209,25 @@ static inline void tile_product(real *sum, const real *a, const real *b, int K) 
     }
 }
 
-// Threads that should share so many multiply-adds: 1 inside a parallel region, where each thread has work of its own.
-static inline int team_size(int64_t work) { return work > PARALLEL_WORK && !omp_in_parallel() ? omp_get_max_threads() : 1; }
+// The threads that share a piece of work: this one's number, how many there are, and a block of scratch they have in common.
+typedef struct { int thread, threads; real *packed; } Team;
+
+static inline void barrier(Team team) {
+    if (team.threads > 1) {
+        #pragma omp barrier
+    }
+}
 
 // The product with a single row, as in generation: bound by reading B once, so nothing is packed.
-static void row_product(real *out, Matrix a, Matrix b, int N, int K, real alpha, real beta, const real *bias) {
+static void row_product(Team team, real *out, Matrix a, Matrix b, int N, int K, real alpha, real beta, const real *bias) {
     enum { COLUMNS = 64 };
-    #pragma omp parallel for num_threads(team_size((int64_t)N * K))
-    for (int n0 = 0; n0 < N; n0 += COLUMNS) {
+    for (int n0 = team.thread * COLUMNS; n0 < N; n0 += team.threads * COLUMNS) {
         int n = min_int(COLUMNS, N - n0);
         const real *at = b.at + n0 * b.col;
         real sum[COLUMNS] = {0};
         if (b.row == 1) {
-            for (int j = 0; j < n; j++) {
-                real dot = 0;
-                for (int k = 0; k < K; k++) dot += a.at[k * a.col] * at[j * b.col + k];
-                sum[j] = dot;
-            }
+            for (int j = 0; j < n; j++)
+                for (int k = 0; k < K; k++) sum[j] += a.at[k * a.col] * at[j * b.col + k];
         } else {
             for (int k = 0; k < K; k++)
                 for (int j = 0; j < n; j++) sum[j] += a.at[k * a.col] * at[k * b.row + j * b.col];
@@ -234,17 +235,8 @@ static void row_product(real *out, Matrix a, Matrix b, int N, int K, real alpha,
         for (int j = 0; j < n; j++)
             out[n0 + j] = alpha * sum[j] + (beta == 0 ? 0 : beta * out[n0 + j]) + (bias ? bias[n0 + j] : 0);
     }
+    barrier(team);
 }
-
-typedef struct {
-    real *out;
-    ptrdiff_t ld;
-    Matrix a, b;
-    int M, N, K;
-    real alpha, beta;
-    const real *bias;
-    real *packed_b; // one block of B, BLOCK_K × BLOCK_N, packed by all threads together
-} Product;
 
 // out = alpha·sum + keep·out + add for the m × n numbers of one tile
 static inline void store_tile(real *out, ptrdiff_t ld, const real *sum, int m, int n, real alpha, real keep, const real *add) {
@@ -255,52 +247,50 @@ static inline void store_tile(real *out, ptrdiff_t ld, const real *sum, int m, i
     }
 }
 
-// One thread's part of a product: of every block of B it packs some strips, and of the tiles of `out` over that block,
-// counted row by row, it computes an equal share. The barriers keep the block whole while anyone reads it.
-static void matmul_share(const Product *p, int thread, int threads) {
-    real packed_a[BLOCK_K * TILE_ROWS] __attribute__((aligned(64)));
-    real sum[TILE_ROWS * TILE_COLS] __attribute__((aligned(64)));
-    for (int n0 = 0; n0 < p->N; n0 += BLOCK_N)
-        for (int k0 = 0; k0 == 0 || k0 < p->K; k0 += BLOCK_K) {
-            int block_n = min_int(BLOCK_N, p->N - n0), block_k = min_int(BLOCK_K, p->K - k0);
-            int strips = (block_n + TILE_COLS - 1) / TILE_COLS;
-            for (int j0 = thread * TILE_COLS; j0 < block_n; j0 += threads * TILE_COLS)
-                pack(p->packed_b + j0 * block_k, TILE_COLS, p->b.at + k0 * p->b.row + (n0 + j0) * p->b.col, p->b.col, p->b.row,
-                     min_int(TILE_COLS, block_n - j0), block_k);
-            if (threads > 1) {
-                #pragma omp barrier
-            }
-            int64_t tiles = (int64_t)((p->M + TILE_ROWS - 1) / TILE_ROWS) * strips;
-            int64_t first = tiles * thread / threads, last = tiles * (thread + 1) / threads;
-            for (int64_t tile = first; tile < last; tile++) {
-                int i0 = (int)(tile / strips) * TILE_ROWS, j0 = (int)(tile % strips) * TILE_COLS;
-                int m = min_int(TILE_ROWS, p->M - i0), n = min_int(TILE_COLS, block_n - j0);
-                if (tile == first || j0 == 0)
-                    pack(packed_a, TILE_ROWS, p->a.at + i0 * p->a.row + k0 * p->a.col, p->a.row, p->a.col, m, block_k);
-                tile_product(sum, packed_a, p->packed_b + j0 * block_k, block_k);
-                const real *add = p->bias && k0 == 0 ? p->bias + n0 + j0 : NULL;
-                real *out = p->out + i0 * p->ld + n0 + j0, keep = k0 ? 1 : p->beta;
-                if (n == TILE_COLS) store_tile(out, p->ld, sum, m, TILE_COLS, p->alpha, keep, add); // a constant, for the compiler
-                else store_tile(out, p->ld, sum, m, n, p->alpha, keep, add);
-            }
-            if (threads > 1) {
-                #pragma omp barrier
-            }
-        }
-}
-
 // out = alpha·A·B + beta·out + bias: A (M,K), B (K,N), out (M,N) with `ld` elements from row to row, bias (N) or NULL.
 // beta 0 overwrites. It equals
 //     for i < M: for j < N: out[i][j] = alpha · Σ_k A[i][k]·B[k][j] + beta · out[i][j] + bias[j]
-// Which thread takes a tile changes no sum, so the bits do not depend on the number of threads.
+// Every thread of the team calls it. Of each block of B a thread packs some strips; then, of the tiles of `out` over that
+// block, counted row by row, it computes an equal share. The barriers keep the block whole while anyone reads it. Which
+// thread takes a tile changes no sum: the bits do not depend on the number of threads.
+static void team_matmul(Team team, real *out, ptrdiff_t ld, Matrix a, Matrix b, int M, int N, int K, real alpha, real beta,
+                        const real *bias) {
+    real packed_a[BLOCK_K * TILE_ROWS] __attribute__((aligned(64)));
+    real sum[TILE_ROWS * TILE_COLS] __attribute__((aligned(64)));
+    if (M == 1) { row_product(team, out, a, b, N, K, alpha, beta, bias); return; }
+    for (int n0 = 0; n0 < N; n0 += BLOCK_N)
+        for (int k0 = 0; k0 == 0 || k0 < K; k0 += BLOCK_K) {
+            int block_n = min_int(BLOCK_N, N - n0), block_k = min_int(BLOCK_K, K - k0);
+            int strips = (block_n + TILE_COLS - 1) / TILE_COLS;
+            for (int j0 = team.thread * TILE_COLS; j0 < block_n; j0 += team.threads * TILE_COLS)
+                pack(team.packed + j0 * block_k, TILE_COLS, b.at + k0 * b.row + (n0 + j0) * b.col, b.col, b.row,
+                     min_int(TILE_COLS, block_n - j0), block_k);
+            barrier(team);
+            int64_t tiles = (int64_t)((M + TILE_ROWS - 1) / TILE_ROWS) * strips;
+            int64_t first = tiles * team.thread / team.threads, last = tiles * (team.thread + 1) / team.threads;
+            for (int64_t tile = first; tile < last; tile++) {
+                int i0 = (int)(tile / strips) * TILE_ROWS, j0 = (int)(tile % strips) * TILE_COLS;
+                int m = min_int(TILE_ROWS, M - i0), n = min_int(TILE_COLS, block_n - j0);
+                if (tile == first || j0 == 0)
+                    pack(packed_a, TILE_ROWS, a.at + i0 * a.row + k0 * a.col, a.row, a.col, m, block_k);
+                tile_product(sum, packed_a, team.packed + j0 * block_k, block_k);
+                const real *add = bias && k0 == 0 ? bias + n0 + j0 : NULL;
+                real *to = out + i0 * ld + n0 + j0, keep = k0 ? 1 : beta;
+                if (n == TILE_COLS) store_tile(to, ld, sum, m, TILE_COLS, alpha, keep, add); // a constant, for the compiler
+                else store_tile(to, ld, sum, m, n, alpha, keep, add);
+            }
+            barrier(team);
+        }
+}
+
+// The same by all threads, called from outside a parallel region.
 static void matmul(real *out, ptrdiff_t ld, Matrix a, Matrix b, int M, int N, int K, real alpha, real beta, const real *bias) {
-    if (M == 1) { row_product(out, a, b, N, K, alpha, beta, bias); return; }
-    real packed_b[BLOCK_K * BLOCK_N] __attribute__((aligned(64)));
-    Product product = {out, ld, a, b, M, N, K, alpha, beta, bias, packed_b};
-    int threads = team_size((int64_t)M * N * K);
-    if (threads == 1) { matmul_share(&product, 0, 1); return; }
-    #pragma omp parallel num_threads(threads)
-    matmul_share(&product, omp_get_thread_num(), omp_get_num_threads());
+    real packed[BLOCK_K * BLOCK_N] __attribute__((aligned(64)));
+    #pragma omp parallel if ((int64_t)M * N * K > PARALLEL_WORK)
+    {
+        Team team = {omp_get_thread_num(), omp_get_num_threads(), packed};
+        team_matmul(team, out, ld, a, b, M, N, K, alpha, beta, bias);
+    }
 }
 
 // Rows of a panel, the unit in which attention and the feedback solve work. 0 chooses: high panels make large
@@ -318,12 +308,11 @@ static int panel_height(int P, int T) {
 // in strips of TILE_COLS columns, which do not depend on each other: TILE_ROWS rows at a time take what the rows before
 // them give as one tile product (the strip of x is the packed B), then what they give each other row by row.
 // With negative strides it runs from the last row to the first: so the transposed system is solved.
-static void triangular_solve(real *x, ptrdiff_t ld, Matrix N, int n, int D) {
+static void triangular_solve(Team team, real *x, ptrdiff_t ld, Matrix N, int n, int D) {
     real packed[(PANEL_MAX + TILE_ROWS) * PANEL_MAX] __attribute__((aligned(64)));
     for (int t0 = 0; t0 < n; t0 += TILE_ROWS)
         pack(packed + t0 * PANEL_MAX, TILE_ROWS, N.at + t0 * N.row, N.row, N.col, min_int(TILE_ROWS, n - t0), t0);
-    #pragma omp parallel for num_threads(team_size((int64_t)n * n * D))
-    for (int d0 = 0; d0 < D; d0 += TILE_COLS) {
+    for (int d0 = team.thread * TILE_COLS; d0 < D; d0 += team.threads * TILE_COLS) {
         int width = min_int(TILE_COLS, D - d0);
         real strip[PANEL_MAX * TILE_COLS] __attribute__((aligned(64)));
         real sum[TILE_ROWS * TILE_COLS] __attribute__((aligned(64)));
@@ -344,6 +333,7 @@ static void triangular_solve(real *x, ptrdiff_t ld, Matrix N, int n, int D) {
         for (int t = 0; t < n; t++)
             for (int i = 0; i < width; i++) x[t * ld + d0 + i] = strip[t * TILE_COLS + i];
     }
+    barrier(team);
 }
 
 // ----------------------------------------------------------------------------
@@ -538,17 +528,35 @@ static void rope_backward(real *dx, int ld, const real *cosine, const real *sine
     rope_forward(dx, ld, cosine, sine, N, T, heads, d, 0, -1);
 }
 
-// Attention and feedback share one thing: rows of softmax weights over the past. For the rows t = i0 .. i0+n-1
-//     weights[t - i0][j] = exp(σ(d) q_t·k_j - logsumexp_t) for the j that t sees (j ≤ t; strict: j < t), else 0
-// q: n rows, k: i0+n rows, weights (n, i0+n). The log-sum-exp of each row is all that is kept: the forward pass writes it,
-// the backward pass gives it again as `known` and gets the same weights. Row 0 of a strict panel sees nothing: 0 and 0.
-static void softmax_panel(real *weights, real *logsumexp, const real *known, const real *q, int ld_q, const real *k,
-                          int ld_k, int i0, int n, int d, int strict) {
+// Attention and feedback work on items, a head or a sequence each, that do not depend on each other: as many as can be
+// dealt out evenly go to one thread each, the rest to all threads together, one after the other. Scratch of a team:
+// a packed block of a product, two panels and a square of weights.
+static size_t panel_scratch(int T) {
+    return BLOCK_K * BLOCK_N + 2 * (size_t)PANEL_MAX * (size_t)T + PANEL_MAX * PANEL_MAX;
+}
+static inline int dealt(int items) { return items - items % omp_get_num_threads(); }
+static inline Team team_of(int item, int items, real *scratch, int T) {
+    int thread = omp_get_thread_num();
+    Team alone = {0, 1, scratch + panel_scratch(T) * (size_t)thread}, all = {thread, omp_get_num_threads(), scratch};
+    return item < dealt(items) ? alone : all;
+}
+static inline int first_item(int items) { return dealt(items) ? omp_get_thread_num() : 0; }
+static inline int next_item(int item, int items) {
+    if (item >= dealt(items)) return item + 1;
+    return min_int(item + omp_get_num_threads(), dealt(items));
+}
+
+// Both need one thing: rows of softmax weights over the past. For the rows t = i0 .. i0+n-1
+//     weights[t - i0][j] = gain_t · exp(σ(d) q_t·k_j - logsumexp_t) for the j that t sees (j ≤ t; strict: j < t), else 0
+// q: n rows, k: i0+n rows, weights (n, i0+n), gain (n) or NULL for 1. The log-sum-exp of each row is all that is kept: the
+// forward pass writes it, the backward pass gives it again as `known` and gets the same weights. Row 0 of a strict panel
+// sees nothing: 0 and 0.
+static void softmax_panel(Team team, real *weights, real *logsumexp, const real *known, const real *gain, const real *q,
+                          int ld_q, const real *k, int ld_k, int i0, int n, int d, int strict) {
     int cols = i0 + n;
-    matmul(weights, cols, rows_of(q, ld_q), transpose(rows_of(k, ld_k)), n, cols, d, 1 / (real)sqrt((double)d), 0, NULL);
-    #pragma omp parallel for num_threads(team_size((int64_t)n * cols * 8))
-    for (int r = 0; r < n; r++) {
-        real *row = weights + (size_t)r * cols, scale = 1;
+    team_matmul(team, weights, cols, rows_of(q, ld_q), transpose(rows_of(k, ld_k)), n, cols, d, 1 / (real)sqrt((double)d), 0, NULL);
+    for (int r = team.thread; r < n; r += team.threads) {
+        real *row = weights + (size_t)r * cols;
         int seen = i0 + r + !strict;
         if (known) {
             for (int j = 0; j < seen; j++) row[j] = exp_real(row[j] - known[r]);
@@ -556,7 +564,7 @@ static void softmax_panel(real *weights, real *logsumexp, const real *known, con
             real max = row[0], sum = 0;
             for (int j = 1; j < seen; j++) max = row[j] > max ? row[j] : max;
             for (int j = 0; j < seen; j++) sum += (row[j] = exp_real(row[j] - max));
-            scale = 1 / sum;
+            real scale = (gain ? gain[r] : 1) / sum;
             for (int j = 0; j < seen; j++) row[j] *= scale;
             logsumexp[r] = max + (real)log((double)sum);
         } else {
@@ -564,14 +572,14 @@ static void softmax_panel(real *weights, real *logsumexp, const real *known, con
         }
         for (int j = seen; j < cols; j++) row[j] = 0;
     }
+    barrier(team);
 }
 
-// Its backward pass, from dweights, the gradient of the weights, with each row multiplied by its gain if there is one:
+// Its backward pass, from dweights, the gradient of the weights without their gain:
 //     delta_r = Σ_j weights_rj dweights_rj,   dlogits_rj = gain_r weights_rj (dweights_rj - delta_r)
 // dlogits takes the place of dweights, gain_r weights_rj that of the weights. All (n, cols), delta and gain (n) or NULL.
-static void softmax_panel_backward(real *dweights, real *weights, real *delta, const real *gain, int n, int cols) {
-    #pragma omp parallel for num_threads(team_size((int64_t)n * cols * 4))
-    for (int r = 0; r < n; r++) {
+static void softmax_panel_backward(Team team, real *dweights, real *weights, real *delta, const real *gain, int n, int cols) {
+    for (int r = team.thread; r < n; r += team.threads) {
         real *w = weights + (size_t)r * cols, *dw = dweights + (size_t)r * cols, sum = 0;
         for (int j = 0; j < cols; j++) sum += w[j] * dw[j];
         for (int j = 0; j < cols; j++) {
@@ -580,10 +588,8 @@ static void softmax_panel_backward(real *dweights, real *weights, real *delta, c
         }
         if (delta) delta[r] = sum;
     }
+    barrier(team);
 }
-
-// Scratch of one thread for the layers below: two panels and a square of weights.
-static size_t panel_scratch(int T) { return 2 * (size_t)PANEL_MAX * (size_t)T + PANEL_MAX * PANEL_MAX; }
 
 // [15, 16]  o_t = Σ_{j≤t} softmax_j(σ(d) q_t·k_j) v_j, head h with the keys and values of group h/(H/G)
 // q: H heads of d columns, rows ld apart, for the positions first..T-1; k, v: G heads of d columns, rows ld_kv apart,
@@ -593,20 +599,20 @@ static void attention_forward(real *out, real *logsumexp, real *scratch, const r
                               const real *v, int ld_kv, int B, int T, int H, int G, int d, int first, int P) {
     int rows = T - first;
     P = panel_height(P, T);
-    #pragma omp parallel for collapse(2) if (B * H >= omp_get_max_threads())
-    for (int b = 0; b < B; b++)
-        for (int h = 0; h < H; h++) {
-            real *weights = scratch + panel_scratch(T) * (size_t)omp_get_thread_num();
-            const real *q_h = q + (size_t)b * rows * ld + h * d;
-            const real *k_h = k + (size_t)b * T * ld_kv + h / (H / G) * d, *v_h = v + (size_t)b * T * ld_kv + h / (H / G) * d;
-            for (int i0 = 0; i0 < rows; i0 += P) {
-                int n = min_int(P, rows - i0), cols = first + i0 + n;
-                softmax_panel(weights, logsumexp + (size_t)(b * H + h) * rows + i0, NULL, q_h + (size_t)i0 * ld, ld, k_h, ld_kv,
-                              first + i0, n, d, 0);
-                matmul(out + ((size_t)b * rows + i0) * H * d + h * d, H * d, rows_of(weights, cols), rows_of(v_h, ld_kv), n, d,
-                       cols, 1, 0, NULL);
-            }
+    #pragma omp parallel
+    for (int item = first_item(B * H); item < B * H; item = next_item(item, B * H)) {
+        int b = item / H, h = item % H;
+        Team team = team_of(item, B * H, scratch, T);
+        real *weights = team.packed + BLOCK_K * BLOCK_N;
+        size_t kv = (size_t)b * T * ld_kv + h / (H / G) * d;
+        for (int i0 = 0; i0 < rows; i0 += P) {
+            int n = min_int(P, rows - i0), cols = first + i0 + n;
+            size_t row = (size_t)b * rows + i0;
+            softmax_panel(team, weights, logsumexp + (size_t)item * rows + i0, NULL, NULL, q + row * ld + h * d, ld, k + kv, ld_kv,
+                          first + i0, n, d, 0);
+            team_matmul(team, out + (row * H + h) * d, H * d, rows_of(weights, cols), rows_of(v + kv, ld_kv), n, d, cols, 1, 0, NULL);
         }
+    }
 }
 
 // With p the weights:  dv_j = Σ_t p_tj do_t,   dp_tj = do_t·v_j,   dlogit from it as above,
@@ -617,26 +623,26 @@ static void attention_backward(real *dq, real *dk, real *dv, real *scratch, cons
     int D = H * d, ratio = H / G;
     real scale = 1 / (real)sqrt((double)d);
     P = panel_height(P, T);
-    #pragma omp parallel for collapse(2) if (B * G >= omp_get_max_threads())
-    for (int b = 0; b < B; b++)
-        for (int group = 0; group < G; group++) {
-            real *weights = scratch + panel_scratch(T) * (size_t)omp_get_thread_num();
-            real *dlogits = weights + (size_t)PANEL_MAX * T;
-            size_t kv = (size_t)b * T * ld + group * d;
-            for (int h = group * ratio; h < (group + 1) * ratio; h++)
-                for (int i0 = (T - 1) / P * P; i0 >= 0; i0 -= P) {
-                    int n = min_int(P, T - i0), cols = i0 + n;
-                    real beta = h == group * ratio && cols == T ? 0 : 1;
-                    size_t row = ((size_t)b * T + i0) * ld + h * d;
-                    const real *dout_I = dout + ((size_t)b * T + i0) * D + h * d;
-                    softmax_panel(weights, NULL, logsumexp + (size_t)(b * H + h) * T + i0, q + row, ld, k + kv, ld, i0, n, d, 0);
-                    matmul(dlogits, cols, rows_of(dout_I, D), transpose(rows_of(v + kv, ld)), n, cols, d, 1, 0, NULL);
-                    softmax_panel_backward(dlogits, weights, NULL, NULL, n, cols);
-                    matmul(dq + row, ld, rows_of(dlogits, cols), rows_of(k + kv, ld), n, d, cols, scale, 0, NULL);
-                    matmul(dk + kv, ld, transpose(rows_of(dlogits, cols)), rows_of(q + row, ld), cols, d, n, scale, beta, NULL);
-                    matmul(dv + kv, ld, transpose(rows_of(weights, cols)), rows_of(dout_I, D), cols, d, n, 1, beta, NULL);
-                }
-        }
+    #pragma omp parallel
+    for (int item = first_item(B * G); item < B * G; item = next_item(item, B * G)) {
+        int b = item / G, group = item % G;
+        Team team = team_of(item, B * G, scratch, T);
+        real *weights = team.packed + BLOCK_K * BLOCK_N, *dlogits = weights + (size_t)PANEL_MAX * T;
+        size_t kv = (size_t)b * T * ld + group * d;
+        for (int h = group * ratio; h < (group + 1) * ratio; h++)
+            for (int i0 = (T - 1) / P * P; i0 >= 0; i0 -= P) {
+                int n = min_int(P, T - i0), cols = i0 + n;
+                real beta = h == group * ratio && cols == T ? 0 : 1;
+                size_t row = ((size_t)b * T + i0) * ld + h * d;
+                const real *dout_I = dout + ((size_t)b * T + i0) * D + h * d;
+                softmax_panel(team, weights, NULL, logsumexp + (size_t)(b * H + h) * T + i0, NULL, q + row, ld, k + kv, ld, i0, n, d, 0);
+                team_matmul(team, dlogits, cols, rows_of(dout_I, D), transpose(rows_of(v + kv, ld)), n, cols, d, 1, 0, NULL);
+                softmax_panel_backward(team, dlogits, weights, NULL, NULL, n, cols);
+                team_matmul(team, dq + row, ld, rows_of(dlogits, cols), rows_of(k + kv, ld), n, d, cols, scale, 0, NULL);
+                team_matmul(team, dk + kv, ld, transpose(rows_of(dlogits, cols)), rows_of(q + row, ld), cols, d, n, scale, beta, NULL);
+                team_matmul(team, dv + kv, ld, transpose(rows_of(weights, cols)), rows_of(dout_I, D), cols, d, n, 1, beta, NULL);
+            }
+    }
 }
 
 // [18]  gamma_t = gamma_max · tanh(x_t·weight + bias)       x (N,D), weight (D), bias (1), gamma (N), |gamma| < gamma_max
@@ -675,20 +681,18 @@ static void feedback_forward(real *s, real *logsumexp, real *scratch, const real
                              int ld_k, const real *gamma, int B, int T, int D, int first, int P) {
     int rows = T - first;
     P = panel_height(P, T);
-    #pragma omp parallel for if (B >= omp_get_max_threads())
-    for (int b = 0; b < B; b++) {
-        real *A = scratch + panel_scratch(T) * (size_t)omp_get_thread_num();
-        real *s_b = s + (size_t)b * T * D;
+    #pragma omp parallel
+    for (int b = first_item(B); b < B; b = next_item(b, B)) {
+        Team team = team_of(b, B, scratch, T);
+        real *A = team.packed + BLOCK_K * BLOCK_N, *s_b = s + (size_t)b * T * D;
         for (int i0 = first; i0 < T; i0 += P) {
             int n = min_int(P, T - i0), cols = i0 + n;
             size_t row = (size_t)b * rows + (size_t)(i0 - first); // of f, q', gamma and logsumexp
-            softmax_panel(A, logsumexp + row, NULL, q + row * ld, ld, k + (size_t)b * T * ld_k, ld_k, i0, n, D, 1);
-            for (int r = 0; r < n; r++)
-                for (int j = 0; j < cols; j++) A[(size_t)r * cols + j] *= gamma[row + r];
             real *s_I = s_b + (size_t)i0 * D;
-            memcpy(s_I, f + row * D, sizeof(real) * (size_t)n * D);
-            if (i0) matmul(s_I, D, rows_of(A, cols), rows_of(s_b, D), n, D, i0, 1, 1, NULL);
-            triangular_solve(s_I, D, rows_of(A + i0, cols), n, D);
+            if (team.thread == 0) memcpy(s_I, f + row * D, sizeof(real) * (size_t)n * (size_t)D);
+            softmax_panel(team, A, logsumexp + row, NULL, gamma + row, q + row * ld, ld, k + (size_t)b * T * ld_k, ld_k, i0, n, D, 1);
+            if (i0) team_matmul(team, s_I, D, rows_of(A, cols), rows_of(s_b, D), n, D, i0, 1, 1, NULL);
+            triangular_solve(team, s_I, D, rows_of(A + i0, cols), n, D);
         }
     }
 }
@@ -705,29 +709,30 @@ static void feedback_backward(real *df, real *dq, real *dk, real *dgamma, real *
                               int D, int P) {
     real scale = 1 / (real)sqrt((double)D);
     P = panel_height(P, T);
-    #pragma omp parallel for if (B >= omp_get_max_threads())
-    for (int b = 0; b < B; b++) {
-        real *A = scratch + panel_scratch(T) * (size_t)omp_get_thread_num(); // α until gamma is multiplied in
+    #pragma omp parallel
+    for (int b = first_item(B); b < B; b = next_item(b, B)) {
+        Team team = team_of(b, B, scratch, T);
+        real *A = team.packed + BLOCK_K * BLOCK_N;              // α until gamma is multiplied in
         real *dlogits = A + (size_t)PANEL_MAX * T, *N = dlogits + (size_t)PANEL_MAX * T;
         const real *s_b = s + (size_t)b * T * D, *q_b = q + (size_t)b * T * ld, *k_b = k + (size_t)b * T * ld;
         real *lambda = df + (size_t)b * T * D;
-        memcpy(lambda, ds + (size_t)b * T * D, sizeof(real) * (size_t)T * D);
+        if (team.thread == 0) memcpy(lambda, ds + (size_t)b * T * D, sizeof(real) * (size_t)T * (size_t)D);
         for (int i0 = (T - 1) / P * P; i0 >= 0; i0 -= P) {
             int n = min_int(P, T - i0), cols = i0 + n;
             size_t row = (size_t)b * T + i0;
-            real beta = cols == T ? 0 : 1;
             real *lambda_I = lambda + (size_t)i0 * D;
-            softmax_panel(A, NULL, logsumexp + row, q_b + (size_t)i0 * ld, ld, k_b, ld, i0, n, D, 1);
-            for (int r = 0; r < n; r++)
+            softmax_panel(team, A, NULL, logsumexp + row, NULL, q_b + (size_t)i0 * ld, ld, k_b, ld, i0, n, D, 1);
+            for (int r = team.thread; r < n; r += team.threads)
                 for (int j = 0; j < n; j++) N[r * n + j] = gamma[row + r] * A[(size_t)r * cols + i0 + j];
-            Matrix reversed = {N + n * n - 1, -1, -n}; // rows and columns of N^T, counted from the last
-            triangular_solve(lambda_I + (size_t)(n - 1) * D, -D, reversed, n, D);
-            matmul(dlogits, cols, rows_of(lambda_I, D), transpose(rows_of(s_b, D)), n, cols, D, 1, 0, NULL);
-            softmax_panel_backward(dlogits, A, dgamma + row, gamma + row, n, cols);
-            if (i0) matmul(lambda, D, transpose(rows_of(A, cols)), rows_of(lambda_I, D), i0, D, n, 1, 1, NULL);
-            matmul(dq + row * ld, ld, rows_of(dlogits, cols), rows_of(k_b, ld), n, D, cols, scale, 0, NULL);
-            matmul(dk + (size_t)b * T * ld, ld, transpose(rows_of(dlogits, cols)), rows_of(q_b + (size_t)i0 * ld, ld), cols, D, n,
-                   scale, beta, NULL);
+            barrier(team);
+            Matrix reversed = {N + n * n - 1, -1, -n};          // rows and columns of N^T, counted from the last
+            triangular_solve(team, lambda_I + (size_t)(n - 1) * D, -D, reversed, n, D);
+            team_matmul(team, dlogits, cols, rows_of(lambda_I, D), transpose(rows_of(s_b, D)), n, cols, D, 1, 0, NULL);
+            softmax_panel_backward(team, dlogits, A, dgamma + row, gamma + row, n, cols);
+            if (i0) team_matmul(team, lambda, D, transpose(rows_of(A, cols)), rows_of(lambda_I, D), i0, D, n, 1, 1, NULL);
+            team_matmul(team, dq + row * ld, ld, rows_of(dlogits, cols), rows_of(k_b, ld), n, D, cols, scale, 0, NULL);
+            team_matmul(team, dk + (size_t)b * T * ld, ld, transpose(rows_of(dlogits, cols)), rows_of(q_b + (size_t)i0 * ld, ld), cols,
+                        D, n, scale, cols == T ? 0 : 1, NULL);
         }
     }
 }
