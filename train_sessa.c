@@ -529,15 +529,15 @@ static void rope_backward(real *dx, int ld, const real *cosine, const real *sine
 }
 
 // Attention and feedback work on items, a head or a sequence each, that do not depend on each other: as many as can be
-// dealt out evenly go to one thread each, the rest to all threads together, one after the other. Scratch of a team:
-// a packed block of a product, two panels and a square of weights.
-static size_t panel_scratch(int T) {
-    return BLOCK_K * BLOCK_N + 2 * (size_t)PANEL_MAX * (size_t)T + PANEL_MAX * PANEL_MAX;
-}
+// dealt out evenly go to one thread each, the rest to all threads together, one after the other. A team's scratch is a
+// packed block of a product, two panels and a square of weights; there is one for each thread and one for all together.
+static size_t team_scratch(int T) { return BLOCK_K * BLOCK_N + 2 * (size_t)PANEL_MAX * (size_t)T + PANEL_MAX * PANEL_MAX; }
+static size_t panel_scratch(int T) { return team_scratch(T) * (size_t)(omp_get_max_threads() + 1); }
+
 static inline int dealt(int items) { return items - items % omp_get_num_threads(); }
 static inline Team team_of(int item, int items, real *scratch, int T) {
-    int thread = omp_get_thread_num();
-    Team alone = {0, 1, scratch + panel_scratch(T) * (size_t)thread}, all = {thread, omp_get_num_threads(), scratch};
+    int thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    Team alone = {0, 1, scratch + team_scratch(T) * (size_t)thread}, all = {thread, threads, scratch + team_scratch(T) * (size_t)threads};
     return item < dealt(items) ? alone : all;
 }
 static inline int first_item(int items) { return dealt(items) ? omp_get_thread_num() : 0; }
@@ -928,7 +928,7 @@ typedef struct {
     Dropout drop;               // of the last forward pass
     int P;                      // panel height of attention and feedback, 0: chosen by shape
     real *cosine, *sine;        // (positions, d/2)
-    real *scratch;              // panel_scratch for every thread
+    real *scratch;              // panel_scratch(positions)
     int positions;              // up to which rope table and scratch reach
     LayerCache *cache;          // (L) in generation, else NULL
     int cached, capacity;       // positions in the cache, and for how many there is room
@@ -1175,7 +1175,7 @@ static int reserve_positions(Model *m, int positions) {
     free(m->scratch);
     m->cosine = allocate((int64_t)positions * (d / 2));
     m->sine = allocate((int64_t)positions * (d / 2));
-    m->scratch = allocate((int64_t)panel_scratch(positions) * omp_get_max_threads());
+    m->scratch = allocate((int64_t)panel_scratch(positions));
     m->positions = 0;
     if (!m->cosine || !m->sine || !m->scratch) return -1;
     m->positions = positions;
@@ -1215,7 +1215,7 @@ static Model *model_create(const Config *c, int B, int T, int training, int keep
         carve_activations(&m->acts, &m->acts_table, NULL, c, B, T, training, keep_all);
         whole = m->table.count >= 0 && m->acts_table.count >= 0;
         needed = ((double)m->table.count * (training ? 4 : 1) + (double)m->acts_table.count +
-                  (double)panel_scratch(T) * omp_get_max_threads()) * sizeof(real);
+                  (double)panel_scratch(T)) * sizeof(real);
         m->bytes = needed;
         whole = whole && needed < present && (m->params = allocate(m->table.count)) &&
                 (m->acts_block = allocate(m->acts_table.count)) && (m->inputs = (int *)calloc((size_t)B * (size_t)T, sizeof(int))) &&
