@@ -1,0 +1,1521 @@
+/*
+The test of train_sessa.c: every layer against the plain loops of its equations, every gradient against central
+differences (in float64), whole models against dumps of the PyTorch reference, and the program as a user runs it.
+
+    ./test_sessa                     everything, and the dumps data/ref_*.safetensors
+    ./test_sessa my.safetensors ...  only these dumps: any model that you dumped, with the tensors that you chose
+
+Built twice: as it is (float32), and with -DREAL=double, where errors are rounding errors of float64 and so tiny that a
+wrong term cannot hide behind them. Each line is one check: what, the error measured, its bound, ok or FAIL. Errors are
+relative and of whole tensors, ‖x - ref‖/‖ref‖, unless the line says otherwise. The program is run by starting this very
+binary again as `test_sessa --run OPTIONS`, in a folder of its own, so that threads, signals and exit codes are real.
+*/
+#define SESSA_NO_MAIN
+#ifdef TEST_CUDA
+#include "train_sessa.cu"
+#define TESTED_BACKEND cuda_backend
+#else
+#include "train_sessa.c"
+#define TESTED_BACKEND cpu_backend
+#endif
+#include <dirent.h>
+#include <glob.h>
+#include <sys/wait.h>
+
+enum { IS_DOUBLE = sizeof(real) == sizeof(double) };
+static int passed, failed;
+
+// A bound for float32 and one for float64.
+static double bound_of(double in_float, double in_double) { return IS_DOUBLE ? in_double : in_float; }
+
+static void heading(const char *title) { printf("\n%s\n", title); }
+
+static int count(int ok) {
+    if (ok) passed++;
+    else failed++;
+    fflush(stdout);
+    return ok;
+}
+
+__attribute__((format(printf, 3, 4)))
+static int check_error(double error, double bound, const char *format, ...) {
+    char name[256];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(name, sizeof(name), format, arguments);
+    va_end(arguments);
+    int ok = error <= bound; // false for NaN
+    printf("  %-66s %9.2e  bound %7.1e  %s\n", name, error, bound, ok ? "ok" : "FAIL");
+    return count(ok);
+}
+
+__attribute__((format(printf, 2, 3)))
+static int check(int ok, const char *format, ...) {
+    char name[512];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(name, sizeof(name), format, arguments);
+    va_end(arguments);
+    printf("  %-92s  %s\n", name, ok ? "ok" : "FAIL");
+    return count(ok);
+}
+
+// ----------------------------------------------------------------------------
+// memory and numbers of a test
+
+static void *lent[8192];
+static int n_lent;
+
+static void *keep(void *memory) {
+    if (!memory || n_lent == 8192) { printf("the test is out of memory\n"); exit(1); }
+    return lent[n_lent++] = memory;
+}
+static void *lend(size_t bytes) { return keep(calloc(bytes ? bytes : 1, 1)); }
+static void release(void) { while (n_lent) free(lent[--n_lent]); } // all that was lent, at the end of a test
+
+static uint64_t chance = 20260424;
+static int random_int(int low, int high) { return low + (int)(random_u64(&chance) % (uint64_t)(high - low + 1)); }
+
+static double *zeros(int64_t n) { return (double *)lend((size_t)n * sizeof(double)); }
+static real *noise(int64_t n, double scale) {
+    real *x = (real *)lend((size_t)n * sizeof(real));
+    for (int64_t i = 0; i < n; i++) x[i] = (real)(scale * random_normal(&chance));
+    return x;
+}
+// Outputs start as NaN, so that an element which nobody writes shows.
+static real *poison(int64_t n) {
+    real *x = (real *)lend((size_t)n * sizeof(real));
+    for (int64_t i = 0; i < n; i++) x[i] = (real)NAN;
+    return x;
+}
+static real *copy_of(const real *x, int64_t n) {
+    real *copy = (real *)lend((size_t)n * sizeof(real));
+    memcpy(copy, x, (size_t)n * sizeof(real));
+    return copy;
+}
+static int *random_ids(int64_t n, int V, int ignored) { // one in four is -1 where `ignored`
+    int *ids = (int *)lend((size_t)n * sizeof(int));
+    for (int64_t i = 0; i < n; i++) ids[i] = ignored && random_int(0, 3) == 0 ? -1 : random_int(0, V - 1);
+    return ids;
+}
+
+// ‖x - ref‖ / max(‖ref‖, floor) over the first `width` of the ld columns of each row. Infinite if one of the other columns,
+// NaN before, was written.
+static double rows_error(const real *x, const double *ref, int64_t rows, int width, int ld, double floor) {
+    double difference = 0, size = 0;
+    for (int64_t n = 0; n < rows; n++)
+        for (int i = 0; i < ld; i++) {
+            double value = (double)x[n * ld + i], wanted = ref[n * ld + i];
+            if (i >= width && !isnan(value)) return INFINITY;
+            if (i >= width) continue;
+            difference += (value - wanted) * (value - wanted);
+            size += wanted * wanted;
+        }
+    return sqrt(difference) / fmax(sqrt(size), fmax(floor, 1e-200));
+}
+static double error_of(const real *x, const double *ref, int64_t n, double floor) { return rows_error(x, ref, 1, (int)n, (int)n, floor); }
+static void worst_of(double *worst, double error) { if (!(error <= *worst)) *worst = error; } // NaN stays
+static double length_of(const real *x, int64_t n) {
+    double sum = 0;
+    for (int64_t i = 0; i < n; i++) sum += (double)x[i] * (double)x[i];
+    return sqrt(sum);
+}
+
+static Config config_with(int mixer, int V, int D, int L, int H, int G, int T) {
+    Config c = {V, D, L, H, G, T, 0.999, mixer};
+    return c;
+}
+
+static Model *create(const Config *c, int B, int T, int training, int keep_all) {
+    char error[ERROR_SIZE];
+    Model *m = model_create(c, B, T, training, keep_all, error);
+    if (!m) { printf("%s\n", error); exit(1); }
+    return m;
+}
+
+// ----------------------------------------------------------------------------
+// elementary functions, random numbers
+
+static void test_numbers(void) {
+    heading("elementary functions and random numbers");
+    double worst = 0, worst_cdf = 0, worst_tail = 0;
+    for (double x = -86.9; x < 87.9; x += 0.00137) {
+        real rounded = (real)x;
+        double exact = exp((double)rounded), bound = IS_DOUBLE ? 1e-15 : 2.5e-7 + 6e-8 * fabs(x); // half of it with fused multiply-add
+        worst_of(&worst, fabs((double)exp_real(rounded) - exact) / exact / bound);
+    }
+    check_error(worst, 1, "exp_real: relative error, as a share of 2.5e-7 + 6e-8 |x|");
+    for (double x = -12; x < 12; x += 0.00173) {
+        real rounded = (real)x;
+        double exact = 0.5 * erfc(-(double)rounded * 0.70710678118654752440), value = (double)normal_cdf(rounded, exp_real(-rounded * rounded / 2));
+        worst_of(&worst_cdf, fabs(value - exact));
+        if (x < 0 && x > -5) worst_of(&worst_tail, fabs(value - exact) / exact);
+    }
+    check_error(worst_cdf, bound_of(3e-7, 1e-15), "normal_cdf: absolute error, |x| < 12");
+    check_error(worst_tail, bound_of(3e-6, 1e-12), "normal_cdf: relative error of the tail, -5 < x < 0");
+    real huge = exp_real((real)1e30), tiny = exp_real((real)-1e30), at_zero = exp_real(0);
+    check(huge > (real)1e38 && tiny >= 0 && (double)tiny < 1e-37 && at_zero == 1 && isnan(exp_real((real)NAN)) &&
+          (double)exp_real((real)-INFINITY) < 1e-37, "exp_real: 1 at 0, large and tiny at the ends, NaN stays NaN");
+    check((double)normal_cdf(30, 0) == 1 && fabs((double)normal_cdf(-30, 0)) < 1e-37 && isnan(normal_cdf((real)NAN, (real)NAN)), "normal_cdf: 0 and 1 at the ends, NaN stays NaN");
+    uint64_t state = 0;
+    uint64_t first = random_u64(&state), second = random_u64(&state);
+    check(first == 0xE220A8397B1DCDAFu && second == 0x6E789E6AA1B965F4u, "random_u64: the first two words of SplitMix64 from state 0");
+}
+
+// ----------------------------------------------------------------------------
+// the matrix product and the triangular system, against three-line loops
+
+static void test_matmul(void) {
+    heading("matrix product and triangular system against plain loops");
+    static const int Ms[] = {1, 2, TILE_ROWS, TILE_ROWS + 1, 61}, Ns[] = {1, 3, TILE_COLS, TILE_COLS + 1, BLOCK_N + 5}, Ks[] = {0, 1, 5, BLOCK_K, BLOCK_K + 3};
+    static const real alphas[] = {1, (real)0.5, 1, (real)-0.25}, betas[] = {0, 1, (real)0.75, 0};
+    double worst[2] = {0, 0};
+    for (int i = 0; i < 500; i++) {
+        int M = Ms[i % 5], N = Ns[i / 5 % 5], K = Ks[i / 25 % 5], form = i / 125, ld = N + random_int(0, 3);
+        int kind_a = random_int(0, 2), kind_b = random_int(0, 2), pad = random_int(0, 3);
+        real alpha = alphas[form], beta = betas[form];
+        ptrdiff_t steps[3][2] = {{K + pad, 1}, {1, M + pad}, {2 * (K + pad), 2}}, steps_b[3][2] = {{N + pad, 1}, {1, K + pad}, {2 * (N + pad), 2}};
+        Matrix a = {noise(2 * (M + pad) * (K + pad) + 1, 1), steps[kind_a][0], steps[kind_a][1]};
+        Matrix b = {noise(2 * (K + pad) * (N + pad) + 1, 1), steps_b[kind_b][0], steps_b[kind_b][1]};
+        const real *bias = random_int(0, 1) ? noise(N, 1) : NULL;
+        real *out = poison((int64_t)M * ld), *before = noise((int64_t)M * ld, 1);
+        double *ref = zeros((int64_t)M * ld);
+        for (int m = 0; m < M; m++)
+            for (int n = 0; n < N; n++) {
+                double sum = 0;
+                for (int k = 0; k < K; k++) sum += (double)a.at[m * a.row + k * a.col] * (double)b.at[k * b.row + n * b.col];
+                ref[m * ld + n] = (double)alpha * sum + (beta == 0 ? 0 : (double)beta * (double)before[m * ld + n]) + (bias ? (double)bias[n] : 0);
+                if (beta != 0) out[m * ld + n] = before[m * ld + n];
+            }
+        matmul(out, ld, a, b, M, N, K, alpha, beta, bias);
+        worst_of(&worst[M == 1], rows_error(out, ref, M, N, ld, sqrt((double)M * N * K) / 4));
+        release();
+    }
+    check_error(worst[0], bound_of(2e-6, 4e-15), "matmul, 400 shapes, strides, alpha, beta, bias: worst");
+    check_error(worst[1], bound_of(2e-6, 4e-15), "matmul of one row, 100 shapes: worst");
+    double worst_way[2] = {0, 0};
+    static const int sizes[] = {1, 2, 5, TILE_ROWS, TILE_ROWS + 1, 31, PANEL_MAX - 1, PANEL_MAX}, widths[] = {1, 7, TILE_COLS, TILE_COLS + 1, 100};
+    for (int i = 0; i < 80; i++) {
+        int n = sizes[i % 8], D = widths[i / 8 % 5], backward = i / 40, ld = D + random_int(0, 3);
+        real *lower = noise((int64_t)n * n, 0.7 / sqrt((double)n)), *x = poison((int64_t)n * ld);
+        double *ref = zeros((int64_t)n * ld);
+        for (int t = 0; t < n; t++) {
+            for (int j = t; j < n; j++) lower[t * n + j] = 0;
+            for (int e = 0; e < D; e++) ref[t * ld + e] = (double)(x[t * ld + e] = (real)random_normal(&chance));
+        }
+        for (int step = 0; step < n; step++) { // forward row t takes from the rows before it; backward it gives to them
+            int t = backward ? n - 1 - step : step;
+            for (int j = 0; j < t; j++)
+                for (int e = 0; e < D; e++) {
+                    double weight = (double)lower[t * n + j];
+                    if (backward) ref[j * ld + e] += weight * ref[t * ld + e];
+                    else ref[t * ld + e] += weight * ref[j * ld + e];
+                }
+        }
+        Matrix reversed = {lower + n * n - 1, -1, -n};
+        Team alone = {0, 1, NULL};
+        if (backward) triangular_solve(alone, x + (size_t)(n - 1) * ld, -ld, reversed, n, D);
+        else triangular_solve(alone, x, ld, rows_of(lower, n), n, D);
+        worst_of(&worst_way[backward], rows_error(x, ref, n, D, ld, 0));
+        release();
+    }
+    check_error(worst_way[0], bound_of(1e-6, 2e-15), "triangular_solve, 40 shapes: worst");
+    check_error(worst_way[1], bound_of(1e-6, 2e-15), "triangular_solve of the transposed system, 40 shapes: worst");
+}
+
+// ----------------------------------------------------------------------------
+// attention and feedback against the loops of their equations, number by number in double
+
+static const int panel_heights[] = {0, 1, 3, 8}; // 0: the layer chooses
+enum { N_HEIGHTS = 4 };
+
+// [15, 16] o_t = Σ_{j≤t} p_tj v_j and, with dout, the gradients of Σ o·dout. Layouts are those of attention_forward.
+static void plain_attention(double *out, double *dq, double *dk, double *dv, const real *dout, const real *q, int ld, const real *k,
+                            const real *v, int ld_kv, int B, int T, int H, int G, int d, int first) {
+    double *p = zeros(T), *dp = zeros(T);
+    for (int b = 0; b < B; b++)
+        for (int h = 0; h < H; h++)
+            for (int t = first; t < T; t++) {
+                size_t row = (size_t)b * (T - first) + t - first, at = (row * H + h) * d, at_q = row * ld + h * d, sum_at = at;
+                size_t kv = (size_t)b * T * ld_kv + h / (H / G) * d;
+                double sum = 0, mean = 0;
+                for (int j = 0; j <= t; j++) {
+                    double logit = 0;
+                    for (int i = 0; i < d; i++) logit += (double)q[at_q + i] * (double)k[kv + (size_t)j * ld_kv + i];
+                    sum += p[j] = exp(logit / sqrt((double)d));
+                }
+                for (int j = 0; j <= t; j++)
+                    for (int i = 0; i < d; i++) out[sum_at + i] += p[j] / sum * (double)v[kv + (size_t)j * ld_kv + i];
+                if (!dout) continue;
+                for (int j = 0; j <= t; j++) {
+                    p[j] /= sum;
+                    dp[j] = 0;
+                    for (int i = 0; i < d; i++) {
+                        dp[j] += (double)dout[at + i] * (double)v[kv + (size_t)j * ld_kv + i];
+                        dv[kv + (size_t)j * ld_kv + i] += p[j] * (double)dout[at + i];
+                    }
+                    mean += p[j] * dp[j];
+                }
+                for (int j = 0; j <= t; j++)
+                    for (int i = 0; i < d; i++) {
+                        double dlogit = p[j] * (dp[j] - mean) / sqrt((double)d);
+                        dq[at_q + i] += dlogit * (double)k[kv + (size_t)j * ld_kv + i];
+                        dk[kv + (size_t)j * ld_kv + i] += dlogit * (double)q[at_q + i];
+                    }
+            }
+}
+
+// [17, 19-22] s_t = f_t + γ_t Σ_{j<t} α_tj s_j and, with ds, the gradients of Σ s·ds. The rows of s before first are given.
+static void plain_feedback(double *s, double *df, double *dq, double *dk, double *dgamma, const real *ds, const real *f, const real *q,
+                           int ld, const real *k, int ld_k, const real *gamma, int B, int T, int D, int first) {
+    double *alpha = zeros((int64_t)T * T), *dalpha = zeros(T);
+    for (int b = 0; b < B; b++) {
+        size_t row0 = (size_t)b * (T - first), all0 = (size_t)b * T;
+        for (int t = first; t < T; t++) {
+            size_t row = row0 + t - first;
+            double sum = 0;
+            for (int j = 0; j < t; j++) {
+                double logit = 0;
+                for (int i = 0; i < D; i++) logit += (double)q[row * ld + i] * (double)k[(all0 + j) * ld_k + i];
+                sum += alpha[t * T + j] = exp(logit / sqrt((double)D));
+            }
+            for (int i = 0; i < D; i++) s[(all0 + t) * D + i] = (double)f[row * D + i];
+            for (int j = 0; j < t; j++) {
+                alpha[t * T + j] /= sum;
+                for (int i = 0; i < D; i++) s[(all0 + t) * D + i] += (double)gamma[row] * alpha[t * T + j] * s[(all0 + j) * D + i];
+            }
+        }
+        if (!ds) continue;
+        for (size_t i = all0 * D; i < (all0 + T) * D; i++) df[i] = (double)ds[i];
+        for (int t = T - 1; t >= 0; t--) { // df_t is complete when the rows after it have given
+            double mean = 0;
+            for (int j = 0; j < t; j++) {
+                dalpha[j] = 0;
+                for (int i = 0; i < D; i++) {
+                    df[(all0 + j) * D + i] += (double)gamma[all0 + t] * alpha[t * T + j] * df[(all0 + t) * D + i];
+                    dalpha[j] += df[(all0 + t) * D + i] * s[(all0 + j) * D + i];
+                }
+                mean += alpha[t * T + j] * dalpha[j];
+            }
+            dgamma[all0 + t] = mean;
+            for (int j = 0; j < t; j++)
+                for (int i = 0; i < D; i++) {
+                    double dlogit = (double)gamma[all0 + t] * alpha[t * T + j] * (dalpha[j] - mean) / sqrt((double)D);
+                    dq[(all0 + t) * ld + i] += dlogit * (double)k[(all0 + j) * ld_k + i];
+                    dk[(all0 + j) * ld_k + i] += dlogit * (double)q[(all0 + t) * ld + i];
+                }
+        }
+    }
+}
+
+static const int lengths[] = {1, 2, 3, 5, 8, 9, 23, 24, 25, 49, 61, 97, 121, 150, 64, 33};
+enum { N_LENGTHS = 16 };
+
+static real *scratch_for(int T) { return (real *)lend(panel_scratch(T) * sizeof(real)); }
+
+static void test_attention(void) {
+    heading("attention and feedback against the loops of their equations: T from 1 to 150, poisoned outputs");
+    for (int i = 0; i < N_HEIGHTS; i++) {
+        double worst[5] = {0}; // out, with a cache, dq, dk, dv
+        for (int c = 0; c < N_LENGTHS; c++) {
+            int T = lengths[c], B = random_int(1, 3), G = random_int(1, 2), H = G * random_int(1, 3), d = 2 * random_int(1, 6), D = H * d;
+            int first = random_int(0, T - 1), ld = D + random_int(0, 3), P = panel_heights[i];
+            real *q = noise((int64_t)B * T * ld, 1.5), *k = noise((int64_t)B * T * ld, 1), *v = noise((int64_t)B * T * ld, 1), *dout = noise((int64_t)B * T * D, 1);
+            real *out = poison((int64_t)B * T * D), *lse = poison((int64_t)B * H * T), *scratch = scratch_for(T);
+            double *ref = zeros((int64_t)B * T * D), *dq = zeros((int64_t)B * T * ld), *dk = zeros((int64_t)B * T * ld), *dv = zeros((int64_t)B * T * ld);
+            plain_attention(ref, dq, dk, dv, dout, q, ld, k, v, ld, B, T, H, G, d, 0);
+            attention_forward(out, lse, scratch, q, ld, k, v, ld, B, T, H, G, d, 0, P);
+            worst_of(&worst[0], error_of(out, ref, (int64_t)B * T * D, 0));
+            real *dq_layer = poison((int64_t)B * T * ld), *dk_layer = poison((int64_t)B * T * ld), *dv_layer = poison((int64_t)B * T * ld);
+            attention_backward(dq_layer, dk_layer, dv_layer, scratch, dout, lse, q, k, v, ld, B, T, H, G, d, P);
+            double floor = 0.1 * length_of(dout, (int64_t)B * T * D);
+            worst_of(&worst[2], rows_error(dq_layer, dq, (int64_t)B * T, D, ld, floor));
+            worst_of(&worst[3], rows_error(dk_layer, dk, (int64_t)B * T, G * d, ld, floor));
+            worst_of(&worst[4], rows_error(dv_layer, dv, (int64_t)B * T, G * d, ld, floor));
+            int rows = B * (T - first); // the same with the positions before `first` known
+            real *late = poison((int64_t)rows * D), *late_lse = poison((int64_t)rows * H);
+            double *late_ref = zeros((int64_t)rows * D);
+            plain_attention(late_ref, NULL, NULL, NULL, NULL, q, ld, k, v, ld, B, T, H, G, d, first);
+            attention_forward(late, late_lse, scratch, q, ld, k, v, ld, B, T, H, G, d, first, P);
+            worst_of(&worst[1], error_of(late, late_ref, (int64_t)rows * D, 0));
+            release();
+        }
+        static const char *names[] = {"out", "out after known positions", "dq", "dk", "dv"};
+        for (int n = 0; n < 5; n++) check_error(worst[n], bound_of(3e-6, 1e-14), "attention, P %d, %s", panel_heights[i], names[n]);
+    }
+    for (int i = 0; i < N_HEIGHTS; i++) {
+        double worst[6] = {0}; // s, with a cache, df, dq', dk', dgamma
+        for (int c = 0; c < N_LENGTHS; c++) {
+            int T = lengths[c], B = random_int(1, 3), D = random_int(2, 40), first = random_int(0, T - 1), ld = D + random_int(0, 3), P = panel_heights[i];
+            int64_t n = (int64_t)B * T, wide = n * ld, size = n * D;
+            real *f = noise(size, 1), *q = noise(wide, 1.5), *k = noise(wide, 1), *gamma = noise(n, 1), *ds = noise(size, 1), *scratch = scratch_for(T);
+            for (int64_t r = 0; r < n; r++) gamma[r] = (real)(0.999 * tanh((double)gamma[r]));
+            real *s = poison(size), *lse = poison(n), *df_layer = poison(size), *dq_layer = poison(wide), *dk_layer = poison(wide), *dgamma_layer = poison(n);
+            double *ref = zeros(size), *df = zeros(size), *dq = zeros(wide), *dk = zeros(wide), *dgamma = zeros(n), floor = 0.1 * length_of(ds, size);
+            plain_feedback(ref, df, dq, dk, dgamma, ds, f, q, ld, k, ld, gamma, B, T, D, 0);
+            feedback_forward(s, lse, scratch, f, q, ld, k, ld, gamma, B, T, D, 0, P);
+            worst_of(&worst[0], error_of(s, ref, size, 0));
+            feedback_backward(df_layer, dq_layer, dk_layer, dgamma_layer, scratch, ds, s, lse, q, k, ld, gamma, B, T, D, P);
+            worst_of(&worst[2], error_of(df_layer, df, size, 0));
+            worst_of(&worst[3], rows_error(dq_layer, dq, n, D, ld, floor));
+            worst_of(&worst[4], rows_error(dk_layer, dk, n, D, ld, floor));
+            worst_of(&worst[5], error_of(dgamma_layer, dgamma, n, floor));
+            double *late_ref = zeros(size);
+            real *late = poison(size), *late_lse = poison(n);
+            for (int b = 0; b < B; b++)
+                for (int r = 0; r < first * D; r++) late_ref[b * T * D + r] = (double)(late[b * T * D + r] = (real)random_normal(&chance));
+            plain_feedback(late_ref, NULL, NULL, NULL, NULL, NULL, f, q, ld, k, ld, gamma, B, T, D, first);
+            feedback_forward(late, late_lse, scratch, f, q, ld, k, ld, gamma, B, T, D, first, P);
+            worst_of(&worst[1], error_of(late, late_ref, size, 0));
+            release();
+        }
+        static const char *names[] = {"s", "s after known positions", "df", "dq'", "dk'", "dgamma"};
+        for (int n = 0; n < 6; n++) check_error(worst[n], bound_of(3e-6, 1e-14), "feedback, P %d, %s", panel_heights[i], names[n]);
+    }
+}
+
+// What the feedback path must do, known without any reference.
+static void test_memory(void) {
+    heading("the feedback path's memory, in closed form");
+    enum { T = 300, D = 4, CHAIN = 150 };
+    static const double gains[] = {0.5, 0.999, -0.999, 0.9, -0.3};
+    for (int c = 0; c < 5; c++) { // equal logits: an impulse at τ fades as ℓ^(γ-1)
+        double worst = 0, g = (double)(real)gains[c];
+        for (int i = 0; i < N_HEIGHTS; i++) {
+            real *f = poison(T * D), *q = poison(T * D), *k = noise(T * D, 3), *gamma = poison(T), *s = poison(T * D), *lse = poison(T), *scratch = scratch_for(T);
+            static const int places[D] = {0, 1, 59, 130};
+            for (int t = 0; t < T; t++) {
+                gamma[t] = (real)g;
+                for (int e = 0; e < D; e++) { q[t * D + e] = 0; f[t * D + e] = t == places[e]; }
+            }
+            feedback_forward(s, lse, scratch, f, q, D, k, D, gamma, 1, T, D, 0, panel_heights[i]);
+            for (int t = 0; t < T; t++)
+                for (int e = 0; e < D; e++) {
+                    double tau = places[e], exact = t < tau ? 0 : t == tau ? 1 : g * exp(lgamma(tau + 1) - lgamma(tau + 1 + g) + lgamma(t + g) - lgamma(t + 1.0));
+                    worst_of(&worst, fabs((double)s[t * D + e] - exact) / fmax(fabs(exact), 1.0 / (t + 1))); // 1/t: what one weight gives
+                }
+            release();
+        }
+        check_error(worst, bound_of(2e-5, 1e-11), "impulse response at gamma %g, T 300, worst number of all panel heights", gains[c]);
+    }
+    double chain = 0; // α_t,t-1 = 1: a chain, s_t = f_t + γ s_{t-1}
+    real *f = poison(CHAIN * CHAIN), *q = poison(CHAIN * CHAIN), *k = poison(CHAIN * CHAIN), *gamma = poison(CHAIN), *s = poison(CHAIN * CHAIN), *lse = poison(CHAIN);
+    for (int t = 0; t < CHAIN; t++) {
+        gamma[t] = (real)0.875;
+        for (int e = 0; e < CHAIN; e++) {
+            f[t * CHAIN + e] = t == e;
+            q[t * CHAIN + e] = e == t - 1 ? 60 : 0;
+            k[t * CHAIN + e] = e == t ? 60 : 0;
+        }
+    }
+    feedback_forward(s, lse, scratch_for(CHAIN), f, q, CHAIN, k, CHAIN, gamma, 1, CHAIN, CHAIN, 0, 0);
+    for (int t = 0; t < CHAIN; t++)
+        for (int e = 0; e < CHAIN; e++) worst_of(&chain, fabs((double)s[t * CHAIN + e] - (t < e ? 0 : pow(0.875, t - e))));
+    check_error(chain, bound_of(1e-6, 1e-14), "peaked weights make a chain: s_{t+l} = gamma^l, absolute");
+    memset(gamma, 0, sizeof(real) * CHAIN);
+    feedback_forward(s, lse, scratch_for(CHAIN), f, q, CHAIN, k, CHAIN, gamma, 1, CHAIN, CHAIN, 0, 0);
+    check(!memcmp(s, f, sizeof(real) * CHAIN * CHAIN), "gamma 0: s is f, bit for bit");
+    release();
+    double share = 0;
+    for (int c = 0; c < 30; c++) { // |s| ≤ max|f| / (1 - max|γ|)
+        real *fr = noise(T * D, 1), *qr = noise(T * D, c), *kr = noise(T * D, 1), *gr = noise(T, 2), *sr = poison(T * D);
+        double most_f = 0, most_gamma = 0, most_s = 0, level = random_uniform(&chance);
+        for (int t = 0; t < T; t++) {
+            gr[t] = (real)(c % 3 ? 0.999 * level * tanh((double)gr[t]) : 0.99);
+            if (c % 3 == 0) for (int e = 0; e < D; e++) fr[t * D + e] = 1;
+            most_gamma = fmax(most_gamma, fabs((double)gr[t]));
+        }
+        feedback_forward(sr, poison(T), scratch_for(T), fr, qr, D, kr, D, gr, 1, T, D, 0, 0);
+        for (int t = 0; t < T * D; t++) { most_f = fmax(most_f, fabs((double)fr[t])); if (!(fabs((double)sr[t]) <= most_s)) most_s = fabs((double)sr[t]); }
+        worst_of(&share, most_s * (1 - most_gamma) / most_f);
+        release();
+    }
+    check_error(share, 1 + bound_of(1e-4, 1e-12), "max|s| as a share of max|f|/(1 - max|gamma|), 30 systems: worst");
+}
+
+// ----------------------------------------------------------------------------
+// gradients against central differences (float64)
+
+// The derivative of f by *x from four values, exact up to terms of h^4: far less than the rounding here.
+static double difference(double (*f)(void *), void *state, real *x) {
+    const double h = 2e-4;
+    double start = (double)*x, values[4];
+    for (int i = 0; i < 4; i++) {
+        *x = (real)(start + (i < 2 ? h : 2 * h) * (i % 2 ? -1 : 1));
+        values[i] = f(state);
+    }
+    *x = (real)start;
+    return (8 * (values[0] - values[1]) - (values[2] - values[3])) / (12 * h);
+}
+
+// A layer by itself. The check is of Σ out·dout, dout random, by every number of every input. What backward adds to starts
+// from random numbers, what it writes from NaN.
+enum { LB = 2, LT = 11, LN = LB * LT, LD = 8, LH = 4, LG = 2, LW = 2, LE = (LH + 2 * LG) * LW, LV = 5 };
+typedef struct {
+    int P, *ids;
+    real *out, *dout, *in[3], *grad[3], *mean, *rstd, *scratch, *cosine, *sine;
+} LayerCase;
+typedef struct {
+    const char *name;
+    void (*forward)(LayerCase *c), (*backward)(LayerCase *c);
+    int n_out, n_inputs, sizes[3], added[3]; // added: backward adds to this gradient
+} Layer;
+
+static void embedding_f(LayerCase *c) { embedding_forward(c->out, c->ids, c->in[0], LB, LT, LD); }
+static void embedding_b(LayerCase *c) { embedding_backward(c->grad[0], c->dout, c->ids, LB, LT, LD); }
+static void layernorm_f(LayerCase *c) { layernorm_forward(c->out, c->mean, c->rstd, c->in[0], c->in[1], c->in[2], LN, LD); }
+static void layernorm_b(LayerCase *c) { layernorm_backward(c->grad[0], c->grad[1], c->grad[2], c->dout, c->in[0], c->mean, c->rstd, c->in[1], LN, LD); }
+static void linear_f(LayerCase *c) { linear_forward(c->out, LV, c->in[0], c->in[1], c->in[2], LN, LD, LV); }
+static void linear_b(LayerCase *c) { linear_backward(c->grad[0], c->grad[1], c->grad[2], c->dout, LV, c->in[0], c->in[1], LN, LD, LV); }
+static void gelu_f(LayerCase *c) { gelu_forward(c->out, c->in[0], LD, LN, LD); }
+static void gelu_b(LayerCase *c) { gelu_backward(c->grad[0], c->dout, c->in[0], LD, LN, LD); }
+static void rope_f(LayerCase *c) {
+    memcpy(c->out, c->in[0], sizeof(real) * LN * LD);
+    rope_forward(c->out, LD, c->cosine, c->sine, LN, LT, LD / 4, 4, 0, 1);
+}
+static void rope_b(LayerCase *c) {
+    memcpy(c->grad[0], c->dout, sizeof(real) * LN * LD);
+    rope_backward(c->grad[0], LD, c->cosine, c->sine, LN, LT, LD / 4, 4);
+}
+static void attention_f(LayerCase *c) {
+    const real *q = c->in[0], *k = q + LH * LW, *v = k + LG * LW;
+    attention_forward(c->out, c->mean, c->scratch, q, LE, k, v, LE, LB, LT, LH, LG, LW, 0, c->P);
+}
+static void attention_b(LayerCase *c) {
+    const real *q = c->in[0], *k = q + LH * LW, *v = k + LG * LW;
+    real *dq = c->grad[0], *dk = dq + LH * LW, *dv = dk + LG * LW;
+    attention_backward(dq, dk, dv, c->scratch, c->dout, c->mean, q, k, v, LE, LB, LT, LH, LG, LW, c->P);
+}
+static void gain_f(LayerCase *c) { gain_forward(c->out, c->in[0], c->in[1], c->in[2], (real)0.9, LN, LD); }
+static void gain_b(LayerCase *c) {
+    memcpy(c->scratch, c->dout, sizeof(real) * LN);
+    gain_backward(c->grad[0], c->grad[1], c->grad[2], c->scratch, c->out, c->in[0], c->in[1], (real)0.9, LN, LD);
+}
+static void feedback_f(LayerCase *c) {
+    feedback_forward(c->out, c->mean, c->scratch, c->in[0], c->in[1], 2 * LD, c->in[1] + LD, 2 * LD, c->in[2], LB, LT, LD, 0, c->P);
+}
+static void feedback_b(LayerCase *c) {
+    feedback_backward(c->grad[0], c->grad[1], c->grad[1] + LD, c->grad[2], c->scratch, c->dout, c->out, c->mean, c->in[1], c->in[1] + LD, 2 * LD,
+                      c->in[2], LB, LT, LD, c->P);
+}
+static void gate_f(LayerCase *c) { gate_forward(c->out, c->in[0], c->in[1], LD, LN, LD); }
+static void gate_b(LayerCase *c) { gate_backward(c->grad[0], c->grad[1], c->dout, c->in[0], c->in[1], LD, LN, LD); }
+static void dropout_f(LayerCase *c) {
+    Dropout drop = {0.3, 5, 7};
+    memcpy(c->out, c->in[0], sizeof(real) * LN * LD);
+    dropout(c->out, LN * LD, drop, 3);
+}
+static void dropout_b(LayerCase *c) {
+    Dropout drop = {0.3, 5, 7};
+    memcpy(c->grad[0], c->dout, sizeof(real) * LN * LD);
+    dropout(c->grad[0], LN * LD, drop, 3);
+}
+static void crossentropy_f(LayerCase *c) { crossentropy_forward(c->out, c->mean, c->in[0], c->ids, LN, LV); }
+static void crossentropy_b(LayerCase *c) { // takes one dloss for all rows
+    for (int n = 1; n < LN; n++) c->dout[n] = c->dout[0];
+    crossentropy_backward(c->grad[0], c->in[0], c->mean, c->ids, c->dout[0], LN, LV);
+}
+
+typedef struct { const Layer *layer; LayerCase c; } LayerSum;
+static double layer_sum(void *state) {
+    LayerSum *sum_of = (LayerSum *)state;
+    double sum = 0;
+    sum_of->layer->forward(&sum_of->c);
+    for (int i = 0; i < sum_of->layer->n_out; i++) sum += (double)sum_of->c.out[i] * (double)sum_of->c.dout[i];
+    return sum;
+}
+
+static void check_layer(const Layer *layer, int P) {
+    real *before[3], *start[3];
+    LayerSum state;
+    LayerCase *c = &state.c;
+    state.layer = layer;
+    c->P = P;
+    c->ids = random_ids(LN, LV, layer->forward == crossentropy_f);
+    c->out = poison(layer->n_out);
+    c->dout = noise(layer->n_out, 1);
+    c->mean = poison(LN * LH);
+    c->rstd = poison(LN);
+    c->scratch = scratch_for(LT);
+    c->cosine = poison(LT * 2);
+    c->sine = poison(LT * 2);
+    rope_table(c->cosine, c->sine, LT, 4);
+    for (int i = 0; i < layer->n_inputs; i++) {
+        int n = layer->sizes[i];
+        before[i] = copy_of(c->in[i] = noise(n, 0.8), n);
+        start[i] = copy_of(c->grad[i] = layer->added[i] ? noise(n, 1) : poison(n), n);
+    }
+    layer->forward(c);
+    layer->backward(c);
+    double worst = 0;
+    for (int i = 0; i < layer->n_inputs; i++) {
+        int n = layer->sizes[i];
+        double *ref = zeros(n);
+        if (memcmp(c->in[i], before[i], sizeof(real) * (size_t)n)) worst = INFINITY; // inputs are const
+        for (int e = 0; e < n; e++) {
+            ref[e] = difference(layer_sum, &state, &c->in[i][e]);
+            if (layer->added[i]) c->grad[i][e] -= start[i][e];
+        }
+        worst_of(&worst, error_of(c->grad[i], ref, n, 0));
+    }
+    check_error(worst, 1e-8, "%s%s: gradients of all its inputs", layer->name, P ? ", P 3" : "");
+    release();
+}
+
+static void test_layers(void) {
+    heading("every layer's gradients against central differences");
+    static const Layer layers[] = {
+        {"embedding", embedding_f, embedding_b, LN * LD, 1, {LV * LD}, {1}},
+        {"layernorm", layernorm_f, layernorm_b, LN * LD, 3, {LN * LD, LD, LD}, {1, 1, 1}},
+        {"linear", linear_f, linear_b, LN * LV, 3, {LN * LD, LV * LD, LV}, {0, 1, 1}},
+        {"gelu", gelu_f, gelu_b, LN * LD, 1, {LN * LD}, {0}},
+        {"rope", rope_f, rope_b, LN * LD, 1, {LN * LD}, {0}},
+        {"attention", attention_f, attention_b, LN * LH * LW, 1, {LN * LE}, {0}},
+        {"gain", gain_f, gain_b, LN, 3, {LN * LD, LD, 1}, {1, 1, 1}},
+        {"feedback", feedback_f, feedback_b, LN * LD, 3, {LN * LD, LN * 2 * LD, LN}, {0}},
+        {"gate", gate_f, gate_b, LN * LD, 2, {LN * LD, LN * LD}, {0}},
+        {"dropout", dropout_f, dropout_b, LN * LD, 1, {LN * LD}, {0}},
+        {"crossentropy", crossentropy_f, crossentropy_b, LN, 1, {LN * LV}, {0}}};
+    for (size_t i = 0; i < sizeof(layers) / sizeof(layers[0]); i++) {
+        check_layer(&layers[i], 0);
+        if (layers[i].forward == attention_f || layers[i].forward == feedback_f) check_layer(&layers[i], 3);
+    }
+}
+
+typedef struct { Model *model; const int *inputs, *targets; int B, T; Dropout drop; double dloss; } Loss;
+static double loss_of(void *state) {
+    Loss *l = (Loss *)state;
+    return l->dloss * model_forward(l->model, l->inputs, l->targets, l->B, l->T, l->drop);
+}
+
+// Weights as training leaves them: away from the zeros and ones of the start, and large enough for every path to matter.
+static void shake_weights(Model *m, double size) {
+    initialise(m->params, &m->table, 7);
+    for (int64_t i = 0; i < m->table.count; i++) m->params[i] += (real)(size * random_normal(&chance));
+}
+
+static void check_model(const char *name, Config c, int B, int T, int P, double probability) {
+    enum { ENTRIES = 24 };
+    Model *m = create(&c, B + 1, T + 2, 1, 0); // a batch smaller than the model allows
+    int n_tensors = m->table.n, counted = 0, worst_at = 0;
+    int *inputs = random_ids(B * T, c.vocab_size, 0), *targets = random_ids(B * T, c.vocab_size, 1);
+    targets[0] = 1;
+    for (int i = 0; i < B * T; i++) counted += targets[i] >= 0;
+    Loss loss = {m, inputs, targets, B, T, {probability, 3, 11}, 1.0 / counted};
+    m->P = P;
+    shake_weights(m, 0.15);
+    real *start = noise(m->table.count, 0.1), *grads = copy_of(start, m->table.count);
+    memcpy(m->grads, start, sizeof(real) * (size_t)m->table.count); // backward adds to what is there
+    loss_of(&loss);
+    model_backward(m, loss.dloss);
+    for (int64_t i = 0; i < m->table.count; i++) grads[i] = m->grads[i] - start[i];
+    double mean = 0, worst = 0, *off = zeros(n_tensors), *size = zeros(n_tensors);
+    for (int r = 0; r < n_tensors; r++) {
+        const Tensor *t = &m->table.rows[r];
+        int all = t->count <= ENTRIES, n = all ? (int)t->count : ENTRIES;
+        for (int i = 0; i < n; i++) {
+            int64_t at = t->offset + (all ? i : random_int(0, (int)t->count - 1));
+            double ref = difference(loss_of, &loss, m->params + at), error = (double)grads[at] - ref;
+            off[r] += error * error;
+            size[r] += ref * ref;
+        }
+        mean += sqrt(size[r]) / n_tensors;
+    }
+    for (int r = 0; r < n_tensors; r++) {
+        double error = sqrt(off[r]) / fmax(sqrt(size[r]), 1e-3 * mean);
+        if (!(error <= worst)) { worst = error; worst_at = r; }
+    }
+    check_error(worst, 1e-6, "%s, dropout %g: worst of %d tensors (%s)", name, probability, n_tensors, m->table.rows[worst_at].name);
+    model_free(m);
+    release();
+}
+
+static void test_model_gradients(void) {
+    heading("whole models' gradients against central differences, some targets ignored");
+    for (int i = 0; i < 2; i++) {
+        double p = i ? 0.3 : 0;
+        check_model("sessa, H 4, G 2, P 3", config_with(SESSA, 11, 16, 2, 4, 2, 9), 2, 7, 3, p);
+        check_model("sessa, one head", config_with(SESSA, 9, 6, 2, 1, 1, 30), 1, 28, 0, p);
+        check_model("attention, H 4, G 1, P 3", config_with(ATTENTION, 11, 16, 2, 4, 1, 9), 2, 7, 3, p);
+        check_model("attention, one head", config_with(ATTENTION, 7, 6, 2, 1, 1, 9), 2, 5, 0, p);
+    }
+}
+
+// ----------------------------------------------------------------------------
+// AdamW, dropout's mask, the schedule, initial values, sampling
+
+static void test_training_parts(void) {
+    heading("optimiser, dropout, schedule, initial values, sampling");
+    enum { N = 1000, STEPS = 12 };
+    real *w = noise(N, 1), *g = poison(N), *m = noise(N, 0), *v = noise(N, 0);
+    double *w_ref = zeros(N), *m_ref = zeros(N), *v_ref = zeros(N);
+    AdamW o = {0.01, 0.9, 0.97, 1e-6, 0.3};
+    int cleared = 1;
+    for (int i = 0; i < N; i++) w_ref[i] = (double)w[i];
+    for (int step = 1; step <= STEPS; step++) {
+        double scale = 1.0 / step;
+        for (int i = 0; i < N; i++) {
+            g[i] = (real)random_normal(&chance);
+            double grad = scale * (double)g[i];
+            m_ref[i] = o.beta1 * m_ref[i] + (1 - o.beta1) * grad;
+            v_ref[i] = o.beta2 * v_ref[i] + (1 - o.beta2) * grad * grad;
+            w_ref[i] -= o.lr * o.weight_decay * w_ref[i];
+            w_ref[i] -= o.lr * m_ref[i] / (1 - pow(o.beta1, step)) / (sqrt(v_ref[i] / (1 - pow(o.beta2, step))) + o.eps);
+        }
+        adamw(w, g, m, v, N, o, scale, step);
+        for (int i = 0; i < N; i++) cleared &= g[i] == 0;
+    }
+    check_error(error_of(w, w_ref, N, 0), bound_of(1e-6, 1e-14), "adamw, 12 steps: weights");
+    check_error(fmax(error_of(m, m_ref, N, 0), error_of(v, v_ref, N, 0)), bound_of(1e-6, 1e-14), "adamw, 12 steps: moments");
+    check(cleared, "adamw clears the gradient");
+    check_error(fabs(norm(w, N) / length_of(w, N) - 1), 1e-13, "norm against a plain sum");
+
+    enum { MASKED = 200000 };
+    Dropout drop = {0.3, 42, 9}, later = {0.3, 42, 10};
+    real *x = noise(MASKED, 0);
+    for (int i = 0; i < MASKED; i++) x[i] = 1;
+    real *again = copy_of(x, MASKED), *place = copy_of(x, MASKED), *step = copy_of(x, MASKED);
+    dropout(x, MASKED, drop, 2);
+    dropout(again, MASKED, drop, 2);
+    dropout(place, MASKED, drop, 3);
+    dropout(step, MASKED, later, 2);
+    int zero = 0, both[2] = {0, 0}, scaled = 1;
+    for (int i = 0; i < MASKED; i++) {
+        zero += x[i] == 0;
+        both[0] += x[i] == 0 && place[i] == 0;
+        both[1] += x[i] == 0 && step[i] == 0;
+        scaled &= x[i] == 0 || x[i] == (real)(1 / (1 - 0.3));
+    }
+    check_error(fabs(zero / (double)MASKED - 0.3), 0.0042, "dropout 0.3: rate of zeros off (4 standard deviations)");
+    check_error(fmax(fabs(both[0] / (double)MASKED - 0.09), fabs(both[1] / (double)MASKED - 0.09)), 0.0026, "dropout: masks of two places and two steps are independent");
+    check(scaled && !memcmp(x, again, sizeof(real) * MASKED), "dropout: scale 1/(1-p), the same mask when asked again");
+
+    Options options;
+    memset(&options, 0, sizeof(options));
+    options.lr = 2;
+    options.min_lr = 0.5;
+    options.warmup = 4;
+    options.decay_steps = 12;
+    static const double rates[][2] = {{0, 0.5}, {1, 1}, {3, 2}, {4, 2}, {6, 0.5 + 1.5 * 0.85355339059327376}, {8, 1.25}, {12, 0.5}, {1000, 0.5}};
+    double off = 0;
+    for (int i = 0; i < 8; i++) worst_of(&off, fabs(learning_rate(&options, (int64_t)rates[i][0]) - rates[i][1]));
+    check_error(off, 1e-14, "learning rate: warm-up, cosine, end, past the end");
+
+    Config c = config_with(SESSA, 50, 64, 1, 4, 4, 8);
+    Model *model = create(&c, 1, 8, 0, 0);
+    initialise(model->params, &model->table, 1);
+    double largest = 0, square = 0;
+    const Tensor *t = find_tensor(&model->table, "layers.0.mixer.proj_fb.weight"), *e = find_tensor(&model->table, "wte.weight"), *b = find_tensor(&model->table, "layers.0.mixer.gamma_bias");
+    for (int64_t i = 0; i < t->count; i++) largest = fmax(largest, fabs((double)model->params[t->offset + i]));
+    for (int64_t i = 0; i < e->count; i++) square += (double)model->params[e->offset + i] * (double)model->params[e->offset + i];
+    check(largest <= 0.125 && largest > 0.1245 && fabs(sqrt(square / (double)e->count) / 0.02 - 1) < 0.05 && model->params[b->offset] == 1,
+          "initial values: uniform within 1/sqrt(D), embedding 0.02, gamma_bias 1");
+    model_free(model);
+
+    enum { CHOICES = 6, DRAWS = 40000 };
+    real *logits = noise(CHOICES, 1);
+    Candidate *candidates = (Candidate *)lend(sizeof(Candidate) * CHOICES);
+    double total = 0, worst = 0, seen[CHOICES] = {0}, likely = 0;
+    int best = 0, only_likely = 1;
+    uint64_t random = 5;
+    for (int i = 0; i < CHOICES; i++) { total += exp((double)logits[i] / 0.7); if (logits[i] > logits[best]) best = i; }
+    for (int i = 0; i < DRAWS; i++) seen[sample_token(logits, candidates, CHOICES, 0.7, 0, 1, &random)] += 1.0 / DRAWS;
+    for (int i = 0; i < CHOICES; i++) {
+        double p = exp((double)logits[i] / 0.7) / total;
+        worst_of(&worst, fabs(seen[i] - p) / sqrt(p * (1 - p) / DRAWS));
+    }
+    check_error(worst, 4, "sample_token at temperature 0.7: worst frequency, in standard deviations");
+    for (int i = 0; i < DRAWS; i++) { // the two likeliest only, then as many as reach 60 %
+        int id = sample_token(logits, candidates, CHOICES, 1, 2, 1, &random), before = 0;
+        for (int j = 0; j < CHOICES; j++) before += logits[j] > logits[id];
+        only_likely &= before < 2;
+        id = sample_token(logits, candidates, CHOICES, 0.7, 0, 0.6, &random);
+        likely = 0;
+        for (int j = 0; j < CHOICES; j++) likely += logits[j] > logits[id] ? exp((double)logits[j] / 0.7) / total : 0;
+        only_likely &= likely < 0.6;
+    }
+    check(only_likely && sample_token(logits, candidates, CHOICES, 0, 0, 1, &random) == best, "sample_token: top-k, top-p and temperature 0 cut where they should");
+    release();
+}
+
+// ----------------------------------------------------------------------------
+// generation: prefill and single steps against one full forward pass
+
+static void test_extend(void) {
+    heading("prefill and single steps against one forward pass, cache growing from 64 positions to 256");
+    enum { T = 150, V = 13 };
+    static const int pieces[] = {20, 1, 1, 3, 1, 60, 1, 9, 1, 1, 30, 1, 20, 1}; // their sum is T
+    Config configs[] = {config_with(SESSA, V, 16, 2, 4, 2, T), config_with(SESSA, V, 10, 2, 1, 1, T), config_with(ATTENTION, V, 16, 2, 4, 4, T),
+                        config_with(ATTENTION, V, 8, 1, 1, 1, T)};
+    static const char *names[] = {"sessa, H 4, G 2", "sessa, one head", "attention, H 4", "attention, one head"};
+    for (int i = 0; i < 4; i++) {
+        Model *whole = create(&configs[i], 1, T, 0, 0), *stepwise = create(&configs[i], 1, 8, 0, 0);
+        int *ids = random_ids(T, V, 0);
+        Dropout off = {0, 0, 0};
+        shake_weights(whole, 0.2);
+        memcpy(stepwise->params, whole->params, sizeof(real) * (size_t)whole->table.count);
+        model_forward(whole, ids, ids, 1, T, off);
+        double worst = 0, *ref = zeros(V);
+        real *logits = poison(V), *first = poison(V);
+        for (int round = 0; round < 2; round++) { // the second after a reset
+            for (int p = 0, at = 0; p < 14; p++) {
+                if (TESTED_BACKEND.extend(stepwise, ids + at, pieces[p], logits)) exit(1);
+                at += pieces[p];
+                for (int n = 0; n < V; n++) ref[n] = (double)whole->acts.logits[(at - 1) * V + n];
+                worst_of(&worst, error_of(logits, ref, V, 0));
+            }
+            if (!round) memcpy(first, logits, sizeof(real) * V);
+            TESTED_BACKEND.reset(stepwise);
+        }
+        check_error(worst, bound_of(1e-5, 1e-13), "%s: logits, pieces of 1 to 60 tokens in chunks of 8", names[i]);
+        check(!memcmp(first, logits, sizeof(real) * V), "%s: the same bits after a reset", names[i]);
+        model_free(whole);
+        model_free(stepwise);
+        release();
+    }
+}
+
+// ----------------------------------------------------------------------------
+// dumps of the PyTorch reference
+
+// One number of the metadata; clears *ok if it is missing or out of range.
+static double meta_number(const Safetensors *file, const char *key, double low, double high, int *ok) {
+    const char *text = safetensors_meta(file, key);
+    double value = low;
+    if (!text || parse_number(text, &value) || value < low || value > high) {
+        check(0, "metadata %s is %s", key, text ? text : "missing");
+        *ok = 0;
+        return low;
+    }
+    return value;
+}
+
+static double number_of(const FileTensor *t, int64_t i) {
+    float value;
+    memcpy(&value, t->data + i * 4, 4);
+    return (double)value;
+}
+
+// 1 if t is there and has this dtype and shape.
+static int same_shape(const FileTensor *t, const char *dtype, int n_dims, const int64_t *shape) {
+    if (!t || strcmp(t->dtype, dtype) || t->n_dims != n_dims) return 0;
+    for (int i = 0; i < n_dims; i++)
+        if (t->shape[i] != shape[i]) return 0;
+    return 1;
+}
+
+// Puts the file's weights into the model. Returns NULL, or the name of one that is missing or has a wrong dtype or shape.
+static const char *take_weights(Model *m, const Safetensors *file) {
+    for (int r = 0; r < m->table.n; r++) {
+        const Tensor *row = &m->table.rows[r];
+        const FileTensor *t = safetensors_find(file, row->name);
+        if (!same_shape(t, "F32", row->n_dims, row->shape)) return row->name;
+        for (int64_t i = 0; i < row->count; i++) m->params[row->offset + i] = (real)number_of(t, i);
+    }
+    return NULL;
+}
+
+// Inputs (low 0) or targets (low -1) of a dump, NULL if they are missing or a number is out of range.
+static int *take_ids(const Safetensors *file, const char *name, int B, int T, int low, int V) {
+    const FileTensor *t = safetensors_find(file, name);
+    int64_t shape[2] = {B, T};
+    if (!same_shape(t, "I32", 2, shape)) return NULL;
+    int *ids = (int *)lend(t->size);
+    memcpy(ids, t->data, t->size);
+    for (int64_t i = 0; i < t->count; i++)
+        if (ids[i] < low || ids[i] >= V) return NULL;
+    return ids;
+}
+
+static double tensor_norm(const FileTensor *t, int64_t from, int64_t to) {
+    double sum = 0;
+    for (int64_t i = from; i < to; i++) sum += number_of(t, i) * number_of(t, i);
+    return sqrt(sum);
+}
+
+// ‖x - t‖ over the elements from..to of t; x has rows of `width` numbers, `stride` apart.
+static double tensor_distance(const FileTensor *t, const real *x, int64_t width, int64_t stride, int64_t from, int64_t to) {
+    double sum = 0;
+    for (int64_t i = from; i < to; i++) {
+        double error = (double)x[i / width * stride + i % width] - number_of(t, i);
+        sum += error * error;
+    }
+    return sqrt(sum);
+}
+
+// A loss and the update after it, n times, on the same batch, as the dump's optimiser did.
+static void check_losses(Model *m, const Safetensors *file, const FileTensor *losses, const int *inputs, const int *targets, int B, int T, double dloss) {
+    int ok = losses->n_dims == 1 && !strcmp(losses->dtype, "F32");
+    if (!check(ok, "losses is F32 and has one dimension")) return;
+    AdamW o = {meta_number(file, "learning_rate", 0, 1e3, &ok), meta_number(file, "beta1", 0, 1, &ok), meta_number(file, "beta2", 0, 1, &ok),
+               meta_number(file, "eps", 0, 1, &ok), meta_number(file, "weight_decay", 0, 1e3, &ok)};
+    double clip = meta_number(file, "grad_clip", 0, 1e30, &ok), worst = 0;
+    Dropout off = {0, 0, 0};
+    if (!ok) return;
+    take_weights(m, file);
+    memset(m->grads, 0, sizeof(real) * (size_t)m->table.count);
+    for (int64_t i = 0; i < losses->count; i++) {
+        double loss = dloss * model_forward(m, inputs, targets, B, T, off), ref = number_of(losses, i);
+        worst_of(&worst, fabs(loss - ref) / fmax(fabs(ref), 1e-30));
+        model_backward(m, dloss);
+        double size = norm(m->grads, m->table.count);
+        model_update(m, o, clip > 0 && clip < size + 1e-6 ? clip / (size + 1e-6) : 1, i + 1);
+    }
+    check_error(worst, bound_of(1e-5, 2e-7), "losses of %d AdamW steps: worst", (int)losses->count);
+}
+
+// Every tensor of the dump, at four panel heights. In float64 all that is left of the error is the dump's own rounding to
+// float32: each number is off by at most 2^-24 of itself, so a tensor by at most 6e-8 of its norm.
+static void check_tensors(Model *m, const Safetensors *file, const int *inputs, const int *targets, int B, int T, double dloss) {
+    double bound = bound_of(1e-5, 2e-7), means[2] = {0, 0}, *distance = zeros((int64_t)file->n_tensors * 2 * N_HEIGHTS);
+    int counts[2] = {0, 0}, checked = 0;
+    const Tensor **rows = (const Tensor **)lend(sizeof(Tensor *) * (size_t)(file->n_tensors + 1));
+    for (int i = 0; i < file->n_tensors; i++) { // first: what is there, and is it what we have
+        const FileTensor *t = &file->tensors[i];
+        int act = !strncmp(t->name, "act.", 4), grad = !strncmp(t->name, "grad.", 5);
+        if (!act && !grad) {
+            if (!find_tensor(&m->table, t->name) && strcmp(t->name, "inputs") && strcmp(t->name, "targets") && strcmp(t->name, "losses"))
+                check(0, "%.60s: no tensor that a dump may hold", t->name);
+            continue;
+        }
+        const Tensor *row = act ? find_tensor(&m->acts_table, t->name + 4) : find_tensor(&m->table, t->name + 5);
+        if (!row) { check(0, "%.60s: the model has no such tensor", t->name); continue; }
+        if (!same_shape(t, "F32", row->n_dims, row->shape)) { check(0, "%.60s: not F32, or of another shape than the model's", t->name); continue; }
+        rows[i] = row;
+        means[grad] += tensor_norm(t, 0, t->count);
+        counts[grad]++;
+    }
+    for (int p = 0; p < N_HEIGHTS; p++) {
+        Dropout off = {0, 0, 0};
+        m->P = panel_heights[p];
+        memset(m->grads, 0, sizeof(real) * (size_t)m->table.count);
+        model_forward(m, inputs, targets, B, T, off);
+        for (int pass = 0; pass < 2; pass++) { // activations before the backward pass, which overwrites the logits
+            if (pass) model_backward(m, dloss);
+            for (int i = 0; i < file->n_tensors; i++) {
+                const FileTensor *t = &file->tensors[i];
+                const Tensor *row = rows[i];
+                if (!row || (t->name[0] == 'g') != pass) continue;
+                int64_t half = pass && strstr(t->name, "proj_fb.bias") ? t->count / 2 : t->count, width = row->n_dims ? row->shape[row->n_dims - 1] : 1;
+                const real *x = (pass ? m->grads : m->acts_block) + row->offset;
+                double *place = distance + ((size_t)i * N_HEIGHTS + p) * 2;
+                place[0] = tensor_distance(t, x, width, row->stride, 0, half);
+                place[1] = tensor_distance(t, x, width, row->stride, half, t->count);
+            }
+        }
+    }
+    m->P = 0;
+    printf("  %-50s %9s %9s %9s %9s  (bound %.1e)\n", "tensor, relative error at panel height", "auto", "1", "3", "8", bound);
+    for (int i = 0; i < file->n_tensors; i++) {
+        const FileTensor *t = &file->tensors[i];
+        if (!rows[i]) continue;
+        int grad = t->name[0] == 'g', halves = grad && strstr(t->name, "proj_fb.bias") ? 2 : 1;
+        int64_t half = t->count / halves;
+        // The keys' bias shifts all logits of a row alike: its gradient is 0 but for rounding, measured by the other half.
+        double size = fmax(tensor_norm(t, 0, half), 1e-3 * means[grad] / counts[grad]);
+        for (int part = 0; part < halves; part++) {
+            double worst = 0, errors[N_HEIGHTS];
+            for (int p = 0; p < N_HEIGHTS; p++) worst_of(&worst, errors[p] = distance[((size_t)i * N_HEIGHTS + p) * 2 + part] / fmax(size, 1e-30));
+            printf("  %-40s %9s %9.2e %9.2e %9.2e %9.2e  %s\n", t->name, halves == 1 ? "" : part ? "k' half" : "q' half", errors[0], errors[1], errors[2],
+                   errors[3], worst <= bound ? "ok" : "FAIL");
+            count(worst <= bound);
+            checked++;
+        }
+    }
+    if (!checked) check(0, "the dump holds no activation and no gradient to check");
+}
+
+static void check_dump(const char *path) {
+    char error[ERROR_SIZE];
+    Safetensors file;
+    int ok = 1;
+    heading(path);
+    if (safetensors_read(&file, path, error)) { check(0, "%s", error); return; }
+    const char *mixer = safetensors_meta(&file, "mixer");
+    Config c = config_with(0, (int)meta_number(&file, "vocab_size", 1, 1 << 20, &ok), (int)meta_number(&file, "d_model", 2, 1 << 14, &ok),
+                           (int)meta_number(&file, "n_layers", 1, 1000, &ok), (int)meta_number(&file, "n_heads", 1, 1 << 14, &ok),
+                           (int)meta_number(&file, "n_kv_heads", 1, 1 << 14, &ok), (int)meta_number(&file, "max_seq_len", 1, 1 << 24, &ok));
+    int B = (int)meta_number(&file, "batch_size", 1, 1 << 14, &ok), T = (int)meta_number(&file, "seq_len", 1, 1 << 16, &ok);
+    c.gamma_max = meta_number(&file, "gamma_max", 0, 1, &ok);
+    while (mixer && c.mixer < N_MIXERS && strcmp(mixer, mixers[c.mixer].name)) c.mixer++;
+    if (!mixer || c.mixer == N_MIXERS) ok = check(0, "metadata mixer is %.40s", mixer ? mixer : "missing");
+    if (ok && (c.d_model % c.n_heads || c.d_model / c.n_heads % 2 || c.n_heads % c.n_kv_heads)) ok = check(0, "heads do not divide the width");
+    Model *m = NULL;
+    if (ok && !(m = model_create(&c, B, T, 1, 1, error))) ok = check(0, "%s", error);
+    if (m) {
+        const char *missing = take_weights(m, &file);
+        int *inputs = take_ids(&file, "inputs", B, T, 0, c.vocab_size), *targets = take_ids(&file, "targets", B, T, -1, c.vocab_size), counted = 0;
+        if (missing) check(0, "%s is missing, or is not F32 or of another shape", missing);
+        else if (!inputs || !targets) check(0, "inputs or targets are missing, or not I32 (B,T) within the vocabulary");
+        else {
+            for (int i = 0; i < B * T; i++) counted += targets[i] >= 0;
+            double dloss = counted ? 1.0 / counted : 0;
+            const FileTensor *losses = safetensors_find(&file, "losses");
+            check_tensors(m, &file, inputs, targets, B, T, dloss);
+            if (losses) check_losses(m, &file, losses, inputs, targets, B, T, dloss);
+        }
+        model_free(m);
+    }
+    safetensors_free(&file);
+    release();
+}
+
+// ----------------------------------------------------------------------------
+// the program as a user runs it
+
+static char self[PATH_MAX], folder[64], work[80]; // this binary; stdout and stderr go to folder, the program works in folder/work
+static unsigned char *output, *complaint;         // what the last run wrote there
+static size_t output_size, complaint_size;
+static const char *n_threads = "2";
+
+// The bytes of a file of the work folder with a zero behind them, NULL if there is none.
+static unsigned char *slurp(const char *name, size_t *size) {
+    char path[512], error[ERROR_SIZE];
+    unsigned char *bytes = NULL;
+    snprintf(path, sizeof(path), "%s/%s", work, name);
+    return file_read(path, &bytes, size, error) ? NULL : (unsigned char *)keep(bytes);
+}
+
+static void spill(const char *name, const void *bytes, size_t size) {
+    char path[256];
+    snprintf(path, sizeof(path), "%s/%s", work, name);
+    FILE *out = fopen(path, "wb");
+    if (!out || fwrite(bytes, 1, size, out) != size || fclose(out)) { printf("%s cannot be written\n", path); exit(1); }
+}
+
+static void discard(const char *name) {
+    char path[512];
+    snprintf(path, sizeof(path), "%s/%s", work, name);
+    if (unlink(path)) rmdir(path);
+}
+
+static int same_files(const char *a, const char *b) {
+    size_t size_a = 0, size_b = 0;
+    const unsigned char *x = slurp(a, &size_a), *y = slurp(b, &size_b);
+    return x && y && size_a == size_b && size_a > 0 && !memcmp(x, y, size_a);
+}
+
+static void copy_file(const char *from, const char *to) {
+    size_t size = 0;
+    const unsigned char *bytes = slurp(from, &size);
+    if (bytes) spill(to, bytes, size);
+}
+
+// A hash of the names and contents of all files in the work folder; `remove`: and none is left.
+static uint64_t folder_state(int remove) {
+    uint64_t state = 0;
+    DIR *dir = opendir(work);
+    for (struct dirent *entry; dir && (entry = readdir(dir)) != NULL;) {
+        size_t size = 0;
+        if (entry->d_name[0] == '.') continue;
+        const unsigned char *bytes = slurp(entry->d_name, &size);
+        state += splitmix64(hash_bytes((const unsigned char *)entry->d_name, strlen(entry->d_name))) ^ (bytes ? hash_bytes(bytes, size) : 0);
+        if (remove) discard(entry->d_name);
+    }
+    closedir(dir);
+    return state;
+}
+
+// Starts this binary in the work folder. Words are split at spaces, a ~ inside a word stands for a space.
+static pid_t start(const char *line) {
+    static char text[4096];
+    char *words[80];
+    int n = 0;
+    words[n++] = self;
+    snprintf(text, sizeof(text), "%s", line);
+    for (char *word = strtok(text, " "); word && n < 79; word = strtok(NULL, " ")) {
+        for (char *c = word; *c; c++) if (*c == '~') *c = ' ';
+        words[n++] = word;
+    }
+    words[n] = NULL;
+    setenv("OMP_NUM_THREADS", n_threads, 1);
+    pid_t child = fork();
+    if (child) return child;
+    alarm(120); // a program that hangs is a failure, not a test without an end
+    if (chdir(work) || !freopen("../stdout", "wb", stdout) || !freopen("../stderr", "wb", stderr)) _exit(126);
+    execv(self, words);
+    _exit(127);
+}
+
+// Waits; returns the exit code, 128 + the signal that ended it, and keeps what it wrote.
+static int finish(pid_t child) {
+    int status = 0;
+    waitpid(child, &status, 0);
+    output = slurp("../stdout", &output_size);
+    complaint = slurp("../stderr", &complaint_size);
+    return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+}
+
+__attribute__((format(printf, 1, 2)))
+static int run(const char *format, ...) { // the program with these options
+    char line[4096] = "--run ";
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(line + 6, sizeof(line) - 6, format, arguments);
+    va_end(arguments);
+    int code = finish(start(line));
+    if (code && code != 1 && code != 2) printf("  exit code %d: %s\n%s", code, line, complaint ? (char *)complaint : "");
+    return code;
+}
+
+// The numbers behind "key": in the lines of a log; returns the number of lines.
+static int read_log(const char *name, const char *key, double *values, int max) {
+    size_t size;
+    int n = 0;
+    char label[64];
+    snprintf(label, sizeof(label), "\"%s\": ", key);
+    for (char *line = (char *)slurp(name, &size); line && *line && n < max; n++) {
+        char *end = strchr(line, '\n'), *at = strstr(line, label);
+        values[n] = at && end && at < end ? strtod(at + strlen(label), NULL) : NAN;
+        if (!end) return -1;
+        line = end + 1;
+    }
+    return n;
+}
+
+static int same_logs(const char *a, const char *b, int lines) { // but for the times and where validation took place
+    static const char *keys[] = {"step", "train_loss", "lr", "grad_norm"};
+    double x[64], y[64];
+    int same = 1;
+    for (int k = 0; k < 4; k++) {
+        same &= read_log(a, keys[k], x, 64) == lines && read_log(b, keys[k], y, 64) == lines;
+        for (int i = 0; same && i < lines; i++) same &= x[i] == y[i];
+    }
+    return same;
+}
+
+#define SMALL "--dim 16 --layers 2 --heads 2 --seq 12 --batch 2 --warmup 5 "
+#define WATCH "--eval-every 5 --eval-batches 2 "
+
+static void write_tensors(const char *name, int N, int T, int32_t *inputs, int32_t *targets) { // an example set
+    char path[256], error[ERROR_SIZE], names[2][8] = {"inputs", "targets"}, key[] = "vocab_size", value[] = "9";
+    FileTensor tensors[2];
+    Meta meta = {key, value};
+    memset(tensors, 0, sizeof(tensors));
+    for (int i = 0; i < 2; i++) {
+        tensors[i].name = names[i];
+        strcpy(tensors[i].dtype, "I32");
+        tensors[i].n_dims = 2;
+        tensors[i].shape[0] = N;
+        tensors[i].shape[1] = T;
+        tensors[i].count = (int64_t)N * T;
+        tensors[i].size = (size_t)N * (size_t)T * 4;
+        tensors[i].data = (const unsigned char *)(i ? targets : inputs);
+    }
+    snprintf(path, sizeof(path), "%s/%s", work, name);
+    if (safetensors_write(path, tensors, 2, &meta, 1, error)) { printf("%s\n", error); exit(1); }
+}
+
+// A text, a token shard and a set of 20 examples with some targets ignored.
+static void write_data(void) {
+    enum { TEXT_SIZE = 6000, TOKENS = 500, N = 20, T = 12 };
+    static const char letters[] = "abcdefghij \n";
+    static char text[TEXT_SIZE];
+    static unsigned char shard[1024 + 2 * TOKENS];
+    int32_t header[3] = {20240520, 1, TOKENS}, *inputs = random_ids(N * T, 9, 0), *targets = random_ids(N * T, 9, 1);
+    for (int i = 0; i < TEXT_SIZE; i++) text[i] = letters[random_int(0, 3) ? (i ? (int)(strchr(letters, text[i - 1]) - letters) + 1 : 0) % 12 : random_int(0, 11)];
+    memcpy(shard, header, sizeof(header));
+    for (int i = 0; i < TOKENS; i++) shard[1024 + 2 * i] = (unsigned char)random_int(0, 19);
+    spill("text", text, TEXT_SIZE);
+    spill("tokens.bin", shard, sizeof(shard));
+    write_tensors("set.safetensors", N, T, inputs, targets);
+    spill("short", text, 20);
+    text[4321] = 'Z';
+    spill("other", text, TEXT_SIZE);
+}
+
+static void check_resume(const char *name, const char *options) {
+    int ok = !run("%s --steps 20 --out a.safetensors --log a.log", options) && !run("%s --steps 10 --decay-steps 20 --out b.safetensors --log b.log", options);
+    copy_file("b.safetensors", "half.safetensors");
+    ok = ok && !run("--resume b.safetensors --steps 20 --log b.log " WATCH);
+    check(ok && same_files("a.safetensors", "b.safetensors") && same_files("a.best.safetensors", "b.best.safetensors"),
+          "%s: 10 steps and 10 resumed write the bytes of 20, best weights too", name);
+    int logged = same_logs("a.log", "b.log", 20); // once more from the middle, in two parts: the log is cut back
+    double steps[64];
+    ok = !run("--resume half.safetensors --out c.safetensors --steps 15 --log b.log " WATCH) && read_log("b.log", "step", steps, 64) == 15;
+    ok = ok && !run("--resume c.safetensors --steps 20 --log b.log " WATCH);
+    check(ok && logged && same_logs("a.log", "b.log", 20) && same_files("a.safetensors", "c.safetensors"), "%s: the log goes on, and is cut back to the resumed step", name);
+}
+
+static pid_t start_and_wait_for_log(const char *line, const char *log, int lines) {
+    double steps[64];
+    pid_t child = start(line);
+    for (int i = 0; i < 4000 && read_log(log, "step", steps, 64) < lines; i++) { release(); usleep(5000); }
+    return child;
+}
+
+static void test_resume(void) {
+    heading("stop and resume, bit for bit");
+    check_resume("text, dropout, two micro-batches", "--data text " SMALL WATCH "--dropout 0.2 --accum 2");
+    check_resume("attention on tokens", "--data tokens.bin --vocab 20 --mixer attention " SMALL WATCH "--kv-heads 1");
+    check_resume("examples, epoch after epoch", "--data set.safetensors " SMALL WATCH);
+    pid_t child = start_and_wait_for_log("--run --data text " SMALL "--steps 100000 --eval-every 0 --dropout 0.1 --log i.log --out i.safetensors", "i.log", 4);
+    kill(child, SIGINT);
+    int code = finish(child), told = output && strstr((char *)output, "--resume"), steps = 0;
+    char path[256], error[ERROR_SIZE];
+    Safetensors file;
+    snprintf(path, sizeof(path), "%s/i.safetensors", work);
+    if (!safetensors_read(&file, path, error)) {
+        steps = atoi(safetensors_meta(&file, "step")) + 5;
+        safetensors_free(&file);
+    }
+    check(code == 130 && told && steps > 5, "Ctrl-C: exit code 130, the run saved, the command that goes on printed");
+    code = run("--resume i.safetensors --steps %d --eval-every 0", steps) || run("--data text " SMALL "--steps %d --decay-steps 100000 --eval-every 0 --dropout 0.1 --out j.safetensors", steps);
+    check(!code && same_files("i.safetensors", "j.safetensors"), "Ctrl-C, then resumed: the bytes of a run that was not stopped");
+    int whole = 0;
+    for (int i = 0; i < 5; i++) { // killed while it saves at every step
+        discard("i.safetensors");
+        discard("k.log");
+        child = start_and_wait_for_log("--run --data text " SMALL "--steps 100000 --save-every 1 --log k.log --out i.safetensors", "k.log", 3 + i);
+        kill(child, SIGKILL);
+        finish(child);
+        whole += !safetensors_read(&file, path, error);
+        safetensors_free(&file);
+    }
+    check(whole == 5, "killed while saving, five times: the file is whole");
+    release();
+}
+
+static void test_threads(void) {
+    heading("threads and micro-batches");
+    static const char *shapes[] = {"--seq 150 --batch 1 --steps 3", "--seq 33 --batch 3 --steps 3 --accum 2 --mixer attention", "--seq 70 --batch 2 --steps 2 --kv-heads 1"};
+    static const char *counts[] = {"1", "2", "3"};
+    for (int i = 0; i < 3; i++) {
+        int ok = 1;
+        for (int t = 0; t < 3; t++) {
+            n_threads = counts[t];
+            ok &= !run("--data text --dim 48 --layers 2 --heads 4 --dropout 0.1 --eval-every 0 --out t%d.safetensors %s", t, shapes[i]);
+        }
+        n_threads = "2";
+        check(ok && same_files("t0.safetensors", "t1.safetensors") && same_files("t0.safetensors", "t2.safetensors"), "the same bytes with 1, 2 and 3 threads: %s", shapes[i]);
+    }
+    static const char *data[] = {"text", "set.safetensors"};
+    for (int i = 0; i < 2; i++) {
+        double x[8], y[8], worst = 0;
+        int ok = !run("--data %s " SMALL "--batch 8 --steps 6 --eval-every 0 --log x.log", data[i]) && !run("--data %s " SMALL "--batch 4 --accum 2 --steps 6 --eval-every 0 --log y.log", data[i]);
+        ok = ok && read_log("x.log", "train_loss", x, 8) == 6 && read_log("y.log", "train_loss", y, 8) == 6;
+        for (int s = 0; s < 6; s++) worst_of(&worst, ok ? fabs(x[s] - y[s]) / x[s] : NAN);
+        check_error(worst, bound_of(1e-5, 1e-12), "%s: losses of --batch 4 --accum 2 against --batch 8", data[i]);
+    }
+    release();
+}
+
+static int by_value(const void *a, const void *b) { return (*(const double *)a > *(const double *)b) - (*(const double *)a < *(const double *)b); }
+
+// With learning rate 0 a step's loss tells which examples it saw, and under which mask.
+static void test_order(void) {
+    heading("which data a step sees");
+    enum { N = 20 };
+    static const char still[] = "--data set.safetensors --val set.safetensors --dim 16 --layers 1 --heads 2 --lr 0 --min-lr 0 --eval-every 0 --log o.log";
+    double x[2 * N], y[2 * N], worst = 0, moved = 0;
+    int ok = !run("%s --batch 20 --steps 1", still) && read_log("o.log", "train_loss", x, 2 * N) == 1 && read_log("o.log", "val_loss", y, 2 * N) == 1;
+    check_error(ok ? fabs(x[0] - y[0]) / y[0] : NAN, 1e-6, "all examples in one batch: the training loss is the validation loss");
+    ok = !run("%s --batch 1 --steps 40", still) && read_log("o.log", "train_loss", x, 2 * N) == 2 * N;
+    for (int i = 0; i < N; i++) moved += x[i] != x[N + i];
+    qsort(x, N, sizeof(double), by_value);
+    qsort(x + N, N, sizeof(double), by_value);
+    for (int i = 0; i < N; i++) worst_of(&worst, ok ? fabs(x[i] - x[N + i]) / x[i] : NAN);
+    check_error(worst, 1e-6, "two epochs see each example once");
+    check(moved > N / 2 && x[0] < x[N - 1], "in another order: %.0f of %d in another place", moved, N);
+    write_tensors("one.safetensors", 1, 12, random_ids(12, 9, 0), random_ids(12, 9, 0));
+    ok = !run("%s --data one.safetensors --val one.safetensors --batch 1 --steps 3 --dropout 0.5", still) && read_log("o.log", "train_loss", y, 2 * N) == 3;
+    check(ok && y[0] != y[1] && y[1] != y[2], "dropout: every step has a mask of its own");
+    release();
+}
+
+// The weights of a checkpoint in a model of this process.
+static Model *load(const char *name, int T, Safetensors *file) {
+    char path[256], error[ERROR_SIZE];
+    int ok = 1;
+    snprintf(path, sizeof(path), "%s/%s", work, name);
+    if (safetensors_read(file, path, error)) { check(0, "%s", error); return NULL; }
+    Config c = config_with(SESSA, (int)meta_number(file, "vocab_size", 1, 256, &ok), 16, 2, 2, 2, T);
+    Model *m = create(&c, 1, T, 0, 0);
+    check(!take_weights(m, file), "%s: weights, their names and shapes", name);
+    return m;
+}
+
+static void test_generation(void) {
+    heading("evaluation and generation");
+    enum { SEQ = 12, PROMPT = 30, NEW = 40, TEXT_SIZE = 6000 };
+    Dropout off = {0, 0, 0};
+    Safetensors file;
+    double train_loss[64], val_loss[64];
+    size_t size;
+    run("--data text " SMALL "--steps 60 --lr 1e-2 --eval-every 0 --out g.safetensors --log g.log");
+    Model *m = load("g.safetensors", SEQ, &file);
+    if (!m) return;
+    int V = m->config.vocab_size, ids[PROMPT + NEW], ok, id_of[256] = {0};
+    const FileTensor *letters = safetensors_find(&file, "tokenizer.bytes");
+    const unsigned char *text = slurp("text", &size);
+    for (int i = 0; i < V; i++) id_of[letters->data[i]] = i;
+    double sum = 0;
+    for (int w = 0; w < (TEXT_SIZE / 10 - 1) / SEQ; w++) { // the last tenth, window after window
+        int inputs[SEQ], targets[SEQ];
+        for (int t = 0; t < SEQ; t++) {
+            inputs[t] = id_of[text[TEXT_SIZE / 10 * 9 + w * SEQ + t]];
+            targets[t] = id_of[text[TEXT_SIZE / 10 * 9 + w * SEQ + t + 1]];
+        }
+        sum += model_forward(m, inputs, targets, 1, SEQ, off) / ((TEXT_SIZE / 10 - 1) / SEQ * SEQ);
+    }
+    int lines = read_log("g.log", "train_loss", train_loss, 64);
+    read_log("g.log", "val_loss", val_loss, 64);
+    check_error(lines == 60 ? fabs(val_loss[59] - sum) / sum : NAN, 1e-5, "validation loss against windows counted by hand");
+    ok = !run("--load g.safetensors --data text --eval");
+    check_error(ok && !strncmp((char *)output, "val_loss ", 9) ? fabs(atof((char *)output + 9) - sum) / sum : NAN, 1e-5, "--eval prints it");
+    check(lines == 60 && train_loss[59] < train_loss[0] - 0.3, "60 steps lower the loss from %.3f to %.3f", train_loss[0], train_loss[lines - 1]);
+
+    // Weights three times as large make a text that hangs on every token of its window. At temperature 0, window 12: the
+    // prompt's last 12, later the last 6 when 12 are full.
+    unsigned char *bytes = slurp("g.safetensors", &size);
+    for (int i = 0; i < file.n_tensors; i++)
+        for (int64_t e = 0; e < file.tensors[i].count && !strcmp(file.tensors[i].dtype, "F32"); e++) {
+            float value = 3 * (float)number_of(&file.tensors[i], e);
+            memcpy(bytes + (file.tensors[i].data - file.bytes) + 4 * e, &value, 4);
+        }
+    spill("g.safetensors", bytes, size);
+    for (int64_t i = 0; i < m->table.count; i++) m->params[i] *= 3;
+    char prompt[PROMPT + 1] = "";
+    for (int i = 0; i < PROMPT; i++) prompt[i] = text[i] == '\n' || text[i] == ' ' ? 'a' : (char)text[i];
+    for (int i = 0; i < PROMPT; i++) ids[i] = id_of[(unsigned char)prompt[i]];
+    for (int at = PROMPT, begin = PROMPT - SEQ; at < PROMPT + NEW; at++) {
+        if (at - begin > SEQ) begin = at - SEQ / 2;
+        model_forward(m, ids + begin, ids + begin, 1, at - begin, off);
+        const real *logits = m->acts.logits + (size_t)(at - begin - 1) * V;
+        ids[at] = 0;
+        for (int v = 1; v < V; v++) if (logits[v] > logits[ids[at]]) ids[at] = v;
+    }
+    ok = !run("--load g.safetensors --generate %d --temperature 0 --prompt %s", NEW, prompt);
+    ok = ok && output_size == PROMPT + NEW + 1 && !memcmp(output, prompt, PROMPT) && output[PROMPT + NEW] == '\n';
+    for (int i = 0; ok && i < NEW; i++) ok = output[PROMPT + i] == letters->data[ids[PROMPT + i]];
+    check(ok && !complaint_size, "temperature 0, window %d: prompt and continuation, byte for byte as forward passes give it", SEQ);
+    unsigned char *greedy = output;
+    static const char *greedy_ways[] = {"--temperature 0 --seed 5", "--top-k 1", "--top-p 1e-9"};
+    for (int i = 0; i < 3; i++)
+        check(!run("--load g.safetensors --generate %d --prompt %s %s", NEW, prompt, greedy_ways[i]) && !strcmp((char *)output, (char *)greedy), "%s: the same text", greedy_ways[i]);
+    run("--load g.safetensors --generate 200 --seed 1 --window 0");
+    unsigned char *first = output;
+    ok = output_size == 201 && !run("--load g.safetensors --generate 200 --seed 1 --window 0") && !strcmp((char *)output, (char *)first);
+    check(ok && !run("--load g.safetensors --generate 200 --seed 2 --window 0") && strcmp((char *)output, (char *)first), "sampling: a seed gives its text, another seed another");
+    run("--data tokens.bin --vocab 20 " SMALL "--steps 1 --out n.safetensors");
+    ok = !run("--load n.safetensors --generate 5 --prompt 3~14~15");
+    int numbers = 0;
+    for (char *c = (char *)output; ok && (*c == ' ' || numbers == 0); numbers++) ok = strtol(c, &c, 10) < 20;
+    check(ok && numbers == 8 && !strncmp((char *)output, "3 14 15 ", 8), "tokens without a vocabulary: ids in, ids out");
+    model_free(m);
+    safetensors_free(&file);
+    release();
+}
+
+static char damaged[80]; // what is wrong with bad.safetensors
+
+// The program must end with this exit code and one line on standard error, and leave the folder as it was.
+__attribute__((format(printf, 2, 3)))
+static void refuse(int wanted, const char *format, ...) {
+    char line[1024];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(line, sizeof(line), format, arguments);
+    va_end(arguments);
+    uint64_t before = folder_state(0);
+    int code = run("%s", line), lines = 0;
+    for (size_t i = 0; i < complaint_size; i++) lines += complaint[i] == '\n';
+    int ok = code == wanted && lines == 1 && complaint[complaint_size - 1] == '\n' && folder_state(0) == before;
+    if (!check(ok, "%d: %.50s%s%s", wanted, line, *damaged ? " with " : "", damaged)) printf("    exit code %d, %d lines%s: %s\n", code, lines, folder_state(0) == before ? "" : ", files changed", (char *)complaint);
+    release();
+}
+
+// Writes bad.safetensors: good.safetensors with the first `from` of its header replaced.
+static void damage(const char *from, const char *to) {
+    size_t size = 0;
+    unsigned char *good = slurp("good.safetensors", &size), *bad = (unsigned char *)lend(size + strlen(to));
+    uint64_t length, longer;
+    memcpy(&length, good, 8);
+    char *at = (char *)memmem(good + 8, (size_t)length, from, strlen(from));
+    if (!at) { check(0, "the header of a checkpoint does not hold %s", from); return; }
+    size_t head = (size_t)((unsigned char *)at - good), tail = size - head - strlen(from);
+    longer = length + strlen(to) - strlen(from);
+    memcpy(bad, good, head);
+    memcpy(bad, &longer, 8);
+    memcpy(bad + head, to, strlen(to));
+    memcpy(bad + head + strlen(to), at + strlen(from), tail);
+    spill("bad.safetensors", bad, head + strlen(to) + tail);
+    snprintf(damaged, sizeof(damaged), "%.30s for %.30s", to, from);
+}
+
+static void test_files(void) {
+    heading("files: what is written is read, what is damaged is refused with one line and nothing is touched");
+    int ok = !run("--data text " SMALL "--steps 2 --out good.safetensors"), read = 0, crossed = 0;
+    size_t size = 0;
+    ok = ok && !run("--data text --load good.safetensors --lr 0 --min-lr 0 --batch 2 --steps 1 --out d.safetensors");
+    Safetensors a, b;
+    char path[256], error[ERROR_SIZE], from[64], to[64];
+    snprintf(path, sizeof(path), "%s/good.safetensors", work);
+    ok = ok && !safetensors_read(&a, path, error);
+    snprintf(path, sizeof(path), "%s/d.safetensors", work);
+    ok = ok && !safetensors_read(&b, path, error);
+    if (!check(ok, "train, save, load, save")) return;
+    for (int i = 0; i < a.n_tensors; i++) {
+        const FileTensor *t = safetensors_find(&b, a.tensors[i].name);
+        read += strncmp(a.tensors[i].name, "exp_avg", 7) && t && t->size == a.tensors[i].size && !memcmp(t->data, a.tensors[i].data, t->size);
+        crossed += !strncmp(a.tensors[i].name, "exp_avg", 7);
+    }
+    check(read + crossed == a.n_tensors && crossed == 2 * (read - 1), "the same bits of %d tensors after a step with learning rate 0", read);
+    const unsigned char *good = slurp("good.safetensors", &size);
+    int refused = 0, tried = 0;
+    Safetensors file;
+    for (size_t cut = 0; cut < size; cut += cut < 4000 ? 7 : 501, tried++) {
+        unsigned char *bytes = (unsigned char *)malloc(cut + 1);
+        memcpy(bytes, good, cut);
+        refused += safetensors_parse(&file, bytes, cut, "cut", error) != 0 && strlen(error) > 10;
+    }
+    check(refused == tried, "cut at %d places: refused each time", tried);
+    for (int i = 0; i < 3000; i++) { // whatever the answer: no crash, and what is accepted can be freed
+        unsigned char *bytes = (unsigned char *)malloc(size);
+        memcpy(bytes, good, size);
+        for (int flips = random_int(1, 4); flips > 0; flips--) bytes[random_int(0, 3000)] = (unsigned char)random_int(0, 255);
+        if (!safetensors_parse(&file, bytes, size, "flipped", error)) safetensors_free(&file);
+    }
+    static const size_t cuts[] = {0, 5, 8, 700};
+    for (int i = 0; i < 6; i++) { // the last two: one byte less, one byte more
+        spill("bad.safetensors", good, i < 4 ? cuts[i] : i == 4 ? size - 1 : size + 1);
+        snprintf(damaged, sizeof(damaged), "%s", i == 5 ? "one byte more" : i == 4 ? "one byte less" : "an early end");
+        refuse(1, "--load bad.safetensors --data text --eval");
+        good = slurp("good.safetensors", &size);
+    }
+    static const uint64_t header_lengths[] = {UINT64_MAX, (uint64_t)1 << 63, 100000001, 3};
+    for (int i = 0; i < 4; i++) {
+        unsigned char *bytes = slurp("good.safetensors", &size);
+        memcpy(bytes, &header_lengths[i], 8);
+        spill("bad.safetensors", bytes, size);
+        snprintf(damaged, sizeof(damaged), "a header of %llu bytes", (unsigned long long)header_lengths[i]);
+        refuse(1, "--load bad.safetensors --generate 3");
+    }
+    static const char *edits[][2] = {
+        {"\"dtype\":\"F32\"", "\"dtype\":\"I32\""}, {"\"dtype\":\"F32\"", "\"dtype\":\"F64\""}, {"\"dtype\":\"F32\"", "\"dtype\":\"F3\""}, {"[16]", "[4,4]"}, {"[16]", "[17]"}, {"[16]", "[-16]"},
+        {"[16]", "[4611686018427387904,4611686018427387904]"}, {"ln_f.bias", "ln_f.bios"}, {"exp_avg.ln_f.bias", "exp_avg.ln_f.weight"}, {"\"beta1\"", "\"beta2\""}, {"\"__metadata__\"", "\"metadata\""}, {"{", "["}, {"{", ""},
+        {"\"d_model\":\"16\"", "\"d_model\":\"18\""}, {"\"d_model\":\"16\"", "\"d_model\":\"x\""}, {"\"n_heads\":\"2\"", "\"n_heads\":\"0\""}, {"\"d_model\":", "\"d_modal\":"},
+        {"\"mixer\":\"sessa\"", "\"mixer\":\"other\""}, {"\"vocab_size\":\"12\"", "\"vocab_size\":\"13\""}, {"\"d_model\":\"16\"", "\"d_model\":16"}};
+    for (size_t i = 0; i < sizeof(edits) / sizeof(edits[0]); i++) {
+        damage(edits[i][0], edits[i][1]);
+        refuse(1, "--load bad.safetensors --data text --eval");
+    }
+    const FileTensor *weight = safetensors_find(&a, "ln_f.weight"), *bias = safetensors_find(&a, "ln_f.bias"), *least = &a.tensors[0];
+    for (int i = 0; i < a.n_tensors; i++) if (a.tensors[i].data < least->data) least = &a.tensors[i];
+    snprintf(from, sizeof(from), "[%lld,%lld]", (long long)(bias->data - least->data), (long long)(bias->data - least->data) + 64);
+    snprintf(to, sizeof(to), "[%lld,%lld]", (long long)(weight->data - least->data), (long long)(weight->data - least->data) + 64);
+    damage(from, to);
+    refuse(1, "--load bad.safetensors --data text --eval"); // two tensors in one place
+    damage("\"step\":\"2\"", "\"step\":\"two\"");
+    refuse(1, "--resume bad.safetensors --steps 4");
+    safetensors_free(&a);
+    safetensors_free(&b);
+    release();
+
+    damaged[0] = 0;
+    heading("the command line: what cannot work is refused");
+    mkdir(strcat(strcpy(path, work), "/subfolder"), 0777);
+    static const char *wrong[] = {"--colour red", "dim", "--steps ten", "--steps 1.5", "--lr 1e-3x", "--lr nan", "--steps", "--dropout 1", "--batch 0", "--data text --heads 3 --dim 16",
+        "--data text --dim 16 --heads 16", "--data text --heads 4 --kv-heads 3", "--data text --mixer none", "--resume good.safetensors --load good.safetensors", "--generate 5",
+        "--eval", "--load good.safetensors --generate 5 --eval", "--resume good.safetensors --dim 32", "--resume good.safetensors --lr 0.5", "--load good.safetensors --data text --heads 4"};
+    static const char *impossible[] = {"--data absent", "--data subfolder", "--data short", "--load absent --generate 5", "--load subfolder --generate 5", "--resume absent",
+        "--load good.safetensors --data other --eval", "--load good.safetensors --generate 5 --prompt abZ", "--resume good.safetensors --data other --steps 4", "--data text --out subfolder/no/x.safetensors",
+        "--data text --out subfolder", "--data text --log subfolder/no/x.log", "--data set.safetensors --val text", "--data tokens.bin --vocab 5", "--load good.safetensors --data tokens.bin --eval",
+        "--resume d.best.safetensors --steps 9", "--data text --dim 65536 --layers 4096 --heads 4"};
+    for (size_t i = 0; i < sizeof(wrong) / sizeof(wrong[0]); i++) refuse(2, "%s", wrong[i]);
+    for (size_t i = 0; i < sizeof(impossible) / sizeof(impossible[0]); i++) refuse(1, "%s", impossible[i]);
+    int told = 0;
+    ok = !run("--help");
+    for (int i = 0; i < N_OPTIONS; i++) {
+        snprintf(from, sizeof(from), "--%s ", option_table[i].name);
+        told += output && strstr((char *)output, from) != NULL;
+    }
+    check(ok && told == N_OPTIONS && !complaint_size, "--help names all %d options", N_OPTIONS);
+    refuse(1, "--data text " SMALL "--lr 1000 --warmup 0 --clip 0 --steps 400 --eval-every 0 --save-every 1000000 --out never.safetensors");
+}
+
+// The check of dumps must fail where it should: on copies of a dump with one thing wrong.
+static void test_bad_dumps(const char *dump) {
+    heading("damaged copies of a dump are refused");
+    static const char *edits[][2] = {{"\"act.encoded\"", "\"act.encodet\""}, {"\"act.encoded\"", "\"extra\""}, {"\"grad.wte.weight\"", "\"grad.wte.waight\""}, {"\"d_model\"", "\"d_modal\""},
+                                     {"\"inputs\"", "\"imputs\""}, {"\"ln_f.bias\"", "\"ln_f.bios\""}};
+    char error[ERROR_SIZE];
+    unsigned char *bytes;
+    size_t size;
+    if (file_read(dump, &bytes, &size, error)) { check(0, "%s", error); return; }
+    spill("good.safetensors", keep(bytes), size);
+    for (int i = 0; i < 6; i++) {
+        damage(edits[i][0], edits[i][1]);
+        int code = finish(start("bad.safetensors"));
+        check(code == 1 && output && strstr((char *)output, "FAIL"), "%s in place of %s: fails", edits[i][1], edits[i][0]);
+    }
+    Safetensors file;
+    if (safetensors_read(&file, dump, error)) return;
+    const FileTensor *t = safetensors_find(&file, "grad.ln_f.bias");
+    float value;
+    if (t) {
+        memcpy(&value, t->data, 4);
+        value *= 1.01f;
+        memcpy(bytes + (t->data - file.bytes), &value, 4);
+        spill("bad.safetensors", bytes, size);
+        check(finish(start("bad.safetensors")) == 1, "one gradient off by a hundredth: fails");
+    }
+    spill("bad.safetensors", bytes, size / 2);
+    check(finish(start("bad.safetensors")) == 1, "half a file: fails");
+    safetensors_free(&file);
+    release();
+}
+
+static void test_program(const glob_t *dumps) {
+    snprintf(folder, sizeof(folder), "/tmp/test_sessa_XXXXXX");
+    if (!mkdtemp(folder) || snprintf(work, sizeof(work), "%s/work", folder) < 0 || mkdir(work, 0777)) { check(0, "no folder to work in: %s", strerror(errno)); return; }
+    write_data();
+    if (!IS_DOUBLE) { // a checkpoint is float32
+        test_resume();
+        test_files();
+    }
+    test_threads();
+    test_order();
+    test_generation();
+    if (dumps->gl_pathc) test_bad_dumps(dumps->gl_pathv[0]);
+    folder_state(1);
+    discard("../stdout");
+    discard("../stderr");
+    rmdir(work);
+    rmdir(folder);
+    release();
+}
+
+int main(int argc, char **argv) {
+    if (argc > 1 && !strcmp(argv[1], "--run")) { // the program, started by start()
+        argv[1] = argv[0];
+        return run_program(argc - 1, argv + 1, &TESTED_BACKEND);
+    }
+    if (!realpath("/proc/self/exe", self) && !realpath(argv[0], self)) return 1;
+    if (!getenv("OMP_WAIT_POLICY")) { // threads that spin at barriers starve each other on a busy machine; OpenMP reads
+        setenv("OMP_WAIT_POLICY", "passive", 1); // this before main, so start again
+        execv(self, argv);
+    }
+    for (int i = 1; i < argc; i++) check_dump(argv[i]);
+    if (argc == 1) {
+        glob_t dumps;
+        memset(&dumps, 0, sizeof(dumps));
+        glob("data/ref_*.safetensors", 0, NULL, &dumps);
+        test_numbers();
+        test_matmul();
+        test_attention();
+        test_memory();
+        if (IS_DOUBLE) {
+            test_layers();
+            test_model_gradients();
+        }
+        test_training_parts();
+        test_extend();
+        test_program(&dumps);
+        if (!dumps.gl_pathc) check(0, "no dump data/ref_*.safetensors (dev/ makes them)");
+        for (size_t i = 0; i < dumps.gl_pathc; i++) check_dump(dumps.gl_pathv[i]);
+        globfree(&dumps);
+    }
+    printf("\n%d passed, %d failed\n", passed, failed);
+    return failed > 0;
+}
