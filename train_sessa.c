@@ -8,8 +8,8 @@ s = f, whose inverse sums the paths of every number of hops from j to t: the mem
 
 Letters: B sequences, T tokens each, D model width, H query heads, G key/value heads, d = D/H head width, L layers,
 V vocabulary, P panel height. Arrays are row-major, (B,T,D) means index (b·T + t)·D + i; a linear layer's weight is
-(out, in). Numbers in [ ] are the paper's equations. Gradients of parameters are accumulated (+=); gradients of
-activations are written (=) unless the comment says +=. No layer allocates: scratch comes from the caller.
+(out, in); σ(n) = 1/sqrt(n). Numbers in [ ] are the paper's equations. Gradients of parameters are accumulated (+=);
+gradients of activations are written (=) unless the comment says +=. No layer allocates: scratch comes from the caller.
 */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -33,8 +33,9 @@ activations are written (=) unless the comment says +=. No layer allocates: scra
 #include <omp.h>
 #else
 static inline int omp_get_max_threads(void) { return 1; }
-static inline int omp_get_thread_num(void) { return 0; }
 static inline int omp_get_num_threads(void) { return 1; }
+static inline int omp_get_thread_num(void) { return 0; }
+static inline int omp_in_parallel(void) { return 0; }
 #endif
 
 #ifndef REAL
@@ -46,47 +47,34 @@ typedef REAL real;
 // errors and numbers
 
 enum { ERROR_SIZE = 512 };          // room for one line; every `char *error` below points to this much
+enum { FAILED = -1, WRONG_OPTION = -2 };
 
-// Writes "path: what" (only "what" if path is NULL) into error as one line and returns -1. Of a long path the end is
-// shown. What stands in a file may be hostile: in "what", every byte that is not printable ASCII becomes '?'.
-static int fail_line(char *error, const char *path, const char *format, va_list arguments) {
+// Writes "path: what" (only "what" if path is NULL) into error as one line and returns FAILED, so that callers write
+// `return fail(error, path, "...")`. Of a long path the end is shown. What stands in a file may be hostile: in "what",
+// every byte that is not printable ASCII becomes '?'.
+__attribute__((format(printf, 3, 4)))
+static int fail(char *error, const char *path, const char *format, ...) {
     size_t used = 0;
+    va_list arguments;
     if (path) {
         size_t length = strlen(path), cut = length > 300 ? length - 300 : 0;
         used = (size_t)snprintf(error, ERROR_SIZE, "%s%s: ", cut ? "..." : "", path + cut);
     }
+    va_start(arguments, format);
     vsnprintf(error + used, ERROR_SIZE - used, format, arguments);
+    va_end(arguments);
     for (size_t i = 0; error[i]; i++) {
         unsigned char c = (unsigned char)error[i];
         if (c < 32 || c == 127 || (c > 127 && i >= used)) error[i] = '?';
     }
-    return -1;
+    return FAILED;
 }
-
-// Formats one line into error and returns -1, so that callers write `return fail(error, "...")`.
-__attribute__((format(printf, 2, 3)))
-static int fail(char *error, const char *format, ...) {
-    va_list arguments;
-    va_start(arguments, format);
-    fail_line(error, NULL, format, arguments);
-    va_end(arguments);
-    return -1;
-}
-
-// The same with "path: " before it.
-__attribute__((format(printf, 3, 4)))
-static int file_fail(char *error, const char *path, const char *format, ...) {
-    va_list arguments;
-    va_start(arguments, format);
-    fail_line(error, path, format, arguments);
-    va_end(arguments);
-    return -1;
-}
+#define wrong(...) (fail(__VA_ARGS__), WRONG_OPTION) // the same for what the user typed: another exit code
 
 // 0 and the value if the whole text is one finite decimal number ("3e-4", "-1", ".5"), else -1: no spaces, hex or inf.
 static int parse_number(const char *text, double *value) {
-    if (text[strspn(text, "0123456789+-.eE")]) return -1;
     char *end;
+    if (text[strspn(text, "0123456789+-.eE")]) return -1;
     double number = strtod(text, &end);
     if (end == text || *end || !isfinite(number)) return -1;
     *value = number;
@@ -96,26 +84,19 @@ static int parse_number(const char *text, double *value) {
 // 0 and the value if the text is an integer in low..high, however written ("128", "1.28e2", "128.0"), else -1.
 // Plain digits are exact up to 2^63-1, other spellings as exact as a double.
 static int parse_integer(const char *text, int64_t low, int64_t high, int64_t *value) {
-    int64_t integer;
     const char *digits = text + (*text == '-' || *text == '+');
-    if (*digits && !digits[strspn(digits, "0123456789")]) {
-        errno = 0;
-        integer = strtoll(text, NULL, 10);
-        if (errno) return -1;
-    } else {
-        double number;
-        if (parse_number(text, &number) || number != floor(number) || fabs(number) >= 9223372036854775808.0) return -1;
+    double number = 0;
+    errno = 0;
+    int64_t integer = strtoll(text, NULL, 10);
+    if (!*digits || digits[strspn(digits, "0123456789")]) {
+        if (parse_number(text, &number) || number != floor(number) || fabs(number) >= 0x1p63) return -1;
         integer = (int64_t)number;
+    } else if (errno) {
+        return -1;
     }
     if (integer < low || integer > high) return -1;
     *value = integer;
     return 0;
-}
-
-// Ends the program where a small allocation fails; what is large is allocated by functions that return errors.
-static void exhausted(void) {
-    fprintf(stderr, "train_sessa: out of memory\n");
-    exit(1);
 }
 
 // ----------------------------------------------------------------------------
@@ -124,7 +105,7 @@ static void exhausted(void) {
 static inline int min_int(int a, int b) { return a < b ? a : b; }
 
 // e^x by 2^n · e^r with |r| ≤ ln2/2 and a polynomial for e^r, so that loops over it are vectorised.
-// float: relative error below 2.5e-7 + 3e-8·|x|, and e^-87 for any x below -87. double: the library's.
+// float: relative error below 2.5e-7 + 3e-8·|x|, 0 for x below -87, NaN for NaN. double: the library's.
 static inline real exp_real(real x) {
     if (sizeof(real) == sizeof(double)) return (real)exp((double)x);
     float y = (float)x, low = y > -87.0f ? y : -87.0f, clamped = low < 88.0f ? low : 88.0f;
@@ -135,7 +116,7 @@ static inline real exp_real(real x) {
     int32_t bits = (n + 127) << 23;
     float scale;
     memcpy(&scale, &bits, sizeof(scale));
-    return y == y ? (real)(power * scale) : x;
+    return y < -87.0f ? 0 : y == y ? (real)(power * scale) : x;
 }
 
 // Φ(x) = (1 + erf(x/√2))/2, given gauss = e^(-x²/2). float: Φ(-|x|) = gauss · polynomial in 1/(1 + 0.3|x|), fitted here
@@ -156,6 +137,7 @@ typedef struct { const real *at; ptrdiff_t row, col; } Matrix;
 
 static inline Matrix rows_of(const real *at, ptrdiff_t row) { Matrix m = {at, row, 1}; return m; }
 static inline Matrix transpose(Matrix a) { Matrix m = {a.at, a.col, a.row}; return m; }
+static inline Matrix columns_from(Matrix a, ptrdiff_t j) { Matrix m = {a.at + j * a.col, a.row, a.col}; return m; }
 
 // The register tile: TILE_ROWS × TILE_COLS sums, TILE_COLS two vectors wide, that stay in registers while k runs.
 #if defined(__AVX512F__)
@@ -170,9 +152,10 @@ enum { VECTOR_BYTES = 16, TILE_ROWS = 6 };
 enum {
     LANES = VECTOR_BYTES / (int)sizeof(real),
     TILE_COLS = 2 * LANES,
-    BLOCK_K = 256,               // a packed tile of A, TILE_ROWS × BLOCK_K, stays in the L1 cache
-    BLOCK_N = 8 * TILE_COLS,     // a packed block of B, BLOCK_K × BLOCK_N, stays in the L2 cache
-    PARALLEL_WORK = 1 << 15      // multiply-adds below which a product is not worth waking the threads
+    LOW_ROWS = TILE_ROWS / 3,    // a lower tile for what is left below the full ones
+    BLOCK_K = 256,               // a packed strip of B, BLOCK_K × TILE_COLS, comes from the L2 cache
+    BLOCK_N = 8 * TILE_COLS,     // a packed block of B, BLOCK_K × BLOCK_N, stays there
+    PARALLEL_WORK = 1 << 17      // multiply-adds below which a product is not worth waking the threads
 };
 typedef real Vector __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
 
@@ -191,55 +174,34 @@ static inline void pack(real *packed, int width, const real *at, ptrdiff_t strid
                 packed[k * width + r] = at[r * stride_r + k * stride_k];
 }
 
-// sum[i·TILE_COLS + j] = Σ_k a[k·TILE_ROWS + i] · b[k·TILE_COLS + j], a and b packed
-static inline void tile_product(real *sum, const real *a, const real *b, int K) {
+// sum[i·TILE_COLS + j] = Σ_k A[i][k] · b[k·TILE_COLS + j] for i < rows, a constant; A as it lies in memory, b packed.
+// Three rows share a base address, for want of registers that hold twelve.
+__attribute__((always_inline))
+static inline void tile_product(real *sum, Matrix a, const real *b, int K, const int rows) {
     Vector zero = {0}, left[TILE_ROWS], right[TILE_ROWS];
-    for (int i = 0; i < TILE_ROWS; i++) left[i] = right[i] = zero;
-    for (int k = 0; k < K; k++, a += TILE_ROWS, b += TILE_COLS) {
+    const real *base[TILE_ROWS / 3 + 1];
+    for (int i = 0; i < rows; i++) left[i] = right[i] = zero;
+    for (int i = 0; i < rows; i += 3) base[i / 3] = a.at + i * a.row;
+    for (int k = 0; k < K; k++, b += TILE_COLS) {
         Vector b_left = *(const Vector *)b, b_right = *(const Vector *)(b + LANES);
 #pragma GCC unroll 12
-        for (int i = 0; i < TILE_ROWS; i++) {
-            left[i] += a[i] * b_left;
-            right[i] += a[i] * b_right;
+        for (int i = 0; i < rows; i++) {
+            real x = base[i / 3][i % 3 * a.row];
+            left[i] += x * b_left;
+            right[i] += x * b_right;
         }
+#pragma GCC unroll 4
+        for (int i = 0; i < rows; i += 3) base[i / 3] += a.col;
     }
-    for (int i = 0; i < TILE_ROWS; i++) {
+    for (int i = 0; i < rows; i++) {
         *(Vector *)(sum + i * TILE_COLS) = left[i];
         *(Vector *)(sum + i * TILE_COLS + LANES) = right[i];
     }
 }
 
-// The threads that share a piece of work: this one's number, how many there are, and a block of scratch they have in common.
-typedef struct { int thread, threads; real *packed; } Team;
-
-static inline void barrier(Team team) {
-    if (team.threads > 1) {
-        #pragma omp barrier
-    }
-}
-
-// The product with a single row, as in generation: bound by reading B once, so nothing is packed.
-static void row_product(Team team, real *out, Matrix a, Matrix b, int N, int K, real alpha, real beta, const real *bias) {
-    enum { COLUMNS = 64 };
-    for (int n0 = team.thread * COLUMNS; n0 < N; n0 += team.threads * COLUMNS) {
-        int n = min_int(COLUMNS, N - n0);
-        const real *at = b.at + n0 * b.col;
-        real sum[COLUMNS] = {0};
-        if (b.row == 1) {
-            for (int j = 0; j < n; j++)
-                for (int k = 0; k < K; k++) sum[j] += a.at[k * a.col] * at[j * b.col + k];
-        } else {
-            for (int k = 0; k < K; k++)
-                for (int j = 0; j < n; j++) sum[j] += a.at[k * a.col] * at[k * b.row + j * b.col];
-        }
-        for (int j = 0; j < n; j++)
-            out[n0 + j] = alpha * sum[j] + (beta == 0 ? 0 : beta * out[n0 + j]) + (bias ? bias[n0 + j] : 0);
-    }
-    barrier(team);
-}
-
 // out = alpha·sum + keep·out + add for the m × n numbers of one tile
-static inline void store_tile(real *out, ptrdiff_t ld, const real *sum, int m, int n, real alpha, real keep, const real *add) {
+static inline void store_tile(real *out, ptrdiff_t ld, const real *sum, int m, int n, real alpha, real keep,
+                              const real *add) {
     for (int i = 0; i < m; i++, out += ld, sum += TILE_COLS) {
         if (keep == 0) for (int j = 0; j < n; j++) out[j] = alpha * sum[j];
         else for (int j = 0; j < n; j++) out[j] = keep * out[j] + alpha * sum[j];
@@ -247,93 +209,131 @@ static inline void store_tile(real *out, ptrdiff_t ld, const real *sum, int m, i
     }
 }
 
-// out = alpha·A·B + beta·out + bias: A (M,K), B (K,N), out (M,N) with `ld` elements from row to row, bias (N) or NULL.
-// beta 0 overwrites. It equals
-//     for i < M: for j < N: out[i][j] = alpha · Σ_k A[i][k]·B[k][j] + beta · out[i][j] + bias[j]
-// Every thread of the team calls it. Of each block of B a thread packs some strips; then, of the tiles of `out` over that
+// A thread's part of matmul. Of each block of B every thread packs some strips; then, of the tiles of `out` over that
 // block, counted row by row, it computes an equal share. The barriers keep the block whole while anyone reads it. Which
 // thread takes a tile changes no sum: the bits do not depend on the number of threads.
-static void team_matmul(Team team, real *out, ptrdiff_t ld, Matrix a, Matrix b, int M, int N, int K, real alpha, real beta,
-                        const real *bias) {
-    real packed_a[BLOCK_K * TILE_ROWS] __attribute__((aligned(64)));
+static void matmul_share(real *out, ptrdiff_t ld, Matrix a, Matrix b, int M, int N, int K, real alpha, real beta,
+                         const real *bias, real *packed, int thread, int threads) {
     real sum[TILE_ROWS * TILE_COLS] __attribute__((aligned(64)));
-    if (M == 1) { row_product(team, out, a, b, N, K, alpha, beta, bias); return; }
+    real edge[LOW_ROWS * BLOCK_K]; // the last rows of A, filled up with zeros to a low tile
+    int high = M / TILE_ROWS, row_tiles = high + (M % TILE_ROWS + LOW_ROWS - 1) / LOW_ROWS;
     for (int n0 = 0; n0 < N; n0 += BLOCK_N)
         for (int k0 = 0; k0 == 0 || k0 < K; k0 += BLOCK_K) {
             int block_n = min_int(BLOCK_N, N - n0), block_k = min_int(BLOCK_K, K - k0);
             int strips = (block_n + TILE_COLS - 1) / TILE_COLS;
-            for (int j0 = team.thread * TILE_COLS; j0 < block_n; j0 += team.threads * TILE_COLS)
-                pack(team.packed + j0 * block_k, TILE_COLS, b.at + k0 * b.row + (n0 + j0) * b.col, b.col, b.row,
+            for (int j0 = thread * TILE_COLS; j0 < block_n; j0 += threads * TILE_COLS)
+                pack(packed + j0 * block_k, TILE_COLS, b.at + k0 * b.row + (n0 + j0) * b.col, b.col, b.row,
                      min_int(TILE_COLS, block_n - j0), block_k);
-            barrier(team);
-            int64_t tiles = (int64_t)((M + TILE_ROWS - 1) / TILE_ROWS) * strips;
-            int64_t first = tiles * team.thread / team.threads, last = tiles * (team.thread + 1) / team.threads;
-            for (int64_t tile = first; tile < last; tile++) {
-                int i0 = (int)(tile / strips) * TILE_ROWS, j0 = (int)(tile % strips) * TILE_COLS;
-                int m = min_int(TILE_ROWS, M - i0), n = min_int(TILE_COLS, block_n - j0);
-                if (tile == first || j0 == 0)
-                    pack(packed_a, TILE_ROWS, a.at + i0 * a.row + k0 * a.col, a.row, a.col, m, block_k);
-                tile_product(sum, packed_a, team.packed + j0 * block_k, block_k);
+            if (threads > 1) {
+                #pragma omp barrier
+            }
+            int64_t tiles = (int64_t)row_tiles * strips;
+            for (int64_t tile = tiles * thread / threads; tile < tiles * (thread + 1) / threads; tile++) {
+                int row_tile = (int)(tile / strips), j0 = (int)(tile % strips) * TILE_COLS;
+                int i0 = min_int(row_tile, high) * TILE_ROWS + (row_tile > high ? row_tile - high : 0) * LOW_ROWS;
+                int m = min_int(row_tile < high ? (int)TILE_ROWS : (int)LOW_ROWS, M - i0), n = min_int(TILE_COLS, block_n - j0);
+                Matrix rows = {a.at + i0 * a.row + k0 * a.col, a.row, a.col};
+                if (m < LOW_ROWS) {
+                    pack(edge, LOW_ROWS, rows.at, a.row, a.col, m, block_k);
+                    Matrix filled = {edge, 1, LOW_ROWS};
+                    rows = filled;
+                }
+                if (row_tile < high) tile_product(sum, rows, packed + j0 * block_k, block_k, TILE_ROWS);
+                else tile_product(sum, rows, packed + j0 * block_k, block_k, LOW_ROWS);
                 const real *add = bias && k0 == 0 ? bias + n0 + j0 : NULL;
                 real *to = out + i0 * ld + n0 + j0, keep = k0 ? 1 : beta;
-                if (n == TILE_COLS) store_tile(to, ld, sum, m, TILE_COLS, alpha, keep, add); // a constant, for the compiler
+                if (n == TILE_COLS) store_tile(to, ld, sum, m, TILE_COLS, alpha, keep, add); // for the compiler
                 else store_tile(to, ld, sum, m, n, alpha, keep, add);
             }
-            barrier(team);
+            if (threads > 1) {
+                #pragma omp barrier
+            }
         }
 }
 
-// The same by all threads, called from outside a parallel region.
-static void matmul(real *out, ptrdiff_t ld, Matrix a, Matrix b, int M, int N, int K, real alpha, real beta, const real *bias) {
-    real packed[BLOCK_K * BLOCK_N] __attribute__((aligned(64)));
-    #pragma omp parallel if ((int64_t)M * N * K > PARALLEL_WORK)
-    {
-        Team team = {omp_get_thread_num(), omp_get_num_threads(), packed};
-        team_matmul(team, out, ld, a, b, M, N, K, alpha, beta, bias);
+// Does `work` for item = 0 .. items-1: one item a thread where `parallel` says so and the threads are free, else one after
+// the other. (An `if` clause would open a region of one thread, inside which no threads can be had without starting them.)
+#define FOR_ITEMS(parallel, items, work) do {                                           \
+        if (omp_in_parallel() || (items) == 1 || !(parallel)) {                         \
+            for (int item = 0; item < (items); item++) work;                            \
+        } else {                                                                        \
+            _Pragma("omp parallel for") for (int item = 0; item < (items); item++) work; \
+        }                                                                               \
+    } while (0)
+
+// The product with a single row, as in generation: bound by reading B once, so nothing is packed. N ≤ COLUMNS.
+enum { COLUMNS = 64 };
+static void row_product(real *out, Matrix a, Matrix b, int N, int K, real alpha, real beta, const real *bias) {
+    real sum[COLUMNS] = {0};
+    if (b.row == 1 && a.col == 1) {
+        for (int j = 0; j < N; j++)
+            for (int k = 0; k < K; k++) sum[j] += a.at[k] * b.at[j * b.col + k];
+    } else {
+        for (int k = 0; k < K; k++)
+            for (int j = 0; j < N; j++) sum[j] += a.at[k * a.col] * b.at[k * b.row + j * b.col];
     }
+    for (int j = 0; j < N; j++) out[j] = alpha * sum[j] + (beta == 0 ? 0 : beta * out[j]) + (bias ? bias[j] : 0);
 }
 
-// Rows of a panel, the unit in which attention and the feedback solve work. 0 chooses: high panels make large
-// products, low ones waste less above the diagonal and keep P·T numbers inside the L2 cache.
-enum { PANEL_MAX = 60 };
-static int panel_height(int P, int T) {
-    if (P > 0) return min_int(P, PANEL_MAX);
-    int height = T <= 128 ? 24 : T <= 2048 ? 60 : 36;
-    return height;
+// out = alpha·A·B + beta·out + bias: A (M,K), B (K,N), out (M,N) with `ld` elements from row to row, bias (N) or NULL.
+// beta 0 overwrites. It equals
+//     for i < M: for j < N: out[i][j] = alpha · Σ_k A[i][k]·B[k][j] + beta · out[i][j] + bias[j]
+// All threads share the work, unless they are at work already: then the calling thread does all of it.
+static void matmul(real *out, ptrdiff_t ld, Matrix a, Matrix b, int M, int N, int K, real alpha, real beta,
+                   const real *bias) {
+    real packed[BLOCK_K * BLOCK_N] __attribute__((aligned(64)));
+    if (K == 0 && beta == 1 && !bias) return;
+    if (M > 1 && N == 1 && ld == 1 && !bias) {
+        matmul(out, M, transpose(b), transpose(a), 1, M, K, alpha, beta, NULL);
+        return;
+    }
+    if (M == 1) {
+        FOR_ITEMS((int64_t)N * K > PARALLEL_WORK, (N + COLUMNS - 1) / COLUMNS,
+                  row_product(out + item * COLUMNS, a, columns_from(b, item * COLUMNS), min_int(COLUMNS, N - item * COLUMNS), K,
+                              alpha, beta, bias ? bias + item * COLUMNS : NULL));
+        return;
+    }
+    if (omp_in_parallel() || (int64_t)M * N * K < PARALLEL_WORK) {
+        matmul_share(out, ld, a, b, M, N, K, alpha, beta, bias, packed, 0, 1);
+        return;
+    }
+    #pragma omp parallel
+    matmul_share(out, ld, a, b, M, N, K, alpha, beta, bias, packed, omp_get_thread_num(), omp_get_num_threads());
 }
 
 // Solves (I - N) x = b for a strictly lower-triangular N (n,n), n ≤ PANEL_MAX: x (n,D) holds b before and x after, `ld`
 // elements from row to row. It equals
 //     for t < n: for j < t: x[t] += N[t][j] · x[j]
-// in strips of TILE_COLS columns, which do not depend on each other: TILE_ROWS rows at a time take what the rows before
+// in strips of TILE_COLS columns, which do not depend on each other: LOW_ROWS rows at a time take what the rows before
 // them give as one tile product (the strip of x is the packed B), then what they give each other row by row.
 // With negative strides it runs from the last row to the first: so the transposed system is solved.
-static void triangular_solve(Team team, real *x, ptrdiff_t ld, Matrix N, int n, int D) {
-    real packed[(PANEL_MAX + TILE_ROWS) * PANEL_MAX] __attribute__((aligned(64)));
-    for (int t0 = 0; t0 < n; t0 += TILE_ROWS)
-        pack(packed + t0 * PANEL_MAX, TILE_ROWS, N.at + t0 * N.row, N.row, N.col, min_int(TILE_ROWS, n - t0), t0);
-    for (int d0 = team.thread * TILE_COLS; d0 < D; d0 += team.threads * TILE_COLS) {
-        int width = min_int(TILE_COLS, D - d0);
-        real strip[PANEL_MAX * TILE_COLS] __attribute__((aligned(64)));
-        real sum[TILE_ROWS * TILE_COLS] __attribute__((aligned(64)));
-        for (int t = 0; t < n; t++)
-            for (int i = 0; i < TILE_COLS; i++) strip[t * TILE_COLS + i] = i < width ? x[t * ld + d0 + i] : 0;
-        for (int t0 = 0; t0 < n; t0 += TILE_ROWS) {
-            int rows = min_int(TILE_ROWS, n - t0);
-            tile_product(sum, packed + t0 * PANEL_MAX, strip, t0);
-            for (int r = 0; r < rows; r++) {
-                real *row = strip + (t0 + r) * TILE_COLS;
-                for (int i = 0; i < TILE_COLS; i++) row[i] += sum[r * TILE_COLS + i];
-                for (int q = 0; q < r; q++) {
-                    real weight = N.at[(t0 + r) * N.row + (t0 + q) * N.col];
-                    for (int i = 0; i < TILE_COLS; i++) row[i] += weight * strip[(t0 + q) * TILE_COLS + i];
-                }
+enum { PANEL_MAX = 64 };
+static void solve_strip(real *x, ptrdiff_t ld, Matrix N, int n, int width) {
+    real strip[PANEL_MAX * TILE_COLS] __attribute__((aligned(64)));
+    real sum[LOW_ROWS * TILE_COLS] __attribute__((aligned(64)));
+    for (int t = 0; t < n; t++)
+        for (int i = 0; i < TILE_COLS; i++) strip[t * TILE_COLS + i] = i < width ? x[t * ld + i] : 0;
+    for (int t0 = 0; t0 < n; t0 += LOW_ROWS) {
+        int rows = min_int(LOW_ROWS, n - t0);
+        Matrix earlier = {N.at + t0 * N.row, N.row, N.col};
+        if (rows == LOW_ROWS) tile_product(sum, earlier, strip, t0, LOW_ROWS);
+        else for (int r = 0; r < rows; r++, earlier.at += N.row) tile_product(sum + r * TILE_COLS, earlier, strip, t0, 1);
+        for (int r = 0; r < rows; r++) {
+            real *row = strip + (t0 + r) * TILE_COLS;
+            for (int i = 0; i < TILE_COLS; i++) row[i] += sum[r * TILE_COLS + i];
+            for (int q = 0; q < r; q++) {
+                real weight = N.at[(t0 + r) * N.row + (t0 + q) * N.col];
+                for (int i = 0; i < TILE_COLS; i++) row[i] += weight * strip[(t0 + q) * TILE_COLS + i];
             }
         }
-        for (int t = 0; t < n; t++)
-            for (int i = 0; i < width; i++) x[t * ld + d0 + i] = strip[t * TILE_COLS + i];
     }
-    barrier(team);
+    for (int t = 0; t < n; t++)
+        for (int i = 0; i < width; i++) x[t * ld + i] = strip[t * TILE_COLS + i];
+}
+
+static void triangular_solve(real *x, ptrdiff_t ld, Matrix N, int n, int D) {
+    FOR_ITEMS(n * n * D > PARALLEL_WORK / 4, (D + TILE_COLS - 1) / TILE_COLS,
+              solve_strip(x + item * TILE_COLS, ld, N, n, min_int(TILE_COLS, D - item * TILE_COLS)));
 }
 
 // ----------------------------------------------------------------------------
@@ -384,9 +384,8 @@ static void embedding_forward(real *out, const int *inp, const real *wte, int B,
         memcpy(out + (size_t)bt * D, wte + (size_t)inp[bt] * D, sizeof(real) * (size_t)D);
 }
 
-// dwte[inp[bt]] += dout[bt]     A thread takes columns, so that no two write the same row of dwte.
+// dwte[inp[bt]] += dout[bt]     Where rows are summed, here and below, a thread takes columns: a sum has one owner.
 static void embedding_backward(real *dwte, const real *dout, const int *inp, int B, int T, int D) {
-    enum { COLUMNS = 64 };
     #pragma omp parallel for
     for (int d0 = 0; d0 < D; d0 += COLUMNS)
         for (int bt = 0; bt < B * T; bt++)
@@ -430,7 +429,6 @@ static void layernorm_backward(real *dx, real *dweight, real *dbias, const real 
         dot *= r * r / D;
         for (int i = 0; i < D; i++) dx[(size_t)n * D + i] += r * (drow[i] * weight[i] - sum - (row[i] - m) * dot);
     }
-    enum { COLUMNS = 64 };
     #pragma omp parallel for
     for (int d0 = 0; d0 < D; d0 += COLUMNS) {
         int width = min_int(COLUMNS, D - d0);
@@ -456,13 +454,12 @@ static void linear_forward(real *out, int ld_out, const real *inp, const real *w
     matmul(out, ld_out, rows_of(inp, in), transpose(rows_of(weight, in)), N, out_width, in, 1, 0, bias);
 }
 
-// dinp = dout·weight (NULL: not wanted),   dweight += dout^T·inp,   dbias += Σ_n dout (NULL: no bias)
+// dinp = dout·weight,   dweight += dout^T·inp,   dbias += Σ_n dout (NULL: no bias)
 static void linear_backward(real *dinp, real *dweight, real *dbias, const real *dout, int ld_dout, const real *inp,
                             const real *weight, int N, int in, int out_width) {
-    if (dinp) matmul(dinp, in, rows_of(dout, ld_dout), rows_of(weight, in), N, in, out_width, 1, 0, NULL);
+    matmul(dinp, in, rows_of(dout, ld_dout), rows_of(weight, in), N, in, out_width, 1, 0, NULL);
     matmul(dweight, in, transpose(rows_of(dout, ld_dout)), rows_of(inp, in), out_width, in, N, 1, 1, NULL);
     if (!dbias) return;
-    enum { COLUMNS = 64 };
     #pragma omp parallel for
     for (int o = 0; o < out_width; o += COLUMNS) {
         int width = min_int(COLUMNS, out_width - o);
@@ -506,7 +503,7 @@ static void rope_table(real *cosine, real *sine, int T, int d) {
 }
 
 // RoPE: turns each pair (x_2i, x_2i+1) of each head by the angle of its position t, in place. x: the first heads·d of
-// the ld columns of N rows, of which row n stands at position first + n mod T. direction -1 turns back.
+// the ld columns of N rows, of which row n stands at position first + n mod T. direction 1, or -1 to turn back.
 static void rope_forward(real *x, int ld, const real *cosine, const real *sine, int N, int T, int heads, int d,
                          int first, real direction) {
     #pragma omp parallel for
@@ -528,121 +525,148 @@ static void rope_backward(real *dx, int ld, const real *cosine, const real *sine
     rope_forward(dx, ld, cosine, sine, N, T, heads, d, 0, -1);
 }
 
-// Attention and feedback work on items, a head or a sequence each, that do not depend on each other: as many as can be
-// dealt out evenly go to one thread each, the rest to all threads together, one after the other. A team's scratch is a
-// packed block of a product, two panels and a square of weights; there is one for each thread and one for all together.
-static size_t team_scratch(int T) { return BLOCK_K * BLOCK_N + 2 * (size_t)PANEL_MAX * (size_t)T + PANEL_MAX * PANEL_MAX; }
-static size_t panel_scratch(int T) { return team_scratch(T) * (size_t)(omp_get_max_threads() + 1); }
+// Attention and feedback work on panels of P rows, so that no buffer grows as T². P 0 chooses: low panels waste less
+// above the diagonal, high ones make larger products. A panel's weights are stored transposed, the weight of row r for
+// key j at [j·n + r] in a panel of n rows: a vector holds one key for many rows, and the softmax runs without a sum
+// across lanes.
+static int panel_height(int P, int T) { return P > 0 ? min_int(P, PANEL_MAX) : T <= 256 ? PANEL_MAX / 2 : PANEL_MAX; }
 
-static inline int dealt(int items) { return items - items % omp_get_num_threads(); }
-static inline Team team_of(int item, int items, real *scratch, int T) {
-    int thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    Team alone = {0, 1, scratch + team_scratch(T) * (size_t)thread}, all = {thread, threads, scratch + team_scratch(T) * (size_t)threads};
-    return item < dealt(items) ? alone : all;
-}
-static inline int first_item(int items) { return dealt(items) ? omp_get_thread_num() : 0; }
-static inline int next_item(int item, int items) {
-    if (item >= dealt(items)) return item + 1;
-    return min_int(item + omp_get_num_threads(), dealt(items));
+// Numbers of scratch that a thread needs: weights of a panel, their gradient, and those of the panel for itself.
+static size_t panel_scratch(int T) { return PANEL_MAX * (2 * (size_t)T + PANEL_MAX); }
+
+// Heads and sequences do not depend on each other: where they can be shared out evenly a thread takes whole ones, else
+// all threads work on one after the other, inside the products.
+static int shared_out(int items) {
+    int threads = omp_get_max_threads();
+    return threads == 1 || items % threads == 0 || items >= 4 * threads;
 }
 
-// Both need one thing: rows of softmax weights over the past. For the rows t = i0 .. i0+n-1
-//     weights[t - i0][j] = gain_t · exp(σ(d) q_t·k_j - logsumexp_t) for the j that t sees (j ≤ t; strict: j < t), else 0
-// q: n rows, k: i0+n rows, weights (n, i0+n), gain (n) or NULL for 1. The log-sum-exp of each row is all that is kept: the
-// forward pass writes it, the backward pass gives it again as `known` and gets the same weights. Row 0 of a strict panel
-// sees nothing: 0 and 0.
-static void softmax_panel(Team team, real *weights, real *logsumexp, const real *known, const real *gain, const real *q,
-                          int ld_q, const real *k, int ld_k, int i0, int n, int d, int strict) {
-    int cols = i0 + n;
-    team_matmul(team, weights, cols, rows_of(q, ld_q), transpose(rows_of(k, ld_k)), n, cols, d, 1 / (real)sqrt((double)d), 0, NULL);
-    for (int r = team.thread; r < n; r += team.threads) {
-        real *row = weights + (size_t)r * cols;
-        int seen = i0 + r + !strict;
-        if (known) {
-            for (int j = 0; j < seen; j++) row[j] = exp_real(row[j] - known[r]);
-        } else if (seen > 0) {
-            real max = row[0], sum = 0;
-            for (int j = 1; j < seen; j++) max = row[j] > max ? row[j] : max;
-            for (int j = 0; j < seen; j++) sum += (row[j] = exp_real(row[j] - max));
-            real scale = (gain ? gain[r] : 1) / sum;
-            for (int j = 0; j < seen; j++) row[j] *= scale;
-            logsumexp[r] = max + (real)log((double)sum);
-        } else {
-            logsumexp[r] = 0;
-        }
-        for (int j = seen; j < cols; j++) row[j] = 0;
+// Softmax down the columns of logits, m ≤ TILE_COLS columns of rows n apart; see softmax_panel. Row r sees the keys j
+// below seen + r. m is a constant where it can be: the compiler keeps maximum and sum in registers then.
+__attribute__((always_inline))
+static inline void softmax_columns(real *w, real *stats, int known, const real *gain, int n, int seen, int cols, int m) {
+    real max[TILE_COLS], sum[TILE_COLS];
+    for (int j = seen > 0 ? seen : 0; j < cols; j++)
+        for (int r = 0; r < min_int(m, j - seen + 1); r++) w[(size_t)j * n + r] = -INFINITY;
+    for (int r = 0; r < m; r++) {
+        max[r] = known ? stats[2 * r] : (real)-1e30;
+        sum[r] = 0;
     }
-    barrier(team);
+    for (int j = 0; j < cols && !known; j++)
+        for (int r = 0; r < m; r++) max[r] = w[(size_t)j * n + r] > max[r] ? w[(size_t)j * n + r] : max[r];
+    for (int j = 0; j < cols; j++)
+        for (int r = 0; r < m; r++) {
+            real e = exp_real(w[(size_t)j * n + r] - max[r]);
+            w[(size_t)j * n + r] = e;
+            sum[r] += e;
+        }
+    for (int r = 0; r < m; r++) {
+        real scale = known ? stats[2 * r + 1] : sum[r] > 0 ? 1 / sum[r] : sum[r]; // NaN stays NaN
+        stats[2 * r] = max[r];
+        stats[2 * r + 1] = scale;
+        sum[r] = scale * (gain ? gain[r] : 1);
+    }
+    for (int j = 0; j < cols; j++)
+        for (int r = 0; r < m; r++) w[(size_t)j * n + r] *= sum[r];
+}
+
+static void softmax_block(real *w, real *stats, int known, const real *gain, int n, int seen, int cols, int m) {
+    if (m == TILE_COLS) softmax_columns(w, stats, known, gain, n, seen, cols, TILE_COLS);
+    else softmax_columns(w, stats, known, gain, n, seen, cols, m);
+}
+
+// Rows of softmax weights over the past. For the rows t = i0 .. i0+n-1
+//     weights[j·n + t-i0] = gain_t · exp(σ(d) q_t·k_j - max_t) / sum_t for the j that t sees (j ≤ t; strict: j < t), else 0
+// q: n rows, k: i0+n rows, gain (n) or NULL for 1. stats (n,2) keeps each row's maximum and 1/sum: the forward pass
+// writes them, the backward pass gives them as known and gets the same weights, bit for bit. A row that sees nothing
+// (row 0, strict) has no weights: 1/sum is 0.
+static void softmax_panel(real *weights, real *stats, int known, const real *gain, const real *q, const real *k, int ld,
+                          int i0, int n, int d, int strict) {
+    int cols = i0 + n;
+    matmul(weights, n, rows_of(k, ld), transpose(rows_of(q, ld)), cols, n, d, 1 / (real)sqrt((double)d), 0, NULL);
+    FOR_ITEMS(cols > 256, (n + TILE_COLS - 1) / TILE_COLS,
+              softmax_block(weights + item * TILE_COLS, stats + 2 * item * TILE_COLS, known, gain ? gain + item * TILE_COLS : NULL,
+                            n, i0 + item * TILE_COLS + !strict, cols, min_int(TILE_COLS, n - item * TILE_COLS)));
 }
 
 // Its backward pass, from dweights, the gradient of the weights without their gain:
 //     delta_r = Σ_j weights_rj dweights_rj,   dlogits_rj = gain_r weights_rj (dweights_rj - delta_r)
-// dlogits takes the place of dweights, gain_r weights_rj that of the weights. All (n, cols), delta and gain (n) or NULL.
-static void softmax_panel_backward(Team team, real *dweights, real *weights, real *delta, const real *gain, int n, int cols) {
-    for (int r = team.thread; r < n; r += team.threads) {
-        real *w = weights + (size_t)r * cols, *dw = dweights + (size_t)r * cols, sum = 0;
-        for (int j = 0; j < cols; j++) sum += w[j] * dw[j];
-        for (int j = 0; j < cols; j++) {
-            if (gain) w[j] *= gain[r];
-            dw[j] = w[j] * (dw[j] - sum);
+// dlogits takes the place of dweights, gain_r weights_rj that of the weights. Both (cols,n), delta and gain (n) or NULL.
+static void softmax_panel_backward(real *dweights, real *weights, real *delta, const real *gain, int n, int cols) {
+    real sum[PANEL_MAX] = {0}, g[PANEL_MAX];
+    for (int r = 0; r < n; r++) g[r] = gain ? gain[r] : 1;
+    for (int j = 0; j < cols; j++)
+        for (int r = 0; r < n; r++) sum[r] += weights[(size_t)j * n + r] * dweights[(size_t)j * n + r];
+    for (int j = 0; j < cols; j++)
+        for (int r = 0; r < n; r++) {
+            real w = g[r] * weights[(size_t)j * n + r];
+            weights[(size_t)j * n + r] = w;
+            dweights[(size_t)j * n + r] = w * (dweights[(size_t)j * n + r] - sum[r]);
         }
-        if (delta) delta[r] = sum;
-    }
-    barrier(team);
+    for (int r = 0; delta && r < n; r++) delta[r] = sum[r];
 }
 
 // [15, 16]  o_t = Σ_{j≤t} softmax_j(σ(d) q_t·k_j) v_j, head h with the keys and values of group h/(H/G)
-// q: H heads of d columns, rows ld apart, for the positions first..T-1; k, v: G heads of d columns, rows ld_kv apart,
-// for the positions 0..T-1 (a cache gives the ones before first); out (B, T-first, H·d); logsumexp (B,H,T-first) is
-// kept for the backward pass, which recomputes the weights panel by panel: nothing of size T×T exists.
-static void attention_forward(real *out, real *logsumexp, real *scratch, const real *q, int ld, const real *k,
-                              const real *v, int ld_kv, int B, int T, int H, int G, int d, int first, int P) {
-    int rows = T - first;
-    P = panel_height(P, T);
-    #pragma omp parallel
-    for (int item = first_item(B * H); item < B * H; item = next_item(item, B * H)) {
-        int b = item / H, h = item % H;
-        Team team = team_of(item, B * H, scratch, T);
-        real *weights = team.packed + BLOCK_K * BLOCK_N;
-        size_t kv = (size_t)b * T * ld_kv + h / (H / G) * d;
-        for (int i0 = 0; i0 < rows; i0 += P) {
-            int n = min_int(P, rows - i0), cols = first + i0 + n;
-            size_t row = (size_t)b * rows + i0;
-            softmax_panel(team, weights, logsumexp + (size_t)item * rows + i0, NULL, NULL, q + row * ld + h * d, ld, k + kv, ld_kv,
-                          first + i0, n, d, 0);
-            team_matmul(team, out + (row * H + h) * d, H * d, rows_of(weights, cols), rows_of(v + kv, ld_kv), n, d, cols, 1, 0, NULL);
-        }
+// q: H heads of d columns for the positions first..T-1; k, v: G heads for the positions 0..T-1, the ones before first
+// known from earlier calls; rows ld apart. out (B,T-first,H·d); stats (B,H,T-first,2) is kept for the backward pass,
+// which computes the weights again panel by panel: nothing of size T×T exists. Here one head of one sequence, `weights`
+// its scratch:
+static void attention_head(real *out, int ld_out, real *stats, real *weights, const real *q, const real *k, const real *v,
+                           int ld, int T, int d, int first, int P) {
+    for (int i0 = first; i0 < T; i0 += P) {
+        int n = min_int(P, T - i0);
+        size_t row = (size_t)(i0 - first);
+        Matrix panel = {weights, 1, n};
+        softmax_panel(weights, stats + 2 * row, 0, NULL, q + row * ld, k, ld, i0, n, d, 0);
+        matmul(out + row * ld_out, ld_out, panel, rows_of(v, ld), n, d, i0 + n, 1, 0, NULL);
     }
+}
+
+static void attention_forward(real *out, real *stats, real *scratch, const real *q, const real *k, const real *v, int ld,
+                              int B, int T, int H, int G, int d, int first, int P) {
+    size_t rows = (size_t)(T - first);
+    int D = H * d;
+    P = panel_height(P, T);
+    FOR_ITEMS(shared_out(B * H), B * H,
+        attention_head(out + item / H * rows * D + item % H * d, D, stats + 2 * item * rows,
+                       scratch + panel_scratch(T) * omp_get_thread_num(), q + item / H * rows * ld + item % H * d,
+                       k + (size_t)(item / H) * T * ld + item % H / (H / G) * d,
+                       v + (size_t)(item / H) * T * ld + item % H / (H / G) * d, ld, T, d, first, P));
 }
 
 // With p the weights:  dv_j = Σ_t p_tj do_t,   dp_tj = do_t·v_j,   dlogit from it as above,
 //     dq_t = σ(d) Σ_j dlogit_tj k_j,   dk_j = σ(d) Σ_t dlogit_tj q_t
-// dq, dk, dv have the layout of q, k, v. Panels run from the last: it sees all keys, so it writes what the others add to.
-static void attention_backward(real *dq, real *dk, real *dv, real *scratch, const real *dout, const real *logsumexp,
-                               const real *q, const real *k, const real *v, int ld, int B, int T, int H, int G, int d, int P) {
-    int D = H * d, ratio = H / G;
-    real scale = 1 / (real)sqrt((double)d);
+// dq, dk, dv have the layout of q, k, v. Here the `heads` of one group. Panels run from the last: it sees all keys, so it
+// writes what the others add to.
+static void attention_group_backward(real *dq, real *dk, real *dv, real *scratch, const real *dout, int ld_out, real *stats,
+                                     const real *q, const real *k, const real *v, int ld, int T, int heads, int d, int P) {
+    real scale = 1 / (real)sqrt((double)d), *weights = scratch, *dlogits = scratch + PANEL_MAX * (size_t)T;
+    for (int h = 0; h < heads; h++)
+        for (int i0 = (T - 1) / P * P; i0 >= 0; i0 -= P) {
+            int n = min_int(P, T - i0), cols = i0 + n;
+            real beta = h == 0 && cols == T ? 0 : 1;
+            const real *q_I = q + (size_t)i0 * ld + h * d, *dout_I = dout + (size_t)i0 * ld_out + h * d;
+            Matrix dlogits_I = {dlogits, 1, n};
+            softmax_panel(weights, stats + 2 * ((size_t)h * T + i0), 1, NULL, q_I, k, ld, i0, n, d, 0);
+            matmul(dlogits, n, rows_of(v, ld), transpose(rows_of(dout_I, ld_out)), cols, n, d, 1, 0, NULL);
+            softmax_panel_backward(dlogits, weights, NULL, NULL, n, cols);
+            matmul(dq + (size_t)i0 * ld + h * d, ld, dlogits_I, rows_of(k, ld), n, d, cols, scale, 0, NULL);
+            matmul(dk, ld, rows_of(dlogits, n), rows_of(q_I, ld), cols, d, n, scale, beta, NULL);
+            matmul(dv, ld, rows_of(weights, n), rows_of(dout_I, ld_out), cols, d, n, 1, beta, NULL);
+        }
+}
+
+static void attention_backward(real *dq, real *dk, real *dv, real *scratch, const real *dout, real *stats, const real *q,
+                               const real *k, const real *v, int ld, int B, int T, int H, int G, int d, int P) {
+    int heads = H / G, D = H * d;
+    size_t all = (size_t)T * ld;
     P = panel_height(P, T);
-    #pragma omp parallel
-    for (int item = first_item(B * G); item < B * G; item = next_item(item, B * G)) {
-        int b = item / G, group = item % G;
-        Team team = team_of(item, B * G, scratch, T);
-        real *weights = team.packed + BLOCK_K * BLOCK_N, *dlogits = weights + (size_t)PANEL_MAX * T;
-        size_t kv = (size_t)b * T * ld + group * d;
-        for (int h = group * ratio; h < (group + 1) * ratio; h++)
-            for (int i0 = (T - 1) / P * P; i0 >= 0; i0 -= P) {
-                int n = min_int(P, T - i0), cols = i0 + n;
-                real beta = h == group * ratio && cols == T ? 0 : 1;
-                size_t row = ((size_t)b * T + i0) * ld + h * d;
-                const real *dout_I = dout + ((size_t)b * T + i0) * D + h * d;
-                softmax_panel(team, weights, NULL, logsumexp + (size_t)(b * H + h) * T + i0, NULL, q + row, ld, k + kv, ld, i0, n, d, 0);
-                team_matmul(team, dlogits, cols, rows_of(dout_I, D), transpose(rows_of(v + kv, ld)), n, cols, d, 1, 0, NULL);
-                softmax_panel_backward(team, dlogits, weights, NULL, NULL, n, cols);
-                team_matmul(team, dq + row, ld, rows_of(dlogits, cols), rows_of(k + kv, ld), n, d, cols, scale, 0, NULL);
-                team_matmul(team, dk + kv, ld, transpose(rows_of(dlogits, cols)), rows_of(q + row, ld), cols, d, n, scale, beta, NULL);
-                team_matmul(team, dv + kv, ld, transpose(rows_of(weights, cols)), rows_of(dout_I, D), cols, d, n, 1, beta, NULL);
-            }
-    }
+    FOR_ITEMS(shared_out(B * G), B * G,
+        attention_group_backward(dq + item / G * all + item % G * heads * d, dk + item / G * all + item % G * d,
+                                 dv + item / G * all + item % G * d, scratch + panel_scratch(T) * omp_get_thread_num(),
+                                 dout + (size_t)(item / G) * T * D + item % G * heads * d, D, stats + 2 * (size_t)item * heads * T,
+                                 q + item / G * all + item % G * heads * d, k + item / G * all + item % G * d,
+                                 v + item / G * all + item % G * d, ld, T, heads, d, P));
 }
 
 // [18]  gamma_t = gamma_max · tanh(x_t·weight + bias)       x (N,D), weight (D), bias (1), gamma (N), |gamma| < gamma_max
@@ -666,35 +690,41 @@ static void gain_backward(real *dx, real *dweight, real *dbias, real *dgamma, co
         sum += (double)dgamma[n];
     }
     dbias[0] += (real)sum;
-    matmul(dx, D, transpose(rows_of(dgamma, N)), rows_of(weight, D), N, D, 1, 1, 1, NULL);
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++)
+        for (int i = 0; i < D; i++) dx[(size_t)n * D + i] += dgamma[n] * weight[i];
     matmul(dweight, D, rows_of(dgamma, N), rows_of(x, D), 1, D, N, 1, 1, NULL);
 }
 
 // [17, 19-22]  The feedback path: with the weights α_t = softmax_{j<t}(σ(D) q'_t·k'_j), one head, the strict past only,
 //     s_t = f_t + gamma_t Σ_{j<t} α_tj s_j,       that is (I - A) s = f with A = diag(gamma) α
-// f (B, T-first, D); q', k': D columns, rows ld and ld_k apart, q' for the positions first..T-1 and k' for 0..T-1; gamma
-// and logsumexp (B, T-first); s (B,T,D), its rows before first given by a cache. It equals
+// f (B,T-first,D); q', k': D columns of rows ld apart, q' for the positions first..T-1 and k' for 0..T-1; gamma
+// (B,T-first), stats (B,T-first,2); s (B,T,D), its rows before first known from earlier calls. It equals
 //     for t: s[t] = f[t];  for j < t: s[t] += A[t][j] · s[j]
-// In panels: rows i0..i1-1 first take what all earlier panels give, A_{I,<i0} s_{<i0}, as one matrix product; what is
-// left is a small triangular system. Kept for the backward pass: q', k', gamma, logsumexp and s, all O(T).
-static void feedback_forward(real *s, real *logsumexp, real *scratch, const real *f, const real *q, int ld, const real *k,
-                             int ld_k, const real *gamma, int B, int T, int D, int first, int P) {
-    int rows = T - first;
-    P = panel_height(P, T);
-    #pragma omp parallel
-    for (int b = first_item(B); b < B; b = next_item(b, B)) {
-        Team team = team_of(b, B, scratch, T);
-        real *A = team.packed + BLOCK_K * BLOCK_N, *s_b = s + (size_t)b * T * D;
-        for (int i0 = first; i0 < T; i0 += P) {
-            int n = min_int(P, T - i0), cols = i0 + n;
-            size_t row = (size_t)b * rows + (size_t)(i0 - first); // of f, q', gamma and logsumexp
-            real *s_I = s_b + (size_t)i0 * D;
-            if (team.thread == 0) memcpy(s_I, f + row * D, sizeof(real) * (size_t)n * (size_t)D);
-            softmax_panel(team, A, logsumexp + row, NULL, gamma + row, q + row * ld, ld, k + (size_t)b * T * ld_k, ld_k, i0, n, D, 1);
-            if (i0) team_matmul(team, s_I, D, rows_of(A, cols), rows_of(s_b, D), n, D, i0, 1, 1, NULL);
-            triangular_solve(team, s_I, D, rows_of(A + i0, cols), n, D);
-        }
+// In panels: rows i0..i0+n-1 first take what all earlier panels give, A_{I,<i0} s_{<i0}, as one matrix product; what is
+// left is a small triangular system. Kept for the backward pass: q', k', gamma, stats and s, all O(T). Here one sequence:
+static void feedback_sequence(real *s, real *stats, real *A, const real *f, const real *q, const real *k, int ld,
+                              const real *gamma, int T, int D, int first, int P) {
+    for (int i0 = first; i0 < T; i0 += P) {
+        int n = min_int(P, T - i0);
+        size_t row = (size_t)(i0 - first); // of f, q', gamma and stats
+        real *s_I = s + (size_t)i0 * D;
+        Matrix before = {A, 1, n}, inside = {A + (size_t)i0 * n, 1, n};
+        softmax_panel(A, stats + 2 * row, 0, gamma + row, q + row * ld, k, ld, i0, n, D, 1);
+        memcpy(s_I, f + row * D, sizeof(real) * (size_t)n * (size_t)D);
+        matmul(s_I, D, before, rows_of(s, D), n, D, i0, 1, 1, NULL);
+        triangular_solve(s_I, D, inside, n, D);
     }
+}
+
+static void feedback_forward(real *s, real *stats, real *scratch, const real *f, const real *q, const real *k, int ld,
+                             const real *gamma, int B, int T, int D, int first, int P) {
+    size_t rows = (size_t)(T - first), all = (size_t)T;
+    P = panel_height(P, T);
+    FOR_ITEMS(shared_out(B), B,
+        feedback_sequence(s + item * all * D, stats + 2 * item * rows, scratch + panel_scratch(T) * omp_get_thread_num(),
+                          f + item * rows * D, q + item * rows * ld, k + item * all * ld, ld, gamma + item * rows, T, D, first,
+                          P));
 }
 
 // The adjoint λ solves the transposed system (I - A)^T λ = ds: from the last row to the first,
@@ -703,38 +733,40 @@ static void feedback_forward(real *s, real *logsumexp, real *scratch, const real
 //     df_t = λ_t,   δ_t = λ_t·(Σ_j α_tj s_j) = Σ_j α_tj (λ_t·s_j),   dgamma_t = δ_t,
 //     dlogit_tj = gamma_t α_tj (λ_t·s_j - δ_t),   dq'_t = σ(D) Σ_j dlogit_tj k'_j,   dk'_j = σ(D) Σ_t dlogit_tj q'_t
 // δ does two jobs, because the softmax's backward pass needs the same sum as dgamma.
-// df, ds, s (B,T,D), dgamma (B,T); dq', dk' with the layout of q', k'.
-static void feedback_backward(real *df, real *dq, real *dk, real *dgamma, real *scratch, const real *ds, const real *s,
-                              const real *logsumexp, const real *q, const real *k, int ld, const real *gamma, int B, int T,
-                              int D, int P) {
+// df, ds, s (B,T,D), df may be ds itself; dgamma (B,T); dq', dk' with the layout of q', k'. Here one sequence, λ is ds
+// before and df after:
+static void feedback_sequence_backward(real *lambda, real *dq, real *dk, real *dgamma, real *scratch, const real *s, real *stats,
+                                       const real *q, const real *k, int ld, const real *gamma, int T, int D, int P) {
     real scale = 1 / (real)sqrt((double)D);
-    P = panel_height(P, T);
-    #pragma omp parallel
-    for (int b = first_item(B); b < B; b = next_item(b, B)) {
-        Team team = team_of(b, B, scratch, T);
-        real *A = team.packed + BLOCK_K * BLOCK_N;              // α until gamma is multiplied in
-        real *dlogits = A + (size_t)PANEL_MAX * T, *N = dlogits + (size_t)PANEL_MAX * T;
-        const real *s_b = s + (size_t)b * T * D, *q_b = q + (size_t)b * T * ld, *k_b = k + (size_t)b * T * ld;
-        real *lambda = df + (size_t)b * T * D;
-        if (team.thread == 0) memcpy(lambda, ds + (size_t)b * T * D, sizeof(real) * (size_t)T * (size_t)D);
-        for (int i0 = (T - 1) / P * P; i0 >= 0; i0 -= P) {
-            int n = min_int(P, T - i0), cols = i0 + n;
-            size_t row = (size_t)b * T + i0;
-            real *lambda_I = lambda + (size_t)i0 * D;
-            softmax_panel(team, A, NULL, logsumexp + row, NULL, q_b + (size_t)i0 * ld, ld, k_b, ld, i0, n, D, 1);
-            for (int r = team.thread; r < n; r += team.threads)
-                for (int j = 0; j < n; j++) N[r * n + j] = gamma[row + r] * A[(size_t)r * cols + i0 + j];
-            barrier(team);
-            Matrix reversed = {N + n * n - 1, -1, -n};          // rows and columns of N^T, counted from the last
-            triangular_solve(team, lambda_I + (size_t)(n - 1) * D, -D, reversed, n, D);
-            team_matmul(team, dlogits, cols, rows_of(lambda_I, D), transpose(rows_of(s_b, D)), n, cols, D, 1, 0, NULL);
-            softmax_panel_backward(team, dlogits, A, dgamma + row, gamma + row, n, cols);
-            if (i0) team_matmul(team, lambda, D, transpose(rows_of(A, cols)), rows_of(lambda_I, D), i0, D, n, 1, 1, NULL);
-            team_matmul(team, dq + row * ld, ld, rows_of(dlogits, cols), rows_of(k_b, ld), n, D, cols, scale, 0, NULL);
-            team_matmul(team, dk + (size_t)b * T * ld, ld, transpose(rows_of(dlogits, cols)), rows_of(q_b + (size_t)i0 * ld, ld), cols,
-                        D, n, scale, cols == T ? 0 : 1, NULL);
-        }
+    real *A = scratch, *dlogits = A + PANEL_MAX * (size_t)T, *N = dlogits + PANEL_MAX * (size_t)T; // A: α until it gets its gamma
+    for (int i0 = (T - 1) / P * P; i0 >= 0; i0 -= P) {
+        int n = min_int(P, T - i0), cols = i0 + n;
+        real *lambda_I = lambda + (size_t)i0 * D;
+        const real *q_I = q + (size_t)i0 * ld;
+        Matrix dlogits_I = {dlogits, 1, n}, reversed = {N + n * n - 1, -n, -1}; // N^T, rows and columns from the last
+        softmax_panel(A, stats + 2 * i0, 1, NULL, q_I, k, ld, i0, n, D, 1);
+        for (int j = 0; j < n; j++)
+            for (int r = 0; r < n; r++) N[j * n + r] = gamma[i0 + r] * A[(size_t)(i0 + j) * n + r];
+        triangular_solve(lambda_I + (size_t)(n - 1) * D, -D, reversed, n, D);
+        matmul(dlogits, n, rows_of(s, D), transpose(rows_of(lambda_I, D)), cols, n, D, 1, 0, NULL);
+        softmax_panel_backward(dlogits, A, dgamma + i0, gamma + i0, n, cols);
+        matmul(lambda, D, rows_of(A, n), rows_of(lambda_I, D), i0, D, n, 1, 1, NULL);
+        matmul(dq + (size_t)i0 * ld, ld, dlogits_I, rows_of(k, ld), n, D, cols, scale, 0, NULL);
+        matmul(dk, ld, rows_of(dlogits, n), rows_of(q_I, ld), cols, D, n, scale, cols == T ? 0 : 1, NULL);
     }
+}
+
+static void feedback_backward(real *df, real *dq, real *dk, real *dgamma, real *scratch, const real *ds, const real *s,
+                              real *stats, const real *q, const real *k, int ld, const real *gamma, int B, int T, int D,
+                              int P) {
+    size_t all = (size_t)T;
+    P = panel_height(P, T);
+    if (df != ds) memcpy(df, ds, sizeof(real) * (size_t)B * all * (size_t)D);
+    FOR_ITEMS(shared_out(B), B,
+        feedback_sequence_backward(df + item * all * D, dq + item * all * ld, dk + item * all * ld, dgamma + item * all,
+                                   scratch + panel_scratch(T) * omp_get_thread_num(), s + item * all * D, stats + 2 * item * all,
+                                   q + item * all * ld, k + item * all * ld, ld, gamma + item * all, T, D,
+                                   P));
 }
 
 // [13]  out = s ⊙ g       s, out (N,D), g: D of the ld columns of each row
@@ -809,7 +841,7 @@ typedef struct {
 static Tensor *new_row(Table *table, const char *name, int layer) {
     if (table->n % 64 == 0) {
         table->rows = (Tensor *)realloc(table->rows, sizeof(Tensor) * (size_t)(table->n + 64));
-        if (!table->rows) exhausted();
+        if (!table->rows) abort(); // some kilobytes; what is large is allocated by functions that return errors
     }
     Tensor *row = &table->rows[table->n++];
     memset(row, 0, sizeof(*row));
@@ -820,7 +852,8 @@ static Tensor *new_row(Table *table, const char *name, int layer) {
 
 // Adds a tensor (layer -1: of the whole model) and returns its place in the block, or NULL while block is NULL and only
 // names and sizes are wanted.
-static real *add_tensor(Table *table, real *block, int layer, const char *name, int n_dims, int64_t d0, int64_t d1, int64_t d2) {
+static real *add_tensor(Table *table, real *block, int layer, const char *name, int n_dims, int64_t d0, int64_t d1,
+                        int64_t d2) {
     Tensor *row = new_row(table, name, layer);
     int64_t shape[3] = {d0, d1, d2};
     row->n_dims = n_dims;
@@ -843,17 +876,13 @@ static real *add_parameter(Table *table, real *block, int layer, const char *nam
     return place;
 }
 
-static const Tensor *find_tensor(const Table *table, const char *name) {
-    for (int i = 0; i < table->n; i++)
-        if (!strcmp(table->rows[i].name, name)) return &table->rows[i];
-    return NULL;
-}
-
 // Names `width` columns, from `column` on, of a tensor of the same layer.
 static void add_view(Table *table, int layer, const char *name, const char *whole, int64_t column, int64_t width) {
-    Tensor named = *new_row(table, whole, layer);
-    table->n--;
-    Tensor view = *find_tensor(table, named.name), *row = new_row(table, name, layer);
+    char path[64];
+    int i = table->n - 1;
+    snprintf(path, sizeof(path), "layers.%d.%s", layer, whole);
+    while (strcmp(table->rows[i].name, path)) i--;
+    Tensor view = table->rows[i], *row = new_row(table, name, layer);
     memcpy(view.name, row->name, sizeof(view.name));
     view.offset += column;
     view.shape[view.n_dims - 1] = width;
@@ -872,53 +901,55 @@ typedef struct {
 // One layer's parameters. The projections stand next to each other, so that one product computes all of them:
 // W_qkv holds q_proj (D,D), k_proj (G·d,D), v_proj (G·d,D) and, in a Sessa layer, proj_fb (2D,D): q' rows, then k' rows.
 typedef struct {
-    real *ln_weight, *ln_bias;  // (D)
-    real *W_in, *b_in;          // (2D,D), (2D): a, then g
-    real *W_qkv, *b_qkv;        // (E,D), (E)
-    real *W_o;                  // (D,D), NULL with one head
+    real *ln_weight, *ln_bias;       // (D)
+    real *W_in, *b_in;               // (2D,D), (2D): a, then g
+    real *W_qkv, *b_qkv;             // (E,D), (E)
+    real *W_o;                       // (D,D), NULL with one head
     real *gamma_weight, *gamma_bias; // (1,D), ()
-    real *W_out, *b_out;        // (D,D), (D)
+    real *W_out, *b_out;             // (D,D), (D)
 } LayerWeights;
 
 typedef struct {
-    real *wte;                  // (V,D): embedding and head
+    real *wte;                       // (V,D): embedding and head
     LayerWeights *layers;
-    real *ln_f_weight, *ln_f_bias; // (D)
+    real *ln_f_weight, *ln_f_bias;   // (D)
 } Weights;
 
-// One layer's activations. N = B·T rows. The ones marked * are one buffer for all layers: the backward pass computes them
-// again, or never needs them.
+// One layer's activations, of N = B·T rows. Buffers marked * are shared by all layers, for the backward pass computes
+// them again or never needs them; of those, 1 and 2 are one buffer each.
 typedef struct {
     real *x, *y;                // (N,D) the layer's input and output, the next one's input
     real *ln_mean, *ln_rstd;    // (N)
-    real *n;                    // (N,D) * LayerNorm(x)
+    real *n;                    // (N,D) *1 LayerNorm(x)
     real *ag;                   // (N,2D) a before GELU, then g
-    real *abar;                 // (N,D) * GELU(a)
+    real *abar;                 // (N,D) *2 GELU(a)
     real *proj;                 // (N,E) q, k (after RoPE), v, q', k'
-    real *o, *logsumexp;        // (N,D), (B,H,T) the direct read
-    real *f;                    // (N,D) * o W_o^T; with one head it is o
-    real *gamma, *fb_logsumexp; // (N)
+    real *o, *stats;            // (N,D), (B,H,T,2) the direct read; no o with one head, where it is f
+    real *f;                    // (N,D) *1 o W_o^T
+    real *gamma, *fb_stats;     // (N), (N,2)
     real *s;                    // (N,D) the mixer's output
-    real *gated, *branch;       // (N,D) * s ⊙ g, and what is added to x
+    real *gated, *branch;       // (N,D) *1 s ⊙ g; *2 what is added to x
 } LayerActivations;
 
 typedef struct {
     LayerActivations *layers;
     real *ln_mean, *ln_rstd, *ln_f; // (N), (N), (N,D) of the last layer's output
-    real *logits;               // (N,V), which the backward pass turns into their gradient
-    real *losses, *loss_logsumexp; // (N)
-    real *dx;                   // (N,D) gradient on the residual path; the rest is scratch of the backward pass
-    real *dbranch, *ds, *df, *dout, *dabar; // (N,D)
-    real *dag, *dproj, *dgamma; // (N,2D), (N,E), (N)
+    real *logits;                   // (N,V), which the backward pass turns into their gradient
+    real *losses, *loss_logsumexp;  // (N)
+    real *dx;                       // (N,D) gradient on the residual path; the rest is scratch of the backward pass
+    real *ds, *dout, *dabar;        // (N,D) gradients of s and then f; of o; of abar
+    real *dag, *dproj, *dgamma;     // (N,2D), (N,E), (N)
+    real *cosine, *sine;            // (T,d/2)
+    real *scratch;                  // panel_scratch(T) for each thread
 } Activations;
 
-// What generation keeps of every past position of a layer; rows as in proj and s.
-typedef struct { real *k, *v, *fb_k, *s; } LayerCache; // (capacity, G·d), the same, (capacity, D), (capacity, D)
+// What the memory is for. GENERATE keeps every layer's projections and outputs of all T positions: they are the cache.
+typedef enum { GENERATE, EVALUATE, TRAIN, KEEP_ALL } Mode; // KEEP_ALL: TRAIN, no buffer shared, for tests
 
 typedef struct {
     Config config;
     int B, T;                   // the largest batch
-    double bytes;               // of memory that it needs
+    double bytes;               // of memory that it takes
     Table table, acts_table;    // of the parameters (gradients and moments alike), of the activations
     real *params, *grads, *exp_avg, *exp_avg_sq, *acts_block; // one allocation each; the middle three only for training
     Weights weights, grad;
@@ -927,11 +958,6 @@ typedef struct {
     int batch_B, batch_T;       // of the last forward pass
     Dropout drop;               // of the last forward pass
     int P;                      // panel height of attention and feedback, 0: chosen by shape
-    real *cosine, *sine;        // (positions, d/2)
-    real *scratch;              // panel_scratch(positions)
-    int positions;              // up to which rope table and scratch reach
-    LayerCache *cache;          // (L) in generation, else NULL
-    int cached, capacity;       // positions in the cache, and for how many there is room
 } Model;
 
 // ----------------------------------------------------------------------------
@@ -945,7 +971,7 @@ static int proj_width(const Config *c) {
     return c->d_model + 2 * kv_width + (c->mixer == SESSA ? 2 * c->d_model : 0);
 }
 
-// The rows of W_qkv and b_qkv lie next to each other, whatever their names; W_o stands for the heads' mixing.
+// The rows of W_qkv and b_qkv lie next to each other, whatever their names.
 static void attention_weights(Table *t, real *block, const Config *c, int l, LayerWeights *w) {
     int D = c->d_model, kv_width = c->n_kv_heads * (D / c->n_heads), feedback = c->mixer == SESSA;
     double bound = 1 / sqrt((double)D);
@@ -962,97 +988,71 @@ static void attention_weights(Table *t, real *block, const Config *c, int l, Lay
 }
 
 static void sessa_weights(Table *t, real *block, const Config *c, int l, LayerWeights *w) {
+    double bound = 1 / sqrt((double)c->d_model);
     attention_weights(t, block, c, l, w);
     w->gamma_bias = add_parameter(t, block, l, "mixer.gamma_bias", 0, 1, 1, INIT_CONSTANT, 1);
-    w->gamma_weight = add_parameter(t, block, l, "mixer.gamma_ctx.weight", 2, 1, c->d_model, INIT_UNIFORM,
-                                    1 / sqrt((double)c->d_model));
+    w->gamma_weight = add_parameter(t, block, l, "mixer.gamma_ctx.weight", 2, 1, c->d_model, INIT_UNIFORM, bound);
 }
 
-// Where the keys, values, feedback keys and outputs of all positions lie: in the activations while training, where every
-// position is new, else in the cache, which takes over the rows of the new ones.
-typedef struct { const real *k, *v, *fb_k; real *s; int ld_kv, ld_fb; } Past;
-
-static Past past_of(Model *model, int l, int N, int first) {
-    const Config *c = &model->config;
-    int D = c->d_model, kv_width = c->n_kv_heads * (D / c->n_heads), E = proj_width(c);
-    LayerActivations *a = &model->acts.layers[l];
-    if (!model->cache) {
-        Past past = {a->proj + D, a->proj + D + kv_width, a->proj + 2 * D + 2 * kv_width, a->s, E, E};
-        return past;
-    }
-    LayerCache *cache = &model->cache[l];
-    for (int n = 0; n < N; n++) {
-        const real *row = a->proj + (size_t)n * E;
-        memcpy(cache->k + (size_t)(first + n) * kv_width, row + D, sizeof(real) * (size_t)kv_width);
-        memcpy(cache->v + (size_t)(first + n) * kv_width, row + D + kv_width, sizeof(real) * (size_t)kv_width);
-        if (cache->fb_k) memcpy(cache->fb_k + (size_t)(first + n) * D, row + 2 * D + 2 * kv_width, sizeof(real) * (size_t)D);
-    }
-    Past past = {cache->k, cache->v, cache->fb_k, cache->s, kv_width, D};
-    return past;
-}
-
-// [14-16]  abar → f: projections, RoPE, attention, W_o. With the attention mixer this is all, and f is s.
-static void attention_mixer_forward(Model *model, int l, int B, int T, int first) {
-    const Config *c = &model->config;
+// [14-16]  abar → f: projections, RoPE, attention, W_o
+static void direct_read_forward(Model *m, int l, int B, int T, int first, real *f) {
+    const Config *c = &m->config;
     int D = c->d_model, H = c->n_heads, G = c->n_kv_heads, d = D / H, E = proj_width(c), N = B * (T - first);
-    LayerWeights *w = &model->weights.layers[l];
-    LayerActivations *a = &model->acts.layers[l];
-    linear_forward(a->proj, E, a->abar, w->W_qkv, w->b_qkv, N, D, E);
-    rope_forward(a->proj, E, model->cosine, model->sine, N, T - first, H + G, d, first, 1);
-    Past past = past_of(model, l, N, first);
-    attention_forward(a->o, a->logsumexp, model->scratch, a->proj, E, past.k, past.v, past.ld_kv, B, T, H, G, d, first,
-                      model->P);
-    if (w->W_o) linear_forward(a->f, D, a->o, w->W_o, NULL, N, D, D);
+    LayerWeights *w = &m->weights.layers[l];
+    LayerActivations *a = &m->acts.layers[l];
+    real *q = a->proj + (size_t)first * E, *k = a->proj + D, *v = k + G * d;
+    linear_forward(q, E, a->abar, w->W_qkv, w->b_qkv, N, D, E);
+    rope_forward(q, E, m->acts.cosine, m->acts.sine, N, T - first, H + G, d, first, 1);
+    attention_forward(w->W_o ? a->o : f, a->stats, m->acts.scratch, q, k, v, E, B, T, H, G, d, first, m->P);
+    if (w->W_o) linear_forward(f, D, a->o, w->W_o, NULL, N, D, D);
 }
 
-// df → dabar, through W_o, attention, RoPE and the projections; q' and k' have left their gradient in dproj before
-static void attention_mixer_backward(Model *model, int l, int B, int T) {
-    const Config *c = &model->config;
+// df (in acts.ds) → dabar, through W_o, attention, RoPE and the projections; q' and k' have left theirs in dproj before
+static void direct_read_backward(Model *m, int l, int B, int T) {
+    const Config *c = &m->config;
     int D = c->d_model, H = c->n_heads, G = c->n_kv_heads, d = D / H, E = proj_width(c), N = B * T;
-    LayerWeights *w = &model->weights.layers[l], *dw = &model->grad.layers[l];
-    LayerActivations *a = &model->acts.layers[l];
-    Activations *back = &model->acts;
-    const real *k = a->proj + D, *v = k + G * d, *dout = back->df;
-    if (w->W_o) {
-        linear_backward(back->dout, dw->W_o, NULL, back->df, D, a->o, w->W_o, N, D, D);
-        dout = back->dout;
-    }
-    attention_backward(back->dproj, back->dproj + D, back->dproj + D + G * d, model->scratch, dout, a->logsumexp, a->proj, k, v, E,
-                       B, T, H, G, d, model->P);
-    rope_backward(back->dproj, E, model->cosine, model->sine, N, T, H + G, d);
+    LayerWeights *w = &m->weights.layers[l], *dw = &m->grad.layers[l];
+    LayerActivations *a = &m->acts.layers[l];
+    Activations *back = &m->acts;
+    const real *k = a->proj + D, *v = k + G * d;
+    real *dk = back->dproj + D, *dv = dk + G * d, *dout = w->W_o ? back->dout : back->ds;
+    if (w->W_o) linear_backward(dout, dw->W_o, NULL, back->ds, D, a->o, w->W_o, N, D, D);
+    attention_backward(back->dproj, dk, dv, back->scratch, dout, a->stats, a->proj, k, v, E, B, T, H, G, d, m->P);
+    rope_backward(back->dproj, E, back->cosine, back->sine, N, T, H + G, d);
     linear_backward(back->dabar, dw->W_qkv, dw->b_qkv, back->dproj, E, a->abar, w->W_qkv, N, D, E);
 }
 
-// [14-22]  abar → s: the direct read, the gain, the feedback path
-static void sessa_forward(Model *model, int l, int B, int T, int first) {
-    const Config *c = &model->config;
-    int D = c->d_model, E = proj_width(c);
-    LayerWeights *w = &model->weights.layers[l];
-    LayerActivations *a = &model->acts.layers[l];
-    attention_mixer_forward(model, l, B, T, first);
-    gain_forward(a->gamma, a->abar, w->gamma_weight, w->gamma_bias, (real)c->gamma_max, B * (T - first), D);
-    Past past = past_of(model, l, 0, first);
-    feedback_forward(past.s, a->fb_logsumexp, model->scratch, a->f, a->proj + E - 2 * D, E, past.fb_k, past.ld_fb, a->gamma, B,
-                     T, D, first, model->P);
-    if (model->cache) memcpy(a->s, past.s + (size_t)first * D, sizeof(real) * (size_t)(T - first) * (size_t)D);
+// Without the feedback path s is f.
+static void attention_mixer_forward(Model *m, int l, int B, int T, int first) {
+    direct_read_forward(m, l, B, T, first, m->acts.layers[l].s + (size_t)first * m->config.d_model);
 }
 
-static void sessa_backward(Model *model, int l, int B, int T) {
-    const Config *c = &model->config;
-    int D = c->d_model, E = proj_width(c);
-    LayerWeights *w = &model->weights.layers[l], *dw = &model->grad.layers[l];
-    LayerActivations *a = &model->acts.layers[l];
-    Activations *back = &model->acts;
+// [14-22]  abar → s: the direct read, the gain, the feedback path
+static void sessa_forward(Model *m, int l, int B, int T, int first) {
+    int D = m->config.d_model, E = proj_width(&m->config);
+    LayerWeights *w = &m->weights.layers[l];
+    LayerActivations *a = &m->acts.layers[l];
+    const real *q = a->proj + (size_t)first * E + E - 2 * D, *k = a->proj + E - D;
+    direct_read_forward(m, l, B, T, first, a->f);
+    gain_forward(a->gamma, a->abar, w->gamma_weight, w->gamma_bias, (real)m->config.gamma_max, B * (T - first), D);
+    feedback_forward(a->s, a->fb_stats, m->acts.scratch, a->f, q, k, E, a->gamma, B, T, D, first, m->P);
+}
+
+static void sessa_backward(Model *m, int l, int B, int T) {
+    int D = m->config.d_model, E = proj_width(&m->config);
+    LayerWeights *w = &m->weights.layers[l], *dw = &m->grad.layers[l];
+    LayerActivations *a = &m->acts.layers[l];
+    Activations *back = &m->acts;
     const real *q = a->proj + E - 2 * D, *k = q + D;
-    feedback_backward(back->df, back->dproj + E - 2 * D, back->dproj + E - D, back->dgamma, model->scratch, back->ds, a->s,
-                      a->fb_logsumexp, q, k, E, a->gamma, B, T, D, model->P);
-    attention_mixer_backward(model, l, B, T);
+    feedback_backward(back->ds, back->dproj + E - 2 * D, back->dproj + E - D, back->dgamma, back->scratch, back->ds, a->s,
+                      a->fb_stats, q, k, E, a->gamma, B, T, D, m->P);
+    direct_read_backward(m, l, B, T);
     gain_backward(back->dabar, dw->gamma_weight, dw->gamma_bias, back->dgamma, a->gamma, a->abar, w->gamma_weight,
-                  (real)c->gamma_max, B * T, D);
+                  (real)m->config.gamma_max, B * T, D);
 }
 
 // A mixer is its rows in the parameter table, a forward pass over the new positions first..T-1, which also serves
-// generation token by token, and a backward pass over all. Its buffers are those of LayerActivations and LayerCache.
+// generation token by token, and a backward pass over all. Its buffers are those of LayerActivations.
 typedef struct {
     const char *name;
     void (*weights)(Table *table, real *block, const Config *config, int layer, LayerWeights *weights);
@@ -1062,8 +1062,15 @@ typedef struct {
 
 static const Mixer mixers[N_MIXERS] = {
     {"sessa", sessa_weights, sessa_forward, sessa_backward},
-    {"attention", attention_weights, attention_mixer_forward, attention_mixer_backward},
+    {"attention", attention_weights, attention_mixer_forward, direct_read_backward},
 };
+
+// The index of a mixer, -1 if there is none of this name.
+static int find_mixer(const char *name) {
+    for (int i = 0; i < N_MIXERS; i++)
+        if (!strcmp(mixers[i].name, name)) return i;
+    return -1;
+}
 
 // ----------------------------------------------------------------------------
 // the model's memory: the one list of parameters and the one list of activations
@@ -1089,11 +1096,10 @@ static void carve_weights(Weights *w, Table *t, real *block, const Config *c) {
     w->ln_f_bias = add_parameter(t, block, -1, "ln_f.bias", 1, D, 1, INIT_CONSTANT, 0);
 }
 
-// The same for the activations of B sequences of T tokens; names are those of reference dumps, less "act.". training: with
-// what the backward pass needs. keep_all: no buffer is shared between layers, so that a test can look at each of them.
-static void carve_activations(Activations *acts, Table *t, real *block, const Config *c, int B, int T, int training,
-                              int keep_all) {
-    int D = c->d_model, H = c->n_heads, kv_width = c->n_kv_heads * (D / H), E = proj_width(c), sessa = c->mixer == SESSA;
+// The same for the activations of B sequences of T tokens; names are those of reference dumps, less "act.".
+static void carve_activations(Activations *acts, Table *t, real *block, const Config *c, int B, int T, Mode mode) {
+    int D = c->d_model, H = c->n_heads, d = D / H, kv_width = c->n_kv_heads * d, E = proj_width(c);
+    int sessa = c->mixer == SESSA, training = mode >= TRAIN, keep_all = mode == KEEP_ALL;
     t->n = 0;
     t->count = 0;
     real *x = add_tensor(t, block, -1, "encoded", 3, B, T, D);
@@ -1101,163 +1107,133 @@ static void carve_activations(Activations *acts, Table *t, real *block, const Co
         LayerActivations *a = &acts->layers[l];
         if (l > 0) *a = acts->layers[0]; // every buffer is shared but for those that follow
         a->x = x;
+        a->proj = add_tensor(t, block, l, "proj", 3, B, T, E);
+        add_view(t, l, "q", "proj", 0, D);
+        add_view(t, l, "k", "proj", D, kv_width);
+        add_view(t, l, "v", "proj", D + kv_width, kv_width);
+        if (sessa) add_view(t, l, "fb_q", "proj", E - 2 * D, D);
+        if (sessa) add_view(t, l, "fb_k", "proj", E - D, D);
+        a->s = add_tensor(t, block, l, "s", 3, B, T, D);
+        if (!sessa) add_view(t, l, "f", "s", 0, D);
         if (l == 0 || training) {
             a->ln_mean = add_tensor(t, block, l, "ln_mean", 2, B, T, 1);
             a->ln_rstd = add_tensor(t, block, l, "ln_rstd", 2, B, T, 1);
             a->ag = add_tensor(t, block, l, "ag", 3, B, T, 2 * D);
             add_view(t, l, "a", "ag", 0, D);
             add_view(t, l, "g", "ag", D, D);
-            a->proj = add_tensor(t, block, l, "proj", 3, B, T, E);
-            add_view(t, l, "q", "proj", 0, D);
-            add_view(t, l, "k", "proj", D, kv_width);
-            add_view(t, l, "v", "proj", D + kv_width, kv_width);
-            a->logsumexp = add_tensor(t, block, l, "logsumexp", 3, B, H, T);
-            a->o = add_tensor(t, block, l, "o", 3, B, T, D);
-            if (sessa) {
-                add_view(t, l, "fb_q", "proj", E - 2 * D, D);
-                add_view(t, l, "fb_k", "proj", E - D, D);
-                a->gamma = add_tensor(t, block, l, "gamma", 2, B, T, 1);
-                a->fb_logsumexp = add_tensor(t, block, l, "fb_logsumexp", 2, B, T, 1);
-                a->s = add_tensor(t, block, l, "s", 3, B, T, D);
-            }
+            if (H > 1) a->o = add_tensor(t, block, l, "o", 3, B, T, D);
+            a->stats = add_tensor(t, block, l, "stats", 3, B * H, T, 2);
+            if (sessa) a->gamma = add_tensor(t, block, l, "gamma", 2, B, T, 1);
+            if (sessa) a->fb_stats = add_tensor(t, block, l, "fb_stats", 3, B, T, 2);
         }
         if (l == 0 || keep_all) {
-            a->n = add_tensor(t, block, l, "ln", 3, B, T, D);
-            a->abar = add_tensor(t, block, l, "abar", 3, B, T, D);
-            a->gated = add_tensor(t, block, l, "gated", 3, B, T, D);
-            a->branch = add_tensor(t, block, l, "branch", 3, B, T, D);
+            a->n = a->f = a->gated = add_tensor(t, block, l, "ln", 3, B, T, D);
+            a->abar = a->branch = add_tensor(t, block, l, "abar", 3, B, T, D);
         }
-        // with one head f is o; without feedback s is f, and then a layer's own
-        if (H == 1) a->f = a->o;
-        else if (l == 0 || keep_all || (training && !sessa)) a->f = add_tensor(t, block, l, "f", 3, B, T, D);
-        if (!sessa) a->s = a->f;
-        if (keep_all && H == 1) add_view(t, l, "f", "o", 0, D);
-        if (keep_all && !sessa) add_view(t, l, "s", "f", 0, D);
+        if (keep_all && sessa) a->f = add_tensor(t, block, l, "f", 3, B, T, D);
+        if (keep_all) a->gated = add_tensor(t, block, l, "gated", 3, B, T, D);
         x = a->y = training ? add_tensor(t, block, l, "residual", 3, B, T, D) : x;
     }
     acts->ln_mean = add_tensor(t, block, -1, "ln_f_mean", 2, B, T, 1);
     acts->ln_rstd = add_tensor(t, block, -1, "ln_f_rstd", 2, B, T, 1);
     acts->ln_f = add_tensor(t, block, -1, "ln_f", 3, B, T, D);
-    acts->logits = add_tensor(t, block, -1, "logits", 3, B, T, c->vocab_size);
+    acts->logits = add_tensor(t, block, -1, "logits", 3, B, mode == GENERATE ? 1 : T, c->vocab_size);
     acts->losses = add_tensor(t, block, -1, "losses", 2, B, T, 1);
     acts->loss_logsumexp = add_tensor(t, block, -1, "loss_logsumexp", 2, B, T, 1);
+    acts->cosine = add_tensor(t, block, -1, "cosine", 2, T, d / 2, 1);
+    acts->sine = add_tensor(t, block, -1, "sine", 2, T, d / 2, 1);
+    acts->scratch = add_tensor(t, block, -1, "scratch", 2, omp_get_max_threads(), (int64_t)panel_scratch(T), 1);
     if (!training) return;
+    acts->dout = acts->layers[0].n; // free by then
     acts->dx = add_tensor(t, block, -1, "dx", 3, B, T, D);
-    acts->dbranch = add_tensor(t, block, -1, "dbranch", 3, B, T, D);
     acts->ds = add_tensor(t, block, -1, "ds", 3, B, T, D);
-    acts->df = sessa ? add_tensor(t, block, -1, "df", 3, B, T, D) : acts->ds;
-    acts->dout = add_tensor(t, block, -1, "dout", 3, B, T, D);
     acts->dabar = add_tensor(t, block, -1, "dabar", 3, B, T, D);
     acts->dag = add_tensor(t, block, -1, "dag", 3, B, T, 2 * D);
     acts->dproj = add_tensor(t, block, -1, "dproj", 3, B, T, E);
     acts->dgamma = add_tensor(t, block, -1, "dgamma", 2, B, T, 1);
 }
 
-// The parameters' names and shapes alone.
-static void make_table(Table *table, const Config *c) {
-    Weights weights;
-    weights.layers = (LayerWeights *)calloc((size_t)c->n_layers, sizeof(LayerWeights));
-    if (!weights.layers) exhausted();
-    carve_weights(&weights, table, NULL, c);
-    free(weights.layers);
-}
-
-static real *allocate(int64_t count) {
-    return count < 0 ? NULL : (real *)calloc((size_t)count + 1, sizeof(real));
-}
-
-// Makes rope table and scratch reach up to `positions`. Returns 0, or -1 without memory.
-static int reserve_positions(Model *m, int positions) {
-    int d = m->config.d_model / m->config.n_heads;
-    if (positions <= m->positions) return 0;
-    free(m->cosine);
-    free(m->sine);
-    free(m->scratch);
-    m->cosine = allocate((int64_t)positions * (d / 2));
-    m->sine = allocate((int64_t)positions * (d / 2));
-    m->scratch = allocate((int64_t)panel_scratch(positions));
-    m->positions = 0;
-    if (!m->cosine || !m->sine || !m->scratch) return -1;
-    m->positions = positions;
-    rope_table(m->cosine, m->sine, positions, d);
-    return 0;
-}
-
 static void model_free(Model *m) {
-    void *blocks[] = {m->weights.layers, m->grad.layers, m->acts.layers, m->table.rows, m->acts_table.rows, m->params, m->grads,
-                      m->exp_avg, m->exp_avg_sq, m->acts_block, m->inputs, m->targets, m->cosine, m->sine, m->scratch};
-    for (int l = 0; m->cache && l < m->config.n_layers; l++) {
-        free(m->cache[l].k);
-        free(m->cache[l].v);
-        free(m->cache[l].fb_k);
-        free(m->cache[l].s);
-    }
-    free(m->cache);
+    void *blocks[] = {m->weights.layers, m->grad.layers, m->acts.layers, m->table.rows, m->acts_table.rows, m->params,
+                      m->grads, m->exp_avg, m->exp_avg_sq, m->acts_block, m->inputs, m->targets, m};
     for (size_t i = 0; i < sizeof(blocks) / sizeof(blocks[0]); i++) free(blocks[i]);
-    free(m);
+}
+
+// A zeroed array, in *whole whether it could be had. count < 0: too large to be addressed.
+static void *allocate(int64_t count, size_t size, int *whole) {
+    void *memory = count < 0 || !*whole ? NULL : calloc((size_t)count + 1, size);
+    *whole = memory != NULL;
+    return memory;
 }
 
 // A model for batches of up to B sequences of T tokens, its parameters 0. NULL, and a line in error, if it does not fit.
-static Model *model_create(const Config *c, int B, int T, int training, int keep_all, char *error) {
-    size_t L = (size_t)c->n_layers;
-    Model *m = (Model *)calloc(1, sizeof(Model));
-    if (!m) { fail(error, "out of memory"); return NULL; }
+static Model *model_create(const Config *c, int B, int T, Mode mode, char *error) {
+    int whole = 1, training = mode >= TRAIN;
+    double present = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE), gib = 0x1p30;
+    Model *m = (Model *)allocate(1, sizeof(Model), &whole);
+    if (!m) { fail(error, NULL, "out of memory"); return NULL; }
     m->config = *c;
     m->B = B;
     m->T = T;
-    m->weights.layers = (LayerWeights *)calloc(L, sizeof(LayerWeights));
-    m->grad.layers = (LayerWeights *)calloc(L, sizeof(LayerWeights));
-    m->acts.layers = (LayerActivations *)calloc(L, sizeof(LayerActivations));
-    int whole = m->weights.layers && m->grad.layers && m->acts.layers;
-    double needed = 0, present = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
+    m->bytes = INFINITY;
+    m->weights.layers = (LayerWeights *)allocate(c->n_layers, sizeof(LayerWeights), &whole);
+    m->grad.layers = (LayerWeights *)allocate(c->n_layers, sizeof(LayerWeights), &whole);
+    m->acts.layers = (LayerActivations *)allocate(c->n_layers, sizeof(LayerActivations), &whole);
     if (whole) { // sizes first, then the blocks
         carve_weights(&m->weights, &m->table, NULL, c);
-        carve_activations(&m->acts, &m->acts_table, NULL, c, B, T, training, keep_all);
-        whole = m->table.count >= 0 && m->acts_table.count >= 0;
-        needed = ((double)m->table.count * (training ? 4 : 1) + (double)m->acts_table.count +
-                  (double)panel_scratch(T)) * sizeof(real);
-        m->bytes = needed;
-        whole = whole && needed < present && (m->params = allocate(m->table.count)) &&
-                (m->acts_block = allocate(m->acts_table.count)) && (m->inputs = (int *)calloc((size_t)B * (size_t)T, sizeof(int))) &&
-                (m->targets = (int *)calloc((size_t)B * (size_t)T, sizeof(int))) && !reserve_positions(m, T);
-        if (training) whole = whole && (m->grads = allocate(m->table.count)) && (m->exp_avg = allocate(m->table.count)) &&
-                              (m->exp_avg_sq = allocate(m->table.count));
+        carve_activations(&m->acts, &m->acts_table, NULL, c, B, T, mode);
+    }
+    int64_t n = m->table.count, n_acts = m->acts_table.count;
+    if (n >= 0 && n_acts >= 0)
+        m->bytes = ((double)n * (training ? 4 : 1) + (double)n_acts) * sizeof(real) + 2.0 * B * T * sizeof(int);
+    whole = whole && m->bytes < present;
+    m->params = (real *)allocate(n, sizeof(real), &whole);
+    m->acts_block = (real *)allocate(n_acts, sizeof(real), &whole);
+    m->inputs = (int *)allocate((int64_t)B * T, sizeof(int), &whole);
+    m->targets = (int *)allocate((int64_t)B * T, sizeof(int), &whole);
+    if (training) {
+        m->grads = (real *)allocate(n, sizeof(real), &whole);
+        m->exp_avg = (real *)allocate(n, sizeof(real), &whole);
+        m->exp_avg_sq = (real *)allocate(n, sizeof(real), &whole);
     }
     if (!whole) {
-        fail(error, "the model does not fit: it needs %.1f GiB of memory, this machine has %.1f", needed / 0x1p30, present / 0x1p30);
+        fail(error, NULL, "the model does not fit: it needs %.1f GiB of memory, this machine has %.1f", m->bytes / gib,
+             present / gib);
         model_free(m);
         return NULL;
     }
     carve_weights(&m->grad, &m->table, m->grads, c);
     carve_weights(&m->weights, &m->table, m->params, c);
-    carve_activations(&m->acts, &m->acts_table, m->acts_block, c, B, T, training, keep_all);
+    carve_activations(&m->acts, &m->acts_table, m->acts_block, c, B, T, mode);
+    rope_table(m->acts.cosine, m->acts.sine, T, c->d_model / c->n_heads);
     return m;
 }
 
 // ----------------------------------------------------------------------------
 // forward, backward, update
 
-// ids → the last layer's output, normalised, for the positions first..T-1 of B sequences. first > 0 only with a cache.
+// ids → the last layer's output, normalised, for the positions first..T-1 of B sequences. first > 0: B is 1, and every
+// layer still holds the projections and outputs of the positions before.
 static void hidden_forward(Model *m, const int *inputs, int B, int T, int first, Dropout drop) {
     const Config *c = &m->config;
-    int D = c->d_model, N = B * (T - first);
+    int D = c->d_model, N = B * (T - first), last = c->n_layers - 1;
     Activations *acts = &m->acts;
     embedding_forward(acts->layers[0].x, inputs, m->weights.wte, B, T - first, D);
     dropout(acts->layers[0].x, (int64_t)N * D, drop, 0);
-    for (int l = 0; l < c->n_layers; l++) {
+    for (int l = 0; l <= last; l++) {
         LayerWeights *w = &m->weights.layers[l];
         LayerActivations *a = &acts->layers[l];
         layernorm_forward(a->n, a->ln_mean, a->ln_rstd, a->x, w->ln_weight, w->ln_bias, N, D);     // [9]
         linear_forward(a->ag, 2 * D, a->n, w->W_in, w->b_in, N, D, 2 * D);                         // [10]
         gelu_forward(a->abar, a->ag, 2 * D, N, D);                                                 // [11]
         mixers[c->mixer].forward(m, l, B, T, first);                                               // [12]
-        gate_forward(a->gated, a->s, a->ag + D, 2 * D, N, D);                                      // [13]
+        gate_forward(a->gated, a->s + (size_t)first * D, a->ag + D, 2 * D, N, D);                  // [13]
         dropout(a->gated, (int64_t)N * D, drop, 1 + 2 * l);
         linear_forward(a->branch, D, a->gated, w->W_out, w->b_out, N, D, D);
         dropout(a->branch, (int64_t)N * D, drop, 2 + 2 * l);
         residual_forward(a->y, a->x, a->branch, (int64_t)N * D);
     }
-    layernorm_forward(acts->ln_f, acts->ln_mean, acts->ln_rstd, acts->layers[c->n_layers - 1].y, m->weights.ln_f_weight,
+    layernorm_forward(acts->ln_f, acts->ln_mean, acts->ln_rstd, acts->layers[last].y, m->weights.ln_f_weight,
                       m->weights.ln_f_bias, N, D);
 }
 
@@ -1280,23 +1256,23 @@ static double model_forward(Model *m, const int *inputs, const int *targets, int
 // Gradients of dloss · (the sum that the last model_forward returned), added to those that are there.
 static void model_backward(Model *m, double dloss) {
     const Config *c = &m->config;
-    int D = c->d_model, V = c->vocab_size, B = m->batch_B, T = m->batch_T, N = B * T;
+    int D = c->d_model, V = c->vocab_size, B = m->batch_B, T = m->batch_T, N = B * T, last = c->n_layers - 1;
     Activations *acts = &m->acts;
     Weights *w = &m->weights, *dw = &m->grad;
     crossentropy_backward(acts->logits, acts->logits, acts->loss_logsumexp, m->targets, (real)dloss, N, V);
     linear_backward(acts->ds, dw->wte, NULL, acts->logits, V, acts->ln_f, w->wte, N, D, V);
     memset(acts->dx, 0, sizeof(real) * (size_t)N * (size_t)D);
-    layernorm_backward(acts->dx, dw->ln_f_weight, dw->ln_f_bias, acts->ds, acts->layers[c->n_layers - 1].y, acts->ln_mean,
+    layernorm_backward(acts->dx, dw->ln_f_weight, dw->ln_f_bias, acts->ds, acts->layers[last].y, acts->ln_mean,
                        acts->ln_rstd, w->ln_f_weight, N, D);
-    for (int l = c->n_layers - 1; l >= 0; l--) {
+    for (int l = last; l >= 0; l--) {
         LayerWeights *wl = &w->layers[l], *dwl = &dw->layers[l];
         LayerActivations *a = &acts->layers[l];
         // out through W_out and the gate; s ⊙ g is computed again
         const real *dbranch = acts->dx;
         if (m->drop.probability > 0) {
-            memcpy(acts->dbranch, acts->dx, sizeof(real) * (size_t)N * (size_t)D);
-            dropout(acts->dbranch, (int64_t)N * D, m->drop, 2 + 2 * l);
-            dbranch = acts->dbranch;
+            memcpy(acts->dabar, acts->dx, sizeof(real) * (size_t)N * (size_t)D);
+            dropout(acts->dabar, (int64_t)N * D, m->drop, 2 + 2 * l);
+            dbranch = acts->dabar;
         }
         gate_forward(a->gated, a->s, a->ag + D, 2 * D, N, D);
         dropout(a->gated, (int64_t)N * D, m->drop, 1 + 2 * l);
@@ -1310,7 +1286,8 @@ static void model_backward(Model *m, double dloss) {
         // through W_in and the LayerNorm; its output is computed again
         layernorm_forward(a->n, a->ln_mean, a->ln_rstd, a->x, wl->ln_weight, wl->ln_bias, N, D);
         linear_backward(acts->ds, dwl->W_in, dwl->b_in, acts->dag, 2 * D, a->n, wl->W_in, N, D, 2 * D);
-        layernorm_backward(acts->dx, dwl->ln_weight, dwl->ln_bias, acts->ds, a->x, a->ln_mean, a->ln_rstd, wl->ln_weight, N, D);
+        layernorm_backward(acts->dx, dwl->ln_weight, dwl->ln_bias, acts->ds, a->x, a->ln_mean, a->ln_rstd, wl->ln_weight,
+                           N, D);
     }
     dropout(acts->dx, (int64_t)N * D, m->drop, 0);
     embedding_backward(dw->wte, acts->dx, m->inputs, B, T, D);
@@ -1341,7 +1318,7 @@ static void adamw(real *w, real *g, real *exp_avg, real *exp_avg_sq, int64_t n, 
     real rate1 = (real)(1 - o.beta1), rate2 = (real)(1 - o.beta2), keep = (real)(1 - o.lr * o.weight_decay);
     real step_size = (real)(o.lr / (1 - pow(o.beta1, (double)step)));
     real correction = (real)(1 / sqrt(1 - pow(o.beta2, (double)step)));
-    #pragma omp parallel for simd if (n > PARALLEL_WORK / 4)
+    #pragma omp parallel for simd if (n > PARALLEL_WORK / 16)
     for (int64_t i = 0; i < n; i++) {
         real grad = scale * g[i];
         real m = exp_avg[i] = beta1 * exp_avg[i] + rate1 * grad;
@@ -1357,8 +1334,8 @@ static void model_update(Model *m, AdamW o, double grad_scale, int64_t step) {
         const Tensor *t = &m->table.rows[i];
         AdamW options = o;
         if (t->n_dims < 2) options.weight_decay = 0;
-        adamw(m->params + t->offset, m->grads + t->offset, m->exp_avg + t->offset, m->exp_avg_sq + t->offset, t->count, options,
-              grad_scale, step);
+        adamw(m->params + t->offset, m->grads + t->offset, m->exp_avg + t->offset, m->exp_avg_sq + t->offset, t->count,
+              options, grad_scale, step);
     }
 }
 
@@ -1373,45 +1350,14 @@ static void initialise(real *params, const Table *table, uint64_t seed) {
     }
 }
 
-// ----------------------------------------------------------------------------
-// generation: the same forward pass, with a cache of the past in place of the past's activations
-
-// Makes the cache hold at least `positions`, keeping what it holds. Returns 0, or -1 without memory.
-static int reserve_cache(Model *m, int positions) {
-    const Config *c = &m->config;
-    size_t D = (size_t)c->d_model, kv_width = (size_t)c->n_kv_heads * (D / (size_t)c->n_heads);
-    if (!m->cache && !(m->cache = (LayerCache *)calloc((size_t)c->n_layers, sizeof(LayerCache)))) return -1;
-    if (positions <= m->capacity) return 0;
-    if (m->capacity < INT_MAX / 4 && positions < 2 * m->capacity) positions = 2 * m->capacity;
-    for (int l = 0; l < c->n_layers; l++) {
-        LayerCache *cache = &m->cache[l];
-        real **rows[] = {&cache->k, &cache->v, &cache->fb_k, &cache->s};
-        for (int i = 0; i < (c->mixer == SESSA ? 4 : 2); i++) {
-            real *grown = (real *)realloc(*rows[i], sizeof(real) * (size_t)positions * (i < 2 ? kv_width : D));
-            if (!grown) return -1;
-            *rows[i] = grown;
-        }
-    }
-    m->capacity = positions;
-    return reserve_positions(m, positions);
-}
-
-// Appends n tokens to the cached sequence: logits (V) of the last. The model has B = 1; tokens are taken T at a time, so
-// that a long prompt needs no more memory than its cache. O(cached·D) a token and layer. Returns 0, or -1 without memory.
-static int model_extend(Model *m, const int *tokens, int n, real *logits) {
+// Generation is the same forward pass over n new tokens behind `first` known ones, first + n ≤ T: logits (V) of the last.
+// O((first + n)·D) for each token and layer, for nothing that is known is computed again.
+static void model_extend(Model *m, const int *tokens, int n, int first, real *logits) {
     Dropout off = {0, 0, 0};
-    int D = m->config.d_model, last = 0;
-    if (n > INT_MAX - m->cached || reserve_cache(m, m->cached + n)) return -1;
-    for (int done = 0; done < n; done += last) {
-        last = min_int(m->T, n - done);
-        hidden_forward(m, tokens + done, 1, m->cached + last, m->cached, off);
-        m->cached += last;
-    }
-    linear_forward(logits, m->config.vocab_size, m->acts.ln_f + (size_t)(last - 1) * D, m->weights.wte, NULL, 1, D, m->config.vocab_size);
-    return 0;
+    int D = m->config.d_model, V = m->config.vocab_size;
+    hidden_forward(m, tokens, 1, first + n, first, off);
+    linear_forward(logits, V, m->acts.ln_f + (size_t)(n - 1) * D, m->weights.wte, NULL, 1, D, V);
 }
-
-static void model_reset(Model *m) { m->cached = 0; }
 
 // ----------------------------------------------------------------------------
 // the backend: all that the training loop and the command line know of the layers. The CUDA twin brings its own, with a
@@ -1421,7 +1367,7 @@ typedef enum { PARAMS, GRADS, EXP_AVG, EXP_AVG_SQ } Block;
 
 typedef struct {
     const char *name;
-    Model *(*create)(const Config *config, int B, int T, int training, int keep_all, char *error);
+    Model *(*create)(const Config *config, int B, int T, Mode mode, char *error);
     void (*destroy)(Model *model);
     double (*bytes)(const Model *model);
     real *(*read)(Model *model, Block block);  // the block's numbers in the host's memory, in the parameter table's order
@@ -1430,8 +1376,7 @@ typedef struct {
     void (*backward)(Model *model, double dloss);
     double (*grad_norm)(Model *model);
     void (*update)(Model *model, AdamW options, double grad_scale, int64_t step);
-    void (*reset)(Model *model);               // empties the cache
-    int (*extend)(Model *model, const int *tokens, int n, real *logits);
+    void (*extend)(Model *model, const int *tokens, int n, int first, real *logits);
 } Backend;
 
 static double cpu_bytes(const Model *m) { return m->bytes; }
@@ -1441,8 +1386,8 @@ static real *cpu_read(Model *m, Block block) {
 static void cpu_write(Model *m, Block block) { (void)m; (void)block; } // the host's memory is the model's own
 static double cpu_grad_norm(Model *m) { return norm(m->grads, m->table.count); }
 
-static const Backend cpu_backend = {"CPU", model_create, model_free, cpu_bytes, cpu_read, cpu_write, model_forward, model_backward,
-                                    cpu_grad_norm, model_update, model_reset, model_extend};
+static const Backend cpu_backend = {"CPU", model_create, model_free, cpu_bytes, cpu_read, cpu_write, model_forward,
+                                    model_backward, cpu_grad_norm, model_update, model_extend};
 
 // ----------------------------------------------------------------------------
 // safetensors: checkpoints, reference dumps and example sets are files of this one format
@@ -1459,9 +1404,9 @@ enum { MAX_DIMS = 8, MAX_HEADER = 100000000 };
 
 // One tensor of a file: count is in elements, size in bytes. The data need not be aligned: read it with memcpy.
 typedef struct {
-    char *name, dtype[8];
-    int n_dims;
-    int64_t shape[8], count;
+    char *name, dtype[16];
+    int n_dims;              // may be larger than MAX_DIMS; shape then holds the first ones
+    int64_t shape[MAX_DIMS], count;
     size_t size;
     const unsigned char *data;
 } FileTensor;
@@ -1478,28 +1423,14 @@ typedef struct {
     int n_meta;
 } Safetensors;
 
-// Bytes an element of this dtype takes, 0 if the format has no such dtype.
-static int dtype_size(const char *dtype) {
-    static const char *names[] = {"BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "I16", "U16", "F16", "BF16",
-                                  "I32", "U32", "F32", "I64", "U64", "F64", "C64"};
-    static const int sizes[] = {1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 4, 4, 4, 8, 8, 8, 8};
-    for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++)
-        if (!strcmp(dtype, names[i])) return sizes[i];
-    return 0;
-}
-
-// Elements and bytes of a tensor from its dtype and shape (no dimensions: one element). -1 if they overflow 63 bits, or
-// if there is no such dtype or shape.
-static int tensor_size(const char *dtype, int n_dims, const int64_t *shape, int64_t *count, int64_t *size) {
-    int64_t element = dtype_size(dtype);
-    if (!element || n_dims < 0 || n_dims > MAX_DIMS) return -1;
-    *count = 1;
-    for (int i = 0; i < n_dims; i++) {
-        if (shape[i] < 0 || (shape[i] && *count > INT64_MAX / shape[i])) return -1;
-        *count *= shape[i];
-    }
-    if (*count > INT64_MAX / element) return -1;
-    *size = *count * element;
+// Bits that an element of this dtype takes, 0 if the format has no such dtype.
+static int dtype_bits(const char *dtype) {
+    static const struct { const char *name; int bits; } known[] = {
+        {"BOOL", 8}, {"U8", 8}, {"I8", 8}, {"F8_E5M2", 8}, {"F8_E4M3", 8}, {"F8_E8M0", 8}, {"F4", 4}, {"F6_E2M3", 6},
+        {"F6_E3M2", 6}, {"I16", 16}, {"U16", 16}, {"F16", 16}, {"BF16", 16}, {"I32", 32}, {"U32", 32}, {"F32", 32},
+        {"I64", 64}, {"U64", 64}, {"F64", 64}, {"C64", 64}};
+    for (size_t i = 0; i < sizeof(known) / sizeof(known[0]); i++)
+        if (!strcmp(dtype, known[i].name)) return known[i].bits;
     return 0;
 }
 
@@ -1518,208 +1449,202 @@ static int utf8_valid(const unsigned char *text, size_t length) {
     return 1;
 }
 
-// Reads a whole regular file into fresh memory, with a zero byte past its end. -1 and the line if there is no such
+// Reads a whole regular file into fresh memory, with a zero byte past its end. FAILED and the line if there is no such
 // file, if it is something else (a folder, a pipe), if it does not fit in memory or if its size changes meanwhile.
 static int file_read(const char *path, unsigned char **bytes, size_t *size, char *error) {
     struct stat info;
-    if (stat(path, &info)) return file_fail(error, path, "%s", strerror(errno));
-    if (!S_ISREG(info.st_mode))
-        return file_fail(error, path, S_ISDIR(info.st_mode) ? "a folder, not a file" : "not a regular file");
+    if (stat(path, &info)) return fail(error, path, "%s", strerror(errno));
+    if (!S_ISREG(info.st_mode)) return fail(error, path, "a folder or a device, not a file");
     FILE *in = fopen(path, "rb");
-    if (!in) return file_fail(error, path, "%s", strerror(errno));
-    size_t total = (size_t)info.st_size, got = 0;
-    *bytes = (uint64_t)info.st_size < SIZE_MAX ? (unsigned char *)malloc(total + 1) : NULL;
-    if (*bytes) got = fread(*bytes, 1, total + 1, in);                 // one byte more than there should be
-    int broken = ferror(in);
+    if (!in) return fail(error, path, "%s", strerror(errno));
+    *size = (size_t)info.st_size;
+    *bytes = (unsigned char *)malloc(*size + 1);
+    size_t got = *bytes ? fread(*bytes, 1, *size + 1, in) : 0; // one byte more than there should be
     fclose(in);
-    if (!*bytes) return file_fail(error, path, "its %lld bytes do not fit in memory", (long long)info.st_size);
-    if (broken || got != total) {
-        free(*bytes);
-        return file_fail(error, path, broken ? "it cannot be read to its end" : "its size changed while it was read");
-    }
-    (*bytes)[total] = 0;
-    *size = total;
-    return 0;
+    if (!*bytes) return fail(error, path, "its %lld bytes do not fit in memory", (long long)info.st_size);
+    (*bytes)[*size] = 0;
+    if (got == *size) return 0;
+    free(*bytes);
+    return fail(error, path, "it cannot be read to its end, or its size changed while it was read");
 }
 
-// The header while it is read: its start, its end and the place reached.
+// The header while it is read. The first problem stays and moves the place to the end, so that whatever is read after it
+// reads nothing, and only the end asks whether there was one.
 typedef struct {
-    const char *path;
-    char *error;
-    unsigned char *start, *at, *end;
-} Header;
+    unsigned char *at, *end;
+    const unsigned char *place; // of the problem
+    const char *problem;        // NULL: none so far
+} Json;
 
-// Refuses the header at the place reached; returns -1.
-static int json_fail(const Header *h, const char *what) {
-    return file_fail(h->error, h->path, "header, byte %lld: %s", (long long)(h->at - h->start), what);
+static void json_fail(Json *j, const char *problem) {
+    if (j->problem) return;
+    j->problem = problem;
+    j->place = j->at;
+    j->at = j->end;
 }
 
-// Skips white space and returns the byte that follows without taking it, -1 at the end.
-static int json_peek(Header *h) {
-    while (h->at < h->end && (*h->at == ' ' || *h->at == '\t' || *h->at == '\n' || *h->at == '\r')) h->at++;
-    return h->at < h->end ? *h->at : -1;
+// Skips white space.
+static void json_space(Json *j) {
+    while (j->at < j->end && (*j->at == ' ' || *j->at == '\t' || *j->at == '\n' || *j->at == '\r')) j->at++;
 }
 
-// Takes the byte c, after white space; -1 and the line if another stands there.
-static int json_expect(Header *h, char c) {
-    if (json_peek(h) != c)
-        return file_fail(h->error, h->path, "header, byte %lld: expected '%c'", (long long)(h->at - h->start), c);
-    h->at++;
-    return 0;
+// Takes the byte c, after white space: 1, or 0 if another stands there.
+static int json_take(Json *j, char c) {
+    json_space(j);
+    if (j->at == j->end || *j->at != c) return 0;
+    j->at++;
+    return 1;
 }
 
-// Inside an object or array that ends with `close`, having read n of its items: 1 if another follows (and its comma is
-// taken), 0 if the end was taken, -1 and the line if neither is there.
-static int json_more(Header *h, char close, int n) {
-    if (json_peek(h) != close) return n > 0 && json_expect(h, ',') ? -1 : 1;
-    h->at++;
-    return 0;
+static void json_expect(Json *j, char c) {
+    if (!json_take(j, c)) json_fail(j, c == '"' ? "expected a string" : c == ':' ? "expected ':'" :
+                                       c == ',' ? "expected ',' or an end" : "expected '{' or '['");
 }
 
-// Reads what follows the \u of an escape; -1 if it is not four hexadecimal digits.
-static int json_hex(Header *h) {
+// Inside an object or array that ends with `close`, having read n of its items: 1 if another one follows.
+static int json_next(Json *j, char close, int n) {
+    if (json_take(j, close)) return 0;
+    if (n) json_expect(j, ',');
+    return !j->problem;
+}
+
+// What follows the \u of an escape, -1 if it is not four hexadecimal digits.
+static int json_hex(Json *j) {
     int code = 0;
     for (int i = 0; i < 4; i++) {
-        int c = h->at < h->end ? *h->at++ : 0;
+        int c = j->at < j->end ? *j->at++ : 0;
         if (!isxdigit(c)) return -1;
         code = code * 16 + (c <= '9' ? c - '0' : (c | 32) - 'a' + 10);
     }
     return code;
 }
 
-// Reads what follows a backslash, of a surrogate pair both halves; returns the character, -1 if it is no valid escape.
-static int json_escape(Header *h) {
+// The character that an escape stands for, of a surrogate pair both halves; -1 if it is no valid escape.
+static int json_escape(Json *j) {
     static const char letters[] = "\"\\/bfnrt", meaning[] = "\"\\/\b\f\n\r\t";
-    int c = h->at < h->end ? *h->at++ : 0;
+    int c = j->at < j->end ? *j->at++ : 0;
     const char *letter = c ? strchr(letters, c) : NULL;
     if (letter) return meaning[letter - letters];
-    int code = c == 'u' ? json_hex(h) : -1;
+    int code = c == 'u' ? json_hex(j) : -1;
     if (code < 0xD800 || code > 0xDFFF) return code;
-    if (code > 0xDBFF || h->end - h->at < 2 || h->at[0] != '\\' || h->at[1] != 'u') return -1;
-    h->at += 2;
-    int low = json_hex(h);
+    if (code > 0xDBFF || j->end - j->at < 2 || j->at[0] != '\\' || j->at[1] != 'u') return -1;
+    j->at += 2;
+    int low = json_hex(j);
     return low < 0xDC00 || low > 0xDFFF ? -1 : 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00);
 }
 
 // Reads a string and decodes it where it stands: UTF-8 is never longer than the escape, and the closing quote leaves
 // room for the zero byte. U+0000 becomes C0 80, which is no valid UTF-8, so that the text equals no other.
-// NULL and the line on a control character, an invalid escape or a missing end.
-static char *json_string(Header *h) {
+static char *json_string(Json *j) {
     static const int lead[] = {0, 0xC0, 0xE0, 0xF0};
-    if (json_expect(h, '"')) return NULL;
-    unsigned char *text = h->at, *out = text;
-    while (h->at < h->end) {
-        int c = *h->at++;
+    static char nothing[] = "";
+    json_expect(j, '"');
+    unsigned char *text = j->at, *out = text;
+    while (j->at < j->end) {
+        int c = *j->at++;
         if (c == '"') {
             *out = 0;
             return (char *)text;
         }
-        int code = c == '\\' ? json_escape(h) : c;
-        if (c < 0x20 || code < 0) {
-            json_fail(h, c < 0x20 ? "a control character in a string" : "an invalid escape in a string");
-            return NULL;
-        }
+        int code = c == '\\' ? json_escape(j) : c;
+        if (c < 0x20) json_fail(j, "a control character in a string");
+        if (code < 0) json_fail(j, "an invalid escape in a string");
+        if (j->problem) break;
         int tail = code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;          // UTF-8 bytes after the first
         if (c != '\\' || (code && code < 0x80)) tail = 0;
         *out++ = (unsigned char)(lead[tail] | (code >> (6 * tail)));
         while (tail-- > 0) *out++ = (unsigned char)(0x80 | ((code >> (6 * tail)) & 0x3F));
     }
-    json_fail(h, "a string without an end");
-    return NULL;
+    json_fail(j, "a string without an end");
+    return nothing;
 }
 
-// Reads a key and its colon. NULL and the line if they are not there, or if the key holds a zero byte.
-static char *json_key(Header *h) {
-    char *key = json_string(h);
-    if (!key || !strstr(key, "\xC0\x80")) return key && !json_expect(h, ':') ? key : NULL;
-    json_fail(h, "a zero byte in a name");
-    return NULL;
+static char *json_key(Json *j) {
+    char *key = json_string(j);
+    json_expect(j, ':');
+    return key;
 }
 
-// Reads an array of up to `room` integers in 0..2^63-1; returns their number, -1 and the line if it is none.
-static int json_integers(Header *h, int64_t *list, int room) {
-    int n = 0, more;
-    if (json_expect(h, '[')) return -1;
-    for (; (more = json_more(h, ']', n)) != 0; n++) {
-        int first = json_peek(h);
-        if (more < 0) return -1;
-        if (n == room) return json_fail(h, room == 2 ? "more than two offsets" : "more than 8 dimensions");
-        if (first < '0' || first > '9') return json_fail(h, "expected a whole number, 0 or more");
-        const unsigned char *start = h->at;
-        for (list[n] = 0; h->at < h->end && isdigit(*h->at); h->at++) {
-            int digit = *h->at - '0';
-            if (list[n] > (INT64_MAX - digit) / 10) return json_fail(h, "a number above 2^63-1");
-            list[n] = list[n] * 10 + digit;
-        }
-        if (first == '0' && h->at - start > 1) return json_fail(h, "a number with a leading zero");
+// Reads an array of integers in 0..2^63-1, of which the first `room` are kept. Returns their number and, in *product,
+// their product, -1 if it overflows.
+static int json_integers(Json *j, int64_t *list, int room, int64_t *product) {
+    int n = 0;
+    *product = 1;
+    json_expect(j, '[');
+    for (; json_next(j, ']', n); n++) {
+        int64_t number = 0;
+        json_space(j);
+        const unsigned char *start = j->at;
+        for (; j->at < j->end && isdigit(*j->at); j->at++)
+            if (__builtin_mul_overflow(number, 10, &number) || __builtin_add_overflow(number, *j->at - '0', &number))
+                json_fail(j, "a number above 2^63-1");
+        if (j->at == start) json_fail(j, "expected a whole number, 0 or more");
+        if (*start == '0' && j->at - start > 1) json_fail(j, "a number with a leading zero");
+        if (n < room) list[n] = number;
+        if (*product < 0 || __builtin_mul_overflow(*product, number, product)) *product = -1;
     }
     return n;
 }
 
 // Reads the value of one tensor's entry: its three fields, in any order, each once. The data must lie inside the
-// data_size bytes at data and be as long as dtype and shape say. -1 and the line otherwise.
-static int read_tensor(Header *h, FileTensor *tensor, const unsigned char *data, int64_t data_size) {
-    static const char *fields[] = {"dtype", "shape", "data_offsets"};
-    int64_t offsets[2] = {0, 0}, size;
-    int seen = 0, more;
-    if (json_expect(h, '{')) return -1;
-    for (int n = 0; (more = json_more(h, '}', n)) != 0; n++) {
-        const char *key = more < 0 ? NULL : json_key(h), *dtype;
-        int field = 0, length = 0;
-        if (!key) return -1;
-        while (field < 3 && strcmp(key, fields[field])) field++;
-        if (field == 3) return json_fail(h, "a tensor has a field other than dtype, shape and data_offsets");
-        if (seen & (1 << field)) return json_fail(h, "a tensor has the same field twice");
-        seen |= 1 << field;
-        if (field == 0) {
-            if (!(dtype = json_string(h))) return -1;
-            if (!dtype_size(dtype)) return json_fail(h, "an unknown dtype");
-            snprintf(tensor->dtype, sizeof(tensor->dtype), "%s", dtype);
-        } else {
-            length = json_integers(h, field == 1 ? tensor->shape : offsets, field == 1 ? MAX_DIMS : 2);
-            if (field == 1) tensor->n_dims = length;
-            else if (length >= 0 && length < 2) return json_fail(h, "fewer than two offsets");
-        }
-        if (length < 0) return -1;
+// data_size bytes at data and be as long as dtype and shape say.
+static void json_tensor(Json *j, FileTensor *t, const unsigned char *data, int64_t data_size) {
+    int64_t offsets[2] = {0, 0}, bits = 0, unused;
+    int seen[3] = {0}, n_offsets = 0;
+    json_expect(j, '{');
+    for (int n = 0; json_next(j, '}', n); n++) {
+        const char *key = json_key(j);
+        if (!strcmp(key, "dtype") && !seen[0]++) snprintf(t->dtype, sizeof(t->dtype), "%s", json_string(j));
+        else if (!strcmp(key, "shape") && !seen[1]++) t->n_dims = json_integers(j, t->shape, MAX_DIMS, &t->count);
+        else if (!strcmp(key, "data_offsets") && !seen[2]++) n_offsets = json_integers(j, offsets, 2, &unused);
+        else json_fail(j, "a tensor's field is unknown, or stands there twice");
     }
-    if (seen != 7) return json_fail(h, "a tensor lacks dtype, shape or data_offsets");
-    if (tensor_size(tensor->dtype, tensor->n_dims, tensor->shape, &tensor->count, &size))
-        return file_fail(h->error, h->path, "tensor '%.80s': its size overflows", tensor->name);
+    if (!seen[0] || !seen[1] || n_offsets != 2) json_fail(j, "a tensor lacks dtype, shape or two data_offsets");
+    if (!j->problem && !dtype_bits(t->dtype)) json_fail(j, "a tensor's dtype is unknown");
+    if (!j->problem && (t->count < 0 || __builtin_mul_overflow(t->count, dtype_bits(t->dtype), &bits) || bits % 8))
+        json_fail(j, "a tensor's size overflows, or is no number of bytes");
     if (offsets[0] > offsets[1] || offsets[1] > data_size)
-        return file_fail(h->error, h->path, "tensor '%.80s': offsets %lld to %lld of %lld bytes: out of range, or the file "
-                         "ends early", tensor->name, (long long)offsets[0], (long long)offsets[1], (long long)data_size);
-    if (offsets[1] - offsets[0] != size)
-        return file_fail(h->error, h->path, "tensor '%.80s': dtype and shape need %lld bytes, its offsets span %lld",
-                         tensor->name, (long long)size, (long long)(offsets[1] - offsets[0]));
-    tensor->data = data + offsets[0];
-    tensor->size = (size_t)size;
-    return 0;
+        json_fail(j, "a tensor's offsets are out of range, or the file ends early");
+    if (offsets[1] - offsets[0] != bits / 8) json_fail(j, "a tensor's offsets do not fit its dtype and shape");
+    if (j->problem) return;
+    t->data = data + offsets[0];
+    t->size = (size_t)(bits / 8);
 }
 
-// An array of n items with room for one more: it doubles whenever n is a power of two. NULL and the line when memory is
-// exhausted; the old array is still there.
-static void *grown(const Header *h, void *array, int n, size_t item) {
+// An array of n items with room for one more: it doubles whenever n is a power of two. The old one when memory is
+// exhausted.
+static void *json_grow(Json *j, void *array, int n, size_t item) {
     if (n & (n - 1)) return array;
-    size_t room = n ? (size_t)n * 2 : 1;
-    void *larger = room <= SIZE_MAX / item ? realloc(array, room * item) : NULL;
-    if (!larger) json_fail(h, "memory is exhausted");
-    return larger;
+    void *larger = realloc(array, (n ? (size_t)n * 2 : 1) * item);
+    if (!larger) json_fail(j, "memory is exhausted");
+    return larger ? larger : array;
 }
 
-// Reads the value of "__metadata__": an object of strings. -1 and the line if it is none.
-static int read_metadata(Header *h, Safetensors *file) {
-    int more;
-    if (json_expect(h, '{')) return -1;
-    for (int n = 0; (more = json_more(h, '}', n)) != 0; n++) {
-        Meta *meta = more < 0 ? NULL : (Meta *)grown(h, file->meta, n, sizeof(Meta));
-        if (!meta) return -1;
-        file->meta = meta;
-        file->n_meta = n + 1;
-        meta[n].key = json_key(h);
-        meta[n].value = meta[n].key ? json_string(h) : NULL;
-        if (!meta[n].value) return -1;
+// Reads the header's object into file.
+static void json_header(Json *j, Safetensors *file, const unsigned char *data) {
+    int metadata_seen = 0;
+    for (int n = 0; json_next(j, '}', n); n++) {
+        char *name = json_key(j);
+        if (!strcmp(name, "__metadata__")) {
+            if (metadata_seen++) json_fail(j, "__metadata__ stands there twice");
+            json_expect(j, '{');
+            for (int i = 0; json_next(j, '}', i); i++) {
+                file->meta = (Meta *)json_grow(j, file->meta, i, sizeof(Meta));
+                Meta meta = {json_key(j), NULL};
+                meta.value = json_string(j);
+                if (!j->problem) file->meta[file->n_meta++] = meta;
+            }
+        } else {
+            FileTensor tensor;
+            memset(&tensor, 0, sizeof(tensor));
+            tensor.name = name;
+            file->tensors = (FileTensor *)json_grow(j, file->tensors, file->n_tensors, sizeof(FileTensor));
+            json_tensor(j, &tensor, data, file->bytes + file->size - data);
+            if (!j->problem) file->tensors[file->n_tensors++] = tensor;
+        }
     }
-    return 0;
+    json_space(j);
+    if (j->at < j->end) json_fail(j, "something follows the last brace");
 }
 
 static int compare_places(const void *a, const void *b) {
@@ -1741,55 +1666,19 @@ static const char *sort_names(void *array, int n, size_t item) {
 }
 
 // Checks that the tensors cover the data exactly, each byte once, and that no name or key stands there twice; leaves
-// tensors and metadata sorted for the search. -1 and the line otherwise.
+// tensors and metadata sorted for the search. FAILED and the line otherwise.
 static int check_layout(Safetensors *file, const unsigned char *data, const char *path, char *error) {
     FileTensor *tensors = file->tensors;
     const unsigned char *reached = data, *end = file->bytes + file->size;
     if (tensors) qsort(tensors, (size_t)file->n_tensors, sizeof(FileTensor), compare_places);
     for (int i = 0; i < file->n_tensors; reached += tensors[i++].size)
         if (tensors[i].data != reached)
-            return file_fail(error, path, "tensor '%.80s' %s", tensors[i].name,
-                             tensors[i].data < reached ? "overlaps another" : "has bytes before it that no tensor claims");
-    if (reached != end)
-        return file_fail(error, path, "no tensor claims the last %lld bytes", (long long)(end - reached));
+            return fail(error, path, "tensor '%.80s' %s", tensors[i].name,
+                        tensors[i].data < reached ? "overlaps another" : "has bytes before it that no tensor claims");
+    if (reached != end) return fail(error, path, "no tensor claims the last %lld bytes", (long long)(end - reached));
     const char *twice = sort_names(tensors, file->n_tensors, sizeof(FileTensor));
     if (!twice) twice = sort_names(file->meta, file->n_meta, sizeof(Meta));
-    return twice ? file_fail(error, path, "the name '%.80s' stands there twice", twice) : 0;
-}
-
-// Reads the header of the file whose bytes are in place. -1 and the line if it is no valid one.
-static int read_header(Safetensors *file, const char *path, char *error) {
-    uint64_t length;
-    int more, metadata_seen = 0;
-    if (file->size < 8) return file_fail(error, path, "%d bytes are no safetensors file", (int)file->size);
-    memcpy(&length, file->bytes, 8);
-    if (length > MAX_HEADER)
-        return file_fail(error, path, "a header of %llu bytes (over 100 MB): no safetensors file", (unsigned long long)length);
-    if (length > file->size - 8) return file_fail(error, path, "the file ends early, inside its header");
-    unsigned char *start = file->bytes + 8, *data = start + length;
-    Header header = {path, error, start, start, data}, *h = &header;
-    if (!length || *start != '{') return json_fail(h, "it does not start with '{': no safetensors file");
-    if (!utf8_valid(start, (size_t)length)) return json_fail(h, "not valid UTF-8");
-    h->at++;
-    for (int n = 0; (more = json_more(h, '}', n)) != 0; n++) {
-        char *name = more < 0 ? NULL : json_key(h);
-        if (!name) return -1;
-        if (!strcmp(name, "__metadata__")) {
-            if (metadata_seen++) return json_fail(h, "__metadata__ stands there twice");
-            if (read_metadata(h, file)) return -1;
-            continue;
-        }
-        FileTensor *tensors = (FileTensor *)grown(h, file->tensors, file->n_tensors, sizeof(FileTensor));
-        if (!tensors) return -1;
-        file->tensors = tensors;
-        tensors += file->n_tensors++;
-        memset(tensors, 0, sizeof(*tensors));
-        tensors->name = name;
-        if (read_tensor(h, tensors, data, file->bytes + file->size - data)) return -1;
-    }
-    while (h->at < data && *h->at == ' ') h->at++;
-    if (h->at < data) return json_fail(h, "something other than spaces follows the last brace");
-    return check_layout(file, data, path, error);
+    return twice ? fail(error, path, "the name '%.80s' stands there twice", twice) : 0;
 }
 
 // Frees what a Safetensors holds; fine on one that is all zero.
@@ -1801,30 +1690,43 @@ static void safetensors_free(Safetensors *file) {
 }
 
 // Makes a Safetensors of the bytes of a file; they must come from malloc and belong to it from now on. The path is for
-// messages only. 0, or -1 with the line in error and nothing to free.
+// messages only. 0, or FAILED with the line in error and nothing to free.
 static int safetensors_parse(Safetensors *file, unsigned char *bytes, size_t size, const char *path, char *error) {
+    uint64_t length = 0;
+    int result;
     memset(file, 0, sizeof(*file));
     file->bytes = bytes;
     file->size = size;
-    if (!read_header(file, path, error)) return 0;
-    safetensors_free(file);
-    return -1;
+    if (size >= 8) memcpy(&length, bytes, 8);
+    if (size < 8) result = fail(error, path, "%d bytes are no safetensors file", (int)size);
+    else if (length > MAX_HEADER) result = fail(error, path, "a header of over 100 MB: no safetensors file");
+    else if (length > size - 8) result = fail(error, path, "the file ends early, inside its header");
+    else {
+        unsigned char *start = bytes + 8, *data = start + length;
+        Json json = {start, data, start, NULL};
+        if (!length || *start != '{') json_fail(&json, "it does not start with '{': no safetensors file");
+        else if (!utf8_valid(start, (size_t)length)) json_fail(&json, "not valid UTF-8");
+        json_expect(&json, '{');
+        json_header(&json, file, data);
+        if (json.problem) result = fail(error, path, "header, byte %lld: %s", (long long)(json.place - start), json.problem);
+        else result = check_layout(file, data, path, error);
+    }
+    if (result) safetensors_free(file);
+    return result;
 }
 
-// Reads a safetensors file. 0, or -1 with the line in error and nothing to free.
+// Reads a safetensors file. 0, or FAILED with the line in error and nothing to free.
 static int safetensors_read(Safetensors *file, const char *path, char *error) {
     unsigned char *bytes;
     size_t size;
-    memset(file, 0, sizeof(*file));
-    if (file_read(path, &bytes, &size, error)) return -1;
+    if (file_read(path, &bytes, &size, error)) return FAILED;
     return safetensors_parse(file, bytes, size, path, error);
 }
 
 // The tensor of this name, NULL if there is none.
 static const FileTensor *safetensors_find(const Safetensors *file, const char *name) {
     if (!file->n_tensors) return NULL;
-    size_t n = (size_t)file->n_tensors;
-    return (const FileTensor *)bsearch(&name, file->tensors, n, sizeof(FileTensor), compare_names);
+    return (const FileTensor *)bsearch(&name, file->tensors, (size_t)file->n_tensors, sizeof(FileTensor), compare_names);
 }
 
 // The metadata's value for this key, NULL if there is none.
@@ -1834,9 +1736,8 @@ static const char *safetensors_meta(const Safetensors *file, const char *key) {
     return meta ? meta->value : NULL;
 }
 
-// Writes text as a JSON string; returns -1 if it is not valid UTF-8.
-static int json_write(FILE *out, const char *text) {
-    if (!utf8_valid((const unsigned char *)text, strlen(text))) return -1;
+// Writes text as a JSON string.
+static void json_write(FILE *out, const char *text) {
     fputc('"', out);
     for (; *text; text++) {
         unsigned char c = (unsigned char)*text;
@@ -1845,59 +1746,86 @@ static int json_write(FILE *out, const char *text) {
         else fputc(c, out);
     }
     fputc('"', out);
-    return 0;
 }
 
 // Writes the header of a file, its tensors laid out in the order given, and pads it with spaces to a multiple of 8.
-// -1 and the line if a name or value is no UTF-8, or if a tensor's size is not that of its dtype and shape.
-static int write_header(FILE *out, const char *path, const FileTensor *tensors, int n_tensors, const Meta *meta,
-                        int n_meta, char *error) {
-    int64_t offset = 0, count, size;
+static void write_header(FILE *out, const FileTensor *tensors, int n_tensors, const Meta *meta, int n_meta) {
+    size_t offset = 0;
     fputc('{', out);
     for (int i = 0; i < n_meta; i++) {
         fputs(i ? "," : "\"__metadata__\":{", out);
-        if (json_write(out, meta[i].key) || fputc(':', out) == EOF || json_write(out, meta[i].value))
-            return file_fail(error, path, "'%.80s', '%.80s' cannot be stored: not UTF-8", meta[i].key, meta[i].value);
+        json_write(out, meta[i].key);
+        fputc(':', out);
+        json_write(out, meta[i].value);
     }
-    if (n_meta) fputc('}', out);
+    fputs(n_meta ? "}" : "", out);
     for (int i = 0; i < n_tensors; i++) {
         const FileTensor *t = &tensors[i];
         if (i || n_meta) fputc(',', out);
-        if (json_write(out, t->name) || tensor_size(t->dtype, t->n_dims, t->shape, &count, &size) ||
-            (uint64_t)size != t->size || size > INT64_MAX - offset)
-            return file_fail(error, path, "tensor '%.80s' cannot be stored: its size or name is wrong", t->name);
+        json_write(out, t->name);
         fprintf(out, ":{\"dtype\":\"%s\",\"shape\":[", t->dtype);
-        for (int j = 0; j < t->n_dims; j++) fprintf(out, "%s%lld", j ? "," : "", (long long)t->shape[j]);
-        fprintf(out, "],\"data_offsets\":[%lld,%lld]}", (long long)offset, (long long)(offset + size));
-        offset += size;
+        for (int d = 0; d < t->n_dims; d++) fprintf(out, "%s%lld", d ? "," : "", (long long)t->shape[d]);
+        fprintf(out, "],\"data_offsets\":[%zu,%zu]}", offset, offset + t->size);
+        offset += t->size;
     }
     fputc('}', out);
     while (ftell(out) % 8) fputc(' ', out);
+}
+
+// Creates the temporary file that will take the place of path: its descriptor, or -1 with the line in error. A link is
+// followed, so that it survives. target and temporary: PATH_MAX + 32 bytes each.
+static int open_temporary(const char *path, char *target, char *temporary, char *error) {
+    struct stat info;
+    if (!stat(path, &info) && !S_ISREG(info.st_mode)) return fail(error, path, "cannot be written: not a regular file");
+    if (!realpath(path, target)) snprintf(target, PATH_MAX, "%s", path); // there is no such file yet
+    snprintf(temporary, PATH_MAX + 32, "%s.tmp.%ld", target, (long)getpid());
+    unlink(temporary); // left by a crash of a process with our number
+    int fd = open(temporary, O_WRONLY | O_CREAT | O_EXCL, 0666);
+    return fd < 0 ? fail(error, path, "cannot be written: %s", strerror(errno)) : fd;
+}
+
+// Tells before a long run whether path can be written, leaving no trace. 0, or FAILED with the line in error.
+static int safetensors_writable(const char *path, char *error) {
+    char target[PATH_MAX + 32], temporary[PATH_MAX + 32];
+    int fd = open_temporary(path, target, temporary, error);
+    if (fd < 0) return FAILED;
+    close(fd);
+    unlink(temporary);
     return 0;
 }
 
-// Puts header and data into the file `temporary`, flushes it to the disk and only then gives it the name `target`: that
-// is at any moment the old file or the new one, whole. 0, or the errno of what failed; the temporary file is then gone.
-static int replace_file(char *temporary, const char *target, const char *header, uint64_t length,
-                        const FileTensor *tensors, int n_tensors) {
-    unlink(temporary);                                                 // left by a crash of a process with our number
-    int fd = open(temporary, O_WRONLY | O_CREAT | O_EXCL, 0666);
-    if (fd < 0) return errno;
-    FILE *out = fdopen(fd, "wb");
-    int ok = out && fwrite(&length, 8, 1, out) == 1 && fwrite(header, 1, (size_t)length, out) == length;
-    for (int i = 0; ok && i < n_tensors; i++)
-        ok = !tensors[i].size || fwrite(tensors[i].data, 1, tensors[i].size, out) == tensors[i].size;
+// Writes a safetensors file with the tensors in the order given: into a temporary file, which is flushed to the disk and
+// only then gets its name, so that there is at any moment the old file or the new one, whole. 0, or FAILED with the line
+// in error; an old file of that name is then as it was.
+static int safetensors_write(const char *path, const FileTensor *tensors, int n_tensors, const Meta *meta, int n_meta,
+                             char *error) {
+    char target[PATH_MAX + 32], temporary[PATH_MAX + 32], *header = NULL;
+    size_t size = 0;
+    for (int i = 0; i < n_meta; i++)
+        if (!utf8_valid((const unsigned char *)meta[i].value, strlen(meta[i].value)))
+            return fail(error, path, "'%.80s', '%.80s' cannot be stored: not UTF-8", meta[i].key, meta[i].value);
+    FILE *out = open_memstream(&header, &size);
+    if (!out) return fail(error, path, "cannot be written: %s", strerror(errno));
+    write_header(out, tensors, n_tensors, meta, n_meta);
+    if (fclose(out)) { free(header); return fail(error, path, "cannot be written: out of memory"); }
+    int fd = open_temporary(path, target, temporary, error);
+    if (fd < 0) { free(header); return FAILED; }
+    uint64_t length = size;
+    out = fdopen(fd, "wb");
+    int ok = out && fwrite(&length, 8, 1, out) == 1 && fwrite(header, 1, size, out) == size;
+    for (int i = 0; ok && i < n_tensors; i++) ok = fwrite(tensors[i].data, 1, tensors[i].size, out) == tensors[i].size;
     ok = ok && !fflush(out) && !fsync(fd);
     int problem = ok ? 0 : errno ? errno : EIO;
     if ((out ? fclose(out) : close(fd)) && !problem) problem = errno;
     if (!problem && rename(temporary, target)) problem = errno;
+    free(header);
     if (problem) {
         unlink(temporary);
-        return problem;
+        return fail(error, path, "cannot be written: %s", strerror(problem));
     }
-    char *slash = strrchr(temporary, '/');                             // the folder, too, so that the new name lasts
+    char *slash = strrchr(target, '/'); // the folder, too, is flushed, so that the new name lasts
     if (slash) slash[1] = 0;
-    fd = open(slash ? temporary : ".", O_RDONLY);
+    fd = open(slash ? target : ".", O_RDONLY);
     if (fd >= 0) {
         fsync(fd);
         close(fd);
@@ -1905,71 +1833,24 @@ static int replace_file(char *temporary, const char *target, const char *header,
     return 0;
 }
 
-// Writes a safetensors file with the tensors in the order given, atomically: a failure leaves an old file of that name
-// as it was. A link is followed, so that it survives. 0, or -1 with the line in error.
-static int safetensors_write(const char *path, const FileTensor *tensors, int n_tensors, const Meta *meta, int n_meta,
-                             char *error) {
-    struct stat info;
-    char *header = NULL;
-    size_t length = 0;
-    if (!stat(path, &info) && !S_ISREG(info.st_mode))
-        return file_fail(error, path, "cannot be written: not a regular file");
-    FILE *out = open_memstream(&header, &length);
-    if (!out) return file_fail(error, path, "cannot be written: %s", strerror(errno));
-    int result = write_header(out, path, tensors, n_tensors, meta, n_meta, error), exhausted = ferror(out);
-    exhausted |= fclose(out);
-    if (!result && (exhausted || length > MAX_HEADER))
-        result = file_fail(error, path, "cannot be written: its header does not fit in %s", exhausted ? "memory" : "100 MB");
-    if (!result) {
-        char *target = realpath(path, NULL);                           // NULL: there is no such file yet
-        const char *name = target ? target : path;
-        size_t room = strlen(name) + 32;
-        char *temporary = (char *)malloc(room);
-        if (temporary) snprintf(temporary, room, "%s.tmp.%ld", name, (long)getpid());
-        int problem = temporary ? replace_file(temporary, name, header, length, tensors, n_tensors) : ENOMEM;
-        if (problem) result = file_fail(error, path, "cannot be written: %s", strerror(problem));
-        free(temporary);
-        free(target);
-    }
-    free(header);
-    return result;
-}
-
-// Tells before a long run whether path can be written, leaving no trace. 0, or -1 with the line in error.
-static int safetensors_writable(const char *path, char *error) {
-    struct stat info;
-    char *temporary = (char *)malloc(strlen(path) + 32);
-    if (!temporary) return file_fail(error, path, "memory is exhausted");
-    snprintf(temporary, strlen(path) + 32, "%s.tmp.%ld", path, (long)getpid());
-    int fd = -1, result = 0;
-    if (!stat(path, &info) && !S_ISREG(info.st_mode)) result = file_fail(error, path, "cannot be written: not a regular file");
-    else if ((fd = open(temporary, O_WRONLY | O_CREAT | O_CLOEXEC, 0666)) < 0) result = file_fail(error, path, "cannot be written: %s", strerror(errno));
-    if (fd >= 0) {
-        close(fd);
-        unlink(temporary);
-    }
-    free(temporary);
-    return result;
-}
-
 // ----------------------------------------------------------------------------
 // data: text, token shards, example sets
 
-// Text is any file of bytes, a token is a byte. A shard is llm.c's: 256 int32 (magic, version 1, number of tokens, the
-// rest unused), then uint16 tokens. An example set is a safetensors file with `inputs` and `targets` (N,T).
+// Text is any file of bytes, a token is a byte's place in the vocabulary. A shard is llm.c's: 256 int32 (magic, version 1,
+// number of tokens, the rest unused), then uint16 tokens. An example set is a safetensors file with `inputs` and
+// `targets` (N,T).
 typedef enum { DATA_TEXT, DATA_SHARD, DATA_EXAMPLES } DataKind;
 
 typedef struct {
     DataKind kind;
-    int64_t size;              // bytes of the file
-    uint64_t hash;             // of the bytes of the file: see hash_bytes
-    unsigned char *bytes;      // TEXT: its bytes
-    uint16_t *tokens;          // SHARD, and TEXT after dataset_encode: token ids
-    int64_t count;             // tokens (TEXT, SHARD) or examples (EXAMPLES)
-    int width;                 // EXAMPLES: T of the file
+    unsigned char *bytes;      // TEXT, SHARD: the file; dataset_encode puts token ids in the place of a text's bytes
+    const uint16_t *tokens;    // SHARD: inside bytes
     int32_t *inputs, *targets; // EXAMPLES: (count, width); a target of -1 is none
+    int64_t count;             // tokens or examples
+    int width;                 // EXAMPLES: T of the file
     int vocab_hint;            // EXAMPLES: the metadata's vocab_size, or 0
     int max_id;                // SHARD, EXAMPLES: the largest id, -1 if there is none
+    char content[96];          // kind, size and hash: what a resumed run must find again
 } Dataset;
 
 // A 64-bit hash: FNV-1a's step (xor, then multiply by its prime), taken on 8 bytes at a time for speed and followed by a
@@ -1990,155 +1871,134 @@ static uint64_t hash_bytes(const unsigned char *bytes, size_t size) {
 // Frees what a Dataset holds; fine on one that is all zero.
 static void dataset_free(Dataset *data) {
     free(data->bytes);
-    free(data->tokens);
     free(data->inputs);
     free(data->targets);
     memset(data, 0, sizeof(*data));
 }
 
-// Fills data from the bytes of a token shard. -1 and the line if version or length are wrong.
-static int shard_read(Dataset *data, const unsigned char *bytes, size_t size, const char *path, char *error) {
+// Makes a token shard of the file's bytes. FAILED and the line if version or length are wrong.
+static int shard_read(Dataset *data, size_t size, const char *path, char *error) {
     int32_t header[3];
-    memcpy(header, bytes, sizeof(header));
-    if (header[1] != 1) return file_fail(error, path, "a token shard of version %d; only 1 is known", header[1]);
-    if (header[2] < 1 || (uint64_t)header[2] * 2 != size - 1024)
-        return file_fail(error, path, "a token shard whose header says %d tokens; the file holds %lld bytes of them",
-                         header[2], (long long)(size - 1024));
-    data->kind = DATA_SHARD;
+    memcpy(header, data->bytes, sizeof(header));
+    data->tokens = (const uint16_t *)(const void *)(data->bytes + 1024);
     data->count = header[2];
-    data->tokens = (uint16_t *)malloc(size - 1024);
-    if (!data->tokens) return file_fail(error, path, "its tokens do not fit in memory");
-    memcpy(data->tokens, bytes + 1024, size - 1024);
-    for (int64_t i = 0; i < data->count; i++)
-        if (data->tokens[i] > data->max_id) data->max_id = data->tokens[i];
+    if (header[1] != 1) return fail(error, path, "a token shard of version %d; only 1 is known", header[1]);
+    if (header[2] < 1 || (uint64_t)header[2] * 2 != size - 1024)
+        return fail(error, path, "a token shard whose header says %d tokens; the file holds %zu bytes of them", header[2],
+                    size - 1024);
+    for (int64_t i = 0; i < data->count; i++) data->max_id = data->tokens[i] > data->max_id ? data->tokens[i] : data->max_id;
     return 0;
 }
 
-// Converts an integer tensor to int32 and raises max_id to its largest number. Every number must be `low` or more and
-// leave room for a vocabulary size above it. NULL and the line if one is not, or if the dtype is no integer's.
+// An integer tensor as int32; raises max_id to its largest number. Every number must be `low` or more and leave room for
+// a vocabulary size above it. NULL and the line if one is not, or if the dtype is no integer's.
 static int32_t *ids_read(const FileTensor *tensor, int low, int *max_id, const char *path, char *error) {
-    static const char *known[] = {"I8", "I16", "I32", "I64", "U8", "U16", "U32"};
-    int kind = 0, element = dtype_size(tensor->dtype), shift = 64 - 8 * element;
-    while (kind < 7 && strcmp(tensor->dtype, known[kind])) kind++;
-    if (kind == 7) {
-        file_fail(error, path, "'%s' is %s; ids are I8, I16, I32, I64, U8, U16 or U32", tensor->name, tensor->dtype);
-        return NULL;
-    }
-    int32_t *ids = (uint64_t)tensor->count <= SIZE_MAX / 4 ? (int32_t *)malloc((size_t)tensor->count * 4) : NULL;
-    if (!ids) file_fail(error, path, "'%s' does not fit in memory", tensor->name);
+    int bits = dtype_bits(tensor->dtype), is_signed = tensor->dtype[0] == 'I', integer = is_signed || tensor->dtype[0] == 'U';
+    int32_t *ids = integer && (uint64_t)tensor->count < SIZE_MAX / 4 ? (int32_t *)malloc((size_t)tensor->count * 4) : NULL;
+    if (!ids) fail(error, path, integer ? "'%s' does not fit in memory" : "'%s' is no tensor of integers", tensor->name);
     for (int64_t i = 0; ids && i < tensor->count; i++) {
-        uint64_t word = 0;                                             // little-endian: the element's bytes come lowest
-        memcpy(&word, tensor->data + i * element, (size_t)element);
-        int64_t id = kind < 4 ? (int64_t)(word << shift) >> shift : (int64_t)word;      // signed kinds: extend the sign
+        uint64_t word = 0; // little-endian: the element's bytes come lowest
+        memcpy(&word, tensor->data + i * bits / 8, (size_t)bits / 8);
+        int64_t id = is_signed ? (int64_t)(word << (64 - bits)) >> (64 - bits) : (int64_t)word; // extend the sign
         if (id < low || id > INT32_MAX - 1) {
-            file_fail(error, path, "'%s' holds %lld at [%lld,%lld]; ids are %d or more and below 2^31-1", tensor->name,
-                      (long long)id, (long long)(i / tensor->shape[1]), (long long)(i % tensor->shape[1]), low);
+            fail(error, path, "'%s' holds %lld at [%lld,%lld]; ids are %d or more and below 2^31-1", tensor->name,
+                 (long long)id, (long long)(i / tensor->shape[1]), (long long)(i % tensor->shape[1]), low);
             free(ids);
             return NULL;
         }
-        if (id > *max_id) *max_id = (int)id;
         ids[i] = (int32_t)id;
+        if (id > *max_id) *max_id = (int)id;
     }
     return ids;
 }
 
-// Fills data from a safetensors file of examples. -1 and the line if it is none.
+// Fills data from a safetensors file of examples. FAILED and the line if it is none.
 static int examples_read(Dataset *data, const Safetensors *file, const char *path, char *error) {
     const FileTensor *inputs = safetensors_find(file, "inputs"), *targets = safetensors_find(file, "targets");
     const char *vocab_size = safetensors_meta(file, "vocab_size");
     int64_t vocab = 0;
-    if (!inputs || !targets)
-        return file_fail(error, path, "not an example set: it has no '%s'", inputs ? "targets" : "inputs");
+    if (!inputs || !targets) return fail(error, path, "not an example set: it has no '%s'", inputs ? "targets" : "inputs");
     if (inputs->n_dims != 2 || targets->n_dims != 2 || memcmp(inputs->shape, targets->shape, 2 * sizeof(int64_t)))
-        return file_fail(error, path, "'inputs' and 'targets' must have the same shape (N,T)");
-    if (!inputs->count) return file_fail(error, path, "the example set is empty");
-    if (inputs->shape[1] > INT_MAX) return file_fail(error, path, "the examples are too long");
-    if (vocab_size && parse_integer(vocab_size, 1, INT_MAX, &vocab))
-        return file_fail(error, path, "its metadata's vocab_size is '%.40s', not a whole number", vocab_size);
-    data->kind = DATA_EXAMPLES;
+        return fail(error, path, "'inputs' and 'targets' must have the same shape (N,T)");
+    if (!inputs->count || inputs->shape[1] > INT_MAX || inputs->shape[0] > INT_MAX)
+        return fail(error, path, "the example set is empty, or too large");
+    if (vocab_size && parse_integer(vocab_size, 1, 1 << 24, &vocab))
+        return fail(error, path, "its metadata's vocab_size is '%.40s', not a whole number up to 2^24", vocab_size);
     data->count = inputs->shape[0];
     data->width = (int)inputs->shape[1];
     data->vocab_hint = (int)vocab;
     data->inputs = ids_read(inputs, 0, &data->max_id, path, error);
     if (data->inputs) data->targets = ids_read(targets, -1, &data->max_id, path, error);
-    return data->targets ? 0 : -1;
+    return data->targets ? 0 : FAILED;
 }
 
 // Reads a file of any of the three kinds: named *.safetensors it is an example set, with a shard's magic number at its
-// start a shard, else text. 0, or -1 with the line in error and nothing to free.
+// start a shard, else text. 0, or FAILED with the line in error and nothing to free.
 static int dataset_read(Dataset *data, const char *path, char *error) {
-    unsigned char *bytes;
+    static const char *kinds[] = {"text", "token shard", "examples"};
     size_t size, length = strlen(path);
     int32_t magic = 0;
     int result = 0;
     memset(data, 0, sizeof(*data));
-    if (file_read(path, &bytes, &size, error)) return -1;
-    data->size = (int64_t)size;
-    data->hash = hash_bytes(bytes, size);
+    if (file_read(path, &data->bytes, &size, error)) return FAILED;
+    if (size >= 1024) memcpy(&magic, data->bytes, sizeof(magic));
+    data->kind = length >= 12 && !strcmp(path + length - 12, ".safetensors") ? DATA_EXAMPLES : magic == 20240520 ? DATA_SHARD
+               : DATA_TEXT;
+    snprintf(data->content, sizeof(data->content), "%s, %zu bytes, hash %016llx", kinds[data->kind], size,
+             (unsigned long long)hash_bytes(data->bytes, size));
     data->max_id = -1;
-    if (size >= 1024) memcpy(&magic, bytes, sizeof(magic));
-    if (length >= 12 && !strcmp(path + length - 12, ".safetensors")) {
+    data->count = (int64_t)size;
+    if (data->kind == DATA_EXAMPLES) {
         Safetensors file;
-        if (safetensors_parse(&file, bytes, size, path, error)) return -1;
-        result = examples_read(data, &file, path, error);
+        result = safetensors_parse(&file, data->bytes, size, path, error);
+        data->bytes = NULL; // the parser's now
+        if (!result) result = examples_read(data, &file, path, error);
         safetensors_free(&file);
-    } else if (magic == 20240520) {
-        result = shard_read(data, bytes, size, path, error);
-        free(bytes);
-    } else {
-        data->kind = DATA_TEXT;
-        data->bytes = bytes;
-        data->count = data->size;
-        if (!size) result = file_fail(error, path, "the file is empty");
+    } else if (data->kind == DATA_SHARD) {
+        result = shard_read(data, size, path, error);
+    } else if (!size) {
+        result = fail(error, path, "the file is empty");
     }
     if (result) dataset_free(data);
     return result;
 }
 
-// The distinct bytes of one text, or of two, sorted. Fills vocab and returns their number.
-static int text_vocabulary(unsigned char vocab[256], const Dataset *train, const Dataset *val_or_null) {
-    int seen[256] = {0}, n = 0;
-    for (int64_t i = 0; i < train->count; i++) seen[train->bytes[i]] = 1;
-    if (val_or_null)
-        for (int64_t i = 0; i < val_or_null->count; i++) seen[val_or_null->bytes[i]] = 1;
-    for (int byte = 0; byte < 256; byte++)
-        if (seen[byte]) vocab[n++] = (unsigned char)byte;
-    return n;
-}
-
-// Fills the tokens of a text: a byte's id is its place in the vocabulary. -1 and the line if a byte has none, or if the
-// ids do not fit in memory; the dataset is then as before.
+// Puts a text's token ids in the place of its bytes: a byte's id is its place in the vocabulary. FAILED and the line if
+// the vocabulary lacks a byte.
 static int dataset_encode(Dataset *data, const unsigned char *vocab, int vocab_size, const char *path, char *error) {
     int ids[256];
     for (int byte = 0; byte < 256; byte++) ids[byte] = -1;
     for (int id = 0; id < vocab_size; id++) ids[vocab[id]] = id;
     for (int64_t i = 0; i < data->count; i++) {
         int byte = data->bytes[i];
-        char shown[8] = "";
-        if (ids[byte] >= 0) continue;
-        if (byte > 32 && byte < 127) snprintf(shown, sizeof(shown), "'%c', ", byte);
-        return file_fail(error, path, "the vocabulary lacks %s0x%02X, the byte at offset %lld", shown, (unsigned)byte,
-                         (long long)i);
+        if (ids[byte] < 0)
+            return fail(error, path, "the vocabulary lacks '%c', 0x%02X, the byte at offset %lld", byte, (unsigned)byte,
+                        (long long)i);
+        data->bytes[i] = (unsigned char)ids[byte];
     }
-    uint16_t *tokens = (uint64_t)data->count <= SIZE_MAX / 2 ? (uint16_t *)malloc((size_t)data->count * 2) : NULL;
-    if (!tokens) return file_fail(error, path, "its tokens do not fit in memory");
-    for (int64_t i = 0; i < data->count; i++) tokens[i] = (uint16_t)ids[data->bytes[i]];
-    free(data->tokens);
-    data->tokens = tokens;
     return 0;
+}
+
+// Copies one sequence into inputs and targets (T): the example, or the tokens from `at` on and the ones that follow them.
+static void copy_sequence(int *inputs, int *targets, const Dataset *set, int64_t at, int T) {
+    for (int t = 0; t < T; t++) {
+        int64_t i = set->kind == DATA_EXAMPLES ? at * T + t : at + t;
+        inputs[t] = set->kind == DATA_EXAMPLES ? set->inputs[i] : set->kind == DATA_TEXT ? set->bytes[i] : set->tokens[i];
+        targets[t] = set->kind == DATA_EXAMPLES ? set->targets[i] : set->kind == DATA_TEXT ? set->bytes[i + 1] : set->tokens[i + 1];
+    }
 }
 
 // ----------------------------------------------------------------------------
 // options: one table drives the command line, its help, the metadata of files and what a resumed run must repeat
 
 typedef struct {
-    const char *data, *val, *mixer, *log, *out, *load, *resume, *prompt;
+    const char *data, *val, *mixer, *log, *out, *load, *resume, *prompt, *data_content, *val_content;
     int64_t vocab, dim, layers, heads, kv_heads, seq, steps, batch, accum, warmup, decay_steps, seed, eval_every, eval_batches,
-        sample_every, save_every, generate, eval, top_k, window;
-    double gamma_max, lr, min_lr, beta1, beta2, eps, weight_decay, clip, dropout, temperature, top_p;
+        sample_every, save_every, generate, eval, top_k, window, step;
+    double gamma_max, lr, min_lr, beta1, beta2, eps, weight_decay, clip, dropout, temperature, top_p, best_val;
 } Options;
 
-typedef enum { DATA, MODEL, TRAINING, WATCHING, FILES, INSTEAD, N_GROUPS } Group;
+typedef enum { DATA, MODEL, TRAINING, WATCHING, FILES, INSTEAD, STATE } Group; // STATE: in files, not on the command line
 typedef enum { TEXT, INTEGER, NUMBER, FLAG } Type;
 typedef struct {
     Group group;
@@ -2152,9 +2012,9 @@ typedef struct {
 
 #define FIELD(field) offsetof(Options, field)
 static const Option option_table[] = {
-    {DATA, "data", NULL, TEXT, FIELD(data), "data/tinyshakespeare.txt", 0, 0, "text, token shard (.bin) or examples (.safetensors)"},
-    {DATA, "val", NULL, TEXT, FIELD(val), NULL, 0, 0, "validation data (else the last 10 % of --data)"},
-    {DATA, "vocab", NULL, INTEGER, FIELD(vocab), NULL, 1, 1 << 24, "vocabulary of shards and examples (else from the data)"},
+    {DATA, "data", "data", TEXT, FIELD(data), "data/tinyshakespeare.txt", 0, 0, "text, token shard (.bin) or examples (.safetensors)"},
+    {DATA, "val", "val", TEXT, FIELD(val), NULL, 0, 0, "validation data (else the last 10 % of --data)"},
+    {MODEL, "vocab", "vocab_size", INTEGER, FIELD(vocab), NULL, 1, 1 << 24, "vocabulary of shards and examples (else from the data)"},
     {MODEL, "mixer", "mixer", TEXT, FIELD(mixer), "sessa", 0, 0, "sessa or attention (no feedback)"},
     {MODEL, "dim", "d_model", INTEGER, FIELD(dim), "128", 1, 1 << 16, "width D"},
     {MODEL, "layers", "n_layers", INTEGER, FIELD(layers), "5", 1, 4096, "layers L"},
@@ -2168,7 +2028,7 @@ static const Option option_table[] = {
     {TRAINING, "lr", "lr", NUMBER, FIELD(lr), "3e-3", 0, 1e3, "learning rate"},
     {TRAINING, "min-lr", "min_lr", NUMBER, FIELD(min_lr), NULL, 0, 1e3, "learning rate at the schedule's end (else lr/10)"},
     {TRAINING, "warmup", "warmup", INTEGER, FIELD(warmup), "100", 0, 1e12, "steps of linear warm-up"},
-    {TRAINING, "decay-steps", "decay_steps", INTEGER, FIELD(decay_steps), NULL, 1, 1e12, "length of the cosine schedule (else --steps)"},
+    {TRAINING, "decay-steps", "decay_steps", INTEGER, FIELD(decay_steps), NULL, 1, 1e12, "length of the schedule (else --steps)"},
     {TRAINING, "beta1", "beta1", NUMBER, FIELD(beta1), "0.9", 0, 0.9999999, "AdamW"},
     {TRAINING, "beta2", "beta2", NUMBER, FIELD(beta2), "0.99", 0, 0.9999999, "AdamW"},
     {TRAINING, "eps", "eps", NUMBER, FIELD(eps), "1e-8", 1e-30, 1, "AdamW"},
@@ -2191,104 +2051,85 @@ static const Option option_table[] = {
     {INSTEAD, "top-p", NULL, NUMBER, FIELD(top_p), "1", 1e-9, 1, "only the likeliest tokens of that total probability"},
     {INSTEAD, "window", NULL, INTEGER, FIELD(window), NULL, 0, 1 << 30, "positions remembered (else the model's seq), 0: all"},
     {INSTEAD, "eval", NULL, FLAG, FIELD(eval), "0", 0, 1, "validation loss of --load on the whole split"},
+    {STATE, "step", "step", INTEGER, FIELD(step), "0", 0, 1e12, "updates done"},
+    {STATE, "best_val_loss", "best_val_loss", NUMBER, FIELD(best_val), "1e300", 0, 1e300, "lowest validation loss so far"},
+    {STATE, "data_content", "data_content", TEXT, FIELD(data_content), "", 0, 0, "kind, size and hash of --data"},
+    {STATE, "val_content", "val_content", TEXT, FIELD(val_content), "", 0, 0, "of --val"},
 };
 #undef FIELD
 enum { N_OPTIONS = sizeof(option_table) / sizeof(option_table[0]) };
 
 typedef struct { Options values; char given[N_OPTIONS]; } Settings;
 
-// Sets one option from its text. Returns 0, or -1 with a line in error.
+// Sets one option from its text. Returns 0, or WRONG_OPTION with a line in error.
 static int set_option(Options *o, const Option *option, const char *text, char *error) {
     char *field = (char *)o + option->offset;
-    double number;
-    int64_t integer;
-    switch (option->type) {
-    case TEXT:
-        *(const char **)field = text;
-        return 0;
-    case NUMBER:
-        if (parse_number(text, &number) || number < option->low || number > option->high)
-            return fail(error, "--%s takes a number from %g to %g, not '%s'", option->name, option->low, option->high, text);
-        *(double *)field = number;
-        return 0;
-    default:
-        if (parse_integer(text, (int64_t)option->low, (int64_t)option->high, &integer))
-            return fail(error, "--%s takes a whole number from %.0f to %.0f, not '%s'", option->name, option->low, option->high, text);
-        *(int64_t *)field = integer;
-        return 0;
-    }
-}
-
-static const Option *find_option(const char *name, size_t length) {
-    for (int i = 0; i < N_OPTIONS; i++)
-        if (strlen(option_table[i].name) == length && !strncmp(option_table[i].name, name, length)) return &option_table[i];
-    return NULL;
-}
-static int is_given(const Settings *s, const char *name) { return s->given[find_option(name, strlen(name)) - option_table]; }
-
-// An option's value as text, a number with as many digits as give the same number again.
-static const char *option_text(char text[96], const Options *o, const Option *option) {
-    const char *field = (const char *)o + option->offset;
-    if (option->type == TEXT) snprintf(text, 96, "%s", *(const char *const *)field);
-    else if (option->type != NUMBER) snprintf(text, 96, "%lld", (long long)*(const int64_t *)field);
-    else for (int digits = 6; digits <= 17; digits++) {
-        snprintf(text, 96, "%.*g", digits, *(const double *)field);
-        if (strtod(text, NULL) == *(const double *)field) break;
-    }
-    return text;
-}
-
-static void print_help(const char *program) {
-    static const char *titles[N_GROUPS] = {"data", "model", "training", "watching", "files", "instead of training"};
-    printf("Trains Sessa models, evaluates them and generates with them.\n\n"
-           "  %s --data my.txt --dim 256 --layers 6 --seq 256 --out my.safetensors\n"
-           "  %s --load my.best.safetensors --generate 500 --prompt \"Once upon\" --temperature 0.8\n", program, program);
-    for (int group = 0; group < N_GROUPS; group++) {
-        printf("\n%s\n", titles[group]);
-        for (int i = 0; i < N_OPTIONS; i++) {
-            const Option *o = &option_table[i];
-            static const char *types[] = {"TEXT", "N", "X", ""};
-            if ((int)o->group != group) continue;
-            printf("  --%-13s %-5s %s", o->name, types[o->type], o->help);
-            if (o->fallback && *o->fallback && o->type != FLAG) printf(" [%s]", o->fallback);
-            printf("\n");
-        }
-    }
-    printf("\nThreads: OMP_NUM_THREADS. Exit code 0: done, 1: failed, 2: wrong option, 130: stopped by Ctrl-C after saving.\n");
-}
-
-// Reads the command line: --name value or --name=value. Returns 0, 1 if help was asked for, or -1 with a line in error.
-static int parse_options(Settings *s, int argc, char **argv, char *error) {
-    memset(s, 0, sizeof(*s));
-    for (int i = 0; i < N_OPTIONS; i++)
-        if (option_table[i].fallback && set_option(&s->values, &option_table[i], option_table[i].fallback, error)) return -1;
-    s->values.min_lr = s->values.window = -1;
-    for (int i = 1; i < argc; i++) {
-        if (!strcmp(argv[i], "--help") || !strcmp(argv[i], "-h")) return 1;
-        const char *name = argv[i] + 2, *equals = strchr(argv[i], '=');
-        const Option *option = strncmp(argv[i], "--", 2) ? NULL : find_option(name, equals ? (size_t)(equals - name) : strlen(name));
-        if (!option) return fail(error, "unknown option '%s' (--help lists them)", argv[i]);
-        const char *value = equals ? equals + 1 : option->type == FLAG ? "1" : ++i < argc ? argv[i] : NULL;
-        if (!value) return fail(error, "--%s takes a value", option->name);
-        if (option->type == TEXT && !*value && strcmp(option->name, "prompt"))
-            return fail(error, "--%s takes a value that is not empty", option->name);
-        if (set_option(&s->values, option, value, error)) return -1;
-        s->given[option - option_table] = 1;
+    double low = option->low, high = option->high;
+    if (option->type == TEXT) {
+        *(const char **)(void *)field = text;
+    } else if (option->type == NUMBER) {
+        double number;
+        if (!parse_number(text, &number) && number >= low && number <= high) *(double *)(void *)field = number;
+        else return wrong(error, NULL, "--%s takes a number from %g to %g, not '%s'", option->name, low, high, text);
+    } else if (parse_integer(text, (int64_t)low, (int64_t)high, (int64_t *)(void *)field)) {
+        return wrong(error, NULL, "--%s takes a whole number from %.0f to %.0f, not '%s'", option->name, low, high, text);
     }
     return 0;
 }
 
-// The model that the options describe. Returns 0, or -1 with a line in error.
-static int config_of(Config *c, const Options *o, int vocab_size, char *error) {
-    int64_t kv_heads = o->kv_heads ? o->kv_heads : o->heads;
-    if (o->dim % o->heads) return fail(error, "--heads %lld does not divide --dim %lld", (long long)o->heads, (long long)o->dim);
-    if (o->dim / o->heads % 2) return fail(error, "a head's width --dim/--heads must be even, not %lld", (long long)(o->dim / o->heads));
-    if (o->heads % kv_heads) return fail(error, "--kv-heads %lld does not divide --heads %lld", (long long)kv_heads, (long long)o->heads);
-    if (o->batch * o->seq > INT_MAX / 64) return fail(error, "--batch times --seq must not exceed %d tokens", INT_MAX / 64);
-    Config config = {vocab_size, (int)o->dim, (int)o->layers, (int)o->heads, (int)kv_heads, (int)o->seq, o->gamma_max, 0};
-    while (config.mixer < N_MIXERS && strcmp(o->mixer, mixers[config.mixer].name)) config.mixer++;
-    if (config.mixer == N_MIXERS) return fail(error, "--mixer takes sessa or attention, not '%s'", o->mixer);
-    *c = config;
+// An option's value as text, a number with as many digits as give the same number again. NULL: a text that is not set.
+static const char *option_text(char text[96], const Options *o, const Option *option) {
+    const char *field = (const char *)o + option->offset;
+    if (option->type == TEXT) return *(const char *const *)(const void *)field;
+    if (option->type != NUMBER) snprintf(text, 96, "%lld", (long long)*(const int64_t *)(const void *)field);
+    else for (int digits = 6; digits <= 17; digits++) {
+        snprintf(text, 96, "%.*g", digits, *(const double *)(const void *)field);
+        if (strtod(text, NULL) == *(const double *)(const void *)field) break;
+    }
+    return text;
+}
+
+static const Option *find_option(const char *name, size_t length) {
+    for (int i = 0; i < N_OPTIONS; i++)
+        if (strlen(option_table[i].name) == length && !strncmp(option_table[i].name, name, length) && option_table[i].group < STATE)
+            return &option_table[i];
+    return NULL;
+}
+static int is_given(const Settings *s, const char *name) { return s->given[find_option(name, strlen(name)) - option_table]; }
+
+static void print_help(const char *program) {
+    static const char *titles[] = {"data", "model", "training", "watching", "files", "instead of training"};
+    static const char *types[] = {"TEXT", "N", "X", ""};
+    printf("Trains Sessa models, evaluates them and generates with them.\n\n"
+           "  %s --data my.txt --dim 256 --layers 6 --seq 256 --out my.safetensors\n"
+           "  %s --load my.best.safetensors --generate 500 --prompt \"Once upon\" --temperature 0.8\n", program, program);
+    for (int i = 0; i < N_OPTIONS && option_table[i].group < STATE; i++) {
+        const Option *o = &option_table[i];
+        if (i == 0 || o->group != o[-1].group) printf("\n%s\n", titles[o->group]);
+        printf("  --%-13s %-5s %s", o->name, types[o->type], o->help);
+        if (o->fallback && *o->fallback && o->type != FLAG) printf(" [%s]", o->fallback);
+        printf("\n");
+    }
+    printf("\nThreads: OMP_NUM_THREADS. Exit code 0: done, 1: failed, 2: wrong option, 130: stopped by Ctrl-C after saving.\n");
+}
+
+// Reads the command line: --name value or --name=value. Returns 0, 1 if help was asked for, or WRONG_OPTION with a line in
+// error.
+static int parse_options(Settings *s, int argc, char **argv, char *error) {
+    memset(s, 0, sizeof(*s));
+    s->values.min_lr = s->values.window = -1;
+    for (int i = 0; i < N_OPTIONS; i++)
+        if (option_table[i].fallback) set_option(&s->values, &option_table[i], option_table[i].fallback, error);
+    for (int i = 1; i < argc; i++) {
+        if (!strcmp(argv[i], "--help") || !strcmp(argv[i], "-h")) return 1;
+        const char *name = argv[i] + 2, *equals = strchr(argv[i], '=');
+        const Option *option = strncmp(argv[i], "--", 2) ? NULL : find_option(name, equals ? (size_t)(equals - name) : strlen(name));
+        if (!option) return wrong(error, NULL, "unknown option '%s' (--help lists them)", argv[i]);
+        const char *value = equals ? equals + 1 : option->type == FLAG ? "1" : ++i < argc ? argv[i] : "";
+        if (!*value && strcmp(option->name, "prompt")) return wrong(error, NULL, "--%s takes a value", option->name);
+        if (set_option(&s->values, option, value, error)) return WRONG_OPTION;
+        s->given[option - option_table] = 1;
+    }
     return 0;
 }
 
@@ -2296,122 +2137,87 @@ static int config_of(Config *c, const Options *o, int vocab_size, char *error) {
 // a run: options, data, model and where training stands
 
 typedef struct {
-    uint64_t random;        // the generator of the data's order
-    int64_t step;           // updates done
-    int64_t epoch, place;   // of example sets: examples seen in this epoch
-    double best_val;        // lowest validation loss so far, INFINITY before the first
-} Progress;
-
-typedef struct {
     const Backend *backend;
     Settings settings;
     Config config;
+    Safetensors file;         // of --load or --resume; options may point into it
     unsigned char vocab[256]; // the bytes of a text model's tokens
     int vocab_bytes;          // their number, 0: tokens are ids
     Dataset train, val;       // val is unused when it is the rest of train
-    int64_t train_end, val_begin, val_end; // tokens or examples of the two splits
     const Dataset *val_set;
+    int64_t train_end, val_begin, val_end; // tokens or examples of the two splits
     Model *model;
     Table table;              // of the parameters
-    Progress progress;
     int *inputs, *targets;    // (accum·batch, seq)
     int32_t *order;           // example sets: this epoch's permutation
     int64_t order_epoch;
 } Run;
 
-// Metadata to be written; grows by one formatted value.
-typedef struct { Meta rows[N_OPTIONS + 16]; int n; } MetaList;
-
-static void add_meta(MetaList *list, const char *key, const char *format, ...) __attribute__((format(printf, 3, 4)));
-static void add_meta(MetaList *list, const char *key, const char *format, ...) {
-    Meta *row = &list->rows[list->n++];
-    va_list args;
-    va_start(args, format);
-    row->key = strdup(key);
-    if (!row->key || vasprintf(&row->value, format, args) < 0) exhausted();
-    va_end(args);
+// The model that the options describe. Returns 0, or WRONG_OPTION with a line in error.
+static int config_of(Config *c, const Options *o, char *error) {
+    Config config = {(int)o->vocab, (int)o->dim, (int)o->layers, (int)o->heads, (int)o->kv_heads, (int)o->seq, o->gamma_max,
+                     find_mixer(o->mixer)};
+    *c = config;
+    if (c->mixer < 0) return wrong(error, NULL, "--mixer takes sessa or attention, not '%s'", o->mixer);
+    if (o->dim % o->heads) return wrong(error, NULL, "--heads %d does not divide --dim %d", c->n_heads, c->d_model);
+    if (o->dim / o->heads % 2) return wrong(error, NULL, "a head's width --dim/--heads must be even, not %d", c->d_model / c->n_heads);
+    if (o->heads % o->kv_heads) return wrong(error, NULL, "--kv-heads %d does not divide --heads %d", c->n_kv_heads, c->n_heads);
+    if (o->batch * o->accum > INT_MAX / 64 / o->seq)
+        return wrong(error, NULL, "--batch times --accum times --seq must not exceed %d tokens", INT_MAX / 64);
+    return 0;
 }
 
-// Kind, size and hash of a data file: what a resumed run must find again.
-static const char *content_of(char text[96], const Dataset *data) {
-    static const char *kinds[] = {"text", "token shard", "examples"};
-    snprintf(text, 96, "%s, %lld bytes, hash %016llx", kinds[data->kind], (long long)data->size, (unsigned long long)data->hash);
-    return text;
-}
-
-// Adds the rows of the parameter table, their values taken from the model, to the tensors of a file. numbers: (count) floats.
-static int add_block(FileTensor *tensors, float *numbers, Run *run, const char *prefix, Block block) {
-    const real *values = run->backend->read(run->model, block);
-    for (int64_t i = 0; i < run->table.count; i++) numbers[i] = (float)values[i];
-    for (int i = 0; i < run->table.n; i++) {
-        const Tensor *row = &run->table.rows[i];
-        FileTensor *t = &tensors[i];
-        if (asprintf(&t->name, "%s%s", prefix, row->name) < 0) exhausted();
-        strcpy(t->dtype, "F32");
-        t->n_dims = row->n_dims;
-        memcpy(t->shape, row->shape, sizeof(row->shape));
-        t->size = (size_t)row->count * sizeof(float);
-        t->data = (const unsigned char *)(numbers + row->offset);
-    }
-    return run->table.n;
-}
-
-// Writes the weights, and with `resume` all that a run needs to go on, to path. Returns 0, or -1 with a line in error.
+// Writes the weights, and with `resume` all that a run needs to go on, to path. Returns 0, or FAILED with a line in error.
 static int save_checkpoint(Run *run, const char *path, int resume, char *error) {
+    static const char *prefixes[] = {"", "exp_avg.", "exp_avg_sq."};
+    static const Block blocks[] = {PARAMS, EXP_AVG, EXP_AVG_SQ};
     const Options *o = &run->settings.values;
-    const Progress *p = &run->progress;
-    int blocks = resume ? 3 : 1, n = 0;
-    size_t count = (size_t)run->table.count;
-    FileTensor *tensors = (FileTensor *)calloc((size_t)(blocks * run->table.n + 1), sizeof(FileTensor));
-    float *numbers = (float *)malloc((size_t)blocks * count * sizeof(float));
-    if (!tensors || !numbers) exhausted();
-    n += add_block(tensors, numbers, run, "", PARAMS);
-    if (resume) n += add_block(tensors + n, numbers + count, run, "exp_avg.", EXP_AVG);
-    if (resume) n += add_block(tensors + n, numbers + 2 * count, run, "exp_avg_sq.", EXP_AVG_SQ);
-    int named = n;
-    if (run->vocab_bytes) {
+    int n_blocks = resume ? 3 : 1, n = 0, n_meta = 0, n_rows = run->table.n;
+    FileTensor *tensors = (FileTensor *)calloc((size_t)(n_blocks * n_rows + 1), sizeof(FileTensor));
+    char (*names)[96] = (char (*)[96])malloc((size_t)(n_blocks * n_rows) * 96), texts[N_OPTIONS][96];
+    float *numbers = (float *)malloc((size_t)n_blocks * (size_t)run->table.count * sizeof(float)), *number = numbers;
+    Meta meta[N_OPTIONS];
+    int result = tensors && names && numbers ? 0 : fail(error, path, "cannot be written: out of memory");
+    for (int block = 0; !result && block < n_blocks; block++) {
+        const real *values = run->backend->read(run->model, blocks[block]);
+        for (int i = 0; i < n_rows; i++, n++) {
+            const Tensor *row = &run->table.rows[i];
+            FileTensor t = {names[n], "F32", row->n_dims, {0}, row->count, (size_t)row->count * 4, (unsigned char *)number};
+            snprintf(names[n], 96, "%s%s", prefixes[block], row->name);
+            memcpy(t.shape, row->shape, sizeof(row->shape));
+            for (int64_t k = 0; k < row->count; k++) *number++ = (float)values[row->offset + k];
+            tensors[n] = t;
+        }
+    }
+    if (!result && run->vocab_bytes) {
         FileTensor t = {(char *)"tokenizer.bytes", "U8", 1, {run->vocab_bytes}, run->vocab_bytes, (size_t)run->vocab_bytes, run->vocab};
         tensors[n++] = t;
     }
-    MetaList meta;
-    char text[96];
-    meta.n = 0;
-    add_meta(&meta, "vocab_size", "%d", run->config.vocab_size);
     for (int i = 0; i < N_OPTIONS; i++) {
         const Option *option = &option_table[i];
-        if (option->key && (option->group == MODEL || resume)) add_meta(&meta, option->key, "%s", option_text(text, o, option));
+        const char *text = option->key && (resume || option->group == MODEL) ? option_text(texts[i], o, option) : NULL;
+        Meta row = {(char *)option->key, (char *)text};
+        if (text) meta[n_meta++] = row;
     }
-    if (resume) {
-        add_meta(&meta, "data", "%s", o->data);
-        add_meta(&meta, "data_content", "%s", content_of(text, &run->train));
-        if (o->val) add_meta(&meta, "val", "%s", o->val);
-        if (o->val) add_meta(&meta, "val_content", "%s", content_of(text, &run->val));
-        add_meta(&meta, "step", "%lld", (long long)p->step);
-        add_meta(&meta, "random", "%lld", (long long)p->random);
-        add_meta(&meta, "epoch", "%lld", (long long)p->epoch);
-        add_meta(&meta, "place", "%lld", (long long)p->place);
-        if (isfinite(p->best_val)) add_meta(&meta, "best_val_loss", "%.17g", p->best_val);
-    }
-    int result = safetensors_write(path, tensors, n, meta.rows, meta.n, error);
-    for (int i = 0; i < meta.n; i++) { free(meta.rows[i].key); free(meta.rows[i].value); }
-    for (int i = 0; i < named; i++) free(tensors[i].name);
+    if (!result) result = safetensors_write(path, tensors, n, meta, n_meta, error);
     free(tensors);
+    free(names);
     free(numbers);
     return result;
 }
 
-// Reads one block of the table's tensors, whose names in the file begin with prefix, into the model. Returns 0, or -1 with
-// a line in error.
-static int load_block(Run *run, const Safetensors *file, const char *path, const char *prefix, Block block, char *error) {
+// Reads one block of the table's tensors, whose names in the file begin with prefix, into the model. Returns 0, or FAILED
+// with a line in error.
+static int load_block(Run *run, const char *path, const char *prefix, Block block, char *error) {
     real *values = run->backend->read(run->model, block);
     for (int i = 0; i < run->table.n; i++) {
         const Tensor *row = &run->table.rows[i];
         char name[96];
         snprintf(name, sizeof(name), "%s%s", prefix, row->name);
-        const FileTensor *t = safetensors_find(file, name);
-        if (!t) return file_fail(error, path, "tensor %s is missing", name);
+        const FileTensor *t = safetensors_find(&run->file, name);
+        if (!t) return fail(error, path, "tensor %s is missing", name);
         if (strcmp(t->dtype, "F32") || t->n_dims != row->n_dims || memcmp(t->shape, row->shape, sizeof(int64_t) * (size_t)row->n_dims))
-            return file_fail(error, path, "tensor %s has another dtype or shape than the model's", name);
+            return fail(error, path, "tensor %s has another dtype or shape than the model's", name);
         for (int64_t k = 0; k < row->count; k++) {
             float value;
             memcpy(&value, t->data + k * (int64_t)sizeof(float), sizeof(float));
@@ -2422,138 +2228,105 @@ static int load_block(Run *run, const Safetensors *file, const char *path, const
     return 0;
 }
 
-// Takes from a checkpoint the options of the groups MODEL to `last` and the vocabulary. What was given on the command line
-// as well must agree, but for --steps and, loading weights, --seq. Returns 0, or -1 with a line in error.
-static int settings_from_file(Run *run, const Safetensors *file, const char *path, Group last, char *error) {
-    Options *o = &run->settings.values;
+// Takes the options from a checkpoint, those of the model or, to resume, all that are stored, and the vocabulary. What was
+// given on the command line as well must agree, but for --seq of a model and --steps, --data and --val of a run (whose
+// content is compared later). Returns 0, or FAILED or WRONG_OPTION with a line in error.
+static int settings_from_file(Run *run, const char *path, int resume, char *error) {
+    Settings *s = &run->settings;
+    char given[96], stored[96], seen[256] = {0};
     for (int i = 0; i < N_OPTIONS; i++) {
         const Option *option = &option_table[i];
-        if (!option->key || option->group > last) continue;
-        const char *text = safetensors_meta(file, option->key), *may_differ = last == MODEL ? "seq" : "steps";
-        char given[96], stored[96], line[ERROR_SIZE];
-        Options other = *o;
-        if (!text || set_option(&other, option, text, line))
-            return file_fail(error, path, "metadata %s is %s", option->key, text ? "no valid value" : "missing");
-        if (run->settings.given[i]) {
-            if (strcmp(option->name, may_differ) && strcmp(option_text(given, o, option), option_text(stored, &other, option)))
-                return fail(error, "--%s %s differs from %s, which has %s", option->name, given, path, stored);
-        } else {
-            *o = other;
+        if (!option->key || (!resume && option->group != MODEL)) continue;
+        const char *text = safetensors_meta(&run->file, option->key), *may_differ = resume ? "steps data val" : "seq";
+        Options other = s->values;
+        if (!text && !strcmp(option->key, "val")) continue;
+        if (!text || set_option(&other, option, text, stored))
+            return fail(error, path, "metadata %s is %s", option->key, text ? "no valid value" : "missing");
+        if (!s->given[i]) s->values = other;
+        else if (!strstr(may_differ, option->name)) {
+            const char *ours = option_text(given, &s->values, option), *theirs = option_text(stored, &other, option);
+            if (strcmp(ours, theirs)) return wrong(error, NULL, "--%s %s differs from %s, which has %s", option->name, ours, path, theirs);
         }
     }
-    const char *text = safetensors_meta(file, "vocab_size");
-    const FileTensor *bytes = safetensors_find(file, "tokenizer.bytes");
-    int64_t size;
-    char seen[256] = {0};
-    if (!text || parse_integer(text, 1, 1 << 24, &size)) return file_fail(error, path, "metadata vocab_size is missing or no number");
-    if (o->vocab && o->vocab != size) return fail(error, "--vocab differs from %s, which has %lld", path, (long long)size);
-    run->config.vocab_size = (int)size;
+    if (resume && !is_given(s, "out")) s->values.out = path;
+    if (find_mixer(s->values.mixer) < 0) return fail(error, path, "its mixer '%.40s' is unknown", s->values.mixer);
+    if (config_of(&run->config, &s->values, stored)) return fail(error, path, "%.200s", stored);
+    const FileTensor *bytes = safetensors_find(&run->file, "tokenizer.bytes");
     if (!bytes) return 0;
-    int valid = !strcmp(bytes->dtype, "U8") && bytes->n_dims == 1 && bytes->count == size && size <= 256;
-    for (int64_t i = 0; valid && i < size; i++) valid = !seen[bytes->data[i]]++;
-    if (!valid) return file_fail(error, path, "tokenizer.bytes is not vocab_size distinct bytes");
-    memcpy(run->vocab, bytes->data, (size_t)size);
-    run->vocab_bytes = (int)size;
+    int valid = !strcmp(bytes->dtype, "U8") && bytes->n_dims == 1 && bytes->count == s->values.vocab && bytes->count <= 256;
+    for (int64_t i = 0; valid && i < bytes->count; i++) valid = !seen[bytes->data[i]]++;
+    if (!valid) return fail(error, path, "tokenizer.bytes is not vocab_size distinct bytes");
+    memcpy(run->vocab, bytes->data, (size_t)bytes->count);
+    run->vocab_bytes = (int)bytes->count;
     return 0;
 }
 
-// Takes from a checkpoint where the run stood, and its files where none are given. Returns 0, or -1 with a line in error.
-static int progress_from_file(Run *run, const Safetensors *file, const char *path, char *error) {
-    Options *o = &run->settings.values;
-    Progress *p = &run->progress;
-    int64_t random = 0;
-    struct { const char *key; int64_t low, *value; } numbers[] = {
-        {"step", 0, &p->step}, {"epoch", 0, &p->epoch}, {"place", 0, &p->place}, {"random", INT64_MIN, &random}};
-    for (int i = 0; i < 4; i++) {
-        const char *text = safetensors_meta(file, numbers[i].key);
-        if (!text || parse_integer(text, numbers[i].low, INT64_MAX, numbers[i].value))
-            return file_fail(error, path, "metadata %s is missing or no number: this is no run to resume", numbers[i].key);
-    }
-    p->random = (uint64_t)random;
-    const char *best = safetensors_meta(file, "best_val_loss"), *data = safetensors_meta(file, "data"), *val = safetensors_meta(file, "val");
-    if (!data || (best && parse_number(best, &p->best_val))) return file_fail(error, path, "its metadata are not those of a run");
-    if (!o->val != !val && (o->val || is_given(&run->settings, "data"))) return fail(error, "--val differs from %s, which has %s", path, val ? val : "none");
-    if (!is_given(&run->settings, "data")) o->data = data;
-    if (!o->val) o->val = val;
-    if (!is_given(&run->settings, "out")) o->out = path;
-    return 0;
-}
-
-// A resumed run must read what it read before. Returns 0, or -1 with a line in error.
-static int check_content(const Safetensors *file, const char *key, const char *path, const Dataset *data, char *error) {
-    const char *stored = safetensors_meta(file, key);
-    char text[96];
-    if (stored && !strcmp(stored, content_of(text, data))) return 0;
-    return file_fail(error, path, "%s; the run being resumed read %.90s", text, stored ? stored : "nothing");
-}
-
-// Opens --data and --val, settles the vocabulary (unless a checkpoint has) and the splits. Returns 0, or -1 with a line in error.
+// Opens --data and --val, settles the vocabulary (unless a checkpoint has) and the splits. Returns 0, or FAILED with a line
+// in error.
 static int open_data(Run *run, char *error) {
     Options *o = &run->settings.values;
     Dataset *sets[] = {&run->train, &run->val};
-    const char *paths[] = {o->data, o->val};
-    int n_sets = o->val ? 2 : 1, loaded = run->config.vocab_size > 0, max_id = -1;
-    for (int i = 0; i < n_sets; i++)
-        if (dataset_read(sets[i], paths[i], error)) return -1;
-    if (o->val && run->val.kind != run->train.kind) return fail(error, "%s and %s are of different kinds", o->data, o->val);
-    if (run->train.kind == DATA_TEXT) {
-        if (loaded && !run->vocab_bytes) return fail(error, "%s is text, but the model's tokens are ids", o->data);
-        if (!loaded) run->config.vocab_size = run->vocab_bytes = text_vocabulary(run->vocab, &run->train, o->val ? &run->val : NULL);
-        for (int i = 0; i < n_sets; i++)
-            if (dataset_encode(sets[i], run->vocab, run->vocab_bytes, paths[i], error)) return -1;
-    } else {
-        for (int i = 0; i < n_sets; i++) max_id = sets[i]->max_id > max_id ? sets[i]->max_id : max_id;
-        int vocab = run->train.vocab_hint ? run->train.vocab_hint : max_id >= 50257 ? max_id + 1 : 50257;
-        if (!loaded) run->config.vocab_size = o->vocab ? (int)o->vocab : vocab;
-        if (max_id >= run->config.vocab_size)
-            return fail(error, "%s: token id %d does not fit a vocabulary of %d", o->data, max_id, run->config.vocab_size);
+    const char *paths[] = {o->data, o->val}, **contents[] = {&o->data_content, &o->val_content};
+    int n_sets = o->val ? 2 : 1, loaded = o->load || o->resume, max_id = -1, seen[256] = {0};
+    for (int i = 0; i < n_sets; i++) {
+        if (dataset_read(sets[i], paths[i], error)) return FAILED;
+        if (o->resume && strcmp(*contents[i], sets[i]->content))
+            return fail(error, paths[i], "%s; the run being resumed read %.90s", sets[i]->content, *contents[i]);
+        *contents[i] = sets[i]->content;
+        max_id = sets[i]->max_id > max_id ? sets[i]->max_id : max_id;
     }
+    DataKind kind = run->train.kind;
+    if (o->val && run->val.kind != kind) return fail(error, NULL, "%s and %s are of different kinds", o->data, o->val);
+    if (kind == DATA_TEXT && !loaded) { // the distinct bytes, sorted
+        for (int i = 0; i < n_sets; i++)
+            for (int64_t k = 0; k < sets[i]->count; k++) seen[sets[i]->bytes[k]] = 1;
+        for (int byte = 0; byte < 256; byte++)
+            if (seen[byte]) run->vocab[run->vocab_bytes++] = (unsigned char)byte;
+        o->vocab = run->vocab_bytes;
+    }
+    if (kind == DATA_TEXT && !run->vocab_bytes) return fail(error, o->data, "it is text, but the model's tokens are ids");
+    for (int i = 0; kind == DATA_TEXT && i < n_sets; i++)
+        if (dataset_encode(sets[i], run->vocab, run->vocab_bytes, paths[i], error)) return FAILED;
+    if (!o->vocab) o->vocab = run->train.vocab_hint ? run->train.vocab_hint : max_id >= 50257 ? max_id + 1 : 50257;
+    if (max_id >= o->vocab) return fail(error, o->data, "token id %d does not fit a vocabulary of %d", max_id, (int)o->vocab);
+
     run->val_set = o->val ? &run->val : &run->train;
-    run->train_end = o->val ? run->train.count : (int64_t)((double)run->train.count * 0.9);
-    if (!o->val && run->train.count < (1 << 30)) run->train_end = run->train.count * 9 / 10;
+    run->train_end = o->val ? run->train.count : run->train.count * 9 / 10;
     run->val_begin = o->val ? 0 : run->train_end;
     run->val_end = run->val_set->count;
-    if (run->train.kind == DATA_EXAMPLES) {
-        for (int i = 0; i < n_sets; i++) {
-            if (!is_given(&run->settings, "seq") && i == 0) o->seq = sets[i]->width;
-            if (sets[i]->width != o->seq) return fail(error, "%s holds sequences of %d tokens, not of %lld", paths[i], sets[i]->width, (long long)o->seq);
-        }
-        if (run->train_end < 1 || run->val_begin == run->val_end) return fail(error, "%s holds too few examples to train and validate", o->data);
-    } else {
-        if (!o->eval && run->train_end < o->seq + 1)
-            return fail(error, "%s: training takes %lld tokens, there are %lld", o->data, (long long)o->seq + 1, (long long)run->train_end);
-        if (run->val_end - run->val_begin < o->seq + 1)
-            return fail(error, "%s: validation takes %lld tokens, there are %lld", o->val ? o->val : o->data, (long long)o->seq + 1,
-                        (long long)(run->val_end - run->val_begin));
+    int64_t least = kind == DATA_EXAMPLES ? 1 : o->seq + 1;
+    for (int i = 0; kind == DATA_EXAMPLES && i < n_sets; i++) {
+        if (!is_given(&run->settings, "seq") && i == 0) least = 1, o->seq = sets[i]->width;
+        if (sets[i]->width != o->seq)
+            return fail(error, paths[i], "it holds sequences of %d tokens, not of %d", sets[i]->width, (int)o->seq);
     }
+    if (!o->eval && run->train_end < least)
+        return fail(error, o->data, "training takes %lld of its tokens or examples, there are %lld", (long long)least, (long long)run->train_end);
+    if (run->val_end - run->val_begin < least)
+        return fail(error, o->val ? o->val : o->data, "validation takes %lld of its tokens or examples, there are %lld", (long long)least,
+                    (long long)(run->val_end - run->val_begin));
     return 0;
 }
 
-// Copies one sequence into inputs and targets (T): the example, or the tokens from `at` on and the ones that follow them.
-static void copy_sequence(int *inputs, int *targets, const Dataset *set, int64_t at, int T) {
-    for (int t = 0; t < T; t++) {
-        inputs[t] = set->kind == DATA_EXAMPLES ? set->inputs[at * T + t] : set->tokens[at + t];
-        targets[t] = set->kind == DATA_EXAMPLES ? set->targets[at * T + t] : set->tokens[at + t + 1];
+// The place of the run's i-th training sequence: anywhere in a stream of tokens, the next of a fresh permutation of
+// examples. It follows from seed and i alone, so that a resumed run needs to know nothing but its step.
+static int64_t sequence_place(Run *run, int64_t i) {
+    uint64_t seed = (uint64_t)run->settings.values.seed, state = splitmix64(seed) ^ splitmix64(1);
+    int64_t n = run->train_end, epoch = i / n;
+    if (run->train.kind != DATA_EXAMPLES) {
+        state += (uint64_t)i * 0x9E3779B97F4A7C15u; // the generator's state after i draws
+        return (int64_t)(random_u64(&state) % (uint64_t)(n - run->settings.values.seq));
     }
-}
-
-// The place of the next training sequence: anywhere in a stream of tokens, the next of a fresh permutation of examples.
-static int64_t next_place(Run *run) {
-    Progress *p = &run->progress;
-    int64_t n = run->train_end;
-    if (run->train.kind != DATA_EXAMPLES) return (int64_t)(random_u64(&p->random) % (uint64_t)(n - run->settings.values.seq));
-    if (run->order_epoch != p->epoch) {
-        uint64_t state = splitmix64((uint64_t)run->settings.values.seed) ^ splitmix64((uint64_t)p->epoch);
-        for (int64_t i = 0; i < n; i++) { // Fisher and Yates
-            int64_t j = (int64_t)(random_u64(&state) % (uint64_t)(i + 1));
-            run->order[i] = run->order[j];
-            run->order[j] = (int32_t)i;
+    if (run->order_epoch != epoch) {
+        state = splitmix64(seed) ^ splitmix64((uint64_t)epoch);
+        for (int64_t k = 0; k < n; k++) { // Fisher and Yates
+            int64_t j = (int64_t)(random_u64(&state) % (uint64_t)(k + 1));
+            run->order[k] = run->order[j];
+            run->order[j] = (int32_t)k;
         }
-        run->order_epoch = p->epoch;
+        run->order_epoch = epoch;
     }
-    int64_t place = run->order[p->place++];
-    if (p->place == n) { p->place = 0; p->epoch++; }
-    return place;
+    return run->order[i % n];
 }
 
 static volatile sig_atomic_t interrupted = 0;
@@ -2562,18 +2335,16 @@ static void on_interrupt(int signal_number) { interrupted = signal_number; }
 // Mean loss over consecutive windows of the validation split: all of them, or max_batches evenly spaced batches.
 static double evaluate(Run *run, int64_t max_batches) {
     const Options *o = &run->settings.values;
-    const Dataset *set = run->val_set;
     Dropout off = {0, 0, 0};
-    int T = (int)o->seq, examples = set->kind == DATA_EXAMPLES;
-    int64_t length = run->val_end - run->val_begin, windows = examples ? length : (length - 1) / T;
+    int T = (int)o->seq, examples = run->val_set->kind == DATA_EXAMPLES;
+    int64_t length = run->val_end - run->val_begin, windows = examples ? length : (length - 1) / T, count = 0;
     int64_t batches = (windows + o->batch - 1) / o->batch, taken = max_batches && max_batches < batches ? max_batches : batches;
     double sum = 0;
-    int64_t count = 0;
-    for (int64_t i = 0; i < taken && !(interrupted && !max_batches); i++) {
+    for (int64_t i = 0; i < taken && !interrupted; i++) {
         int64_t first = batches * i / taken * o->batch;
         int B = (int)(windows - first < o->batch ? windows - first : o->batch);
         for (int b = 0; b < B; b++)
-            copy_sequence(run->inputs + b * T, run->targets + b * T, set, run->val_begin + (first + b) * (examples ? 1 : T), T);
+            copy_sequence(run->inputs + b * T, run->targets + b * T, run->val_set, run->val_begin + (first + b) * (examples ? 1 : T), T);
         for (int n = 0; n < B * T; n++) count += run->targets[n] >= 0;
         sum += run->backend->forward(run->model, run->inputs, run->targets, B, T, off);
     }
@@ -2593,15 +2364,13 @@ static int by_logit(const void *a, const void *b) {
 // whose probabilities reach top_p. candidates: scratch (V).
 static int sample_token(const real *logits, Candidate *candidates, int V, double temperature, int64_t top_k, double top_p,
                         uint64_t *random) {
-    int n = V;
+    int n = top_k && top_k < V ? (int)top_k : V, kept = 0;
     double sum = 0, total = 0;
     for (int i = 0; i < V; i++) { candidates[i].logit = logits[i]; candidates[i].id = i; }
     qsort(candidates, (size_t)V, sizeof(Candidate), by_logit);
     if (temperature == 0) return candidates[0].id;
-    if (top_k && top_k < n) n = (int)top_k;
     double max = (double)candidates[0].logit;
     for (int i = 0; i < n; i++) total += exp(((double)candidates[i].logit - max) / temperature);
-    int kept = 0;
     while (kept < n && (kept == 0 || sum < top_p * total)) sum += exp(((double)candidates[kept++].logit - max) / temperature);
     double left = random_uniform(random) * sum;
     for (int i = 0; i < kept - 1; i++) {
@@ -2612,81 +2381,55 @@ static int sample_token(const real *logits, Candidate *candidates, int V, double
 }
 
 // Reads the prompt as token ids: its bytes' ids, or, without a vocabulary of bytes, numbers between spaces. Returns their
-// number, or -1 with a line in error. ids has room for strlen(prompt) + 1.
+// number, or WRONG_OPTION with a line in error. ids has room for strlen(prompt) + 1.
 static int encode_prompt(const Run *run, const char *prompt, int *ids, char *error) {
     int n = 0;
-    if (run->vocab_bytes) {
-        for (const char *c = prompt; *c; c++, n++) {
-            const unsigned char *place = (const unsigned char *)memchr(run->vocab, (unsigned char)*c, (size_t)run->vocab_bytes);
-            if (!place) return fail(error, "--prompt: the model's vocabulary lacks byte 0x%02x, at %d", (unsigned char)*c, n);
-            ids[n] = (int)(place - run->vocab);
-        }
-        return n;
-    }
-    for (const char *c = prompt; *c;) {
-        char *end;
-        long id = strtol(c, &end, 10);
-        if (end == c || id < 0 || id >= run->config.vocab_size || (*end && *end != ' '))
-            return fail(error, "--prompt takes token ids from 0 to %d between spaces", run->config.vocab_size - 1);
+    while (*prompt) {
+        const char *place = (const char *)memchr(run->vocab, *prompt, (size_t)run->vocab_bytes);
+        char *end = (char *)prompt + 1;
+        long id = run->vocab_bytes ? (place ? place - (const char *)run->vocab : -1) : strtol(prompt, &end, 10);
+        if (run->vocab_bytes && id < 0)
+            return wrong(error, NULL, "--prompt: the model's vocabulary lacks its byte %d, 0x%02X", n, (unsigned char)*prompt);
+        if (end == prompt || id < 0 || id >= run->config.vocab_size || (!run->vocab_bytes && *end && *end != ' '))
+            return wrong(error, NULL, "--prompt takes token ids from 0 to %d between spaces", run->config.vocab_size - 1);
         ids[n++] = (int)id;
-        for (c = end; *c == ' ';) c++;
+        prompt = end;
+        while (!run->vocab_bytes && *prompt == ' ') prompt++;
     }
     return n;
 }
 
-// Writes the prompt and n sampled tokens to standard output as they are made. `model` has B = 1 and holds the weights.
-// Returns 0, or -1 with a line in error.
-static int generate(Run *run, Model *model, const char *prompt, int64_t n, uint64_t random, char *error) {
+// Writes the prompt and n sampled tokens to standard output as they are made. The model remembers model_T positions; when
+// they are full, the last half is read afresh. Returns 0, or FAILED or WRONG_OPTION with a line in error.
+static int generate(Run *run, const char *prompt, int64_t n, int model_T, uint64_t random, char *error) {
     const Options *o = &run->settings.values;
-    int V = run->config.vocab_size, result = -1;
-    int64_t window = o->window < 0 ? o->seq : o->window;
+    int V = run->config.vocab_size, result = 0, fed = 0, begin = 0; // fed: tokens that the model has seen, from `begin` on
     real *logits = (real *)malloc((size_t)V * sizeof(real));
     Candidate *candidates = (Candidate *)malloc((size_t)V * sizeof(Candidate));
     int *tokens = (int *)malloc((strlen(prompt) + 2 + (size_t)n) * sizeof(int));
-    int count = tokens && candidates && logits ? encode_prompt(run, prompt, tokens, error) : fail(error, "out of memory");
-    if (count < 0) goto done;
-    fputs(prompt, stdout);
+    int count = tokens && candidates && logits ? encode_prompt(run, prompt, tokens, error) : fail(error, NULL, "out of memory");
+    if (count < 0) result = count;
+    else fputs(prompt, stdout);
     if (count == 0) { // nothing to go on from: a new line, or token 0
         const unsigned char *newline = (const unsigned char *)memchr(run->vocab, '\n', (size_t)run->vocab_bytes);
         tokens[count++] = newline ? (int)(newline - run->vocab) : 0;
     }
-    for (int64_t made = 0, fed = 0, cached = 0; made < n && !interrupted; made++) {
-        if (window && (cached + count - fed > window)) { // go on from the last half of the window
-            int64_t keep = !made ? window : window > 1 ? window / 2 : 1;
-            run->backend->reset(model);
-            fed = count - (keep < count ? keep : count);
-            cached = 0;
+    for (int64_t made = 0; made < n && !result && !interrupted; made++) {
+        if (count - begin > model_T) {
+            int keep = !made ? model_T : model_T > 1 ? model_T / 2 : 1;
+            fed = begin = count - keep;
         }
-        if (run->backend->extend(model, tokens + fed, (int)(count - fed), logits)) { fail(error, "out of memory"); goto done; }
-        cached += count - fed;
+        run->backend->extend(run->model, tokens + fed, count - fed, fed - begin, logits);
         fed = count;
-        int id = sample_token(logits, candidates, V, o->temperature, o->top_k, o->top_p, &random);
-        tokens[count++] = id;
+        int id = tokens[count++] = sample_token(logits, candidates, V, o->temperature, o->top_k, o->top_p, &random);
         if (run->vocab_bytes) putchar(run->vocab[id]);
         else printf(made || *prompt ? " %d" : "%d", id);
-        if (fflush(stdout)) { fail(error, "standard output: %s", strerror(errno)); goto done; }
+        if (fflush(stdout)) result = fail(error, "standard output", "%s", strerror(errno));
     }
-    result = putchar('\n') == EOF || fflush(stdout) ? fail(error, "standard output: %s", strerror(errno)) : 0;
-done:
-    run->backend->reset(model);
+    if (!result && (putchar('\n') == EOF || fflush(stdout))) result = fail(error, "standard output", "%s", strerror(errno));
     free(logits);
     free(candidates);
     free(tokens);
-    return result;
-}
-
-enum { GENERATION_CHUNK = 128 }; // tokens of a prompt that run through the layers at once
-
-// A sample in the middle of training, by a model of its own that takes over the weights: training does not notice.
-static int sample_while_training(Run *run, char *error) {
-    Model *model = run->backend->create(&run->config, 1, GENERATION_CHUNK, 0, 0, error);
-    if (!model) return -1;
-    memcpy(run->backend->read(model, PARAMS), run->backend->read(run->model, PARAMS), (size_t)run->table.count * sizeof(real));
-    run->backend->write(model, PARAMS);
-    printf("---\n");
-    int result = generate(run, model, "", 200, splitmix64((uint64_t)run->settings.values.seed + (uint64_t)run->progress.step), error);
-    printf("---\n");
-    run->backend->destroy(model);
     return result;
 }
 
@@ -2707,30 +2450,29 @@ static double learning_rate(const Options *o, int64_t step) {
     return o->min_lr + (o->lr - o->min_lr) * (1 + cos(3.14159265358979323846 * progress)) / 2;
 }
 
-// One step: draws accum micro-batches, sums their gradients of the mean loss over all targets, clips, updates. Returns 0,
-// or -1 with a line in error if loss or gradient are not finite: the weights are then still those of before.
+// One step: reads accum micro-batches, sums their gradients of the mean loss over all targets, clips, updates. Returns 0,
+// or FAILED with a line in error if loss or gradient are not finite: the weights are then still those of before.
 static int train_step(Run *run, double *loss, double *grad_norm, char *error) {
-    const Options *o = &run->settings.values;
+    Options *o = &run->settings.values;
     const Backend *backend = run->backend;
-    Progress *p = &run->progress;
     int T = (int)o->seq, B = (int)o->batch;
     int64_t count = 0, sequences = o->accum * o->batch;
-    for (int64_t i = 0; i < sequences; i++) copy_sequence(run->inputs + i * T, run->targets + i * T, &run->train, next_place(run), T);
+    for (int64_t i = 0; i < sequences; i++)
+        copy_sequence(run->inputs + i * T, run->targets + i * T, &run->train, sequence_place(run, o->step * sequences + i), T);
     for (int64_t i = 0; i < sequences * T; i++) count += run->targets[i] >= 0;
     *loss = 0;
     for (int64_t a = 0; a < o->accum; a++) {
-        Dropout drop = {o->dropout, (uint64_t)o->seed, (uint64_t)(p->step * o->accum + a)};
+        Dropout drop = {o->dropout, (uint64_t)o->seed, (uint64_t)(o->step * o->accum + a)};
         *loss += backend->forward(run->model, run->inputs + a * B * T, run->targets + a * B * T, B, T, drop) / (double)(count ? count : 1);
         backend->backward(run->model, count ? 1 / (double)count : 0);
     }
     *grad_norm = backend->grad_norm(run->model);
     if (!isfinite(*loss) || !isfinite(*grad_norm))
-        return fail(error, "step %lld: loss %g, gradient norm %g: stopped before the update; a lower --lr may help", (long long)p->step + 1,
-                    *loss, *grad_norm);
-    AdamW adam = {learning_rate(o, p->step), o->beta1, o->beta2, o->eps, o->weight_decay};
+        return fail(error, NULL, "step %lld: loss %g, gradient norm %g: stopped before the update; the last good checkpoint is as it was; "
+                    "a lower --lr may help", (long long)o->step + 1, *loss, *grad_norm);
+    AdamW adam = {learning_rate(o, o->step), o->beta1, o->beta2, o->eps, o->weight_decay};
     double scale = o->clip > 0 && o->clip < *grad_norm + 1e-6 ? o->clip / (*grad_norm + 1e-6) : 1;
-    p->step++;
-    backend->update(run->model, adam, scale, p->step);
+    backend->update(run->model, adam, scale, ++o->step);
     return 0;
 }
 
@@ -2738,144 +2480,132 @@ static int train_step(Run *run, double *loss, double *grad_norm, char *error) {
 static FILE *open_log(const char *path, int64_t step, char *error) {
     FILE *log = fopen(path, step ? "r+" : "w");
     if (!log && step && errno == ENOENT) log = fopen(path, "w");
-    if (!log) { fail(error, "%s: %s", path, strerror(errno)); return NULL; }
     char line[512];
     long kept = 0;
     long long logged;
-    while (step && fgets(line, sizeof(line), log) && strchr(line, '\n') && sscanf(line, "{\"step\": %lld", &logged) == 1 && logged <= step)
+    while (log && step && fgets(line, sizeof(line), log) && strchr(line, '\n') && sscanf(line, "{\"step\": %lld", &logged) == 1 && logged <= step)
         kept = ftell(log);
-    if (step && (ftruncate(fileno(log), kept) || fseek(log, kept, SEEK_SET))) {
-        fail(error, "%s: %s", path, strerror(errno));
-        fclose(log);
-        return NULL;
-    }
-    return log;
+    if (log && !fseek(log, kept, SEEK_SET) && (!step || !ftruncate(fileno(log), kept))) return log;
+    fail(error, path, "%s", strerror(errno));
+    if (log) fclose(log);
+    return NULL;
 }
 
 // Prints how to go on after Ctrl-C: --resume and what was given of the rows that a checkpoint does not hold.
 static void print_resume_command(const Run *run, const char *program) {
-    printf("go on with: %s --resume '%s'", program, run->settings.values.out);
+    const Settings *s = &run->settings;
+    printf("\nstopped after step %lld, saved to %s\ngo on with: %s --resume '%s'", (long long)s->values.step, s->values.out, program, s->values.out);
     for (int i = 0; i < N_OPTIONS; i++) {
         const Option *option = &option_table[i];
         char text[96];
-        if (!run->settings.given[i] || (option->group != WATCHING && strcmp(option->name, "save-every"))) continue;
-        if (option->type == TEXT) printf(" --%s '%s'", option->name, *(const char *const *)((const char *)&run->settings.values + option->offset));
-        else printf(" --%s %s", option->name, option_text(text, &run->settings.values, option));
+        if (s->given[i] && (option->group == WATCHING || !strcmp(option->name, "save-every")))
+            printf(" --%s '%s'", option->name, option_text(text, &s->values, option));
     }
     printf("\n");
 }
 
-// Validates, and keeps the weights if they are the best so far. Returns 0, or -1 with a line in error.
-static int validate(Run *run, const char *best_path, double *val_loss, char *error) {
-    *val_loss = evaluate(run, run->settings.values.eval_batches);
-    if (!(*val_loss < run->progress.best_val)) return 0;
-    run->progress.best_val = *val_loss;
-    return save_checkpoint(run, best_path, 0, error);
+// The line that a step writes to the terminal, over the one before, or to a file.
+static void print_step(const Options *o, double loss, double grad_norm, double rate, double elapsed, double left, double val_loss) {
+    int last = o->step == o->steps, terminal = isatty(STDOUT_FILENO);
+    printf("%sstep %lld/%lld | loss %.4f | norm %.3f | lr %.2e | %.1f ms | %.0f tok/s | %d:%02d left", terminal ? "\r" : "",
+           (long long)o->step, (long long)o->steps, loss, grad_norm, rate, elapsed * 1e3,
+           (double)(o->accum * o->batch * o->seq) / elapsed, (int)(left / 60), (int)left % 60);
+    if (!isnan(val_loss)) printf(" | val %.4f%s", val_loss, last ? " (whole split)" : "");
+    printf(!terminal || !isnan(val_loss) ? "\n" : "  ");
+    fflush(stdout);
 }
 
-// The training loop. Returns 0, -1 with a line in error, or 130 after Ctrl-C.
+// The training loop. Returns 0, FAILED or WRONG_OPTION with a line in error, or 130 after Ctrl-C.
 static int train(Run *run, const char *program, char *error) {
-    const Options *o = &run->settings.values;
-    Progress *p = &run->progress;
-    int terminal = isatty(STDOUT_FILENO), result = -1;
-    size_t stem = strlen(o->out), suffix = strlen(".safetensors");
-    if (stem > suffix && !strcmp(o->out + stem - suffix, ".safetensors")) stem -= suffix;
-    char *best_path = (char *)malloc(stem + 32);
-    if (!best_path) return fail(error, "out of memory");
-    snprintf(best_path, stem + 32, "%.*s.best.safetensors", (int)stem, o->out);
+    Options *o = &run->settings.values;
+    char best_path[PATH_MAX];
+    int result = 0, stem = (int)strlen(o->out), terminal = isatty(STDOUT_FILENO);
+    if (stem > 12 && !strcmp(o->out + stem - 12, ".safetensors")) stem -= 12;
+    snprintf(best_path, sizeof(best_path), "%.*s.best.safetensors", stem, o->out);
     FILE *log = NULL;
     double start = seconds(), loss = 0, grad_norm = 0;
-    int64_t first_step = p->step;
-    if (safetensors_writable(o->out, error) || (o->log && !(log = open_log(o->log, p->step, error)))) goto done;
-    while (p->step < o->steps && !interrupted) {
-        double begin = seconds(), rate = learning_rate(o, p->step), val_loss = NAN;
-        if (train_step(run, &loss, &grad_norm, error)) goto done;
-        double elapsed = seconds() - begin, tokens_per_second = (double)(o->accum * o->batch * o->seq) / elapsed;
-        int last = p->step == o->steps, evaluated = o->eval_every && p->step % o->eval_every == 0;
-        if (evaluated && validate(run, best_path, &val_loss, error)) goto done;
-        if (last || interrupted || (o->save_every && p->step % o->save_every == 0))
-            if (save_checkpoint(run, o->out, 1, error)) goto done;
-        if (last) {
-            val_loss = evaluate(run, 0);
-            if (!isfinite(p->best_val) && save_checkpoint(run, best_path, 0, error)) goto done;
+    int64_t first_step = o->step;
+    if (safetensors_writable(o->out, error) || safetensors_writable(best_path, error)) return FAILED;
+    if (o->log && !(log = open_log(o->log, o->step, error))) return FAILED;
+    while (o->step < o->steps && !interrupted) {
+        double begin = seconds(), rate = learning_rate(o, o->step), val_loss = NAN;
+        if ((result = train_step(run, &loss, &grad_norm, error))) break;
+        double elapsed = seconds() - begin, left = (seconds() - start) / (double)(o->step - first_step) * (double)(o->steps - o->step);
+        int last = o->step == o->steps;
+        if (o->eval_every && o->step % o->eval_every == 0) {
+            val_loss = evaluate(run, o->eval_batches);
+            if (!interrupted && val_loss < o->best_val) {
+                o->best_val = val_loss;
+                if ((result = save_checkpoint(run, best_path, 0, error))) break;
+            }
         }
-        double left = (seconds() - start) / (double)(p->step - first_step) * (double)(o->steps - p->step);
-        if (terminal) printf("\r");
-        if (terminal || evaluated || last || p->step == first_step + 1 || p->step % 100 == 0) {
-            printf("step %lld/%lld | loss %.4f | norm %.3f | lr %.2e | %.1f ms | %.0f tok/s | %d:%02d left", (long long)p->step,
-                   (long long)o->steps, loss, grad_norm, rate, elapsed * 1e3, tokens_per_second, (int)(left / 60), (int)left % 60);
-            if (!isnan(val_loss)) printf(" | val %.4f%s", val_loss, last ? " (whole split)" : "");
-            printf(!terminal || !isnan(val_loss) ? "\n" : "  ");
-            fflush(stdout);
-        }
+        if (last || interrupted || (o->save_every && o->step % o->save_every == 0))
+            if ((result = save_checkpoint(run, o->out, 1, error))) break;
+        if (last) val_loss = evaluate(run, 0);
+        if (last && !o->eval_every && (result = save_checkpoint(run, best_path, 0, error))) break;
+        if (terminal || !isnan(val_loss) || o->step == first_step + 1 || o->step % 100 == 0)
+            print_step(o, loss, grad_norm, rate, elapsed, left, val_loss);
         if (log) {
-            fprintf(log, "{\"step\": %lld, \"train_loss\": %.9g", (long long)p->step, loss);
+            fprintf(log, "{\"step\": %lld, \"train_loss\": %.9g", (long long)o->step, loss);
             if (!isnan(val_loss)) fprintf(log, ", \"val_loss\": %.9g", val_loss);
-            fprintf(log, ", \"lr\": %.9g, \"grad_norm\": %.9g, \"tok_per_s\": %.6g}\n", rate, grad_norm, tokens_per_second);
-            if (fflush(log)) { fail(error, "%s: %s", o->log, strerror(errno)); goto done; }
+            fprintf(log, ", \"lr\": %.9g, \"grad_norm\": %.9g, \"tok_per_s\": %.6g}\n", rate, grad_norm, (double)(o->accum * o->batch * o->seq) / elapsed);
+            if (fflush(log) && (result = fail(error, o->log, "%s", strerror(errno)))) break;
         }
-        if (o->sample_every && p->step % o->sample_every == 0 && sample_while_training(run, error)) goto done;
+        if (o->sample_every && o->step % o->sample_every == 0) {
+            printf("---\n");
+            if ((result = generate(run, "", 200, (int)o->seq, splitmix64((uint64_t)(o->seed + o->step)), error))) break;
+            printf("---\n");
+        }
     }
-    result = 0;
-    if (interrupted && p->step < o->steps) {
-        printf("\nstopped after step %lld, saved to %s\n", (long long)p->step, o->out);
-        print_resume_command(run, program);
-        result = 130;
-    } else {
-        printf("saved to %s, the best weights to %s (%.1f s)\n", o->out, best_path, seconds() - start);
-    }
-done:
     if (log) fclose(log);
-    free(best_path);
-    return result;
+    if (result) return result;
+    if (interrupted && o->step < o->steps) {
+        print_resume_command(run, program);
+        return 130;
+    }
+    printf("saved to %s, the best weights to %s (%.1f s)\n", o->out, best_path, seconds() - start);
+    return 0;
 }
 
 // ----------------------------------------------------------------------------
 // the program
 
-enum { FAILED = -1, WRONG_OPTION = -2 };
-
-static int wrong_option(char *error, const char *line) {
-    fail(error, "%s", line);
-    return WRONG_OPTION;
-}
-
 // Opens files and data and makes the model, ready to go. Returns 0, or FAILED or WRONG_OPTION with a line in error.
-static int prepare(Run *run, Safetensors *file, char *error) {
+static int prepare(Run *run, char *error) {
     Options *o = &run->settings.values;
     const Backend *backend = run->backend;
     const char *path = o->resume ? o->resume : o->load;
-    if (o->resume && (o->load || o->generate || o->eval)) return wrong_option(error, "--resume goes with neither --load, --generate nor --eval");
-    if (o->generate && o->eval) return wrong_option(error, "--generate and --eval exclude each other");
-    if ((o->generate || o->eval) && !o->load) return wrong_option(error, "--generate and --eval take the weights from --load FILE");
-    if (path && safetensors_read(file, path, error)) return FAILED;
-    if (path && settings_from_file(run, file, path, o->resume ? TRAINING : MODEL, error)) return error[0] == '-' ? WRONG_OPTION : FAILED;
-    if (o->resume && progress_from_file(run, file, path, error)) return error[0] == '-' ? WRONG_OPTION : FAILED;
+    int result, training = !o->generate && !o->eval;
+    if (o->resume && (o->load || !training)) return wrong(error, NULL, "--resume goes with neither --load, --generate nor --eval");
+    if (o->generate && o->eval) return wrong(error, NULL, "--generate and --eval exclude each other");
+    if (!training && !o->load) return wrong(error, NULL, "--generate and --eval take the weights from --load FILE");
+    if (path && safetensors_read(&run->file, path, error)) return FAILED;
+    if (path && (result = settings_from_file(run, path, o->resume != NULL, error))) return result;
     // defaults that depend on other options
     if (!o->kv_heads) o->kv_heads = o->heads;
     if (o->min_lr < 0) o->min_lr = o->lr / 10;
     if (!o->decay_steps) o->decay_steps = o->steps > 0 ? o->steps : 1;
     if (!o->save_every) o->save_every = o->eval_every;
-    if (config_of(&run->config, o, run->config.vocab_size, error)) return WRONG_OPTION;
+    if (config_of(&run->config, o, error)) return WRONG_OPTION;
     if (!o->generate && open_data(run, error)) return FAILED;
-    if (config_of(&run->config, o, run->config.vocab_size, error)) return WRONG_OPTION; // now with the data's T and V
-    if (o->resume && check_content(file, "data_content", o->data, &run->train, error)) return FAILED;
-    if (o->resume && o->val && check_content(file, "val_content", o->val, &run->val, error)) return FAILED;
+    if (config_of(&run->config, o, error)) return WRONG_OPTION; // now with the data's T and V
 
-    int training = !o->generate && !o->eval;
-    int B = o->generate ? 1 : (int)o->batch, T = o->generate ? GENERATION_CHUNK : (int)o->seq;
-    run->model = backend->create(&run->config, B, T, training, 0, error);
+    int64_t window = o->window < 0 ? o->seq : o->window, needed = (int64_t)strlen(o->prompt) + 1 + o->generate;
+    int B = o->generate ? 1 : (int)o->batch, T = !o->generate ? (int)o->seq : (int)(window && window < needed ? window : needed);
+    run->model = backend->create(&run->config, B, T, training ? TRAIN : o->eval ? EVALUATE : GENERATE, error);
     if (!run->model) return FAILED;
-    make_table(&run->table, &run->config);
+    Weights weights;
+    weights.layers = (LayerWeights *)calloc((size_t)o->layers, sizeof(LayerWeights));
     size_t tokens = (size_t)B * (size_t)T * (size_t)(training ? o->accum : 1);
     run->inputs = (int *)malloc(tokens * sizeof(int));
     run->targets = (int *)malloc(tokens * sizeof(int));
     run->order = (int32_t *)malloc(((size_t)run->train_end + 1) * sizeof(int32_t));
-    if (!run->inputs || !run->targets || !run->order) return fail(error, "out of memory");
+    if (!weights.layers || !run->inputs || !run->targets || !run->order) return fail(error, NULL, "out of memory");
+    carve_weights(&weights, &run->table, NULL, &run->config); // the parameters' names and shapes alone
+    free(weights.layers);
 
-    if (path && load_block(run, file, path, "", PARAMS, error)) return FAILED;
-    if (o->resume) return load_block(run, file, path, "exp_avg.", EXP_AVG, error) || load_block(run, file, path, "exp_avg_sq.", EXP_AVG_SQ, error) ? FAILED : 0;
-    run->progress.random = splitmix64((uint64_t)o->seed) ^ splitmix64(1); // another stream than the initial values'
+    if (path && load_block(run, path, "", PARAMS, error)) return FAILED;
+    if (o->resume) return load_block(run, path, "exp_avg.", EXP_AVG, error) || load_block(run, path, "exp_avg_sq.", EXP_AVG_SQ, error) ? FAILED : 0;
     if (!path) {
         initialise(backend->read(run->model, PARAMS), &run->table, (uint64_t)o->seed);
         backend->write(run->model, PARAMS);
@@ -2886,6 +2616,7 @@ static int prepare(Run *run, Safetensors *file, char *error) {
 static int act(Run *run, const char *program, char *error) {
     const Options *o = &run->settings.values;
     const Config *c = &run->config;
+    int64_t window = o->window < 0 ? o->seq : o->window ? o->window : INT_MAX;
     struct sigaction action;
     memset(&action, 0, sizeof(action));
     action.sa_handler = on_interrupt;
@@ -2893,7 +2624,7 @@ static int act(Run *run, const char *program, char *error) {
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
     signal(SIGPIPE, SIG_IGN);
-    if (o->generate) return generate(run, run->model, o->prompt, o->generate, splitmix64((uint64_t)o->seed), error);
+    if (o->generate) return generate(run, o->prompt, o->generate, (int)window, splitmix64((uint64_t)o->seed), error);
     if (o->eval) {
         printf("val_loss %.6f\n", evaluate(run, 0));
         return 0;
@@ -2908,16 +2639,16 @@ static int act(Run *run, const char *program, char *error) {
 static int run_program(int argc, char **argv, const Backend *backend) {
     char error[ERROR_SIZE] = "";
     Run run;
-    Safetensors file;
     memset(&run, 0, sizeof(run));
-    memset(&file, 0, sizeof(file));
     run.backend = backend;
-    run.progress.best_val = INFINITY;
     run.order_epoch = -1;
     int result = parse_options(&run.settings, argc, argv, error);
-    if (result == 1) { print_help(argv[0]); return 0; }
-    if (result < 0) result = WRONG_OPTION;
-    else if (!(result = prepare(&run, &file, error))) result = act(&run, argv[0], error);
+    if (result == 1) {
+        print_help(argv[0]);
+        return 0;
+    }
+    if (!result) result = prepare(&run, error);
+    if (!result) result = act(&run, argv[0], error);
     if (result < 0) fprintf(stderr, "train_sessa: %s\n", error);
     if (run.model) backend->destroy(run.model);
     free(run.table.rows);
@@ -2926,7 +2657,7 @@ static int run_program(int argc, char **argv, const Backend *backend) {
     free(run.order);
     dataset_free(&run.train);
     dataset_free(&run.val);
-    safetensors_free(&file);
+    safetensors_free(&run.file);
     return result == WRONG_OPTION ? 2 : result == FAILED ? 1 : result;
 }
 
