@@ -10,6 +10,7 @@ Letters: B sequences, T tokens each, D model width, H query heads, G key/value h
 V vocabulary, P panel height. Arrays are row-major, (B,T,D) means index (b·T + t)·D + i; a linear layer's weight is
 (out, in); σ(n) = 1/sqrt(n). Numbers in [ ] are the paper's equations. Gradients of parameters are accumulated (+=);
 gradients of activations are written (=) unless the comment says +=. No layer allocates: scratch comes from the caller.
+What can fail takes a `char *error` and returns 0, or FAILED (WRONG_OPTION for what the user typed) with one line there.
 */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -46,56 +47,37 @@ typedef REAL real;
 // ----------------------------------------------------------------------------
 // errors and numbers
 
-enum { ERROR_SIZE = 512 };          // room for one line; every `char *error` below points to this much
-enum { FAILED = -1, WRONG_OPTION = -2 };
+enum { ERROR_SIZE = 512, FAILED = -1, WRONG_OPTION = -2 }; // every `char *error` points to ERROR_SIZE bytes
 
-// Writes "path: what" (only "what" if path is NULL) into error as one line and returns FAILED, so that callers write
-// `return fail(error, path, "...")`. Of a long path the end is shown. What stands in a file may be hostile: in "what",
-// every byte that is not printable ASCII becomes '?'.
+// Writes "path: what" (only "what" if path is NULL) into error as one line. What stands in a file may be hostile: every
+// control character becomes '?'.
 __attribute__((format(printf, 3, 4)))
 static int fail(char *error, const char *path, const char *format, ...) {
-    size_t used = 0;
     va_list arguments;
-    if (path) {
-        size_t length = strlen(path), cut = length > 300 ? length - 300 : 0;
-        used = (size_t)snprintf(error, ERROR_SIZE, "%s%s: ", cut ? "..." : "", path + cut);
-    }
+    int used = path ? snprintf(error, ERROR_SIZE, "%.300s: ", path) : 0;
     va_start(arguments, format);
-    vsnprintf(error + used, ERROR_SIZE - used, format, arguments);
+    vsnprintf(error + used, (size_t)(ERROR_SIZE - used), format, arguments);
     va_end(arguments);
-    for (size_t i = 0; error[i]; i++) {
-        unsigned char c = (unsigned char)error[i];
-        if (c < 32 || c == 127 || (c > 127 && i >= used)) error[i] = '?';
-    }
+    for (; *error; error++)
+        if ((unsigned char)*error < 32 || *error == 127) *error = '?';
     return FAILED;
 }
-#define wrong(...) (fail(__VA_ARGS__), WRONG_OPTION) // the same for what the user typed: another exit code
+#define wrong(...) (fail(__VA_ARGS__), WRONG_OPTION)
 
 // 0 and the value if the whole text is one finite decimal number ("3e-4", "-1", ".5"), else -1: no spaces, hex or inf.
 static int parse_number(const char *text, double *value) {
     char *end;
-    if (text[strspn(text, "0123456789+-.eE")]) return -1;
     double number = strtod(text, &end);
-    if (end == text || *end || !isfinite(number)) return -1;
+    if (!*text || *end || text[strspn(text, "0123456789+-.eE")] || !isfinite(number)) return -1;
     *value = number;
     return 0;
 }
 
-// 0 and the value if the text is an integer in low..high, however written ("128", "1.28e2", "128.0"), else -1.
-// Plain digits are exact up to 2^63-1, other spellings as exact as a double.
-static int parse_integer(const char *text, int64_t low, int64_t high, int64_t *value) {
-    const char *digits = text + (*text == '-' || *text == '+');
-    double number = 0;
-    errno = 0;
-    int64_t integer = strtoll(text, NULL, 10);
-    if (!*digits || digits[strspn(digits, "0123456789")]) {
-        if (parse_number(text, &number) || number != floor(number) || fabs(number) >= 0x1p63) return -1;
-        integer = (int64_t)number;
-    } else if (errno) {
-        return -1;
-    }
-    if (integer < low || integer > high) return -1;
-    *value = integer;
+// The same for an integer in low..high, however written ("128", "1.28e2", "128.0"). Exact up to 2^53.
+static int parse_integer(const char *text, double low, double high, int64_t *value) {
+    double number;
+    if (parse_number(text, &number) || number != floor(number) || number < low || number > high) return -1;
+    *value = (int64_t)number;
     return 0;
 }
 
@@ -856,15 +838,14 @@ static real *add_tensor(Table *table, real *block, int layer, const char *name, 
                         int64_t d2) {
     Tensor *row = new_row(table, name, layer);
     int64_t shape[3] = {d0, d1, d2};
+    double size = 1;
+    for (int i = 0; i < n_dims; i++) size *= (double)shape[i];
     row->n_dims = n_dims;
-    row->count = 1;
     row->stride = n_dims ? shape[n_dims - 1] : 1;
     row->offset = table->count;
     memcpy(row->shape, shape, sizeof(shape));
-    int overflow = table->count < 0;
-    for (int i = 0; i < n_dims; i++) overflow |= __builtin_mul_overflow(row->count, shape[i], &row->count);
-    overflow |= __builtin_add_overflow(table->count, row->count, &table->count);
-    if (overflow || table->count > PTRDIFF_MAX / 16) table->count = -1;
+    if (table->count >= 0 && (double)table->count + size < 0x1p58) row->count = (int64_t)size;
+    table->count = row->count || !size ? table->count + row->count : -1;
     return block ? block + row->offset : NULL;
 }
 
@@ -1159,7 +1140,7 @@ static void model_free(Model *m) {
     for (size_t i = 0; i < sizeof(blocks) / sizeof(blocks[0]); i++) free(blocks[i]);
 }
 
-// A zeroed array, in *whole whether it could be had. count < 0: too large to be addressed.
+// A zeroed array; clears *whole where it cannot be had. count < 0: too large to be addressed.
 static void *allocate(int64_t count, size_t size, int *whole) {
     void *memory = count < 0 || !*whole ? NULL : calloc((size_t)count + 1, size);
     *whole = memory != NULL;
@@ -1175,7 +1156,6 @@ static Model *model_create(const Config *c, int B, int T, Mode mode, char *error
     m->config = *c;
     m->B = B;
     m->T = T;
-    m->bytes = INFINITY;
     m->weights.layers = (LayerWeights *)allocate(c->n_layers, sizeof(LayerWeights), &whole);
     m->grad.layers = (LayerWeights *)allocate(c->n_layers, sizeof(LayerWeights), &whole);
     m->acts.layers = (LayerActivations *)allocate(c->n_layers, sizeof(LayerActivations), &whole);
@@ -1184,18 +1164,13 @@ static Model *model_create(const Config *c, int B, int T, Mode mode, char *error
         carve_activations(&m->acts, &m->acts_table, NULL, c, B, T, mode);
     }
     int64_t n = m->table.count, n_acts = m->acts_table.count;
-    if (n >= 0 && n_acts >= 0)
-        m->bytes = ((double)n * (training ? 4 : 1) + (double)n_acts) * sizeof(real) + 2.0 * B * T * sizeof(int);
+    m->bytes = n < 0 || n_acts < 0 ? INFINITY : ((double)n * (training ? 4 : 1) + (double)n_acts) * sizeof(real);
     whole = whole && m->bytes < present;
-    m->params = (real *)allocate(n, sizeof(real), &whole);
     m->acts_block = (real *)allocate(n_acts, sizeof(real), &whole);
     m->inputs = (int *)allocate((int64_t)B * T, sizeof(int), &whole);
     m->targets = (int *)allocate((int64_t)B * T, sizeof(int), &whole);
-    if (training) {
-        m->grads = (real *)allocate(n, sizeof(real), &whole);
-        m->exp_avg = (real *)allocate(n, sizeof(real), &whole);
-        m->exp_avg_sq = (real *)allocate(n, sizeof(real), &whole);
-    }
+    real **blocks[] = {&m->params, &m->grads, &m->exp_avg, &m->exp_avg_sq};
+    for (int i = 0; i < (training ? 4 : 1); i++) *blocks[i] = (real *)allocate(n, sizeof(real), &whole);
     if (!whole) {
         fail(error, NULL, "the model does not fit: it needs %.1f GiB of memory, this machine has %.1f", m->bytes / gib,
              present / gib);
@@ -1423,15 +1398,13 @@ typedef struct {
     int n_meta;
 } Safetensors;
 
-// Bits that an element of this dtype takes, 0 if the format has no such dtype.
+// Bits that an element of this dtype takes, 0 if the format has no such dtype: they are the number in its name.
 static int dtype_bits(const char *dtype) {
-    static const struct { const char *name; int bits; } known[] = {
-        {"BOOL", 8}, {"U8", 8}, {"I8", 8}, {"F8_E5M2", 8}, {"F8_E4M3", 8}, {"F8_E8M0", 8}, {"F4", 4}, {"F6_E2M3", 6},
-        {"F6_E3M2", 6}, {"I16", 16}, {"U16", 16}, {"F16", 16}, {"BF16", 16}, {"I32", 32}, {"U32", 32}, {"F32", 32},
-        {"I64", 64}, {"U64", 64}, {"F64", 64}, {"C64", 64}};
-    for (size_t i = 0; i < sizeof(known) / sizeof(known[0]); i++)
-        if (!strcmp(dtype, known[i].name)) return known[i].bits;
-    return 0;
+    static const char known[] = " BOOL U8 I8 F8_E5M2 F8_E4M3 F8_E8M0 F4 F6_E2M3 F6_E3M2 I16 U16 F16 BF16 I32 U32 F32 I64 U64 F64 C64 ";
+    char word[24];
+    snprintf(word, sizeof(word), " %s ", dtype);
+    const char *digits = strpbrk(dtype, "0123456789");
+    return !*dtype || strchr(dtype, ' ') || !strstr(known, word) ? 0 : digits ? atoi(digits) : 8;
 }
 
 // 1 if the text is valid UTF-8 without overlong forms and surrogates, else 0.
@@ -1449,8 +1422,7 @@ static int utf8_valid(const unsigned char *text, size_t length) {
     return 1;
 }
 
-// Reads a whole regular file into fresh memory, with a zero byte past its end. FAILED and the line if there is no such
-// file, if it is something else (a folder, a pipe), if it does not fit in memory or if its size changes meanwhile.
+// Reads a whole regular file into fresh memory, with a zero byte past its end.
 static int file_read(const char *path, unsigned char **bytes, size_t *size, char *error) {
     struct stat info;
     if (stat(path, &info)) return fail(error, path, "%s", strerror(errno));
@@ -1461,11 +1433,13 @@ static int file_read(const char *path, unsigned char **bytes, size_t *size, char
     *bytes = (unsigned char *)malloc(*size + 1);
     size_t got = *bytes ? fread(*bytes, 1, *size + 1, in) : 0; // one byte more than there should be
     fclose(in);
-    if (!*bytes) return fail(error, path, "its %lld bytes do not fit in memory", (long long)info.st_size);
-    (*bytes)[*size] = 0;
-    if (got == *size) return 0;
+    if (*bytes && got == *size) {
+        (*bytes)[*size] = 0;
+        return 0;
+    }
+    int memory = *bytes != NULL;
     free(*bytes);
-    return fail(error, path, "it cannot be read to its end, or its size changed while it was read");
+    return fail(error, path, memory ? "it cannot be read to its end, or its size changed meanwhile" : "it does not fit in memory");
 }
 
 // The header while it is read. The first problem stays and moves the place to the end, so that whatever is read after it
@@ -1510,27 +1484,26 @@ static int json_next(Json *j, char close, int n) {
 
 // What follows the \u of an escape, -1 if it is not four hexadecimal digits.
 static int json_hex(Json *j) {
-    int code = 0;
-    for (int i = 0; i < 4; i++) {
-        int c = j->at < j->end ? *j->at++ : 0;
-        if (!isxdigit(c)) return -1;
-        code = code * 16 + (c <= '9' ? c - '0' : (c | 32) - 'a' + 10);
-    }
-    return code;
+    char digits[5] = "";
+    if (j->end - j->at >= 4) memcpy(digits, j->at, 4);
+    if (strspn(digits, "0123456789abcdefABCDEF") != 4) return -1;
+    j->at += 4;
+    return (int)strtol(digits, NULL, 16);
 }
 
 // The character that an escape stands for, of a surrogate pair both halves; -1 if it is no valid escape.
 static int json_escape(Json *j) {
     static const char letters[] = "\"\\/bfnrt", meaning[] = "\"\\/\b\f\n\r\t";
-    int c = j->at < j->end ? *j->at++ : 0;
+    int c = j->at < j->end ? *j->at++ : 0, low = -1;
     const char *letter = c ? strchr(letters, c) : NULL;
     if (letter) return meaning[letter - letters];
     int code = c == 'u' ? json_hex(j) : -1;
     if (code < 0xD800 || code > 0xDFFF) return code;
-    if (code > 0xDBFF || j->end - j->at < 2 || j->at[0] != '\\' || j->at[1] != 'u') return -1;
-    j->at += 2;
-    int low = json_hex(j);
-    return low < 0xDC00 || low > 0xDFFF ? -1 : 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00);
+    if (j->end - j->at >= 2 && j->at[0] == '\\' && j->at[1] == 'u') {
+        j->at += 2;
+        low = json_hex(j);
+    }
+    return code > 0xDBFF || low < 0xDC00 || low > 0xDFFF ? -1 : 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00);
 }
 
 // Reads a string and decodes it where it stands: UTF-8 is never longer than the escape, and the closing quote leaves
@@ -1666,7 +1639,7 @@ static const char *sort_names(void *array, int n, size_t item) {
 }
 
 // Checks that the tensors cover the data exactly, each byte once, and that no name or key stands there twice; leaves
-// tensors and metadata sorted for the search. FAILED and the line otherwise.
+// tensors and metadata sorted for the search.
 static int check_layout(Safetensors *file, const unsigned char *data, const char *path, char *error) {
     FileTensor *tensors = file->tensors;
     const unsigned char *reached = data, *end = file->bytes + file->size;
@@ -1690,22 +1663,21 @@ static void safetensors_free(Safetensors *file) {
 }
 
 // Makes a Safetensors of the bytes of a file; they must come from malloc and belong to it from now on. The path is for
-// messages only. 0, or FAILED with the line in error and nothing to free.
+// messages only.
 static int safetensors_parse(Safetensors *file, unsigned char *bytes, size_t size, const char *path, char *error) {
     uint64_t length = 0;
-    int result;
+    int result = 0;
     memset(file, 0, sizeof(*file));
     file->bytes = bytes;
     file->size = size;
-    if (size >= 8) memcpy(&length, bytes, 8);
-    if (size < 8) result = fail(error, path, "%d bytes are no safetensors file", (int)size);
+    memcpy(&length, bytes, size < 8 ? size : 8);
+    if (size < 8 || length > size - 8) result = fail(error, path, "no safetensors file, or one that ends early");
     else if (length > MAX_HEADER) result = fail(error, path, "a header of over 100 MB: no safetensors file");
-    else if (length > size - 8) result = fail(error, path, "the file ends early, inside its header");
     else {
         unsigned char *start = bytes + 8, *data = start + length;
         Json json = {start, data, start, NULL};
         if (!length || *start != '{') json_fail(&json, "it does not start with '{': no safetensors file");
-        else if (!utf8_valid(start, (size_t)length)) json_fail(&json, "not valid UTF-8");
+        if (!utf8_valid(start, (size_t)length)) json_fail(&json, "not valid UTF-8");
         json_expect(&json, '{');
         json_header(&json, file, data);
         if (json.problem) result = fail(error, path, "header, byte %lld: %s", (long long)(json.place - start), json.problem);
@@ -1715,21 +1687,17 @@ static int safetensors_parse(Safetensors *file, unsigned char *bytes, size_t siz
     return result;
 }
 
-// Reads a safetensors file. 0, or FAILED with the line in error and nothing to free.
 static int safetensors_read(Safetensors *file, const char *path, char *error) {
-    unsigned char *bytes;
-    size_t size;
-    if (file_read(path, &bytes, &size, error)) return FAILED;
-    return safetensors_parse(file, bytes, size, path, error);
+    unsigned char *bytes = NULL;
+    size_t size = 0;
+    return file_read(path, &bytes, &size, error) ? FAILED : safetensors_parse(file, bytes, size, path, error);
 }
 
-// The tensor of this name, NULL if there is none.
+// The tensor of this name, and the metadata's value for this key; NULL if there is none.
 static const FileTensor *safetensors_find(const Safetensors *file, const char *name) {
     if (!file->n_tensors) return NULL;
     return (const FileTensor *)bsearch(&name, file->tensors, (size_t)file->n_tensors, sizeof(FileTensor), compare_names);
 }
-
-// The metadata's value for this key, NULL if there is none.
 static const char *safetensors_meta(const Safetensors *file, const char *key) {
     if (!file->n_meta) return NULL;
     const Meta *meta = (const Meta *)bsearch(&key, file->meta, (size_t)file->n_meta, sizeof(Meta), compare_names);
@@ -1784,19 +1752,16 @@ static int open_temporary(const char *path, char *target, char *temporary, char 
     return fd < 0 ? fail(error, path, "cannot be written: %s", strerror(errno)) : fd;
 }
 
-// Tells before a long run whether path can be written, leaving no trace. 0, or FAILED with the line in error.
+// Tells before a long run whether path can be written, leaving no trace.
 static int safetensors_writable(const char *path, char *error) {
     char target[PATH_MAX + 32], temporary[PATH_MAX + 32];
     int fd = open_temporary(path, target, temporary, error);
-    if (fd < 0) return FAILED;
-    close(fd);
-    unlink(temporary);
-    return 0;
+    if (fd >= 0) unlink(temporary);
+    return fd < 0 ? FAILED : close(fd);
 }
 
 // Writes a safetensors file with the tensors in the order given: into a temporary file, which is flushed to the disk and
-// only then gets its name, so that there is at any moment the old file or the new one, whole. 0, or FAILED with the line
-// in error; an old file of that name is then as it was.
+// only then gets its name, so that there is at any moment the old file or the new one, whole.
 static int safetensors_write(const char *path, const FileTensor *tensors, int n_tensors, const Meta *meta, int n_meta,
                              char *error) {
     char target[PATH_MAX + 32], temporary[PATH_MAX + 32], *header = NULL;
@@ -1804,29 +1769,25 @@ static int safetensors_write(const char *path, const FileTensor *tensors, int n_
     for (int i = 0; i < n_meta; i++)
         if (!utf8_valid((const unsigned char *)meta[i].value, strlen(meta[i].value)))
             return fail(error, path, "'%.80s', '%.80s' cannot be stored: not UTF-8", meta[i].key, meta[i].value);
-    FILE *out = open_memstream(&header, &size);
-    if (!out) return fail(error, path, "cannot be written: %s", strerror(errno));
-    write_header(out, tensors, n_tensors, meta, n_meta);
-    if (fclose(out)) { free(header); return fail(error, path, "cannot be written: out of memory"); }
     int fd = open_temporary(path, target, temporary, error);
-    if (fd < 0) { free(header); return FAILED; }
+    if (fd < 0) return FAILED;
+    FILE *memory = open_memstream(&header, &size), *out = fdopen(fd, "wb");
+    if (memory) write_header(memory, tensors, n_tensors, meta, n_meta);
+    int ok = memory && !fclose(memory) && out;
     uint64_t length = size;
-    out = fdopen(fd, "wb");
-    int ok = out && fwrite(&length, 8, 1, out) == 1 && fwrite(header, 1, size, out) == size;
+    ok = ok && fwrite(&length, 8, 1, out) == 1 && fwrite(header, 1, size, out) == size;
     for (int i = 0; ok && i < n_tensors; i++) ok = fwrite(tensors[i].data, 1, tensors[i].size, out) == tensors[i].size;
-    ok = ok && !fflush(out) && !fsync(fd);
-    int problem = ok ? 0 : errno ? errno : EIO;
-    if ((out ? fclose(out) : close(fd)) && !problem) problem = errno;
-    if (!problem && rename(temporary, target)) problem = errno;
+    ok = ok && !fflush(out) && !fsync(fd) && !rename(temporary, target);
+    int problem = errno;
     free(header);
-    if (problem) {
+    if (out) fclose(out);
+    if (!ok) {
         unlink(temporary);
         return fail(error, path, "cannot be written: %s", strerror(problem));
     }
     char *slash = strrchr(target, '/'); // the folder, too, is flushed, so that the new name lasts
     if (slash) slash[1] = 0;
-    fd = open(slash ? target : ".", O_RDONLY);
-    if (fd >= 0) {
+    if ((fd = open(slash ? target : ".", O_RDONLY)) >= 0) {
         fsync(fd);
         close(fd);
     }
@@ -1876,7 +1837,7 @@ static void dataset_free(Dataset *data) {
     memset(data, 0, sizeof(*data));
 }
 
-// Makes a token shard of the file's bytes. FAILED and the line if version or length are wrong.
+// Makes a token shard of the file's bytes.
 static int shard_read(Dataset *data, size_t size, const char *path, char *error) {
     int32_t header[3];
     memcpy(header, data->bytes, sizeof(header));
@@ -1912,7 +1873,7 @@ static int32_t *ids_read(const FileTensor *tensor, int low, int *max_id, const c
     return ids;
 }
 
-// Fills data from a safetensors file of examples. FAILED and the line if it is none.
+// Fills data from a safetensors file of examples.
 static int examples_read(Dataset *data, const Safetensors *file, const char *path, char *error) {
     const FileTensor *inputs = safetensors_find(file, "inputs"), *targets = safetensors_find(file, "targets");
     const char *vocab_size = safetensors_meta(file, "vocab_size");
@@ -1933,7 +1894,7 @@ static int examples_read(Dataset *data, const Safetensors *file, const char *pat
 }
 
 // Reads a file of any of the three kinds: named *.safetensors it is an example set, with a shard's magic number at its
-// start a shard, else text. 0, or FAILED with the line in error and nothing to free.
+// start a shard, else text.
 static int dataset_read(Dataset *data, const char *path, char *error) {
     static const char *kinds[] = {"text", "token shard", "examples"};
     size_t size, length = strlen(path);
@@ -1963,8 +1924,7 @@ static int dataset_read(Dataset *data, const char *path, char *error) {
     return result;
 }
 
-// Puts a text's token ids in the place of its bytes: a byte's id is its place in the vocabulary. FAILED and the line if
-// the vocabulary lacks a byte.
+// Puts a text's token ids in the place of its bytes.
 static int dataset_encode(Dataset *data, const unsigned char *vocab, int vocab_size, const char *path, char *error) {
     int ids[256];
     for (int byte = 0; byte < 256; byte++) ids[byte] = -1;
@@ -1982,9 +1942,9 @@ static int dataset_encode(Dataset *data, const unsigned char *vocab, int vocab_s
 // Copies one sequence into inputs and targets (T): the example, or the tokens from `at` on and the ones that follow them.
 static void copy_sequence(int *inputs, int *targets, const Dataset *set, int64_t at, int T) {
     for (int t = 0; t < T; t++) {
-        int64_t i = set->kind == DATA_EXAMPLES ? at * T + t : at + t;
-        inputs[t] = set->kind == DATA_EXAMPLES ? set->inputs[i] : set->kind == DATA_TEXT ? set->bytes[i] : set->tokens[i];
-        targets[t] = set->kind == DATA_EXAMPLES ? set->targets[i] : set->kind == DATA_TEXT ? set->bytes[i + 1] : set->tokens[i + 1];
+        int64_t i = at + t, e = at * T + t;
+        inputs[t] = set->inputs ? set->inputs[e] : set->tokens ? set->tokens[i] : set->bytes[i];
+        targets[t] = set->targets ? set->targets[e] : set->tokens ? set->tokens[i + 1] : set->bytes[i + 1];
     }
 }
 
@@ -2061,38 +2021,33 @@ enum { N_OPTIONS = sizeof(option_table) / sizeof(option_table[0]) };
 
 typedef struct { Options values; char given[N_OPTIONS]; } Settings;
 
-// Sets one option from its text. Returns 0, or WRONG_OPTION with a line in error.
+// Sets one option from its text.
 static int set_option(Options *o, const Option *option, const char *text, char *error) {
-    char *field = (char *)o + option->offset;
-    double low = option->low, high = option->high;
-    if (option->type == TEXT) {
-        *(const char **)(void *)field = text;
-    } else if (option->type == NUMBER) {
-        double number;
-        if (!parse_number(text, &number) && number >= low && number <= high) *(double *)(void *)field = number;
-        else return wrong(error, NULL, "--%s takes a number from %g to %g, not '%s'", option->name, low, high, text);
-    } else if (parse_integer(text, (int64_t)low, (int64_t)high, (int64_t *)(void *)field)) {
-        return wrong(error, NULL, "--%s takes a whole number from %.0f to %.0f, not '%s'", option->name, low, high, text);
-    }
+    void *field = (char *)o + option->offset;
+    double low = option->low, high = option->high, number;
+    if (option->type == TEXT) *(const char **)field = text;
+    else if (option->type == NUMBER && !parse_number(text, &number) && number >= low && number <= high) *(double *)field = number;
+    else if (option->type == NUMBER || parse_integer(text, low, high, (int64_t *)field))
+        return wrong(error, NULL, "--%s takes a %snumber from %.9g to %.9g, not '%s'", option->name,
+                     option->type == NUMBER ? "" : "whole ", low, high, text);
     return 0;
 }
 
 // An option's value as text, a number with as many digits as give the same number again. NULL: a text that is not set.
 static const char *option_text(char text[96], const Options *o, const Option *option) {
-    const char *field = (const char *)o + option->offset;
-    if (option->type == TEXT) return *(const char *const *)(const void *)field;
-    if (option->type != NUMBER) snprintf(text, 96, "%lld", (long long)*(const int64_t *)(const void *)field);
-    else for (int digits = 6; digits <= 17; digits++) {
-        snprintf(text, 96, "%.*g", digits, *(const double *)(const void *)field);
-        if (strtod(text, NULL) == *(const double *)(const void *)field) break;
+    const void *field = (const char *)o + option->offset;
+    if (option->type == TEXT) return *(const char *const *)field;
+    if (option->type != NUMBER) snprintf(text, 96, "%lld", (long long)*(const int64_t *)field);
+    for (int digits = 6; option->type == NUMBER && digits <= 17; digits++) {
+        snprintf(text, 96, "%.*g", digits, *(const double *)field);
+        if (strtod(text, NULL) == *(const double *)field) break;
     }
     return text;
 }
 
 static const Option *find_option(const char *name, size_t length) {
-    for (int i = 0; i < N_OPTIONS; i++)
-        if (strlen(option_table[i].name) == length && !strncmp(option_table[i].name, name, length) && option_table[i].group < STATE)
-            return &option_table[i];
+    for (int i = 0; i < N_OPTIONS && option_table[i].group < STATE; i++)
+        if (strlen(option_table[i].name) == length && !strncmp(option_table[i].name, name, length)) return &option_table[i];
     return NULL;
 }
 static int is_given(const Settings *s, const char *name) { return s->given[find_option(name, strlen(name)) - option_table]; }
@@ -2113,8 +2068,7 @@ static void print_help(const char *program) {
     printf("\nThreads: OMP_NUM_THREADS. Exit code 0: done, 1: failed, 2: wrong option, 130: stopped by Ctrl-C after saving.\n");
 }
 
-// Reads the command line: --name value or --name=value. Returns 0, 1 if help was asked for, or WRONG_OPTION with a line in
-// error.
+// Reads the command line: --name value or --name=value. 1 if help was asked for.
 static int parse_options(Settings *s, int argc, char **argv, char *error) {
     memset(s, 0, sizeof(*s));
     s->values.min_lr = s->values.window = -1;
@@ -2122,8 +2076,9 @@ static int parse_options(Settings *s, int argc, char **argv, char *error) {
         if (option_table[i].fallback) set_option(&s->values, &option_table[i], option_table[i].fallback, error);
     for (int i = 1; i < argc; i++) {
         if (!strcmp(argv[i], "--help") || !strcmp(argv[i], "-h")) return 1;
-        const char *name = argv[i] + 2, *equals = strchr(argv[i], '=');
-        const Option *option = strncmp(argv[i], "--", 2) ? NULL : find_option(name, equals ? (size_t)(equals - name) : strlen(name));
+        const char *equals = strchr(argv[i], '=');
+        size_t length = equals ? (size_t)(equals - argv[i]) : strlen(argv[i]);
+        const Option *option = strncmp(argv[i], "--", 2) ? NULL : find_option(argv[i] + 2, length - 2);
         if (!option) return wrong(error, NULL, "unknown option '%s' (--help lists them)", argv[i]);
         const char *value = equals ? equals + 1 : option->type == FLAG ? "1" : ++i < argc ? argv[i] : "";
         if (!*value && strcmp(option->name, "prompt")) return wrong(error, NULL, "--%s takes a value", option->name);
@@ -2153,7 +2108,7 @@ typedef struct {
     int64_t order_epoch;
 } Run;
 
-// The model that the options describe. Returns 0, or WRONG_OPTION with a line in error.
+// The model that the options describe.
 static int config_of(Config *c, const Options *o, char *error) {
     Config config = {(int)o->vocab, (int)o->dim, (int)o->layers, (int)o->heads, (int)o->kv_heads, (int)o->seq, o->gamma_max,
                      find_mixer(o->mixer)};
@@ -2167,7 +2122,7 @@ static int config_of(Config *c, const Options *o, char *error) {
     return 0;
 }
 
-// Writes the weights, and with `resume` all that a run needs to go on, to path. Returns 0, or FAILED with a line in error.
+// Writes the weights, and with `resume` all that a run needs to go on, to path.
 static int save_checkpoint(Run *run, const char *path, int resume, char *error) {
     static const char *prefixes[] = {"", "exp_avg.", "exp_avg_sq."};
     static const Block blocks[] = {PARAMS, EXP_AVG, EXP_AVG_SQ};
@@ -2206,8 +2161,7 @@ static int save_checkpoint(Run *run, const char *path, int resume, char *error) 
     return result;
 }
 
-// Reads one block of the table's tensors, whose names in the file begin with prefix, into the model. Returns 0, or FAILED
-// with a line in error.
+// Reads one block of the table's tensors, whose names in the file begin with prefix, into the model.
 static int load_block(Run *run, const char *path, const char *prefix, Block block, char *error) {
     real *values = run->backend->read(run->model, block);
     for (int i = 0; i < run->table.n; i++) {
@@ -2230,7 +2184,7 @@ static int load_block(Run *run, const char *path, const char *prefix, Block bloc
 
 // Takes the options from a checkpoint, those of the model or, to resume, all that are stored, and the vocabulary. What was
 // given on the command line as well must agree, but for --seq of a model and --steps, --data and --val of a run (whose
-// content is compared later). Returns 0, or FAILED or WRONG_OPTION with a line in error.
+// content is compared later).
 static int settings_from_file(Run *run, const char *path, int resume, char *error) {
     Settings *s = &run->settings;
     char given[96], stored[96], seen[256] = {0};
@@ -2261,8 +2215,7 @@ static int settings_from_file(Run *run, const char *path, int resume, char *erro
     return 0;
 }
 
-// Opens --data and --val, settles the vocabulary (unless a checkpoint has) and the splits. Returns 0, or FAILED with a line
-// in error.
+// Opens --data and --val, settles the vocabulary (unless a checkpoint has) and the splits.
 static int open_data(Run *run, char *error) {
     Options *o = &run->settings.values;
     Dataset *sets[] = {&run->train, &run->val};
@@ -2340,7 +2293,7 @@ static double evaluate(Run *run, int64_t max_batches) {
     int64_t length = run->val_end - run->val_begin, windows = examples ? length : (length - 1) / T, count = 0;
     int64_t batches = (windows + o->batch - 1) / o->batch, taken = max_batches && max_batches < batches ? max_batches : batches;
     double sum = 0;
-    for (int64_t i = 0; i < taken && !interrupted; i++) {
+    for (int64_t i = 0; i < taken && !(interrupted && !max_batches); i++) {
         int64_t first = batches * i / taken * o->batch;
         int B = (int)(windows - first < o->batch ? windows - first : o->batch);
         for (int b = 0; b < B; b++)
@@ -2381,7 +2334,7 @@ static int sample_token(const real *logits, Candidate *candidates, int V, double
 }
 
 // Reads the prompt as token ids: its bytes' ids, or, without a vocabulary of bytes, numbers between spaces. Returns their
-// number, or WRONG_OPTION with a line in error. ids has room for strlen(prompt) + 1.
+// number, or WRONG_OPTION. ids has room for strlen(prompt) + 1.
 static int encode_prompt(const Run *run, const char *prompt, int *ids, char *error) {
     int n = 0;
     while (*prompt) {
@@ -2400,7 +2353,7 @@ static int encode_prompt(const Run *run, const char *prompt, int *ids, char *err
 }
 
 // Writes the prompt and n sampled tokens to standard output as they are made. The model remembers model_T positions; when
-// they are full, the last half is read afresh. Returns 0, or FAILED or WRONG_OPTION with a line in error.
+// they are full, the last half is read afresh.
 static int generate(Run *run, const char *prompt, int64_t n, int model_T, uint64_t random, char *error) {
     const Options *o = &run->settings.values;
     int V = run->config.vocab_size, result = 0, fed = 0, begin = 0; // fed: tokens that the model has seen, from `begin` on
@@ -2450,8 +2403,8 @@ static double learning_rate(const Options *o, int64_t step) {
     return o->min_lr + (o->lr - o->min_lr) * (1 + cos(3.14159265358979323846 * progress)) / 2;
 }
 
-// One step: reads accum micro-batches, sums their gradients of the mean loss over all targets, clips, updates. Returns 0,
-// or FAILED with a line in error if loss or gradient are not finite: the weights are then still those of before.
+// One step: reads accum micro-batches, sums their gradients of the mean loss over all targets, clips, updates. FAILED
+// if loss or gradient are not finite: the weights are then still those of before.
 static int train_step(Run *run, double *loss, double *grad_norm, char *error) {
     Options *o = &run->settings.values;
     const Backend *backend = run->backend;
@@ -2515,7 +2468,7 @@ static void print_step(const Options *o, double loss, double grad_norm, double r
     fflush(stdout);
 }
 
-// The training loop. Returns 0, FAILED or WRONG_OPTION with a line in error, or 130 after Ctrl-C.
+// The training loop. 130 after Ctrl-C.
 static int train(Run *run, const char *program, char *error) {
     Options *o = &run->settings.values;
     char best_path[PATH_MAX];
@@ -2534,7 +2487,7 @@ static int train(Run *run, const char *program, char *error) {
         int last = o->step == o->steps;
         if (o->eval_every && o->step % o->eval_every == 0) {
             val_loss = evaluate(run, o->eval_batches);
-            if (!interrupted && val_loss < o->best_val) {
+            if (val_loss < o->best_val) {
                 o->best_val = val_loss;
                 if ((result = save_checkpoint(run, best_path, 0, error))) break;
             }
@@ -2570,7 +2523,7 @@ static int train(Run *run, const char *program, char *error) {
 // ----------------------------------------------------------------------------
 // the program
 
-// Opens files and data and makes the model, ready to go. Returns 0, or FAILED or WRONG_OPTION with a line in error.
+// Opens files and data and makes the model, ready to go.
 static int prepare(Run *run, char *error) {
     Options *o = &run->settings.values;
     const Backend *backend = run->backend;
@@ -2626,8 +2579,9 @@ static int act(Run *run, const char *program, char *error) {
     signal(SIGPIPE, SIG_IGN);
     if (o->generate) return generate(run, o->prompt, o->generate, (int)window, splitmix64((uint64_t)o->seed), error);
     if (o->eval) {
-        printf("val_loss %.6f\n", evaluate(run, 0));
-        return 0;
+        double loss = evaluate(run, 0);
+        if (!interrupted) printf("val_loss %.6f\n", loss);
+        return interrupted ? 130 : 0;
     }
     printf("%s: D %d, L %d, H %d, G %d, T %d, V %d, %.2fM parameters; %s, %d threads, %.0f MiB\n", o->mixer, c->d_model, c->n_layers,
            c->n_heads, c->n_kv_heads, c->max_seq_len, c->vocab_size, (double)run->table.count / 1e6, run->backend->name,
