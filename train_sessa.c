@@ -27,6 +27,7 @@ What can fail takes a `char *error` and returns 0, or FAILED (WRONG_OPTION for w
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
@@ -213,7 +214,7 @@ static void matmul_share(real *out, ptrdiff_t ld, Matrix a, Matrix b, int M, int
             for (int64_t tile = tiles * thread / threads; tile < tiles * (thread + 1) / threads; tile++) {
                 int row_tile = (int)(tile / strips), j0 = (int)(tile % strips) * TILE_COLS;
                 int i0 = min_int(row_tile, high) * TILE_ROWS + (row_tile > high ? row_tile - high : 0) * LOW_ROWS;
-                int m = min_int(row_tile < high ? (int)TILE_ROWS : (int)LOW_ROWS, M - i0), n = min_int(TILE_COLS, block_n - j0);
+                int m = row_tile < high ? (int)TILE_ROWS : min_int(LOW_ROWS, M - i0), n = min_int(TILE_COLS, block_n - j0);
                 Matrix rows = {a.at + i0 * a.row + k0 * a.col, a.row, a.col};
                 if (m < LOW_ROWS) {
                     pack(edge, LOW_ROWS, rows.at, a.row, a.col, m, block_k);
@@ -271,8 +272,8 @@ static void matmul(real *out, ptrdiff_t ld, Matrix a, Matrix b, int M, int N, in
     }
     if (M == 1) {
         FOR_ITEMS((int64_t)N * K > PARALLEL_WORK, (N + COLUMNS - 1) / COLUMNS,
-                  row_product(out + item * COLUMNS, a, columns_from(b, item * COLUMNS), min_int(COLUMNS, N - item * COLUMNS), K,
-                              alpha, beta, bias ? bias + item * COLUMNS : NULL));
+                  row_product(out + item * COLUMNS, a, columns_from(b, item * COLUMNS),
+                              min_int(COLUMNS, N - item * COLUMNS), K, alpha, beta, bias ? bias + item * COLUMNS : NULL));
         return;
     }
     if (omp_in_parallel() || (int64_t)M * N * K < PARALLEL_WORK) {
@@ -567,8 +568,9 @@ static void softmax_panel(real *weights, real *stats, int known, const real *gai
     int cols = i0 + n;
     matmul(weights, n, rows_of(k, ld), transpose(rows_of(q, ld)), cols, n, d, 1 / (real)sqrt((double)d), 0, NULL);
     FOR_ITEMS(cols > 256, (n + TILE_COLS - 1) / TILE_COLS,
-              softmax_block(weights + item * TILE_COLS, stats + 2 * item * TILE_COLS, known, gain ? gain + item * TILE_COLS : NULL,
-                            n, i0 + item * TILE_COLS + !strict, cols, min_int(TILE_COLS, n - item * TILE_COLS)));
+              softmax_block(weights + item * TILE_COLS, stats + 2 * item * TILE_COLS, known,
+                            gain ? gain + item * TILE_COLS : NULL, n, i0 + item * TILE_COLS + !strict, cols,
+                            min_int(TILE_COLS, n - item * TILE_COLS)));
 }
 
 // Its backward pass, from dweights, the gradient of the weights without their gain:
@@ -591,64 +593,57 @@ static void softmax_panel_backward(real *dweights, real *weights, real *delta, c
 // [15, 16]  o_t = Σ_{j≤t} softmax_j(σ(d) q_t·k_j) v_j, head h with the keys and values of group h/(H/G)
 // q: H heads of d columns for the positions first..T-1; k, v: G heads for the positions 0..T-1, the ones before first
 // known from earlier calls; rows ld apart. out (B,T-first,H·d); stats (B,H,T-first,2) is kept for the backward pass,
-// which computes the weights again panel by panel: nothing of size T×T exists. Here one head of one sequence, `weights`
-// its scratch:
-static void attention_head(real *out, int ld_out, real *stats, real *weights, const real *q, const real *k, const real *v,
-                           int ld, int T, int d, int first, int P) {
+// which computes the weights again panel by panel: nothing of size T×T exists. Item b·H + h, one head of one sequence:
+static void attention_head(int item, real *out, real *stats, real *scratch, const real *q, const real *k, const real *v,
+                           int ld, int T, int H, int G, int d, int first, int P) {
+    size_t b = (size_t)(item / H), rows = (size_t)(T - first), kv = b * (size_t)T * ld + item % H / (H / G) * d;
+    real *weights = scratch + panel_scratch(T) * (size_t)omp_get_thread_num();
     for (int i0 = first; i0 < T; i0 += P) {
-        int n = min_int(P, T - i0);
-        size_t row = (size_t)(i0 - first);
+        int n = min_int(P, T - i0), h = item % H;
+        size_t row = b * rows + (size_t)(i0 - first);
         Matrix panel = {weights, 1, n};
-        softmax_panel(weights, stats + 2 * row, 0, NULL, q + row * ld, k, ld, i0, n, d, 0);
-        matmul(out + row * ld_out, ld_out, panel, rows_of(v, ld), n, d, i0 + n, 1, 0, NULL);
+        softmax_panel(weights, stats + 2 * (item * rows + i0 - first), 0, NULL, q + row * ld + h * d, k + kv, ld, i0, n, d, 0);
+        matmul(out + (row * H + h) * d, H * d, panel, rows_of(v + kv, ld), n, d, i0 + n, 1, 0, NULL);
     }
 }
 
 static void attention_forward(real *out, real *stats, real *scratch, const real *q, const real *k, const real *v, int ld,
                               int B, int T, int H, int G, int d, int first, int P) {
-    size_t rows = (size_t)(T - first);
-    int D = H * d;
     P = panel_height(P, T);
-    FOR_ITEMS(shared_out(B * H), B * H,
-        attention_head(out + item / H * rows * D + item % H * d, D, stats + 2 * item * rows,
-                       scratch + panel_scratch(T) * omp_get_thread_num(), q + item / H * rows * ld + item % H * d,
-                       k + (size_t)(item / H) * T * ld + item % H / (H / G) * d,
-                       v + (size_t)(item / H) * T * ld + item % H / (H / G) * d, ld, T, d, first, P));
+    FOR_ITEMS(shared_out(B * H), B * H, attention_head(item, out, stats, scratch, q, k, v, ld, T, H, G, d, first, P));
 }
 
 // With p the weights:  dv_j = Σ_t p_tj do_t,   dp_tj = do_t·v_j,   dlogit from it as above,
 //     dq_t = σ(d) Σ_j dlogit_tj k_j,   dk_j = σ(d) Σ_t dlogit_tj q_t
-// dq, dk, dv have the layout of q, k, v. Here the `heads` of one group. Panels run from the last: it sees all keys, so it
-// writes what the others add to.
-static void attention_group_backward(real *dq, real *dk, real *dv, real *scratch, const real *dout, int ld_out, real *stats,
-                                     const real *q, const real *k, const real *v, int ld, int T, int heads, int d, int P) {
-    real scale = 1 / (real)sqrt((double)d), *weights = scratch, *dlogits = scratch + PANEL_MAX * (size_t)T;
-    for (int h = 0; h < heads; h++)
+// dq, dk, dv have the layout of q, k, v. Item b·G + g, the heads of one group. Panels run from the last: it sees all
+// keys, so it writes what the others add to.
+static void attention_group_backward(int item, real *dq, real *dk, real *dv, real *scratch, const real *dout, real *stats,
+                                     const real *q, const real *k, const real *v, int ld, int T, int H, int G, int d, int P) {
+    real *weights = scratch + panel_scratch(T) * (size_t)omp_get_thread_num(), *dlogits = weights + PANEL_MAX * (size_t)T;
+    real scale = 1 / (real)sqrt((double)d);
+    int b = item / G, first_head = item % G * (H / G);
+    size_t kv = (size_t)b * T * ld + item % G * d;
+    for (int h = first_head; h < first_head + H / G; h++)
         for (int i0 = (T - 1) / P * P; i0 >= 0; i0 -= P) {
             int n = min_int(P, T - i0), cols = i0 + n;
-            real beta = h == 0 && cols == T ? 0 : 1;
-            const real *q_I = q + (size_t)i0 * ld + h * d, *dout_I = dout + (size_t)i0 * ld_out + h * d;
+            real beta = h == first_head && cols == T ? 0 : 1;
+            size_t row = ((size_t)b * T + i0) * ld + h * d;
+            const real *dout_I = dout + (((size_t)b * T + i0) * H + h) * d;
             Matrix dlogits_I = {dlogits, 1, n};
-            softmax_panel(weights, stats + 2 * ((size_t)h * T + i0), 1, NULL, q_I, k, ld, i0, n, d, 0);
-            matmul(dlogits, n, rows_of(v, ld), transpose(rows_of(dout_I, ld_out)), cols, n, d, 1, 0, NULL);
+            softmax_panel(weights, stats + 2 * ((size_t)(b * H + h) * T + i0), 1, NULL, q + row, k + kv, ld, i0, n, d, 0);
+            matmul(dlogits, n, rows_of(v + kv, ld), transpose(rows_of(dout_I, H * d)), cols, n, d, 1, 0, NULL);
             softmax_panel_backward(dlogits, weights, NULL, NULL, n, cols);
-            matmul(dq + (size_t)i0 * ld + h * d, ld, dlogits_I, rows_of(k, ld), n, d, cols, scale, 0, NULL);
-            matmul(dk, ld, rows_of(dlogits, n), rows_of(q_I, ld), cols, d, n, scale, beta, NULL);
-            matmul(dv, ld, rows_of(weights, n), rows_of(dout_I, ld_out), cols, d, n, 1, beta, NULL);
+            matmul(dq + row, ld, dlogits_I, rows_of(k + kv, ld), n, d, cols, scale, 0, NULL);
+            matmul(dk + kv, ld, rows_of(dlogits, n), rows_of(q + row, ld), cols, d, n, scale, beta, NULL);
+            matmul(dv + kv, ld, rows_of(weights, n), rows_of(dout_I, H * d), cols, d, n, 1, beta, NULL);
         }
 }
 
 static void attention_backward(real *dq, real *dk, real *dv, real *scratch, const real *dout, real *stats, const real *q,
                                const real *k, const real *v, int ld, int B, int T, int H, int G, int d, int P) {
-    int heads = H / G, D = H * d;
-    size_t all = (size_t)T * ld;
     P = panel_height(P, T);
     FOR_ITEMS(shared_out(B * G), B * G,
-        attention_group_backward(dq + item / G * all + item % G * heads * d, dk + item / G * all + item % G * d,
-                                 dv + item / G * all + item % G * d, scratch + panel_scratch(T) * omp_get_thread_num(),
-                                 dout + (size_t)(item / G) * T * D + item % G * heads * d, D, stats + 2 * (size_t)item * heads * T,
-                                 q + item / G * all + item % G * heads * d, k + item / G * all + item % G * d,
-                                 v + item / G * all + item % G * d, ld, T, heads, d, P));
+              attention_group_backward(item, dq, dk, dv, scratch, dout, stats, q, k, v, ld, T, H, G, d, P));
 }
 
 // [18]  gamma_t = gamma_max · tanh(x_t·weight + bias)       x (N,D), weight (D), bias (1), gamma (N), |gamma| < gamma_max
@@ -684,29 +679,26 @@ static void gain_backward(real *dx, real *dweight, real *dbias, real *dgamma, co
 // (B,T-first), stats (B,T-first,2); s (B,T,D), its rows before first known from earlier calls. It equals
 //     for t: s[t] = f[t];  for j < t: s[t] += A[t][j] · s[j]
 // In panels: rows i0..i0+n-1 first take what all earlier panels give, A_{I,<i0} s_{<i0}, as one matrix product; what is
-// left is a small triangular system. Kept for the backward pass: q', k', gamma, stats and s, all O(T). Here one sequence:
-static void feedback_sequence(real *s, real *stats, real *A, const real *f, const real *q, const real *k, int ld,
+// left is a small triangular system. Kept for the backward pass: q', k', gamma, stats and s, all O(T). Sequence b:
+static void feedback_sequence(int b, real *s, real *stats, real *scratch, const real *f, const real *q, const real *k, int ld,
                               const real *gamma, int T, int D, int first, int P) {
+    real *A = scratch + panel_scratch(T) * (size_t)omp_get_thread_num(), *s_b = s + (size_t)b * T * D;
     for (int i0 = first; i0 < T; i0 += P) {
         int n = min_int(P, T - i0);
-        size_t row = (size_t)(i0 - first); // of f, q', gamma and stats
-        real *s_I = s + (size_t)i0 * D;
+        size_t row = (size_t)b * (T - first) + (size_t)(i0 - first); // of f, q', gamma and stats
+        real *s_I = s_b + (size_t)i0 * D;
         Matrix before = {A, 1, n}, inside = {A + (size_t)i0 * n, 1, n};
-        softmax_panel(A, stats + 2 * row, 0, gamma + row, q + row * ld, k, ld, i0, n, D, 1);
+        softmax_panel(A, stats + 2 * row, 0, gamma + row, q + row * ld, k + (size_t)b * T * ld, ld, i0, n, D, 1);
         memcpy(s_I, f + row * D, sizeof(real) * (size_t)n * (size_t)D);
-        matmul(s_I, D, before, rows_of(s, D), n, D, i0, 1, 1, NULL);
+        matmul(s_I, D, before, rows_of(s_b, D), n, D, i0, 1, 1, NULL);
         triangular_solve(s_I, D, inside, n, D);
     }
 }
 
 static void feedback_forward(real *s, real *stats, real *scratch, const real *f, const real *q, const real *k, int ld,
                              const real *gamma, int B, int T, int D, int first, int P) {
-    size_t rows = (size_t)(T - first), all = (size_t)T;
     P = panel_height(P, T);
-    FOR_ITEMS(shared_out(B), B,
-        feedback_sequence(s + item * all * D, stats + 2 * item * rows, scratch + panel_scratch(T) * omp_get_thread_num(),
-                          f + item * rows * D, q + item * rows * ld, k + item * all * ld, ld, gamma + item * rows, T, D, first,
-                          P));
+    FOR_ITEMS(shared_out(B), B, feedback_sequence(item, s, stats, scratch, f, q, k, ld, gamma, T, D, first, P));
 }
 
 // The adjoint λ solves the transposed system (I - A)^T λ = ds: from the last row to the first,
@@ -715,40 +707,40 @@ static void feedback_forward(real *s, real *stats, real *scratch, const real *f,
 //     df_t = λ_t,   δ_t = λ_t·(Σ_j α_tj s_j) = Σ_j α_tj (λ_t·s_j),   dgamma_t = δ_t,
 //     dlogit_tj = gamma_t α_tj (λ_t·s_j - δ_t),   dq'_t = σ(D) Σ_j dlogit_tj k'_j,   dk'_j = σ(D) Σ_t dlogit_tj q'_t
 // δ does two jobs, because the softmax's backward pass needs the same sum as dgamma.
-// df, ds, s (B,T,D), df may be ds itself; dgamma (B,T); dq', dk' with the layout of q', k'. Here one sequence, λ is ds
+// df, ds, s (B,T,D), df may be ds itself; dgamma (B,T); dq', dk' with the layout of q', k'. Sequence b, its λ being ds
 // before and df after:
-static void feedback_sequence_backward(real *lambda, real *dq, real *dk, real *dgamma, real *scratch, const real *s, real *stats,
-                                       const real *q, const real *k, int ld, const real *gamma, int T, int D, int P) {
-    real scale = 1 / (real)sqrt((double)D);
-    real *A = scratch, *dlogits = A + PANEL_MAX * (size_t)T, *N = dlogits + PANEL_MAX * (size_t)T; // A: α until it gets its gamma
+static void feedback_sequence_backward(int b, real *df, real *dq, real *dk, real *dgamma, real *scratch, const real *s,
+                                       real *stats, const real *q, const real *k, int ld, const real *gamma, int T, int D,
+                                       int P) {
+    real *A = scratch + panel_scratch(T) * (size_t)omp_get_thread_num();        // α until gamma is multiplied in
+    real *dlogits = A + PANEL_MAX * (size_t)T, *N = dlogits + PANEL_MAX * (size_t)T, scale = 1 / (real)sqrt((double)D);
+    real *lambda = df + (size_t)b * T * D;
+    const real *s_b = s + (size_t)b * T * D, *k_b = k + (size_t)b * T * ld;
     for (int i0 = (T - 1) / P * P; i0 >= 0; i0 -= P) {
         int n = min_int(P, T - i0), cols = i0 + n;
+        size_t row = (size_t)b * T + i0;
         real *lambda_I = lambda + (size_t)i0 * D;
-        const real *q_I = q + (size_t)i0 * ld;
         Matrix dlogits_I = {dlogits, 1, n}, reversed = {N + n * n - 1, -n, -1}; // N^T, rows and columns from the last
-        softmax_panel(A, stats + 2 * i0, 1, NULL, q_I, k, ld, i0, n, D, 1);
+        softmax_panel(A, stats + 2 * row, 1, NULL, q + row * ld, k_b, ld, i0, n, D, 1);
         for (int j = 0; j < n; j++)
-            for (int r = 0; r < n; r++) N[j * n + r] = gamma[i0 + r] * A[(size_t)(i0 + j) * n + r];
+            for (int r = 0; r < n; r++) N[j * n + r] = gamma[row + r] * A[(size_t)(i0 + j) * n + r];
         triangular_solve(lambda_I + (size_t)(n - 1) * D, -D, reversed, n, D);
-        matmul(dlogits, n, rows_of(s, D), transpose(rows_of(lambda_I, D)), cols, n, D, 1, 0, NULL);
-        softmax_panel_backward(dlogits, A, dgamma + i0, gamma + i0, n, cols);
+        matmul(dlogits, n, rows_of(s_b, D), transpose(rows_of(lambda_I, D)), cols, n, D, 1, 0, NULL);
+        softmax_panel_backward(dlogits, A, dgamma + row, gamma + row, n, cols);
         matmul(lambda, D, rows_of(A, n), rows_of(lambda_I, D), i0, D, n, 1, 1, NULL);
-        matmul(dq + (size_t)i0 * ld, ld, dlogits_I, rows_of(k, ld), n, D, cols, scale, 0, NULL);
-        matmul(dk, ld, rows_of(dlogits, n), rows_of(q_I, ld), cols, D, n, scale, cols == T ? 0 : 1, NULL);
+        matmul(dq + row * ld, ld, dlogits_I, rows_of(k_b, ld), n, D, cols, scale, 0, NULL);
+        matmul(dk + (size_t)b * T * ld, ld, rows_of(dlogits, n), rows_of(q + row * ld, ld), cols, D, n, scale,
+               cols == T ? 0 : 1, NULL);
     }
 }
 
 static void feedback_backward(real *df, real *dq, real *dk, real *dgamma, real *scratch, const real *ds, const real *s,
                               real *stats, const real *q, const real *k, int ld, const real *gamma, int B, int T, int D,
                               int P) {
-    size_t all = (size_t)T;
+    if (df != ds) memcpy(df, ds, sizeof(real) * (size_t)B * (size_t)T * (size_t)D);
     P = panel_height(P, T);
-    if (df != ds) memcpy(df, ds, sizeof(real) * (size_t)B * all * (size_t)D);
     FOR_ITEMS(shared_out(B), B,
-        feedback_sequence_backward(df + item * all * D, dq + item * all * ld, dk + item * all * ld, dgamma + item * all,
-                                   scratch + panel_scratch(T) * omp_get_thread_num(), s + item * all * D, stats + 2 * item * all,
-                                   q + item * all * ld, k + item * all * ld, ld, gamma + item * all, T, D,
-                                   P));
+              feedback_sequence_backward(item, df, dq, dk, dgamma, scratch, s, stats, q, k, ld, gamma, T, D, P));
 }
 
 // [13]  out = s ⊙ g       s, out (N,D), g: D of the ld columns of each row
@@ -1140,11 +1132,18 @@ static void model_free(Model *m) {
     for (size_t i = 0; i < sizeof(blocks) / sizeof(blocks[0]); i++) free(blocks[i]);
 }
 
-// A zeroed array; clears *whole where it cannot be had. count < 0: too large to be addressed.
+// A zeroed array, a large one in huge pages where the system has them: rows far apart then cost no table walks. Clears
+// *whole where it cannot be had. count < 0: too large to be addressed.
 static void *allocate(int64_t count, size_t size, int *whole) {
-    void *memory = count < 0 || !*whole ? NULL : calloc((size_t)count + 1, size);
-    *whole = memory != NULL;
-    return memory;
+    enum { HUGE_PAGE = 1 << 21 };
+    void *memory = NULL;
+    size_t bytes = count < 0 || !*whole ? 0 : ((size_t)count + 1) * size;
+    *whole = bytes && !posix_memalign(&memory, bytes < 4 * HUGE_PAGE ? 64 : HUGE_PAGE, bytes);
+    if (!*whole) return NULL;
+#ifdef MADV_HUGEPAGE
+    if (bytes >= 4 * HUGE_PAGE) madvise(memory, bytes, MADV_HUGEPAGE);
+#endif
+    return memset(memory, 0, bytes);
 }
 
 // A model for batches of up to B sequences of T tokens, its parameters 0. NULL, and a line in error, if it does not fit.
@@ -1400,7 +1399,8 @@ typedef struct {
 
 // Bits that an element of this dtype takes, 0 if the format has no such dtype: they are the number in its name.
 static int dtype_bits(const char *dtype) {
-    static const char known[] = " BOOL U8 I8 F8_E5M2 F8_E4M3 F8_E8M0 F4 F6_E2M3 F6_E3M2 I16 U16 F16 BF16 I32 U32 F32 I64 U64 F64 C64 ";
+    static const char known[] = " BOOL U8 I8 F8_E5M2 F8_E4M3 F8_E8M0 F4 F6_E2M3 F6_E3M2 I16 U16 F16 BF16 I32 U32 F32 I64 U64 "
+                                "F64 C64 ";
     char word[24];
     snprintf(word, sizeof(word), " %s ", dtype);
     const char *digits = strpbrk(dtype, "0123456789");
@@ -1437,9 +1437,9 @@ static int file_read(const char *path, unsigned char **bytes, size_t *size, char
         (*bytes)[*size] = 0;
         return 0;
     }
-    int memory = *bytes != NULL;
+    const char *problem = *bytes ? "it cannot be read to its end, or its size changed meanwhile" : "it does not fit in memory";
     free(*bytes);
-    return fail(error, path, memory ? "it cannot be read to its end, or its size changed meanwhile" : "it does not fit in memory");
+    return fail(error, path, "%s", problem);
 }
 
 // The header while it is read. The first problem stays and moves the place to the end, so that whatever is read after it
@@ -1680,8 +1680,8 @@ static int safetensors_parse(Safetensors *file, unsigned char *bytes, size_t siz
         if (!utf8_valid(start, (size_t)length)) json_fail(&json, "not valid UTF-8");
         json_expect(&json, '{');
         json_header(&json, file, data);
-        if (json.problem) result = fail(error, path, "header, byte %lld: %s", (long long)(json.place - start), json.problem);
-        else result = check_layout(file, data, path, error);
+        result = !json.problem ? check_layout(file, data, path, error)
+               : fail(error, path, "header, byte %lld: %s", (long long)(json.place - start), json.problem);
     }
     if (result) safetensors_free(file);
     return result;
@@ -1847,14 +1847,15 @@ static int shard_read(Dataset *data, size_t size, const char *path, char *error)
     if (header[2] < 1 || (uint64_t)header[2] * 2 != size - 1024)
         return fail(error, path, "a token shard whose header says %d tokens; the file holds %zu bytes of them", header[2],
                     size - 1024);
-    for (int64_t i = 0; i < data->count; i++) data->max_id = data->tokens[i] > data->max_id ? data->tokens[i] : data->max_id;
+    for (int64_t i = 0; i < data->count; i++)
+        if (data->tokens[i] > data->max_id) data->max_id = data->tokens[i];
     return 0;
 }
 
 // An integer tensor as int32; raises max_id to its largest number. Every number must be `low` or more and leave room for
 // a vocabulary size above it. NULL and the line if one is not, or if the dtype is no integer's.
 static int32_t *ids_read(const FileTensor *tensor, int low, int *max_id, const char *path, char *error) {
-    int bits = dtype_bits(tensor->dtype), is_signed = tensor->dtype[0] == 'I', integer = is_signed || tensor->dtype[0] == 'U';
+    int bits = dtype_bits(tensor->dtype), is_signed = *tensor->dtype == 'I', integer = is_signed || *tensor->dtype == 'U';
     int32_t *ids = integer && (uint64_t)tensor->count < SIZE_MAX / 4 ? (int32_t *)malloc((size_t)tensor->count * 4) : NULL;
     if (!ids) fail(error, path, integer ? "'%s' does not fit in memory" : "'%s' is no tensor of integers", tensor->name);
     for (int64_t i = 0; ids && i < tensor->count; i++) {
@@ -1903,8 +1904,8 @@ static int dataset_read(Dataset *data, const char *path, char *error) {
     memset(data, 0, sizeof(*data));
     if (file_read(path, &data->bytes, &size, error)) return FAILED;
     if (size >= 1024) memcpy(&magic, data->bytes, sizeof(magic));
-    data->kind = length >= 12 && !strcmp(path + length - 12, ".safetensors") ? DATA_EXAMPLES : magic == 20240520 ? DATA_SHARD
-               : DATA_TEXT;
+    data->kind = length >= 12 && !strcmp(path + length - 12, ".safetensors") ? DATA_EXAMPLES
+               : magic == 20240520 ? DATA_SHARD : DATA_TEXT;
     snprintf(data->content, sizeof(data->content), "%s, %zu bytes, hash %016llx", kinds[data->kind], size,
              (unsigned long long)hash_bytes(data->bytes, size));
     data->max_id = -1;
@@ -1953,8 +1954,8 @@ static void copy_sequence(int *inputs, int *targets, const Dataset *set, int64_t
 
 typedef struct {
     const char *data, *val, *mixer, *log, *out, *load, *resume, *prompt, *data_content, *val_content;
-    int64_t vocab, dim, layers, heads, kv_heads, seq, steps, batch, accum, warmup, decay_steps, seed, eval_every, eval_batches,
-        sample_every, save_every, generate, eval, top_k, window, step;
+    int64_t vocab, dim, layers, heads, kv_heads, seq, steps, batch, accum, warmup, decay_steps, seed, eval_every,
+        eval_batches, sample_every, save_every, generate, eval, top_k, window, step;
     double gamma_max, lr, min_lr, beta1, beta2, eps, weight_decay, clip, dropout, temperature, top_p, best_val;
 } Options;
 
@@ -2026,7 +2027,8 @@ static int set_option(Options *o, const Option *option, const char *text, char *
     void *field = (char *)o + option->offset;
     double low = option->low, high = option->high, number;
     if (option->type == TEXT) *(const char **)field = text;
-    else if (option->type == NUMBER && !parse_number(text, &number) && number >= low && number <= high) *(double *)field = number;
+    else if (option->type == NUMBER && !parse_number(text, &number) && number >= low && number <= high)
+        *(double *)field = number;
     else if (option->type == NUMBER || parse_integer(text, low, high, (int64_t *)field))
         return wrong(error, NULL, "--%s takes a %snumber from %.9g to %.9g, not '%s'", option->name,
                      option->type == NUMBER ? "" : "whole ", low, high, text);
@@ -2050,7 +2052,9 @@ static const Option *find_option(const char *name, size_t length) {
         if (strlen(option_table[i].name) == length && !strncmp(option_table[i].name, name, length)) return &option_table[i];
     return NULL;
 }
-static int is_given(const Settings *s, const char *name) { return s->given[find_option(name, strlen(name)) - option_table]; }
+static int is_given(const Settings *s, const char *name) {
+    return s->given[find_option(name, strlen(name)) - option_table];
+}
 
 static void print_help(const char *program) {
     static const char *titles[] = {"data", "model", "training", "watching", "files", "instead of training"};
@@ -2065,7 +2069,7 @@ static void print_help(const char *program) {
         if (o->fallback && *o->fallback && o->type != FLAG) printf(" [%s]", o->fallback);
         printf("\n");
     }
-    printf("\nThreads: OMP_NUM_THREADS. Exit code 0: done, 1: failed, 2: wrong option, 130: stopped by Ctrl-C after saving.\n");
+    printf("\nThreads: OMP_NUM_THREADS. Exit code 0: done, 1: failed, 2: wrong option, 130: stopped by Ctrl-C, saved.\n");
 }
 
 // Reads the command line: --name value or --name=value. 1 if help was asked for.
@@ -2115,8 +2119,9 @@ static int config_of(Config *c, const Options *o, char *error) {
     *c = config;
     if (c->mixer < 0) return wrong(error, NULL, "--mixer takes sessa or attention, not '%s'", o->mixer);
     if (o->dim % o->heads) return wrong(error, NULL, "--heads %d does not divide --dim %d", c->n_heads, c->d_model);
-    if (o->dim / o->heads % 2) return wrong(error, NULL, "a head's width --dim/--heads must be even, not %d", c->d_model / c->n_heads);
-    if (o->heads % o->kv_heads) return wrong(error, NULL, "--kv-heads %d does not divide --heads %d", c->n_kv_heads, c->n_heads);
+    if (o->dim / o->heads % 2) return wrong(error, NULL, "--dim / --heads must be even, not %d", c->d_model / c->n_heads);
+    if (o->heads % o->kv_heads)
+        return wrong(error, NULL, "--kv-heads %d does not divide --heads %d", c->n_kv_heads, c->n_heads);
     if (o->batch * o->accum > INT_MAX / 64 / o->seq)
         return wrong(error, NULL, "--batch times --accum times --seq must not exceed %d tokens", INT_MAX / 64);
     return 0;
@@ -2145,7 +2150,8 @@ static int save_checkpoint(Run *run, const char *path, int resume, char *error) 
         }
     }
     if (!result && run->vocab_bytes) {
-        FileTensor t = {(char *)"tokenizer.bytes", "U8", 1, {run->vocab_bytes}, run->vocab_bytes, (size_t)run->vocab_bytes, run->vocab};
+        int64_t size = run->vocab_bytes;
+        FileTensor t = {(char *)"tokenizer.bytes", "U8", 1, {size}, size, (size_t)size, run->vocab};
         tensors[n++] = t;
     }
     for (int i = 0; i < N_OPTIONS; i++) {
@@ -2170,7 +2176,8 @@ static int load_block(Run *run, const char *path, const char *prefix, Block bloc
         snprintf(name, sizeof(name), "%s%s", prefix, row->name);
         const FileTensor *t = safetensors_find(&run->file, name);
         if (!t) return fail(error, path, "tensor %s is missing", name);
-        if (strcmp(t->dtype, "F32") || t->n_dims != row->n_dims || memcmp(t->shape, row->shape, sizeof(int64_t) * (size_t)row->n_dims))
+        size_t shape_size = sizeof(int64_t) * (size_t)row->n_dims;
+        if (strcmp(t->dtype, "F32") || t->n_dims != row->n_dims || memcmp(t->shape, row->shape, shape_size))
             return fail(error, path, "tensor %s has another dtype or shape than the model's", name);
         for (int64_t k = 0; k < row->count; k++) {
             float value;
@@ -2199,7 +2206,8 @@ static int settings_from_file(Run *run, const char *path, int resume, char *erro
         if (!s->given[i]) s->values = other;
         else if (!strstr(may_differ, option->name)) {
             const char *ours = option_text(given, &s->values, option), *theirs = option_text(stored, &other, option);
-            if (strcmp(ours, theirs)) return wrong(error, NULL, "--%s %s differs from %s, which has %s", option->name, ours, path, theirs);
+            if (strcmp(ours, theirs))
+                return wrong(error, NULL, "--%s %s differs from %s, which has %s", option->name, ours, path, theirs);
         }
     }
     if (resume && !is_given(s, "out")) s->values.out = path;
@@ -2241,7 +2249,8 @@ static int open_data(Run *run, char *error) {
     for (int i = 0; kind == DATA_TEXT && i < n_sets; i++)
         if (dataset_encode(sets[i], run->vocab, run->vocab_bytes, paths[i], error)) return FAILED;
     if (!o->vocab) o->vocab = run->train.vocab_hint ? run->train.vocab_hint : max_id >= 50257 ? max_id + 1 : 50257;
-    if (max_id >= o->vocab) return fail(error, o->data, "token id %d does not fit a vocabulary of %d", max_id, (int)o->vocab);
+    if (max_id >= o->vocab)
+        return fail(error, o->data, "token id %d does not fit a vocabulary of %d", max_id, (int)o->vocab);
 
     run->val_set = o->val ? &run->val : &run->train;
     run->train_end = o->val ? run->train.count : run->train.count * 9 / 10;
@@ -2253,11 +2262,10 @@ static int open_data(Run *run, char *error) {
         if (sets[i]->width != o->seq)
             return fail(error, paths[i], "it holds sequences of %d tokens, not of %d", sets[i]->width, (int)o->seq);
     }
-    if (!o->eval && run->train_end < least)
-        return fail(error, o->data, "training takes %lld of its tokens or examples, there are %lld", (long long)least, (long long)run->train_end);
-    if (run->val_end - run->val_begin < least)
-        return fail(error, o->val ? o->val : o->data, "validation takes %lld of its tokens or examples, there are %lld", (long long)least,
-                    (long long)(run->val_end - run->val_begin));
+    static const char too_short[] = "%s takes %lld of its tokens or examples, there are %lld";
+    int64_t n_train = run->train_end, n_val = run->val_end - run->val_begin;
+    if (!o->eval && n_train < least) return fail(error, o->data, too_short, "training", (long long)least, (long long)n_train);
+    if (n_val < least) return fail(error, paths[n_sets - 1], too_short, "validation", (long long)least, (long long)n_val);
     return 0;
 }
 
@@ -2291,13 +2299,15 @@ static double evaluate(Run *run, int64_t max_batches) {
     Dropout off = {0, 0, 0};
     int T = (int)o->seq, examples = run->val_set->kind == DATA_EXAMPLES;
     int64_t length = run->val_end - run->val_begin, windows = examples ? length : (length - 1) / T, count = 0;
-    int64_t batches = (windows + o->batch - 1) / o->batch, taken = max_batches && max_batches < batches ? max_batches : batches;
+    int64_t batches = (windows + o->batch - 1) / o->batch;
+    int64_t taken = max_batches && max_batches < batches ? max_batches : batches;
     double sum = 0;
     for (int64_t i = 0; i < taken && !(interrupted && !max_batches); i++) {
         int64_t first = batches * i / taken * o->batch;
         int B = (int)(windows - first < o->batch ? windows - first : o->batch);
         for (int b = 0; b < B; b++)
-            copy_sequence(run->inputs + b * T, run->targets + b * T, run->val_set, run->val_begin + (first + b) * (examples ? 1 : T), T);
+            copy_sequence(run->inputs + b * T, run->targets + b * T, run->val_set,
+                          run->val_begin + (first + b) * (examples ? 1 : T), T);
         for (int n = 0; n < B * T; n++) count += run->targets[n] >= 0;
         sum += run->backend->forward(run->model, run->inputs, run->targets, B, T, off);
     }
@@ -2324,7 +2334,8 @@ static int sample_token(const real *logits, Candidate *candidates, int V, double
     if (temperature == 0) return candidates[0].id;
     double max = (double)candidates[0].logit;
     for (int i = 0; i < n; i++) total += exp(((double)candidates[i].logit - max) / temperature);
-    while (kept < n && (kept == 0 || sum < top_p * total)) sum += exp(((double)candidates[kept++].logit - max) / temperature);
+    while (kept < n && (kept == 0 || sum < top_p * total))
+        sum += exp(((double)candidates[kept++].logit - max) / temperature);
     double left = random_uniform(random) * sum;
     for (int i = 0; i < kept - 1; i++) {
         left -= exp(((double)candidates[i].logit - max) / temperature);
@@ -2342,7 +2353,7 @@ static int encode_prompt(const Run *run, const char *prompt, int *ids, char *err
         char *end = (char *)prompt + 1;
         long id = run->vocab_bytes ? (place ? place - (const char *)run->vocab : -1) : strtol(prompt, &end, 10);
         if (run->vocab_bytes && id < 0)
-            return wrong(error, NULL, "--prompt: the model's vocabulary lacks its byte %d, 0x%02X", n, (unsigned char)*prompt);
+            return wrong(error, NULL, "--prompt: the vocabulary lacks its byte %d, 0x%02X", n, (unsigned char)*prompt);
         if (end == prompt || id < 0 || id >= run->config.vocab_size || (!run->vocab_bytes && *end && *end != ' '))
             return wrong(error, NULL, "--prompt takes token ids from 0 to %d between spaces", run->config.vocab_size - 1);
         ids[n++] = (int)id;
@@ -2360,7 +2371,8 @@ static int generate(Run *run, const char *prompt, int64_t n, int model_T, uint64
     real *logits = (real *)malloc((size_t)V * sizeof(real));
     Candidate *candidates = (Candidate *)malloc((size_t)V * sizeof(Candidate));
     int *tokens = (int *)malloc((strlen(prompt) + 2 + (size_t)n) * sizeof(int));
-    int count = tokens && candidates && logits ? encode_prompt(run, prompt, tokens, error) : fail(error, NULL, "out of memory");
+    int count = tokens && candidates && logits ? encode_prompt(run, prompt, tokens, error)
+              : fail(error, NULL, "out of memory");
     if (count < 0) result = count;
     else fputs(prompt, stdout);
     if (count == 0) { // nothing to go on from: a new line, or token 0
@@ -2410,18 +2422,22 @@ static int train_step(Run *run, double *loss, double *grad_norm, char *error) {
     const Backend *backend = run->backend;
     int T = (int)o->seq, B = (int)o->batch;
     int64_t count = 0, sequences = o->accum * o->batch;
-    for (int64_t i = 0; i < sequences; i++)
-        copy_sequence(run->inputs + i * T, run->targets + i * T, &run->train, sequence_place(run, o->step * sequences + i), T);
+    for (int64_t i = 0; i < sequences; i++) {
+        int64_t place = sequence_place(run, o->step * sequences + i);
+        copy_sequence(run->inputs + i * T, run->targets + i * T, &run->train, place, T);
+    }
     for (int64_t i = 0; i < sequences * T; i++) count += run->targets[i] >= 0;
+    double dloss = count ? 1 / (double)count : 0;
     *loss = 0;
     for (int64_t a = 0; a < o->accum; a++) {
         Dropout drop = {o->dropout, (uint64_t)o->seed, (uint64_t)(o->step * o->accum + a)};
-        *loss += backend->forward(run->model, run->inputs + a * B * T, run->targets + a * B * T, B, T, drop) / (double)(count ? count : 1);
-        backend->backward(run->model, count ? 1 / (double)count : 0);
+        const int *inputs = run->inputs + a * B * T, *targets = run->targets + a * B * T;
+        *loss += backend->forward(run->model, inputs, targets, B, T, drop) * dloss;
+        backend->backward(run->model, dloss);
     }
     *grad_norm = backend->grad_norm(run->model);
     if (!isfinite(*loss) || !isfinite(*grad_norm))
-        return fail(error, NULL, "step %lld: loss %g, gradient norm %g: stopped before the update; the last good checkpoint is as it was; "
+        return fail(error, NULL, "step %lld: loss %g, gradient norm %g: stopped before the update, the checkpoint is as it was; "
                     "a lower --lr may help", (long long)o->step + 1, *loss, *grad_norm);
     AdamW adam = {learning_rate(o, o->step), o->beta1, o->beta2, o->eps, o->weight_decay};
     double scale = o->clip > 0 && o->clip < *grad_norm + 1e-6 ? o->clip / (*grad_norm + 1e-6) : 1;
@@ -2436,8 +2452,8 @@ static FILE *open_log(const char *path, int64_t step, char *error) {
     char line[512];
     long kept = 0;
     long long logged;
-    while (log && step && fgets(line, sizeof(line), log) && strchr(line, '\n') && sscanf(line, "{\"step\": %lld", &logged) == 1 && logged <= step)
-        kept = ftell(log);
+    while (log && step && fgets(line, sizeof(line), log) && strchr(line, '\n') &&
+           sscanf(line, "{\"step\": %lld", &logged) == 1 && logged <= step) kept = ftell(log);
     if (log && !fseek(log, kept, SEEK_SET) && (!step || !ftruncate(fileno(log), kept))) return log;
     fail(error, path, "%s", strerror(errno));
     if (log) fclose(log);
@@ -2447,7 +2463,8 @@ static FILE *open_log(const char *path, int64_t step, char *error) {
 // Prints how to go on after Ctrl-C: --resume and what was given of the rows that a checkpoint does not hold.
 static void print_resume_command(const Run *run, const char *program) {
     const Settings *s = &run->settings;
-    printf("\nstopped after step %lld, saved to %s\ngo on with: %s --resume '%s'", (long long)s->values.step, s->values.out, program, s->values.out);
+    printf("\nstopped after step %lld, saved to %s\n", (long long)s->values.step, s->values.out);
+    printf("go on with: %s --resume '%s'", program, s->values.out);
     for (int i = 0; i < N_OPTIONS; i++) {
         const Option *option = &option_table[i];
         char text[96];
@@ -2458,7 +2475,8 @@ static void print_resume_command(const Run *run, const char *program) {
 }
 
 // The line that a step writes to the terminal, over the one before, or to a file.
-static void print_step(const Options *o, double loss, double grad_norm, double rate, double elapsed, double left, double val_loss) {
+static void print_step(const Options *o, double loss, double grad_norm, double rate, double elapsed, double left,
+                       double val_loss) {
     int last = o->step == o->steps, terminal = isatty(STDOUT_FILENO);
     printf("%sstep %lld/%lld | loss %.4f | norm %.3f | lr %.2e | %.1f ms | %.0f tok/s | %d:%02d left", terminal ? "\r" : "",
            (long long)o->step, (long long)o->steps, loss, grad_norm, rate, elapsed * 1e3,
@@ -2483,7 +2501,8 @@ static int train(Run *run, const char *program, char *error) {
     while (o->step < o->steps && !interrupted) {
         double begin = seconds(), rate = learning_rate(o, o->step), val_loss = NAN;
         if ((result = train_step(run, &loss, &grad_norm, error))) break;
-        double elapsed = seconds() - begin, left = (seconds() - start) / (double)(o->step - first_step) * (double)(o->steps - o->step);
+        double elapsed = seconds() - begin, tokens = (double)(o->accum * o->batch * o->seq);
+        double left = (seconds() - start) / (double)(o->step - first_step) * (double)(o->steps - o->step);
         int last = o->step == o->steps;
         if (o->eval_every && o->step % o->eval_every == 0) {
             val_loss = evaluate(run, o->eval_batches);
@@ -2501,7 +2520,7 @@ static int train(Run *run, const char *program, char *error) {
         if (log) {
             fprintf(log, "{\"step\": %lld, \"train_loss\": %.9g", (long long)o->step, loss);
             if (!isnan(val_loss)) fprintf(log, ", \"val_loss\": %.9g", val_loss);
-            fprintf(log, ", \"lr\": %.9g, \"grad_norm\": %.9g, \"tok_per_s\": %.6g}\n", rate, grad_norm, (double)(o->accum * o->batch * o->seq) / elapsed);
+            fprintf(log, ", \"lr\": %.9g, \"grad_norm\": %.9g, \"tok_per_s\": %.6g}\n", rate, grad_norm, tokens / elapsed);
             if (fflush(log) && (result = fail(error, o->log, "%s", strerror(errno)))) break;
         }
         if (o->sample_every && o->step % o->sample_every == 0) {
@@ -2529,7 +2548,8 @@ static int prepare(Run *run, char *error) {
     const Backend *backend = run->backend;
     const char *path = o->resume ? o->resume : o->load;
     int result, training = !o->generate && !o->eval;
-    if (o->resume && (o->load || !training)) return wrong(error, NULL, "--resume goes with neither --load, --generate nor --eval");
+    if (o->resume && (o->load || !training))
+        return wrong(error, NULL, "--resume goes with neither --load, --generate nor --eval");
     if (o->generate && o->eval) return wrong(error, NULL, "--generate and --eval exclude each other");
     if (!training && !o->load) return wrong(error, NULL, "--generate and --eval take the weights from --load FILE");
     if (path && safetensors_read(&run->file, path, error)) return FAILED;
@@ -2544,7 +2564,8 @@ static int prepare(Run *run, char *error) {
     if (config_of(&run->config, o, error)) return WRONG_OPTION; // now with the data's T and V
 
     int64_t window = o->window < 0 ? o->seq : o->window, needed = (int64_t)strlen(o->prompt) + 1 + o->generate;
-    int B = o->generate ? 1 : (int)o->batch, T = !o->generate ? (int)o->seq : (int)(window && window < needed ? window : needed);
+    int B = o->generate ? 1 : (int)o->batch;
+    int T = !o->generate ? (int)o->seq : (int)(window && window < needed ? window : needed);
     run->model = backend->create(&run->config, B, T, training ? TRAIN : o->eval ? EVALUATE : GENERATE, error);
     if (!run->model) return FAILED;
     Weights weights;
@@ -2558,7 +2579,8 @@ static int prepare(Run *run, char *error) {
     free(weights.layers);
 
     if (path && load_block(run, path, "", PARAMS, error)) return FAILED;
-    if (o->resume) return load_block(run, path, "exp_avg.", EXP_AVG, error) || load_block(run, path, "exp_avg_sq.", EXP_AVG_SQ, error) ? FAILED : 0;
+    if (o->resume && load_block(run, path, "exp_avg.", EXP_AVG, error)) return FAILED;
+    if (o->resume && load_block(run, path, "exp_avg_sq.", EXP_AVG_SQ, error)) return FAILED;
     if (!path) {
         initialise(backend->read(run->model, PARAMS), &run->table, (uint64_t)o->seed);
         backend->write(run->model, PARAMS);
@@ -2577,15 +2599,18 @@ static int act(Run *run, const char *program, char *error) {
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
     signal(SIGPIPE, SIG_IGN);
-    if (o->generate) return generate(run, o->prompt, o->generate, (int)window, splitmix64((uint64_t)o->seed), error);
+    if (o->generate) {
+        int result = generate(run, o->prompt, o->generate, (int)window, splitmix64((uint64_t)o->seed), error);
+        return result ? result : interrupted ? 130 : 0;
+    }
     if (o->eval) {
         double loss = evaluate(run, 0);
         if (!interrupted) printf("val_loss %.6f\n", loss);
         return interrupted ? 130 : 0;
     }
-    printf("%s: D %d, L %d, H %d, G %d, T %d, V %d, %.2fM parameters; %s, %d threads, %.0f MiB\n", o->mixer, c->d_model, c->n_layers,
-           c->n_heads, c->n_kv_heads, c->max_seq_len, c->vocab_size, (double)run->table.count / 1e6, run->backend->name,
-           omp_get_max_threads(), run->backend->bytes(run->model) / 0x1p20);
+    printf("%s: D %d, L %d, H %d, G %d, T %d, V %d, %.2fM parameters; %s, %d threads, %.0f MiB\n", o->mixer, c->d_model,
+           c->n_layers, c->n_heads, c->n_kv_heads, c->max_seq_len, c->vocab_size, (double)run->table.count / 1e6,
+           run->backend->name, omp_get_max_threads(), run->backend->bytes(run->model) / 0x1p20);
     return train(run, program, error);
 }
 
