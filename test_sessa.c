@@ -14,9 +14,23 @@ binary again as `test_sessa --run OPTIONS`, in a folder of its own, so that thre
 #ifdef TEST_CUDA
 #include "train_sessa.cu"
 #define TESTED_BACKEND cuda_backend
+enum { ON_GPU = 1 };
+static Model *tested_create(const Config *config, int B, int T, Mode mode, char *error); // above main: the GPU's, and the
+static void tested_free(Model *model);                                                   // CPU's Model to look at it
+static double tested_forward(Model *model, const int *inputs, const int *targets, int B, int T, Dropout drop);
+static void tested_backward(Model *model, double dloss);
+static void tested_update(Model *model, AdamW options, double grad_scale, int64_t step);
+static int run_tested(int argc, char **argv);
 #else
 #include "train_sessa.c"
 #define TESTED_BACKEND cpu_backend
+enum { ON_GPU = 0 };
+#define tested_create model_create
+#define tested_free model_free
+#define tested_forward model_forward
+#define tested_backward model_backward
+#define tested_update model_update
+#define run_tested(argc, argv) run_program(argc, argv, &TESTED_BACKEND)
 #endif
 #include <dirent.h>
 #include <glob.h>
@@ -27,6 +41,7 @@ static int passed, failed;
 
 // A bound for float32 and one for float64.
 static double bound_of(double in_float, double in_double) { return IS_DOUBLE ? in_double : in_float; }
+static double dump_bound; // 0: the check's own
 
 static void heading(const char *title) { printf("\n%s\n", title); }
 
@@ -755,11 +770,14 @@ static void test_extend(void) {
                         config_with(ATTENTION, V, 8, 1, 1, 1, T)};
     static const char *names[] = {"sessa, H 4, G 2", "sessa, one head", "attention, H 4", "attention, one head"};
     for (int i = 0; i < 4; i++) {
-        Model *whole = create(&configs[i], 1, T, EVALUATE), *stepwise = create(&configs[i], 1, T, GENERATE);
+        char error[ERROR_SIZE];
+        Model *whole = create(&configs[i], 1, T, EVALUATE), *stepwise = TESTED_BACKEND.create(&configs[i], 1, T, GENERATE, error);
+        if (!stepwise) { check(0, "%s", error); return; }
         int *ids = random_ids(T, V, 0);
         Dropout off = {0, 0, 0};
         shake_weights(whole, 0.2);
-        memcpy(stepwise->params, whole->params, sizeof(real) * (size_t)whole->table.count);
+        memcpy(TESTED_BACKEND.read(stepwise, PARAMS), whole->params, sizeof(real) * (size_t)whole->table.count);
+        TESTED_BACKEND.write(stepwise, PARAMS);
         model_forward(whole, ids, ids, 1, T, off);
         double worst = 0, *ref = zeros(V);
         real *logits = poison(V), *first = poison(V);
@@ -775,7 +793,7 @@ static void test_extend(void) {
         check_error(worst, bound_of(1e-5, 1e-13), "%s: logits, pieces of 1 to 60 tokens", names[i]);
         check(!memcmp(first, logits, sizeof(real) * V), "%s: the same bits when it starts again", names[i]);
         model_free(whole);
-        model_free(stepwise);
+        TESTED_BACKEND.destroy(stepwise);
         release();
     }
 }
@@ -860,19 +878,19 @@ static void check_losses(Model *m, const Safetensors *file, const FileTensor *lo
     take_weights(m, file);
     memset(m->grads, 0, sizeof(real) * (size_t)m->table.count);
     for (int64_t i = 0; i < losses->count; i++) {
-        double loss = dloss * model_forward(m, inputs, targets, B, T, off), ref = number_of(losses, i);
+        double loss = dloss * tested_forward(m, inputs, targets, B, T, off), ref = number_of(losses, i);
         worst_of(&worst, fabs(loss - ref) / fmax(fabs(ref), 1e-30));
-        model_backward(m, dloss);
+        tested_backward(m, dloss);
         double size = norm(m->grads, m->table.count);
-        model_update(m, o, clip > 0 && clip < size + 1e-6 ? clip / (size + 1e-6) : 1, i + 1);
+        tested_update(m, o, clip > 0 && clip < size + 1e-6 ? clip / (size + 1e-6) : 1, i + 1);
     }
-    check_error(worst, bound_of(1e-5, 2e-7), "losses of %d AdamW steps: worst", (int)losses->count);
+    check_error(worst, dump_bound > 0 ? dump_bound : bound_of(1e-5, 2e-7), "losses of %d AdamW steps: worst", (int)losses->count);
 }
 
 // Every tensor of the dump, at four panel heights. In float64 all that is left of the error is the dump's own rounding to
 // float32: each number is off by at most 2^-24 of itself, so a tensor by at most 6e-8 of its norm.
 static void check_tensors(Model *m, const Safetensors *file, const int *inputs, const int *targets, int B, int T, double dloss) {
-    double bound = bound_of(1e-5, 2e-7), means[2] = {0, 0}, *distance = zeros((int64_t)file->n_tensors * 2 * N_HEIGHTS);
+    double bound = dump_bound > 0 ? dump_bound : bound_of(1e-5, 2e-7), means[2] = {0, 0}, *distance = zeros((int64_t)file->n_tensors * 2 * N_HEIGHTS);
     int counts[2] = {0, 0}, checked = 0;
     const Tensor **rows = (const Tensor **)lend(sizeof(Tensor *) * (size_t)(file->n_tensors + 1));
     for (int i = 0; i < file->n_tensors; i++) { // first: what is there, and is it what we have
@@ -894,9 +912,9 @@ static void check_tensors(Model *m, const Safetensors *file, const int *inputs, 
         Dropout off = {0, 0, 0};
         m->P = panel_heights[p];
         memset(m->grads, 0, sizeof(real) * (size_t)m->table.count);
-        model_forward(m, inputs, targets, B, T, off);
+        tested_forward(m, inputs, targets, B, T, off);
         for (int pass = 0; pass < 2; pass++) { // activations before the backward pass, which overwrites the logits
-            if (pass) model_backward(m, dloss);
+            if (pass) tested_backward(m, dloss);
             for (int i = 0; i < file->n_tensors; i++) {
                 const FileTensor *t = &file->tensors[i];
                 const Tensor *row = rows[i];
@@ -945,7 +963,7 @@ static void check_dump(const char *path) {
     if (!mixer || (c.mixer = find_mixer(mixer)) < 0) ok = check(0, "metadata mixer is %.40s", mixer ? mixer : "missing");
     if (ok && (c.d_model % c.n_heads || c.d_model / c.n_heads % 2 || c.n_heads % c.n_kv_heads)) ok = check(0, "heads do not divide the width");
     Model *m = NULL;
-    if (ok && !(m = model_create(&c, B, T, KEEP_ALL, error))) ok = check(0, "%s", error);
+    if (ok && !(m = tested_create(&c, B, T, KEEP_ALL, error))) ok = check(0, "%s", error);
     if (m) {
         const char *missing = take_weights(m, &file);
         int *inputs = take_ids(&file, "inputs", B, T, 0, c.vocab_size), *targets = take_ids(&file, "targets", B, T, -1, c.vocab_size), counted = 0;
@@ -958,7 +976,7 @@ static void check_dump(const char *path) {
             check_tensors(m, &file, inputs, targets, B, T, dloss);
             if (losses) check_losses(m, &file, losses, inputs, targets, B, T, dloss);
         }
-        model_free(m);
+        tested_free(m);
     }
     safetensors_free(&file);
     release();
@@ -1478,12 +1496,13 @@ static void test_program(const glob_t *dumps) {
     write_data();
     if (!IS_DOUBLE) { // a checkpoint is float32
         test_resume();
-        test_files();
+        if (!ON_GPU) test_files();
     }
-    test_threads();
-    test_order();
+    if (!ON_GPU) test_threads();
+    if (!ON_GPU) test_order();
+    setenv("TEST_PRECISION", "fp32", 1); // for texts that the CPU's forward passes give
     test_generation();
-    if (dumps->gl_pathc) test_bad_dumps(dumps->gl_pathv[0]);
+    if (dumps->gl_pathc && !ON_GPU) test_bad_dumps(dumps->gl_pathv[0]);
     folder_state(1);
     discard("../stdout");
     discard("../stderr");
@@ -1492,21 +1511,443 @@ static void test_program(const glob_t *dumps) {
     release();
 }
 
+#ifdef TEST_CUDA
+// ----------------------------------------------------------------------------
+// the CUDA twin: its layers against the C functions, its models against the dumps, its training against the CPU's
+
+static Model *tested_gpu; // the model under test; the CPU's Model beside it has the names, the parameters and room for activations
+
+template <typename X> static void fetch_activations(ModelGPU<X> *g, Model *m) {
+    for (int r = 0; r < m->acts_table.n; r++) {
+        const Tensor *to_row = &m->acts_table.rows[r], *in_x = find_tensor(&g->x_table, to_row->name), *in_f = find_tensor(&g->f_table, to_row->name);
+        const Tensor *from = in_x ? in_x : in_f;
+        if (!from || from->count < to_row->count || !strcmp(to_row->name, "scratch")) continue;
+        int64_t width = to_row->n_dims ? to_row->shape[to_row->n_dims - 1] : 1, rows = to_row->count / width, size = (int64_t)(in_x ? sizeof(X) : sizeof(float));
+        char *bytes = (char *)malloc((size_t)(rows * from->stride * size));
+        const char *device = in_x ? (const char *)(g->x_block + from->offset) : (const char *)(g->f_block + from->offset);
+        int64_t last = (rows - 1) * from->stride + width;
+        CUDA(cudaMemcpy(bytes, device, (size_t)(last * size), cudaMemcpyDeviceToHost));
+        for (int64_t n = 0; n < rows; n++)
+            for (int64_t i = 0; i < width; i++) {
+                int64_t at = n * from->stride + i;
+                m->acts_block[to_row->offset + n * to_row->stride + i] =
+                    in_x && g->is_bf16 ? __bfloat162float(((const bf16 *)(const void *)bytes)[at]) : ((const float *)(const void *)bytes)[at];
+            }
+        free(bytes);
+    }
+}
+
+static Model *tested_create(const Config *c, int B, int T, Mode mode, char *error) {
+    tested_gpu = cuda_create(c, B, T, mode, error);
+    return tested_gpu ? model_create(c, B, T, mode, error) : NULL;
+}
+static void tested_free(Model *m) {
+    cuda_destroy(tested_gpu);
+    model_free(m);
+}
+static void hand_over(Model *m, Block block, const real *from) {
+    memcpy(cuda_read(tested_gpu, block), from, sizeof(real) * (size_t)m->table.count);
+    cuda_write(tested_gpu, block);
+}
+static double tested_forward(Model *m, const int *inputs, const int *targets, int B, int T, Dropout drop) {
+    hand_over(m, PARAMS, m->params);
+    tested_gpu->P = m->P;
+    double sum = cuda_forward(tested_gpu, inputs, targets, B, T, drop);
+    if (bf16_model(tested_gpu)) fetch_activations(bf16_model(tested_gpu), m);
+    else fetch_activations(float_model(tested_gpu), m);
+    return sum;
+}
+static void tested_backward(Model *m, double dloss) {
+    hand_over(m, GRADS, m->grads);
+    cuda_backward(tested_gpu, dloss);
+    memcpy(m->grads, cuda_read(tested_gpu, GRADS), sizeof(real) * (size_t)m->table.count);
+}
+static void tested_update(Model *m, AdamW o, double grad_scale, int64_t step) {
+    cuda_update(tested_gpu, o, grad_scale, step);
+    memcpy(m->params, cuda_read(tested_gpu, PARAMS), sizeof(real) * (size_t)m->table.count);
+    memset(m->grads, 0, sizeof(real) * (size_t)m->table.count);
+}
+
+// Device memory of a test, freed at its end. What the host and the device both read is rounded to X on either side.
+static void *gpu_lent[4096];
+static int n_gpu_lent;
+static void gpu_release(void) {
+    CUDA(cudaStreamSynchronize(gpu.stream));
+    while (n_gpu_lent) CUDA(cudaFree(gpu_lent[--n_gpu_lent]));
+    release();
+}
+static float value_of(float x) { return x; }
+static float value_of(bf16 x) { return __bfloat162float(x); }
+static void set_value(float *x, float value) { *x = value; }
+static void set_value(bf16 *x, float value) { *x = __float2bfloat16(value); }
+template <typename X> static X *on_gpu(real *host, int64_t n) { // a copy; host is rounded
+    X *device, *numbers = (X *)malloc((size_t)(n + 1) * sizeof(X));
+    for (int64_t i = 0; i < n; i++) {
+        set_value(&numbers[i], host[i]);
+        host[i] = value_of(numbers[i]);
+    }
+    CUDA(cudaMalloc((void **)&device, (size_t)(n + 1) * sizeof(X)));
+    CUDA(cudaMemcpy(device, numbers, (size_t)n * sizeof(X), cudaMemcpyHostToDevice));
+    free(numbers);
+    return (X *)(gpu_lent[n_gpu_lent++] = device);
+}
+template <typename X> static X *gpu_poison(int64_t n) { return on_gpu<X>(poison(n), n); }
+static int *ids_on_gpu(const int *ids, int64_t n) {
+    int *device;
+    CUDA(cudaMalloc((void **)&device, (size_t)n * sizeof(int)));
+    CUDA(cudaMemcpy(device, ids, (size_t)n * sizeof(int), cudaMemcpyHostToDevice));
+    return (int *)(gpu_lent[n_gpu_lent++] = device);
+}
+template <typename X> static double gpu_error(const X *device, const real *ref, int64_t rows, int width, int ld, double floor) {
+    int64_t n = rows * ld;
+    X *numbers = (X *)lend((size_t)n * sizeof(X));
+    real *x = (real *)lend((size_t)n * sizeof(real));
+    double *wanted = zeros(n);
+    CUDA(cudaStreamSynchronize(gpu.stream));
+    CUDA(cudaMemcpy(numbers, device, (size_t)n * sizeof(X), cudaMemcpyDeviceToHost));
+    for (int64_t i = 0; i < n; i++) { x[i] = value_of(numbers[i]); wanted[i] = (double)ref[i]; }
+    return rows_error(x, wanted, rows, width, ld, floor);
+}
+
+enum { EMBEDDING, LAYERNORM, LINEAR, GELU, ROPE, GAIN, GATE, RESIDUAL, CROSSENTROPY, DROPOUT, ADAMW, ATTENTION_F, ATTENTION_B, FEEDBACK_F, FEEDBACK_B, N_GPU_LAYERS };
+
+// One random shape: every layer on the GPU and in C on the same numbers. `even` shapes take the paths in eights and tiles.
+template <typename X> static void compare_layers(double *worst, int even, int T) {
+    cudaStream_t st = gpu.stream;
+    int B = random_int(1, 3), G = random_int(1, 2), H = G * random_int(1, 3), d = even ? 8 * random_int(1, 9) : 2 * random_int(1, 9), D = H * d;
+    int ld = even ? D + 8 * random_int(0, 2) : D + random_int(0, 3), N = B * T, V = random_int(2, 70), out = even ? 8 * random_int(1, 6) : random_int(1, 50);
+    int64_t size = (int64_t)N * D, wide_size = (int64_t)N * ld;
+    real *x = noise(wide_size, 1), *w = noise(wide_size, 1), *y = noise(size, 1), *dout = noise(size, 1), *g = noise(wide_size, 1);
+    real *weight = noise(D, 1), *bias = noise(D, 1), *rows = noise(N, 1), *wte = noise((int64_t)V * D, 1);
+    int *ids = random_ids(N, V, 0), *targets = random_ids(N, V, 1);
+    X *x_d = on_gpu<X>(x, wide_size), *w_d = on_gpu<X>(w, wide_size), *y_d = on_gpu<X>(y, size), *dout_d = on_gpu<X>(dout, size), *g_d = on_gpu<X>(g, wide_size);
+    float *weight_d = on_gpu<float>(weight, D), *bias_d = on_gpu<float>(bias, D), *rows_d = on_gpu<float>(rows, N), *wte_d = on_gpu<float>(wte, (int64_t)V * D);
+    float *dout_f = on_gpu<float>(dout, size);
+    double floor = 0.1 * sqrt((double)size);
+    { // embedding
+        real *o = poison(size), *dwte = noise((int64_t)V * D, 1);
+        float *o_d = gpu_poison<float>(size), *dwte_d = on_gpu<float>(dwte, (int64_t)V * D), *partial = gpu_poison<float>(size);
+        int *lists = (int *)lend(sizeof(int) * (size_t)(4 * N + 2)), *starts = (int *)lend(sizeof(int) * (size_t)(V + 1));
+        TokenLists t = sort_tokens(lists, starts, ids, N, V);
+        embedding_forward(o, ids, wte, B, T, D);
+        embedding_forward_gpu(o_d, ids_on_gpu(ids, N), wte_d, B, T, D, st);
+        worst_of(&worst[EMBEDDING], gpu_error(o_d, o, 1, (int)size, (int)size, 0));
+        embedding_backward(dwte, dout, ids, B, T, D);
+        embedding_backward_gpu(dwte_d, partial, dout_f, ids_on_gpu(lists, 4 * N + 2), t, B, T, D, st);
+        worst_of(&worst[EMBEDDING], gpu_error(dwte_d, dwte, V, D, D, 0));
+    }
+    { // layernorm
+        real *o = poison(size), *mean = poison(N), *rstd = poison(N), *dx = noise(size, 1), *dweight = noise(D, 1), *dbias = noise(D, 1);
+        X *o_d = gpu_poison<X>(size), *kept = gpu_poison<X>(size);
+        float *mean_d = gpu_poison<float>(N), *rstd_d = gpu_poison<float>(N), *dx_d = on_gpu<float>(dx, size), *dweight_d = on_gpu<float>(dweight, D), *dbias_d = on_gpu<float>(dbias, D);
+        layernorm_forward(o, mean, rstd, y, weight, bias, N, D);
+        layernorm_forward_gpu(o_d, kept, mean_d, rstd_d, y_d, weight_d, bias_d, N, D, st);
+        worst_of(&worst[LAYERNORM], gpu_error(o_d, o, N, D, D, 0));
+        worst_of(&worst[LAYERNORM], gpu_error(kept, y, N, D, D, 0));
+        layernorm_backward(dx, dweight, dbias, dout, y, mean, rstd, weight, N, D);
+        layernorm_backward_gpu(dx_d, dweight_d, dbias_d, dout_d, kept, mean_d, rstd_d, weight_d, N, D, st);
+        worst_of(&worst[LAYERNORM], gpu_error(dx_d, dx, N, D, D, 0));
+        worst_of(&worst[LAYERNORM], gpu_error(dweight_d, dweight, 1, D, D, 0.1 * sqrt((double)size)));
+        worst_of(&worst[LAYERNORM], gpu_error(dbias_d, dbias, 1, D, D, 0.1 * sqrt((double)size)));
+    }
+    { // linear: `out` columns of rows out + 3 apart
+        int ld_out = even ? out + 8 : out + 3;
+        real *m = noise((int64_t)out * D, 1), *mb = noise(out, 1), *o = poison((int64_t)N * ld_out), *dinp = poison(size), *dweight = noise((int64_t)out * D, 1), *dbias = noise(out, 1);
+        real *grad = noise((int64_t)N * ld_out, 1);
+        X *m_d = on_gpu<X>(m, (int64_t)out * D), *mb_d = on_gpu<X>(mb, out), *o_d = gpu_poison<X>((int64_t)N * ld_out), *dinp_d = gpu_poison<X>(size), *grad_d = on_gpu<X>(grad, (int64_t)N * ld_out);
+        float *dweight_d = on_gpu<float>(dweight, (int64_t)out * D), *dbias_d = on_gpu<float>(dbias, out);
+        linear_forward(o, ld_out, y, m, mb, N, D, out);
+        linear_forward_gpu(o_d, ld_out, y_d, m_d, mb_d, N, D, out, st);
+        worst_of(&worst[LINEAR], gpu_error(o_d, o, N, out, ld_out, 0));
+        linear_backward(dinp, dweight, dbias, grad, ld_out, y, m, N, D, out);
+        linear_backward_gpu(dinp_d, dweight_d, dbias_d, grad_d, ld_out, y_d, m_d, N, D, out, st);
+        worst_of(&worst[LINEAR], gpu_error(dinp_d, dinp, N, D, D, 0));
+        worst_of(&worst[LINEAR], gpu_error(dweight_d, dweight, out, D, D, 0));
+        worst_of(&worst[LINEAR], gpu_error(dbias_d, dbias, 1, out, out, 0.1 * sqrt((double)N * out)));
+    }
+    { // gelu, gate, residual
+        real *o = poison(size), *dinp = poison(wide_size), *gated = poison(size), *ds = poison(size), *dg = poison(wide_size), *sum = poison(size);
+        X *o_d = gpu_poison<X>(size), *dinp_d = gpu_poison<X>(wide_size), *gated_d = gpu_poison<X>(size), *ds_d = gpu_poison<X>(size), *dg_d = gpu_poison<X>(wide_size);
+        float *sum_d = gpu_poison<float>(size);
+        gelu_forward(o, x, ld, N, D);
+        gelu_forward_gpu(o_d, x_d, ld, N, D, st);
+        worst_of(&worst[GELU], gpu_error(o_d, o, N, D, D, 0));
+        gelu_backward(dinp, dout, x, ld, N, D);
+        gelu_backward_gpu(dinp_d, dout_d, x_d, ld, N, D, st);
+        worst_of(&worst[GELU], gpu_error(dinp_d, dinp, N, D, ld, 0));
+        gate_forward(gated, y, g, ld, N, D);
+        gate_forward_gpu(gated_d, y_d, g_d, ld, N, D, st);
+        worst_of(&worst[GATE], gpu_error(gated_d, gated, N, D, D, 0));
+        gate_backward(ds, dg, dout, y, g, ld, N, D);
+        gate_backward_gpu(ds_d, dg_d, dout_d, y_d, g_d, ld, N, D, st);
+        worst_of(&worst[GATE], gpu_error(ds_d, ds, N, D, D, 0));
+        worst_of(&worst[GATE], gpu_error(dg_d, dg, N, D, ld, 0));
+        residual_forward(sum, dout, y, size);
+        residual_forward_gpu(sum_d, dout_f, y_d, N, D, st);
+        worst_of(&worst[RESIDUAL], gpu_error(sum_d, sum, N, D, D, 0));
+    }
+    { // gain
+        real *gamma = poison(N), *dx = noise(size, 1), *dweight = noise(D, 1), *dbias = noise(1, 1), *dgamma = copy_of(rows, N);
+        X *dx_d = on_gpu<X>(dx, size);
+        float *gamma_d = gpu_poison<float>(N), *dweight_d = on_gpu<float>(dweight, D), *dbias_d = on_gpu<float>(dbias, 1), *dgamma_d = on_gpu<float>(dgamma, N);
+        gain_forward(gamma, y, weight, bias, (real)0.9, N, D);
+        gain_forward_gpu(gamma_d, y_d, weight_d, bias_d, 0.9f, N, D, st);
+        worst_of(&worst[GAIN], gpu_error(gamma_d, gamma, 1, N, N, 0));
+        CUDA(cudaMemcpyAsync(gamma_d, gamma, sizeof(real) * (size_t)N, cudaMemcpyHostToDevice, st));
+        gain_backward(dx, dweight, dbias, dgamma, gamma, y, weight, (real)0.9, N, D);
+        gain_backward_gpu(dx_d, dweight_d, dbias_d, dgamma_d, gamma_d, y_d, weight_d, 0.9f, N, D, st);
+        worst_of(&worst[GAIN], gpu_error(dx_d, dx, N, D, D, 0));
+        worst_of(&worst[GAIN], gpu_error(dweight_d, dweight, 1, D, D, 0.1 * sqrt((double)size)));
+        worst_of(&worst[GAIN], gpu_error(dbias_d, dbias, 1, 1, 1, sqrt((double)N)));
+        worst_of(&worst[GAIN], gpu_error(dgamma_d, dgamma, 1, N, N, 0));
+    }
+    { // rope, dropout: in place
+        real *cosine = poison((int64_t)T * (d / 2)), *sine = poison((int64_t)T * (d / 2)), *turned = copy_of(x, wide_size), *back = copy_of(w, wide_size), *dropped = copy_of(y, size);
+        X *turned_d = on_gpu<X>(turned, wide_size), *back_d = on_gpu<X>(back, wide_size), *dropped_d = on_gpu<X>(dropped, size);
+        Dropout drop = {0.3, 11, 5};
+        rope_table(cosine, sine, T, d);
+        float *cosine_d = on_gpu<float>(cosine, (int64_t)T * (d / 2)), *sine_d = on_gpu<float>(sine, (int64_t)T * (d / 2));
+        rope_forward(turned, ld, cosine, sine, N, T, H, d, 0, 1);
+        rope_forward_gpu(turned_d, ld, cosine_d, sine_d, N, T, H, d, 0, 1, st);
+        worst_of(&worst[ROPE], gpu_error(turned_d, turned, N, ld, ld, 0));
+        rope_backward(back, ld, cosine, sine, N, T, H, d);
+        rope_backward_gpu(back_d, ld, cosine_d, sine_d, N, T, H, d, st);
+        worst_of(&worst[ROPE], gpu_error(back_d, back, N, ld, ld, 0));
+        dropout(dropped, size, drop, 4);
+        dropout_gpu(dropped_d, N, D, drop, 4, st);
+        worst_of(&worst[DROPOUT], gpu_error(dropped_d, dropped, N, D, D, 0));
+    }
+    { // cross-entropy
+        int ld_v = (int)round_up(V, 8);
+        real *logits = noise((int64_t)N * V, 2), *padded = poison((int64_t)N * ld_v), *losses = poison(N), *sums = poison(N), *dlogits = poison((int64_t)N * V);
+        for (int n = 0; n < N; n++)
+            for (int i = 0; i < V; i++) padded[n * ld_v + i] = logits[n * V + i];
+        X *logits_d = on_gpu<X>(padded, (int64_t)N * ld_v);
+        float *losses_d = gpu_poison<float>(N), *sums_d = gpu_poison<float>(N);
+        for (int n = 0; n < N; n++)
+            for (int i = 0; i < V; i++) logits[n * V + i] = padded[n * ld_v + i];
+        int *targets_d = ids_on_gpu(targets, N);
+        crossentropy_forward(losses, sums, logits, targets, N, V);
+        crossentropy_forward_gpu(losses_d, sums_d, logits_d, ld_v, targets_d, N, V, st);
+        worst_of(&worst[CROSSENTROPY], gpu_error(losses_d, losses, 1, N, N, sqrt((double)N)));
+        crossentropy_backward(dlogits, logits, sums, targets, (real)0.1, N, V);
+        crossentropy_backward_gpu(logits_d, logits_d, ld_v, sums_d, targets_d, 0.1f, N, V, st);
+        for (int n = 0; n < N; n++)
+            for (int i = 0; i < V; i++) padded[n * ld_v + i] = dlogits[n * V + i];
+        worst_of(&worst[CROSSENTROPY], gpu_error(logits_d, padded, N, V, ld_v, 0.01 * sqrt((double)N)));
+    }
+    { // attention, from position 0 and with the positions before `first` known
+        int first = random_int(0, T - 1), late = B * (T - first);
+        real *v = noise(wide_size, 1), *o = poison(size), *stats = poison(2 * (int64_t)N * H), *scratch = scratch_for(T), *dq = poison(wide_size), *dk = poison(wide_size), *dv = poison(wide_size);
+        X *v_d = on_gpu<X>(v, wide_size), *o_d = gpu_poison<X>(size), *dq_d = gpu_poison<X>(wide_size), *dk_d = gpu_poison<X>(wide_size), *dv_d = gpu_poison<X>(wide_size);
+        float *stats_d = gpu_poison<float>(2 * (int64_t)N * H), *scratch_d = gpu_poison<float>(attention_scratch(B, T, H, G, 0));
+        attention_forward(o, stats, scratch, x, w, v, ld, B, T, H, G, d, first, 0);
+        attention_forward_gpu(o_d, stats_d, scratch_d, x_d, w_d, v_d, ld, B, T, H, G, d, first, 0, st);
+        worst_of(&worst[ATTENTION_F], gpu_error(o_d, o, late, D, D, 0));
+        attention_forward(o, stats, scratch, x, w, v, ld, B, T, H, G, d, 0, 0);
+        attention_forward_gpu(o_d, stats_d, scratch_d, x_d, w_d, v_d, ld, B, T, H, G, d, 0, 0, st);
+        worst_of(&worst[ATTENTION_F], gpu_error(o_d, o, N, D, D, 0));
+        attention_backward(dq, dk, dv, scratch, dout, stats, x, w, v, ld, B, T, H, G, d, 0);
+        attention_backward_gpu(dq_d, dk_d, dv_d, scratch_d, dout_d, (const X *)o_d, stats_d, x_d, w_d, v_d, ld, B, T, H, G, d, 0, st);
+        worst_of(&worst[ATTENTION_B], gpu_error(dq_d, dq, N, D, ld, floor));
+        worst_of(&worst[ATTENTION_B], gpu_error(dk_d, dk, N, G * d, ld, floor));
+        worst_of(&worst[ATTENTION_B], gpu_error(dv_d, dv, N, G * d, ld, floor));
+    }
+    { // feedback
+        int first = random_int(0, T - 1), P = panel_heights[random_int(0, N_HEIGHTS - 1)];
+        real *gamma = noise(N, 1), *f = copy_of(y, size), *s = poison(size), *late = noise(size, 1), *stats = poison(2 * N), *scratch = scratch_for(T), *df = poison(size);
+        real *dq = poison(wide_size), *dk = poison(wide_size), *dgamma = poison(N);
+        for (int n = 0; n < N; n++) gamma[n] = (real)(0.999 * tanh((double)gamma[n]));
+        int64_t floats = feedback_panels<X>(B, T, D, 0).total, low = feedback_panels<X>(B, T, D, P).total;
+        float *gamma_d = on_gpu<float>(gamma, N), *stats_d = gpu_poison<float>(2 * N), *scratch_d = gpu_poison<float>(floats > low ? floats : low), *dgamma_d = gpu_poison<float>(N);
+        X *f_d = on_gpu<X>(f, size), *s_d = gpu_poison<X>(size), *late_d = on_gpu<X>(late, size), *df_d = gpu_poison<X>(size), *dq_d = gpu_poison<X>(wide_size), *dk_d = gpu_poison<X>(wide_size);
+        if (B == 1) {
+            feedback_forward(late, stats, scratch, f, x, w, ld, gamma, B, T, D, first, 0);
+            feedback_forward_gpu(late_d, stats_d, scratch_d, f_d, x_d, w_d, ld, gamma_d, B, T, D, first, P, st);
+            worst_of(&worst[FEEDBACK_F], gpu_error(late_d, late, N, D, D, 0));
+        }
+        feedback_forward(s, stats, scratch, f, x, w, ld, gamma, B, T, D, 0, 0);
+        feedback_forward_gpu(s_d, stats_d, scratch_d, f_d, x_d, w_d, ld, gamma_d, B, T, D, 0, P, st);
+        worst_of(&worst[FEEDBACK_F], gpu_error(s_d, s, N, D, D, 0));
+        feedback_backward(df, dq, dk, dgamma, scratch, dout, s, stats, x, w, ld, gamma, B, T, D, 0);
+        feedback_backward_gpu(df_d, dq_d, dk_d, dgamma_d, scratch_d, dout_d, s_d, stats_d, x_d, w_d, ld, gamma_d, B, T, D, P, st);
+        worst_of(&worst[FEEDBACK_B], gpu_error(df_d, df, N, D, D, 0));
+        worst_of(&worst[FEEDBACK_B], gpu_error(dq_d, dq, N, D, ld, floor));
+        worst_of(&worst[FEEDBACK_B], gpu_error(dk_d, dk, N, D, ld, floor));
+        worst_of(&worst[FEEDBACK_B], gpu_error(dgamma_d, dgamma, 1, N, N, floor));
+    }
+    gpu_release();
+}
+
+// A layer's result in bf16 is one rounding, 2^-9 of each number at most, away from that of the C function on the same
+// operands. Attention rounds its weights and their gradient besides, the backward pass a second product's operand; feedback
+// rounds s block by block and solves with gains up to 0.999, here ten times the gain of one step on average.
+template <typename X> static void test_gpu_layers(const char *name) {
+    static const char *layers[] = {"embedding", "layernorm", "linear", "gelu", "rope", "gain", "gate", "residual", "crossentropy", "dropout", "adamw", "attention",
+                                   "attention, backward", "feedback", "feedback, backward"};
+    static const int Ts[] = {1, 2, 3, 17, 64, 65, 130, 200, 257, 300, 520};
+    double worst[N_GPU_LAYERS] = {0}, u = 0x1p-9;
+    heading(name);
+    for (int i = 0; i < 22; i++) compare_layers<X>(worst, i % 2, Ts[i / 2]);
+    for (int l = 0; l < N_GPU_LAYERS; l++) {
+        double wide_bound = l >= FEEDBACK_F ? 10 * u : l >= ATTENTION_F ? 4 * u : 1.5 * u;
+        if (l != ADAMW) check_error(worst[l], sizeof(X) == 4 ? l >= FEEDBACK_F ? 1e-4 : 1e-5 : wide_bound, "%s", layers[l]);
+    }
+}
+
+// bf16 at the edge of what the loop bears: α on the row before alone, γ 0.999 rounds to 1 in bf16. s_t = f_t + γ s_{t-1}.
+static void test_peaked(void) {
+    heading("bf16: alpha on one token, gamma 0.999");
+    enum { T = 2048, D = 64 };
+    real *f = noise((int64_t)T * D, 1), *q = noise((int64_t)T * D, 0), *k = noise((int64_t)T * D, 0), *gamma = poison(T), *s = poison((int64_t)T * D), *lambda = poison((int64_t)T * D);
+    real *ds = noise((int64_t)T * D, 1);
+    for (int t = 0; t < T; t++) { // a code of ±6 for each position, which q_t has in common with k_{t-1}
+        gamma[t] = (real)0.999;
+        for (int i = 0; i < D; i++) {
+            k[t * D + i] = splitmix64((uint64_t)(t * D + i)) >> 63 ? 6 : -6;
+            q[t * D + i] = t ? k[(t - 1) * D + i] : 0;
+        }
+    }
+    bf16 *f_d = on_gpu<bf16>(f, (int64_t)T * D), *q_d = on_gpu<bf16>(q, (int64_t)T * D), *k_d = on_gpu<bf16>(k, (int64_t)T * D), *s_d = gpu_poison<bf16>((int64_t)T * D), *ds_d = on_gpu<bf16>(ds, (int64_t)T * D);
+    bf16 *dq_d = gpu_poison<bf16>((int64_t)T * D), *dk_d = gpu_poison<bf16>((int64_t)T * D);
+    float *gamma_d = on_gpu<float>(gamma, T), *stats_d = gpu_poison<float>(2 * T), *dgamma_d = gpu_poison<float>(T), *scratch_d = gpu_poison<float>(feedback_panels<bf16>(1, T, D, 0).total);
+    double last[D] = {0};
+    for (int t = 0; t < T; t++)
+        for (int i = 0; i < D; i++) s[t * D + i] = (real)(last[i] = (double)f[t * D + i] + (t ? 0.999 * last[i] : 0));
+    memset(last, 0, sizeof(last));
+    for (int t = T - 1; t >= 0; t--)
+        for (int i = 0; i < D; i++) lambda[t * D + i] = (real)(last[i] = (double)ds[t * D + i] + (t < T - 1 ? 0.999 * last[i] : 0));
+    feedback_forward_gpu(s_d, stats_d, scratch_d, f_d, q_d, k_d, D, gamma_d, 1, T, D, 0, 0, gpu.stream);
+    check_error(gpu_error(s_d, s, T, D, D, 0), 3e-3, "s of a chain of 2048 rows"); // a rounding is 1.1e-3 rms, carried on it adds at block borders
+    feedback_backward_gpu(ds_d, dq_d, dk_d, dgamma_d, scratch_d, ds_d, s_d, stats_d, q_d, k_d, D, gamma_d, 1, T, D, 0, gpu.stream);
+    check_error(gpu_error(ds_d, lambda, T, D, D, 0), 6e-3, "its adjoint");
+    gpu_release();
+}
+
+// 100 steps on the same batches of this program's own text: losses of GPU and CPU, the same bits twice, memory as T.
+static void test_gpu_training(void) {
+    heading("training on the GPU");
+    enum { B = 8, T = 96, STEPS = 100, V = 128 };
+    Config c = config_with(SESSA, V, 64, 3, 4, 2, T);
+    char error[ERROR_SIZE];
+    size_t size;
+    unsigned char *text;
+    if (file_read("train_sessa.c", &text, &size, error)) { check(0, "%s", error); return; }
+    double losses[4][STEPS] = {{0}}, early = 0, late = 0, tf32_late = 0, bf16_late = 0;
+    real *weights[2] = {NULL, NULL};
+    static const Precision precisions[] = {FP32, FP32, TF32, BF16, BF16};
+    for (int way = 0; way < 6; way++) { // CPU, then the GPU: float32, again, TF32, bf16, again
+        gpu.precision = way ? precisions[way - 1] : FP32;
+        const Backend *backend = way ? &cuda_backend : &cpu_backend;
+        Model *m = backend->create(&c, B, T, TRAIN, error);
+        if (!m) { check(0, "%s", error); return; }
+        initialise(backend->read(m, PARAMS), &m->table, 3);
+        backend->write(m, PARAMS);
+        uint64_t state = 9;
+        for (int step = 0; step < STEPS; step++) {
+            int inputs[B * T], targets[B * T];
+            for (int b = 0; b < B; b++) {
+                size_t at = (size_t)(random_uniform(&state) * (double)(size - T - 1));
+                for (int t = 0; t < T; t++) { inputs[b * T + t] = text[at + t] % V; targets[b * T + t] = text[at + t + 1] % V; }
+            }
+            Dropout off = {0, 0, 0};
+            AdamW adam = {3e-3 * fmin(1, (step + 1) / 20.0), 0.9, 0.99, 1e-8, 0.1};
+            double loss = backend->forward(m, inputs, targets, B, T, off) / (B * T);
+            backend->backward(m, 1.0 / (B * T));
+            double norm_ = backend->grad_norm(m);
+            backend->update(m, adam, norm_ > 1 ? 1 / (norm_ + 1e-6) : 1, step + 1);
+            int row = way == 0 ? 0 : way <= 2 ? 1 : way == 3 ? 2 : 3;
+            losses[row][step] = loss;
+        }
+        int twin = way == 2 || way == 5;
+        const real *now = backend->read(m, PARAMS);
+        if (way == 1 || way == 4) { weights[way == 4] = copy_of(now, m->table.count); }
+        if (twin) check(!memcmp(weights[way == 5], now, sizeof(real) * (size_t)m->table.count), "%s: the same weights, bit for bit, in a second run of 100 steps", precision_names[gpu.precision]);
+        backend->destroy(m);
+    }
+    for (int step = 0; step < STEPS; step++) {
+        worst_of(step < 10 ? &early : &late, fabs(losses[1][step] / losses[0][step] - 1));
+        worst_of(&tf32_late, fabs(losses[2][step] / losses[0][step] - 1));
+        worst_of(&bf16_late, fabs(losses[3][step] / losses[0][step] - 1));
+    }
+    printf("  loss of steps 1, 10, 50, 100: CPU %.4f %.4f %.4f %.4f, bf16 %.4f %.4f %.4f %.4f\n", losses[0][0], losses[0][9], losses[0][49], losses[0][99], losses[3][0], losses[3][9],
+           losses[3][49], losses[3][99]);
+    check_error(early, 1e-5, "fp32: losses of the first 10 steps against the CPU's");
+    check_error(late, 1e-3, "fp32: losses up to step 100");
+    check_error(tf32_late, 1e-2, "tf32: losses up to step 100");
+    check_error(bf16_late, 3e-2, "bf16: losses up to step 100");
+    gpu.precision = BF16;
+    double bytes[3];
+    for (int i = 0; i < 3; i++) {
+        Config long_one = config_with(SESSA, 256, 128, 2, 4, 4, 1024 << i);
+        Model *m = cuda_create(&long_one, 1, 1024 << i, TRAIN, error);
+        bytes[i] = m ? m->bytes - WORKSPACE : NAN;
+        if (m) cuda_destroy(m);
+    }
+    printf("  MiB at T 1024, 2048, 4096: %.1f %.1f %.1f\n", bytes[0] / 0x1p20, bytes[1] / 0x1p20, bytes[2] / 0x1p20);
+    check(bytes[2] <= 2 * bytes[1], "T doubled from 2048: memory at most doubled");
+    Config huge = config_with(SESSA, 50000, 4096, 200, 4, 4, 8192);
+    check(!cuda_create(&huge, 512, 8192, TRAIN, error) && strstr(error, "GiB"), "too large: %.90s", error);
+    free(text);
+    release();
+}
+
+static int run_tested(int argc, char **argv) {
+    const char *wanted = getenv("TEST_PRECISION");
+    for (int p = FP32; wanted && p <= BF16; p++)
+        if (!strcmp(wanted, precision_names[p])) gpu.precision = (Precision)p;
+    return run_cuda_program(argc, argv);
+}
+
+static void test_cuda(const glob_t *dumps) {
+    static const char *titles[] = {"fp32: layers against the C functions, shapes odd and even", "tf32", "bf16: layers against the C functions, shapes odd and even"};
+    gpu.precision = FP32;
+    test_gpu_layers<float>(titles[FP32]);
+    gpu.precision = BF16;
+    test_gpu_layers<bf16>(titles[BF16]);
+    test_peaked();
+    test_gpu_training();
+    // A bf16 number is off by 2^-9 at most; a layer's way from x to y passes through 8 roundings, and so does the way back.
+    for (size_t i = 0; i < dumps->gl_pathc; i++) {
+        Safetensors file;
+        char error[ERROR_SIZE];
+        if (safetensors_read(&file, dumps->gl_pathv[i], error)) continue;
+        dump_bound = 0x1p-9 * 2 * (8 * atof(safetensors_meta(&file, "n_layers")) + 2);
+        safetensors_free(&file);
+        printf("\nbf16:");
+        check_dump(dumps->gl_pathv[i]);
+    }
+    gpu.precision = FP32;
+    dump_bound = 1e-4;
+}
+#endif
+
 int main(int argc, char **argv) {
     if (argc > 1 && !strcmp(argv[1], "--run")) { // the program, started by start()
         argv[1] = argv[0];
-        return run_program(argc - 1, argv + 1, &TESTED_BACKEND);
+        return run_tested(argc - 1, argv + 1);
     }
+#ifdef TEST_CUDA
+    char no_gpu[ERROR_SIZE];
+    if (gpu_open(no_gpu)) { fprintf(stderr, "test_sessa: %s\n", no_gpu); return 1; }
+#endif
     if (!realpath("/proc/self/exe", self) && !realpath(argv[0], self)) return 1;
     if (!getenv("OMP_WAIT_POLICY")) { // threads that spin at barriers starve each other on a busy machine; OpenMP reads
         setenv("OMP_WAIT_POLICY", "passive", 1); // this before main, so start again
         execv(self, argv);
     }
+#ifdef TEST_CUDA
+    gpu.precision = FP32; // 1e-4 in float32
+    dump_bound = 1e-4;
+#endif
     for (int i = 1; i < argc; i++) check_dump(argv[i]);
     if (argc == 1) {
         glob_t dumps;
         memset(&dumps, 0, sizeof(dumps));
         glob("data/ref_*.safetensors", 0, NULL, &dumps);
+#ifdef TEST_CUDA
+        test_cuda(&dumps);
+#endif
         test_numbers();
         test_matmul();
         test_attention();

@@ -28,6 +28,7 @@ What can fail takes a `char *error` and returns 0, or FAILED (WRONG_OPTION for w
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
@@ -1344,7 +1345,7 @@ typedef struct {
     Model *(*create)(const Config *config, int B, int T, Mode mode, char *error);
     void (*destroy)(Model *model);
     double (*bytes)(const Model *model);
-    real *(*read)(Model *model, Block block);  // the block's numbers in the host's memory, in the parameter table's order
+    real *(*read)(Model *model, Block block);  // the block's numbers, in the parameter table's order, in memory of their own
     void (*write)(Model *model, Block block);  // makes the numbers that stand there the model's
     double (*forward)(Model *model, const int *inputs, const int *targets, int B, int T, Dropout drop);
     void (*backward)(Model *model, double dloss);
@@ -1353,7 +1354,16 @@ typedef struct {
     void (*extend)(Model *model, const int *tokens, int n, int first, real *logits);
 } Backend;
 
-static double cpu_bytes(const Model *m) { return m->bytes; }
+static double cpu_bytes(const Model *m) { // what the process takes by now, data and program included: no step takes more
+    struct rusage usage;
+    getrusage(RUSAGE_SELF, &usage);
+#ifdef __APPLE__
+    double unit = 1;
+#else
+    double unit = 1024;
+#endif
+    return (double)usage.ru_maxrss * unit > m->bytes ? (double)usage.ru_maxrss * unit : m->bytes;
+}
 static real *cpu_read(Model *m, Block block) {
     return block == PARAMS ? m->params : block == GRADS ? m->grads : block == EXP_AVG ? m->exp_avg : m->exp_avg_sq;
 }
@@ -2135,17 +2145,23 @@ static int save_checkpoint(Run *run, const char *path, int resume, char *error) 
     int n_blocks = resume ? 3 : 1, n = 0, n_meta = 0, n_rows = run->table.n;
     FileTensor *tensors = (FileTensor *)calloc((size_t)(n_blocks * n_rows + 1), sizeof(FileTensor));
     char (*names)[96] = (char (*)[96])malloc((size_t)(n_blocks * n_rows) * 96), texts[N_OPTIONS][96];
-    float *numbers = (float *)malloc((size_t)n_blocks * (size_t)run->table.count * sizeof(float)), *number = numbers;
+    size_t count = (size_t)run->table.count;
+    float *numbers = (float *)malloc(sizeof(real) == sizeof(float) ? 1 : (size_t)n_blocks * count * sizeof(float));
     Meta meta[N_OPTIONS];
     int result = tensors && names && numbers ? 0 : fail(error, path, "cannot be written: out of memory");
     for (int block = 0; !result && block < n_blocks; block++) {
         const real *values = run->backend->read(run->model, blocks[block]);
+        const void *data = values; // written from where they are, unless they must be rounded first
+        if (sizeof(real) != sizeof(float)) {
+            data = numbers + (size_t)block * count;
+            for (size_t k = 0; k < count; k++) numbers[(size_t)block * count + k] = (float)values[k];
+        }
         for (int i = 0; i < n_rows; i++, n++) {
             const Tensor *row = &run->table.rows[i];
-            FileTensor t = {names[n], "F32", row->n_dims, {0}, row->count, (size_t)row->count * 4, (unsigned char *)number};
+            FileTensor t = {names[n], "F32", row->n_dims, {0}, row->count, (size_t)row->count * 4,
+                            (const unsigned char *)data + row->offset * 4};
             snprintf(names[n], 96, "%s%s", prefixes[block], row->name);
             memcpy(t.shape, row->shape, sizeof(row->shape));
-            for (int64_t k = 0; k < row->count; k++) *number++ = (float)values[row->offset + k];
             tensors[n] = t;
         }
     }

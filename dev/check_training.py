@@ -58,7 +58,7 @@ def train(model, tokens):
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad()
-        windows = torch.stack([tokens[i:i + T + 1] for i, _ in zip(start, range(o["batch"] * o["accum"]))])
+        windows = torch.stack([tokens[i:i + T + 1] for _, i in zip(range(o["batch"] * o["accum"]), start)])
         for micro, ids in enumerate(windows.split(o["batch"])):     # equal numbers of targets: the mean of means is the mean
             loss = model(ids[:, :-1], ids[:, 1:], micro_step=step * o["accum"] + micro)[1] / o["accum"]
             loss.backward()
