@@ -121,7 +121,6 @@ typedef struct { const real *at; ptrdiff_t row, col; } Matrix;
 
 static inline Matrix rows_of(const real *at, ptrdiff_t row) { Matrix m = {at, row, 1}; return m; }
 static inline Matrix transpose(Matrix a) { Matrix m = {a.at, a.col, a.row}; return m; }
-static inline Matrix columns_from(Matrix a, ptrdiff_t j) { Matrix m = {a.at + j * a.col, a.row, a.col}; return m; }
 
 // The register tile: TILE_ROWS × TILE_COLS sums, TILE_COLS two vectors wide, that stay in registers while k runs.
 #if defined(__AVX512F__)
@@ -245,18 +244,29 @@ static void matmul_share(real *out, ptrdiff_t ld, Matrix a, Matrix b, int M, int
         }                                                                               \
     } while (0)
 
-// The product with a single row, as in generation: bound by reading B once, so nothing is packed. N ≤ COLUMNS.
-enum { COLUMNS = 64 };
-static void row_product(real *out, Matrix a, Matrix b, int N, int K, real alpha, real beta, const real *bias) {
-    real sum[COLUMNS] = {0};
+// The product with a single row, as in generation: bound by reading B once, so nothing is packed. Here at most TILE_COLS
+// columns of it, a constant where it can be: the compiler keeps their sums in registers then.
+__attribute__((always_inline))
+static inline void row_product(real *out, Matrix a, Matrix b, int N, int K, real alpha, real beta, const real *bias) {
+    real sum[TILE_COLS] = {0};
     if (b.row == 1 && a.col == 1) {
         for (int j = 0; j < N; j++)
             for (int k = 0; k < K; k++) sum[j] += a.at[k] * b.at[j * b.col + k];
+    } else if (b.col == 1) {
+        for (int k = 0; k < K; k++)
+            for (int j = 0; j < N; j++) sum[j] += a.at[k * a.col] * b.at[k * b.row + j];
     } else {
         for (int k = 0; k < K; k++)
             for (int j = 0; j < N; j++) sum[j] += a.at[k * a.col] * b.at[k * b.row + j * b.col];
     }
     for (int j = 0; j < N; j++) out[j] = alpha * sum[j] + (beta == 0 ? 0 : beta * out[j]) + (bias ? bias[j] : 0);
+}
+
+static void row_strip(real *out, Matrix a, Matrix b, int N, int K, real alpha, real beta, const real *bias, int j0) {
+    Matrix strip = {b.at + j0 * b.col, b.row, b.col};
+    if (bias) bias += j0;
+    if (N - j0 >= TILE_COLS) row_product(out + j0, a, strip, TILE_COLS, K, alpha, beta, bias);
+    else row_product(out + j0, a, strip, N - j0, K, alpha, beta, bias);
 }
 
 // out = alpha·A·B + beta·out + bias: A (M,K), B (K,N), out (M,N) with `ld` elements from row to row, bias (N) or NULL.
@@ -272,9 +282,8 @@ static void matmul(real *out, ptrdiff_t ld, Matrix a, Matrix b, int M, int N, in
         return;
     }
     if (M == 1) {
-        FOR_ITEMS((int64_t)N * K > PARALLEL_WORK, (N + COLUMNS - 1) / COLUMNS,
-                  row_product(out + item * COLUMNS, a, columns_from(b, item * COLUMNS),
-                              min_int(COLUMNS, N - item * COLUMNS), K, alpha, beta, bias ? bias + item * COLUMNS : NULL));
+        FOR_ITEMS((int64_t)N * K > PARALLEL_WORK / 8, (N + TILE_COLS - 1) / TILE_COLS,
+                  row_strip(out, a, b, N, K, alpha, beta, bias, item * TILE_COLS));
         return;
     }
     if (omp_in_parallel() || (int64_t)M * N * K < PARALLEL_WORK) {
@@ -363,10 +372,12 @@ static void dropout(real *x, int64_t n, Dropout drop, int place) {
 
 // out[bt] = wte[inp[bt]]        inp (B,T) token ids, wte (V,D), out (B,T,D)
 static void embedding_forward(real *out, const int *inp, const real *wte, int B, int T, int D) {
-    #pragma omp parallel for
+    #pragma omp parallel for if (B * T > 1)
     for (int bt = 0; bt < B * T; bt++)
         memcpy(out + (size_t)bt * D, wte + (size_t)inp[bt] * D, sizeof(real) * (size_t)D);
 }
+
+enum { COLUMNS = 64 };
 
 // dwte[inp[bt]] += dout[bt]     Where rows are summed, here and below, a thread takes columns: a sum has one owner.
 static void embedding_backward(real *dwte, const real *dout, const int *inp, int B, int T, int D) {
@@ -381,7 +392,7 @@ static void embedding_backward(real *dwte, const real *dout, const int *inp, int
 // x, out (N,D), mean and rstd (N): kept for the backward pass, which needs no more than x beside them.
 static void layernorm_forward(real *out, real *mean, real *rstd, const real *x, const real *weight, const real *bias,
                               int N, int D) {
-    #pragma omp parallel for
+    #pragma omp parallel for if (N > 1)
     for (int n = 0; n < N; n++) {
         const real *row = x + (size_t)n * D;
         real sum = 0, squares = 0;
@@ -456,7 +467,7 @@ static void linear_backward(real *dinp, real *dweight, real *dbias, const real *
 
 // [11]  out = GELU(inp) = inp·Φ(inp), the exact one      inp: D of the ld columns of each of N rows, out (N,D)
 static void gelu_forward(real *out, const real *inp, int ld, int N, int D) {
-    #pragma omp parallel for
+    #pragma omp parallel for if (N > 1)
     for (int n = 0; n < N; n++)
         for (int i = 0; i < D; i++) {
             real x = inp[(size_t)n * ld + i];
@@ -490,7 +501,7 @@ static void rope_table(real *cosine, real *sine, int T, int d) {
 // the ld columns of N rows, of which row n stands at position first + n mod T. direction 1, or -1 to turn back.
 static void rope_forward(real *x, int ld, const real *cosine, const real *sine, int N, int T, int heads, int d,
                          int first, real direction) {
-    #pragma omp parallel for
+    #pragma omp parallel for if (N > 1)
     for (int n = 0; n < N; n++) {
         const real *c = cosine + (size_t)(first + n % T) * (d / 2), *s = sine + (size_t)(first + n % T) * (d / 2);
         for (int h = 0; h < heads; h++) {
@@ -556,6 +567,7 @@ static inline void softmax_columns(real *w, real *stats, int known, const real *
 
 static void softmax_block(real *w, real *stats, int known, const real *gain, int n, int seen, int cols, int m) {
     if (m == TILE_COLS) softmax_columns(w, stats, known, gain, n, seen, cols, TILE_COLS);
+    else if (n == 1) softmax_columns(w, stats, known, gain, 1, seen, cols, 1); // generation: one row, vectors along it
     else softmax_columns(w, stats, known, gain, n, seen, cols, m);
 }
 
@@ -649,7 +661,7 @@ static void attention_backward(real *dq, real *dk, real *dv, real *scratch, cons
 
 // [18]  gamma_t = gamma_max · tanh(x_t·weight + bias)       x (N,D), weight (D), bias (1), gamma (N), |gamma| < gamma_max
 static void gain_forward(real *gamma, const real *x, const real *weight, const real *bias, real gamma_max, int N, int D) {
-    #pragma omp parallel for
+    #pragma omp parallel for if (N > 1)
     for (int n = 0; n < N; n++) {
         real dot = bias[0];
         for (int i = 0; i < D; i++) dot += x[(size_t)n * D + i] * weight[i];
@@ -746,7 +758,7 @@ static void feedback_backward(real *df, real *dq, real *dk, real *dgamma, real *
 
 // [13]  out = s ⊙ g       s, out (N,D), g: D of the ld columns of each row
 static void gate_forward(real *out, const real *s, const real *g, int ld, int N, int D) {
-    #pragma omp parallel for
+    #pragma omp parallel for if (N > 1)
     for (int n = 0; n < N; n++)
         for (int i = 0; i < D; i++) out[(size_t)n * D + i] = s[(size_t)n * D + i] * g[(size_t)n * ld + i];
 }
@@ -764,7 +776,7 @@ static void gate_backward(real *ds, real *dg, const real *dout, const real *s, c
 
 // [13]  out = x + branch  (n). Its backward pass hands dout to both.
 static void residual_forward(real *out, const real *x, const real *branch, int64_t n) {
-    #pragma omp parallel for
+    #pragma omp parallel for if (n > PARALLEL_WORK / 16)
     for (int64_t i = 0; i < n; i++) out[i] = x[i] + branch[i];
 }
 
