@@ -1,13 +1,15 @@
 """Training steps of the C program and of PyTorch, side by side in alternating rounds, since a time on a shared machine means
 little and a ratio within one run means something.
 
-  dev/bench.py --threads 2 --rounds 3                  # all shapes
+  dev/bench.py --threads 2 --rounds 3                  # all shapes, and generation
   dev/bench.py --shapes 128,5,4,65,12,64 --no-compile  # D,L,H,V,B,T
+  dev/bench.py --shapes --generate 128,5,4 768,12,12   # generation alone: D,L,H
 
 A PyTorch step is forward, backward, clipping, fused AdamW and zero_grad; the C program's is what its log calls a step. The
 Transformer (gpt.py) has the width of the Sessa model and the depth whose parameters come closest. Shares are of the rate
-that PyTorch's float32 product of two 1536×1536 matrices attains here, and count 6·parameters + 12·T·D·L floating-point
-operations a token (6·T·D·L for the Transformer, which has one attention a layer).
+that a float32 product of two 1536×1536 matrices attains here, PyTorch's or ours (dev/profile.c), whichever is faster, and
+count 6·parameters + 12·T·D·L floating-point operations a token (6·T·D·L for the Transformer, which has one attention a
+layer). Generation is timed as what 500 tokens after a prompt of 500 take beyond the first one.
 """
 import argparse
 import json
@@ -22,7 +24,7 @@ import numpy as np
 import torch
 
 from gpt import GPT
-from sessa import Config, Sessa, configure_adamw
+from sessa import Config, Sessa, configure_adamw, generate, load_checkpoint
 
 SHAPES = "128,5,4,65,12,64 256,6,4,256,8,256 384,8,6,65,8,256 256,2,4,256,1,2048"
 SKIPPED = 3     # first steps of every run
@@ -38,7 +40,7 @@ def cpu_name():
 
 
 def product_rate(n=1536, repeats=5):
-    """GFLOP/s of a float32 product."""
+    """GFLOP/s of PyTorch's float32 product."""
     a, b = torch.randn(n, n), torch.randn(n, n)
     times = []
     for _ in range(repeats + 1):
@@ -46,6 +48,30 @@ def product_rate(n=1536, repeats=5):
         a @ b
         times.append(time.perf_counter() - start)
     return 2 * n**3 / statistics.median(times[1:]) / 1e9
+
+
+def read_rate(n=100_000_000):
+    """GB/s at which memory is read."""
+    a = torch.ones(n)
+    a.sum()
+    start = time.perf_counter()
+    a.sum()
+    return 4e-9 * n / (time.perf_counter() - start)
+
+
+def our_product_rate(root, threads):
+    """GFLOP/s of the C routine, printed by dev/profile.c; 0 where there is no compiler."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = os.path.join(folder, "profile")
+        command = [os.environ.get("CC", "cc"), "-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-fopenmp",
+                   os.path.join(root, "dev", "profile.c"), "-o", program, "-lm"]
+        try:
+            subprocess.run(command, check=True, capture_output=True)
+            out = subprocess.run([program, "64", "1", "2", "65", "1", "32"], env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+                                 check=True, capture_output=True, text=True).stdout
+            return float(out.split("product 1536^3:")[1].split()[0])
+        except (OSError, subprocess.CalledProcessError, IndexError):
+            return 0.0
 
 
 class TorchRun:
@@ -142,10 +168,44 @@ def measure(shape, o):
     return rows, statistics.median(rates)
 
 
+def generation(shape, o, root):
+    """Prints what a token costs, in C and in PyTorch, both with a cache that costs O(t·D)."""
+    D, L, H = shape
+    text = os.path.join(root, "data", "tinyshakespeare.txt")
+    text = text if os.path.exists(text) else os.path.join(root, "train_sessa.c")
+    with open(text, errors="replace") as file:
+        prompt = "".join(c for c in file.read(4000) if c.isascii())[:500]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(o.threads)}
+    times = {"C": ([], []), "PyTorch": ([], [])}    # of 1 and of 501 tokens
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = os.path.join(folder, "out.safetensors")
+        subprocess.run([o.program, "--data", text, "--dim", str(D), "--layers", str(L), "--heads", str(H), "--steps", "1", "--batch", "1",
+                        "--eval-every", "0", "--out", checkpoint], check=True, capture_output=True, env=environment)
+        model, _, _ = load_checkpoint(checkpoint)
+        ids = torch.tensor([[model.tokenizer.index(c) for c in prompt.encode()]])
+        rate = read_rate()
+        for _ in range(o.rounds):
+            for i, n in enumerate((1, 501)):
+                start = time.perf_counter()
+                subprocess.run([o.program, "--load", checkpoint, "--generate", str(n), "--prompt", prompt, "--window", "0"],
+                               check=True, stdout=subprocess.DEVNULL, env=environment)
+                times["C"][i].append(time.perf_counter() - start)
+                start = time.perf_counter()
+                generate(model, ids, n, window=0)
+                times["PyTorch"][i].append(time.perf_counter() - start)
+    # read for a token: the weights, and k, v, k', s of about 750 positions
+    gigabytes = 4e-9 * (sum(p.numel() for p in model.parameters()) + 750 * L * 4 * D)
+    token = {name: (statistics.median(long) - statistics.median(short)) / 500 for name, (short, long) in times.items()}
+    for name, t in token.items():
+        print(f"| D {D}, L {L}, H {H} | {name} | {1e3 * t:.3f} | {1 / t:,.0f} | {t / token['C']:.2f} | "
+              f"{100 * gigabytes / t / rate:.0f} % of {rate:.0f} GB/s |", flush=True)
+
+
 def main():
     root = os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=SHAPES.split(), help=f"D,L,H,V,B,T ... [{SHAPES}]")
+    parser.add_argument("--shapes", nargs="*", default=SHAPES.split(), help=f"D,L,H,V,B,T ... [{SHAPES}]")
+    parser.add_argument("--generate", nargs="*", default=["128,5,4", "768,12,12"], help="D,L,H ... [128,5,4 768,12,12]")
     parser.add_argument("--threads", type=int, default=2, help="of each program [2]")
     parser.add_argument("--rounds", type=int, default=3, help="[3]")
     parser.add_argument("--seconds", type=float, default=5, help="about, of a program in a round [5]")
@@ -156,17 +216,24 @@ def main():
         parser.error(f"{o.program} is not there: make train_sessa, or --program ''")
     torch.set_num_threads(o.threads)
     torch.manual_seed(0)
-    print(f"{cpu_name()}, {o.threads} threads, PyTorch {torch.__version__}, {o.rounds} rounds\n")
-    print("| shape | program | parameters | ms a step | tok/s | time / C's | share of the product rate |\n|---|---|---|---|---|---|---|")
+    ours = our_product_rate(root, o.threads)
+    print(f"{cpu_name()}, {o.threads} threads, PyTorch {torch.__version__}, {o.rounds} rounds; product: ours {ours:.0f} GFLOP/s\n")
+    if o.shapes:
+        print("| shape | program | parameters | ms a step | tok/s | time / C's | share of the product rate |\n|---|---|---|---|---|---|---|")
     for text in o.shapes:
         shape = D, L, H, V, B, T = tuple(int(n) for n in text.split(","))
         rows, rate = measure(shape, o)
+        rate = max(rate, ours)
         base = statistics.median(rows["C"][3]) if "C" in rows else None
         for name, (parameters, layers, attentions, times) in rows.items():
             ms = statistics.median(times)
             work = (6 * parameters + 6 * attentions * T * D * layers) * B * T
             print(f"| D {D}, L {layers}, H {H}, V {V}, B {B}, T {T} | {name} | {parameters / 1e6:.2f}M | {ms:.1f} | {1e3 * B * T / ms:,.0f} | "
                   f"{f'{ms / base:.2f}' if base else ''} | {100 * work / (1e6 * ms) / rate:.0f} % of {rate:.0f} GFLOP/s |", flush=True)
+    if o.generate and o.program:
+        print("\n| generation | program | ms a token | tok/s | time / C's | share of the rate at which memory is read |\n|---|---|---|---|---|---|")
+        for text in o.generate:
+            generation(tuple(int(n) for n in text.split(",")), o, root)
 
 
 if __name__ == "__main__":
