@@ -40,6 +40,7 @@ static double product_rate(void) {
 }
 
 int main(int argc, char **argv) {
+    (void)run_program; // only its layers are wanted here
     int shape[6] = {128, 5, 4, 65, 12, 64};
     for (int i = 0; i < 6 && i + 1 < argc; i++) shape[i] = atoi(argv[i + 1]);
     int D = shape[0], L = shape[1], H = shape[2], V = shape[3], B = shape[4], T = shape[5], N = B * T, d = D / H, E = 5 * D;
