@@ -2008,7 +2008,7 @@ static const Option option_table[] = {
     {TRAINING, "steps", "steps", INTEGER, FIELD(steps), "2000", 0, 1e12, "updates of the weights"},
     {TRAINING, "batch", "batch", INTEGER, FIELD(batch), "12", 1, 1 << 20, "sequences of a micro-batch"},
     {TRAINING, "accum", "accum", INTEGER, FIELD(accum), "1", 1, 1 << 20, "micro-batches of a step"},
-    {TRAINING, "lr", "lr", NUMBER, FIELD(lr), "3e-3", 0, 1e3, "learning rate"},
+    {TRAINING, "lr", "lr", NUMBER, FIELD(lr), "2e-3", 0, 1e3, "learning rate"},
     {TRAINING, "min-lr", "min_lr", NUMBER, FIELD(min_lr), NULL, 0, 1e3, "learning rate at the schedule's end (else lr/10)"},
     {TRAINING, "warmup", "warmup", INTEGER, FIELD(warmup), "100", 0, 1e12, "steps of linear warm-up"},
     {TRAINING, "decay-steps", "decay_steps", INTEGER, FIELD(decay_steps), NULL, 1, 1e12, "length of the schedule (else --steps)"},
