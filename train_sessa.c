@@ -157,10 +157,12 @@ static inline void pack(real *packed, int width, const real *at, ptrdiff_t strid
                 packed[k * width + r] = at[r * stride_r + k * stride_k];
 }
 
-// sum[i·TILE_COLS + j] = Σ_k A[i][k] · b[k·TILE_COLS + j] for i < rows, a constant; A as it lies in memory, b packed.
-// Three rows share a base address, for want of registers that hold twelve.
+// out[i][j] = alpha · Σ_k A[i][k]·b[k·TILE_COLS + j] + keep · out[i][j] + add[j] for i < rows, a constant, and
+// j < TILE_COLS; out of rows ld apart, A as it lies in memory, b packed, add or NULL. Three rows of A share a base
+// address, for want of registers that hold twelve.
 __attribute__((always_inline))
-static inline void tile_product(real *sum, Matrix a, const real *b, int K, const int rows) {
+static inline void tile_product(real *out, ptrdiff_t ld, Matrix a, const real *b, int K, real alpha, real keep,
+                                const real *add, const int rows) {
     Vector zero = {0}, left[TILE_ROWS], right[TILE_ROWS];
     const real *base[TILE_ROWS / 3 + 1];
     for (int i = 0; i < rows; i++) left[i] = right[i] = zero;
@@ -176,19 +178,18 @@ static inline void tile_product(real *sum, Matrix a, const real *b, int K, const
 #pragma GCC unroll 4
         for (int i = 0; i < rows; i += 3) base[i / 3] += a.col;
     }
+    Vector add_left = add ? *(const Vector *)add : zero, add_right = add ? *(const Vector *)(add + LANES) : zero;
+#pragma GCC unroll 12
     for (int i = 0; i < rows; i++) {
-        *(Vector *)(sum + i * TILE_COLS) = left[i];
-        *(Vector *)(sum + i * TILE_COLS + LANES) = right[i];
-    }
-}
-
-// out = alpha·sum + keep·out + add for the m × n numbers of one tile
-static inline void store_tile(real *out, ptrdiff_t ld, const real *sum, int m, int n, real alpha, real keep,
-                              const real *add) {
-    for (int i = 0; i < m; i++, out += ld, sum += TILE_COLS) {
-        if (keep == 0) for (int j = 0; j < n; j++) out[j] = alpha * sum[j];
-        else for (int j = 0; j < n; j++) out[j] = keep * out[j] + alpha * sum[j];
-        if (add) for (int j = 0; j < n; j++) out[j] += add[j];
+        Vector *to_left = (Vector *)(out + i * ld), *to_right = (Vector *)(out + i * ld + LANES);
+        left[i] = alpha * left[i] + add_left;
+        right[i] = alpha * right[i] + add_right;
+        if (keep != 0) {
+            left[i] += keep * *to_left;
+            right[i] += keep * *to_right;
+        }
+        *to_left = left[i];
+        *to_right = right[i];
     }
 }
 
@@ -197,9 +198,8 @@ static inline void store_tile(real *out, ptrdiff_t ld, const real *sum, int m, i
 // thread takes a tile changes no sum: the bits do not depend on the number of threads.
 static void matmul_share(real *out, ptrdiff_t ld, Matrix a, Matrix b, int M, int N, int K, real alpha, real beta,
                          const real *bias, real *packed, int thread, int threads) {
-    real sum[TILE_ROWS * TILE_COLS] __attribute__((aligned(64)));
-    real edge[LOW_ROWS * BLOCK_K]; // the last rows of A, filled up with zeros to a low tile
-    int high = M / TILE_ROWS, row_tiles = high + (M % TILE_ROWS + LOW_ROWS - 1) / LOW_ROWS;
+    real edge[LOW_ROWS * BLOCK_K], sum[TILE_ROWS * TILE_COLS], zeros[TILE_COLS] = {0};
+    int high = M / TILE_ROWS, low = (M % TILE_ROWS + LOW_ROWS - 1) / LOW_ROWS; // rows of tiles, a low one a third of the work
     for (int n0 = 0; n0 < N; n0 += BLOCK_N)
         for (int k0 = 0; k0 == 0 || k0 < K; k0 += BLOCK_K) {
             int block_n = min_int(BLOCK_N, N - n0), block_k = min_int(BLOCK_K, K - k0);
@@ -210,23 +210,32 @@ static void matmul_share(real *out, ptrdiff_t ld, Matrix a, Matrix b, int M, int
             if (threads > 1) {
                 #pragma omp barrier
             }
-            int64_t tiles = (int64_t)row_tiles * strips;
-            for (int64_t tile = tiles * thread / threads; tile < tiles * (thread + 1) / threads; tile++) {
-                int row_tile = (int)(tile / strips), j0 = (int)(tile % strips) * TILE_COLS;
-                int i0 = min_int(row_tile, high) * TILE_ROWS + (row_tile > high ? row_tile - high : 0) * LOW_ROWS;
-                int m = row_tile < high ? (int)TILE_ROWS : min_int(LOW_ROWS, M - i0), n = min_int(TILE_COLS, block_n - j0);
+            int64_t full = (int64_t)high * strips, work = 3 * full + (int64_t)low * strips;
+            int64_t from = work * thread / threads, to = work * (thread + 1) / threads;
+            from = from < 3 * full ? from / 3 : from - 2 * full;
+            to = to < 3 * full ? to / 3 : to - 2 * full;
+            for (int64_t tile = from; tile < to; tile++) {
+                int tile_row = (int)(tile / strips), j0 = (int)(tile % strips) * TILE_COLS, is_high = tile_row < high;
+                int i0 = is_high ? tile_row * TILE_ROWS : high * TILE_ROWS + (tile_row - high) * LOW_ROWS;
+                int m = is_high ? (int)TILE_ROWS : min_int(LOW_ROWS, M - i0), n = min_int(TILE_COLS, block_n - j0);
                 Matrix rows = {a.at + i0 * a.row + k0 * a.col, a.row, a.col};
-                if (m < LOW_ROWS) {
+                if (m < LOW_ROWS) { // the last rows of A, filled up with zeros
                     pack(edge, LOW_ROWS, rows.at, a.row, a.col, m, block_k);
                     Matrix filled = {edge, 1, LOW_ROWS};
                     rows = filled;
                 }
-                if (row_tile < high) tile_product(sum, rows, packed + j0 * block_k, block_k, TILE_ROWS);
-                else tile_product(sum, rows, packed + j0 * block_k, block_k, LOW_ROWS);
-                const real *add = bias && k0 == 0 ? bias + n0 + j0 : NULL;
-                real *to = out + i0 * ld + n0 + j0, keep = k0 ? 1 : beta;
-                if (n == TILE_COLS) store_tile(to, ld, sum, m, TILE_COLS, alpha, keep, add); // for the compiler
-                else store_tile(to, ld, sum, m, n, alpha, keep, add);
+                const real *strip = packed + j0 * block_k, *add = bias && k0 == 0 ? bias + n0 + j0 : zeros;
+                real *tile_out = out + i0 * ld + n0 + j0, keep = k0 ? 1 : beta;
+                if (is_high && n == TILE_COLS) tile_product(tile_out, ld, rows, strip, block_k, alpha, keep, add, TILE_ROWS);
+                else if (m == LOW_ROWS && n == TILE_COLS)
+                    tile_product(tile_out, ld, rows, strip, block_k, alpha, keep, add, LOW_ROWS);
+                else { // a tile that reaches over the edge, by way of a whole one
+                    if (is_high) tile_product(sum, TILE_COLS, rows, strip, block_k, alpha, 0, NULL, TILE_ROWS);
+                    else tile_product(sum, TILE_COLS, rows, strip, block_k, alpha, 0, NULL, LOW_ROWS);
+                    for (int i = 0; i < m; i++)
+                        for (int j = 0; j < n; j++)
+                            tile_out[i * ld + j] = sum[i * TILE_COLS + j] + add[j] + (keep == 0 ? 0 : keep * tile_out[i * ld + j]);
+                }
             }
             if (threads > 1) {
                 #pragma omp barrier
@@ -303,17 +312,17 @@ static void matmul(real *out, ptrdiff_t ld, Matrix a, Matrix b, int M, int N, in
 enum { PANEL_MAX = 64 };
 static void solve_strip(real *x, ptrdiff_t ld, Matrix N, int n, int width) {
     real strip[PANEL_MAX * TILE_COLS] __attribute__((aligned(64)));
-    real sum[LOW_ROWS * TILE_COLS] __attribute__((aligned(64)));
     for (int t = 0; t < n; t++)
         for (int i = 0; i < TILE_COLS; i++) strip[t * TILE_COLS + i] = i < width ? x[t * ld + i] : 0;
     for (int t0 = 0; t0 < n; t0 += LOW_ROWS) {
         int rows = min_int(LOW_ROWS, n - t0);
         Matrix earlier = {N.at + t0 * N.row, N.row, N.col};
-        if (rows == LOW_ROWS) tile_product(sum, earlier, strip, t0, LOW_ROWS);
-        else for (int r = 0; r < rows; r++, earlier.at += N.row) tile_product(sum + r * TILE_COLS, earlier, strip, t0, 1);
-        for (int r = 0; r < rows; r++) {
-            real *row = strip + (t0 + r) * TILE_COLS;
-            for (int i = 0; i < TILE_COLS; i++) row[i] += sum[r * TILE_COLS + i];
+        real *row = strip + t0 * TILE_COLS;
+        if (rows == LOW_ROWS) tile_product(row, TILE_COLS, earlier, strip, t0, 1, 1, NULL, LOW_ROWS);
+        else for (int r = 0; r < rows; r++, earlier.at += N.row)
+            tile_product(row + r * TILE_COLS, TILE_COLS, earlier, strip, t0, 1, 1, NULL, 1);
+        for (int r = 1; r < rows; r++) {
+            row += TILE_COLS;
             for (int q = 0; q < r; q++) {
                 real weight = N.at[(t0 + r) * N.row + (t0 + q) * N.col];
                 for (int i = 0; i < TILE_COLS; i++) row[i] += weight * strip[(t0 + q) * TILE_COLS + i];
@@ -1151,10 +1160,10 @@ static void *allocate(int64_t count, size_t size, int *whole) {
     enum { HUGE_PAGE = 1 << 21 };
     void *memory = NULL;
     size_t bytes = count < 0 || !*whole ? 0 : ((size_t)count + 1) * size;
-    *whole = bytes && !posix_memalign(&memory, bytes < 4 * HUGE_PAGE ? 64 : HUGE_PAGE, bytes);
+    *whole = bytes && !posix_memalign(&memory, bytes < HUGE_PAGE ? 64 : HUGE_PAGE, bytes);
     if (!*whole) return NULL;
 #ifdef MADV_HUGEPAGE
-    if (bytes >= 4 * HUGE_PAGE) madvise(memory, bytes, MADV_HUGEPAGE);
+    if (bytes >= HUGE_PAGE) madvise(memory, bytes, MADV_HUGEPAGE);
 #endif
     return memset(memory, 0, bytes);
 }
