@@ -23,6 +23,20 @@ test_sessa: test_sessa.c train_sessa.c
 test_sessa64: test_sessa.c train_sessa.c
 	$(CC) $(CFLAGS) $(OPENMP) $(WARNINGS) -DREAL=double $< -o $@ $(LDLIBS)
 
+# CUDA: the card's own architecture where there is one
+NVCC ?= nvcc
+CUDA_ARCH ?= $(or $(subst sm_90,sm_90a,$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sed -n '1s/^\([0-9]*\)\.\([0-9]*\).*/sm_\1\2/p')),sm_90a)
+NVCCFLAGS ?= -O3 -arch=$(CUDA_ARCH) -diag-suppress 1675 -Xcompiler "$(CFLAGS) $(OPENMP) $(WARNINGS)"
+
+train_sessacu: train_sessa.cu train_sessa.c
+	$(NVCC) $(NVCCFLAGS) $< -o $@ -lcublasLt
+
+test_sessacu: test_sessa.c train_sessa.cu train_sessa.c
+	$(NVCC) $(NVCCFLAGS) -DTEST_CUDA -x cu $< -o $@ -lcublasLt
+
+testcu: test_sessacu train_sessacu
+	./test_sessacu
+
 train: train_sessa
 	@if sh data/tinyshakespeare.sh; then text=data/tinyshakespeare.txt; \
 	else echo "training on train_sessa.c instead"; text=train_sessa.c; fi; \

@@ -1,0 +1,2437 @@
+/*
+The CUDA twin of train_sessa.c: the same layers in the same order, name_gpu for name, on one GPU. All that is no layer
+(files, data, training loop, command line) is taken from train_sessa.c itself, which this file includes.
+
+    train_sessacu --precision bf16     bfloat16 operands, the default
+    train_sessacu --precision tf32     float32 numbers, products on TensorFloat-32 tensor cores
+    train_sessacu --precision fp32     float32 throughout: follows the CPU
+
+X is the type of what products read and of the activations kept for the backward pass: bf16, or float. In float32 always:
+the parameters and their moments and gradients, the residual stream, the softmax's statistics, sums within products, the
+right-hand sides of the feedback system. Layers take the arguments of their C functions and a stream. Everything is
+deterministic: no atomics, every sum in a fixed order, products chosen by cuBLASLt's heuristic and never by timing.
+*/
+#include <cublasLt.h>
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+#include <initializer_list>
+#ifndef SESSA_NO_MAIN
+#define SESSA_NO_MAIN
+#define SESSA_CUDA_MAIN
+#endif
+#include "train_sessa.c"
+
+static_assert(sizeof(real) == sizeof(float), "the CUDA twin is float32 and bf16");
+typedef __nv_bfloat16 bf16;
+
+// ----------------------------------------------------------------------------
+// errors, the device, numbers of either type
+
+typedef enum { FP32, TF32, BF16 } Precision;
+static const char *const precision_names[] = {"fp32", "tf32", "bf16"};
+
+// A matrix product that has been asked for before: its shape, and how cuBLASLt does it.
+typedef struct {
+    int M, N, K, batch, a_transposed, b_transposed, biased, tf32, in_bytes, out_bytes, a_align, b_align, out_align,
+        unused;
+    int64_t a_ld, b_ld, out_ld, a_step, b_step, out_step;
+} ProductKey;
+typedef struct {
+    ProductKey key;
+    int known, plain; // plain: cuBLASLt has nothing for it
+    cublasLtMatmulDesc_t operation;
+    cublasLtMatrixLayout_t a, b, out;
+    cublasLtMatmulAlgo_t algo;
+} Product;
+
+enum { WORKSPACE = 32 << 20, N_PRODUCTS = 1 << 13 };
+static struct {
+    Precision precision;
+    int ready;
+    cudaStream_t stream;
+    cublasLtHandle_t lt;
+    char *workspace; // for cuBLASLt and for sums over rows, one at a time in the order of the stream
+} gpu = {BF16, 0, NULL, NULL, NULL};
+static Product products[N_PRODUCTS]; // each at its key's hash, until another takes its place
+
+// What fails here is a broken machine or a broken program: one line, exit code 1.
+static void cuda_check(cudaError_t code, const char *what, int line) {
+    if (code == cudaSuccess) return;
+    fprintf(stderr, "train_sessa: CUDA: %s (%s, line %d)\n", cudaGetErrorString(code), what, line);
+    exit(1);
+}
+static void lt_check(cublasStatus_t code, const char *what, int line) {
+    if (code == CUBLAS_STATUS_SUCCESS) return;
+    fprintf(stderr, "train_sessa: cuBLASLt: status %d (%s, line %d)\n", (int)code, what, line);
+    exit(1);
+}
+#define CUDA(call) cuda_check(call, #call, __LINE__)
+#define LT(call) lt_check(call, #call, __LINE__)
+#define LAUNCH(kernel, grid, block, shared, stream, ...) do {   \
+        kernel<<<grid, block, shared, stream>>>(__VA_ARGS__);   \
+        cuda_check(cudaGetLastError(), #kernel, __LINE__);      \
+    } while (0)
+
+// Opens the device once. FAILED and a line in error if there is none.
+static int gpu_open(char *error) {
+    if (gpu.ready) return 0;
+    int devices = 0;
+    cudaError_t code = cudaGetDeviceCount(&devices);
+    if (code != cudaSuccess || devices == 0)
+        return fail(error, NULL, "no CUDA device: %s", code == cudaSuccess
+                    ? "none is there" : cudaGetErrorString(code));
+    if ((code = cudaSetDevice(0)) != cudaSuccess || (code = cudaStreamCreate(&gpu.stream)) != cudaSuccess)
+        return fail(error, NULL, "the CUDA device cannot be used: %s", cudaGetErrorString(code));
+    if (cublasLtCreate(&gpu.lt) != CUBLAS_STATUS_SUCCESS) return fail(error, NULL, "cuBLASLt cannot be started");
+    if ((code = cudaMalloc((void **)&gpu.workspace, WORKSPACE)) != cudaSuccess)
+        return fail(error, NULL, "no %d MiB of workspace: %s", WORKSPACE >> 20, cudaGetErrorString(code));
+    CUDA(cudaMemset(gpu.workspace, 0, WORKSPACE));
+    gpu.ready = 1;
+    return 0;
+}
+
+static inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+__device__ static inline float get(float x) { return x; }
+__device__ static inline float get(bf16 x) { return __bfloat162float(x); }
+template <typename X> __device__ inline X to(float x);
+template <> __device__ inline float to<float>(float x) { return x; }
+template <> __device__ inline bf16 to<bf16>(float x) { return __float2bfloat16(x); }
+
+// V neighbours at once: 8 of them, 16 or 32 bytes, where everything is aligned, else 1.
+template <int V> __device__ inline void read_some(float v[V], const float *at) {
+    if constexpr (V == 1) v[0] = *at;
+    else for (int i = 0; i < V; i += 4) {
+        float4 four = *(const float4 *)(at + i);
+        v[i] = four.x; v[i + 1] = four.y; v[i + 2] = four.z; v[i + 3] = four.w;
+    }
+}
+template <int V> __device__ inline void read_some(float v[V], const bf16 *at) {
+    if constexpr (V == 1) v[0] = get(*at);
+    else {
+        union { uint4 whole; unsigned short part[8]; } u;
+        u.whole = *(const uint4 *)at;
+        for (int i = 0; i < V; i++) v[i] = __uint_as_float((uint32_t)u.part[i] << 16);
+    }
+}
+template <int V> __device__ inline void write_some(float *at, const float v[V]) {
+    if constexpr (V == 1) *at = v[0];
+    else for (int i = 0; i < V; i += 4) *(float4 *)(at + i) = make_float4(v[i], v[i + 1], v[i + 2], v[i + 3]);
+}
+__device__ static inline uint32_t pack_two(float low, float high) {
+    __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *(uint32_t *)&pair;
+}
+template <int V> __device__ inline void write_some(bf16 *at, const float v[V]) {
+    if constexpr (V == 1) *at = to<bf16>(v[0]);
+    else *(uint4 *)at = make_uint4(pack_two(v[0], v[1]), pack_two(v[2], v[3]), pack_two(v[4], v[5]),
+                                   pack_two(v[6], v[7]));
+}
+static int wide(std::initializer_list<int64_t> strides, std::initializer_list<const void *> pointers) {
+    int ok = 1;
+    for (int64_t stride : strides) ok &= stride % 8 == 0;
+    for (const void *pointer : pointers) ok &= (uintptr_t)pointer % 16 == 0;
+    return ok;
+}
+
+// Element by element: f.run<V>(n, i) does the numbers i .. i+V-1 of row n. A thread takes one such piece.
+template <int V, typename F> __global__ void each_kernel(F f, unsigned rows, unsigned pieces) {
+    unsigned item = blockIdx.x * blockDim.x + threadIdx.x; // there are fewer than 2^32 pieces
+    if (item >= rows * pieces) return;
+    f.template run<V>((int)(item / pieces), (int)(item % pieces) * V);
+}
+template <typename F> static void each(F f, int64_t rows, int width, int in_eights, cudaStream_t stream) {
+    int pieces = in_eights ? width / 8 : width;
+    unsigned blocks = (unsigned)((rows * pieces + 255) / 256);
+    if (blocks == 0) return;
+    if (in_eights) LAUNCH((each_kernel<8, F>), blocks, 256, 0, stream, f, (unsigned)rows, (unsigned)pieces);
+    else LAUNCH((each_kernel<1, F>), blocks, 256, 0, stream, f, (unsigned)rows, (unsigned)pieces);
+}
+
+// Sums and maxima over a block, the same on all threads; the order is fixed. shared: 32 numbers.
+__device__ static inline float warp_sum(float x) {
+    for (int lane = 16; lane; lane /= 2) x += __shfl_xor_sync(~0u, x, lane);
+    return x;
+}
+__device__ static inline float warp_max(float x) {
+    for (int lane = 16; lane; lane /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, lane));
+    return x;
+}
+__device__ static inline float block_sum(float x, float *shared) {
+    int warps = blockDim.x / 32;
+    x = warp_sum(x);
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
+    __syncthreads();
+    float sum = 0;
+    for (int w = 0; w < warps; w++) sum += shared[w];
+    return sum;
+}
+__device__ static inline float block_max(float x, float *shared) {
+    int warps = blockDim.x / 32;
+    x = warp_max(x);
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
+    __syncthreads();
+    float max = shared[0];
+    for (int w = 1; w < warps; w++) max = fmaxf(max, shared[w]);
+    return max;
+}
+
+// out[i] += Σ_n f.at(n, i) for two sums at a time (out2 NULL: one). First a block takes 32 columns of a chunk of the
+// rows, thread (x, y) the rows y, y+8, ... of column x; then a thread takes a column and adds up the chunks.
+enum { CHUNKS = 128 };
+template <typename F> __global__ void column_sums_kernel(float2 *partial, F f, int N, int width) {
+    __shared__ float2 sums[8][32];
+    int i = blockIdx.x * 32 + threadIdx.x, from = (int)((int64_t)N * blockIdx.y / gridDim.y),
+        end = (int)((int64_t)N * (blockIdx.y + 1) / gridDim.y);
+    float2 sum = {0, 0};
+    if (i < width)
+        for (int n = from + threadIdx.y; n < end; n += 8) {
+            float2 value = f.at(n, i);
+            sum.x += value.x;
+            sum.y += value.y;
+        }
+    sums[threadIdx.y][threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.y || i >= width) return;
+    for (int y = 1; y < 8; y++) { sum.x += sums[y][threadIdx.x].x; sum.y += sums[y][threadIdx.x].y; }
+    partial[(size_t)blockIdx.y * width + i] = sum;
+}
+__global__ static void add_chunks_kernel(float *out, float *out2, const float2 *partial, int chunks, int width) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= width) return;
+    float2 sum = {0, 0};
+    for (int c = 0; c < chunks; c++) { sum.x += partial[(size_t)c * width + i].x;
+                                       sum.y += partial[(size_t)c * width + i].y; }
+    out[i] += sum.x;
+    if (out2) out2[i] += sum.y;
+}
+template <typename F> static void column_sums(float *out, float *out2, F f, int N, int width, cudaStream_t stream) {
+    int chunks = min_int(CHUNKS, (N + 31) / 32);
+    while (chunks > 1 && (size_t)chunks * (size_t)width * sizeof(float2) > WORKSPACE) chunks /= 2;
+    LAUNCH(column_sums_kernel<F>, dim3((width + 31) / 32, chunks), dim3(32, 8), 0, stream, (float2 *)gpu.workspace, f,
+           N, width);
+    LAUNCH(add_chunks_kernel, (width + 127) / 128, 128, 0, stream, out, out2, (const float2 *)gpu.workspace, chunks,
+           width);
+}
+
+// ----------------------------------------------------------------------------
+// the matrix product, the one routine under every layer
+
+// Element (i, j) of matrix number b is at[b·step + i·row + j·col]; one of the strides row and col is 1.
+template <typename X> struct MatrixGPU { const X *at; int64_t row, col, step; };
+template <typename X>
+static MatrixGPU<X> rows_of_gpu(const X *at, int64_t row, int64_t step = 0) { return {at, row, 1, step}; }
+template <typename X> static MatrixGPU<X> transpose_gpu(MatrixGPU<X> a) { return {a.at, a.col, a.row, a.step}; }
+
+// Where a product goes: rows of `row` numbers, the next matrix `step` further.
+template <typename O> struct MatrixOut { O *at; int64_t row, step; };
+template <typename O> static MatrixOut<O> into(O *at, int64_t row, int64_t step = 0) { return {at, row, step}; }
+
+// For shapes and alignments that cuBLASLt refuses: a thread takes one element of out.
+template <typename O, typename X>
+__global__ void product_kernel(MatrixOut<O> out, MatrixGPU<X> a, MatrixGPU<X> b, int M, int N, int K, float alpha,
+                               float beta, const O *bias) {
+    int64_t item = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (item >= (int64_t)M * N) return;
+    int m = (int)(item / N), n = (int)(item % N);
+    const X *row = a.at + blockIdx.y * a.step + m * a.row, *col = b.at + blockIdx.y * b.step + n * b.col;
+    O *at = out.at + blockIdx.y * out.step + m * out.row + n;
+    float sum = 0;
+    for (int k = 0; k < K; k++) sum += get(row[k * a.col]) * get(col[k * b.row]);
+    *at = to<O>(alpha * sum + (beta == 0 ? 0 : beta * get(*at)) + (bias ? get(bias[n]) : 0));
+}
+
+static int alignment(const void *pointer, int64_t step_bytes) {
+    uintptr_t bits = (uintptr_t)pointer | (uintptr_t)step_bytes | 256;
+    return (int)(bits & (~bits + 1));
+}
+
+static cublasLtMatrixLayout_t layout_of(int bytes, int64_t rows, int64_t cols, int64_t ld, int batch, int64_t step) {
+    cublasLtMatrixLayout_t layout;
+    LT(cublasLtMatrixLayoutCreate(&layout, bytes == 2 ? CUDA_R_16BF : CUDA_R_32F, (uint64_t)rows, (uint64_t)cols, ld));
+    LT(cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &batch, sizeof(batch)));
+    LT(cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &step, sizeof(step)));
+    return layout;
+}
+
+// The first algorithm of cuBLASLt's heuristic for this shape. It thinks in columns, out^T = B^T·A^T: its A is our B.
+static void product_forget(Product *p) {
+    if (!p->known || p->plain) return;
+    LT(cublasLtMatrixLayoutDestroy(p->a));
+    LT(cublasLtMatrixLayoutDestroy(p->b));
+    LT(cublasLtMatrixLayoutDestroy(p->out));
+    LT(cublasLtMatmulDescDestroy(p->operation));
+}
+static void describe(Product *p, cublasLtMatmulDescAttributes_t what, const void *value, size_t size) {
+    LT(cublasLtMatmulDescSetAttribute(p->operation, what, value, size));
+}
+static void prefer(cublasLtMatmulPreference_t preference, cublasLtMatmulPreferenceAttributes_t what, uint64_t value) {
+    uint32_t narrow = (uint32_t)value;
+    if (what == CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES)
+        LT(cublasLtMatmulPreferenceSetAttribute(preference, what, &value, sizeof(value)));
+    else LT(cublasLtMatmulPreferenceSetAttribute(preference, what, &narrow, sizeof(narrow)));
+}
+static void product_prepare(Product *p, const ProductKey *k) {
+    int left_t = k->b_transposed, right_t = k->a_transposed, found = 0;
+    cublasOperation_t left = left_t ? CUBLAS_OP_T : CUBLAS_OP_N, right = right_t ? CUBLAS_OP_T : CUBLAS_OP_N;
+    cublasLtEpilogue_t epilogue = k->biased ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
+    cublasComputeType_t compute = k->tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F;
+    cublasLtMatmulPreference_t preference;
+    cublasLtMatmulHeuristicResult_t result;
+    product_forget(p);
+    memset(p, 0, sizeof(*p));
+    p->key = *k;
+    p->known = 1;
+    LT(cublasLtMatmulDescCreate(&p->operation, compute, CUDA_R_32F));
+    describe(p, CUBLASLT_MATMUL_DESC_TRANSA, &left, sizeof(left));
+    describe(p, CUBLASLT_MATMUL_DESC_TRANSB, &right, sizeof(right));
+    describe(p, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof(epilogue));
+    p->a = layout_of(k->in_bytes, left_t ? k->K : k->N, left_t ? k->N : k->K, k->b_ld, k->batch, k->b_step);
+    p->b = layout_of(k->in_bytes, right_t ? k->M : k->K, right_t ? k->K : k->M, k->a_ld, k->batch, k->a_step);
+    p->out = layout_of(k->out_bytes, k->N, k->M, k->out_ld, k->batch, k->out_step);
+    LT(cublasLtMatmulPreferenceCreate(&preference));
+    prefer(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, WORKSPACE);
+    prefer(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE);
+    prefer(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, (uint64_t)k->b_align);
+    prefer(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, (uint64_t)k->a_align);
+    prefer(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, (uint64_t)k->out_align);
+    prefer(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, (uint64_t)k->out_align);
+    cublasStatus_t code = cublasLtMatmulAlgoGetHeuristic(gpu.lt, p->operation, p->a, p->b, p->out, p->out, preference,
+                                                         1, &result, &found);
+    LT(cublasLtMatmulPreferenceDestroy(preference));
+    if (code == CUBLAS_STATUS_SUCCESS && found) p->algo = result.algo;
+    else {
+        product_forget(p);
+        p->plain = 1;
+    }
+}
+
+// out = alpha·A·B + beta·out + bias for each of `batch` matrices: A (M,K), B (K,N), out (M,N), bias (N) or NULL.
+// beta 0 overwrites. Sums are in float32.
+template <typename O, typename X>
+static void matmul_gpu(MatrixOut<O> out, MatrixGPU<X> a, MatrixGPU<X> b, int M, int N, int K, float alpha, float beta,
+                       int batch, cudaStream_t stream, const O *bias = NULL) {
+    if (M <= 0 || N <= 0 || batch <= 0) return;
+    ProductKey key;
+    memset(&key, 0, sizeof(key));
+    key.M = M; key.N = N; key.K = K; key.batch = batch;
+    key.a_transposed = a.col != 1; key.b_transposed = b.col != 1;
+    key.biased = bias != NULL; key.tf32 = gpu.precision == TF32;
+    key.in_bytes = sizeof(X); key.out_bytes = sizeof(O);
+    key.a_ld = a.col == 1 ? a.row : a.col; key.b_ld = b.col == 1 ? b.row : b.col; key.out_ld = out.row;
+    if (batch > 1) { key.a_step = a.step; key.b_step = b.step; key.out_step = out.step; }
+    key.a_align = alignment(a.at, key.a_step * (int64_t)sizeof(X));
+    key.b_align = alignment(b.at, key.b_step * (int64_t)sizeof(X));
+    key.out_align = alignment(out.at, key.out_step * (int64_t)sizeof(O));
+    uint64_t hash = 0;
+    for (size_t i = 0; i < sizeof(key) / 8; i++) hash = splitmix64(hash ^ ((const uint64_t *)(const void *)&key)[i]);
+    Product *p = &products[hash % N_PRODUCTS];
+    if (!p->known || memcmp(&p->key, &key, sizeof(key))) product_prepare(p, &key);
+    if (p->plain) {
+        LAUNCH((product_kernel<O, X>), dim3((unsigned)(((int64_t)M * N + 127) / 128), (unsigned)batch), 128, 0, stream,
+               out, a, b, M, N, K, alpha, beta, bias);
+        return;
+    }
+    if (bias) LT(cublasLtMatmulDescSetAttribute(p->operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof(bias)));
+    LT(cublasLtMatmul(gpu.lt, p->operation, &alpha, b.at, p->a, a.at, p->b, &beta, out.at, p->out, out.at, p->out,
+                      &p->algo, gpu.workspace, WORKSPACE, stream));
+}
+
+// ----------------------------------------------------------------------------
+// random numbers
+
+__device__ static inline uint64_t splitmix64_gpu(uint64_t z) {
+    z += 0x9E3779B97F4A7C15u;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+    return z ^ (z >> 31);
+}
+
+template <typename X> struct DropoutEach {
+    X *x;
+    uint64_t key, threshold;
+    float scale;
+    int D;
+    template <int V> __device__ void run(int n, int i) const {
+        float v[V];
+        int64_t at = (int64_t)n * D + i;
+        read_some<V>(v, x + at);
+        for (int e = 0; e < V; e++) v[e] *= (splitmix64_gpu(key ^ (uint64_t)(at + e)) >> 32) >= threshold ? scale : 0;
+        write_some<V>(x + at, v);
+    }
+};
+
+// The masks of the C function, number by number. x (N,D)
+template <typename X> static void dropout_gpu(X *x, int N, int D, Dropout drop, int place, cudaStream_t stream) {
+    if (drop.probability <= 0) return;
+    DropoutEach<X> f = {x, splitmix64(splitmix64(splitmix64(drop.seed) ^ drop.micro_step) ^ (uint64_t)place),
+                        (uint64_t)(drop.probability * 4294967296.0), (float)(1 / (1 - drop.probability)), D};
+    each(f, N, D, wide({D}, {x}), stream);
+}
+
+// ----------------------------------------------------------------------------
+// layers, in the order in which data meets them
+
+struct EmbeddingEach {
+    float *out;
+    const int *inp;
+    const float *wte;
+    int D;
+    template <int V> __device__ void run(int n, int i) const {
+        float v[V];
+        read_some<V>(v, wte + (int64_t)inp[n] * D + i);
+        write_some<V>(out + (int64_t)n * D + i, v);
+    }
+};
+static void embedding_forward_gpu(float *out, const int *inp, const float *wte, int B, int T, int D,
+                                  cudaStream_t stream) {
+    EmbeddingEach f = {out, inp, wte, D};
+    each(f, (int64_t)B * T, D, wide({D}, {out, wte}), stream);
+}
+
+// Which rows a token's gradient sums, sorted by token and cut into segments of at most SEGMENT rows. `lists`, in the
+// host's memory, holds 4N + 2 numbers: order (N), the segments' beginnings in it, the tokens, each token's first
+// segment.
+enum { SEGMENT = 32 };
+typedef struct { int segments, tokens; } TokenLists;
+static TokenLists sort_tokens(int *lists, int *starts, const int *inp, int N, int V) { // starts: scratch (V+1)
+    TokenLists t = {0, 0};
+    int *order = lists, *begins = lists + N, *tokens = begins + N + 1, *first = tokens + N;
+    memset(starts, 0, sizeof(int) * (size_t)(V + 1));
+    for (int n = 0; n < N; n++) starts[inp[n] + 1]++;
+    for (int v = 0; v < V; v++) {
+        int count = starts[v + 1];
+        starts[v + 1] += starts[v];
+        if (!count) continue;
+        tokens[t.tokens] = v;
+        first[t.tokens++] = t.segments;
+        for (int at = 0; at < count; at += SEGMENT) begins[t.segments++] = starts[v] + at;
+    }
+    begins[t.segments] = N;
+    first[t.tokens] = t.segments;
+    for (int n = 0; n < N; n++) order[starts[inp[n]]++] = n;
+    return t;
+}
+
+// A block takes a segment and sums its rows, then a block takes a token and sums its segments; a thread takes columns.
+__global__ static void embedding_segments_kernel(float *partial, const float *dout, const int *order, const int *begins,
+        int D) {
+    for (int i = threadIdx.x; i < D; i += blockDim.x) {
+        float sum = 0;
+        for (int n = begins[blockIdx.x]; n < begins[blockIdx.x + 1]; n++) sum += dout[(int64_t)order[n] * D + i];
+        partial[(int64_t)blockIdx.x * D + i] = sum;
+    }
+}
+__global__ static void embedding_tokens_kernel(float *dwte, const float *partial, const int *tokens, const int *first,
+                                               int D) {
+    for (int i = threadIdx.x; i < D; i += blockDim.x) {
+        float sum = 0;
+        for (int s = first[blockIdx.x]; s < first[blockIdx.x + 1]; s++) sum += partial[(int64_t)s * D + i];
+        dwte[(int64_t)tokens[blockIdx.x] * D + i] += sum;
+    }
+}
+// lists: those of sort_tokens in the device's memory. partial: scratch (segments,D)
+static void embedding_backward_gpu(float *dwte, float *partial, const float *dout, const int *lists, TokenLists t,
+                                   int B, int T, int D, cudaStream_t stream) {
+    int N = B * T;
+    const int *begins = lists + N, *tokens = begins + N + 1, *first = tokens + N;
+    LAUNCH(embedding_segments_kernel, t.segments, 128, 0, stream, partial, dout, lists, begins, D);
+    LAUNCH(embedding_tokens_kernel, t.tokens, 128, 0, stream, dwte, partial, tokens, first, D);
+}
+
+// A warp takes a row, a lane every 32nd piece of it. kept: x rounded to X for the backward pass, NULL: not wanted.
+template <int V, typename X, typename S>
+__global__ void layernorm_forward_kernel(X *out, X *kept, float *mean, float *rstd, const S *x, const float *weight,
+                                         const float *bias, int N, int D) {
+    int n = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (n >= N) return;
+    const S *row = x + (int64_t)n * D;
+    float v[V], w[V], b[V], sum = 0, squares = 0;
+    for (int i = lane * V; i < D; i += 32 * V) {
+        read_some<V>(v, row + i);
+        for (int e = 0; e < V; e++) sum += v[e];
+    }
+    float m = warp_sum(sum) / D;
+    for (int i = lane * V; i < D; i += 32 * V) {
+        read_some<V>(v, row + i);
+        for (int e = 0; e < V; e++) squares += (v[e] - m) * (v[e] - m);
+    }
+    float r = 1 / sqrtf(warp_sum(squares) / D + 1e-5f);
+    for (int i = lane * V; i < D; i += 32 * V) {
+        read_some<V>(v, row + i);
+        read_some<V>(w, weight + i);
+        read_some<V>(b, bias + i);
+        if (kept) write_some<V>(kept + (int64_t)n * D + i, v);
+        for (int e = 0; e < V; e++) v[e] = (v[e] - m) * r * w[e] + b[e];
+        write_some<V>(out + (int64_t)n * D + i, v);
+    }
+    if (lane == 0) { mean[n] = m; rstd[n] = r; }
+}
+template <typename X, typename S>
+static void layernorm_forward_gpu(X *out, X *kept, float *mean, float *rstd, const S *x, const float *weight,
+                                  const float *bias, int N, int D, cudaStream_t stream) {
+    if (wide({D}, {out, kept, x, weight, bias}))
+        LAUNCH((layernorm_forward_kernel<8, X, S>), (N + 3) / 4, 128, 0, stream, out, kept, mean, rstd, x, weight, bias,
+               N, D);
+    else LAUNCH((layernorm_forward_kernel<1, X, S>), (N + 3) / 4, 128, 0, stream, out, kept, mean, rstd, x, weight,
+                bias, N, D);
+}
+
+// dx: a warp takes a row. The sums over rows go by columns.
+template <int V, typename X>
+__global__ void layernorm_backward_kernel(float *dx, const X *dout, const X *x, const float *mean, const float *rstd,
+                                          const float *weight, int N, int D) {
+    int n = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (n >= N) return;
+    float v[V], g[V], w[V], sum = 0, dot = 0, m = mean[n], r = rstd[n];
+    int64_t row = (int64_t)n * D;
+    for (int i = lane * V; i < D; i += 32 * V) {
+        read_some<V>(v, x + row + i);
+        read_some<V>(g, dout + row + i);
+        read_some<V>(w, weight + i);
+        for (int e = 0; e < V; e++) { sum += g[e] * w[e]; dot += g[e] * w[e] * (v[e] - m); }
+    }
+    sum = warp_sum(sum) / D;
+    dot = warp_sum(dot) * r * r / D;
+    for (int i = lane * V; i < D; i += 32 * V) {
+        float d[V];
+        read_some<V>(v, x + row + i);
+        read_some<V>(g, dout + row + i);
+        read_some<V>(w, weight + i);
+        read_some<V>(d, dx + row + i);
+        for (int e = 0; e < V; e++) d[e] += r * (g[e] * w[e] - sum - (v[e] - m) * dot);
+        write_some<V>(dx + row + i, d);
+    }
+}
+template <typename X> struct LayernormColumns {
+    const X *dout, *x;
+    const float *mean, *rstd;
+    int D;
+    __device__ float2 at(int n, int i) const {
+        float grad = get(dout[(int64_t)n * D + i]);
+        return {grad, grad * (get(x[(int64_t)n * D + i]) - mean[n]) * rstd[n]};
+    }
+};
+template <typename X>
+static void layernorm_backward_gpu(float *dx, float *dweight, float *dbias, const X *dout, const X *x,
+                                   const float *mean, const float *rstd, const float *weight, int N, int D,
+                                   cudaStream_t stream) {
+    if (wide({D}, {dx, dout, x, weight})) LAUNCH((layernorm_backward_kernel<8, X>), (N + 3) / 4, 128, 0, stream, dx,
+                                                 dout, x, mean, rstd, weight, N, D);
+    else LAUNCH((layernorm_backward_kernel<1, X>), (N + 3) / 4, 128, 0, stream, dx, dout, x, mean, rstd, weight, N, D);
+    LayernormColumns<X> f = {dout, x, mean, rstd, D};
+    column_sums(dbias, dweight, f, N, D, stream);
+}
+
+template <typename X>
+static void linear_forward_gpu(X *out, int ld_out, const X *inp, const X *weight, const X *bias, int N, int in,
+                               int out_width, cudaStream_t stream) {
+    matmul_gpu(into(out, ld_out), rows_of_gpu(inp, in), transpose_gpu(rows_of_gpu(weight, in)), N, out_width, in, 1, 0,
+               1, stream, bias);
+}
+
+template <typename X> struct RowColumns {
+    const X *x;
+    int64_t ld;
+    __device__ float2 at(int n, int i) const { return {get(x[n * ld + i]), 0}; }
+};
+template <typename X>
+static void linear_backward_gpu(X *dinp, float *dweight, float *dbias, const X *dout, int ld_dout, const X *inp,
+                                const X *weight, int N, int in, int out_width, cudaStream_t stream) {
+    matmul_gpu(into(dinp, in), rows_of_gpu(dout, ld_dout), rows_of_gpu(weight, in), N, in, out_width, 1, 0, 1, stream);
+    matmul_gpu(into(dweight, in), transpose_gpu(rows_of_gpu(dout, ld_dout)), rows_of_gpu(inp, in), out_width, in, N, 1,
+               1, 1, stream);
+    RowColumns<X> f = {dout, ld_dout};
+    if (dbias) column_sums(dbias, NULL, f, N, out_width, stream);
+}
+
+// Φ(x), with the polynomial of normal_cdf and gauss = e^(-x²/2)
+__device__ static inline float normal_cdf_gpu(float x, float gauss) {
+    float t = 1 / (1 + 0.3f * fabsf(x));
+    float tail = gauss * t * (0.11962327f + t * (0.12084553f + t * (0.099347115f + t * (0.1304165f + t * (-0.057167433f
+                              + t * (0.21011846f + t * (-0.15937835f + t * 0.036194865f)))))));
+    return x < 0 ? tail : 1 - tail;
+}
+template <typename X> struct GeluEach {
+    X *out;
+    const X *inp;
+    int ld, D;
+    template <int V> __device__ void run(int n, int i) const {
+        float v[V];
+        read_some<V>(v, inp + (int64_t)n * ld + i);
+        for (int e = 0; e < V; e++) v[e] *= normal_cdf_gpu(v[e], expf(-v[e] * v[e] / 2));
+        write_some<V>(out + (int64_t)n * D + i, v);
+    }
+};
+template <typename X> static void gelu_forward_gpu(X *out, const X *inp, int ld, int N, int D, cudaStream_t stream) {
+    GeluEach<X> f = {out, inp, ld, D};
+    each(f, N, D, wide({D, ld}, {out, inp}), stream);
+}
+
+template <typename X> struct GeluBackwardEach {
+    X *dinp;
+    const X *dout, *inp;
+    int ld, D;
+    template <int V> __device__ void run(int n, int i) const {
+        float v[V], g[V];
+        read_some<V>(v, inp + (int64_t)n * ld + i);
+        read_some<V>(g, dout + (int64_t)n * D + i);
+        for (int e = 0; e < V; e++) {
+            float gauss = expf(-v[e] * v[e] / 2);
+            g[e] *= normal_cdf_gpu(v[e], gauss) + v[e] * gauss * 0.39894228040143267794f;
+        }
+        write_some<V>(dinp + (int64_t)n * ld + i, g);
+    }
+};
+// dinp may be inp itself.
+template <typename X>
+static void gelu_backward_gpu(X *dinp, const X *dout, const X *inp, int ld, int N, int D, cudaStream_t stream) {
+    GeluBackwardEach<X> f = {dinp, dout, inp, ld, D};
+    each(f, N, D, wide({D, ld}, {dinp, dout, inp}), stream);
+}
+
+// A thread turns the pairs among 8 numbers, or one pair; i counts numbers, or pairs.
+template <typename X> struct RopeEach {
+    X *x;
+    const float *cosine, *sine;
+    int ld, T, half, first;
+    float direction;
+    template <int V> __device__ void run(int n, int i) const {
+        enum { PAIRS = V == 1 ? 1 : V / 2 };
+        int pair = V == 1 ? i : i / 2;
+        int64_t at = (int64_t)(first + n % T) * half + pair % half;
+        X *place = x + (int64_t)n * ld + 2 * pair;
+        float v[2 * PAIRS], c[PAIRS], s[PAIRS];
+        if constexpr (V == 1) { v[0] = get(place[0]); v[1] = get(place[1]); }
+        else read_some<V>(v, place);
+        read_some<PAIRS>(c, cosine + at);
+        read_some<PAIRS>(s, sine + at);
+        for (int e = 0; e < PAIRS; e++) {
+            float even = v[2 * e], odd = v[2 * e + 1];
+            v[2 * e] = even * c[e] - odd * direction * s[e];
+            v[2 * e + 1] = even * direction * s[e] + odd * c[e];
+        }
+        if constexpr (V == 1) { place[0] = to<X>(v[0]); place[1] = to<X>(v[1]); }
+        else write_some<V>(place, v);
+    }
+};
+template <typename X>
+static void rope_forward_gpu(X *x, int ld, const float *cosine, const float *sine, int N, int T, int heads, int d,
+                             int first, float direction, cudaStream_t stream) {
+    RopeEach<X> f = {x, cosine, sine, ld, T, d / 2, first, direction};
+    int in_eights = wide({d, ld}, {x, cosine, sine});
+    each(f, N, in_eights ? heads * d : heads * (d / 2), in_eights, stream);
+}
+template <typename X>
+static void rope_backward_gpu(X *dx, int ld, const float *cosine, const float *sine, int N, int T, int heads, int d,
+                              cudaStream_t stream) {
+    rope_forward_gpu(dx, ld, cosine, sine, N, T, heads, d, 0, -1, stream);
+}
+
+// Softmax over the past. A block takes row r of one item (a sequence, or a head of one), which stands at position i0 +
+// r and sees the keys below seen = i0 + r + !strict. Its logits are float32; e takes their place as X, ld_x<X>(ld)
+// apart: what is written never passes what is still to be read. In the columns seen .. the end of the row's block of P
+// rows, e is 0.
+//     e_rj = X(exp(logit_rj - max_r)),   stats_r = (max_r, 1/Σ_j e_rj) with the sum of the rounded e
+// known: stats are given and the same e follows. normalised: e/Σe is written instead. A row that sees nothing: 1/sum is
+// 0.
+template <typename X> static inline int64_t ld_x(int64_t ld) { return ld * (int64_t)(sizeof(float) / sizeof(X)); }
+__device__ static inline float round_tf32(float x) {
+    uint32_t bits;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+    return __uint_as_float(bits);
+}
+template <typename X>
+__global__ void softmax_panel_kernel(float *logits, int64_t ld, int64_t step, float *stats, int64_t stats_step,
+                                     int known, int normalised, int tf32, int i0, int n, int P, int strict) {
+    __shared__ float shared[32];
+    int r = blockIdx.x, seen = i0 + r + !strict, end = i0 + min(n, (r / P + 1) * P);
+    float *row = logits + blockIdx.y * step + r * ld;
+    X *e = (X *)row;
+    stats += blockIdx.y * stats_step + 2 * r;
+    float max = known ? stats[0] : -INFINITY, inverse = known ? stats[1] : 0, sum = 0;
+    if (!known) {
+        for (int j = threadIdx.x; j < seen; j += blockDim.x) max = fmaxf(max, row[j]);
+        max = block_max(max, shared);
+        if (seen == 0) max = 0;
+    }
+    for (int j0 = 0; j0 < end; j0 += 4 * blockDim.x) {
+        int j = j0 + 4 * threadIdx.x;
+        float v[4] = {0, 0, 0, 0};
+        if (j < end) *(float4 *)v = *(const float4 *)(row + j);
+        __syncthreads();
+        for (int i = 0; i < 4; i++) {
+            v[i] = j + i < seen ? expf(v[i] - max) : 0;
+            if (tf32) v[i] = round_tf32(v[i]);
+            v[i] = get(to<X>(v[i]));
+            sum += v[i];
+            if (known && normalised) v[i] *= inverse;
+            if (j + i < end) e[j + i] = to<X>(v[i]);
+        }
+    }
+    if (known) return;
+    sum = block_sum(sum, shared);
+    inverse = sum > 0 ? 1 / sum : sum; // NaN stays NaN
+    if (threadIdx.x == 0) { stats[0] = max; stats[1] = inverse; }
+    if (!normalised) return;
+    for (int j = threadIdx.x; j < seen; j += blockDim.x) e[j] = to<X>(get(e[j]) * inverse);
+}
+template <typename X>
+static void softmax_panel_gpu(float *logits, int64_t ld, int64_t step, float *stats, int64_t stats_step, int known,
+                              int normalised, int i0, int n, int P, int strict, int items, cudaStream_t stream) {
+    LAUNCH(softmax_panel_kernel<X>, dim3(n, items), i0 + n > 512 ? 256 : 64, 0, stream, logits, ld, step, stats,
+           stats_step, known, normalised, gpu.precision == TF32 && sizeof(X) == 4, i0, n, P, strict);
+}
+
+// γ_t/z_t, the float32 scale of row r of sequence b; without gamma 1/z_t, without stats 1
+struct RowScale {
+    const float *gamma, *stats;
+    int64_t step;
+    __device__ float at(int64_t b, int64_t r) const {
+        return (gamma ? gamma[b * step + r] : 1) * (stats ? stats[2 * (b * step + r) + 1] : 1);
+    }
+};
+
+// A block takes a row of dweights, the gradient of α = e·inverse: delta_r = Σ_j α_rj dweights_rj, and then X(scale_r
+// e_rj (dweights_rj - delta_r)) takes its place as e takes that of the logits. With stats, inverse is 1/z, else 1;
+// scale: γ/z.
+template <typename X>
+__global__ void softmax_panel_backward_kernel(float *dweights, const X *e, int64_t ld, int64_t step, int64_t e_ld,
+                                              int64_t e_step, float *delta, RowScale scale, int i0, int n, int P,
+                                              int strict) {
+    __shared__ float shared[32];
+    int r = blockIdx.x, seen = i0 + r + !strict, end = i0 + min(n, (r / P + 1) * P);
+    float *row = dweights + blockIdx.y * step + r * ld, sum = 0;
+    X *to_ = (X *)row;
+    e += blockIdx.y * e_step + r * e_ld;
+    for (int j = threadIdx.x; j < seen; j += blockDim.x) sum += get(e[j]) * row[j];
+    sum = block_sum(sum, shared);
+    if (scale.stats) sum *= scale.stats[2 * (blockIdx.y * scale.step + r) + 1];
+    if (delta && threadIdx.x == 0) delta[blockIdx.y * scale.step + r] = sum;
+    float factor = scale.at(blockIdx.y, r);
+    for (int j0 = 0; j0 < end; j0 += 4 * blockDim.x) {
+        int j = j0 + 4 * threadIdx.x;
+        float v[4] = {0, 0, 0, 0};
+        if (j < end) *(float4 *)v = *(const float4 *)(row + j);
+        __syncthreads();
+        for (int i = 0; i < 4; i++)
+            if (j + i < end) to_[j + i] = to<X>(j + i < seen ? factor * get(e[j + i]) * (v[i] - sum) : 0);
+    }
+}
+template <typename X>
+static void softmax_panel_backward_gpu(float *dweights, const float *weights, int64_t ld, int64_t step, float *delta,
+                                       RowScale scale, int i0, int n, int P, int strict, int items,
+                                       cudaStream_t stream) {
+    LAUNCH(softmax_panel_backward_kernel<X>, dim3(n, items), i0 + n > 512 ? 256 : 64, 0, stream, dweights,
+           (const X *)weights, ld, step, ld_x<X>(ld), ld_x<X>(step), delta, scale, i0, n, P, strict);
+}
+
+// ----------------------------------------------------------------------------
+// attention in tiles: bf16 with heads of up to 128 columns. Weights never leave the registers; the backward pass
+// computes them again from the row's maximum and 1/sum, once for dq and once for dk and dv, so that each sum has one
+// owner.
+//
+// A block of 4 warps keeps 64·M rows of one side, 16·M a warp, and walks along the other side in tiles; while it works
+// on one tile the next is on its way. M 2 where the registers allow it: each operand from shared memory then serves
+// twice.
+
+enum { WARPS = 4, TILE = 64 };
+
+// Four 8×8 matrices from shared memory; lane l gives the address of row l%8 of matrix l/8. With `across` each is
+// transposed.
+__device__ static inline void load_matrices(uint32_t r[4], const bf16 *row, int across) {
+    uint32_t at = (uint32_t)__cvta_generic_to_shared(row);
+    if (across) asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                             : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at));
+    else asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                      : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at));
+}
+// c (16,8) += a (16,16) · b (16,8): a lane holds the rows lane/4 and lane/4 + 8, columns 2(lane%4) and the next
+__device__ static inline void tensor_product(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// The 16×16 piece of a tile as the left operand (rows row.., columns col..)
+template <int DH> __device__ inline void left_operand(uint32_t a[4], const bf16 *tile, int row, int col) {
+    int lane = threadIdx.x % 32;
+    load_matrices(a, tile + (row + lane % 16) * (DH + 8) + col + lane / 16 * 8, 0);
+}
+// sum (16M,COLS) += a (16M,DH) · tile^T, tile (COLS,DH); a: operands in registers
+template <int DH, int COLS, int M>
+__device__ inline void product_transposed(float sum[M][COLS / 8][4], const uint32_t a[M][DH / 16][4],
+                                          const bf16 *tile) {
+    int lane = threadIdx.x % 32;
+    for (int k = 0; k < DH / 16; k++)
+        for (int n = 0; n < COLS / 16; n++) {
+            uint32_t b[4];
+            load_matrices(b, tile + (n * 16 + lane % 8 + lane / 16 * 8) * (DH + 8) + k * 16 + lane / 8 % 2 * 8, 0);
+            for (int m = 0; m < M; m++) {
+                tensor_product(sum[m][2 * n], a[m][k], b[0], b[1]);
+                tensor_product(sum[m][2 * n + 1], a[m][k], b[2], b[3]);
+            }
+        }
+}
+// The same with a (16M,DH) in shared memory
+template <int DH, int COLS, int M>
+__device__ inline void product_of_tiles(float sum[M][COLS / 8][4], const bf16 *a, const bf16 *tile) {
+    int lane = threadIdx.x % 32;
+    for (int k = 0; k < DH / 16; k++) {
+        uint32_t left[M][4];
+        for (int m = 0; m < M; m++) left_operand<DH>(left[m], a, m * 16, k * 16);
+        for (int n = 0; n < COLS / 16; n++) {
+            uint32_t b[4];
+            load_matrices(b, tile + (n * 16 + lane % 8 + lane / 16 * 8) * (DH + 8) + k * 16 + lane / 8 % 2 * 8, 0);
+            for (int m = 0; m < M; m++) {
+                tensor_product(sum[m][2 * n], left[m], b[0], b[1]);
+                tensor_product(sum[m][2 * n + 1], left[m], b[2], b[3]);
+            }
+        }
+    }
+}
+// sum (16M,DH) += X(w) (16M,ROWS) · tile (ROWS,DH): w as a lane holds it after the products above
+template <int DH, int ROWS, int M>
+__device__ inline void product_plain(float sum[M][DH / 8][4], const float w[M][ROWS / 8][4], const bf16 *tile) {
+    int lane = threadIdx.x % 32;
+    for (int k = 0; k < ROWS / 16; k++) {
+        uint32_t a[M][4];
+        for (int m = 0; m < M; m++)
+            for (int i = 0; i < 4; i++) a[m][i] = pack_two(w[m][2 * k + i / 2][i % 2 * 2],
+                                                           w[m][2 * k + i / 2][i % 2 * 2 + 1]);
+        for (int n = 0; n < DH / 16; n++) {
+            uint32_t b[4];
+            load_matrices(b, tile + (k * 16 + lane % 16) * (DH + 8) + n * 16 + lane / 16 * 8, 1);
+            for (int m = 0; m < M; m++) {
+                tensor_product(sum[m][2 * n], a[m], b[0], b[1]);
+                tensor_product(sum[m][2 * n + 1], a[m], b[2], b[3]);
+            }
+        }
+    }
+}
+
+// BYTES from memory to shared memory, on their way while the thread goes on; zeros where they are not present
+template <int BYTES> __device__ inline void copy_ahead(void *to_, const void *from, int present) {
+    uint32_t at = (uint32_t)__cvta_generic_to_shared(to_);
+    int size = present ? BYTES : 0;
+    if constexpr (BYTES == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" : : "r"(at), "l"(from), "r"(size));
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" : : "r"(at), "l"(from), "n"(BYTES), "r"(size));
+}
+__device__ static inline void copies_begun() { asm volatile("cp.async.commit_group;"); }
+template <int LATER> __device__ inline void copies_arrived() { // all but the last LATER groups
+    asm volatile("cp.async.wait_group %0;" : : "n"(LATER));
+}
+// tile (ROWS,DH+8) from `rows` rows of d columns in memory, the rest 0
+template <int DH, int ROWS> __device__ inline void load_tile(bf16 *tile, const bf16 *at, int64_t ld, int rows, int d) {
+    enum { PIECES = DH / 8 };
+#pragma unroll
+    for (int p = threadIdx.x; p < ROWS * PIECES; p += WARPS * 32) {
+        int r = p / PIECES, i = p % PIECES * 8, present = r < rows && i < d;
+        copy_ahead<16>(tile + r * (DH + 8) + i, present ? at + r * ld + i : at, present);
+    }
+}
+// A warp's sums to memory: columns below d, rows below `rows`; the rows r and r + 8 of piece m times factor[m][0] and
+// [1]
+template <int DH, int M>
+__device__ inline void store_rows(bf16 *at, int64_t ld, const float sum[M][DH / 8][4], int rows, int d,
+                                  const float factor[M][2]) {
+    int lane = threadIdx.x % 32;
+    for (int m = 0; m < M; m++)
+        for (int half = 0; half < 2; half++)
+            for (int n = 0; n < DH / 8; n++) {
+                int r = m * 16 + half * 8 + lane / 4, i = n * 8 + lane % 4 * 2;
+                if (i < d && r < rows)
+                    *(uint32_t *)(at + r * ld + i) = pack_two(sum[m][n][2 * half] * factor[m][half],
+                                                              sum[m][n][2 * half + 1] * factor[m][half]);
+            }
+}
+
+// The rows stay, the walk is along the keys. stats: the maximum in units of log2, 1/sum.
+template <int DH, int M>
+__global__ void __launch_bounds__(128)
+attention_tile_kernel(bf16 *out, float2 *stats, const bf16 *q, const bf16 *k, const bf16 *v, int ld, int T, int H,
+                      int G, int d, int first, float scale) {
+    extern __shared__ uint4 shared_memory[];
+    enum { ROWS = 64 * M, STAGE = 2 * TILE * (DH + 8) };
+    bf16 *memory = (bf16 *)shared_memory; // two stages of keys and values; at first the block's rows of q
+    int b = blockIdx.y / H, h = blockIdx.y % H, rows = T - first, r0 = (int)(gridDim.x - 1 - blockIdx.x) * ROWS,
+        lane = threadIdx.x % 32;
+    // the lane's rows are this one, + 8, + 16, ...
+    int warp_row = r0 + threadIdx.x / 32 * 16 * M, row = warp_row + lane / 4;
+    k += (int64_t)b * T * ld + h / (H / G) * d;
+    v += (int64_t)b * T * ld + h / (H / G) * d;
+    uint32_t q_operand[M][DH / 16][4];
+    load_tile<DH, ROWS>(memory, q + ((int64_t)b * rows + r0) * ld + h * d, ld, rows - r0, d);
+    copies_begun();
+    copies_arrived<0>();
+    __syncthreads();
+    for (int m = 0; m < M; m++)
+        for (int i = 0; i < DH / 16; i++) left_operand<DH>(q_operand[m][i], memory, warp_row - r0 + m * 16, i * 16);
+    __syncthreads();
+    float sum[M][DH / 8][4] = {}, max[M][2], total[M][2] = {};
+    for (int m = 0; m < M; m++) max[m][0] = max[m][1] = -INFINITY;
+    int tiles = (min(first + r0 + ROWS, T) + TILE - 1) / TILE;
+    for (int tile = -1; tile < tiles; tile++) {
+        if (tile + 1 < tiles) {
+            bf16 *next = memory + (tile + 1) % 2 * STAGE;
+            load_tile<DH, TILE>(next, k + (int64_t)(tile + 1) * TILE * ld, ld, T - (tile + 1) * TILE, d);
+            load_tile<DH, TILE>(next + TILE * (DH + 8), v + (int64_t)(tile + 1) * TILE * ld, ld, T - (tile + 1) * TILE,
+                                d);
+        }
+        copies_begun();
+        if (tile < 0) continue;
+        copies_arrived<1>();
+        __syncthreads();
+        const bf16 *keys = memory + tile % 2 * STAGE, *values = keys + TILE * (DH + 8);
+        int j0 = tile * TILE;
+        if (j0 <= first + warp_row + 16 * M - 1) { // else no row of the warp sees the tile
+            float w[M][TILE / 8][4] = {};
+            product_transposed<DH, TILE, M>(w, q_operand, keys);
+            if (j0 + TILE - 1 > first + warp_row)
+                for (int m = 0; m < M; m++)
+                    for (int n = 0; n < TILE / 8; n++)
+                        for (int e = 0; e < 4; e++)
+                            if (j0 + n * 8 + lane % 4 * 2 + e % 2 > first + row + m * 16 + e / 2 * 8)
+                                w[m][n][e] = -INFINITY;
+            for (int m = 0; m < M; m++)
+                for (int half = 0; half < 2; half++) {
+                    float top = -INFINITY;
+                    for (int n = 0; n < TILE / 8; n++)
+                        for (int e = 0; e < 2; e++) top = fmaxf(top, w[m][n][2 * half + e]);
+                    top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+                    top = fmaxf(max[m][half], scale * fmaxf(top, __shfl_xor_sync(~0u, top, 2)));
+                    float shrink = exp2f(max[m][half] - top);
+                    max[m][half] = top;
+                    total[m][half] *= shrink;
+                    for (int n = 0; n < TILE / 8; n++)
+                        for (int e = 2 * half; e < 2 * half + 2; e++) {
+                            w[m][n][e] = exp2f(w[m][n][e] * scale - top);
+                            total[m][half] += w[m][n][e];
+                        }
+                    for (int n = 0; n < DH / 8; n++)
+                        for (int e = 0; e < 2; e++) sum[m][n][2 * half + e] *= shrink;
+                }
+            product_plain<DH, TILE, M>(sum, w, values);
+        }
+        __syncthreads();
+    }
+    for (int m = 0; m < M; m++)
+        for (int half = 0; half < 2; half++) {
+            int r = row + m * 16 + half * 8;
+            total[m][half] += __shfl_xor_sync(~0u, total[m][half], 1);
+            total[m][half] = 1 / (total[m][half] + __shfl_xor_sync(~0u, total[m][half], 2));
+            if (lane % 4 == 0 && r < rows) stats[(int64_t)blockIdx.y * rows + r] = {max[m][half], total[m][half]};
+        }
+    store_rows<DH, M>(out + ((int64_t)b * rows + warp_row) * H * d + h * d, H * d, sum, rows - warp_row, d, total);
+}
+
+// delta_t = do_t·o_t = Σ_j p_tj dp_tj. A warp takes row n of one head.
+__global__ static void attention_delta_kernel(float *delta, const bf16 *dout, const bf16 *out, int B, int T, int H,
+                                              int d) {
+    int64_t item = (int64_t)blockIdx.x * 4 + threadIdx.x / 32;
+    if (item >= (int64_t)B * T * H) return;
+    int n = (int)(item / H), h = (int)(item % H);
+    float sum = 0;
+    for (int i = threadIdx.x % 32; i < d; i += 32) sum += get(dout[item * d + i]) * get(out[item * d + i]);
+    sum = warp_sum(sum);
+    if (threadIdx.x % 32 == 0) delta[((int64_t)(n / T) * H + h) * T + n % T] = sum;
+}
+
+// dq: the rows stay, the walk is along the keys, KEYS at a time.
+template <int DH, int M, int KEYS>
+__global__ void __launch_bounds__(128)
+attention_dq_kernel(bf16 *dq, const bf16 *dout, const float2 *stats, const float *delta, const bf16 *q, const bf16 *k,
+                    const bf16 *v, int ld, int T, int H, int G, int d, float scale, float sigma) {
+    extern __shared__ uint4 shared_memory[];
+    enum { ROWS = 64 * M, STAGE = 2 * KEYS * (DH + 8) };
+    bf16 *memory = (bf16 *)shared_memory; // two stages of keys and values; at first the block's rows of q and dout
+    int b = blockIdx.y / H, h = blockIdx.y % H, r0 = (int)(gridDim.x - 1 - blockIdx.x) * ROWS, lane = threadIdx.x % 32;
+    int warp_row = r0 + threadIdx.x / 32 * 16 * M, row = warp_row + lane / 4;
+    k += (int64_t)b * T * ld + h / (H / G) * d;
+    v += (int64_t)b * T * ld + h / (H / G) * d;
+    uint32_t q_operand[M][DH / 16][4], dout_operand[M][DH / 16][4];
+    load_tile<DH, ROWS>(memory, q + ((int64_t)b * T + r0) * ld + h * d, ld, T - r0, d);
+    load_tile<DH, ROWS>(memory + ROWS * (DH + 8), dout + ((int64_t)b * T + r0) * H * d + h * d, H * d, T - r0, d);
+    copies_begun();
+    copies_arrived<0>();
+    __syncthreads();
+    for (int m = 0; m < M; m++)
+        for (int i = 0; i < DH / 16; i++) {
+            left_operand<DH>(q_operand[m][i], memory, warp_row - r0 + m * 16, i * 16);
+            left_operand<DH>(dout_operand[m][i], memory + ROWS * (DH + 8), warp_row - r0 + m * 16, i * 16);
+        }
+    __syncthreads();
+    float sum[M][DH / 8][4] = {}, dot[M][2], factor[M][2];
+    float2 known[M][2];
+    for (int m = 0; m < M; m++)
+        for (int half = 0; half < 2; half++) {
+            int t = min(row + m * 16 + half * 8, T - 1);
+            known[m][half] = stats[(int64_t)blockIdx.y * T + t];
+            dot[m][half] = delta[(int64_t)blockIdx.y * T + t];
+            factor[m][half] = sigma;
+        }
+    int tiles = (min(r0 + ROWS, T) + KEYS - 1) / KEYS;
+    for (int tile = -1; tile < tiles; tile++) {
+        if (tile + 1 < tiles) {
+            bf16 *next = memory + (tile + 1) % 2 * STAGE;
+            load_tile<DH, KEYS>(next, k + (int64_t)(tile + 1) * KEYS * ld, ld, T - (tile + 1) * KEYS, d);
+            load_tile<DH, KEYS>(next + KEYS * (DH + 8), v + (int64_t)(tile + 1) * KEYS * ld, ld, T - (tile + 1) * KEYS,
+                                d);
+        }
+        copies_begun();
+        if (tile < 0) continue;
+        copies_arrived<1>();
+        __syncthreads();
+        const bf16 *keys = memory + tile % 2 * STAGE, *values = keys + KEYS * (DH + 8);
+        int j0 = tile * KEYS, masked = j0 + KEYS - 1 > warp_row;
+        if (j0 <= warp_row + 16 * M - 1) {
+            float w[M][KEYS / 8][4] = {}, dw[M][KEYS / 8][4] = {};
+            product_transposed<DH, KEYS, M>(w, q_operand, keys);
+            product_transposed<DH, KEYS, M>(dw, dout_operand, values);
+            for (int m = 0; m < M; m++)
+                for (int n = 0; n < KEYS / 8; n++)
+                    for (int e = 0; e < 4; e++) {
+                        float p = exp2f(w[m][n][e] * scale - known[m][e / 2].x) * known[m][e / 2].y;
+                        if (masked && j0 + n * 8 + lane % 4 * 2 + e % 2 > row + m * 16 + e / 2 * 8) p = 0;
+                        w[m][n][e] = p * (dw[m][n][e] - dot[m][e / 2]);
+                    }
+            product_plain<DH, KEYS, M>(sum, w, keys);
+        }
+        __syncthreads();
+    }
+    store_rows<DH, M>(dq + ((int64_t)b * T + warp_row) * ld + h * d, ld, sum, T - warp_row, d, factor);
+}
+
+// dk and dv: the keys stay, the walk is along the rows of the group's heads that see them, ROWS at a time. The matrices
+// are those above transposed: keys down, rows across.
+template <int DH, int M, int ROWS>
+__global__ void __launch_bounds__(128)
+attention_dkv_kernel(bf16 *dk, bf16 *dv, const bf16 *dout, const float2 *stats, const float *delta, const bf16 *q,
+                     const bf16 *k, const bf16 *v, int ld, int T, int H, int G, int d, float scale, float sigma) {
+    extern __shared__ uint4 shared_memory[];
+    enum { KEYS = 64 * M, STAGE = 2 * ROWS * (DH + 8) };
+    // two stages of q and dout
+    bf16 *keys = (bf16 *)shared_memory, *values = keys + KEYS * (DH + 8), *memory = values + KEYS * (DH + 8);
+    // two of stats
+    float2 *known = (float2 *)(memory + 2 * STAGE);
+    // two of delta
+    float *dots = (float *)(known + 2 * ROWS);
+    int b = blockIdx.y / G, g = blockIdx.y % G, j0 = (int)blockIdx.x * KEYS, lane = threadIdx.x % 32;
+    int warp_key = threadIdx.x / 32 * 16 * M, key = j0 + warp_key + lane / 4, heads = H / G,
+        tiles = (T - j0 + ROWS - 1) / ROWS;
+    int64_t at = ((int64_t)b * T + j0) * ld + g * d;
+    load_tile<DH, KEYS>(keys, k + at, ld, T - j0, d);
+    load_tile<DH, KEYS>(values, v + at, ld, T - j0, d);
+    float k_sum[M][DH / 8][4] = {}, v_sum[M][DH / 8][4] = {}, one[M][2], factor[M][2];
+    for (int m = 0; m < M; m++) { one[m][0] = one[m][1] = 1; factor[m][0] = factor[m][1] = sigma; }
+    for (int step = -1; step < heads * tiles; step++) {
+        if (step + 1 < heads * tiles) {
+            int h = g * heads + (step + 1) / tiles, r0 = j0 + (step + 1) % tiles * ROWS, stage = (step + 1) % 2;
+            bf16 *next = memory + stage * STAGE;
+            load_tile<DH, ROWS>(next, q + ((int64_t)b * T + r0) * ld + h * d, ld, T - r0, d);
+            load_tile<DH, ROWS>(next + ROWS * (DH + 8), dout + ((int64_t)b * T + r0) * H * d + h * d, H * d, T - r0, d);
+            if (threadIdx.x < ROWS) {
+                int present = r0 + (int)threadIdx.x < T;
+                int64_t t = ((int64_t)b * H + h) * T + (present ? r0 + (int)threadIdx.x : 0);
+                copy_ahead<8>(known + stage * ROWS + threadIdx.x, stats + t, present);
+                copy_ahead<4>(dots + stage * ROWS + threadIdx.x, delta + t, present);
+            }
+        }
+        copies_begun();
+        if (step < 0) continue;
+        copies_arrived<1>();
+        __syncthreads();
+        int r0 = j0 + step % tiles * ROWS, stage = step % 2, masked = r0 < j0 + warp_key + 16 * M - 1;
+        if (r0 + ROWS - 1 >= j0 + warp_key) {
+            const bf16 *queries = memory + stage * STAGE, *douts = queries + ROWS * (DH + 8);
+            float w[M][ROWS / 8][4] = {}, dw[M][ROWS / 8][4] = {};
+            product_of_tiles<DH, ROWS, M>(w, keys + warp_key * (DH + 8), queries);
+            product_of_tiles<DH, ROWS, M>(dw, values + warp_key * (DH + 8), douts);
+            for (int n = 0; n < ROWS / 8; n++)
+                for (int e = 0; e < 2; e++) {
+                    int r = n * 8 + lane % 4 * 2 + e;
+                    float2 row = known[stage * ROWS + r];
+                    float dot = dots[stage * ROWS + r];
+                    for (int m = 0; m < M; m++)
+                        for (int half = 0; half < 2; half++) {
+                            float p = exp2f(w[m][n][2 * half + e] * scale - row.x) * row.y;
+                            if (masked && key + m * 16 + half * 8 > r0 + r) p = 0;
+                            w[m][n][2 * half + e] = p;
+                            dw[m][n][2 * half + e] = p * (dw[m][n][2 * half + e] - dot);
+                        }
+                }
+            product_plain<DH, ROWS, M>(v_sum, w, douts);
+            product_plain<DH, ROWS, M>(k_sum, dw, queries);
+        }
+        __syncthreads();
+    }
+    at += (int64_t)warp_key * ld;
+    store_rows<DH, M>(dk + at, ld, k_sum, T - j0 - warp_key, d, factor);
+    store_rows<DH, M>(dv + at, ld, v_sum, T - j0 - warp_key, d, one);
+}
+
+static int in_tiles(const bf16 *q, const bf16 *k, const bf16 *v, int ld, int d) { return d <= 128 && wide({d, ld},
+        {q, k, v}); }
+static int in_tiles(const float *, const float *, const float *, int, int) { return 0; }
+
+// A kernel with more than 48 KiB of shared memory says so.
+template <typename K> static void allow_shared(K *kernel, int bytes) {
+    CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+}
+
+template <int DH>
+static void attention_tiles(bf16 *out, float *stats, const bf16 *q, const bf16 *k, const bf16 *v, int ld, int B, int T,
+                            int H, int G, int d, int first, cudaStream_t stream) {
+    enum { M = DH <= 64 ? 2 : 1, BYTES = 4 * TILE * (DH + 8) * (int)sizeof(bf16) };
+    allow_shared(attention_tile_kernel<DH, M>, BYTES);
+    LAUNCH((attention_tile_kernel<DH, M>), dim3((T - first + 64 * M - 1) / (64 * M), B * H), 128, BYTES, stream, out,
+           (float2 *)stats, q, k, v, ld, T, H, G, d, first, 1.44269504f / sqrtf((float)d));
+}
+static void attention_tiles(bf16 *out, float *stats, const bf16 *q, const bf16 *k, const bf16 *v, int ld, int B, int T,
+                            int H, int G, int d, int first, cudaStream_t stream) {
+    if (d <= 16) attention_tiles<16>(out, stats, q, k, v, ld, B, T, H, G, d, first, stream);
+    else if (d <= 32) attention_tiles<32>(out, stats, q, k, v, ld, B, T, H, G, d, first, stream);
+    else if (d <= 64) attention_tiles<64>(out, stats, q, k, v, ld, B, T, H, G, d, first, stream);
+    else attention_tiles<128>(out, stats, q, k, v, ld, B, T, H, G, d, first, stream);
+}
+static void attention_tiles(float *, float *, const float *, const float *, const float *, int, int, int, int, int, int,
+                            int, cudaStream_t) {}
+
+template <int DH>
+static void attention_tiles_backward(bf16 *dq, bf16 *dk, bf16 *dv, float *delta, const bf16 *dout, const bf16 *out,
+                                     const float *stats, const bf16 *q, const bf16 *k, const bf16 *v, int ld, int B,
+                                     int T, int H, int G, int d, cudaStream_t stream) {
+    enum { M = DH <= 64 ? 2 : 1, WALK = 32, ROW = (DH + 8) * (int)sizeof(bf16), DQ = 2 * 64 * M * ROW,
+           DKV = (2 * 64 * M + 4 * WALK) * ROW + 6 * WALK * (int)sizeof(float) };
+    float sigma = 1 / sqrtf((float)d), scale = 1.44269504f * sigma;
+    int blocks = (T + 64 * M - 1) / (64 * M);
+    allow_shared(attention_dq_kernel<DH, M, WALK>, DQ);
+    allow_shared(attention_dkv_kernel<DH, M, WALK>, DKV);
+    LAUNCH(attention_delta_kernel, (unsigned)(((int64_t)B * T * H + 3) / 4), 128, 0, stream, delta, dout, out, B, T, H,
+           d);
+    LAUNCH((attention_dq_kernel<DH, M, WALK>), dim3(blocks, B * H), 128, DQ, stream, dq, dout, (const float2 *)stats,
+           delta, q, k, v, ld, T, H, G, d, scale, sigma);
+    LAUNCH((attention_dkv_kernel<DH, M, WALK>), dim3(blocks, B * G), 128, DKV, stream, dk, dv, dout,
+           (const float2 *)stats, delta, q, k, v, ld, T, H, G, d, scale, sigma);
+}
+static void attention_tiles_backward(bf16 *dq, bf16 *dk, bf16 *dv, float *delta, const bf16 *dout, const bf16 *out,
+                                     const float *stats, const bf16 *q, const bf16 *k, const bf16 *v, int ld, int B,
+                                     int T, int H, int G, int d, cudaStream_t stream) {
+    if (d <= 16) attention_tiles_backward<16>(dq, dk, dv, delta, dout, out, stats, q, k, v, ld, B, T, H, G, d, stream);
+    else if (d <= 32) attention_tiles_backward<32>(dq, dk, dv, delta, dout, out, stats, q, k, v, ld, B, T, H, G, d,
+                                                   stream);
+    else if (d <= 64) attention_tiles_backward<64>(dq, dk, dv, delta, dout, out, stats, q, k, v, ld, B, T, H, G, d,
+                                                   stream);
+    else attention_tiles_backward<128>(dq, dk, dv, delta, dout, out, stats, q, k, v, ld, B, T, H, G, d, stream);
+}
+static void attention_tiles_backward(float *, float *, float *, float *, const float *, const float *, const float *,
+                                     const float *, const float *, const float *, int, int, int, int, int, int,
+                                     cudaStream_t) {}
+
+// ----------------------------------------------------------------------------
+// attention in panels: float32, and whatever the tiles do not take
+
+// Several heads are one batched product: the same head of all sequences, or all heads of one that is short.
+typedef struct { int outer, batch, by_head; } Heads;
+static Heads heads_of(int B, int T, int H, int G) {
+    int by_head = B >= H || G != H || T > 1024;
+    return {by_head ? H : B, by_head ? B : H, by_head};
+}
+
+// Panel height: 128 MiB of weights, but 16 rows at least.
+static int attention_panel(int P, int batch, int T) {
+    int64_t ld = round_up(T, 64), height = (32 << 20) / (batch * ld);
+    return min_int(P > 0 ? P : height < 16 ? 16 : height > T ? T : (int)height, T);
+}
+static int64_t attention_scratch(int tiles, int B, int T, int H, int G, int P) { // numbers
+    Heads heads = heads_of(B, T, H, G);
+    return tiles ? (int64_t)B * H * T : 2 * (int64_t)heads.batch * attention_panel(P, heads.batch, T) * round_up(T, 64);
+}
+
+template <typename X>
+static void attention_head_gpu(X *out, int64_t out_step, float *stats, int64_t stats_step, float *weights, const X *q,
+                               int64_t q_step, const X *k, const X *v, int64_t k_step, int ld, int ld_out, int batch,
+                               int T, int d, int first, int P, cudaStream_t stream) {
+    int64_t lw = round_up(T, 64), step = P * lw;
+    for (int i0 = first; i0 < T; i0 += P) {
+        int n = min_int(P, T - i0), row = i0 - first;
+        matmul_gpu(into(weights, lw, step), rows_of_gpu(q + (int64_t)row * ld, ld, q_step),
+                   transpose_gpu(rows_of_gpu(k, ld, k_step)), n, i0 + n, d, 1 / sqrtf((float)d), 0, batch, stream);
+        softmax_panel_gpu<X>(weights, lw, step, stats + 2 * row, stats_step, 0, 1, i0, n, P, 0, batch, stream);
+        matmul_gpu(into(out + (int64_t)row * ld_out, ld_out, out_step),
+                   rows_of_gpu((const X *)weights, ld_x<X>(lw), ld_x<X>(step)), rows_of_gpu(v, ld, k_step), n, d,
+                   i0 + n, 1, 0, batch, stream);
+    }
+}
+
+template <typename X>
+static void attention_forward_gpu(X *out, float *stats, float *scratch, const X *q, const X *k, const X *v, int ld,
+                                  int B, int T, int H, int G, int d, int first, int P, cudaStream_t stream) {
+    if (in_tiles(q, k, v, ld, d)) {
+        attention_tiles(out, stats, q, k, v, ld, B, T, H, G, d, first, stream);
+        return;
+    }
+    Heads heads = heads_of(B, T, H, G);
+    int64_t rows = T - first, D = H * d;
+    P = attention_panel(P, heads.batch, T);
+    for (int o = 0; o < heads.outer; o++) {
+        int h = heads.by_head ? o : 0, b = heads.by_head ? 0 : o;
+        int64_t kv = (int64_t)b * T * ld + h / (H / G) * d;
+        attention_head_gpu(out + b * rows * D + h * d, heads.by_head ? rows * D : d, stats + 2 * (b * H + h) * rows,
+                           heads.by_head ? 2 * H * rows : 2 * rows, scratch, q + b * rows * ld + h * d,
+                           heads.by_head ? rows * ld : d, k + kv, v + kv, heads.by_head ? (int64_t)T * ld : d, ld,
+                           (int)D, heads.batch, T, d, first, P, stream);
+    }
+}
+
+// A batch of heads; the first head of a group writes dk and dv, the others add.
+template <typename X>
+static void attention_group_backward_gpu(X *dq, X *dk, X *dv, float *scratch, const X *dout, int64_t dout_step,
+                                         float *stats, int64_t stats_step, const X *q, const X *k, const X *v,
+                                         int64_t step, int ld, int D, int batch, int T, int d, int P, int add,
+                                         cudaStream_t stream) {
+    int64_t lw = round_up(T, 64), panel = P * lw, lx = ld_x<X>(lw), panel_x = ld_x<X>(panel);
+    float scale = 1 / sqrtf((float)d), *weights = scratch, *dlogits = scratch + batch * panel;
+    for (int i0 = (T - 1) / P * P; i0 >= 0; i0 -= P) {
+        int n = min_int(P, T - i0), cols = i0 + n;
+        float beta = !add && cols == T ? 0 : 1;
+        const X *q_I = q + (int64_t)i0 * ld, *dout_I = dout + (int64_t)i0 * D, *w = (const X *)weights,
+            *dl = (const X *)dlogits;
+        matmul_gpu(into(weights, lw, panel), rows_of_gpu(q_I, ld, step), transpose_gpu(rows_of_gpu(k, ld, step)), n,
+                   cols, d, scale, 0, batch, stream);
+        softmax_panel_gpu<X>(weights, lw, panel, stats + 2 * i0, stats_step, 1, 1, i0, n, P, 0, batch, stream);
+        matmul_gpu(into(dlogits, lw, panel), rows_of_gpu(dout_I, D, dout_step), transpose_gpu(rows_of_gpu(v, ld, step)),
+                   n, cols, d, 1, 0, batch, stream);
+        softmax_panel_backward_gpu<X>(dlogits, weights, lw, panel, NULL, {NULL, NULL, 0}, i0, n, P, 0, batch, stream);
+        matmul_gpu(into(dq + (int64_t)i0 * ld, ld, step), rows_of_gpu(dl, lx, panel_x), rows_of_gpu(k, ld, step), n, d,
+                   cols, scale, 0, batch, stream);
+        matmul_gpu(into(dk, ld, step), transpose_gpu(rows_of_gpu(dl, lx, panel_x)), rows_of_gpu(q_I, ld, step), cols, d,
+                   n, scale, beta, batch, stream);
+        matmul_gpu(into(dv, ld, step), transpose_gpu(rows_of_gpu(w, lx, panel_x)), rows_of_gpu(dout_I, D, dout_step),
+                   cols, d, n, 1, beta, batch, stream);
+    }
+}
+
+// out: what the forward pass gave, for the tiles' delta
+template <typename X>
+static void attention_backward_gpu(X *dq, X *dk, X *dv, float *scratch, const X *dout, const X *out, float *stats,
+                                   const X *q, const X *k, const X *v, int ld, int B, int T, int H, int G, int d, int P,
+                                   cudaStream_t stream) {
+    if (in_tiles(q, k, v, ld, d)) {
+        attention_tiles_backward(dq, dk, dv, scratch, dout, out, stats, q, k, v, ld, B, T, H, G, d, stream);
+        return;
+    }
+    Heads heads = heads_of(B, T, H, G);
+    int64_t all = (int64_t)T * ld, D = H * d;
+    P = attention_panel(P, heads.batch, T);
+    for (int o = 0; o < heads.outer; o++) {
+        int h = heads.by_head ? o : 0, b = heads.by_head ? 0 : o;
+        int64_t kv = b * all + h / (H / G) * d, at = b * all + h * d;
+        attention_group_backward_gpu(dq + at, dk + kv, dv + kv, scratch, dout + b * T * D + h * d,
+                                     heads.by_head ? T * D : d, stats + 2 * (int64_t)(b * H + h) * T,
+                                     heads.by_head ? 2 * (int64_t)H * T : 2 * T, q + at, k + kv, v + kv,
+                                     heads.by_head ? all : d, ld, (int)D, heads.batch, T, d, P, h % (H / G) != 0,
+                                     stream);
+    }
+}
+
+// A warp takes a row.
+template <typename X>
+__global__ void gain_forward_kernel(float *gamma, const X *x, const float *weight, const float *bias, float gamma_max,
+                                    int N, int D) {
+    int n = blockIdx.x * 4 + threadIdx.x / 32;
+    if (n >= N) return;
+    float dot = 0;
+    for (int i = threadIdx.x % 32; i < D; i += 32) dot += get(x[(int64_t)n * D + i]) * weight[i];
+    dot = warp_sum(dot);
+    if (threadIdx.x % 32 == 0) gamma[n] = gamma_max * tanhf(dot + bias[0]);
+}
+template <typename X>
+static void gain_forward_gpu(float *gamma, const X *x, const float *weight, const float *bias, float gamma_max, int N,
+                             int D, cudaStream_t stream) {
+    LAUNCH(gain_forward_kernel<X>, (N + 3) / 4, 128, 0, stream, gamma, x, weight, bias, gamma_max, N, D);
+}
+
+struct GainEach {
+    float *dgamma;
+    const float *gamma;
+    float gamma_max;
+    template <int V> __device__ void run(int n, int) const {
+        float ratio = gamma[n] / gamma_max;
+        dgamma[n] *= gamma_max * (1 - ratio * ratio);
+    }
+};
+template <typename X> struct GainInput {
+    X *dx;
+    const float *dpre, *weight;
+    int D;
+    template <int V> __device__ void run(int n, int i) const {
+        float v[V], w[V];
+        read_some<V>(v, dx + (int64_t)n * D + i);
+        read_some<V>(w, weight + i);
+        for (int e = 0; e < V; e++) v[e] += dpre[n] * w[e];
+        write_some<V>(dx + (int64_t)n * D + i, v);
+    }
+};
+template <typename X> struct GainColumns {
+    const X *x;
+    const float *dpre;
+    int D;
+    __device__ float2 at(int n, int i) const { return {dpre[n] * get(x[(int64_t)n * D + i]), 0}; }
+};
+template <typename X>
+static void gain_backward_gpu(X *dx, float *dweight, float *dbias, float *dgamma, const float *gamma, const X *x,
+                              const float *weight, float gamma_max, int N, int D, cudaStream_t stream) {
+    GainEach pre = {dgamma, gamma, gamma_max};
+    GainInput<X> input = {dx, dgamma, weight, D};
+    GainColumns<X> columns = {x, dgamma, D};
+    RowColumns<float> bias = {dgamma, 1};
+    each(pre, N, 1, 0, stream);
+    each(input, N, D, wide({D}, {dx, weight}), stream);
+    column_sums(dweight, NULL, columns, N, D, stream);
+    column_sums(dbias, NULL, bias, N, 1, stream);
+}
+
+// ----------------------------------------------------------------------------
+// the feedback path
+//
+// In row panels of R rows, whose weights e (the softmax's, see above) lie in scratch, and within them in blocks of P
+// rows, whose inverses M = (I - A_II)^-1 turn the row by row step into products. α = e/z is never formed: γ/z is a
+// float32 scale of rows, for in bf16 a γα of 0.999 would be 1. For a block I
+//     g = f + (γ/z) ⊙ (e_{I,<} s_<),   s = M g,   then one refinement: r = g + (γ/z) ⊙ (e_II s) - s,   s += M r
+// so that what rounding does to M and g costs nothing but a smaller step towards the same s.
+
+enum { SEED = 64, BLOCK = 2 * SEED };
+
+// What scratch holds: where each part begins, in floats, and its shape. T ≤ 2048 is one panel; e has 256 MiB at most.
+typedef struct {
+    int R, P;        // heights of panels and of blocks
+    int64_t ld, ld_m; // of e, of M
+    int64_t e;       // (B,R,ld) logits, then e
+    int64_t second;  // (B,R,ld) their gradient; before, (B,P,D) e_II s or λ, or what merges need
+    int64_t inverse; // (B,R,ld_m) X, the blocks of M on its diagonal
+    int64_t rhs;     // (B,T,D) g; backward λ's right-hand side h
+    int64_t block;   // (B,P,D) X, what M multiplies
+    int64_t dk;      // (B,T,D) dk' while several panels add to it
+    int64_t total;
+} Panels;
+template <typename X> static Panels feedback_panels(int B, int T, int D, int P) {
+    Panels p;
+    p.ld = round_up(T, 64);
+    p.P = P > 0 || T <= BLOCK ? BLOCK : T <= 512 ? 2 * BLOCK : T <= 2048 ? 4 * BLOCK : 8 * BLOCK; // measured
+    p.R = P > 0 ? min_int(P, BLOCK) : 2048;
+    while (P <= 0 && p.R > p.P && (int64_t)B * p.R * p.ld > 1 << 26) p.R /= 2;
+    int64_t x = sizeof(X), rows = min_int(p.R, T), block_rows = min_int(p.P, T), second = rows * p.ld;
+    p.ld_m = round_up(rows, 64);
+    if (block_rows * D > second) second = block_rows * D;
+    for (int64_t h = BLOCK; h < p.P; h *= 2) {
+        int64_t merges = (rows + 2 * h - 1) / (2 * h) * h * h * 2;
+        if (merges > second) second = merges;
+    }
+    int64_t sizes[] = {rows * p.ld, second, rows * p.ld_m * x / 4, (int64_t)T * D, block_rows * D * x / 4,
+                       p.R < T ? (int64_t)T * D : 0};
+    int64_t *places[] = {&p.e, &p.second, &p.inverse, &p.rhs, &p.block, &p.dk};
+    p.total = 0;
+    for (int i = 0; i < 6; i++) {
+        *places[i] = p.total;
+        p.total += round_up(B * sizes[i] + 1, 64);
+    }
+    return p;
+}
+
+// Blocks of up to 128 rows of M, in float32. A thread block takes one: its first 128 threads a column of one of the two
+// 64×64 halves on the diagonal each, by substitution, 4 rows at a time; then all take 4×4 numbers of M21 = M2 A21 M1
+// each. A[part][c][r] is entry (r, c): the columns of A11, A22, A21.
+enum { SEED_LD = SEED + 4 };
+typedef const float (*SeedRows)[SEED_LD];
+__device__ static inline void multiply_seeds(float sum[4][4], SeedRows a, SeedRows b) { // a: its columns
+    int row = threadIdx.x / 16 * 4, col = threadIdx.x % 16;
+#pragma unroll 8
+    for (int k = 0; k < SEED; k++) {
+        float4 left = *(const float4 *)&a[k][row];
+        for (int j = 0; j < 4; j++) {
+            float right = b[k][col + 16 * j];
+            sum[0][j] += left.x * right;
+            sum[1][j] += left.y * right;
+            sum[2][j] += left.z * right;
+            sum[3][j] += left.w * right;
+        }
+    }
+}
+template <typename X>
+__global__ void __launch_bounds__(256)
+inverse_seed_kernel(X *M, int64_t ld_m, int64_t step_m, const X *e, int64_t ld_e, int64_t step_e, RowScale scale,
+                    int n, int P) {
+    extern __shared__ float4 seeds[];
+    float (*A)[SEED][SEED_LD] = (float (*)[SEED][SEED_LD])seeds, (*I)[SEED][SEED_LD] = A + 3; // I: M1, M2 by rows
+    __shared__ float scales[BLOCK];
+    int i0 = blockIdx.x * BLOCK, rows = min(BLOCK, n - i0), b = blockIdx.y;
+    e += b * step_e + (int64_t)i0 * ld_e + i0;
+    M += b * step_m + (int64_t)i0 * ld_m + i0;
+    if (threadIdx.x < BLOCK) scales[threadIdx.x] = (int)threadIdx.x < rows ? scale.at(b, i0 + threadIdx.x) : 0;
+    __syncthreads();
+#pragma unroll 16
+    for (int at = threadIdx.x; at < 3 * SEED * SEED; at += 256) {
+        int part = at / (SEED * SEED), r = at / SEED % SEED, c = at % SEED, row = r + (part > 0) * SEED,
+            col = c + (part == 1) * SEED;
+        A[part][c][r] = row < rows && col < row ? scales[row] * get(e[row * ld_e + col]) : 0;
+    }
+    __syncthreads();
+    if (threadIdx.x < BLOCK) {
+        int half = threadIdx.x / SEED, c = threadIdx.x % SEED;
+        for (int t = 0; t < SEED; t += 4) {
+            float sum[4];
+            for (int i = 0; i < 4; i++) sum[i] = t + i == c;
+#pragma unroll 8
+            for (int j = c / 32 * 32; j < t; j++) {
+                float4 left = *(const float4 *)&A[half][j][t];
+                float x = I[half][j][c];
+                sum[0] += left.x * x;
+                sum[1] += left.y * x;
+                sum[2] += left.z * x;
+                sum[3] += left.w * x;
+            }
+            for (int i = 1; i < 4; i++)
+                for (int j = 0; j < i; j++) sum[i] += A[half][t + j][t + i] * sum[j];
+            for (int i = 0; i < 4; i++) I[half][t + i][c] = sum[i];
+        }
+    }
+    __syncthreads();
+    float left[4][4] = {}, below[4][4] = {};
+    int row = threadIdx.x / 16 * 4, col = threadIdx.x % 16;
+    multiply_seeds(left, A[2], I[0]);
+    // M2 by columns
+    for (int at = threadIdx.x; at < SEED * SEED; at += 256) A[1][at % SEED][at / SEED] = I[1][at / SEED][at % SEED];
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < 4; j++) A[0][row + i][col + 16 * j] = left[i][j];
+    __syncthreads();
+    multiply_seeds(below, A[1], A[0]);
+    for (int i = 0; i < 4; i++) // A21 is not read any more
+        for (int j = 0; j < 4; j++) A[2][row + i][col + 16 * j] = below[i][j];
+    __syncthreads();
+    // with the zeros to the right, up to the end of the block of P
+    int pieces = (min(n, (i0 / P + 1) * P) - i0 + 7) / 8;
+    for (int at = threadIdx.x; at < rows * pieces; at += 256) {
+        int r = at / pieces, c = at % pieces * 8;
+        float v[8];
+        const float *from = r < SEED ? I[0][r] + c : c < SEED ? A[2][r - SEED] + c : I[1][r - SEED] + c - SEED;
+        for (int k = 0; k < 8; k++) v[k] = c + k > r ? 0 : from[k];
+        write_some<8>(M + r * ld_m + c, v);
+    }
+}
+
+// out = X((γ/z) ⊙ x): m of each item's h rows. The items are sequences, or pairs of blocks along sequence b; their
+// first row is t, in the next pair t + 2h.
+template <typename X> struct MergeEach {
+    X *out;
+    const float *x;
+    RowScale scale;
+    int h, m, along, b, t;
+    template <int V> __device__ void run(int row, int i) const {
+        int item = row / h, r = row % h;
+        if (r >= m) return;
+        float v[V], factor = along ? scale.at(b, t + 2 * h * item + r) : scale.at(item, t + r);
+        read_some<V>(v, x + (int64_t)row * h + i);
+        for (int c = 0; c < V; c++) v[c] *= factor;
+        write_some<V>(out + (int64_t)row * h + i, v);
+    }
+};
+
+// The inverses of a panel of n rows; e from the panel's own columns on.
+template <typename X> struct Inverse {
+    X *M;
+    const X *e;
+    int64_t ld_m, step_m, ld_e, step_e;
+    RowScale scale;
+    float *scratch;
+    cudaStream_t stream;
+};
+
+// M21 = M2 ((γ/z) ⊙ (e21 M1)) for `batch` pairs of neighbours, h and m rows high: the pair at row `at` of all
+// sequences, or, `along`, the pairs of sequence b from there on.
+template <typename X> static void merge_pairs(const Inverse<X> *v, int h, int m, int b, int at, int batch, int along) {
+    int64_t next_e = along ? 2 * h * (v->ld_e + 1) : v->step_e, next_m = along ? 2 * h * (v->ld_m + 1) : v->step_m;
+    int64_t square = (int64_t)h * h;
+    X *M1 = v->M + b * v->step_m + at * (v->ld_m + 1), *M21 = M1 + h * v->ld_m,
+        *scaled = (X *)(v->scratch + batch * square);
+    const X *e21 = v->e + b * v->step_e + (int64_t)(at + h) * v->ld_e + at;
+    MergeEach<X> scale = {scaled, v->scratch, v->scale, h, m, along, b, at + h};
+    matmul_gpu(into(v->scratch, h, square), rows_of_gpu(e21, v->ld_e, next_e), rows_of_gpu(M1, v->ld_m, next_m), m, h,
+               h, 1, 0, batch, v->stream);
+    each(scale, (int64_t)batch * h, h, 1, v->stream);
+    matmul_gpu(into(M21, v->ld_m, next_m), rows_of_gpu(M21 + h, v->ld_m, next_m), rows_of_gpu(scaled, h, square), m, h,
+               m, 1, 0, batch, v->stream);
+}
+
+// Seeds of 128 rows, then neighbours merged until the blocks have P rows.
+template <typename X> static void panel_inverse_gpu(const Inverse<X> *v, int n, int P, int B) {
+    int bytes = 5 * SEED * SEED_LD * (int)sizeof(float);
+    allow_shared(inverse_seed_kernel<X>, bytes);
+    LAUNCH(inverse_seed_kernel<X>, dim3((n + BLOCK - 1) / BLOCK, B), 256, bytes, v->stream, v->M, v->ld_m, v->step_m,
+           v->e, v->ld_e, v->step_e, v->scale, n, P);
+    for (int h = BLOCK; h < P && h < n; h *= 2) {
+        int pairs = (n + h - 1) / (2 * h), full = n / (2 * h); // the last pair's second half may be cut short
+        for (int p = 0; p < pairs && B >= pairs; p++) merge_pairs(v, h, min_int(h, n - 2 * h * p - h), 0, 2 * h * p, B,
+                0);
+        for (int b = 0; b < B && B < pairs; b++) {
+            merge_pairs(v, h, h, b, 0, full, 1);
+            if (full < pairs) merge_pairs(v, h, n - 2 * h * full - h, b, 2 * h * full, 1, 1);
+        }
+    }
+}
+
+// Row r of sequence b of a block, D wide; the parts' places and steps from sequence to sequence.
+// g = f + (γ/z) ⊙ g (known: g holds a product; else g = f) and its copy as X
+template <typename X> struct BlockRhs {
+    float *g;
+    X *copy;
+    const X *f;
+    RowScale scale;
+    int64_t g_step, f_step;
+    int m, D, known;
+    template <int V> __device__ void run(int row, int i) const {
+        int b = row / m, r = row % m;
+        int64_t at = (int64_t)r * D + i;
+        float v[V], old[V], factor = scale.at(b, r);
+        read_some<V>(v, f + b * f_step + at);
+        if (known) {
+            read_some<V>(old, g + b * g_step + at);
+            for (int e = 0; e < V; e++) v[e] += factor * old[e];
+        }
+        write_some<V>(g + b * g_step + at, v);
+        write_some<V>(copy + (int64_t)row * D + i, v);
+    }
+};
+// r = X(g + (γ/z) ⊙ product - s), without the scale where it is in the product already
+template <typename X> struct BlockResidual {
+    X *out;
+    const float *g, *product;
+    const X *s;
+    RowScale scale;
+    int64_t g_step, s_step;
+    int m, D;
+    template <int V> __device__ void run(int row, int i) const {
+        int b = row / m, r = row % m;
+        int64_t at = (int64_t)r * D + i;
+        float v[V], p[V], x[V], factor = scale.at(b, r);
+        read_some<V>(v, g + b * g_step + at);
+        read_some<V>(p, product + (int64_t)row * D + i);
+        read_some<V>(x, s + b * s_step + at);
+        for (int e = 0; e < V; e++) v[e] = v[e] + factor * p[e] - x[e];
+        write_some<V>(out + (int64_t)row * D + i, v);
+    }
+};
+// out = Y(scale ⊙ x)
+template <typename Y, typename X> struct BlockCopy {
+    Y *out;
+    const X *x;
+    RowScale scale;
+    int64_t out_step, x_step;
+    int m, D, ld_out;
+    template <int V> __device__ void run(int row, int i) const {
+        int b = row / m, r = row % m;
+        float v[V], factor = scale.at(b, r);
+        read_some<V>(v, x + b * x_step + (int64_t)r * D + i);
+        for (int e = 0; e < V; e++) v[e] *= factor;
+        write_some<V>(out + b * out_step + (int64_t)r * ld_out + i, v);
+    }
+};
+
+// e of the panel of rows r0 .. r0+n-1: logits, block by block up to the diagonal, then the softmax. The inverses M.
+template <typename X>
+static void feedback_panel(float *scratch, const Panels *p, float *stats, int known, const X *q, const X *k, int ld,
+                           const float *gamma, int B, int T, int D, int first, int r0, int n, cudaStream_t stream) {
+    int64_t rows = T - first, panel = min_int(p->R, T), row = r0 - first;
+    float *e = scratch + p->e;
+    for (int i0 = r0; i0 < r0 + n; i0 += p->P) {
+        int m = min_int(p->P, r0 + n - i0);
+        matmul_gpu(into(e + (i0 - r0) * p->ld, p->ld, panel * p->ld), rows_of_gpu(q + (i0 - first) * (int64_t)ld, ld,
+                   rows * ld), transpose_gpu(rows_of_gpu(k, ld, (int64_t)T * ld)), m, i0 + m, D, 1 / sqrtf((float)D), 0,
+                   B, stream);
+    }
+    softmax_panel_gpu<X>(e, p->ld, panel * p->ld, stats + 2 * row, 2 * rows, known, 0, r0, n, p->P, 1, B, stream);
+    RowScale scale = {gamma + row, stats + 2 * row, rows};
+    Inverse<X> inverse = {(X *)(scratch + p->inverse), (const X *)e + r0, p->ld_m, panel * p->ld_m, ld_x<X>(p->ld),
+                          ld_x<X>(panel * p->ld), scale, scratch + p->second, stream};
+    panel_inverse_gpu(&inverse, n, p->P, B);
+}
+
+template <typename X>
+static void feedback_forward_gpu(X *s, float *stats, float *scratch, const X *f, const X *q, const X *k, int ld,
+                                 const float *gamma, int B, int T, int D, int first, int P, cudaStream_t stream) {
+    Panels p = feedback_panels<X>(B, T, D, P);
+    int64_t rows = T - first, panel = min_int(p.R, T), lx = ld_x<X>(p.ld), e_step = ld_x<X>(panel * p.ld),
+        s_step = (int64_t)T * D, g_step = panel * D, m_step = panel * p.ld_m;
+    const X *e = (const X *)(scratch + p.e), *M = (const X *)(scratch + p.inverse), *s_all = s;
+    float *g = scratch + p.rhs, *product = scratch + p.second;
+    X *block = (X *)(scratch + p.block);
+    for (int r0 = first; r0 < T; r0 += p.R) {
+        int n = min_int(p.R, T - r0);
+        feedback_panel(scratch, &p, stats, 0, q, k, ld, gamma, B, T, D, first, r0, n, stream);
+        if (r0) matmul_gpu(into(g, D, g_step), rows_of_gpu(e, lx, e_step), rows_of_gpu(s_all, D, s_step), n, D, r0, 1,
+                           0, B, stream);
+        for (int i0 = r0; i0 < r0 + n; i0 += p.P) {
+            int m = min_int(p.P, r0 + n - i0), in_eights = wide({D}, {s, f, scratch});
+            int64_t row = i0 - first, at = i0 - r0;
+            RowScale scale = {gamma + row, stats + 2 * row, rows};
+            const X *e_I = e + at * lx, *M_I = M + at * (p.ld_m + 1);
+            X *s_I = s + (int64_t)i0 * D;
+            float *g_I = g + at * D;
+            matmul_gpu(into(g_I, D, g_step), rows_of_gpu(e_I + r0, lx, e_step), rows_of_gpu(s_all + (int64_t)r0 * D, D,
+                       s_step), at ? m : 0, D, (int)at, 1, r0 ? 1 : 0, B, stream);
+            BlockRhs<X> rhs = {g_I, block, f + row * D, scale, g_step, rows * D, m, D, i0 > 0};
+            each(rhs, (int64_t)B * m, D, in_eights, stream);
+            matmul_gpu(into(s_I, D, s_step), rows_of_gpu(M_I, p.ld_m, m_step), rows_of_gpu(block, D, (int64_t)m * D), m,
+                       D, m, 1, 0, B, stream);
+            matmul_gpu(into(product, D, (int64_t)m * D), rows_of_gpu(e_I + i0, lx, e_step), rows_of_gpu(s_I, D, s_step),
+                       m, D, m, 1, 0, B, stream);
+            BlockResidual<X> residual = {block, g_I, product, s_I, scale, g_step, s_step, m, D};
+            each(residual, (int64_t)B * m, D, in_eights, stream);
+            matmul_gpu(into(s_I, D, s_step), rows_of_gpu(M_I, p.ld_m, m_step), rows_of_gpu(block, D, (int64_t)m * D), m,
+                       D, m, 1, 1, B, stream);
+        }
+    }
+}
+
+// u = X((γ/z) ⊙ λ), and λ becomes what u says it is: u/(γ/z), so that the residual is that of a λ whose u is exact
+template <typename X> struct AdjointBase {
+    X *u;
+    float *lambda;
+    RowScale scale;
+    int64_t u_step;
+    int m, D, ld_u;
+    template <int V> __device__ void run(int row, int i) const {
+        int b = row / m, r = row % m;
+        float v[V], w[V], factor = scale.at(b, r);
+        read_some<V>(v, lambda + (int64_t)row * D + i);
+        for (int e = 0; e < V; e++) {
+            w[e] = get(to<X>(factor * v[e]));
+            v[e] = w[e] == 0 ? v[e] : w[e] / factor;
+        }
+        write_some<V>(lambda + (int64_t)row * D + i, v);
+        write_some<V>(u + b * u_step + (int64_t)r * ld_u + i, w);
+    }
+};
+// r = X(h - λ)
+template <typename X> struct AdjointResidual {
+    X *out;
+    const float *h, *lambda;
+    int64_t h_step;
+    int m, D;
+    template <int V> __device__ void run(int row, int i) const {
+        float v[V], w[V];
+        read_some<V>(v, h + row / m * h_step + (int64_t)(row % m) * D + i);
+        read_some<V>(w, lambda + (int64_t)row * D + i);
+        for (int e = 0; e < V; e++) v[e] -= w[e];
+        write_some<V>(out + (int64_t)row * D + i, v);
+    }
+};
+// df = X(λ), u = X((γ/z) ⊙ λ)
+template <typename X> struct AdjointDone {
+    X *df, *u;
+    const float *lambda;
+    RowScale scale;
+    int64_t df_step, u_step;
+    int m, D, ld_u;
+    template <int V> __device__ void run(int row, int i) const {
+        int b = row / m, r = row % m;
+        float v[V], factor = scale.at(b, r);
+        read_some<V>(v, lambda + (int64_t)row * D + i);
+        write_some<V>(df + b * df_step + (int64_t)r * D + i, v);
+        for (int e = 0; e < V; e++) v[e] *= factor;
+        write_some<V>(u + b * u_step + (int64_t)r * ld_u + i, v);
+    }
+};
+
+// One panel of the adjoint: λ of its rows from the last block to the first, each solving with M^T and one refinement,
+//     λ = M^T h,   r = h + e_II^T u - λ with u = (γ/z) ⊙ λ,   λ += M^T r
+// where λ stays float32, for X(γ X(λ)) would be X(λ) and the loop no contraction. Then what the panel gives the rows
+// before it, h_< += e_{R,<}^T u, and the gradients of q' and k'. u lies where dq' will.
+template <typename X>
+static void feedback_sequence_backward_gpu(X *df, X *dq, X *dk, float *dgamma, float *scratch, const Panels *p,
+                                           const X *s, float *stats, const X *q, const X *k, int ld, const float *gamma,
+                                           int B, int T, int D, int r0, cudaStream_t stream) {
+    int n = min_int(p->R, T - r0), in_eights = wide({D, ld}, {df, dq, s, scratch});
+    int64_t panel = min_int(p->R, T), lx = ld_x<X>(p->ld), e_step = ld_x<X>(panel * p->ld), all = (int64_t)T * D,
+        wide_step = (int64_t)T * ld, m_step = panel * p->ld_m;
+    float *h = scratch + p->rhs, *second = scratch + p->second, *dk_sum = scratch + p->dk, sigma = 1 / sqrtf((float)D),
+        *lambda = second;
+    const X *e = (const X *)(scratch + p->e), *M = (const X *)(scratch + p->inverse);
+    X *block = (X *)(scratch + p->block), *u = dq + (int64_t)r0 * ld;
+    feedback_panel(scratch, p, stats, 1, q, k, ld, gamma, B, T, D, 0, r0, n, stream);
+    for (int at = (n - 1) / p->P * p->P; at >= 0; at -= p->P) {
+        int m = min_int(p->P, n - at), i0 = r0 + at, later = n - at - m;
+        int64_t block_step = (int64_t)m * D;
+        RowScale scale = {gamma + i0, stats + 2 * i0, T};
+        const X *e_II = e + at * lx + i0, *M_I = M + at * (p->ld_m + 1);
+        X *u_I = u + (int64_t)at * ld;
+        float *h_I = h + (int64_t)i0 * D;
+        MatrixGPU<X> M_t = transpose_gpu(rows_of_gpu(M_I, p->ld_m, m_step)), rhs = rows_of_gpu(block, D, block_step);
+        matmul_gpu(into(h_I, D, all), transpose_gpu(rows_of_gpu(e_II + m * lx, lx, e_step)),
+                   rows_of_gpu(u_I + (int64_t)m * ld, ld, wide_step), later ? m : 0, D, later, 1, 1, B, stream);
+        BlockCopy<X, float> copy = {block, h_I, {NULL, NULL, 0}, block_step, all, m, D, D};
+        each(copy, (int64_t)B * m, D, in_eights, stream);
+        matmul_gpu(into(lambda, D, block_step), M_t, rhs, m, D, m, 1, 0, B, stream);
+        AdjointBase<X> base = {u_I, lambda, scale, wide_step, m, D, ld};
+        each(base, (int64_t)B * m, D, in_eights, stream);
+        matmul_gpu(into(h_I, D, all), transpose_gpu(rows_of_gpu(e_II, lx, e_step)), rows_of_gpu(u_I, ld, wide_step), m,
+                   D, m, 1, 1, B, stream);
+        AdjointResidual<X> residual = {block, h_I, lambda, all, m, D};
+        each(residual, (int64_t)B * m, D, in_eights, stream);
+        matmul_gpu(into(lambda, D, block_step), M_t, rhs, m, D, m, 1, 1, B, stream);
+        AdjointDone<X> done = {df + (int64_t)i0 * D, u_I, lambda, scale, all, wide_step, m, D, ld};
+        each(done, (int64_t)B * m, D, in_eights, stream);
+    }
+    matmul_gpu(into(h, D, all), transpose_gpu(rows_of_gpu(e, lx, e_step)), rows_of_gpu(u, ld, wide_step), r0, D, n, 1,
+               1, B, stream);
+    for (int at = 0; at < n; at += p->P) // the gradient of α: λ s^T up to the diagonal
+        matmul_gpu(into(second + at * p->ld, p->ld, panel * p->ld), rows_of_gpu(df + (int64_t)(r0 + at) * D, D, all),
+                   transpose_gpu(rows_of_gpu(s, D, all)), min_int(p->P, n - at), r0 + min_int(at + p->P, n), D, 1, 0, B,
+                   stream);
+    RowScale scale = {gamma + r0, stats + 2 * r0, T};
+    softmax_panel_backward_gpu<X>(second, scratch + p->e, p->ld, panel * p->ld, dgamma + r0, scale, r0, n, p->P, 1, B,
+                                  stream);
+    const X *dl = (const X *)second, *q_R = q + (int64_t)r0 * ld;
+    for (int at = 0; at < n; at += p->P) {
+        int m = min_int(p->P, n - at), i1 = r0 + at + m;
+        MatrixGPU<X> below = transpose_gpu(rows_of_gpu(dl + at * lx + r0 + at, lx, e_step)),
+            q_below = rows_of_gpu(q_R + (int64_t)at * ld, ld, wide_step);
+        matmul_gpu(into(dq + (int64_t)(r0 + at) * ld, ld, wide_step), rows_of_gpu(dl + at * lx, lx, e_step),
+                   rows_of_gpu(k, ld, wide_step), m, D, i1, sigma, 0, B, stream);
+        if (p->R >= T) matmul_gpu(into(dk + (int64_t)at * ld, ld, wide_step), below, q_below, m, D, n - at, sigma, 0, B,
+                                  stream);
+        else matmul_gpu(into(dk_sum + (int64_t)(r0 + at) * D, D, all), below, q_below, m, D, n - at, sigma,
+                        r0 + n < T ? 1 : 0, B, stream);
+    }
+    if (p->R < T) matmul_gpu(into(dk_sum, D, all), transpose_gpu(rows_of_gpu(dl, lx, e_step)), rows_of_gpu(q_R, ld,
+                             wide_step), r0, D, n, sigma, r0 + n < T ? 1 : 0, B, stream);
+}
+
+template <typename X>
+static void feedback_backward_gpu(X *df, X *dq, X *dk, float *dgamma, float *scratch, const X *ds, const X *s,
+                                  float *stats, const X *q, const X *k, int ld, const float *gamma, int B, int T, int D,
+                                  int P, cudaStream_t stream) {
+    Panels p = feedback_panels<X>(B, T, D, P);
+    int64_t all = (int64_t)T * D;
+    RowScale one = {NULL, NULL, 0};
+    BlockCopy<float, X> start = {scratch + p.rhs, ds, one, all, all, T, D, D};
+    each(start, (int64_t)B * T, D, wide({D}, {ds, scratch}), stream);
+    for (int r0 = (T - 1) / p.R * p.R; r0 >= 0; r0 -= p.R)
+        feedback_sequence_backward_gpu(df, dq, dk, dgamma, scratch, &p, s, stats, q, k, ld, gamma, B, T, D, r0, stream);
+    BlockCopy<X, float> finish = {dk, scratch + p.dk, one, (int64_t)T * ld, all, T, D, ld};
+    if (p.R < T) each(finish, (int64_t)B * T, D, wide({D, ld}, {dk, scratch}), stream);
+}
+
+template <typename X> struct GateEach {
+    X *out;
+    const X *s, *g;
+    int ld, D;
+    template <int V> __device__ void run(int n, int i) const {
+        float v[V], w[V];
+        read_some<V>(v, s + (int64_t)n * D + i);
+        read_some<V>(w, g + (int64_t)n * ld + i);
+        for (int e = 0; e < V; e++) v[e] *= w[e];
+        write_some<V>(out + (int64_t)n * D + i, v);
+    }
+};
+template <typename X>
+static void gate_forward_gpu(X *out, const X *s, const X *g, int ld, int N, int D, cudaStream_t stream) {
+    GateEach<X> f = {out, s, g, ld, D};
+    each(f, N, D, wide({D, ld}, {out, s, g}), stream);
+}
+
+template <typename X> struct GateBackwardEach {
+    X *ds, *dg;
+    const X *dout, *s, *g;
+    int ld, D;
+    template <int V> __device__ void run(int n, int i) const {
+        float grad[V], v[V], w[V];
+        read_some<V>(grad, dout + (int64_t)n * D + i);
+        read_some<V>(v, s + (int64_t)n * D + i);
+        read_some<V>(w, g + (int64_t)n * ld + i);
+        for (int e = 0; e < V; e++) { v[e] *= grad[e]; w[e] *= grad[e]; }
+        write_some<V>(dg + (int64_t)n * ld + i, v);
+        write_some<V>(ds + (int64_t)n * D + i, w);
+    }
+};
+// ds may be dout itself, and dg may be g itself.
+template <typename X>
+static void gate_backward_gpu(X *ds, X *dg, const X *dout, const X *s, const X *g, int ld, int N, int D,
+                              cudaStream_t stream) {
+    GateBackwardEach<X> f = {ds, dg, dout, s, g, ld, D};
+    each(f, N, D, wide({D, ld}, {ds, dg, dout, s, g}), stream);
+}
+
+template <typename X> struct ResidualEach {
+    float *out;
+    const float *x;
+    const X *branch;
+    int D;
+    template <int V> __device__ void run(int n, int i) const {
+        int64_t at = (int64_t)n * D + i;
+        float v[V], w[V];
+        read_some<V>(v, x + at);
+        read_some<V>(w, branch + at);
+        for (int e = 0; e < V; e++) v[e] += w[e];
+        write_some<V>(out + at, v);
+    }
+};
+template <typename X>
+static void residual_forward_gpu(float *out, const float *x, const X *branch, int N, int D, cudaStream_t stream) {
+    ResidualEach<X> f = {out, x, branch, D};
+    each(f, N, D, wide({D}, {out, x, branch}), stream);
+}
+
+// A block takes a row of logits, ld apart; a thread every blockDim-th piece, with a running maximum. The piece at the
+// end of the row may reach past V, not past ld.
+template <int V_, typename X>
+__global__ void crossentropy_forward_kernel(float *losses, float *logsumexp, const X *logits, int64_t ld,
+                                            const int *targets, int V) {
+    __shared__ float shared[32];
+    const X *row = logits + blockIdx.x * ld;
+    float max = -1e30f, sum = 0;
+    for (int i = threadIdx.x * V_; i < V; i += blockDim.x * V_) {
+        float v[V_], top = max;
+        read_some<V_>(v, row + i);
+        for (int e = 0; e < V_; e++) {
+            if (i + e >= V) v[e] = -INFINITY;
+            top = v[e] > top ? v[e] : top;
+        }
+        sum *= expf(max - top);
+        max = top;
+        for (int e = 0; e < V_; e++) sum += expf(v[e] - max);
+    }
+    float top = block_max(max, shared);
+    sum = block_sum(sum * expf(max - top), shared);
+    if (threadIdx.x) return;
+    int target = targets[blockIdx.x];
+    logsumexp[blockIdx.x] = top + logf(sum);
+    losses[blockIdx.x] = target < 0 ? 0 : top + logf(sum) - get(row[target]);
+}
+template <typename X>
+static void crossentropy_forward_gpu(float *losses, float *logsumexp, const X *logits, int64_t ld, const int *targets,
+                                     int N, int V, cudaStream_t stream) {
+    int threads = V > 1024 ? 256 : 32;
+    if (wide({ld}, {logits})) LAUNCH((crossentropy_forward_kernel<8, X>), N, threads, 0, stream, losses, logsumexp,
+                                     logits, ld, targets, V);
+    else LAUNCH((crossentropy_forward_kernel<1, X>), N, threads, 0, stream, losses, logsumexp, logits, ld, targets, V);
+}
+template <int V_, typename X>
+__global__ void crossentropy_backward_kernel(X *dlogits, const X *logits, int64_t ld, const float *logsumexp,
+                                             const int *targets, float dloss, int V) {
+    const X *row = logits + blockIdx.x * ld;
+    int target = targets[blockIdx.x];
+    float scale = target < 0 ? 0 : dloss, sum = logsumexp[blockIdx.x];
+    for (int i = threadIdx.x * V_; i < V; i += blockDim.x * V_) {
+        float v[V_];
+        read_some<V_>(v, row + i);
+        for (int e = 0; e < V_; e++) v[e] = i + e < V ? scale * (expf(v[e] - sum) - (i + e == target)) : v[e];
+        write_some<V_>(dlogits + blockIdx.x * ld + i, v);
+    }
+}
+template <typename X>
+static void crossentropy_backward_gpu(X *dlogits, const X *logits, int64_t ld, const float *logsumexp,
+                                      const int *targets, float dloss, int N, int V, cudaStream_t stream) {
+    int threads = V > 1024 ? 256 : 32;
+    if (wide({ld}, {logits, dlogits})) LAUNCH((crossentropy_backward_kernel<8, X>), N, threads, 0, stream, dlogits,
+                                              logits, ld, logsumexp, targets, dloss, V);
+    else LAUNCH((crossentropy_backward_kernel<1, X>), N, threads, 0, stream, dlogits, logits, ld, logsumexp, targets,
+                dloss, V);
+}
+
+// ----------------------------------------------------------------------------
+// the model
+
+// As in train_sessa.c. x, rounded to X, is what the layer read from the residual stream, kept for the backward pass
+// only.
+template <typename X> struct LayerActivationsGPU {
+    X *x;                       // (N,D)
+    float *ln_mean, *ln_rstd;   // (N)
+    X *n, *ag, *abar, *proj, *o, *f, *s, *gated, *branch; // dag takes the place of ag
+    float *stats, *gamma, *fb_stats;
+};
+template <typename X> struct ActivationsGPU {
+    LayerActivationsGPU<X> *layers;
+    float *residual;                // (N,D) the stream between the layers; backward its gradient, dx
+    X *y;                           // (N,D) its end, kept for the backward pass only
+    float *ln_mean, *ln_rstd;       // (N)
+    X *ln_f, *logits;               // (N,D), (N,V) with ld_logits numbers from row to row
+    int64_t ld_logits;
+    float *losses, *loss_logsumexp; // (N)
+    X *ds, *dout, *dabar, *dproj;
+    float *dgamma, *cosine, *sine, *scratch;
+};
+
+// The first member is a Model as the other parts know it: configuration, table of parameters, and in the host's memory
+// a copy of the parameters or of what belongs to them, made when asked for. The device's blocks have their tensors at
+// `places`: at multiples of 64 numbers, but for those that follow another within one product.
+template <typename X> struct ModelGPU {
+    Model host;
+    int is_bf16;
+    char *memory;                                // all of the model, one allocation
+    int64_t count, *places;                      // numbers in a block; (rows of the table)
+    float *params, *grads, *exp_avg, *exp_avg_sq;
+    X *copy;                                     // the parameters as X: products read them; float: params itself
+    unsigned char *decayed;                      // for each 64 numbers
+    Weights weights, grad;                       // in the device's memory
+    ActivationsGPU<X> acts;
+    Table x_table, f_table;                      // activations of type X, of type float
+    X *x_block;
+    float *f_block;
+    int *ids, *host_ids, *starts;                // inputs, targets, lists of sort_tokens; page-locked; (V+1)
+    TokenLists lists;
+};
+
+template <typename X> static const X *as_x(const ModelGPU<X> *m, const float *weight) {
+    return weight ? m->copy + (weight - m->params) : NULL;
+}
+
+// ----------------------------------------------------------------------------
+// mixers: what stands between GELU and gate, abar → s
+
+template <typename X>
+static void direct_read_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int first, X *f, cudaStream_t stream) {
+    const Config *c = &m->host.config;
+    int D = c->d_model, H = c->n_heads, G = c->n_kv_heads, d = D / H, E = proj_width(c), N = B * (T - first);
+    LayerWeights *w = &m->weights.layers[l];
+    LayerActivationsGPU<X> *a = &m->acts.layers[l];
+    X *q = a->proj + (size_t)first * E, *k = a->proj + D, *v = k + G * d;
+    linear_forward_gpu(q, E, a->abar, as_x(m, w->W_qkv), as_x(m, w->b_qkv), N, D, E, stream);
+    rope_forward_gpu(q, E, m->acts.cosine, m->acts.sine, N, T - first, H + G, d, first, 1, stream);
+    attention_forward_gpu(w->W_o ? a->o : f, a->stats, m->acts.scratch, q, k, v, E, B, T, H, G, d, first, m->host.P,
+                          stream);
+    if (w->W_o) linear_forward_gpu(f, D, a->o, as_x(m, w->W_o), (const X *)NULL, N, D, D, stream);
+}
+
+template <typename X> static void direct_read_backward_gpu(ModelGPU<X> *m, int l, int B, int T, cudaStream_t stream) {
+    const Config *c = &m->host.config;
+    int D = c->d_model, H = c->n_heads, G = c->n_kv_heads, d = D / H, E = proj_width(c), N = B * T;
+    LayerWeights *w = &m->weights.layers[l], *dw = &m->grad.layers[l];
+    LayerActivationsGPU<X> *a = &m->acts.layers[l];
+    ActivationsGPU<X> *back = &m->acts;
+    const X *k = a->proj + D, *v = k + G * d, *out = w->W_o ? a->o : a->f;
+    X *dk = back->dproj + D, *dv = dk + G * d, *dout = w->W_o ? back->dout : back->ds;
+    if (w->W_o) linear_backward_gpu(dout, dw->W_o, NULL, back->ds, D, a->o, as_x(m, w->W_o), N, D, D, stream);
+    attention_backward_gpu(back->dproj, dk, dv, back->scratch, dout, out, a->stats, a->proj, k, v, E, B, T, H, G, d,
+                           m->host.P, stream);
+    rope_backward_gpu(back->dproj, E, back->cosine, back->sine, N, T, H + G, d, stream);
+    linear_backward_gpu(back->dabar, dw->W_qkv, dw->b_qkv, back->dproj, E, a->abar, as_x(m, w->W_qkv), N, D, E, stream);
+}
+
+template <typename X>
+static void attention_mixer_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int first, cudaStream_t stream) {
+    direct_read_forward_gpu(m, l, B, T, first, m->acts.layers[l].s + (size_t)first * m->host.config.d_model, stream);
+}
+
+template <typename X>
+static void sessa_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int first, cudaStream_t stream) {
+    int D = m->host.config.d_model, E = proj_width(&m->host.config);
+    LayerWeights *w = &m->weights.layers[l];
+    LayerActivationsGPU<X> *a = &m->acts.layers[l];
+    const X *q = a->proj + (size_t)first * E + E - 2 * D, *k = a->proj + E - D;
+    direct_read_forward_gpu(m, l, B, T, first, a->f, stream);
+    gain_forward_gpu(a->gamma, a->abar, w->gamma_weight, w->gamma_bias, (float)m->host.config.gamma_max,
+                     B * (T - first), D, stream);
+    feedback_forward_gpu(a->s, a->fb_stats, m->acts.scratch, a->f, q, k, E, a->gamma, B, T, D, first, m->host.P,
+                         stream);
+}
+
+template <typename X> static void sessa_backward_gpu(ModelGPU<X> *m, int l, int B, int T, cudaStream_t stream) {
+    int D = m->host.config.d_model, E = proj_width(&m->host.config);
+    LayerWeights *w = &m->weights.layers[l], *dw = &m->grad.layers[l];
+    LayerActivationsGPU<X> *a = &m->acts.layers[l];
+    ActivationsGPU<X> *back = &m->acts;
+    const X *q = a->proj + E - 2 * D, *k = q + D;
+    feedback_backward_gpu(back->ds, back->dproj + E - 2 * D, back->dproj + E - D, back->dgamma, back->scratch, back->ds,
+                          a->s, a->fb_stats, q, k, E, a->gamma, B, T, D, m->host.P, stream);
+    direct_read_backward_gpu(m, l, B, T, stream);
+    gain_backward_gpu(back->dabar, dw->gamma_weight, dw->gamma_bias, back->dgamma, a->gamma, a->abar, w->gamma_weight,
+                      (float)m->host.config.gamma_max, B * T, D, stream);
+}
+
+template <typename X> struct MixerGPU {
+    void (*forward)(ModelGPU<X> *model, int layer, int B, int T, int first, cudaStream_t stream);
+    void (*backward)(ModelGPU<X> *model, int layer, int B, int T, cudaStream_t stream);
+};
+template <typename X> static MixerGPU<X> mixer_gpu(int mixer) {
+    static const MixerGPU<X> mixers_gpu[N_MIXERS] = {
+        {sessa_forward_gpu<X>, sessa_backward_gpu<X>},
+        {attention_mixer_forward_gpu<X>, direct_read_backward_gpu<X>},
+    };
+    return mixers_gpu[mixer];
+}
+
+// ----------------------------------------------------------------------------
+// the model's memory
+
+template <typename Y>
+static Y *add_activation(Table *table, Y *block, int layer, const char *name, int n_dims, int64_t d0, int64_t d1,
+                         int64_t d2) {
+    if (table->count >= 0) table->count = round_up(table->count, 64);
+    add_tensor(table, NULL, layer, name, n_dims, d0, d1, d2);
+    return block ? block + table->rows[table->n - 1].offset : NULL;
+}
+
+// The list of carve_activations, in two blocks. What is shared is shared as there; a KEEP_ALL model shares nothing.
+template <typename X> static void carve_activations_gpu(ModelGPU<X> *m, int B, int T, Mode mode) {
+    const Config *c = &m->host.config;
+    int D = c->d_model, H = c->n_heads, d = D / H, kv_width = c->n_kv_heads * d, E = proj_width(c);
+    int sessa = c->mixer == SESSA, training = mode >= TRAIN, keep_all = mode == KEEP_ALL;
+    ActivationsGPU<X> *acts = &m->acts;
+    Table *t = &m->x_table, *f = &m->f_table;
+    X *x = m->x_block;
+    float *fb = m->f_block;
+    t->n = f->n = 0;
+    t->count = f->count = 0;
+    for (int l = 0; l < c->n_layers; l++) {
+        LayerActivationsGPU<X> *a = &acts->layers[l];
+        if (l > 0) *a = acts->layers[0];
+        else a->x = NULL;
+        char name[32];
+        snprintf(name, sizeof(name), "layers.%d.residual", l - 1);
+        if (training) a->x = add_activation(t, x, -1, l ? name : "encoded", 3, B, T, D);
+        a->proj = add_activation(t, x, l, "proj", 3, B, T, E);
+        add_view(t, l, "q", "proj", 0, D);
+        add_view(t, l, "k", "proj", D, kv_width);
+        add_view(t, l, "v", "proj", D + kv_width, kv_width);
+        if (sessa) add_view(t, l, "fb_q", "proj", E - 2 * D, D);
+        if (sessa) add_view(t, l, "fb_k", "proj", E - D, D);
+        a->s = add_activation(t, x, l, "s", 3, B, T, D);
+        if (!sessa) add_view(t, l, "f", "s", 0, D);
+        if (l == 0 || training) {
+            a->ln_mean = add_activation(f, fb, l, "ln_mean", 2, B, T, 1);
+            a->ln_rstd = add_activation(f, fb, l, "ln_rstd", 2, B, T, 1);
+            a->ag = add_activation(t, x, l, "ag", 3, B, T, 2 * D);
+            add_view(t, l, "a", "ag", 0, D);
+            add_view(t, l, "g", "ag", D, D);
+            if (H > 1) a->o = add_activation(t, x, l, "o", 3, B, T, D);
+            a->stats = add_activation(f, fb, l, "stats", 3, B * H, T, 2);
+            if (sessa) a->gamma = add_activation(f, fb, l, "gamma", 2, B, T, 1);
+            if (sessa) a->fb_stats = add_activation(f, fb, l, "fb_stats", 3, B, T, 2);
+        }
+        if (l == 0 || keep_all) {
+            a->n = a->f = a->gated = add_activation(t, x, l, "ln", 3, B, T, D);
+            a->abar = a->branch = add_activation(t, x, l, "abar", 3, B, T, D);
+        }
+        // H 1: attention's own output
+        if (sessa && (keep_all || (H == 1 && training))) a->f = add_activation(t, x, l, "f", 3, B, T, D);
+        if (!sessa && H == 1) a->f = a->s;
+        if (keep_all) a->gated = add_activation(t, x, l, "gated", 3, B, T, D);
+    }
+    char name[32];
+    snprintf(name, sizeof(name), "layers.%d.residual", c->n_layers - 1);
+    acts->y = training ? add_activation(t, x, -1, name, 3, B, T, D) : NULL;
+    acts->residual = add_activation(f, fb, -1, "stream", 3, B, T, D);
+    acts->ln_mean = add_activation(f, fb, -1, "ln_f_mean", 2, B, T, 1);
+    acts->ln_rstd = add_activation(f, fb, -1, "ln_f_rstd", 2, B, T, 1);
+    acts->ln_f = add_activation(t, x, -1, "ln_f", 3, B, T, D);
+    acts->ld_logits = round_up(c->vocab_size, 8);
+    acts->logits = add_activation(t, x, -1, "logits", 3, B, mode == GENERATE ? 1 : T, acts->ld_logits);
+    t->rows[t->n - 1].shape[2] = c->vocab_size;
+    acts->losses = add_activation(f, fb, -1, "losses", 2, B, T, 1);
+    acts->loss_logsumexp = add_activation(f, fb, -1, "loss_logsumexp", 2, B, T, 1);
+    acts->cosine = add_activation(f, fb, -1, "cosine", 2, T, d / 2, 1);
+    acts->sine = add_activation(f, fb, -1, "sine", 2, T, d / 2, 1);
+    int64_t scratch = attention_scratch(m->is_bf16 && d % 8 == 0 && d <= 128, B, T, H, c->n_kv_heads, 0);
+    int64_t feedback = sessa ? feedback_panels<X>(B, T, D, 0).total : 0;
+    int64_t low = sessa && keep_all ? feedback_panels<X>(B, T, D, 1).total : 0; // of tests
+    scratch = scratch > feedback ? scratch : feedback;
+    acts->scratch = add_activation(f, fb, -1, "scratch", 1, scratch > low ? scratch : low, 1, 1);
+    if (!training) return;
+    acts->dout = acts->layers[0].n; // free by then
+    acts->ds = add_activation(t, x, -1, "ds", 3, B, T, D);
+    acts->dabar = acts->ln_f; // likewise
+    acts->dproj = add_activation(t, x, -1, "dproj", 3, B, T, E);
+    acts->dgamma = add_activation(f, fb, -1, "dgamma", 2, B, T, 1);
+}
+
+// Where the device's blocks have a tensor that stands at `from` in a block that follows the table.
+template <typename X> static float *device_place(const ModelGPU<X> *m, float *block, const real *from) {
+    if (!from) return NULL;
+    for (int i = 0; i < m->host.table.n; i++)
+        if (m->host.table.rows[i].offset == from - (const real *)sizeof(real)) return block + m->places[i];
+    return NULL;
+}
+template <typename X> static void device_weights(const ModelGPU<X> *m, Weights *w, float *block) {
+    Table table = {NULL, 0, 0};
+    // addresses of a block that is nowhere, then their places
+    carve_weights(w, &table, (real *)sizeof(real), &m->host.config);
+    free(table.rows);
+    real **fields = (real **)(void *)w->layers;
+    size_t n = (size_t)m->host.config.n_layers * sizeof(LayerWeights) / sizeof(real *);
+    for (size_t i = 0; i < n; i++) fields[i] = device_place(m, block, fields[i]);
+    w->wte = device_place(m, block, w->wte);
+    w->ln_f_weight = device_place(m, block, w->ln_f_weight);
+    w->ln_f_bias = device_place(m, block, w->ln_f_bias);
+}
+
+template <typename X> static void model_free_gpu(ModelGPU<X> *m) {
+    if (gpu.ready) cudaStreamSynchronize(gpu.stream);
+    cudaFree(m->memory);
+    cudaFreeHost(m->host_ids);
+    void *blocks[] = {m->host.weights.layers, m->weights.layers, m->grad.layers, m->acts.layers, m->host.table.rows,
+                      m->x_table.rows, m->f_table.rows, m->host.params,
+                      m->host.grads, m->host.exp_avg, m->host.exp_avg_sq, m->places, m->starts, m};
+    for (size_t i = 0; i < sizeof(blocks) / sizeof(blocks[0]); i++) free(blocks[i]);
+}
+
+// The parts of the model's memory, one after the other; memory NULL: only their sizes.
+static char *take(char **memory, int64_t bytes) {
+    char *at = *memory;
+    *memory += round_up(bytes, 256);
+    return at;
+}
+template <typename X> static int64_t carve_memory(ModelGPU<X> *m, char *memory, int B, int T, Mode mode) {
+    char *at = memory;
+    int64_t block = m->count * (int64_t)sizeof(float), tokens = (int64_t)B * T;
+    m->params = (float *)take(&at, block);
+    m->grads = (float *)take(&at, mode >= TRAIN ? block : 0);
+    m->exp_avg = (float *)take(&at, mode >= TRAIN ? block : 0);
+    m->exp_avg_sq = (float *)take(&at, mode >= TRAIN ? block : 0);
+    m->copy = m->is_bf16 ? (X *)take(&at, m->count * (int64_t)sizeof(X)) : (X *)m->params;
+    m->decayed = (unsigned char *)take(&at, m->count / 64);
+    m->ids = (int *)take(&at, (6 * tokens + 2) * (int64_t)sizeof(int));
+    m->x_block = (X *)take(&at, m->x_table.count * (int64_t)sizeof(X));
+    m->f_block = (float *)take(&at, m->f_table.count * (int64_t)sizeof(float));
+    return at - memory;
+}
+
+template <typename X> static Model *model_create_gpu(const Config *c, int B, int T, Mode mode, char *error) {
+    if (gpu_open(error)) return NULL;
+    int whole = 1;
+    ModelGPU<X> *m = (ModelGPU<X> *)allocate(1, sizeof(ModelGPU<X>), &whole);
+    if (!m) { fail(error, NULL, "out of memory"); return NULL; }
+    m->host.config = *c;
+    m->host.B = B;
+    m->host.T = T;
+    m->is_bf16 = sizeof(X) == sizeof(bf16);
+    m->host.weights.layers = (LayerWeights *)allocate(c->n_layers, sizeof(LayerWeights), &whole);
+    m->weights.layers = (LayerWeights *)allocate(c->n_layers, sizeof(LayerWeights), &whole);
+    m->grad.layers = (LayerWeights *)allocate(c->n_layers, sizeof(LayerWeights), &whole);
+    m->acts.layers = (LayerActivationsGPU<X> *)allocate(c->n_layers, sizeof(LayerActivationsGPU<X>), &whole);
+    m->starts = (int *)allocate((int64_t)c->vocab_size + 1, sizeof(int), &whole);
+    if (whole) carve_weights(&m->host.weights, &m->host.table, NULL, c);
+    m->places = (int64_t *)allocate(m->host.table.n, sizeof(int64_t), &whole);
+    if (!whole) { fail(error, NULL, "out of memory"); model_free_gpu(m); return NULL; }
+    for (int i = 0; i < m->host.table.n; i++) { // the projections stay together: they are one product
+        const Tensor *row = &m->host.table.rows[i];
+        int follows = strstr(row->name, ".k_proj.") || strstr(row->name, ".v_proj.") || strstr(row->name, ".proj_fb.");
+        if (!follows) m->count = round_up(m->count, 64);
+        m->places[i] = m->count;
+        m->count += row->count;
+    }
+    m->count = round_up(m->count, 64);
+    carve_activations_gpu(m, B, T, mode);
+    double needed = INFINITY;
+    size_t present = 0, all = 0;
+    if (m->host.table.count >= 0 && m->x_table.count >= 0 && m->f_table.count >= 0
+        && m->host.table.count < PTRDIFF_MAX / 64)
+        needed = (double)carve_memory(m, NULL, B, T, mode);
+    CUDA(cudaMemGetInfo(&present, &all));
+    size_t ids = (6 * (size_t)B * (size_t)T + 2) * sizeof(int);
+    cudaError_t code = cudaErrorMemoryAllocation;
+    if (needed <= (double)present) code = cudaMalloc((void **)&m->memory, (size_t)needed);
+    if (code == cudaSuccess) code = cudaMallocHost((void **)&m->host_ids, ids);
+    if (code != cudaSuccess) {
+        cudaGetLastError();
+        fail(error, NULL, "the model does not fit: it needs %.2f GiB of the GPU's memory, "
+             "of whose %.1f GiB %.2f are free", needed / 0x1p30, (double)all / 0x1p30, (double)present / 0x1p30);
+        model_free_gpu(m);
+        return NULL;
+    }
+    m->host.bytes = needed + WORKSPACE;
+    CUDA(cudaMemset(m->memory, 0, (size_t)needed));
+    carve_memory(m, m->memory, B, T, mode);
+    carve_activations_gpu(m, B, T, mode);
+    device_weights(m, &m->weights, m->params);
+    device_weights(m, &m->grad, m->grads);
+    int64_t pairs = (int64_t)T * (c->d_model / c->n_heads / 2);
+    unsigned char *decayed = (unsigned char *)allocate(m->count / 64, 1, &whole);
+    real *tables = (real *)allocate(2 * pairs, sizeof(real), &whole);
+    if (!whole) { fail(error, NULL, "out of memory"); free(decayed); model_free_gpu(m); return NULL; }
+    for (int i = 0; i < m->host.table.n; i++) {
+        const Tensor *row = &m->host.table.rows[i];
+        int64_t from = m->places[i] / 64, end = (m->places[i] + row->count + 63) / 64;
+        if (row->n_dims >= 2) memset(decayed + from, 1, (size_t)(end - from));
+    }
+    rope_table(tables, tables + pairs, T, c->d_model / c->n_heads);
+    CUDA(cudaMemcpy(m->decayed, decayed, (size_t)(m->count / 64), cudaMemcpyHostToDevice));
+    CUDA(cudaMemcpy(m->acts.cosine, tables, (size_t)pairs * sizeof(real), cudaMemcpyHostToDevice));
+    CUDA(cudaMemcpy(m->acts.sine, tables + pairs, (size_t)pairs * sizeof(real), cudaMemcpyHostToDevice));
+    free(decayed);
+    free(tables);
+    return &m->host;
+}
+
+// ----------------------------------------------------------------------------
+// forward, backward, update
+
+// inputs: in the device's memory
+template <typename X>
+static void hidden_forward_gpu(ModelGPU<X> *m, const int *inputs, int B, int T, int first, Dropout drop,
+                               cudaStream_t stream) {
+    const Config *c = &m->host.config;
+    int D = c->d_model, N = B * (T - first), last = c->n_layers - 1;
+    ActivationsGPU<X> *acts = &m->acts;
+    embedding_forward_gpu(acts->residual, inputs, m->weights.wte, B, T - first, D, stream);
+    dropout_gpu(acts->residual, N, D, drop, 0, stream);
+    for (int l = 0; l <= last; l++) {
+        LayerWeights *w = &m->weights.layers[l];
+        LayerActivationsGPU<X> *a = &acts->layers[l];
+        // [9]
+        layernorm_forward_gpu(a->n, a->x, a->ln_mean, a->ln_rstd, acts->residual, w->ln_weight, w->ln_bias, N, D,
+                              stream);
+        // [10]
+        linear_forward_gpu(a->ag, 2 * D, a->n, as_x(m, w->W_in), as_x(m, w->b_in), N, D, 2 * D, stream);
+        // [11]
+        gelu_forward_gpu(a->abar, a->ag, 2 * D, N, D, stream);
+        // [12]
+        mixer_gpu<X>(c->mixer).forward(m, l, B, T, first, stream);
+        // [13]
+        gate_forward_gpu(a->gated, a->s + (size_t)first * D, a->ag + D, 2 * D, N, D, stream);
+        dropout_gpu(a->gated, N, D, drop, 1 + 2 * l, stream);
+        linear_forward_gpu(a->branch, D, a->gated, as_x(m, w->W_out), as_x(m, w->b_out), N, D, D, stream);
+        dropout_gpu(a->branch, N, D, drop, 2 + 2 * l, stream);
+        residual_forward_gpu(acts->residual, acts->residual, a->branch, N, D, stream);
+    }
+    layernorm_forward_gpu(acts->ln_f, acts->y, acts->ln_mean, acts->ln_rstd, acts->residual, m->weights.ln_f_weight,
+                          m->weights.ln_f_bias, N, D, stream);
+}
+
+// out = Σ x_i, or Σ x_i², in double: a block takes a 256th, one thread adds up the blocks.
+template <int SQUARES> __global__ void sum_kernel(double *partial, const float *x, int64_t n) {
+    __shared__ double sums[256];
+    double sum = 0;
+    int64_t end = n * (blockIdx.x + 1) / gridDim.x;
+    for (int64_t i = n * blockIdx.x / gridDim.x + threadIdx.x; i < end;
+         i += 256) sum += SQUARES ? (double)x[i] * (double)x[i] : (double)x[i];
+    sums[threadIdx.x] = sum;
+    for (int half = 128; half; half /= 2) {
+        __syncthreads();
+        if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+    }
+    if (threadIdx.x == 0) partial[blockIdx.x] = sums[0];
+}
+template <int SQUARES> static double sum_gpu(const float *x, int64_t n, cudaStream_t stream) {
+    enum { BLOCKS = 1024 };
+    double partial[BLOCKS], sum = 0;
+    LAUNCH(sum_kernel<SQUARES>, BLOCKS, 256, 0, stream, (double *)gpu.workspace, x, n);
+    CUDA(cudaMemcpyAsync(partial, gpu.workspace, sizeof(partial), cudaMemcpyDeviceToHost, stream));
+    CUDA(cudaStreamSynchronize(stream));
+    for (int i = 0; i < BLOCKS; i++) sum += partial[i];
+    return sum;
+}
+
+template <typename X>
+static double model_forward_gpu(ModelGPU<X> *m, const int *inputs, const int *targets, int B, int T, Dropout drop) {
+    cudaStream_t stream = gpu.stream;
+    int D = m->host.config.d_model, V = m->host.config.vocab_size, N = B * T;
+    ActivationsGPU<X> *acts = &m->acts;
+    memcpy(m->host_ids, inputs, sizeof(int) * (size_t)N); // nothing reads it any more: the last call waited for its sum
+    memcpy(m->host_ids + N, targets, sizeof(int) * (size_t)N);
+    m->lists = sort_tokens(m->host_ids + 2 * N, m->starts, inputs, N, V);
+    CUDA(cudaMemcpyAsync(m->ids, m->host_ids, sizeof(int) * (6 * (size_t)N + 2), cudaMemcpyHostToDevice, stream));
+    m->host.batch_B = B;
+    m->host.batch_T = T;
+    m->host.drop = drop;
+    hidden_forward_gpu(m, m->ids, B, T, 0, drop, stream);
+    linear_forward_gpu(acts->logits, (int)acts->ld_logits, acts->ln_f, as_x(m, m->weights.wte), (const X *)NULL, N, D,
+                       V, stream);
+    crossentropy_forward_gpu(acts->losses, acts->loss_logsumexp, acts->logits, acts->ld_logits, m->ids + N, N, V,
+                             stream);
+    return sum_gpu<0>(acts->losses, N, stream);
+}
+
+template <typename X> static void model_backward_gpu(ModelGPU<X> *m, double dloss) {
+    cudaStream_t stream = gpu.stream;
+    const Config *c = &m->host.config;
+    int D = c->d_model, V = c->vocab_size, B = m->host.batch_B, T = m->host.batch_T, N = B * T, last = c->n_layers - 1,
+        ld_logits = (int)m->acts.ld_logits;
+    ActivationsGPU<X> *acts = &m->acts;
+    Weights *w = &m->weights, *dw = &m->grad;
+    Dropout drop = m->host.drop;
+    float *dx = acts->residual;
+    crossentropy_backward_gpu(acts->logits, acts->logits, ld_logits, acts->loss_logsumexp, m->ids + N, (float)dloss, N,
+                              V, stream);
+    linear_backward_gpu(acts->ds, dw->wte, NULL, acts->logits, ld_logits, acts->ln_f, as_x(m, w->wte), N, D, V, stream);
+    CUDA(cudaMemsetAsync(dx, 0, sizeof(float) * (size_t)N * (size_t)D, stream));
+    layernorm_backward_gpu(dx, dw->ln_f_weight, dw->ln_f_bias, acts->ds, acts->y, acts->ln_mean, acts->ln_rstd,
+                           w->ln_f_weight, N, D, stream);
+    for (int l = last; l >= 0; l--) {
+        LayerWeights *wl = &w->layers[l], *dwl = &dw->layers[l];
+        LayerActivationsGPU<X> *a = &acts->layers[l];
+        // out through W_out and the gate; s ⊙ g is computed again; the gradients of a and g take their place
+        BlockCopy<X, float> branch = {acts->dabar, dx, {NULL, NULL, 0}, 0, 0, N, D, D};
+        each(branch, N, D, wide({D}, {acts->dabar, dx}), stream);
+        dropout_gpu(acts->dabar, N, D, drop, 2 + 2 * l, stream);
+        gate_forward_gpu(a->gated, a->s, a->ag + D, 2 * D, N, D, stream);
+        dropout_gpu(a->gated, N, D, drop, 1 + 2 * l, stream);
+        linear_backward_gpu(acts->ds, dwl->W_out, dwl->b_out, acts->dabar, D, a->gated, as_x(m, wl->W_out), N, D, D,
+                            stream);
+        dropout_gpu(acts->ds, N, D, drop, 1 + 2 * l, stream);
+        gate_backward_gpu(acts->ds, a->ag + D, acts->ds, a->s, a->ag + D, 2 * D, N, D, stream);
+        // through the mixer; ā is computed again
+        gelu_forward_gpu(a->abar, a->ag, 2 * D, N, D, stream);
+        mixer_gpu<X>(c->mixer).backward(m, l, B, T, stream);
+        gelu_backward_gpu(a->ag, acts->dabar, a->ag, 2 * D, N, D, stream);
+        // through W_in and the LayerNorm; its output is computed again
+        layernorm_forward_gpu(a->n, (X *)NULL, a->ln_mean, a->ln_rstd, a->x, wl->ln_weight, wl->ln_bias, N, D, stream);
+        linear_backward_gpu(acts->ds, dwl->W_in, dwl->b_in, a->ag, 2 * D, a->n, as_x(m, wl->W_in), N, D, 2 * D, stream);
+        layernorm_backward_gpu(dx, dwl->ln_weight, dwl->ln_bias, acts->ds, a->x, a->ln_mean, a->ln_rstd, wl->ln_weight,
+                               N, D, stream);
+    }
+    dropout_gpu(dx, N, D, drop, 0, stream);
+    embedding_backward_gpu(dw->wte, (float *)acts->dproj, dx, m->ids + 2 * N, m->lists, B, T, D, stream);
+}
+
+// A thread takes one number; all parameters in one launch, the tensors' ends rounded up hold zeros that stay zeros.
+template <typename X>
+__global__ void adamw_kernel(float *w, float *g, float *exp_avg, float *exp_avg_sq, X *copy,
+                             const unsigned char *decayed, int64_t n, float beta1, float beta2, float rate1,
+                             float rate2, float keep, float step_size, float correction, float eps, float scale) {
+    int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= n) return;
+    float grad = scale * g[i];
+    float m = exp_avg[i] = beta1 * exp_avg[i] + rate1 * grad;
+    float v = exp_avg_sq[i] = beta2 * exp_avg_sq[i] + rate2 * grad * grad;
+    float updated = (decayed[i / 64] ? keep : 1) * w[i] - step_size * m / (sqrtf(v) * correction + eps);
+    w[i] = updated;
+    g[i] = 0;
+    if (sizeof(X) != sizeof(float)) copy[i] = to<X>(updated);
+}
+template <typename X> static void model_update_gpu(ModelGPU<X> *m, AdamW o, double grad_scale, int64_t step) {
+    LAUNCH(adamw_kernel<X>, (unsigned)((m->count + 255) / 256), 256, 0, gpu.stream, m->params, m->grads, m->exp_avg,
+           m->exp_avg_sq, m->copy, m->decayed, m->count, (float)o.beta1, (float)o.beta2, (float)(1 - o.beta1),
+           (float)(1 - o.beta2), (float)(1 - o.lr * o.weight_decay), (float)(o.lr / (1 - pow(o.beta1, (double)step))),
+           (float)(1 / sqrt(1 - pow(o.beta2, (double)step))), (float)o.eps, (float)grad_scale);
+}
+
+template <typename X> static void model_extend_gpu(ModelGPU<X> *m, const int *tokens, int n, int first, real *logits) {
+    cudaStream_t stream = gpu.stream;
+    Dropout off = {0, 0, 0};
+    int D = m->host.config.d_model, V = m->host.config.vocab_size;
+    bf16 narrow;
+    CUDA(cudaMemcpyAsync(m->ids, tokens, sizeof(int) * (size_t)n, cudaMemcpyHostToDevice, stream));
+    hidden_forward_gpu(m, m->ids, 1, first + n, first, off, stream);
+    linear_forward_gpu(m->acts.logits, V, m->acts.ln_f + (size_t)(n - 1) * D, as_x(m, m->weights.wte), (const X *)NULL,
+                       1, D, V, stream);
+    CUDA(cudaMemcpyAsync(logits, m->acts.logits, sizeof(X) * (size_t)V, cudaMemcpyDeviceToHost, stream));
+    CUDA(cudaStreamSynchronize(stream));
+    for (int i = V - 1; i >= 0 && m->is_bf16; i--) { // from the last: a float takes the place of two
+        memcpy(&narrow, (const char *)logits + i * sizeof(bf16), sizeof(bf16));
+        logits[i] = __bfloat162float(narrow);
+    }
+}
+
+// ----------------------------------------------------------------------------
+// the backend
+
+// Tensor by tensor between the device's block and the host's, which follows the table.
+template <typename X> static real *read_gpu(ModelGPU<X> *m, Block block) {
+    real **host = block == PARAMS ? &m->host.params : block == GRADS ? &m->host.grads : block == EXP_AVG
+        ? &m->host.exp_avg : &m->host.exp_avg_sq;
+    const float *device = block == PARAMS ? m->params : block == GRADS ? m->grads : block == EXP_AVG
+        ? m->exp_avg : m->exp_avg_sq;
+    if (!*host) *host = (real *)calloc((size_t)m->host.table.count + 1, sizeof(real));
+    if (!*host) { fprintf(stderr, "train_sessa: no %.2f GiB of memory for a copy of the parameters\n",
+                  (double)m->host.table.count * sizeof(real) / 0x1p30); exit(1); }
+    for (int i = 0; i < m->host.table.n; i++)
+        CUDA(cudaMemcpyAsync(*host + m->host.table.rows[i].offset, device + m->places[i],
+             sizeof(real) * (size_t)m->host.table.rows[i].count, cudaMemcpyDeviceToHost, gpu.stream));
+    CUDA(cudaStreamSynchronize(gpu.stream));
+    return *host;
+}
+template <typename X> static void write_gpu(ModelGPU<X> *m, Block block) {
+    const real *host = block == PARAMS ? m->host.params : block == GRADS ? m->host.grads : block == EXP_AVG
+        ? m->host.exp_avg : m->host.exp_avg_sq;
+    float *device = block == PARAMS ? m->params : block == GRADS ? m->grads : block == EXP_AVG
+        ? m->exp_avg : m->exp_avg_sq;
+    for (int i = 0; i < m->host.table.n; i++)
+        CUDA(cudaMemcpyAsync(device + m->places[i], host + m->host.table.rows[i].offset,
+             sizeof(real) * (size_t)m->host.table.rows[i].count, cudaMemcpyHostToDevice, gpu.stream));
+    BlockCopy<X, float> copy = {m->copy, m->params, {NULL, NULL, 0}, 0, 0, INT_MAX, 64, 64};
+    if (block == PARAMS && m->is_bf16) each(copy, m->count / 64, 64, 1, gpu.stream);
+    CUDA(cudaStreamSynchronize(gpu.stream));
+}
+
+// The model behind the pointer is a ModelGPU<bf16> or a ModelGPU<float>.
+static ModelGPU<bf16> *bf16_model(Model *m) { return ((ModelGPU<bf16> *)m)->is_bf16 ? (ModelGPU<bf16> *)m : NULL; }
+static ModelGPU<float> *float_model(Model *m) { return (ModelGPU<float> *)m; }
+
+static Model *cuda_create(const Config *c, int B, int T, Mode mode, char *error) {
+    return gpu.precision == BF16 ? model_create_gpu<bf16>(c, B, T, mode, error) : model_create_gpu<float>(c, B, T, mode,
+            error);
+}
+static void cuda_destroy(Model *m) { if (bf16_model(m)) model_free_gpu(bf16_model(m));
+                                     else model_free_gpu(float_model(m)); }
+static double cuda_bytes(const Model *m) { return m->bytes; }
+static real *cuda_read(Model *m, Block block) { return bf16_model(m) ? read_gpu(bf16_model(m),
+                                                block) : read_gpu(float_model(m), block); }
+static void cuda_write(Model *m, Block block) { if (bf16_model(m)) write_gpu(bf16_model(m), block);
+                                                else write_gpu(float_model(m), block); }
+static double cuda_forward(Model *m, const int *inputs, const int *targets, int B, int T, Dropout drop) {
+    return bf16_model(m) ? model_forward_gpu(bf16_model(m), inputs, targets, B, T,
+                                             drop) : model_forward_gpu(float_model(m), inputs, targets, B, T, drop);
+}
+static void cuda_backward(Model *m, double dloss) { if (bf16_model(m)) model_backward_gpu(bf16_model(m), dloss);
+        else model_backward_gpu(float_model(m), dloss); }
+static double cuda_grad_norm(Model *m) {
+    return sqrt(bf16_model(m) ? sum_gpu<1>(bf16_model(m)->grads, bf16_model(m)->count,
+                gpu.stream) : sum_gpu<1>(float_model(m)->grads, float_model(m)->count, gpu.stream));
+}
+static void cuda_update(Model *m, AdamW o, double grad_scale, int64_t step) {
+    if (bf16_model(m)) model_update_gpu(bf16_model(m), o, grad_scale, step);
+    else model_update_gpu(float_model(m), o, grad_scale, step);
+}
+static void cuda_extend(Model *m, const int *tokens, int n, int first, real *logits) {
+    if (bf16_model(m)) model_extend_gpu(bf16_model(m), tokens, n, first, logits);
+    else model_extend_gpu(float_model(m), tokens, n, first, logits);
+}
+
+static const Backend cuda_backend = {"CUDA", cuda_create, cuda_destroy, cuda_bytes, cuda_read, cuda_write, cuda_forward,
+                                     cuda_backward, cuda_grad_norm, cuda_update,
+                                     cuda_extend};
+
+// ----------------------------------------------------------------------------
+// the program
+
+// Takes --precision out of the command line. Returns 0, or 2 after a line on standard error.
+static int take_precision(int *argc, char **argv) {
+    static const char name[] = "--precision";
+    int kept = 1;
+    for (int i = 1; i < *argc; i++) {
+        int same = !strncmp(argv[i], name, sizeof(name) - 1), joined = same && argv[i][sizeof(name) - 1] == '=';
+        if (!joined && (!same || argv[i][sizeof(name) - 1])) { argv[kept++] = argv[i]; continue; }
+        const char *value = joined ? argv[i] + sizeof(name) : i + 1 < *argc ? argv[++i] : "";
+        int found = -1;
+        for (int p = FP32; p <= BF16; p++)
+            if (!strcmp(value, precision_names[p])) found = p;
+        if (found < 0) {
+            fprintf(stderr, "train_sessa: --precision takes fp32, tf32 or bf16, not '%.100s'\n", value);
+            return 2;
+        }
+        gpu.precision = (Precision)found;
+    }
+    *argc = kept;
+    return 0;
+}
+
+static int run_cuda_program(int argc, char **argv) {
+    int code = take_precision(&argc, argv), help = 0;
+    for (int i = 1; i < argc; i++) help |= !strcmp(argv[i], "--help") || !strcmp(argv[i], "-h");
+    static const char *const names[] = {"CUDA fp32", "CUDA tf32", "CUDA bf16"};
+    Backend backend = cuda_backend;
+    backend.name = names[gpu.precision];
+    if (!code) code = run_program(argc, argv, &backend);
+    if (!code && help)
+        printf("\nCUDA\n  --precision   TEXT  fp32, tf32 or bf16: of products and of what they read [bf16]\n");
+    return code;
+}
+
+#ifdef SESSA_CUDA_MAIN
+int main(int argc, char **argv) { return run_cuda_program(argc, argv); }
+#endif
