@@ -309,7 +309,7 @@ static void matmul(real *out, ptrdiff_t ld, Matrix a, Matrix b, int M, int N, in
 // in strips of TILE_COLS columns, which do not depend on each other: LOW_ROWS rows at a time take what the rows before
 // them give as one tile product (the strip of x is the packed B), then what they give each other row by row.
 // With negative strides it runs from the last row to the first: so the transposed system is solved.
-enum { PANEL_MAX = 64 };
+enum { PANEL_MAX = 96 };
 static void solve_strip(real *x, ptrdiff_t ld, Matrix N, int n, int width) {
     real strip[PANEL_MAX * TILE_COLS] __attribute__((aligned(64)));
     for (int t = 0; t < n; t++)
@@ -533,7 +533,7 @@ static void rope_backward(real *dx, int ld, const real *cosine, const real *sine
 // above the diagonal, high ones make larger products. A panel's weights are stored transposed, the weight of row r for
 // key j at [j·n + r] in a panel of n rows: a vector holds one key for many rows, and the softmax runs without a sum
 // across lanes.
-static int panel_height(int P, int T) { return P > 0 ? min_int(P, PANEL_MAX) : T <= 256 ? PANEL_MAX / 2 : PANEL_MAX; }
+static int panel_height(int P, int T) { return P > 0 ? min_int(P, PANEL_MAX) : T <= 256 ? 32 : T <= 1024 ? 64 : PANEL_MAX; }
 
 // Numbers of scratch that a thread needs: weights of a panel, their gradient, and those of the panel for itself.
 static size_t panel_scratch(int T) { return PANEL_MAX * (2 * (size_t)T + PANEL_MAX); }
