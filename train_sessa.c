@@ -142,19 +142,52 @@ enum {
 };
 typedef real Vector __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
 
+// to[k·width + r] = at[r·stride + k] for r, k < LANES. Vectors a and b of n numbers are interleaved to a0 b0 a1 b1 ..., the
+// first of the upper half with the first of the lower one: that turns the bits of (row, column) by one place, and log2 n
+// turns exchange them. (clang shuffles by constants only: it takes the plain loop.)
+static inline void transpose_block(real *to, int width, const real *at, ptrdiff_t stride) {
+#ifdef __clang__
+    for (int r = 0; r < LANES; r++)
+        for (int k = 0; k < LANES; k++) to[k * width + r] = at[r * stride + k];
+#else
+    Vector x[LANES], y[LANES];
+    __typeof__(x[0] == x[0]) first, second;
+    for (int i = 0; i < LANES; i++) {
+        first[i] = i / 2 + i % 2 * LANES;
+        second[i] = first[i] + LANES / 2;
+        x[i] = *(const Vector *)(at + i * stride);
+    }
+#pragma GCC unroll 4
+    for (int turn = 1; turn < LANES; turn *= 2) {
+#pragma GCC unroll 8
+        for (int i = 0; i < LANES / 2; i++) {
+            y[2 * i] = __builtin_shuffle(x[i], x[i + LANES / 2], first);
+            y[2 * i + 1] = __builtin_shuffle(x[i], x[i + LANES / 2], second);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) x[i] = y[i];
+    }
+    for (int i = 0; i < LANES; i++) *(Vector *)(to + i * width) = x[i];
+#endif
+}
+
 // packed[k·width + r] = at[r·stride_r + k·stride_k] for r < n, and 0 for n ≤ r < width: a strip of A or B in the order
 // in which the tile reads it.
-static inline void pack(real *packed, int width, const real *at, ptrdiff_t stride_r, ptrdiff_t stride_k, int n, int K) {
+__attribute__((noinline)) // the tile below keeps all the registers
+static void pack(real *packed, int width, const real *at, ptrdiff_t stride_r, ptrdiff_t stride_k, int n, int K) {
     if (n < width) memset(packed, 0, sizeof(real) * (size_t)K * (size_t)width);
     if (stride_r == 1 && n == width) {
         for (int k = 0; k < K; k++) memcpy(packed + k * width, at + k * stride_k, sizeof(real) * (size_t)width);
         return;
     }
-    enum { CHUNK = 16 }; // a strip that is transposed is written in chunks that stay in the L1 cache
-    for (int k0 = 0; k0 < K; k0 += CHUNK)
-        for (int r = 0; r < n; r++)
-            for (int k = k0; k < min_int(k0 + CHUNK, K); k++)
-                packed[k * width + r] = at[r * stride_r + k * stride_k];
+    for (int k0 = 0; k0 < K; k0 += LANES)
+        for (int r0 = 0; r0 < n; r0 += LANES) {
+            real *to = packed + k0 * width + r0;
+            const real *from = at + r0 * stride_r + k0 * stride_k;
+            if (stride_k == 1 && k0 + LANES <= K && r0 + LANES <= n) transpose_block(to, width, from, stride_r);
+            else for (int k = 0; k < min_int(LANES, K - k0); k++)
+                for (int r = 0; r < min_int(LANES, n - r0); r++) to[k * width + r] = from[r * stride_r + k * stride_k];
+        }
 }
 
 // out[i][j] = alpha · Σ_k A[i][k]·b[k·TILE_COLS + j] + keep · out[i][j] + add[j] for i < rows, a constant, and
