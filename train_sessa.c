@@ -1845,6 +1845,7 @@ static int safetensors_write(const char *path, const FileTensor *tensors, int n_
     int problem = errno;
     free(header);
     if (out) fclose(out);
+    else close(fd);
     if (!ok) {
         unlink(temporary);
         return fail(error, path, "cannot be written: %s", strerror(problem));
@@ -2328,7 +2329,7 @@ static int open_data(Run *run, char *error) {
     run->val_end = run->val_set->count;
     int64_t least = kind == DATA_EXAMPLES ? 1 : o->seq + 1;
     for (int i = 0; kind == DATA_EXAMPLES && i < n_sets; i++) {
-        if (!is_given(&run->settings, "seq") && i == 0) least = 1, o->seq = sets[i]->width;
+        if (!is_given(&run->settings, "seq") && i == 0) o->seq = sets[i]->width;
         if (sets[i]->width != o->seq)
             return fail(error, paths[i], "it holds sequences of %d tokens, not of %d", sets[i]->width, (int)o->seq);
     }
@@ -2566,6 +2567,10 @@ static int train(Run *run, const char *program, char *error) {
     FILE *log = NULL;
     double start = seconds(), loss = 0, grad_norm = 0;
     int64_t first_step = o->step;
+    if (o->step >= o->steps) {
+        printf("nothing to do: %lld of %lld steps are done\n", (long long)o->step, (long long)o->steps);
+        return 0;
+    }
     if (safetensors_writable(o->out, error) || safetensors_writable(best_path, error)) return FAILED;
     if (o->log && !(log = open_log(o->log, o->step, error))) return FAILED;
     while (o->step < o->steps && !interrupted) {
@@ -2584,6 +2589,7 @@ static int train(Run *run, const char *program, char *error) {
         if (last || interrupted || (o->save_every && o->step % o->save_every == 0))
             if ((result = save_checkpoint(run, o->out, 1, error))) break;
         if (last) val_loss = evaluate(run, 0);
+        if (last && interrupted) val_loss = NAN; // stopped before it had seen all
         if (last && !o->eval_every && (result = save_checkpoint(run, best_path, 0, error))) break;
         if (terminal || !isnan(val_loss) || o->step == first_step + 1 || o->step % 100 == 0)
             print_step(o, loss, grad_norm, rate, elapsed, left, val_loss);
