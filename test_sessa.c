@@ -1243,6 +1243,12 @@ static void test_order(void) {
     write_tensors("one.safetensors", 1, 12, random_ids(12, 9, 0), random_ids(12, 9, 0));
     ok = !run("%s --data one.safetensors --val one.safetensors --batch 1 --steps 3 --dropout 0.5", still) && read_log("o.log", "train_loss", y, 2 * N) == 3;
     check(ok && y[0] != y[1] && y[1] != y[2], "dropout: every step has a mask of its own");
+    int places = 1; // of 5388 where 12 tokens can start
+    ok = !run("--data text --dim 16 --layers 1 --heads 2 --seq 12 --lr 0 --min-lr 0 --eval-every 0 --batch 1 --steps 40 --log o.log");
+    ok = ok && read_log("o.log", "train_loss", x, 2 * N) == 2 * N;
+    qsort(x, 2 * N, sizeof(double), by_value);
+    for (int i = 1; i < 2 * N; i++) places += x[i] != x[i - 1];
+    check(ok && places >= 2 * N - 4, "text: 40 steps start at %d places", places);
     release();
 }
 
