@@ -1389,6 +1389,7 @@ static void test_files(void) {
         read += strncmp(a.tensors[i].name, "exp_avg", 7) && t && t->size == a.tensors[i].size && !memcmp(t->data, a.tensors[i].data, t->size);
         crossed += !strncmp(a.tensors[i].name, "exp_avg", 7);
     }
+    check(slurp("good.best.safetensors", &size) && slurp("d.best.safetensors", &size), "a run that ends before its first validation keeps its last weights as the best");
     check(read + crossed == a.n_tensors && crossed == 2 * (read - 1), "the same bits of %d tensors after a step with learning rate 0", read);
     const unsigned char *good = slurp("good.safetensors", &size);
     int refused = 0, tried = 0;

@@ -2590,7 +2590,8 @@ static int train(Run *run, const char *program, char *error) {
             if ((result = save_checkpoint(run, o->out, 1, error))) break;
         if (last) val_loss = evaluate(run, 0);
         if (last && interrupted) val_loss = NAN; // stopped before it had seen all
-        if (last && !o->eval_every && (result = save_checkpoint(run, best_path, 0, error))) break;
+        int none = o->best_val >= 1e300; // no validation came before the end: the last weights are the best
+        if (last && none && (result = save_checkpoint(run, best_path, 0, error))) break;
         if (terminal || !isnan(val_loss) || o->step == first_step + 1 || o->step % 100 == 0)
             print_step(o, loss, grad_norm, rate, elapsed, left, val_loss);
         if (log) {
@@ -2649,7 +2650,8 @@ static int prepare(Run *run, char *error) {
     size_t tokens = (size_t)B * (size_t)T * (size_t)(training ? o->accum : 1);
     run->inputs = (int *)malloc(tokens * sizeof(int));
     run->targets = (int *)malloc(tokens * sizeof(int));
-    run->order = (int32_t *)malloc(((size_t)run->train_end + 1) * sizeof(int32_t));
+    size_t examples = run->train.kind == DATA_EXAMPLES ? (size_t)run->train_end : 1;
+    run->order = (int32_t *)malloc(examples * sizeof(int32_t));
     if (!weights.layers || !run->inputs || !run->targets || !run->order) return fail(error, NULL, "out of memory");
     carve_weights(&weights, &run->table, NULL, &run->config); // the parameters' names and shapes alone
     free(weights.layers);
