@@ -184,7 +184,7 @@ typedef struct { float *out; const float *partial; int chunks, stride, width; } 
 typedef struct { ColumnSum list[14]; int n; float *room, *next; } ColumnSums;
 enum { BLOCKS_AT_ONCE = 528, GROUP_COLUMNS = 128, ROW_BLOCK = 320 }; // 4 blocks a multiprocessor of an H100
 static int64_t column_sums_room(int D, int E) { // numbers: for each pass with sums of a layer, and ln_f's
-    return 5 * ((int64_t)BLOCKS_AT_ONCE * GROUP_COLUMNS + E) + 2 * 3 * (int64_t)BLOCKS_AT_ONCE / 2 * D;
+    return 5 * ((int64_t)BLOCKS_AT_ONCE * GROUP_COLUMNS + E) + 3 * (int64_t)BLOCKS_AT_ONCE * D;
 }
 static void column_sum(ColumnSums *sums, float *out, int at, int chunks, int stride, int width) {
     if (out) sums->list[sums->n++] = {out, sums->next + at, chunks, stride, width};
@@ -563,7 +563,7 @@ template <typename X> struct LayernormBackward {
     template <int V, int PIECES> __device__ void run() const {
         __shared__ float2 shared[2][ROW_BLOCK / 32];
         __shared__ float parts[ROW_BLOCK * V];
-        float sums[3][PIECES][V] = {}, v[PIECES][V], g[PIECES][V];
+        float sums[3][PIECES][V] = {}, v[PIECES][V], g[PIECES][V], d[PIECES][V] = {};
         int turn = 0;
         for (int n = blockIdx.x * blockDim.y + threadIdx.y; n < N; n += gridDim.x * blockDim.y) {
             float m = mean[n], r = rstd[n], sum = 0, dot = 0;
@@ -572,6 +572,7 @@ template <typename X> struct LayernormBackward {
                 int64_t at = (int64_t)n * D + i;
                 read_some<V>(v[p], x + at);
                 read_some<V>(g[p], dout + at);
+                if (!fresh) read_some<V>(d[p], dx + at);
                 read_some<V>(w, weight + i);
                 if (n_again) read_some<V>(b, bias + i);
                 for (int e = 0; e < V; e++) {
@@ -585,30 +586,29 @@ template <typename X> struct LayernormBackward {
                 }
                 if (n_again) write_some<V>(n_again + at, b);
             }
-            float2 both = row_sum(sum, dot, shared[turn]);
+            float2 both = row_sum(sum / D, dot / D, shared[turn]);
             turn = !turn;
             for (int p = 0, i = threadIdx.x * V; p < PIECES && i < D; p++, i += blockDim.x * V) {
-                float d[V] = {}, factor[V];
+                float factor[V];
                 int64_t at = (int64_t)n * D + i;
-                if (!fresh) read_some<V>(d, dx + at);
                 read_mask<V>(factor, mask, at);
                 for (int e = 0; e < V; e++) {
-                    d[e] += r * (g[p][e] - both.x / D - v[p][e] * both.y / D);
-                    factor[e] *= d[e];
+                    d[p][e] = (fresh ? 0 : d[p][e]) + r * (g[p][e] - both.x - v[p][e] * both.y);
+                    factor[e] *= d[p][e];
                     sums[2][p][e] += factor[e];
                 }
-                write_some<V>(dx + at, dbranch ? d : factor);
+                write_some<V>(dx + at, dbranch ? d[p] : factor);
                 if (dbranch) write_some<V>(dbranch + at, factor);
             }
         }
+#pragma unroll
         for (int k = 0; k < 3; k++)
             for (int p = 0; p < PIECES; p++) {
                 int i = (p * blockDim.x + threadIdx.x) * V, at = threadIdx.y * blockDim.x + threadIdx.x;
                 __syncthreads();
                 for (int e = 0; e < V; e++) parts[e * ROW_BLOCK + at] = sums[k][p][e];
                 __syncthreads();
-                if (threadIdx.y || i >= D) continue;
-                for (int e = 0; e < V; e++) {
+                for (int e = 0; e < V && threadIdx.y == 0 && i < D; e++) {
                     float all = 0;
                     for (int y = 0; y < (int)blockDim.y; y++) all += parts[e * ROW_BLOCK + y * blockDim.x + threadIdx.x];
                     partial[(blockIdx.x * 3 + k) * D + i + e] = all;
@@ -649,41 +649,46 @@ static void linear_backward_gpu(X *dinp, float *dweight, const X *dout, int ld_d
 
 // Φ(x), with the polynomial of normal_cdf and gauss = e^(-x²/2)
 __device__ static inline float normal_cdf_gpu(float x, float gauss) {
-    float t = 1 / (1 + 0.3f * fabsf(x));
+    float t = __fdividef(1, 1 + 0.3f * fabsf(x));
     float tail = gauss * t * (0.11962327f + t * (0.12084553f + t * (0.099347115f + t * (0.1304165f + t * (-0.057167433f
                               + t * (0.21011846f + t * (-0.15937835f + t * 0.036194865f)))))));
     return x < 0 ? tail : 1 - tail;
 }
-__device__ static inline float gelu_gpu(float x) { return x * normal_cdf_gpu(x, expf(-x * x / 2)); }
+__device__ static inline float gelu_gpu(float x) { return x * normal_cdf_gpu(x, __expf(-x * x / 2)); }
 
-// gelu_forward and, where there is a gain (weight not NULL), gain_forward of its output. A warp takes a row.
-template <int V, typename X>
-__global__ void gelu_forward_kernel(X *out, float *gamma, const X *inp, int ld, const float *weight, const float *bias,
-                                    float gamma_max, int N, int D) {
-    int n = blockIdx.x * 4 + threadIdx.x / 32;
-    if (n >= N) return;
-    float dot = 0;
-    for (int i = threadIdx.x % 32 * V; i < D; i += 32 * V) {
-        float v[V], w[V];
-        read_some<V>(v, inp + (int64_t)n * ld + i);
-        if (weight) read_some<V>(w, weight + i);
-        for (int e = 0; e < V; e++) {
-            v[e] = gelu_gpu(v[e]);
-            if (weight) dot += get(to<X>(v[e])) * w[e];
+// gelu_forward and, where there is a gain (weight not NULL), gain_forward of its output, in one pass.
+template <typename X> struct GeluForward {
+    X *out;
+    float *gamma;
+    const X *inp;
+    const float *weight, *bias;
+    float gamma_max;
+    int ld, N, D;
+    template <int V, int PIECES> __device__ void run() const {
+        __shared__ float2 shared[ROW_BLOCK / 32];
+        int n = blockIdx.x * blockDim.y + threadIdx.y;
+        if (n >= N) return;
+        float dot = 0;
+        for (int p = 0, i = threadIdx.x * V; p < PIECES && i < D; p++, i += blockDim.x * V) {
+            float v[V], w[V];
+            read_some<V>(v, inp + (int64_t)n * ld + i);
+            if (weight) read_some<V>(w, weight + i);
+            for (int e = 0; e < V; e++) {
+                v[e] = gelu_gpu(v[e]);
+                if (weight) dot += get(to<X>(v[e])) * w[e];
+            }
+            write_some<V>(out + (int64_t)n * D + i, v);
         }
-        write_some<V>(out + (int64_t)n * D + i, v);
+        if (!weight) return;
+        dot = row_sum(dot, 0, shared).x;
+        if (threadIdx.x == 0) gamma[n] = gamma_max * tanhf(dot + bias[0]);
     }
-    if (!weight) return;
-    dot = warp_sum(dot);
-    if (threadIdx.x % 32 == 0) gamma[n] = gamma_max * tanhf(dot + bias[0]);
-}
+};
 template <typename X>
 static void gelu_forward_gpu(X *out, float *gamma, const X *inp, int ld, const float *weight, const float *bias,
                              float gamma_max, int N, int D, cudaStream_t stream) {
-    if (wide({D, ld}, {out, inp, weight})) LAUNCH((gelu_forward_kernel<8, X>), (N + 3) / 4, 128, 0, stream, out, gamma,
-                                                  inp, ld, weight, bias, gamma_max, N, D);
-    else LAUNCH((gelu_forward_kernel<1, X>), (N + 3) / 4, 128, 0, stream, out, gamma, inp, ld, weight, bias, gamma_max,
-                N, D);
+    GeluForward<X> f = {out, gamma, inp, weight, bias, gamma_max, ld, N, D};
+    rows(f, N, D, wide({D, ld}, {out, inp, weight}), 0, stream);
 }
 
 // gain_backward, then gelu_backward: with pre = dgamma γ_max (1 - (γ/γ_max)²)
@@ -702,7 +707,7 @@ template <typename X> struct GeluBackward {
         read_some<V>(g, dout + (int64_t)n * D + i);
         if (weight) read_some<V>(w, weight + i);
         for (int e = 0; e < V; e++) {
-            float gauss = expf(-v[e] * v[e] / 2), cdf = normal_cdf_gpu(v[e], gauss);
+            float gauss = __expf(-v[e] * v[e] / 2), cdf = normal_cdf_gpu(v[e], gauss);
             if (weight) g[e] += pre * w[e];
             sum[1][e] += pre * get(to<X>(v[e] * cdf));
             g[e] *= cdf + v[e] * gauss * 0.39894228040143267794f;
@@ -1899,18 +1904,18 @@ __global__ void crossentropy_kernel(float *losses, X *dlogits, const X *logits, 
             if (i + e >= V) v[e] = -INFINITY;
             top = v[e] > top ? v[e] : top;
         }
-        sum *= expf(max - top);
+        sum *= __expf(max - top);
         max = top;
-        for (int e = 0; e < V_; e++) sum += expf(v[e] - max);
+        for (int e = 0; e < V_; e++) sum += __expf(v[e] - max);
     }
     float top = block_max(max, shared);
-    sum = block_sum(sum * expf(max - top), shared);
+    sum = block_sum(sum * __expf(max - top), shared);
     float logsumexp = top + logf(sum);
     if (threadIdx.x == 0) losses[blockIdx.x] = counts * (logsumexp - hit);
     for (int i = threadIdx.x * V_; i < V && dlogits; i += blockDim.x * V_) {
         float v[V_];
         read_some<V_>(v, row + i);
-        for (int e = 0; e < V_; e++) v[e] = i + e < V ? counts * (expf(v[e] - logsumexp) - (i + e == target)) : 0;
+        for (int e = 0; e < V_; e++) v[e] = i + e < V ? counts * (__expf(v[e] - logsumexp) - (i + e == target)) : 0;
         write_some<V_>(dlogits + blockIdx.x * ld + i, v);
     }
 }
@@ -1922,6 +1927,224 @@ static void crossentropy_gpu(float *losses, X *dlogits, const X *logits, int64_t
                                      targets, V);
     else LAUNCH((crossentropy_kernel<1, X>), N, threads, 0, stream, losses, dlogits, logits, ld, targets, V);
 }
+
+// ----------------------------------------------------------------------------
+// generation: one token behind those that every layer knows, in five launches a layer. Its place is in the device's
+// memory, so that all launches are one recording.
+
+// A warp takes two neighbouring rows of a matrix times vec, which begin() puts into shared memory once a block.
+template <int V, typename F> __global__ void __launch_bounds__(128) decode_kernel(F f) {
+    extern __shared__ float vec[];
+    __shared__ float shared[32];
+    int row = 2 * (blockIdx.x * 4 + threadIdx.x / 32);
+    for (int r = row; r < row + 2 && r < f.rows; r++) // on their way to the L2 cache
+        for (int i = threadIdx.x % 32 * 64; i < f.D; i += 32 * 64)
+            asm volatile("prefetch.global.L2 [%0];" : : "l"(f.weight + (int64_t)r * f.D + i));
+    f.begin(vec, shared);
+    __syncthreads();
+    if (row >= f.rows) return;
+    float2 sum = {0, 0};
+    const auto *first = f.weight + (int64_t)row * f.D, *second = row + 1 < f.rows ? first + f.D : first;
+#pragma unroll 4
+    for (int i = threadIdx.x % 32 * V; i < f.D; i += 32 * V) {
+        float a[V], b[V], x[V];
+        read_some<V>(a, first + i);
+        read_some<V>(b, second + i);
+        read_some<V>(x, vec + i);
+        for (int e = 0; e < V; e++) { sum.x += a[e] * x[e]; sum.y += b[e] * x[e]; }
+    }
+    sum = {warp_sum(sum.x), warp_sum(sum.y)};
+    if (threadIdx.x % 32 == 0) f.end(row, sum, vec, shared);
+}
+template <typename F> static void decode(F f, int extra_blocks, cudaStream_t stream) {
+    int blocks = (f.rows + 7) / 8 + extra_blocks, bytes = f.D * (int)sizeof(float) + f.more;
+    if (wide({f.D}, {f.weight})) LAUNCH((decode_kernel<8, F>), blocks, 128, bytes, stream, f);
+    else LAUNCH((decode_kernel<1, F>), blocks, 128, bytes, stream, f);
+}
+
+// [9, 10, 11], and the last LayerNorm with the head: out = W LayerNorm(x) + b, and GELU on the first `gelu` rows
+template <typename X, typename O> struct DecodeIn {
+    O *out;
+    const float *x, *ln_weight, *ln_bias;
+    const X *weight, *bias;
+    int rows, D, more, gelu;
+    __device__ void begin(float *vec, float *shared) const {
+        float sum = 0, squares = 0;
+        for (int i = threadIdx.x; i < D; i += 128) sum += vec[i] = x[i];
+        float m = block_sum(sum, shared) / D;
+        for (int i = threadIdx.x; i < D; i += 128) squares += (vec[i] - m) * (vec[i] - m);
+        float r = 1 / sqrtf(block_sum(squares, shared) / D + 1e-5f);
+        for (int i = threadIdx.x; i < D; i += 128) vec[i] = get(to<X>((vec[i] - m) * r * ln_weight[i] + ln_bias[i]));
+    }
+    __device__ void end(int row, float2 sum, const float *, const float *) const {
+        for (int r = row; r < row + 2 && r < rows; r++) {
+            float v = (r == row ? sum.x : sum.y) + (bias ? get(bias[r]) : 0);
+            out[r] = to<O>(r < gelu ? gelu_gpu(get(to<X>(v))) : v);
+        }
+    }
+};
+// [14, 18]: the projections of ā, turned by RoPE, to their place in the cache; the block after the last row: the gain
+template <typename X> struct DecodeProjections {
+    X *proj;
+    float *gamma;
+    const X *abar, *weight, *bias;
+    const float *gamma_weight, *gamma_bias;
+    float gamma_max;
+    Rope rope;
+    const int *first;
+    int rows, D, more, turned;
+    __device__ void begin(float *vec, float *shared) const {
+        float dot = 0;
+        int gain = blockIdx.x == gridDim.x - 1 && gamma_weight;
+        for (int i = threadIdx.x; i < D; i += 128) {
+            vec[i] = get(abar[i]);
+            if (gain) dot += vec[i] * gamma_weight[i];
+        }
+        if (gain) dot = block_sum(dot, shared);
+        if (gain && threadIdx.x == 0) gamma[0] = gamma_max * tanhf(dot + gamma_bias[0]);
+    }
+    __device__ void end(int row, float2 sum, const float *, const float *) const {
+        float v[2] = {get(to<X>(sum.x + get(bias[row]))), get(to<X>(sum.y + get(bias[row + 1])))};
+        if (row < turned) turn_pairs<2>(v, rope, *first, row);
+        X *out = proj + (int64_t)*first * rows + row;
+        out[0] = to<X>(v[0]);
+        out[1] = to<X>(v[1]);
+    }
+};
+
+// [15, 16, 17, 19]: the rows are dealt to `splits` blocks a head, and to as many blocks as all heads have for the
+// feedback, a head of its own, D wide, over the strict past, with s for values. A block leaves its maximum, its Σ e and
+// its Σ e v, part_size numbers.
+enum { DECODE_KEYS = 64, DECODE_THREADS = 256 };
+static int decode_splits(int H) { return H > 192 ? 1 : 192 / H; }
+template <int V, typename X>
+__global__ void decode_attention_kernel(float *parts, const X *proj, const X *s, const int *first, int E, int D, int H,
+                                        int G, int splits) {
+    extern __shared__ float sums[]; // for each group of threads that spans the width
+    __shared__ float weight[DECODE_KEYS];
+    int d = D / H, head = blockIdx.x / splits, feedback = head >= H, width = feedback ? D : d, lanes = 1,
+        part = feedback ? blockIdx.x - H * splits : blockIdx.x % splits, all = feedback ? H * splits : splits,
+        t = *first, keys = t + !feedback, ld = feedback ? D : E, kv = head / (H / G) * d;
+    const X *q = proj + (int64_t)t * E + (feedback ? E - 2 * D : head * d), *k = proj + (feedback ? E - D : D + kv),
+        *v = feedback ? s : proj + D + G * d + kv;
+    int from = (int)((int64_t)keys * part / all), end = (int)((int64_t)keys * (part + 1) / all);
+    int pieces = width / V, groups = pieces < DECODE_THREADS ? DECODE_THREADS / pieces : 1;
+    while (lanes < 32 && lanes * V < width) lanes *= 2; // of a key's product
+    float max = -INFINITY, total = 0, scale = 1 / sqrtf((float)width);
+    for (int i = threadIdx.x; i < groups * width; i += DECODE_THREADS) sums[i] = 0;
+    for (int j0 = from; j0 < end; j0 += DECODE_KEYS) {
+        int n = min(DECODE_KEYS, end - j0), per_round = DECODE_THREADS / lanes;
+        for (int j = threadIdx.x / lanes; j < DECODE_KEYS; j += per_round) {
+            float dot = 0, a[V], b[V];
+            for (int i = threadIdx.x % lanes * V; i < width && j < n; i += lanes * V) {
+                read_some<V>(a, q + i);
+                read_some<V>(b, k + (int64_t)(j0 + j) * E + i);
+                for (int e = 0; e < V; e++) dot += a[e] * b[e];
+            }
+            for (int lane = lanes / 2; lane; lane /= 2) dot += __shfl_xor_sync(~0u, dot, lane);
+            if (threadIdx.x % lanes == 0) weight[j] = j < n ? scale * dot : -INFINITY;
+        }
+        __syncthreads();
+        float top = max, sum = 0;
+        for (int j = 0; j < n; j++) top = fmaxf(top, weight[j]);
+        float shrink = __expf(max - top);
+        max = top;
+        for (int j = 0; j < n; j++) sum += __expf(weight[j] - max);
+        total = total * shrink + sum;
+        for (int piece = threadIdx.x % (pieces < DECODE_THREADS ? pieces : DECODE_THREADS),
+             group = threadIdx.x / (pieces < DECODE_THREADS ? pieces : DECODE_THREADS); piece < pieces && group < groups;
+             piece += DECODE_THREADS) {
+            float *sum_at = sums + group * width + piece * V, acc[V], x[V];
+            read_some<V>(acc, sum_at);
+            for (int e = 0; e < V; e++) acc[e] *= shrink;
+#pragma unroll 4
+            for (int j = group; j < n; j += groups) {
+                float e_j = __expf(weight[j] - max);
+                read_some<V>(x, v + (int64_t)(j0 + j) * ld + piece * V);
+                for (int e = 0; e < V; e++) acc[e] += e_j * x[e];
+            }
+            write_some<V>(sum_at, acc);
+        }
+        __syncthreads();
+    }
+    __syncthreads();
+    parts += (int64_t)blockIdx.x * (D + 2);
+    if (threadIdx.x == 0) { parts[0] = max; parts[1] = total; }
+    for (int i = threadIdx.x; i < width; i += DECODE_THREADS) {
+        float sum = 0;
+        for (int g = 0; g < groups; g++) sum += sums[g * width + i];
+        parts[2 + i] = sum;
+    }
+}
+
+// The direct read f = W_o o, [19-22] s = f + γ c and the gate: the parts of o, and of c, come together on the way.
+template <typename X> struct DecodeMix {
+    X *s, *gated;
+    const float *parts, *gamma;
+    const X *weight, *g;
+    const int *first;
+    int rows, D, more, H, splits, feedback, plain; // plain: no W_o, f = o
+    __device__ void begin(float *vec, float *shared) const {
+        float *factor = vec + D;
+        int d = D / H, all = H * splits;
+        for (int head = threadIdx.x / 32; head < H + feedback; head += 4) { // a warp: e^(max - top)/Σ of a head's parts
+            int begin = head * splits, n = head < H ? splits : all;
+            float top = -INFINITY, sum = 0;
+            for (int p = threadIdx.x % 32; p < n; p += 32) top = fmaxf(top, parts[(int64_t)(begin + p) * (D + 2)]);
+            top = warp_max(top);
+            for (int p = threadIdx.x % 32; p < n; p += 32) {
+                const float *part = parts + (int64_t)(begin + p) * (D + 2);
+                factor[begin + p] = top == -INFINITY ? 0 : __expf(part[0] - top);
+                sum += factor[begin + p] * part[1];
+            }
+            sum = warp_sum(sum);
+            for (int p = threadIdx.x % 32; p < n; p += 32) factor[begin + p] *= sum == 0 ? 0 : 1 / sum;
+        }
+        __syncthreads();
+        for (int i = threadIdx.x; i < D; i += 128) {
+            float sum = 0;
+#pragma unroll 8
+            for (int p = i / d * splits; p < i / d * splits + splits; p++)
+                sum += factor[p] * parts[(int64_t)p * (D + 2) + 2 + i % d];
+            vec[i] = get(to<X>(sum));
+        }
+        __syncthreads();
+        int row = 2 * (blockIdx.x * 4 + threadIdx.x / 32); // c of the warp's rows, to be read by its first lane
+        float2 sum = {0, 0};
+        for (int p = all + threadIdx.x % 32; p < 2 * all && feedback && row < rows; p += 32) {
+            const float *part = parts + (int64_t)p * (D + 2) + 2 + row;
+            sum.x += factor[p] * part[0];
+            sum.y += factor[p] * part[1];
+        }
+        sum = {warp_sum(sum.x), warp_sum(sum.y)};
+        if (threadIdx.x % 32 == 0) ((float2 *)shared)[threadIdx.x / 32] = sum;
+    }
+    __device__ void end(int row, float2 f, const float *vec, const float *shared) const {
+        float2 c = ((const float2 *)shared)[threadIdx.x / 32];
+        float both[2] = {plain ? vec[row] : f.x, plain ? vec[row + 1] : f.y}, past[2] = {c.x, c.y};
+        for (int e = 0; e < 2; e++) {
+            float v = get(to<X>(both[e])) + (feedback ? gamma[0] * past[e] : 0);
+            s[(int64_t)*first * D + row + e] = to<X>(v);
+            gated[row + e] = to<X>(get(to<X>(v)) * get(g[row + e]));
+        }
+    }
+};
+// [13]: the residual
+template <typename X> struct DecodeOut {
+    float *x;
+    const X *gated, *weight, *bias;
+    int rows, D, more;
+    __device__ void begin(float *vec, float *) const {
+        for (int i = threadIdx.x; i < D; i += 128) vec[i] = get(gated[i]);
+    }
+    __device__ void end(int row, float2 sum, const float *, const float *) const {
+        x[row] += sum.x + get(bias[row]);
+        x[row + 1] += sum.y + get(bias[row + 1]);
+    }
+};
+
+// Numbers of scratch: the parts, then the logits.
+static int64_t decode_parts(int D, int H) { return 2 * (int64_t)H * decode_splits(H) * (D + 2); }
 
 // ----------------------------------------------------------------------------
 // the model
@@ -1957,7 +2180,7 @@ typedef struct {
 
 // The launches of one pass over a batch shape, recorded as a CUDA graph: then they cost the host one launch.
 typedef struct {
-    int backward, B, T, P;
+    int pass, B, T, P; // pass 0: forward, 1: backward, 2: a token
     double probability;
     int runs;
     cudaGraphExec_t graph;
@@ -1985,7 +2208,7 @@ template <typename X> struct ModelGPU {
     int *host_lists, *starts;                    // of sort_tokens: page-locked; (V+1)
     ColumnSums sums;
     Recording recordings[N_RECORDINGS];
-    int oldest, dlogits_ready;
+    int oldest, dlogits_ready, decodes;
 };
 
 template <typename X> static const X *as_x(const ModelGPU<X> *m, const float *weight) {
@@ -2136,6 +2359,9 @@ template <typename X> static void carve_activations_gpu(ModelGPU<X> *m, int B, i
     int64_t feedback = sessa ? feedback_panels<X>(B, T, D, 0).total : 0;
     int64_t low = sessa && keep_all ? feedback_panels<X>(B, T, D, 1).total : 0; // of tests
     scratch = scratch > feedback ? scratch : feedback;
+    int64_t decoding = decode_parts(D, H) + c->vocab_size;
+    m->decodes = mode == GENERATE && D <= 8192;
+    if (m->decodes && decoding > scratch) scratch = decoding;
     acts->scratch = add_activation(f, fb, -1, "scratch", 1, scratch > low ? scratch : low, 1, 1);
     if (!training) return;
     acts->dout = acts->layers[0].n; // free by then
@@ -2280,7 +2506,7 @@ template <typename X, typename F> static void replay(ModelGPU<X> *m, Recording w
     Recording *r = NULL;
     for (int i = 0; i < N_RECORDINGS && !r; i++) {
         Recording *one = &m->recordings[i];
-        if (one->runs && one->backward == what.backward && one->B == what.B && one->T == what.T && one->P == what.P
+        if (one->runs && one->pass == what.pass && one->B == what.B && one->T == what.T && one->P == what.P
             && one->probability == what.probability) r = one;
     }
     if (!r) {
@@ -2467,11 +2693,53 @@ template <typename X> static void model_update_gpu(ModelGPU<X> *m, AdamW o, doub
            (float)(1 / sqrt(1 - pow(o.beta2, (double)step))), (float)o.eps, (float)grad_scale);
 }
 
+template <typename X> static void hidden_decode_gpu(ModelGPU<X> *m, cudaStream_t stream) {
+    const Config *c = &m->host.config;
+    int D = c->d_model, H = c->n_heads, G = c->n_kv_heads, d = D / H, E = proj_width(c), feedback = c->mixer == SESSA,
+        splits = decode_splits(H), all = (1 + feedback) * H * splits, width = feedback ? D : d,
+        shared = (width > 8 * DECODE_THREADS ? width : 8 * DECODE_THREADS) * (int)sizeof(float);
+    const int *first = &m->inputs->first;
+    float *x = m->acts.residual, *parts = m->acts.scratch;
+    embedding_forward_gpu(x, m->inputs->ids, m->weights.wte, mask_of(NULL, 0, 0), 1, 1, D, stream);
+    for (int l = 0; l < c->n_layers; l++) {
+        LayerWeights *w = &m->weights.layers[l];
+        LayerActivationsGPU<X> *a = &m->acts.layers[l];
+        DecodeIn<X, X> in = {a->ag, x, w->ln_weight, w->ln_bias, as_x(m, w->W_in), as_x(m, w->b_in), 2 * D, D, 0, D};
+        decode(in, 0, stream);
+        DecodeProjections<X> projections = {a->proj, a->gamma, a->ag, as_x(m, w->W_qkv), as_x(m, w->b_qkv),
+                                            w->gamma_weight, w->gamma_bias, (float)c->gamma_max,
+                                            {m->acts.cosine, m->acts.sine, m->host.T, d / 2, 0, 1}, first, E, D, 0, (H + G) * d};
+        decode(projections, 1, stream);
+        if (wide({D, d, E}, {a->proj, a->s})) LAUNCH((decode_attention_kernel<8, X>), all, DECODE_THREADS, shared,
+                                                     stream, parts, a->proj, a->s, first, E, D, H, G, splits);
+        else LAUNCH((decode_attention_kernel<1, X>), all, DECODE_THREADS, shared, stream, parts, a->proj, a->s, first,
+                    E, D, H, G, splits);
+        DecodeMix<X> mix = {a->s, a->gated, parts, a->gamma, as_x(m, w->W_o ? w->W_o : w->W_out), a->ag + D, first, D, D,
+                            (1 + feedback) * H * splits * (int)sizeof(float), H, splits, feedback, !w->W_o};
+        decode(mix, 0, stream);
+        DecodeOut<X> out = {x, a->gated, as_x(m, w->W_out), as_x(m, w->b_out), D, D, 0};
+        decode(out, 0, stream);
+    }
+    DecodeIn<X, float> head = {parts + decode_parts(D, H), x, m->weights.ln_f_weight, m->weights.ln_f_bias,
+                               as_x(m, m->weights.wte), (const X *)NULL, c->vocab_size, D, 0, 0};
+    decode(head, 0, stream);
+}
+
 template <typename X> static void model_extend_gpu(ModelGPU<X> *m, const int *tokens, int n, int first, real *logits) {
     cudaStream_t stream = gpu.stream;
     int D = m->host.config.d_model, V = m->host.config.vocab_size;
     bf16 narrow;
-    CUDA(cudaMemcpyAsync(m->inputs->ids, tokens, sizeof(int) * (size_t)n, cudaMemcpyHostToDevice, stream));
+    m->host_inputs->first = first;
+    memcpy(m->host_inputs->ids, tokens, sizeof(int) * (size_t)n);
+    CUDA(cudaMemcpyAsync(m->inputs, m->host_inputs, sizeof(Inputs) + sizeof(int) * (size_t)n, cudaMemcpyHostToDevice,
+                         stream));
+    if (n == 1 && m->decodes) {
+        replay(m, {2, 0, 0, 0, 0, 0, NULL}, [&] { hidden_decode_gpu(m, stream); });
+        CUDA(cudaMemcpyAsync(logits, m->acts.scratch + decode_parts(D, m->host.config.n_heads), sizeof(float) * (size_t)V,
+                             cudaMemcpyDeviceToHost, stream));
+        CUDA(cudaStreamSynchronize(stream));
+        return;
+    }
     hidden_forward_gpu(m, m->inputs->ids, 1, first + n, first, 0, stream);
     linear_forward_gpu(m->acts.logits, V, m->acts.ln_f + (size_t)(n - 1) * D, as_x(m, m->weights.wte), (const X *)NULL,
                        1, D, V, stream);
