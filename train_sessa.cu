@@ -270,6 +270,7 @@ __device__ static inline float2 row_sum(float x, float y, float2 *shared) {
     if (threadIdx.x % 32 == 0) shared[first + threadIdx.x / 32] = sum;
     asm volatile("bar.sync %0, %1;" : : "r"(threadIdx.y + 1), "r"(blockDim.x) : "memory");
     sum = shared[first];
+#pragma unroll 1
     for (int w = 1; w < warps; w++) { sum.x += shared[first + w].x; sum.y += shared[first + w].y; }
     return sum;
 }
@@ -596,8 +597,9 @@ template <typename X> struct LayernormBackward {
                     d[p][e] = (fresh ? 0 : d[p][e]) + r * (g[p][e] - both.x - v[p][e] * both.y);
                     factor[e] *= d[p][e];
                     sums[2][p][e] += factor[e];
+                    if (!dbranch) d[p][e] = factor[e];
                 }
-                write_some<V>(dx + at, dbranch ? d[p] : factor);
+                write_some<V>(dx + at, d[p]);
                 if (dbranch) write_some<V>(dbranch + at, factor);
             }
         }
@@ -1932,6 +1934,20 @@ static void crossentropy_gpu(float *losses, X *dlogits, const X *logits, int64_t
 // generation: one token behind those that every layer knows, in five launches a layer. Its place is in the device's
 // memory, so that all launches are one recording.
 
+// These kernels start while the one before still works, have their weights fetched, and wait here for its results.
+__device__ static inline void wait_for_results(void) {
+    asm volatile("griddepcontrol.launch_dependents;");
+    asm volatile("griddepcontrol.wait;" : : : "memory");
+}
+template <typename... A> static void launch_ahead(void (*kernel)(A...), int blocks, int threads, int shared,
+        cudaStream_t stream, A... arguments) {
+    cudaLaunchAttribute ahead;
+    ahead.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    ahead.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {dim3(blocks), dim3(threads), (size_t)shared, stream, &ahead, 1};
+    CUDA(cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
 // A warp takes two neighbouring rows of a matrix times vec, which begin() puts into shared memory once a block.
 template <int V, typename F> __global__ void __launch_bounds__(128) decode_kernel(F f) {
     extern __shared__ float vec[];
@@ -1940,6 +1956,7 @@ template <int V, typename F> __global__ void __launch_bounds__(128) decode_kerne
     for (int r = row; r < row + 2 && r < f.rows; r++) // on their way to the L2 cache
         for (int i = threadIdx.x % 32 * 64; i < f.D; i += 32 * 64)
             asm volatile("prefetch.global.L2 [%0];" : : "l"(f.weight + (int64_t)r * f.D + i));
+    wait_for_results();
     f.begin(vec, shared);
     __syncthreads();
     if (row >= f.rows) return;
@@ -1958,8 +1975,7 @@ template <int V, typename F> __global__ void __launch_bounds__(128) decode_kerne
 }
 template <typename F> static void decode(F f, int extra_blocks, cudaStream_t stream) {
     int blocks = (f.rows + 7) / 8 + extra_blocks, bytes = f.D * (int)sizeof(float) + f.more;
-    if (wide({f.D}, {f.weight})) LAUNCH((decode_kernel<8, F>), blocks, 128, bytes, stream, f);
-    else LAUNCH((decode_kernel<1, F>), blocks, 128, bytes, stream, f);
+    launch_ahead(wide({f.D}, {f.weight}) ? decode_kernel<8, F> : decode_kernel<1, F>, blocks, 128, bytes, stream, f);
 }
 
 // [9, 10, 11], and the last LayerNorm with the head: out = W LayerNorm(x) + b, and GELU on the first `gelu` rows
@@ -2022,6 +2038,7 @@ __global__ void decode_attention_kernel(float *parts, const X *proj, const X *s,
                                         int G, int splits) {
     extern __shared__ float sums[]; // for each group of threads that spans the width
     __shared__ float weight[DECODE_KEYS];
+    wait_for_results();
     int d = D / H, head = blockIdx.x / splits, feedback = head >= H, width = feedback ? D : d, lanes = 1,
         part = feedback ? blockIdx.x - H * splits : blockIdx.x % splits, all = feedback ? H * splits : splits,
         t = *first, keys = t + !feedback, ld = feedback ? D : E, kv = head / (H / G) * d;
@@ -2710,10 +2727,9 @@ template <typename X> static void hidden_decode_gpu(ModelGPU<X> *m, cudaStream_t
                                             w->gamma_weight, w->gamma_bias, (float)c->gamma_max,
                                             {m->acts.cosine, m->acts.sine, m->host.T, d / 2, 0, 1}, first, E, D, 0, (H + G) * d};
         decode(projections, 1, stream);
-        if (wide({D, d, E}, {a->proj, a->s})) LAUNCH((decode_attention_kernel<8, X>), all, DECODE_THREADS, shared,
-                                                     stream, parts, a->proj, a->s, first, E, D, H, G, splits);
-        else LAUNCH((decode_attention_kernel<1, X>), all, DECODE_THREADS, shared, stream, parts, a->proj, a->s, first,
-                    E, D, H, G, splits);
+        launch_ahead(wide({D, d, E}, {a->proj, a->s}) ? decode_attention_kernel<8, X> : decode_attention_kernel<1, X>,
+                     all, DECODE_THREADS, shared, stream, parts, (const X *)a->proj, (const X *)a->s, first, E, D, H, G,
+                     splits);
         DecodeMix<X> mix = {a->s, a->gated, parts, a->gamma, as_x(m, w->W_o ? w->W_o : w->W_out), a->ag + D, first, D, D,
                             (1 + feedback) * H * splits * (int)sizeof(float), H, splits, feedback, !w->W_o};
         decode(mix, 0, stream);

@@ -120,14 +120,17 @@ def program_decode(program, shape, prompt, n):
 
 
 def torch_decode(shape, prompt, n):
-    """ms a token of sessa.py in bf16 with its cache, the likeliest token each time"""
+    """ms a token of sessa.py in bf16 with its cache, the likeliest token each time; the prompt in float32: PyTorch has no solve in bf16"""
     import torch
     from sessa import Cache, Config, Sessa
     D, L, H, V, _, _ = shape
     with torch.no_grad(), torch.device("cuda"):
-        model = Sessa(Config(V, D, L, H, max_seq_len=prompt + n + 1)).to(torch.bfloat16).eval()
+        model = Sessa(Config(V, D, L, H, max_seq_len=prompt + n + 1)).eval()
         caches = [Cache(prompt + n + 1) for _ in model.layers]
         logits, _ = model(torch.randint(V, (1, prompt)), caches=caches)
+        model.to(torch.bfloat16)
+        for cache in caches:
+            cache.rows = {name: x.to(torch.bfloat16) for name, x in cache.rows.items()}
         times = []
         for _ in range(n):
             ids = logits[:, -1:].argmax(-1)
