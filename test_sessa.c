@@ -1222,12 +1222,12 @@ static int same_logs(const char *a, const char *b, int lines) { // but for the t
 #define SMALL "--dim 16 --layers 2 --heads 2 --seq 12 --batch 2 --warmup 5 "
 #define WATCH "--eval-every 5 --eval-batches 2 "
 
-static void write_tensors(const char *name, int N, int T, int32_t *inputs, int32_t *targets) { // an example set
-    char path[256], error[ERROR_SIZE], names[2][8] = {"inputs", "targets"}, key[] = "vocab_size", value[] = "9";
-    FileTensor tensors[2];
+static void write_tensors(const char *name, int N, int T, int32_t *inputs, int32_t *targets, int32_t *lags) { // an example set
+    char path[256], error[ERROR_SIZE], names[3][8] = {"inputs", "targets", "lags"}, key[] = "vocab_size", value[] = "9";
+    FileTensor tensors[3];
     Meta meta = {key, value};
     memset(tensors, 0, sizeof(tensors));
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < 3; i++) {
         tensors[i].name = names[i];
         strcpy(tensors[i].dtype, "I32");
         tensors[i].n_dims = 2;
@@ -1235,10 +1235,10 @@ static void write_tensors(const char *name, int N, int T, int32_t *inputs, int32
         tensors[i].shape[1] = T;
         tensors[i].count = (int64_t)N * T;
         tensors[i].size = (size_t)N * (size_t)T * 4;
-        tensors[i].data = (const unsigned char *)(i ? targets : inputs);
+        tensors[i].data = (const unsigned char *)(i == 2 ? lags : i ? targets : inputs);
     }
     snprintf(path, sizeof(path), "%s/%s", work, name);
-    if (safetensors_write(path, tensors, 2, &meta, 1, error)) { printf("%s\n", error); exit(1); }
+    if (safetensors_write(path, tensors, lags ? 3 : 2, &meta, 1, error)) { printf("%s\n", error); exit(1); }
 }
 
 // A text, a token shard and a set of 20 examples with some targets ignored.
@@ -1253,7 +1253,7 @@ static void write_data(void) {
     for (int i = 0; i < TOKENS; i++) shard[1024 + 2 * i] = (unsigned char)random_int(0, 19);
     spill("text", text, TEXT_SIZE);
     spill("tokens.bin", shard, sizeof(shard));
-    write_tensors("set.safetensors", N, T, inputs, targets);
+    write_tensors("set.safetensors", N, T, inputs, targets, NULL);
     spill("short", text, 20);
     text[4321] = 'Z';
     spill("other", text, TEXT_SIZE);
@@ -1354,7 +1354,7 @@ static void test_order(void) {
     for (int i = 0; i < N; i++) worst_of(&worst, ok ? fabs(x[i] - x[N + i]) / x[i] : NAN);
     check_error(worst, 1e-6, "two epochs see each example once");
     check(moved > N / 2 && x[0] < x[N - 1], "in another order: %.0f of %d in another place", moved, N);
-    write_tensors("one.safetensors", 1, 12, random_ids(12, 9, 0), random_ids(12, 9, 0));
+    write_tensors("one.safetensors", 1, 12, random_ids(12, 9, 0), random_ids(12, 9, 0), NULL);
     ok = !run("%s --data one.safetensors --val one.safetensors --batch 1 --steps 3 --dropout 0.5", still) && read_log("o.log", "train_loss", y, 2 * N) == 3;
     check(ok && y[0] != y[1] && y[1] != y[2], "dropout: every step has a mask of its own");
     int places = 1; // of 5388 where 12 tokens can start
@@ -1376,6 +1376,47 @@ static Model *load(const char *name, int T, Safetensors *file) {
     Model *m = create(&c, 1, T, EVALUATE);
     check(!take_weights(m, file), "%s: weights, their names and shapes", name);
     return m;
+}
+
+// Accuracy over the targets of an example set, whole and by lag, against a count by hand.
+static void test_scores(void) {
+    heading("accuracy on example sets");
+    enum { N = 30, T = 12 };
+    Dropout off = {0, 0, 0};
+    Safetensors file;
+    int32_t *inputs = random_ids(N * T, 9, 0), *targets = random_ids(N * T, 9, 1), *lags = random_ids(N * T, 40, 0);
+    for (int i = 0; i < N * T; i++) if (targets[i] > 2) targets[i] = inputs[i]; // something to learn
+    write_tensors("lags.safetensors", N, T, inputs, targets, lags);
+    int ok = !run("--data lags.safetensors --val lags.safetensors " SMALL "--steps 80 --lr 1e-2 --batch 8 --eval-every 0 --out s.safetensors --log s.log");
+    double hits[2][8] = {{0}}, counts[2][8] = {{0}}, logged[128], by_lag[8] = {0};
+    Model *m = load("s.safetensors", T, &file);
+    if (!ok || !m) { check(0, "trained on an example set: %s", (char *)complaint); return; }
+    for (int e = 0; e < N; e++) {
+        model_forward(m, inputs + e * T, targets + e * T, 1, T, off);
+        for (int t = 0; t < T; t++) {
+            int best = 0, target = targets[e * T + t], bin = lags[e * T + t] ? (int)log2((double)lags[e * T + t]) : 7;
+            for (int v = 1; v < 9; v++) if (m->acts.logits[t * 9 + v] > m->acts.logits[t * 9 + best]) best = v;
+            for (int i = 0; i < 2 && target >= 0; i++) { hits[i][i ? bin : 0] += best == target; counts[i][i ? bin : 0]++; }
+        }
+    }
+    int lines = read_log("s.log", "val_accuracy", logged, 128);
+    check(lines == 80 && counts[0][0] > 100 && hits[0][0] > 0.3 * counts[0][0] && fabs(logged[79] - hits[0][0] / counts[0][0]) < 1e-8, "val_accuracy in the log: %.4f", hits[0][0] / counts[0][0]);
+    ok = !run("--load s.safetensors --data lags.safetensors --val lags.safetensors --batch 7 --eval");
+    const char *line = ok ? strstr((char *)output, "val_accuracy ") : NULL;
+    check(line && fabs(atof(line + 13) - hits[0][0] / counts[0][0]) < 1e-6, "--eval prints it");
+    for (int k = 0; k < 6 && line; k++) {
+        char name[32];
+        snprintf(name, sizeof(name), "lag %d to %d ", 1 << k, (2 << k) - 1);
+        const char *place = strstr(line, name);
+        by_lag[k] = place ? atof(place + strlen(name)) : NAN;
+        ok &= counts[1][k] > 0 && fabs(by_lag[k] - hits[1][k] / counts[1][k]) < 1e-6;
+    }
+    size_t size;
+    unsigned char *log = slurp("s.log", &size);
+    check(ok && log && strstr((char *)log, "\"accuracy_by_lag\": {\"1\": "), "and the accuracy by lag, as the log does");
+    model_free(m);
+    safetensors_free(&file);
+    release();
 }
 
 static void test_generation(void) {
@@ -1622,6 +1663,7 @@ static void test_program(const glob_t *dumps) {
     if (!ON_GPU) test_threads();
     if (!ON_GPU) test_order();
     setenv("TEST_PRECISION", "fp32", 1); // for texts that the CPU's forward passes give
+    test_scores();
     test_generation();
     if (dumps->gl_pathc && !ON_GPU) test_bad_dumps(dumps->gl_pathv[0]);
     folder_state(1);

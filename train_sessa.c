@@ -1098,11 +1098,13 @@ static void scan_sequence_backward(int b, real *dxbc, real *dstep, real *scratch
         real *dx = dxbc + row * W, *db = dx + E, *dc = db + S;
         decay_sums(L, step_I, A_log, n, heads);
         for (int t = 0; t < n; t++)
-            for (int i = 0; i < E; i++) {
-                int h = i / (E / heads);
-                real l = L[t * heads + h];
-                faded[(size_t)t * E + i] = exp_real(l) * dy_I[(size_t)t * E + i];
-                fresh[(size_t)t * E + i] = exp_real(L[(n - 1) * heads + h] - l) * step_I[t * heads + h] * x[(size_t)t * W + i];
+            for (int h = 0; h < heads; h++) {
+                real decay = exp_real(L[t * heads + h]);
+                real scale = exp_real(L[(n - 1) * heads + h] - L[t * heads + h]) * step_I[t * heads + h];
+                for (int i = h * (E / heads); i < (h + 1) * (E / heads); i++) {
+                    faded[(size_t)t * E + i] = decay * dy_I[(size_t)t * E + i];
+                    fresh[(size_t)t * E + i] = scale * x[(size_t)t * W + i];
+                }
             }
         matmul(cb, n, rows_of(c_I, W), transpose(rows_of(b_I, W)), n, n, S, 1, 0, NULL);
         matmul(read, E, rows_of(c_I, W), rows_of(state, E), n, E, S, 1, 0, NULL);
@@ -1715,6 +1717,18 @@ static double model_forward(Model *m, const int *inputs, const int *targets, int
     return sum;
 }
 
+// hits[n] = 1 where the target of token n has the largest logit of its row, else 0, of the last model_forward. hits (N)
+static void model_hits(Model *m, char *hits) {
+    int V = m->config.vocab_size;
+    #pragma omp parallel for
+    for (int n = 0; n < m->batch_B * m->batch_T; n++) {
+        const real *row = m->acts.logits + (size_t)n * V;
+        int target = m->targets[n], larger = 0;
+        for (int v = 0; target >= 0 && v < V; v++) larger += !(row[v] <= row[target]);
+        hits[n] = target >= 0 && !larger;
+    }
+}
+
 // Gradients of dloss · (the sum that the last model_forward returned), added to those that are there.
 static void model_backward(Model *m, double dloss) {
     const Config *c = &m->config;
@@ -1843,6 +1857,7 @@ typedef struct {
     real *(*read)(Model *model, Block block);  // the block's numbers, in the parameter table's order, in memory of their own
     void (*write)(Model *model, Block block);  // makes the numbers that stand there the model's
     double (*forward)(Model *model, const int *inputs, const int *targets, int B, int T, Dropout drop);
+    void (*hits)(Model *model, char *hits);
     void (*backward)(Model *model, double dloss);
     double (*grad_norm)(Model *model);
     void (*update)(Model *model, AdamW options, double grad_scale, int64_t step);
@@ -1866,7 +1881,7 @@ static void cpu_write(Model *m, Block block) { (void)m; (void)block; } // the ho
 static double cpu_grad_norm(Model *m) { return norm(m->grads, m->table.count); }
 
 static const Backend cpu_backend = {"CPU", model_create, model_free, cpu_bytes, cpu_read, cpu_write, model_forward,
-                                    model_backward, cpu_grad_norm, model_update, model_extend};
+                                    model_hits, model_backward, cpu_grad_norm, model_update, model_extend};
 
 // ----------------------------------------------------------------------------
 // safetensors: checkpoints, reference dumps and example sets are files of this one format
@@ -2305,7 +2320,7 @@ static int safetensors_write(const char *path, const FileTensor *tensors, int n_
 
 // Text is any file of bytes, a token is a byte's place in the vocabulary. A shard is llm.c's: 256 int32 (magic, version 1,
 // number of tokens, the rest unused), then uint16 tokens. An example set is a safetensors file with `inputs` and
-// `targets` (N,T).
+// `targets` (N,T), and maybe `lags` (N,T): how far back lies what each target asks for.
 typedef enum { DATA_TEXT, DATA_SHARD, DATA_EXAMPLES } DataKind;
 
 typedef struct {
@@ -2313,6 +2328,7 @@ typedef struct {
     unsigned char *bytes;      // TEXT, SHARD: the file; dataset_encode puts token ids in the place of a text's bytes
     const uint16_t *tokens;    // SHARD: inside bytes
     int32_t *inputs, *targets; // EXAMPLES: (count, width); a target of -1 is none
+    int32_t *lags;             // EXAMPLES: (count, width) or NULL
     int64_t count;             // tokens or examples
     int width;                 // EXAMPLES: T of the file
     int vocab_hint;            // EXAMPLES: the metadata's vocab_size, or 0
@@ -2340,6 +2356,7 @@ static void dataset_free(Dataset *data) {
     free(data->bytes);
     free(data->inputs);
     free(data->targets);
+    free(data->lags);
     memset(data, 0, sizeof(*data));
 }
 
@@ -2383,11 +2400,15 @@ static int32_t *ids_read(const FileTensor *tensor, int low, int *max_id, const c
 // Fills data from a safetensors file of examples.
 static int examples_read(Dataset *data, const Safetensors *file, const char *path, char *error) {
     const FileTensor *inputs = safetensors_find(file, "inputs"), *targets = safetensors_find(file, "targets");
+    const FileTensor *lags = safetensors_find(file, "lags");
     const char *vocab_size = safetensors_meta(file, "vocab_size");
     int64_t vocab = 0;
+    int longest = 0;
     if (!inputs || !targets) return fail(error, path, "not an example set: it has no '%s'", inputs ? "targets" : "inputs");
     if (inputs->n_dims != 2 || targets->n_dims != 2 || memcmp(inputs->shape, targets->shape, 2 * sizeof(int64_t)))
         return fail(error, path, "'inputs' and 'targets' must have the same shape (N,T)");
+    if (lags && (lags->n_dims != 2 || memcmp(inputs->shape, lags->shape, 2 * sizeof(int64_t))))
+        return fail(error, path, "'lags' must have the shape of 'inputs'");
     if (!inputs->count || inputs->shape[1] > INT_MAX || inputs->shape[0] > INT_MAX)
         return fail(error, path, "the example set is empty, or too large");
     if (vocab_size && parse_integer(vocab_size, 1, 1 << 24, &vocab))
@@ -2397,7 +2418,8 @@ static int examples_read(Dataset *data, const Safetensors *file, const char *pat
     data->vocab_hint = (int)vocab;
     data->inputs = ids_read(inputs, 0, &data->max_id, path, error);
     if (data->inputs) data->targets = ids_read(targets, -1, &data->max_id, path, error);
-    return data->targets ? 0 : FAILED;
+    if (data->targets && lags) data->lags = ids_read(lags, 0, &longest, path, error);
+    return data->targets && (!lags || data->lags) ? 0 : FAILED;
 }
 
 // Reads a file of any of the three kinds: named *.safetensors it is an example set, with a shard's magic number at its
@@ -2617,6 +2639,7 @@ typedef struct {
     Model *model;
     Table table;              // of the parameters
     int *inputs, *targets;    // (accum·batch, seq)
+    char *hits;               // (batch, seq)
     int32_t *order;           // example sets: this epoch's permutation
     int64_t order_epoch;
 } Run;
@@ -2811,25 +2834,51 @@ static int64_t sequence_place(Run *run, int64_t i) {
 static volatile sig_atomic_t interrupted = 0;
 static void on_interrupt(int signal_number) { interrupted = signal_number; }
 
-// Mean loss over consecutive windows of the validation split: all of them, or max_batches evenly spaced batches.
-static double evaluate(Run *run, int64_t max_batches) {
+// What a validation finds: the mean loss in nats and, of example sets, the share of the targets that are the likeliest
+// token; of those that say their lag also by lag, from 2^k to 2^(k+1) - 1. NAN: no such target.
+enum { LAG_BINS = 31 };
+typedef struct { double loss, accuracy, by_lag[LAG_BINS]; } Score;
+
+// Over consecutive windows of the validation split: all of them, or max_batches evenly spaced batches.
+static Score evaluate(Run *run, int64_t max_batches) {
     const Options *o = &run->settings.values;
+    const Dataset *set = run->val_set;
     Dropout off = {0, 0, 0};
-    int T = (int)o->seq, examples = run->val_set->kind == DATA_EXAMPLES;
-    int64_t length = run->val_end - run->val_begin, windows = examples ? length : (length - 1) / T, count = 0;
-    int64_t batches = (windows + o->batch - 1) / o->batch;
-    int64_t taken = max_batches && max_batches < batches ? max_batches : batches;
+    int T = (int)o->seq, examples = set->kind == DATA_EXAMPLES;
+    int64_t length = run->val_end - run->val_begin, windows = examples ? length : (length - 1) / T, batches = (windows + o->batch - 1) / o->batch;
+    int64_t taken = max_batches && max_batches < batches ? max_batches : batches, count = 0, hits = 0, of_bin[LAG_BINS] = {0}, hits_of[LAG_BINS] = {0};
     double sum = 0;
     for (int64_t i = 0; i < taken && !(interrupted && !max_batches); i++) {
         int64_t first = batches * i / taken * o->batch;
         int B = (int)(windows - first < o->batch ? windows - first : o->batch);
         for (int b = 0; b < B; b++)
-            copy_sequence(run->inputs + b * T, run->targets + b * T, run->val_set,
-                          run->val_begin + (first + b) * (examples ? 1 : T), T);
-        for (int n = 0; n < B * T; n++) count += run->targets[n] >= 0;
+            copy_sequence(run->inputs + b * T, run->targets + b * T, set, run->val_begin + (first + b) * (examples ? 1 : T), T);
         sum += run->backend->forward(run->model, run->inputs, run->targets, B, T, off);
+        if (examples) run->backend->hits(run->model, run->hits);
+        for (int n = 0; n < B * T; n++) {
+            if (run->targets[n] < 0) continue;
+            int lag = set->lags ? set->lags[(run->val_begin + first) * T + n] : 0, bin = 0;
+            count++;
+            hits += examples && run->hits[n];
+            if (!lag) continue;
+            while (lag >> (bin + 1)) bin++;
+            of_bin[bin]++;
+            hits_of[bin] += run->hits[n];
+        }
     }
-    return count ? sum / (double)count : 0;
+    Score score = {count ? sum / (double)count : 0, count && examples ? (double)hits / (double)count : NAN, {0}};
+    for (int k = 0; k < LAG_BINS; k++) score.by_lag[k] = of_bin[k] ? (double)hits_of[k] / (double)of_bin[k] : NAN;
+    return score;
+}
+
+// The score as members of a JSON object.
+static void print_score(FILE *out, const Score *score) {
+    int bins = 0;
+    fprintf(out, "\"val_loss\": %.9g", score->loss);
+    if (!isnan(score->accuracy)) fprintf(out, ", \"val_accuracy\": %.9g", score->accuracy);
+    for (int k = 0; k < LAG_BINS; k++)
+        if (!isnan(score->by_lag[k])) fprintf(out, "%s\"%d\": %.9g", bins++ ? ", " : ", \"accuracy_by_lag\": {", 1 << k, score->by_lag[k]);
+    if (bins) fprintf(out, "}");
 }
 
 // ----------------------------------------------------------------------------
@@ -2994,13 +3043,15 @@ static void print_resume_command(const Run *run, const char *program) {
 
 // The line that a step writes to the terminal, over the one before, or to a file.
 static void print_step(const Options *o, double loss, double grad_norm, double rate, double elapsed, double left,
-                       double val_loss) {
+                       const Score *score) {
     int last = o->step == o->steps, terminal = isatty(STDOUT_FILENO);
     printf("%sstep %lld/%lld | loss %.4f | norm %.3f | lr %.2e | %.1f ms | %.0f tok/s | %d:%02d left", terminal ? "\r" : "",
            (long long)o->step, (long long)o->steps, loss, grad_norm, rate, elapsed * 1e3,
            (double)(o->accum * o->batch * o->seq) / elapsed, (int)(left / 60), (int)left % 60);
-    if (!isnan(val_loss)) printf(" | val %.4f%s", val_loss, last ? " (whole split)" : "");
-    printf(!terminal || !isnan(val_loss) ? "\n" : "  ");
+    if (score) printf(" | val %.4f", score->loss);
+    if (score && !isnan(score->accuracy)) printf(", accuracy %.4f", score->accuracy);
+    if (score && last) printf(" (whole split)");
+    printf(!terminal || score ? "\n" : "  ");
     fflush(stdout);
 }
 
@@ -3021,30 +3072,31 @@ static int train(Run *run, const char *program, char *error) {
     if (safetensors_writable(o->out, error) || safetensors_writable(best_path, error)) return FAILED;
     if (o->log && !(log = open_log(o->log, o->step, error))) return FAILED;
     while (o->step < o->steps && !interrupted) {
-        double begin = seconds(), rate = learning_rate(o, o->step), val_loss = NAN;
+        double begin = seconds(), rate = learning_rate(o, o->step);
+        Score score;
         if ((result = train_step(run, &loss, &grad_norm, error))) break;
         double elapsed = seconds() - begin, tokens = (double)(o->accum * o->batch * o->seq);
         double left = (seconds() - start) / (double)(o->step - first_step) * (double)(o->steps - o->step);
-        int last = o->step == o->steps;
-        if (o->eval_every && o->step % o->eval_every == 0) {
-            val_loss = evaluate(run, o->eval_batches);
-            if (val_loss < o->best_val) {
-                o->best_val = val_loss;
+        int last = o->step == o->steps, scored = o->eval_every && o->step % o->eval_every == 0;
+        if (scored) {
+            score = evaluate(run, o->eval_batches);
+            if (score.loss < o->best_val) {
+                o->best_val = score.loss;
                 if ((result = save_checkpoint(run, best_path, 0, error))) break;
             }
         }
         if (last || interrupted || (o->save_every && o->step % o->save_every == 0))
             if ((result = save_checkpoint(run, o->out, 1, error))) break;
-        if (last) val_loss = evaluate(run, 0);
-        if (last && interrupted) val_loss = NAN; // stopped before it had seen all
+        if (last) score = evaluate(run, 0);
+        if (last) scored = !interrupted; // else it was stopped before it had seen all
         int none = o->best_val >= 1e300; // no validation came before the end: the last weights are the best
         if (last && none && (result = save_checkpoint(run, best_path, 0, error))) break;
-        if (terminal || !isnan(val_loss) || o->step == first_step + 1 || o->step % 100 == 0)
-            print_step(o, loss, grad_norm, rate, elapsed, left, val_loss);
+        if (terminal || scored || o->step == first_step + 1 || o->step % 100 == 0)
+            print_step(o, loss, grad_norm, rate, elapsed, left, scored ? &score : NULL);
         if (log) {
-            fprintf(log, "{\"step\": %lld, \"train_loss\": %.9g", (long long)o->step, loss);
-            if (!isnan(val_loss)) fprintf(log, ", \"val_loss\": %.9g", val_loss);
-            fprintf(log, ", \"lr\": %.9g, \"grad_norm\": %.9g, \"tok_per_s\": %.6g}\n", rate, grad_norm, tokens / elapsed);
+            fprintf(log, "{\"step\": %lld, \"train_loss\": %.9g, ", (long long)o->step, loss);
+            if (scored) print_score(log, &score);
+            fprintf(log, "%s\"lr\": %.9g, \"grad_norm\": %.9g, \"tok_per_s\": %.6g}\n", scored ? ", " : "", rate, grad_norm, tokens / elapsed);
             if (fflush(log) && (result = fail(error, o->log, "%s", strerror(errno)))) break;
         }
         if (o->sample_every && o->step % o->sample_every == 0) {
@@ -3099,9 +3151,10 @@ static int prepare(Run *run, char *error) {
     size_t tokens = (size_t)B * (size_t)T * (size_t)(training ? o->accum : 1);
     run->inputs = (int *)malloc(tokens * sizeof(int));
     run->targets = (int *)malloc(tokens * sizeof(int));
+    run->hits = (char *)malloc(tokens);
     size_t examples = run->train.kind == DATA_EXAMPLES ? (size_t)run->train_end : 1;
     run->order = (int32_t *)malloc(examples * sizeof(int32_t));
-    if (!weights.layers || !run->inputs || !run->targets || !run->order) return fail(error, NULL, "out of memory");
+    if (!weights.layers || !run->inputs || !run->targets || !run->hits || !run->order) return fail(error, NULL, "out of memory");
     carve_weights(&weights, &run->table, NULL, &run->config); // the parameters' names and shapes alone
     free(weights.layers);
 
@@ -3131,9 +3184,13 @@ static int act(Run *run, const char *program, char *error) {
         return result ? result : interrupted ? 130 : 0;
     }
     if (o->eval) {
-        double loss = evaluate(run, 0);
-        if (!interrupted) printf("val_loss %.6f\n", loss);
-        return interrupted ? 130 : 0;
+        Score score = evaluate(run, 0);
+        if (interrupted) return 130;
+        printf("val_loss %.6f\n", score.loss);
+        if (!isnan(score.accuracy)) printf("val_accuracy %.6f\n", score.accuracy);
+        for (int k = 0; k < LAG_BINS; k++)
+            if (!isnan(score.by_lag[k])) printf("lag %d to %lld %.6f\n", 1 << k, (2LL << k) - 1, score.by_lag[k]);
+        return 0;
     }
     printf("%s: D %d, L %d, H %d, G %d, T %d, V %d, %.2fM parameters; %s, %d threads, %.0f MiB\n", o->mixer, c->d_model,
            c->n_layers, c->n_heads, c->n_kv_heads, c->max_seq_len, c->vocab_size, (double)run->table.count / 1e6,
@@ -3160,6 +3217,7 @@ static int run_program(int argc, char **argv, const Backend *backend) {
     free(run.table.rows);
     free(run.inputs);
     free(run.targets);
+    free(run.hits);
     free(run.order);
     dataset_free(&run.train);
     dataset_free(&run.val);
