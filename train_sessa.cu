@@ -1844,6 +1844,415 @@ static void crossentropy_backward_gpu(X *dlogits, const X *logits, int64_t ld, c
 }
 
 // ----------------------------------------------------------------------------
+// layers of the Mamba-2 mixer
+
+__device__ static inline float sigmoid_gpu(float x) { return 1 / (1 + __expf(-x)); }
+
+// A thread takes one channel of one row, c of n. u: before SiLU.
+template <typename X> struct ConvEach {
+    X *out;
+    const X *inp, *tail;
+    const float *weight, *bias;
+    int ld, T, W, first;
+    __device__ float u(int n, int c) const {
+        int t = first + n % (T - first);
+        float sum = bias[c];
+        for (int lag = 0; lag < TAPS && lag <= t; lag++)
+            sum += weight[c * TAPS + TAPS - 1 - lag] * get(t - lag >= first ? inp[(int64_t)(n - lag) * ld + c]
+                                                           : tail[(t - lag) % (TAPS - 1) * W + c]);
+        return sum;
+    }
+    template <int V> __device__ void run(int n, int c) const {
+        float x = u(n, c);
+        out[(int64_t)n * W + c] = to<X>(x * sigmoid_gpu(x));
+    }
+};
+template <typename X> struct TailEach { // row n of the new ones
+    X *tail;
+    const X *inp;
+    int ld, W, first, from;
+    template <int V> __device__ void run(int n, int c) const {
+        tail[(first + from + n) % (TAPS - 1) * W + c] = inp[(int64_t)(from + n) * ld + c];
+    }
+};
+template <typename X>
+static void conv_forward_gpu(X *out, const X *inp, int ld, X *tail, const float *weight, const float *bias, int B, int T,
+                             int W, int first, cudaStream_t stream) {
+    int rows = T - first, from = rows > TAPS - 1 ? rows - (TAPS - 1) : 0;
+    ConvEach<X> f = {out, inp, tail, weight, bias, ld, T, W, first};
+    TailEach<X> keep = {tail, inp, ld, W, first, from};
+    each(f, B * rows, W, 0, stream);
+    if (tail) each(keep, rows - from, W, 0, stream);
+}
+
+template <typename X> struct ConvGradient { // dout becomes du
+    X *dout;
+    ConvEach<X> conv;
+    template <int V> __device__ void run(int n, int c) const {
+        float u = conv.u(n, c), s = sigmoid_gpu(u);
+        X *at = dout + (int64_t)n * conv.W + c;
+        *at = to<X>(get(*at) * s * (1 + u * (1 - s)));
+    }
+};
+template <typename X> struct ConvInput {
+    X *dinp;
+    const X *du;
+    const float *weight;
+    int ld, T, W;
+    template <int V> __device__ void run(int n, int c) const {
+        float sum = 0;
+        for (int lag = 0; lag < min(TAPS, T - n % T); lag++)
+            sum += weight[c * TAPS + TAPS - 1 - lag] * get(du[(int64_t)(n + lag) * W + c]);
+        dinp[(int64_t)n * ld + c] = to<X>(sum);
+    }
+};
+template <typename X> struct ConvColumns { // column i: tap i mod TAPS of channel i / TAPS
+    const X *du, *inp;
+    int ld, T, W;
+    __device__ float2 at(int n, int i) const {
+        int lag = TAPS - 1 - i % TAPS, c = i / TAPS;
+        return {lag <= n % T ? get(du[(int64_t)n * W + c]) * get(inp[(int64_t)(n - lag) * ld + c]) : 0, 0};
+    }
+};
+template <typename X>
+static void conv_backward_gpu(X *dinp, float *dweight, float *dbias, X *dout, const X *inp, int ld, const float *weight,
+                              const float *bias, int B, int T, int W, cudaStream_t stream) {
+    ConvGradient<X> du = {dout, {NULL, inp, NULL, weight, bias, ld, T, W, 0}};
+    ConvInput<X> input = {dinp, dout, weight, ld, T, W};
+    ConvColumns<X> taps = {dout, inp, ld, T, W};
+    RowColumns<X> rows = {dout, W};
+    each(du, B * T, W, 0, stream);
+    each(input, B * T, W, 0, stream);
+    column_sums(dweight, NULL, taps, B * T, W * TAPS, stream);
+    column_sums(dbias, NULL, rows, B * T, W, stream);
+}
+
+template <typename X> struct StepEach {
+    float *step;
+    const X *inp;
+    const float *bias;
+    int ld, heads;
+    template <int V> __device__ void run(int n, int h) const {
+        float x = get(inp[(int64_t)n * ld + h]) + bias[h];
+        step[(int64_t)n * heads + h] = x > 30 ? x : log1pf(expf(x));
+    }
+};
+template <typename X>
+static void step_forward_gpu(float *step, const X *inp, int ld, const float *bias, int N, int heads, cudaStream_t stream) {
+    StepEach<X> f = {step, inp, bias, ld, heads};
+    each(f, N, heads, 0, stream);
+}
+template <typename X> struct StepBackward {
+    X *dinp;
+    const float *dstep, *bias;
+    const X *inp;
+    int ld_dstep, ld;
+    __device__ float gradient(int n, int h) const {
+        return dstep[(int64_t)n * ld_dstep + h] * sigmoid_gpu(get(inp[(int64_t)n * ld + h]) + bias[h]);
+    }
+    __device__ float2 at(int n, int h) const { return {gradient(n, h), 0}; }
+    template <int V> __device__ void run(int n, int h) const { dinp[(int64_t)n * ld + h] = to<X>(gradient(n, h)); }
+};
+template <typename X>
+static void step_backward_gpu(X *dinp, float *dbias, const float *dstep, int ld_dstep, const X *inp, int ld, const float *bias,
+                              int N, int heads, cudaStream_t stream) {
+    StepBackward<X> f = {dinp, dstep, bias, inp, ld_dstep, ld};
+    each(f, N, heads, 0, stream);
+    column_sums(dbias, NULL, f, N, heads, stream);
+}
+
+// out(i, j, Σ_k a(i, k) b(k, j)) for i < M, j < N: the threads of a block take columns, four rows at a time.
+template <typename A, typename Q, typename Out>
+__device__ inline void block_product(int M, int N, int K, A a, Q b, Out out) {
+    for (int item = threadIdx.x; item < (M + 3) / 4 * N; item += blockDim.x) {
+        int j = item % N, i0 = item / N * 4, rows[4];
+        float sum[4] = {0};
+        for (int r = 0; r < 4; r++) rows[r] = min(i0 + r, M - 1);
+        for (int k = 0; k < K; k++) {
+            float y = b(k, j);
+            for (int r = 0; r < 4; r++) sum[r] += a(rows[r], k) * y;
+        }
+        for (int r = 0; r < min(4, M - i0); r++) out(i0 + r, j, sum[r]);
+    }
+}
+
+// The scan. A block takes one chunk of one head of one sequence; only the states pass from chunk to chunk, in a kernel of
+// their own: states (B,chunks,S,E) first holds what each chunk adds, then the state before each.
+template <typename X> struct Scan {
+    const X *xbc;
+    const float *step, *A_log, *skip;
+    float *states, *decays; // decays (B,chunks,heads): exp(L_last)
+    int T, E, S, heads, P, chunks;
+};
+template <typename X> struct ScanBlock { // what a block of the kernels below works on
+    int n, h, w, W;
+    int64_t row, chunk; // its first token; its index among all chunks
+    const X *x, *b, *c;
+    float *state;       // of its head, rows E apart
+    __device__ ScanBlock(const Scan<X> &s, float *L, float *delta) {
+        h = blockIdx.y;
+        w = s.E / s.heads;
+        W = s.E + 2 * s.S;
+        n = min(s.P, s.T - (int)blockIdx.x * s.P);
+        row = (int64_t)blockIdx.z * s.T + blockIdx.x * s.P;
+        chunk = (int64_t)blockIdx.z * s.chunks + blockIdx.x;
+        x = s.xbc + row * W + h * w;
+        b = s.xbc + row * W + s.E;
+        c = b + s.S;
+        state = s.states + chunk * s.S * s.E + h * w;
+        if (threadIdx.x < n) delta[threadIdx.x] = s.step[(row + threadIdx.x) * s.heads + h];
+        __syncthreads();
+        if (threadIdx.x == 0)
+            for (int t = 0; t < n; t++) L[t] = (t ? L[t - 1] : 0) - expf(s.A_log[h]) * delta[t];
+        __syncthreads();
+    }
+};
+
+// What the chunk adds to the state, and how much of the state before it stays.
+template <typename X> __global__ void scan_fresh_kernel(Scan<X> s) {
+    __shared__ float L[CHUNK], delta[CHUNK];
+    ScanBlock<X> k(s, L, delta);
+    if (threadIdx.x == 0) s.decays[k.chunk * s.heads + k.h] = expf(L[k.n - 1]);
+    block_product(s.S, k.w, k.n, [&](int i, int j) { return expf(L[k.n - 1] - L[j]) * delta[j] * get(k.b[j * k.W + i]); },
+                  [&](int j, int e) { return get(k.x[j * k.W + e]); },
+                  [&](int i, int e, float sum) { k.state[(int64_t)i * s.E + e] = sum; });
+}
+
+// A thread takes one number of the state of a sequence through all chunks: forward from `carried` (S,E), or 0, where it
+// leaves the last state; backward from 0 at the end.
+__global__ static void scan_states_kernel(float *states, const float *decays, float *carried, int chunks, int S, int E,
+                                          int heads, int backward) {
+    int64_t size = (int64_t)S * E, i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= size) return;
+    float h = carried ? carried[blockIdx.y * size + i] : 0;
+    for (int step = 0; step < chunks; step++) {
+        int64_t chunk = (int64_t)blockIdx.y * chunks + (backward ? chunks - 1 - step : step);
+        float fresh = states[chunk * size + i];
+        states[chunk * size + i] = h;
+        h = decays[chunk * heads + i % E / (E / heads)] * h + fresh;
+    }
+    if (carried) carried[blockIdx.y * size + i] = h;
+}
+static void scan_states(float *states, const float *decays, float *carried, int B, int chunks, int S, int E, int heads,
+                        int backward, cudaStream_t stream) {
+    LAUNCH(scan_states_kernel, dim3((unsigned)(((int64_t)S * E + 127) / 128), B), 128, 0, stream, states, decays, carried,
+           chunks, S, E, heads, backward);
+}
+
+// y = (M + skip·I) x + exp(L) ⊙ (c h), one sum over n + S
+template <typename X> __global__ void scan_read_kernel(X *y, Scan<X> s) {
+    __shared__ float L[CHUNK], delta[CHUNK], M[CHUNK][CHUNK];
+    ScanBlock<X> k(s, L, delta);
+    block_product(k.n, k.n, s.S, [&](int t, int i) { return get(k.c[t * k.W + i]); }, [&](int i, int j) { return get(k.b[j * k.W + i]); },
+                  [&](int t, int j, float cb) { M[t][j] = (j <= t ? cb * expf(L[t] - L[j]) * delta[j] : 0) + (j == t ? s.skip[k.h] : 0); });
+    __syncthreads();
+    block_product(k.n, k.w, k.n + s.S, [&](int t, int i) { return i < k.n ? M[t][i] : expf(L[t]) * get(k.c[t * k.W + i - k.n]); },
+                  [&](int i, int e) { return i < k.n ? get(k.x[i * k.W + e]) : k.state[(int64_t)(i - k.n) * s.E + e]; },
+                  [&](int t, int e, float sum) { y[(k.row + t) * s.E + k.h * k.w + e] = to<X>(sum); });
+}
+
+// Numbers of scratch: the decays, the gradients of the states, partial gradients of b and c of each head.
+static int64_t scan_scratch_gpu(int B, int T, int E, int S, int heads, int P) {
+    int64_t chunks = (T + P - 1) / P;
+    return B * (round_up(chunks * heads, 4) + chunks * S * E + (int64_t)T * heads * 2 * S);
+}
+
+// carried (B,S,E): the state before position 0 of this call, then after its last; NULL: 0, and nothing is wanted.
+// states (B,chunks,S,E) is kept for the backward pass.
+template <typename X>
+static void scan_forward_gpu(X *y, float *states, float *carried, float *scratch, const X *xbc, const float *step,
+                             const float *A_log, const float *skip, int B, int T, int E, int S, int heads, int P,
+                             cudaStream_t stream) {
+    P = chunk_height(P);
+    int chunks = (T + P - 1) / P;
+    Scan<X> s = {xbc, step, A_log, skip, states, scratch, T, E, S, heads, P, chunks};
+    dim3 grid(chunks, heads, B);
+    LAUNCH(scan_fresh_kernel<X>, grid, 128, 0, stream, s);
+    scan_states(states, scratch, carried, B, chunks, S, E, heads, 0, stream);
+    LAUNCH(scan_read_kernel<X>, grid, 128, 0, stream, y, s);
+}
+
+// Backward: what the chunk's rows give to the gradient of the state before it, c^T (exp(L) ⊙ dy)
+template <typename X> __global__ void scan_pull_kernel(float *dstates, const X *dy, Scan<X> s) {
+    __shared__ float L[CHUNK], delta[CHUNK];
+    ScanBlock<X> k(s, L, delta);
+    if (threadIdx.x == 0) s.decays[k.chunk * s.heads + k.h] = expf(L[k.n - 1]);
+    float *dh = dstates + (k.state - s.states);
+    block_product(s.S, k.w, k.n, [&](int i, int t) { return expf(L[t]) * get(k.c[t * k.W + i]); },
+                  [&](int t, int e) { return get(dy[(k.row + t) * s.E + k.h * k.w + e]); },
+                  [&](int i, int e, float sum) { dh[(int64_t)i * s.E + e] = sum; });
+}
+
+// All gradients of a chunk's head, as in scan_head_backward; dh is the gradient of the state after the chunk. partial
+// (N,heads,2S): this head's part of db and dc.
+template <typename X>
+__global__ void scan_backward_kernel(X *dxbc, float *dstep, float *partial, const float *dstates, const X *dy_, Scan<X> s) {
+    __shared__ float L[CHUNK], delta[CHUNK], cb[CHUNK][CHUNK], dM[CHUNK][CHUNK], fade[CHUNK][CHUNK + 1], dL[CHUNK], ddelta[CHUNK],
+        shared[32];
+    ScanBlock<X> k(s, L, delta);
+    const X *dy = dy_ + k.row * s.E + k.h * k.w;
+    const float *dh = dstates + (k.state - s.states), *h = k.state;
+    int n = k.n, E = s.E, S = s.S, w = k.w, W = k.W, last = n - 1;
+    block_product(n, n, S, [&](int t, int i) { return get(k.c[t * W + i]); }, [&](int i, int j) { return get(k.b[j * W + i]); },
+                  [&](int t, int j, float sum) { cb[t][j] = sum; fade[t][j] = j <= t ? expf(L[t] - L[j]) : 0; });
+    block_product(n, n, w, [&](int t, int e) { return get(dy[(int64_t)t * E + e]); }, [&](int e, int j) { return get(k.x[j * W + e]); },
+                  [&](int t, int j, float sum) { dM[t][j] = sum; });
+    __syncthreads();
+    X *dx = dxbc + k.row * W + k.h * w;
+    block_product(n, w, n + S, // dx = (M + skip·I)^T dy + exp(L_last - L) Δ ⊙ (b dh)
+                  [&](int j, int i) { return i < n ? cb[i][j] * fade[i][j] * delta[j] + (i == j ? s.skip[k.h] : 0)
+                                             : fade[last][j] * delta[j] * get(k.b[j * W + i - n]); },
+                  [&](int i, int e) { return i < n ? get(dy[(int64_t)i * E + e]) : dh[(int64_t)(i - n) * E + e]; },
+                  [&](int j, int e, float sum) { dx[(int64_t)j * W + e] = to<X>(sum); });
+    block_product(n, S, n + w, // db = d(cb)^T c + exp(L_last - L) Δ ⊙ (x dh^T)
+                  [&](int j, int i) { return i < n ? dM[i][j] * fade[i][j] * delta[j] : fade[last][j] * delta[j] * get(k.x[j * W + i - n]); },
+                  [&](int i, int e) { return i < n ? get(k.c[i * W + e]) : dh[(int64_t)e * E + i - n]; },
+                  [&](int j, int e, float sum) { partial[((k.row + j) * s.heads + k.h) * 2 * S + e] = sum; });
+    block_product(n, S, n + w, // dc = d(cb) b + exp(L) ⊙ (dy h^T)
+                  [&](int t, int i) { return i < n ? dM[t][i] * fade[t][i] * delta[i] : expf(L[t]) * get(dy[(int64_t)t * E + i - n]); },
+                  [&](int i, int e) { return i < n ? get(k.b[i * W + e]) : h[(int64_t)e * E + i - n]; },
+                  [&](int t, int e, float sum) { partial[((k.row + t) * s.heads + k.h) * 2 * S + S + e] = sum; });
+    // a warp takes a row: what it read of the state, what the state took of it
+    float carried = 0;
+    for (int t = threadIdx.x / 32; t < n; t += blockDim.x / 32) {
+        float read = 0, taken = 0;
+        for (int e = threadIdx.x % 32; e < w; e += 32) {
+            float of_h = 0, of_dh = 0;
+            for (int i = 0; i < S; i++) {
+                of_h += get(k.c[t * W + i]) * h[(int64_t)i * E + e];
+                of_dh += get(k.b[t * W + i]) * dh[(int64_t)i * E + e];
+            }
+            read += of_h * get(dy[(int64_t)t * E + e]);
+            taken += of_dh * get(k.x[t * W + e]);
+        }
+        read = expf(L[t]) * warp_sum(read);
+        taken = fade[last][t] * warp_sum(taken);
+        if (threadIdx.x % 32) continue;
+        ddelta[t] = taken;
+        dL[t] = read - (t < last ? delta[t] * taken : 0);
+        carried += t < last ? delta[t] * taken : 0;
+    }
+    for (int i = threadIdx.x; i < S * w; i += blockDim.x) carried += expf(L[last]) * h[(int64_t)(i / w) * E + i % w] * dh[(int64_t)(i / w) * E + i % w];
+    carried = block_sum(carried, shared);
+    float own = 0, own_delta = 0;
+    if (threadIdx.x < n) { // thread t: row t and column t of the terms of L_t - L_j
+        int t = threadIdx.x;
+        for (int j = 0; j < n; j++) {
+            if (j < t) own += dM[t][j] * fade[t][j] * cb[t][j] * delta[j];
+            if (j >= t) own_delta += dM[j][t] * fade[j][t] * cb[j][t];
+            if (j > t) own -= dM[j][t] * fade[j][t] * cb[j][t] * delta[t];
+        }
+        dL[t] += own;
+        ddelta[t] += own_delta;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        float sum = carried, rate = expf(s.A_log[k.h]);
+        for (int t = last; t >= 0; t--) {
+            float *row = dstep + (k.row + t) * 3 * s.heads + k.h;
+            sum += dL[t];
+            row[0] = ddelta[t] - rate * sum;
+            row[s.heads] = -rate * delta[t] * sum;
+            row[2 * s.heads] = dM[t][t];
+        }
+    }
+}
+template <typename X> struct ScanHeads { // db and dc: the sum over the heads, in their order
+    X *dxbc;
+    const float *partial;
+    int E, S, heads;
+    template <int V> __device__ void run(int n, int i) const {
+        float sum = 0;
+        for (int h = 0; h < heads; h++) sum += partial[((int64_t)n * heads + h) * 2 * S + i];
+        dxbc[(int64_t)n * (E + 2 * S) + E + i] = to<X>(sum);
+    }
+};
+struct ScanColumns {
+    const float *dstep;
+    int heads;
+    __device__ float2 at(int n, int h) const {
+        const float *row = dstep + (int64_t)n * 3 * heads + heads + h;
+        return {row[0], row[heads]};
+    }
+};
+template <typename X>
+static void scan_backward_gpu(X *dxbc, float *dstep, float *dA_log, float *dskip, float *scratch, const X *dy, const float *states,
+                              const X *xbc, const float *step, const float *A_log, const float *skip, int B, int T, int E, int S,
+                              int heads, int P, cudaStream_t stream) {
+    P = chunk_height(P);
+    int chunks = (T + P - 1) / P;
+    float *dstates = scratch + B * round_up((int64_t)chunks * heads, 4), *partial = dstates + (int64_t)B * chunks * S * E;
+    Scan<X> s = {xbc, step, A_log, skip, (float *)states, scratch, T, E, S, heads, P, chunks};
+    dim3 grid(chunks, heads, B);
+    ScanHeads<X> sums = {dxbc, partial, E, S, heads};
+    ScanColumns columns = {dstep, heads};
+    LAUNCH(scan_pull_kernel<X>, grid, 128, 0, stream, dstates, dy, s);
+    scan_states(dstates, scratch, NULL, B, chunks, S, E, heads, 1, stream);
+    LAUNCH(scan_backward_kernel<X>, grid, 128, 0, stream, dxbc, dstep, partial, dstates, dy, s);
+    each(sums, (int64_t)B * T, 2 * S, 0, stream);
+    column_sums(dA_log, dskip, columns, B * T, heads, stream);
+}
+
+// A warp takes a row.
+template <typename X>
+__global__ void gated_rmsnorm_forward_kernel(X *out, float *rstd, const X *y, const X *z, int ld, const float *weight, int N,
+                                             int E) {
+    int n = blockIdx.x * 4 + threadIdx.x / 32;
+    if (n >= N) return;
+    float squares = 0;
+    for (int i = threadIdx.x % 32; i < E; i += 32) {
+        float gate = get(z[(int64_t)n * ld + i]), v = get(y[(int64_t)n * E + i]) * gate * sigmoid_gpu(gate);
+        squares += v * v;
+    }
+    float r = rsqrtf(warp_sum(squares) / E + 1e-5f);
+    if (threadIdx.x % 32 == 0) rstd[n] = r;
+    for (int i = threadIdx.x % 32; i < E; i += 32) {
+        float gate = get(z[(int64_t)n * ld + i]), v = get(y[(int64_t)n * E + i]) * gate * sigmoid_gpu(gate);
+        out[(int64_t)n * E + i] = to<X>(v * r * weight[i]);
+    }
+}
+template <typename X>
+static void gated_rmsnorm_forward_gpu(X *out, float *rstd, const X *y, const X *z, int ld, const float *weight, int N, int E,
+                                      cudaStream_t stream) {
+    LAUNCH(gated_rmsnorm_forward_kernel<X>, (N + 3) / 4, 128, 0, stream, out, rstd, y, z, ld, weight, N, E);
+}
+template <typename X> struct NormColumns {
+    const X *dout, *y, *z;
+    const float *rstd;
+    int ld, E;
+    __device__ float2 at(int n, int i) const {
+        float gate = get(z[(int64_t)n * ld + i]);
+        return {get(dout[(int64_t)n * E + i]) * get(y[(int64_t)n * E + i]) * gate * sigmoid_gpu(gate) * rstd[n], 0};
+    }
+};
+template <typename X>
+__global__ void gated_rmsnorm_backward_kernel(X *dy, X *dz, const X *dout, const X *y, const X *z, int ld, const float *rstd,
+                                              const float *weight, int N, int E) {
+    int n = blockIdx.x * 4 + threadIdx.x / 32;
+    if (n >= N) return;
+    float dot = 0, r = rstd[n];
+    for (int i = threadIdx.x % 32; i < E; i += 32) {
+        float gate = get(z[(int64_t)n * ld + i]);
+        dot += get(dout[(int64_t)n * E + i]) * weight[i] * get(y[(int64_t)n * E + i]) * gate * sigmoid_gpu(gate);
+    }
+    dot = warp_sum(dot) * r * r / E;
+    for (int i = threadIdx.x % 32; i < E; i += 32) {
+        int64_t at = (int64_t)n * E + i;
+        float gate = get(z[(int64_t)n * ld + i]), s = sigmoid_gpu(gate), y_i = get(y[at]);
+        float dv = r * (get(dout[at]) * weight[i] - y_i * gate * s * dot);
+        dz[(int64_t)n * ld + i] = to<X>(dv * y_i * s * (1 + gate * (1 - s)));
+        dy[at] = to<X>(dv * gate * s);
+    }
+}
+template <typename X>
+static void gated_rmsnorm_backward_gpu(X *dy, X *dz, float *dweight, const X *dout, const X *y, const X *z, int ld,
+                                       const float *rstd, const float *weight, int N, int E, cudaStream_t stream) {
+    NormColumns<X> columns = {dout, y, z, rstd, ld, E};
+    column_sums(dweight, NULL, columns, N, E, stream);
+    LAUNCH(gated_rmsnorm_backward_kernel<X>, (N + 3) / 4, 128, 0, stream, dy, dz, dout, y, z, ld, rstd, weight, N, E);
+}
+
+// ----------------------------------------------------------------------------
 // the model
 
 // As in train_sessa.c. x, rounded to X, is what the layer read from the residual stream, kept for the backward pass
@@ -1853,6 +2262,8 @@ template <typename X> struct LayerActivationsGPU {
     float *ln_mean, *ln_rstd;   // (N)
     X *n, *ag, *abar, *proj, *o, *f, *s, *gated, *branch; // dag takes the place of ag
     float *stats, *gamma, *fb_stats;
+    X *xbc, *y_scan, *normed, *tail; // mamba2
+    float *step, *rms, *states, *carried;
 };
 template <typename X> struct ActivationsGPU {
     LayerActivationsGPU<X> *layers;
@@ -1862,8 +2273,8 @@ template <typename X> struct ActivationsGPU {
     X *ln_f, *logits;               // (N,D), (N,V) with ld_logits numbers from row to row
     int64_t ld_logits;
     float *losses, *loss_logsumexp; // (N)
-    X *ds, *dout, *dabar, *dproj;
-    float *dgamma, *cosine, *sine, *scratch;
+    X *ds, *dout, *dabar, *dproj, *dy, *dxbc;
+    float *dgamma, *dstep, *cosine, *sine, *scratch;
 };
 
 // The first member is a Model as the other parts know it: configuration, table of parameters, and in the host's memory
@@ -1953,6 +2364,48 @@ template <typename X> static void sessa_backward_gpu(ModelGPU<X> *m, int l, int 
                       (float)m->host.config.gamma_max, B * T, D, stream);
 }
 
+// Rows of the projections are padded to multiples of 8 numbers: tensor cores ask for it.
+static int proj_ld(const Config *c) { return c->mixer == MAMBA2 ? (int)round_up(proj_width(c), 8) : proj_width(c); }
+
+template <typename X>
+static void mamba2_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int first, cudaStream_t stream) {
+    const Config *c = &m->host.config;
+    int D = c->d_model, E = 2 * D, S = c->state_dim, heads = E / c->head_dim, width = proj_width(c), ld = proj_ld(c), N = B * (T - first);
+    LayerWeights *w = &m->weights.layers[l];
+    LayerActivationsGPU<X> *a = &m->acts.layers[l];
+    if (a->carried && !first) CUDA(cudaMemsetAsync(a->carried, 0, sizeof(float) * (size_t)S * (size_t)E, stream));
+    linear_forward_gpu(a->proj, ld, a->abar, as_x(m, w->in_proj), (const X *)NULL, N, D, width, stream);
+    conv_forward_gpu(a->xbc, a->proj + E, ld, a->tail, w->conv_weight, w->conv_bias, B, T, E + 2 * S, first, stream);
+    step_forward_gpu(a->step, a->proj + width - heads, ld, w->step_bias, N, heads, stream);
+    scan_forward_gpu(a->y_scan, a->states, a->carried, m->acts.scratch, a->xbc, a->step, w->A_log, w->skip, B, T - first, E, S,
+                     heads, 0, stream);
+    gated_rmsnorm_forward_gpu(a->normed, a->rms, a->y_scan, a->proj, ld, w->norm_weight, N, E, stream);
+    linear_forward_gpu(a->s + (size_t)first * D, D, a->normed, as_x(m, w->out_proj), (const X *)NULL, N, E, D, stream);
+}
+
+template <typename X> static void mamba2_backward_gpu(ModelGPU<X> *m, int l, int B, int T, cudaStream_t stream) {
+    const Config *c = &m->host.config;
+    int D = c->d_model, E = 2 * D, S = c->state_dim, W = E + 2 * S, heads = E / c->head_dim, width = proj_width(c),
+        ld = proj_ld(c), N = B * T;
+    LayerWeights *w = &m->weights.layers[l], *dw = &m->grad.layers[l];
+    LayerActivationsGPU<X> *a = &m->acts.layers[l];
+    ActivationsGPU<X> *back = &m->acts;
+    const X *x = a->proj + E, *step = a->proj + width - heads;
+    gated_rmsnorm_forward_gpu(a->normed, a->rms, a->y_scan, a->proj, ld, w->norm_weight, N, E, stream); // again
+    linear_backward_gpu(back->dy, dw->out_proj, NULL, back->ds, D, a->normed, as_x(m, w->out_proj), N, E, D, stream);
+    gated_rmsnorm_backward_gpu(back->dy, back->dproj, dw->norm_weight, back->dy, a->y_scan, a->proj, ld, a->rms, w->norm_weight,
+                               N, E, stream);
+    conv_forward_gpu(a->xbc, x, ld, (X *)NULL, w->conv_weight, w->conv_bias, B, T, W, 0, stream);        // again
+    step_forward_gpu(a->step, step, ld, w->step_bias, N, heads, stream);
+    scan_backward_gpu(back->dxbc, back->dstep, dw->A_log, dw->skip, back->scratch, back->dy, a->states, a->xbc, a->step,
+                      w->A_log, w->skip, B, T, E, S, heads, 0, stream);
+    conv_backward_gpu(back->dproj + E, dw->conv_weight, dw->conv_bias, back->dxbc, x, ld, w->conv_weight, w->conv_bias, B, T, W,
+                      stream);
+    step_backward_gpu(back->dproj + width - heads, dw->step_bias, back->dstep, 3 * heads, step, ld, w->step_bias, N, heads,
+                      stream);
+    linear_backward_gpu(back->dabar, dw->in_proj, NULL, back->dproj, ld, a->abar, as_x(m, w->in_proj), N, D, width, stream);
+}
+
 template <typename X> struct MixerGPU {
     void (*forward)(ModelGPU<X> *model, int layer, int B, int T, int first, cudaStream_t stream);
     void (*backward)(ModelGPU<X> *model, int layer, int B, int T, cudaStream_t stream);
@@ -1961,6 +2414,7 @@ template <typename X> static MixerGPU<X> mixer_gpu(int mixer) {
     static const MixerGPU<X> mixers_gpu[N_MIXERS] = {
         {sessa_forward_gpu<X>, sessa_backward_gpu<X>},
         {attention_mixer_forward_gpu<X>, direct_read_backward_gpu<X>},
+        {mamba2_forward_gpu<X>, mamba2_backward_gpu<X>},
     };
     return mixers_gpu[mixer];
 }
@@ -1976,11 +2430,39 @@ static Y *add_activation(Table *table, Y *block, int layer, const char *name, in
     return block ? block + table->rows[table->n - 1].offset : NULL;
 }
 
+template <typename X> static void mamba2_activations_gpu(ModelGPU<X> *m, int l, int B, int T, Mode mode) {
+    const Config *c = &m->host.config;
+    int D = c->d_model, E = 2 * D, S = c->state_dim, W = E + 2 * S, heads = E / c->head_dim, training = mode >= TRAIN;
+    LayerActivationsGPU<X> *a = &m->acts.layers[l];
+    Table *t = &m->x_table, *f = &m->f_table;
+    X *x = m->x_block;
+    float *fb = m->f_block;
+    if (l == 0 || training) {
+        a->proj = add_activation(t, x, l, "proj", 3, B, T, proj_ld(c));
+        add_view(t, l, "z", "proj", 0, E);
+        a->y_scan = add_activation(t, x, l, "y", 3, B, T, E);
+        a->rms = add_activation(f, fb, l, "rms", 2, B, T, 1);
+        a->s = add_activation(t, x, l, "s", 3, B, T, D);
+        a->states = add_activation(f, fb, l, "states", 3, (int64_t)B * ((T + CHUNK - 1) / CHUNK), S, E);
+    }
+    if (mode == GENERATE) a->carried = add_activation(f, fb, l, "carried", 2, S, E, 1);
+    if (mode == GENERATE) a->tail = add_activation(t, x, l, "tail", 2, TAPS - 1, W, 1);
+    if (l == 0 || mode == KEEP_ALL) {
+        a->xbc = add_activation(t, x, l, "conv", 3, B, T, W);
+        a->step = add_activation(f, fb, l, "dt", 3, B, T, heads);
+        a->normed = add_activation(t, x, l, "normed", 3, B, T, E);
+    }
+    if (l || !training) return;
+    m->acts.dy = add_activation(t, x, -1, "dy", 3, B, T, E);
+    m->acts.dxbc = add_activation(t, x, -1, "dxbc", 3, B, T, W);
+    m->acts.dstep = add_activation(f, fb, -1, "dstep", 3, B, T, 3 * heads);
+}
+
 // The list of carve_activations, in two blocks. What is shared is shared as there; a KEEP_ALL model shares nothing.
 template <typename X> static void carve_activations_gpu(ModelGPU<X> *m, int B, int T, Mode mode) {
     const Config *c = &m->host.config;
-    int D = c->d_model, H = c->n_heads, d = D / H, kv_width = c->n_kv_heads * d, E = proj_width(c);
-    int sessa = c->mixer == SESSA, training = mode >= TRAIN, keep_all = mode == KEEP_ALL;
+    int D = c->d_model, H = c->n_heads, d = D / H, kv_width = c->n_kv_heads * d, E = proj_ld(c);
+    int sessa = c->mixer == SESSA, mamba2 = c->mixer == MAMBA2, training = mode >= TRAIN, keep_all = mode == KEEP_ALL;
     ActivationsGPU<X> *acts = &m->acts;
     Table *t = &m->x_table, *f = &m->f_table;
     X *x = m->x_block;
@@ -1994,22 +2476,25 @@ template <typename X> static void carve_activations_gpu(ModelGPU<X> *m, int B, i
         char name[32];
         snprintf(name, sizeof(name), "layers.%d.residual", l - 1);
         if (training) a->x = add_activation(t, x, -1, l ? name : "encoded", 3, B, T, D);
-        a->proj = add_activation(t, x, l, "proj", 3, B, T, E);
-        add_view(t, l, "q", "proj", 0, D);
-        add_view(t, l, "k", "proj", D, kv_width);
-        add_view(t, l, "v", "proj", D + kv_width, kv_width);
+        if (mamba2) mamba2_activations_gpu(m, l, B, T, mode);
+        else {
+            a->proj = add_activation(t, x, l, "proj", 3, B, T, E);
+            add_view(t, l, "q", "proj", 0, D);
+            add_view(t, l, "k", "proj", D, kv_width);
+            add_view(t, l, "v", "proj", D + kv_width, kv_width);
+            a->s = add_activation(t, x, l, "s", 3, B, T, D);
+        }
         if (sessa) add_view(t, l, "fb_q", "proj", E - 2 * D, D);
         if (sessa) add_view(t, l, "fb_k", "proj", E - D, D);
-        a->s = add_activation(t, x, l, "s", 3, B, T, D);
-        if (!sessa) add_view(t, l, "f", "s", 0, D);
+        if (c->mixer == ATTENTION) add_view(t, l, "f", "s", 0, D);
         if (l == 0 || training) {
             a->ln_mean = add_activation(f, fb, l, "ln_mean", 2, B, T, 1);
             a->ln_rstd = add_activation(f, fb, l, "ln_rstd", 2, B, T, 1);
             a->ag = add_activation(t, x, l, "ag", 3, B, T, 2 * D);
             add_view(t, l, "a", "ag", 0, D);
             add_view(t, l, "g", "ag", D, D);
-            if (H > 1) a->o = add_activation(t, x, l, "o", 3, B, T, D);
-            a->stats = add_activation(f, fb, l, "stats", 3, B * H, T, 2);
+            if (H > 1 && !mamba2) a->o = add_activation(t, x, l, "o", 3, B, T, D);
+            if (!mamba2) a->stats = add_activation(f, fb, l, "stats", 3, B * H, T, 2);
             if (sessa) a->gamma = add_activation(f, fb, l, "gamma", 2, B, T, 1);
             if (sessa) a->fb_stats = add_activation(f, fb, l, "fb_stats", 3, B, T, 2);
         }
@@ -2036,7 +2521,7 @@ template <typename X> static void carve_activations_gpu(ModelGPU<X> *m, int B, i
     acts->loss_logsumexp = add_activation(f, fb, -1, "loss_logsumexp", 2, B, T, 1);
     acts->cosine = add_activation(f, fb, -1, "cosine", 2, T, d / 2, 1);
     acts->sine = add_activation(f, fb, -1, "sine", 2, T, d / 2, 1);
-    int64_t scratch = attention_scratch(m->is_bf16 && d % 8 == 0 && d <= 128, B, T, H, c->n_kv_heads, 0);
+    int64_t scratch = mamba2 ? scan_scratch_gpu(B, T, 2 * D, c->state_dim, 2 * D / c->head_dim, CHUNK) : attention_scratch(m->is_bf16 && d % 8 == 0 && d <= 128, B, T, H, c->n_kv_heads, 0);
     int64_t feedback = sessa ? feedback_panels<X>(B, T, D, 0).total : 0;
     int64_t low = sessa && keep_all ? feedback_panels<X>(B, T, D, 1).total : 0; // of tests
     scratch = scratch > feedback ? scratch : feedback;
@@ -2246,6 +2731,24 @@ static double model_forward_gpu(ModelGPU<X> *m, const int *inputs, const int *ta
     return sum_gpu<0>(acts->losses, N, stream);
 }
 
+// A warp takes a row.
+template <typename X>
+__global__ void hits_kernel(char *hits, const X *logits, int64_t ld, const int *targets, int N, int V) {
+    int n = blockIdx.x * 4 + threadIdx.x / 32, larger = 0;
+    if (n >= N) return;
+    float target = targets[n] < 0 ? 0 : get(logits[n * ld + targets[n]]);
+    for (int v = threadIdx.x % 32; v < V; v += 32) larger |= !(get(logits[n * ld + v]) <= target);
+    larger = __any_sync(~0u, larger);
+    if (threadIdx.x % 32 == 0) hits[n] = targets[n] >= 0 && !larger;
+}
+template <typename X> static void model_hits_gpu(ModelGPU<X> *m, char *hits) {
+    int N = m->host.batch_B * m->host.batch_T;
+    LAUNCH(hits_kernel<X>, (N + 3) / 4, 128, 0, gpu.stream, (char *)m->acts.losses, m->acts.logits, m->acts.ld_logits, m->ids + N,
+           N, m->host.config.vocab_size); // the losses have been summed up
+    CUDA(cudaMemcpyAsync(hits, m->acts.losses, (size_t)N, cudaMemcpyDeviceToHost, gpu.stream));
+    CUDA(cudaStreamSynchronize(gpu.stream));
+}
+
 template <typename X> static void model_backward_gpu(ModelGPU<X> *m, double dloss) {
     cudaStream_t stream = gpu.stream;
     const Config *c = &m->host.config;
@@ -2377,6 +2880,10 @@ static double cuda_forward(Model *m, const int *inputs, const int *targets, int 
     return bf16_model(m) ? model_forward_gpu(bf16_model(m), inputs, targets, B, T,
                                              drop) : model_forward_gpu(float_model(m), inputs, targets, B, T, drop);
 }
+static void cuda_hits(Model *m, char *hits) {
+    if (bf16_model(m)) model_hits_gpu(bf16_model(m), hits);
+    else model_hits_gpu(float_model(m), hits);
+}
 static void cuda_backward(Model *m, double dloss) { if (bf16_model(m)) model_backward_gpu(bf16_model(m), dloss);
         else model_backward_gpu(float_model(m), dloss); }
 static double cuda_grad_norm(Model *m) {
@@ -2393,7 +2900,7 @@ static void cuda_extend(Model *m, const int *tokens, int n, int first, real *log
 }
 
 static const Backend cuda_backend = {"CUDA", cuda_create, cuda_destroy, cuda_bytes, cuda_read, cuda_write, cuda_forward,
-                                     cuda_backward, cuda_grad_norm, cuda_update,
+                                     cuda_hits, cuda_backward, cuda_grad_norm, cuda_update,
                                      cuda_extend};
 
 // ----------------------------------------------------------------------------
