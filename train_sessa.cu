@@ -1961,18 +1961,25 @@ static void step_backward_gpu(X *dinp, float *dbias, const float *dstep, int ld_
     column_sums(dbias, NULL, f, N, heads, stream);
 }
 
-// out(i, j, Σ_k a(i, k) b(k, j)) for i < M, j < N: the threads of a block take columns, four rows at a time.
-template <typename A, typename Q, typename Out>
+// out(i, j, Σ_k a(i, k) b(k, j)) for i < M, j < N: a thread of the block takes R neighbouring rows and C columns.
+template <int R, int C, typename A, typename Q, typename Out>
 __device__ inline void block_product(int M, int N, int K, A a, Q b, Out out) {
-    for (int item = threadIdx.x; item < (M + 3) / 4 * N; item += blockDim.x) {
-        int j = item % N, i0 = item / N * 4, rows[4];
-        float sum[4] = {0};
-        for (int r = 0; r < 4; r++) rows[r] = min(i0 + r, M - 1);
+    int wide = (N + C - 1) / C;
+    for (int item = threadIdx.x; item < (M + R - 1) / R * wide; item += blockDim.x) {
+        int rows[R], columns[C];
+        float sum[R][C] = {{0}}, y[C];
+        for (int r = 0; r < R; r++) rows[r] = min(item / wide * R + r, M - 1);
+        for (int q = 0; q < C; q++) columns[q] = min(item % wide + q * wide, N - 1);
         for (int k = 0; k < K; k++) {
-            float y = b(k, j);
-            for (int r = 0; r < 4; r++) sum[r] += a(rows[r], k) * y;
+            for (int q = 0; q < C; q++) y[q] = b(k, columns[q]);
+            for (int r = 0; r < R; r++) {
+                float x = a(rows[r], k);
+                for (int q = 0; q < C; q++) sum[r][q] += x * y[q];
+            }
         }
-        for (int r = 0; r < min(4, M - i0); r++) out(i0 + r, j, sum[r]);
+        for (int r = 0; r < min(R, M - item / wide * R); r++)
+            for (int q = 0; q < C; q++)
+                if (item % wide + q * wide < N) out(rows[r], columns[q], sum[r][q]);
     }
 }
 
@@ -1984,38 +1991,76 @@ template <typename X> struct Scan {
     float *states, *decays; // decays (B,chunks,heads): exp(L_last)
     int T, E, S, heads, P, chunks;
 };
-template <typename X> struct ScanBlock { // what a block of the kernels below works on
-    int n, h, w, W;
-    int64_t row, chunk; // its first token; its index among all chunks
-    const X *x, *b, *c;
-    float *state;       // of its head, rows E apart
-    __device__ ScanBlock(const Scan<X> &s, float *L, float *delta) {
+
+// What a block of the kernels below works on, in shared memory, rows of w or S numbers one longer than that: banks.
+enum { SCAN_THREADS = 128 };
+static int scan_shared(int S, int w) {
+    return (int)sizeof(float) * (4 * CHUNK + 2 * CHUNK * (S + 1) + 2 * CHUNK * (w + 1) + 2 * S * (w + 1) + 3 * CHUNK * (CHUNK + 1));
+}
+template <typename X> struct ScanBlock {
+    int n, h, w, S, ld_s, ld_w;
+    int64_t row, chunk, state;    // its first token; its index among all chunks; where its head's state lies, rows E apart
+    float *L, *delta, *decay, *scale, *b, *c, *x, *dy, *before, *dafter, *square[3];
+    __device__ ScanBlock(const Scan<X> &s, float *memory) {
         h = blockIdx.y;
         w = s.E / s.heads;
-        W = s.E + 2 * s.S;
+        S = s.S;
+        ld_s = S + 1;
+        ld_w = w + 1;
         n = min(s.P, s.T - (int)blockIdx.x * s.P);
         row = (int64_t)blockIdx.z * s.T + blockIdx.x * s.P;
         chunk = (int64_t)blockIdx.z * s.chunks + blockIdx.x;
-        x = s.xbc + row * W + h * w;
-        b = s.xbc + row * W + s.E;
-        c = b + s.S;
-        state = s.states + chunk * s.S * s.E + h * w;
+        state = chunk * S * s.E + h * w;
+        L = memory;
+        delta = L + CHUNK;
+        decay = delta + CHUNK;
+        scale = decay + CHUNK;
+        b = scale + CHUNK;
+        c = b + CHUNK * ld_s;
+        x = c + CHUNK * ld_s;
+        dy = x + CHUNK * ld_w;
+        before = dy + CHUNK * ld_w;
+        dafter = before + S * ld_w;
+        square[0] = dafter + S * ld_w;
+        square[1] = square[0] + CHUNK * (CHUNK + 1);
+        square[2] = square[1] + CHUNK * (CHUNK + 1);
         if (threadIdx.x < n) delta[threadIdx.x] = s.step[(row + threadIdx.x) * s.heads + h];
+        const X *xbc = s.xbc + row * (s.E + 2 * S);
+        fetch(b, ld_s, xbc + s.E, s.E + 2 * S, n, S);
+        fetch(c, ld_s, xbc + s.E + S, s.E + 2 * S, n, S);
+        fetch(x, ld_w, xbc + h * w, s.E + 2 * S, n, w);
         __syncthreads();
         if (threadIdx.x == 0)
             for (int t = 0; t < n; t++) L[t] = (t ? L[t - 1] : 0) - expf(s.A_log[h]) * delta[t];
         __syncthreads();
+        if (threadIdx.x < n) { // exp(L_t), exp(L_last - L_t) Δ_t
+            decay[threadIdx.x] = expf(L[threadIdx.x]);
+            scale[threadIdx.x] = expf(L[n - 1] - L[threadIdx.x]) * delta[threadIdx.x];
+        }
+    }
+    template <typename Y> __device__ void fetch(float *to, int ld_to, const Y *from, int64_t ld, int rows, int width) const {
+        for (int i = threadIdx.x; i < rows * width; i += blockDim.x) to[i / width * ld_to + i % width] = get(from[i / width * ld + i % width]);
+    }
+    // square[0] = (c b^T) ⊙ fade, square[1] = fade = exp(L_t - L_j) for j ≤ t, else 0
+    __device__ void weights() const {
+        block_product<2, 4>(n, n, S, [&](int t, int i) { return c[t * ld_s + i]; }, [&](int i, int j) { return b[j * ld_s + i]; },
+                            [&](int t, int j, float cb) {
+                                float fade = j <= t ? expf(L[t] - L[j]) : 0;
+                                square[0][t * (CHUNK + 1) + j] = cb * fade;
+                                square[1][t * (CHUNK + 1) + j] = fade;
+                            });
     }
 };
 
 // What the chunk adds to the state, and how much of the state before it stays.
 template <typename X> __global__ void scan_fresh_kernel(Scan<X> s) {
-    __shared__ float L[CHUNK], delta[CHUNK];
-    ScanBlock<X> k(s, L, delta);
-    if (threadIdx.x == 0) s.decays[k.chunk * s.heads + k.h] = expf(L[k.n - 1]);
-    block_product(s.S, k.w, k.n, [&](int i, int j) { return expf(L[k.n - 1] - L[j]) * delta[j] * get(k.b[j * k.W + i]); },
-                  [&](int j, int e) { return get(k.x[j * k.W + e]); },
-                  [&](int i, int e, float sum) { k.state[(int64_t)i * s.E + e] = sum; });
+    extern __shared__ float memory[];
+    ScanBlock<X> k(s, memory);
+    __syncthreads();
+    if (threadIdx.x == 0) s.decays[k.chunk * s.heads + k.h] = k.decay[k.n - 1];
+    block_product<4, 4>(k.S, k.w, k.n, [&](int i, int j) { return k.scale[j] * k.b[j * k.ld_s + i]; },
+                        [&](int j, int e) { return k.x[j * k.ld_w + e]; },
+                        [&](int i, int e, float sum) { s.states[k.state + (int64_t)i * s.E + e] = sum; });
 }
 
 // A thread takes one number of the state of a sequence through all chunks: forward from `carried` (S,E), or 0, where it
@@ -2039,16 +2084,19 @@ static void scan_states(float *states, const float *decays, float *carried, int 
            chunks, S, E, heads, backward);
 }
 
-// y = (M + skip·I) x + exp(L) ⊙ (c h), one sum over n + S
+// y = (M + skip·I) x + exp(L) ⊙ (c h), M_tj = (c_t·b_j) exp(L_t - L_j) Δ_j
 template <typename X> __global__ void scan_read_kernel(X *y, Scan<X> s) {
-    __shared__ float L[CHUNK], delta[CHUNK], M[CHUNK][CHUNK];
-    ScanBlock<X> k(s, L, delta);
-    block_product(k.n, k.n, s.S, [&](int t, int i) { return get(k.c[t * k.W + i]); }, [&](int i, int j) { return get(k.b[j * k.W + i]); },
-                  [&](int t, int j, float cb) { M[t][j] = (j <= t ? cb * expf(L[t] - L[j]) * delta[j] : 0) + (j == t ? s.skip[k.h] : 0); });
+    extern __shared__ float memory[];
+    ScanBlock<X> k(s, memory);
+    k.fetch(k.before, k.ld_w, s.states + k.state, s.E, k.S, k.w);
+    k.weights();
     __syncthreads();
-    block_product(k.n, k.w, k.n + s.S, [&](int t, int i) { return i < k.n ? M[t][i] : expf(L[t]) * get(k.c[t * k.W + i - k.n]); },
-                  [&](int i, int e) { return i < k.n ? get(k.x[i * k.W + e]) : k.state[(int64_t)(i - k.n) * s.E + e]; },
-                  [&](int t, int e, float sum) { y[(k.row + t) * s.E + k.h * k.w + e] = to<X>(sum); });
+    const float *M = k.square[0], skip = s.skip[k.h];
+    block_product<4, 4>(k.n, k.w, k.n + k.S,
+                        [&](int t, int i) { return i < k.n ? M[t * (CHUNK + 1) + i] * k.delta[i] + (i == t ? skip : 0)
+                                                   : k.decay[t] * k.c[t * k.ld_s + i - k.n]; },
+                        [&](int i, int e) { return i < k.n ? k.x[i * k.ld_w + e] : k.before[(i - k.n) * k.ld_w + e]; },
+                        [&](int t, int e, float sum) { y[(k.row + t) * s.E + k.h * k.w + e] = to<X>(sum); });
 }
 
 // Numbers of scratch: the decays, the gradients of the states, partial gradients of b and c of each head.
@@ -2064,83 +2112,90 @@ static void scan_forward_gpu(X *y, float *states, float *carried, float *scratch
                              const float *A_log, const float *skip, int B, int T, int E, int S, int heads, int P,
                              cudaStream_t stream) {
     P = chunk_height(P);
-    int chunks = (T + P - 1) / P;
+    int chunks = (T + P - 1) / P, shared = scan_shared(S, E / heads);
     Scan<X> s = {xbc, step, A_log, skip, states, scratch, T, E, S, heads, P, chunks};
     dim3 grid(chunks, heads, B);
-    LAUNCH(scan_fresh_kernel<X>, grid, 128, 0, stream, s);
+    allow_shared(scan_fresh_kernel<X>, shared);
+    allow_shared(scan_read_kernel<X>, shared);
+    LAUNCH(scan_fresh_kernel<X>, grid, SCAN_THREADS, shared, stream, s);
     scan_states(states, scratch, carried, B, chunks, S, E, heads, 0, stream);
-    LAUNCH(scan_read_kernel<X>, grid, 128, 0, stream, y, s);
+    LAUNCH(scan_read_kernel<X>, grid, SCAN_THREADS, shared, stream, y, s);
 }
 
 // Backward: what the chunk's rows give to the gradient of the state before it, c^T (exp(L) ⊙ dy)
 template <typename X> __global__ void scan_pull_kernel(float *dstates, const X *dy, Scan<X> s) {
-    __shared__ float L[CHUNK], delta[CHUNK];
-    ScanBlock<X> k(s, L, delta);
-    if (threadIdx.x == 0) s.decays[k.chunk * s.heads + k.h] = expf(L[k.n - 1]);
-    float *dh = dstates + (k.state - s.states);
-    block_product(s.S, k.w, k.n, [&](int i, int t) { return expf(L[t]) * get(k.c[t * k.W + i]); },
-                  [&](int t, int e) { return get(dy[(k.row + t) * s.E + k.h * k.w + e]); },
-                  [&](int i, int e, float sum) { dh[(int64_t)i * s.E + e] = sum; });
+    extern __shared__ float memory[];
+    ScanBlock<X> k(s, memory);
+    k.fetch(k.dy, k.ld_w, dy + k.row * s.E + k.h * k.w, s.E, k.n, k.w);
+    __syncthreads();
+    if (threadIdx.x == 0) s.decays[k.chunk * s.heads + k.h] = k.decay[k.n - 1];
+    block_product<4, 4>(k.S, k.w, k.n, [&](int i, int t) { return k.decay[t] * k.c[t * k.ld_s + i]; },
+                        [&](int t, int e) { return k.dy[t * k.ld_w + e]; },
+                        [&](int i, int e, float sum) { dstates[k.state + (int64_t)i * s.E + e] = sum; });
 }
 
-// All gradients of a chunk's head, as in scan_head_backward; dh is the gradient of the state after the chunk. partial
+// All gradients of a chunk's head, as in scan_head_backward; dstates is the gradient of the state after the chunk. partial
 // (N,heads,2S): this head's part of db and dc.
 template <typename X>
 __global__ void scan_backward_kernel(X *dxbc, float *dstep, float *partial, const float *dstates, const X *dy_, Scan<X> s) {
-    __shared__ float L[CHUNK], delta[CHUNK], cb[CHUNK][CHUNK], dM[CHUNK][CHUNK], fade[CHUNK][CHUNK + 1], dL[CHUNK], ddelta[CHUNK],
-        shared[32];
-    ScanBlock<X> k(s, L, delta);
-    const X *dy = dy_ + k.row * s.E + k.h * k.w;
-    const float *dh = dstates + (k.state - s.states), *h = k.state;
-    int n = k.n, E = s.E, S = s.S, w = k.w, W = k.W, last = n - 1;
-    block_product(n, n, S, [&](int t, int i) { return get(k.c[t * W + i]); }, [&](int i, int j) { return get(k.b[j * W + i]); },
-                  [&](int t, int j, float sum) { cb[t][j] = sum; fade[t][j] = j <= t ? expf(L[t] - L[j]) : 0; });
-    block_product(n, n, w, [&](int t, int e) { return get(dy[(int64_t)t * E + e]); }, [&](int e, int j) { return get(k.x[j * W + e]); },
-                  [&](int t, int j, float sum) { dM[t][j] = sum; });
+    extern __shared__ float memory[];
+    __shared__ float dL[CHUNK], ddelta[CHUNK], shared[32];
+    ScanBlock<X> k(s, memory);
+    k.fetch(k.dy, k.ld_w, dy_ + k.row * s.E + k.h * k.w, s.E, k.n, k.w);
+    k.fetch(k.before, k.ld_w, s.states + k.state, s.E, k.S, k.w);
+    k.fetch(k.dafter, k.ld_w, dstates + k.state, s.E, k.S, k.w);
+    k.weights();
     __syncthreads();
-    X *dx = dxbc + k.row * W + k.h * w;
-    block_product(n, w, n + S, // dx = (M + skip·I)^T dy + exp(L_last - L) Δ ⊙ (b dh)
-                  [&](int j, int i) { return i < n ? cb[i][j] * fade[i][j] * delta[j] + (i == j ? s.skip[k.h] : 0)
-                                             : fade[last][j] * delta[j] * get(k.b[j * W + i - n]); },
-                  [&](int i, int e) { return i < n ? get(dy[(int64_t)i * E + e]) : dh[(int64_t)(i - n) * E + e]; },
-                  [&](int j, int e, float sum) { dx[(int64_t)j * W + e] = to<X>(sum); });
-    block_product(n, S, n + w, // db = d(cb)^T c + exp(L_last - L) Δ ⊙ (x dh^T)
-                  [&](int j, int i) { return i < n ? dM[i][j] * fade[i][j] * delta[j] : fade[last][j] * delta[j] * get(k.x[j * W + i - n]); },
-                  [&](int i, int e) { return i < n ? get(k.c[i * W + e]) : dh[(int64_t)e * E + i - n]; },
-                  [&](int j, int e, float sum) { partial[((k.row + j) * s.heads + k.h) * 2 * S + e] = sum; });
-    block_product(n, S, n + w, // dc = d(cb) b + exp(L) ⊙ (dy h^T)
-                  [&](int t, int i) { return i < n ? dM[t][i] * fade[t][i] * delta[i] : expf(L[t]) * get(dy[(int64_t)t * E + i - n]); },
-                  [&](int i, int e) { return i < n ? get(k.b[i * W + e]) : h[(int64_t)e * E + i - n]; },
-                  [&](int t, int e, float sum) { partial[((k.row + t) * s.heads + k.h) * 2 * S + S + e] = sum; });
+    enum { LD = CHUNK + 1 };
+    int n = k.n, S = k.S, w = k.w, last = n - 1, ld_s = k.ld_s, ld_w = k.ld_w;
+    const float *M = k.square[0], *fade = k.square[1], *b = k.b, *c = k.c, *x = k.x, *dy = k.dy, *h = k.before, *dh = k.dafter;
+    float *dM = k.square[2], skip = s.skip[k.h], *part = partial + (k.row * s.heads + k.h) * 2 * S;
+    int64_t next = (int64_t)s.heads * 2 * S; // from row to row of part
+    block_product<2, 4>(n, n, w, [&](int t, int e) { return dy[t * ld_w + e]; }, [&](int e, int j) { return x[j * ld_w + e]; },
+                        [&](int t, int j, float sum) { dM[t * LD + j] = sum; });
+    X *dx = dxbc + k.row * (s.E + 2 * S) + k.h * w;
+    block_product<4, 4>(n, w, n + S, // dx = (M ⊙ Δ + skip·I)^T dy + scale ⊙ (b dh)
+                        [&](int j, int i) { return i < n ? M[i * LD + j] * k.delta[j] + (i == j ? skip : 0) : k.scale[j] * b[j * ld_s + i - n]; },
+                        [&](int i, int e) { return i < n ? dy[i * ld_w + e] : dh[(i - n) * ld_w + e]; },
+                        [&](int j, int e, float sum) { dx[(int64_t)j * (s.E + 2 * S) + e] = to<X>(sum); });
+    __syncthreads();
+    block_product<4, 4>(n, S, n + w, // db = d(cb)^T c + scale ⊙ (x dh^T), d(cb) = dM ⊙ fade ⊙ Δ
+                        [&](int j, int i) { return i < n ? dM[i * LD + j] * fade[i * LD + j] * k.delta[j] : k.scale[j] * x[j * ld_w + i - n]; },
+                        [&](int i, int e) { return i < n ? c[i * ld_s + e] : dh[e * ld_w + i - n]; },
+                        [&](int j, int e, float sum) { part[j * next + e] = sum; });
+    block_product<4, 4>(n, S, n + w, // dc = d(cb) b + exp(L) ⊙ (dy h^T)
+                        [&](int t, int i) { return i < n ? dM[t * LD + i] * fade[t * LD + i] * k.delta[i] : k.decay[t] * dy[t * ld_w + i - n]; },
+                        [&](int i, int e) { return i < n ? b[i * ld_s + e] : h[e * ld_w + i - n]; },
+                        [&](int t, int e, float sum) { part[t * next + S + e] = sum; });
     // a warp takes a row: what it read of the state, what the state took of it
     float carried = 0;
-    for (int t = threadIdx.x / 32; t < n; t += blockDim.x / 32) {
+    for (int t = threadIdx.x / 32; t < n; t += SCAN_THREADS / 32) {
         float read = 0, taken = 0;
         for (int e = threadIdx.x % 32; e < w; e += 32) {
             float of_h = 0, of_dh = 0;
             for (int i = 0; i < S; i++) {
-                of_h += get(k.c[t * W + i]) * h[(int64_t)i * E + e];
-                of_dh += get(k.b[t * W + i]) * dh[(int64_t)i * E + e];
+                of_h += c[t * ld_s + i] * h[i * ld_w + e];
+                of_dh += b[t * ld_s + i] * dh[i * ld_w + e];
             }
-            read += of_h * get(dy[(int64_t)t * E + e]);
-            taken += of_dh * get(k.x[t * W + e]);
+            read += of_h * dy[t * ld_w + e];
+            taken += of_dh * x[t * ld_w + e];
         }
-        read = expf(L[t]) * warp_sum(read);
-        taken = fade[last][t] * warp_sum(taken);
+        read = k.decay[t] * warp_sum(read);
+        taken = fade[last * LD + t] * warp_sum(taken);
         if (threadIdx.x % 32) continue;
         ddelta[t] = taken;
-        dL[t] = read - (t < last ? delta[t] * taken : 0);
-        carried += t < last ? delta[t] * taken : 0;
+        dL[t] = read - (t < last ? k.delta[t] * taken : 0);
+        carried += t < last ? k.delta[t] * taken : 0;
     }
-    for (int i = threadIdx.x; i < S * w; i += blockDim.x) carried += expf(L[last]) * h[(int64_t)(i / w) * E + i % w] * dh[(int64_t)(i / w) * E + i % w];
+    for (int i = threadIdx.x; i < S * w; i += SCAN_THREADS) carried += k.decay[last] * h[i / w * ld_w + i % w] * dh[i / w * ld_w + i % w];
     carried = block_sum(carried, shared);
-    float own = 0, own_delta = 0;
     if (threadIdx.x < n) { // thread t: row t and column t of the terms of L_t - L_j
         int t = threadIdx.x;
+        float own = 0, own_delta = 0;
         for (int j = 0; j < n; j++) {
-            if (j < t) own += dM[t][j] * fade[t][j] * cb[t][j] * delta[j];
-            if (j >= t) own_delta += dM[j][t] * fade[j][t] * cb[j][t];
-            if (j > t) own -= dM[j][t] * fade[j][t] * cb[j][t] * delta[t];
+            if (j < t) own += dM[t * LD + j] * M[t * LD + j] * k.delta[j];
+            if (j >= t) own_delta += dM[j * LD + t] * M[j * LD + t];
+            if (j > t) own -= dM[j * LD + t] * M[j * LD + t] * k.delta[t];
         }
         dL[t] += own;
         ddelta[t] += own_delta;
@@ -2152,8 +2207,8 @@ __global__ void scan_backward_kernel(X *dxbc, float *dstep, float *partial, cons
             float *row = dstep + (k.row + t) * 3 * s.heads + k.h;
             sum += dL[t];
             row[0] = ddelta[t] - rate * sum;
-            row[s.heads] = -rate * delta[t] * sum;
-            row[2 * s.heads] = dM[t][t];
+            row[s.heads] = -rate * k.delta[t] * sum;
+            row[2 * s.heads] = dM[t * LD + t];
         }
     }
 }
@@ -2180,15 +2235,17 @@ static void scan_backward_gpu(X *dxbc, float *dstep, float *dA_log, float *dskip
                               const X *xbc, const float *step, const float *A_log, const float *skip, int B, int T, int E, int S,
                               int heads, int P, cudaStream_t stream) {
     P = chunk_height(P);
-    int chunks = (T + P - 1) / P;
+    int chunks = (T + P - 1) / P, shared = scan_shared(S, E / heads);
     float *dstates = scratch + B * round_up((int64_t)chunks * heads, 4), *partial = dstates + (int64_t)B * chunks * S * E;
     Scan<X> s = {xbc, step, A_log, skip, (float *)states, scratch, T, E, S, heads, P, chunks};
     dim3 grid(chunks, heads, B);
     ScanHeads<X> sums = {dxbc, partial, E, S, heads};
     ScanColumns columns = {dstep, heads};
-    LAUNCH(scan_pull_kernel<X>, grid, 128, 0, stream, dstates, dy, s);
+    allow_shared(scan_pull_kernel<X>, shared);
+    allow_shared(scan_backward_kernel<X>, shared);
+    LAUNCH(scan_pull_kernel<X>, grid, SCAN_THREADS, shared, stream, dstates, dy, s);
     scan_states(dstates, scratch, NULL, B, chunks, S, E, heads, 1, stream);
-    LAUNCH(scan_backward_kernel<X>, grid, 128, 0, stream, dxbc, dstep, partial, dstates, dy, s);
+    LAUNCH(scan_backward_kernel<X>, grid, SCAN_THREADS, shared, stream, dxbc, dstep, partial, dstates, dy, s);
     each(sums, (int64_t)B * T, 2 * S, 0, stream);
     column_sums(dA_log, dskip, columns, B * T, heads, stream);
 }
@@ -2587,7 +2644,12 @@ template <typename X> static int64_t carve_memory(ModelGPU<X> *m, char *memory, 
 
 template <typename X> static Model *model_create_gpu(const Config *c, int B, int T, Mode mode, char *error) {
     if (gpu_open(error)) return NULL;
-    int whole = 1;
+    int whole = 1, most = 0;
+    CUDA(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
+    if (c->mixer == MAMBA2 && scan_shared(c->state_dim, c->head_dim) > most - 1024) {
+        fail(error, NULL, "--head-dim %d with --state-dim %d: too large for the GPU's shared memory", c->head_dim, c->state_dim);
+        return NULL;
+    }
     ModelGPU<X> *m = (ModelGPU<X> *)allocate(1, sizeof(ModelGPU<X>), &whole);
     if (!m) { fail(error, NULL, "out of memory"); return NULL; }
     m->host.config = *c;
