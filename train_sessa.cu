@@ -1961,26 +1961,41 @@ static void step_backward_gpu(X *dinp, float *dbias, const float *dstep, int ld_
     column_sums(dbias, NULL, f, N, heads, stream);
 }
 
-// out(i, j, Σ_k a(i, k) b(k, j)) for i < M, j < N: a thread of the block takes R neighbouring rows and C columns.
-template <int R, int C, typename A, typename Q, typename Out>
-__device__ inline void block_product(int M, int N, int K, A a, Q b, Out out) {
+// out(i, j, between(i, j, Σ_k a(i, k) b(k, j)) + Σ_l a2(i, l) b2(l, j)) for i < M, j < N, k < K, l < K2: a thread of the
+// block takes R neighbouring rows and C columns.
+template <int R, int C, typename A, typename Q> __device__ inline void add_product(float sum[R][C], const int *rows,
+                                                                                   const int *columns, int K, A a, Q b) {
+    for (int k = 0; k < K; k++) {
+        float y[C];
+        for (int q = 0; q < C; q++) y[q] = b(k, columns[q]);
+        for (int r = 0; r < R; r++) {
+            float x = a(rows[r], k);
+            for (int q = 0; q < C; q++) sum[r][q] += x * y[q];
+        }
+    }
+}
+template <int R, int C, typename A, typename Q, typename Between, typename A2, typename Q2, typename Out>
+__device__ inline void block_products(int M, int N, int K, A a, Q b, Between between, int K2, A2 a2, Q2 b2, Out out) {
     int wide = (N + C - 1) / C;
     for (int item = threadIdx.x; item < (M + R - 1) / R * wide; item += blockDim.x) {
         int rows[R], columns[C];
-        float sum[R][C] = {{0}}, y[C];
+        float sum[R][C] = {{0}};
         for (int r = 0; r < R; r++) rows[r] = min(item / wide * R + r, M - 1);
         for (int q = 0; q < C; q++) columns[q] = min(item % wide + q * wide, N - 1);
-        for (int k = 0; k < K; k++) {
-            for (int q = 0; q < C; q++) y[q] = b(k, columns[q]);
-            for (int r = 0; r < R; r++) {
-                float x = a(rows[r], k);
-                for (int q = 0; q < C; q++) sum[r][q] += x * y[q];
-            }
-        }
-        for (int r = 0; r < min(R, M - item / wide * R); r++)
+        add_product<R, C>(sum, rows, columns, K, a, b);
+        for (int r = 0; r < R; r++)
+            for (int q = 0; q < C; q++) sum[r][q] = between(rows[r], columns[q], sum[r][q]);
+        add_product<R, C>(sum, rows, columns, K2, a2, b2);
+        for (int r = 0; r < R; r++) // no bound that varies: sums stay in registers
             for (int q = 0; q < C; q++)
-                if (item % wide + q * wide < N) out(rows[r], columns[q], sum[r][q]);
+                if (item / wide * R + r < M && item % wide + q * wide < N) out(rows[r], columns[q], sum[r][q]);
     }
+}
+template <int R, int C, typename A, typename Q, typename Out>
+__device__ inline void block_product(int M, int N, int K, A a, Q b, Out out) {
+    auto same = [](int, int, float sum) { return sum; };
+    auto none = [](int, int) { return 0.0f; };
+    block_products<R, C>(M, N, K, a, b, same, 0, none, none, out);
 }
 
 // The scan. A block takes one chunk of one head of one sequence; only the states pass from chunk to chunk, in a kernel of
@@ -1995,12 +2010,12 @@ template <typename X> struct Scan {
 // What a block of the kernels below works on, in shared memory, rows of w or S numbers one longer than that: banks.
 enum { SCAN_THREADS = 128 };
 static int scan_shared(int S, int w) {
-    return (int)sizeof(float) * (4 * CHUNK + 2 * CHUNK * (S + 1) + 2 * CHUNK * (w + 1) + 2 * S * (w + 1) + 3 * CHUNK * (CHUNK + 1));
+    return (int)sizeof(float) * (4 * CHUNK + 2 * CHUNK * (S + 1) + 2 * CHUNK * (w + 1) + 2 * S * (w + 1) + 4 * CHUNK * (CHUNK + 1) + 2 * CHUNK * (S + 1));
 }
 template <typename X> struct ScanBlock {
     int n, h, w, S, ld_s, ld_w;
     int64_t row, chunk, state;    // its first token; its index among all chunks; where its head's state lies, rows E apart
-    float *L, *delta, *decay, *scale, *b, *c, *x, *dy, *before, *dafter, *square[3];
+    float *L, *delta, *decay, *scale, *b, *c, *x, *dy, *before, *dafter, *square[4], *terms;
     __device__ ScanBlock(const Scan<X> &s, float *memory) {
         h = blockIdx.y;
         w = s.E / s.heads;
@@ -2024,6 +2039,8 @@ template <typename X> struct ScanBlock {
         square[0] = dafter + S * ld_w;
         square[1] = square[0] + CHUNK * (CHUNK + 1);
         square[2] = square[1] + CHUNK * (CHUNK + 1);
+        square[3] = square[2] + CHUNK * (CHUNK + 1);
+        terms = square[3] + CHUNK * (CHUNK + 1);
         if (threadIdx.x < n) delta[threadIdx.x] = s.step[(row + threadIdx.x) * s.heads + h];
         const X *xbc = s.xbc + row * (s.E + 2 * S);
         fetch(b, ld_s, xbc + s.E, s.E + 2 * S, n, S);
@@ -2041,13 +2058,16 @@ template <typename X> struct ScanBlock {
     template <typename Y> __device__ void fetch(float *to, int ld_to, const Y *from, int64_t ld, int rows, int width) const {
         for (int i = threadIdx.x; i < rows * width; i += blockDim.x) to[i / width * ld_to + i % width] = get(from[i / width * ld + i % width]);
     }
-    // square[0] = (c b^T) ⊙ fade, square[1] = fade = exp(L_t - L_j) for j ≤ t, else 0
-    __device__ void weights() const {
+    // square[0] = (c b^T) ⊙ fade, square[1] = fade ⊙ Δ, fade = exp(L_t - L_j) for j ≤ t, else 0; square[2] = square[0] ⊙ Δ +
+    // skip·I
+    __device__ void weights(float skip) const {
         block_product<2, 4>(n, n, S, [&](int t, int i) { return c[t * ld_s + i]; }, [&](int i, int j) { return b[j * ld_s + i]; },
                             [&](int t, int j, float cb) {
                                 float fade = j <= t ? expf(L[t] - L[j]) : 0;
-                                square[0][t * (CHUNK + 1) + j] = cb * fade;
-                                square[1][t * (CHUNK + 1) + j] = fade;
+                                int at = t * (CHUNK + 1) + j;
+                                square[0][at] = cb * fade;
+                                square[1][at] = fade * delta[j];
+                                square[2][at] = cb * fade * delta[j] + (j == t ? skip : 0);
                             });
     }
 };
@@ -2089,14 +2109,12 @@ template <typename X> __global__ void scan_read_kernel(X *y, Scan<X> s) {
     extern __shared__ float memory[];
     ScanBlock<X> k(s, memory);
     k.fetch(k.before, k.ld_w, s.states + k.state, s.E, k.S, k.w);
-    k.weights();
+    k.weights(s.skip[k.h]);
     __syncthreads();
-    const float *M = k.square[0], skip = s.skip[k.h];
-    block_product<4, 4>(k.n, k.w, k.n + k.S,
-                        [&](int t, int i) { return i < k.n ? M[t * (CHUNK + 1) + i] * k.delta[i] + (i == t ? skip : 0)
-                                                   : k.decay[t] * k.c[t * k.ld_s + i - k.n]; },
-                        [&](int i, int e) { return i < k.n ? k.x[i * k.ld_w + e] : k.before[(i - k.n) * k.ld_w + e]; },
-                        [&](int t, int e, float sum) { y[(k.row + t) * s.E + k.h * k.w + e] = to<X>(sum); });
+    block_products<4, 4>(k.n, k.w, k.S, [&](int t, int i) { return k.c[t * k.ld_s + i]; }, [&](int i, int e) { return k.before[i * k.ld_w + e]; },
+                         [&](int t, int, float sum) { return k.decay[t] * sum; },
+                         k.n, [&](int t, int j) { return k.square[2][t * (CHUNK + 1) + j]; }, [&](int j, int e) { return k.x[j * k.ld_w + e]; },
+                         [&](int t, int e, float sum) { y[(k.row + t) * s.E + k.h * k.w + e] = to<X>(sum); });
 }
 
 // Numbers of scratch: the decays, the gradients of the states, partial gradients of b and c of each head.
@@ -2144,73 +2162,67 @@ __global__ void scan_backward_kernel(X *dxbc, float *dstep, float *partial, cons
     k.fetch(k.dy, k.ld_w, dy_ + k.row * s.E + k.h * k.w, s.E, k.n, k.w);
     k.fetch(k.before, k.ld_w, s.states + k.state, s.E, k.S, k.w);
     k.fetch(k.dafter, k.ld_w, dstates + k.state, s.E, k.S, k.w);
-    k.weights();
+    k.weights(s.skip[k.h]);
     __syncthreads();
     enum { LD = CHUNK + 1 };
     int n = k.n, S = k.S, w = k.w, last = n - 1, ld_s = k.ld_s, ld_w = k.ld_w;
-    const float *M = k.square[0], *fade = k.square[1], *b = k.b, *c = k.c, *x = k.x, *dy = k.dy, *h = k.before, *dh = k.dafter;
-    float *dM = k.square[2], skip = s.skip[k.h], *part = partial + (k.row * s.heads + k.h) * 2 * S;
+    const float *faded = k.square[0], *Q = k.square[1], *M = k.square[2], *b = k.b, *c = k.c, *x = k.x, *dy = k.dy, *h = k.before,
+        *dh = k.dafter;
+    float *dM = k.square[3], *taken = k.terms, *read = k.terms + CHUNK * ld_s, *part = partial + (k.row * s.heads + k.h) * 2 * S;
     int64_t next = (int64_t)s.heads * 2 * S; // from row to row of part
+    X *dx = dxbc + k.row * (s.E + 2 * S) + k.h * w;
+    block_products<4, 4>(n, w, // dx = scale ⊙ (b dh) + M^T dy
+                         S, [&](int j, int i) { return b[j * ld_s + i]; }, [&](int i, int e) { return dh[i * ld_w + e]; },
+                         [&](int j, int, float sum) { return k.scale[j] * sum; },
+                         n, [&](int j, int t) { return M[t * LD + j]; }, [&](int t, int e) { return dy[t * ld_w + e]; },
+                         [&](int j, int e, float sum) { dx[(int64_t)j * (s.E + 2 * S) + e] = to<X>(sum); });
+    float own_skip = 0; // thread t: dM_tt
     block_product<2, 4>(n, n, w, [&](int t, int e) { return dy[t * ld_w + e]; }, [&](int e, int j) { return x[j * ld_w + e]; },
                         [&](int t, int j, float sum) { dM[t * LD + j] = sum; });
-    X *dx = dxbc + k.row * (s.E + 2 * S) + k.h * w;
-    block_product<4, 4>(n, w, n + S, // dx = (M ⊙ Δ + skip·I)^T dy + scale ⊙ (b dh)
-                        [&](int j, int i) { return i < n ? M[i * LD + j] * k.delta[j] + (i == j ? skip : 0) : k.scale[j] * b[j * ld_s + i - n]; },
-                        [&](int i, int e) { return i < n ? dy[i * ld_w + e] : dh[(i - n) * ld_w + e]; },
-                        [&](int j, int e, float sum) { dx[(int64_t)j * (s.E + 2 * S) + e] = to<X>(sum); });
     __syncthreads();
-    block_product<4, 4>(n, S, n + w, // db = d(cb)^T c + scale ⊙ (x dh^T), d(cb) = dM ⊙ fade ⊙ Δ
-                        [&](int j, int i) { return i < n ? dM[i * LD + j] * fade[i * LD + j] * k.delta[j] : k.scale[j] * x[j * ld_w + i - n]; },
-                        [&](int i, int e) { return i < n ? c[i * ld_s + e] : dh[e * ld_w + i - n]; },
-                        [&](int j, int e, float sum) { part[j * next + e] = sum; });
-    block_product<4, 4>(n, S, n + w, // dc = d(cb) b + exp(L) ⊙ (dy h^T)
-                        [&](int t, int i) { return i < n ? dM[t * LD + i] * fade[t * LD + i] * k.delta[i] : k.decay[t] * dy[t * ld_w + i - n]; },
-                        [&](int i, int e) { return i < n ? b[i * ld_s + e] : h[e * ld_w + i - n]; },
-                        [&](int t, int e, float sum) { part[t * next + S + e] = sum; });
-    // a warp takes a row: what it read of the state, what the state took of it
+    block_products<4, 4>(n, S, // db = scale ⊙ (x dh^T) + d(cb)^T c, d(cb) = dM ⊙ Q; what the state took: b·(x dh^T)
+                         w, [&](int j, int e) { return x[j * ld_w + e]; }, [&](int e, int i) { return dh[i * ld_w + e]; },
+                         [&](int j, int i, float sum) { taken[j * ld_s + i] = b[j * ld_s + i] * sum; return k.scale[j] * sum; },
+                         n, [&](int j, int t) { return dM[t * LD + j] * Q[t * LD + j]; }, [&](int t, int i) { return c[t * ld_s + i]; },
+                         [&](int j, int i, float sum) { part[j * next + i] = sum; });
+    block_products<4, 4>(n, S, // dc = exp(L) ⊙ (dy h^T) + d(cb) b; what was read of the state: c·(dy h^T)
+                         w, [&](int t, int e) { return dy[t * ld_w + e]; }, [&](int e, int i) { return h[i * ld_w + e]; },
+                         [&](int t, int i, float sum) { read[t * ld_s + i] = c[t * ld_s + i] * sum; return k.decay[t] * sum; },
+                         n, [&](int t, int j) { return dM[t * LD + j] * Q[t * LD + j]; }, [&](int j, int i) { return b[j * ld_s + i]; },
+                         [&](int t, int i, float sum) { part[t * next + S + i] = sum; });
+    __syncthreads();
     float carried = 0;
-    for (int t = threadIdx.x / 32; t < n; t += SCAN_THREADS / 32) {
-        float read = 0, taken = 0;
-        for (int e = threadIdx.x % 32; e < w; e += 32) {
-            float of_h = 0, of_dh = 0;
-            for (int i = 0; i < S; i++) {
-                of_h += c[t * ld_s + i] * h[i * ld_w + e];
-                of_dh += b[t * ld_s + i] * dh[i * ld_w + e];
-            }
-            read += of_h * dy[t * ld_w + e];
-            taken += of_dh * x[t * ld_w + e];
+    if (threadIdx.x < n) { // thread t: row t and column t of the terms of L_t - L_j
+        int t = threadIdx.x;
+        float of_read = 0, of_taken = 0, own = 0, own_delta = 0;
+        for (int i = 0; i < S; i++) {
+            of_read += read[t * ld_s + i];
+            of_taken += taken[t * ld_s + i];
         }
-        read = k.decay[t] * warp_sum(read);
-        taken = fade[last * LD + t] * warp_sum(taken);
-        if (threadIdx.x % 32) continue;
-        ddelta[t] = taken;
-        dL[t] = read - (t < last ? k.delta[t] * taken : 0);
-        carried += t < last ? k.delta[t] * taken : 0;
+        for (int j = 0; j < n; j++) {
+            if (j < t) own += dM[t * LD + j] * faded[t * LD + j] * k.delta[j];
+            if (j >= t) own_delta += dM[j * LD + t] * faded[j * LD + t];
+            if (j > t) own -= dM[j * LD + t] * faded[j * LD + t] * k.delta[t];
+        }
+        float fade = expf(k.L[last] - k.L[t]) * of_taken;
+        own_skip = dM[t * LD + t];
+        carried = t < last ? k.delta[t] * fade : 0;
+        dL[t] = own + k.decay[t] * of_read - carried;
+        ddelta[t] = own_delta + fade;
     }
     for (int i = threadIdx.x; i < S * w; i += SCAN_THREADS) carried += k.decay[last] * h[i / w * ld_w + i % w] * dh[i / w * ld_w + i % w];
     carried = block_sum(carried, shared);
-    if (threadIdx.x < n) { // thread t: row t and column t of the terms of L_t - L_j
-        int t = threadIdx.x;
-        float own = 0, own_delta = 0;
-        for (int j = 0; j < n; j++) {
-            if (j < t) own += dM[t * LD + j] * M[t * LD + j] * k.delta[j];
-            if (j >= t) own_delta += dM[j * LD + t] * M[j * LD + t];
-            if (j > t) own -= dM[j * LD + t] * M[j * LD + t] * k.delta[t];
-        }
-        dL[t] += own;
-        ddelta[t] += own_delta;
+    if (threadIdx.x == 0) {
+        float sum = carried;
+        for (int t = last; t >= 0; t--) dL[t] = sum += dL[t];
     }
     __syncthreads();
-    if (threadIdx.x == 0) {
-        float sum = carried, rate = expf(s.A_log[k.h]);
-        for (int t = last; t >= 0; t--) {
-            float *row = dstep + (k.row + t) * 3 * s.heads + k.h;
-            sum += dL[t];
-            row[0] = ddelta[t] - rate * sum;
-            row[s.heads] = -rate * k.delta[t] * sum;
-            row[2 * s.heads] = dM[t * LD + t];
-        }
-    }
+    if (threadIdx.x >= n) return;
+    int t = threadIdx.x;
+    float rate = expf(s.A_log[k.h]), *row = dstep + (k.row + t) * 3 * s.heads + k.h;
+    row[0] = ddelta[t] - rate * dL[t];
+    row[s.heads] = -rate * k.delta[t] * dL[t];
+    row[2 * s.heads] = own_skip;
 }
 template <typename X> struct ScanHeads { // db and dc: the sum over the heads, in their order
     X *dxbc;
