@@ -144,7 +144,8 @@ static const Tensor *find_tensor(const Table *table, const char *name) {
 }
 
 static Config config_with(int mixer, int V, int D, int L, int H, int G, int T) {
-    Config c = {V, D, L, H, G, T, 0.999, mixer};
+    int mamba2 = mixer == MAMBA2;
+    Config c = {V, D, L, H, G, T, 0.999, mixer, mamba2 ? D / 2 : 0, mamba2 ? 5 : 0};
     return c;
 }
 
@@ -395,6 +396,84 @@ static void test_attention(void) {
     }
 }
 
+// h_t = exp(-exp(A_log) Δ_t) h_{t-1} + Δ_t b_t x_t^T, y_t = c_t^T h_t + skip·x_t token by token, from the state h (B,S,E), and
+// with dy the gradients of Σ y·dy: the states are remembered, and dh runs back over them.
+static void plain_scan(double *y, double *h, double *dxbc, double *dstep, double *dA, double *dskip, const real *dy, const real *xbc,
+                       const real *step, const real *A_log, const real *skip, int B, int T, int E, int S, int heads) {
+    int W = E + 2 * S, w = E / heads;
+    double *all = zeros((int64_t)(T + 1) * S), *dh = zeros(S);
+    for (int b = 0; b < B; b++)
+        for (int e = 0; e < E; e++) {
+            double rate = exp((double)A_log[e / w]);
+            for (int i = 0; i < S; i++) { all[i] = h[((int64_t)b * S + i) * E + e]; dh[i] = 0; }
+            for (int t = 0; t < T; t++) {
+                const real *x = xbc + (int64_t)(b * T + t) * W;
+                double delta = (double)step[(b * T + t) * heads + e / w], sum = (double)skip[e / w] * (double)x[e];
+                for (int i = 0; i < S; i++) {
+                    all[(t + 1) * S + i] = exp(-rate * delta) * all[t * S + i] + delta * (double)x[E + i] * (double)x[e];
+                    sum += (double)x[E + S + i] * all[(t + 1) * S + i];
+                }
+                y[(int64_t)(b * T + t) * E + e] = sum;
+            }
+            for (int i = 0; i < S; i++) h[((int64_t)b * S + i) * E + e] = all[T * S + i];
+            for (int t = T - 1; dy && t >= 0; t--) {
+                const real *x = xbc + (int64_t)(b * T + t) * W;
+                double *dx = dxbc + (int64_t)(b * T + t) * W, g = (double)dy[(int64_t)(b * T + t) * E + e], decay_gradient = 0;
+                double delta = (double)step[(b * T + t) * heads + e / w], decay = exp(-rate * delta);
+                dskip[e / w] += g * (double)x[e];
+                dx[e] += g * (double)skip[e / w];
+                for (int i = 0; i < S; i++) {
+                    dx[E + S + i] += g * all[(t + 1) * S + i];
+                    dh[i] += g * (double)x[E + S + i];
+                    dx[e] += dh[i] * delta * (double)x[E + i];
+                    dx[E + i] += dh[i] * delta * (double)x[e];
+                    dstep[(b * T + t) * heads + e / w] += dh[i] * (double)x[E + i] * (double)x[e];
+                    decay_gradient += dh[i] * all[t * S + i];
+                    dh[i] *= decay;
+                }
+                dstep[(b * T + t) * heads + e / w] -= decay_gradient * decay * rate;
+                dA[e / w] -= decay_gradient * decay * rate * delta;
+            }
+        }
+}
+
+static void test_scan(void) {
+    heading("the Mamba-2 scan in chunks against the recurrence, token by token: T from 1 to 150");
+    for (int i = 0; i < N_HEIGHTS; i++) {
+        double worst[8] = {0}; // y, last state, y from a state, dx b c, dstep, dA_log, dskip
+        for (int c = 0; c < N_LENGTHS; c++) {
+            int T = lengths[c], B = random_int(1, 3), heads = random_int(1, 3), E = heads * random_int(1, 20), S = random_int(1, 9), W = E + 2 * S, P = panel_heights[i];
+            int first = random_int(0, T - 1), N = B * T, slots = (T + chunk_height(P) - 1) / chunk_height(P);
+            real *xbc = noise((int64_t)N * W, 1), *step = noise(N * heads, 1), *A_log = noise(heads, 1), *skip = noise(heads, 1), *dy = noise((int64_t)N * E, 1);
+            for (int n = 0; n < N * heads; n++) step[n] = (real)(c % 4 ? exp((double)step[n] - 2) : n % 3 ? exp((double)step[n]) : 0); // some decay at once, some never
+            real *y = poison((int64_t)N * E), *states = poison((int64_t)B * slots * S * E), *dxbc = poison((int64_t)N * W), *dstep = poison(N * 3 * heads), *dA = noise(heads, 0), *dskip = noise(heads, 0);
+            real *scratch = (real *)lend(scan_scratch(E, S, heads) * (size_t)omp_get_max_threads() * sizeof(real));
+            double *ref = zeros((int64_t)N * E), *h = zeros((int64_t)B * S * E), *ref_x = zeros((int64_t)N * W), *ref_step = zeros(N * heads), *ref_A = zeros(heads), *ref_skip = zeros(heads);
+            plain_scan(ref, h, ref_x, ref_step, ref_A, ref_skip, dy, xbc, step, A_log, skip, B, T, E, S, heads);
+            scan_forward(y, states, 1, scratch, xbc, step, A_log, skip, B, T, E, S, heads, P);
+            worst_of(&worst[0], error_of(y, ref, (int64_t)N * E, 0));
+            scan_backward(dxbc, dstep, dA, dskip, scratch, dy, states, xbc, step, A_log, skip, B, T, E, S, heads, P);
+            double floor = 0.1 * length_of(dy, (int64_t)N * E);
+            worst_of(&worst[3], error_of(dxbc, ref_x, (int64_t)N * W, 0));
+            for (int n = 0; n < N * heads; n++) dstep[n] = dstep[n / heads * 3 * heads + n % heads];
+            worst_of(&worst[4], error_of(dstep, ref_step, N * heads, floor));
+            worst_of(&worst[5], error_of(dA, ref_A, heads, floor));
+            worst_of(&worst[6], error_of(dskip, ref_skip, heads, floor));
+            real *state = noise((int64_t)S * E, 0); // the first sequence in two calls, the state carried over
+            double *late = zeros((int64_t)T * E), *carried = zeros((int64_t)S * E);
+            plain_scan(late, carried, NULL, NULL, NULL, NULL, NULL, xbc, step, A_log, skip, 1, T, E, S, heads);
+            if (first) scan_forward(y, state, 0, scratch, xbc, step, A_log, skip, 1, first, E, S, heads, P);
+            scan_forward(y + (int64_t)first * E, state, 0, scratch, xbc + (int64_t)first * W, step + first * heads, A_log, skip, 1, T - first, E, S, heads, P);
+            worst_of(&worst[1], error_of(state, carried, (int64_t)S * E, 0));
+            worst_of(&worst[2], error_of(y, late, (int64_t)T * E, 0));
+            release();
+        }
+        static const char *names[] = {"y", "the state carried to a second call", "y of both calls", "dx, db, dc", "dstep", "dA_log", "dskip"};
+        for (int n = 0; n < 7; n++) // exp(L) is off by |L| roundings, and |L| reaches 100 here; dA_log and dskip sum numbers of both signs
+            check_error(worst[n], (n < 4 ? 1 : 4) * bound_of(1e-5, 3e-14), "scan, P %d, %s", panel_heights[i], names[n]);
+    }
+}
+
 // What the feedback path must do, known without any reference.
 static void test_memory(void) {
     heading("the feedback path's memory, in closed form");
@@ -471,15 +550,15 @@ static double difference(double (*f)(void *), void *state, real *x) {
 
 // A layer by itself. The check is of Σ out·dout, dout random, by every number of every input. What backward adds to starts
 // from random numbers, what it writes from NaN.
-enum { LB = 2, LT = 11, LN = LB * LT, LD = 8, LH = 4, LG = 2, LW = 2, LE = (LH + 2 * LG) * LW, LV = 5 };
+enum { LB = 2, LT = 11, LN = LB * LT, LD = 8, LH = 4, LG = 2, LW = 2, LE = (LH + 2 * LG) * LW, LV = 5, LS = 3, LM = LD + 2 * LS };
 typedef struct {
     int P, *ids;
-    real *out, *dout, *in[3], *grad[3], *mean, *rstd, *scratch, *cosine, *sine;
+    real *out, *dout, *in[4], *grad[4], *mean, *rstd, *scratch, *cosine, *sine, *states, *step;
 } LayerCase;
 typedef struct {
     const char *name;
     void (*forward)(LayerCase *c), (*backward)(LayerCase *c);
-    int n_out, n_inputs, sizes[3], added[3]; // added: backward adds to this gradient
+    int n_out, n_inputs, sizes[4], added[4]; // added: backward adds to this gradient
 } Layer;
 
 static void embedding_f(LayerCase *c) { embedding_forward(c->out, c->ids, c->in[0], LB, LT, LD); }
@@ -537,6 +616,27 @@ static void crossentropy_b(LayerCase *c) { // takes one dloss for all rows
     crossentropy_backward(c->grad[0], c->in[0], c->mean, c->ids, c->dout[0], LN, LV);
 }
 
+static void conv_f(LayerCase *c) { conv_forward(c->out, c->in[0] + 1, LM + 1, NULL, c->in[1], c->in[2], LB, LT, LM, 0); }
+static void conv_b(LayerCase *c) {
+    real *dout = copy_of(c->dout, LN * LM), keep_first[LN];
+    for (int n = 0; n < LN; n++) keep_first[n] = 0; // the column that the convolution does not read
+    conv_backward(c->grad[0] + 1, c->grad[1], c->grad[2], dout, c->in[0] + 1, LM + 1, c->in[1], c->in[2], LB, LT, LM);
+    for (int n = 0; n < LN; n++) c->grad[0][n * (LM + 1)] = keep_first[n];
+}
+static void step_f(LayerCase *c) { step_forward(c->out, c->in[0], LD, c->in[1], LN, LD); }
+static void step_b(LayerCase *c) { step_backward(c->grad[0], c->grad[1], c->dout, LD, c->in[0], LD, c->in[1], LN, LD); }
+static void scan_f(LayerCase *c) { // two heads; |in[1]| is the step
+    for (int i = 0; i < LN * 2; i++) c->step[i] = c->in[1][i] * c->in[1][i];
+    scan_forward(c->out, c->states, 1, c->scratch, c->in[0], c->step, c->in[2], c->in[3], LB, LT, LD, LS, 2, c->P);
+}
+static void scan_b(LayerCase *c) {
+    real *dstep = poison(LN * 6);
+    scan_backward(c->grad[0], dstep, c->grad[2], c->grad[3], c->scratch, c->dout, c->states, c->in[0], c->step, c->in[2], c->in[3], LB, LT, LD, LS, 2, c->P);
+    for (int i = 0; i < LN * 2; i++) c->grad[1][i] = 2 * c->in[1][i] * dstep[i / 2 * 6 + i % 2];
+}
+static void norm_f(LayerCase *c) { gated_rmsnorm_forward(c->out, c->rstd, c->in[0], c->in[1], LD, c->in[2], LN, LD); }
+static void norm_b(LayerCase *c) { gated_rmsnorm_backward(c->grad[0], c->grad[1], c->grad[2], c->dout, c->in[0], c->in[1], LD, c->rstd, c->in[2], LN, LD); }
+
 typedef struct { const Layer *layer; LayerCase c; } LayerSum;
 static double layer_sum(void *state) {
     LayerSum *sum_of = (LayerSum *)state;
@@ -547,7 +647,7 @@ static double layer_sum(void *state) {
 }
 
 static void check_layer(const Layer *layer, int P) {
-    real *before[3], *start[3];
+    real *before[4], *start[4];
     LayerSum state;
     LayerCase *c = &state.c;
     state.layer = layer;
@@ -558,6 +658,8 @@ static void check_layer(const Layer *layer, int P) {
     c->mean = poison(2 * LN * LH);
     c->rstd = poison(LN);
     c->scratch = scratch_for(LT);
+    c->states = poison(LB * LT * LS * LD);
+    c->step = poison(LN * 2);
     c->cosine = poison(LT * 2);
     c->sine = poison(LT * 2);
     rope_table(c->cosine, c->sine, LT, 4);
@@ -596,10 +698,14 @@ static void test_layers(void) {
         {"feedback", feedback_f, feedback_b, LN * LD, 3, {LN * LD, LN * 2 * LD, LN}, {0}},
         {"gate", gate_f, gate_b, LN * LD, 2, {LN * LD, LN * LD}, {0}},
         {"dropout", dropout_f, dropout_b, LN * LD, 1, {LN * LD}, {0}},
+        {"convolution", conv_f, conv_b, LN * LM, 3, {LN * (LM + 1), LM * TAPS, LM}, {0, 1, 1}},
+        {"step", step_f, step_b, LN * LD, 2, {LN * LD, LD}, {0, 1}},
+        {"scan", scan_f, scan_b, LN * LD, 4, {LN * LM, LN * 2, 2, 2}, {0, 0, 1, 1}},
+        {"gated norm", norm_f, norm_b, LN * LD, 3, {LN * LD, LN * LD, LD}, {0, 0, 1}},
         {"crossentropy", crossentropy_f, crossentropy_b, LN, 1, {LN * LV}, {0}}};
     for (size_t i = 0; i < sizeof(layers) / sizeof(layers[0]); i++) {
         check_layer(&layers[i], 0);
-        if (layers[i].forward == attention_f || layers[i].forward == feedback_f) check_layer(&layers[i], 3);
+        if (layers[i].forward == attention_f || layers[i].forward == feedback_f || layers[i].forward == scan_f) check_layer(&layers[i], 3);
     }
 }
 
@@ -659,6 +765,7 @@ static void test_model_gradients(void) {
         check_model("sessa, one head", config_with(SESSA, 9, 6, 2, 1, 1, 30), 1, 28, 0, p);
         check_model("attention, H 4, G 1, P 3", config_with(ATTENTION, 11, 16, 2, 4, 1, 9), 2, 7, 3, p);
         check_model("attention, one head", config_with(ATTENTION, 7, 6, 2, 1, 1, 9), 2, 5, 0, p);
+        check_model("mamba2, 4 heads, two chunks", config_with(MAMBA2, 11, 8, 2, 4, 2, 40), 2, 38, 0, p);
     }
 }
 
@@ -767,9 +874,9 @@ static void test_extend(void) {
     enum { T = 150, V = 13 };
     static const int pieces[] = {20, 1, 1, 3, 1, 60, 1, 9, 1, 1, 30, 1, 20, 1}; // their sum is T
     Config configs[] = {config_with(SESSA, V, 16, 2, 4, 2, T), config_with(SESSA, V, 10, 2, 1, 1, T), config_with(ATTENTION, V, 16, 2, 4, 4, T),
-                        config_with(ATTENTION, V, 8, 1, 1, 1, T)};
-    static const char *names[] = {"sessa, H 4, G 2", "sessa, one head", "attention, H 4", "attention, one head"};
-    for (int i = 0; i < 4; i++) {
+                        config_with(ATTENTION, V, 8, 1, 1, 1, T), config_with(MAMBA2, V, 16, 2, 4, 4, T)};
+    static const char *names[] = {"sessa, H 4, G 2", "sessa, one head", "attention, H 4", "attention, one head", "mamba2"};
+    for (int i = 0; i < 5; i++) {
         char error[ERROR_SIZE];
         Model *whole = create(&configs[i], 1, T, EVALUATE), *stepwise = TESTED_BACKEND.create(&configs[i], 1, T, GENERATE, error);
         if (!stepwise) { check(0, "%s", error); return; }
@@ -961,6 +1068,11 @@ static void check_dump(const char *path) {
     int B = (int)meta_number(&file, "batch_size", 1, 1 << 14, &ok), T = (int)meta_number(&file, "seq_len", 1, 1 << 16, &ok);
     c.gamma_max = meta_number(&file, "gamma_max", 0, 1, &ok);
     if (!mixer || (c.mixer = find_mixer(mixer)) < 0) ok = check(0, "metadata mixer is %.40s", mixer ? mixer : "missing");
+    if (c.mixer == MAMBA2) {
+        c.head_dim = (int)meta_number(&file, "mamba_head_dim", 1, 1 << 15, &ok);
+        c.state_dim = (int)meta_number(&file, "mamba_state_dim", 1, 1 << 12, &ok);
+        if (ok && 2 * c.d_model % c.head_dim) ok = check(0, "mamba_head_dim does not divide twice d_model");
+    }
     if (ok && (c.d_model % c.n_heads || c.d_model / c.n_heads % 2 || c.n_heads % c.n_kv_heads)) ok = check(0, "heads do not divide the width");
     Model *m = NULL;
     if (ok && !(m = tested_create(&c, B, T, KEEP_ALL, error))) ok = check(0, "%s", error);
@@ -1110,12 +1222,12 @@ static int same_logs(const char *a, const char *b, int lines) { // but for the t
 #define SMALL "--dim 16 --layers 2 --heads 2 --seq 12 --batch 2 --warmup 5 "
 #define WATCH "--eval-every 5 --eval-batches 2 "
 
-static void write_tensors(const char *name, int N, int T, int32_t *inputs, int32_t *targets) { // an example set
-    char path[256], error[ERROR_SIZE], names[2][8] = {"inputs", "targets"}, key[] = "vocab_size", value[] = "9";
-    FileTensor tensors[2];
+static void write_tensors(const char *name, int N, int T, int32_t *inputs, int32_t *targets, int32_t *lags) { // an example set
+    char path[256], error[ERROR_SIZE], names[3][8] = {"inputs", "targets", "lags"}, key[] = "vocab_size", value[] = "9";
+    FileTensor tensors[3];
     Meta meta = {key, value};
     memset(tensors, 0, sizeof(tensors));
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < 3; i++) {
         tensors[i].name = names[i];
         strcpy(tensors[i].dtype, "I32");
         tensors[i].n_dims = 2;
@@ -1123,10 +1235,10 @@ static void write_tensors(const char *name, int N, int T, int32_t *inputs, int32
         tensors[i].shape[1] = T;
         tensors[i].count = (int64_t)N * T;
         tensors[i].size = (size_t)N * (size_t)T * 4;
-        tensors[i].data = (const unsigned char *)(i ? targets : inputs);
+        tensors[i].data = (const unsigned char *)(i == 2 ? lags : i ? targets : inputs);
     }
     snprintf(path, sizeof(path), "%s/%s", work, name);
-    if (safetensors_write(path, tensors, 2, &meta, 1, error)) { printf("%s\n", error); exit(1); }
+    if (safetensors_write(path, tensors, lags ? 3 : 2, &meta, 1, error)) { printf("%s\n", error); exit(1); }
 }
 
 // A text, a token shard and a set of 20 examples with some targets ignored.
@@ -1141,7 +1253,7 @@ static void write_data(void) {
     for (int i = 0; i < TOKENS; i++) shard[1024 + 2 * i] = (unsigned char)random_int(0, 19);
     spill("text", text, TEXT_SIZE);
     spill("tokens.bin", shard, sizeof(shard));
-    write_tensors("set.safetensors", N, T, inputs, targets);
+    write_tensors("set.safetensors", N, T, inputs, targets, NULL);
     spill("short", text, 20);
     text[4321] = 'Z';
     spill("other", text, TEXT_SIZE);
@@ -1172,6 +1284,7 @@ static void test_resume(void) {
     check_resume("text, dropout, two micro-batches", "--data text " SMALL WATCH "--dropout 0.2 --accum 2");
     check_resume("attention on tokens", "--data tokens.bin --vocab 20 --mixer attention " SMALL WATCH "--kv-heads 1");
     check_resume("examples, epoch after epoch", "--data set.safetensors " SMALL WATCH);
+    check_resume("mamba2", "--data text --mixer mamba2 --state-dim 8 " SMALL WATCH);
     pid_t child = start_and_wait_for_log("--run --data text " SMALL "--steps 100000 --eval-every 0 --dropout 0.1 --log i.log --out i.safetensors", "i.log", 4);
     kill(child, SIGINT);
     int code = finish(child), told = output && strstr((char *)output, "--resume"), steps = 0;
@@ -1201,9 +1314,10 @@ static void test_resume(void) {
 
 static void test_threads(void) {
     heading("threads and micro-batches");
-    static const char *shapes[] = {"--seq 150 --batch 1 --steps 3", "--seq 33 --batch 3 --steps 3 --accum 2 --mixer attention", "--seq 70 --batch 2 --steps 2 --kv-heads 1"};
+    static const char *shapes[] = {"--seq 150 --batch 1 --steps 3", "--seq 33 --batch 3 --steps 3 --accum 2 --mixer attention", "--seq 70 --batch 2 --steps 2 --kv-heads 1",
+                                   "--seq 90 --batch 1 --steps 3 --mixer mamba2 --head-dim 24", "--seq 40 --batch 3 --steps 2 --mixer mamba2 --head-dim 96"};
     static const char *counts[] = {"1", "2", "3"};
-    for (int i = 0; i < 3; i++) {
+    for (int i = 0; i < 5; i++) {
         int ok = 1;
         for (int t = 0; t < 3; t++) {
             n_threads = counts[t];
@@ -1240,7 +1354,7 @@ static void test_order(void) {
     for (int i = 0; i < N; i++) worst_of(&worst, ok ? fabs(x[i] - x[N + i]) / x[i] : NAN);
     check_error(worst, 1e-6, "two epochs see each example once");
     check(moved > N / 2 && x[0] < x[N - 1], "in another order: %.0f of %d in another place", moved, N);
-    write_tensors("one.safetensors", 1, 12, random_ids(12, 9, 0), random_ids(12, 9, 0));
+    write_tensors("one.safetensors", 1, 12, random_ids(12, 9, 0), random_ids(12, 9, 0), NULL);
     ok = !run("%s --data one.safetensors --val one.safetensors --batch 1 --steps 3 --dropout 0.5", still) && read_log("o.log", "train_loss", y, 2 * N) == 3;
     check(ok && y[0] != y[1] && y[1] != y[2], "dropout: every step has a mask of its own");
     int places = 1; // of 5388 where 12 tokens can start
@@ -1262,6 +1376,47 @@ static Model *load(const char *name, int T, Safetensors *file) {
     Model *m = create(&c, 1, T, EVALUATE);
     check(!take_weights(m, file), "%s: weights, their names and shapes", name);
     return m;
+}
+
+// Accuracy over the targets of an example set, whole and by lag, against a count by hand.
+static void test_scores(void) {
+    heading("accuracy on example sets");
+    enum { N = 30, T = 12 };
+    Dropout off = {0, 0, 0};
+    Safetensors file;
+    int32_t *inputs = random_ids(N * T, 9, 0), *targets = random_ids(N * T, 9, 1), *lags = random_ids(N * T, 40, 0);
+    for (int i = 0; i < N * T; i++) if (targets[i] > 2) targets[i] = inputs[i]; // something to learn
+    write_tensors("lags.safetensors", N, T, inputs, targets, lags);
+    int ok = !run("--data lags.safetensors --val lags.safetensors " SMALL "--steps 80 --lr 1e-2 --batch 8 --eval-every 0 --out s.safetensors --log s.log");
+    double hits[2][8] = {{0}}, counts[2][8] = {{0}}, logged[128], by_lag[8] = {0};
+    Model *m = load("s.safetensors", T, &file);
+    if (!ok || !m) { check(0, "trained on an example set: %s", (char *)complaint); return; }
+    for (int e = 0; e < N; e++) {
+        model_forward(m, inputs + e * T, targets + e * T, 1, T, off);
+        for (int t = 0; t < T; t++) {
+            int best = 0, target = targets[e * T + t], bin = lags[e * T + t] ? (int)log2((double)lags[e * T + t]) : 7;
+            for (int v = 1; v < 9; v++) if (m->acts.logits[t * 9 + v] > m->acts.logits[t * 9 + best]) best = v;
+            for (int i = 0; i < 2 && target >= 0; i++) { hits[i][i ? bin : 0] += best == target; counts[i][i ? bin : 0]++; }
+        }
+    }
+    int lines = read_log("s.log", "val_accuracy", logged, 128);
+    check(lines == 80 && counts[0][0] > 100 && hits[0][0] > 0.3 * counts[0][0] && fabs(logged[79] - hits[0][0] / counts[0][0]) < 1e-8, "val_accuracy in the log: %.4f", hits[0][0] / counts[0][0]);
+    ok = !run("--load s.safetensors --data lags.safetensors --val lags.safetensors --batch 7 --eval");
+    const char *line = ok ? strstr((char *)output, "val_accuracy ") : NULL;
+    check(line && fabs(atof(line + 13) - hits[0][0] / counts[0][0]) < 1e-6, "--eval prints it");
+    for (int k = 0; k < 6 && line; k++) {
+        char name[32];
+        snprintf(name, sizeof(name), "lag %d to %d ", 1 << k, (2 << k) - 1);
+        const char *place = strstr(line, name);
+        by_lag[k] = place ? atof(place + strlen(name)) : NAN;
+        ok &= counts[1][k] > 0 && fabs(by_lag[k] - hits[1][k] / counts[1][k]) < 1e-6;
+    }
+    size_t size;
+    unsigned char *log = slurp("s.log", &size);
+    check(ok && log && strstr((char *)log, "\"accuracy_by_lag\": {\"1\": "), "and the accuracy by lag, as the log does");
+    model_free(m);
+    safetensors_free(&file);
+    release();
 }
 
 static void test_generation(void) {
@@ -1508,6 +1663,7 @@ static void test_program(const glob_t *dumps) {
     if (!ON_GPU) test_threads();
     if (!ON_GPU) test_order();
     setenv("TEST_PRECISION", "fp32", 1); // for texts that the CPU's forward passes give
+    test_scores();
     test_generation();
     if (dumps->gl_pathc && !ON_GPU) test_bad_dumps(dumps->gl_pathv[0]);
     folder_state(1);
@@ -1634,7 +1790,8 @@ static Mask mask_on_gpu(Dropout drop, int place) {
     return mask_of(device, drop.probability, place);
 }
 
-enum { EMBEDDING, LAYERNORM, LINEAR, GELU, ROPE, GAIN, GATE, RESIDUAL, CROSSENTROPY, SUMS, ATTENTION_F, ATTENTION_B,
+enum { EMBEDDING, LAYERNORM, LINEAR, GELU, ROPE, GAIN, GATE, RESIDUAL, CROSSENTROPY, SUMS, CONVOLUTION, STEP, SCAN_F, SCAN_B, GATED_NORM,
+       ATTENTION_F, ATTENTION_B,
        FEEDBACK_F, FEEDBACK_B, N_GPU_LAYERS };
 
 // One random shape: every layer on the GPU and in C on the same numbers. `even` shapes take the paths in eights and
@@ -1812,19 +1969,94 @@ template <typename X> static void compare_layers(double *worst, int even, int T)
             for (int i = 0; i < V; i++) padded[n * ld_v + i] = logits[n * V + i];
         X *logits_d = on_gpu<X>(padded, (int64_t)N * ld_v);
         float *losses_d = gpu_poison<float>(N);
+        char *hits_d = (char *)gpu_poison<float>(N), *hits = (char *)lend((size_t)N);
+        int hits_wrong = 0;
         for (int n = 0; n < N; n++)
             for (int i = 0; i < V; i++) logits[n * V + i] = padded[n * ld_v + i];
         int *targets_d = ids_on_gpu(targets, N);
         crossentropy_forward(losses, logsumexp, logits, targets, N, V);
         crossentropy_backward(dlogits, logits, logsumexp, targets, 1, N, V);
-        crossentropy_gpu(losses_d, (X *)NULL, logits_d, ld_v, targets_d, N, V, st);
+        crossentropy_gpu(losses_d, hits_d, (X *)NULL, logits_d, ld_v, targets_d, N, V, st);
         worst_of(&worst[CROSSENTROPY], gpu_error(losses_d, losses, 1, N, N, sqrt((double)N)));
         worst_of(&worst[CROSSENTROPY], gpu_error(logits_d, padded, N, V, ld_v, 0));
-        crossentropy_gpu(losses_d, logits_d, logits_d, ld_v, targets_d, N, V, st);
+        CUDA(cudaStreamSynchronize(st));
+        CUDA(cudaMemcpy(hits, hits_d, (size_t)N, cudaMemcpyDeviceToHost));
+        for (int n = 0; n < N; n++) {
+            int hit = targets[n] >= 0;
+            for (int i = 0; i < V && hit; i++) hit = logits[n * V + i] <= logits[n * V + targets[n]];
+            hits_wrong += hit != hits[n];
+        }
+        worst_of(&worst[CROSSENTROPY], hits_wrong);
+        crossentropy_gpu(losses_d, hits_d, logits_d, logits_d, ld_v, targets_d, N, V, st);
         for (int n = 0; n < N; n++) // 0 where a piece of 8 reaches past V
             for (int i = 0; i < ld_v; i++) padded[n * ld_v + i] = i < V ? dlogits[n * V + i] : 0;
         worst_of(&worst[CROSSENTROPY], gpu_error(losses_d, losses, 1, N, N, sqrt((double)N)));
         worst_of(&worst[CROSSENTROPY], gpu_error(logits_d, padded, N, ld_v, ld_v, 0.1 * sqrt((double)N)));
+    }
+    { // mamba2's layers: E = D channels in H heads, 2 numbers of state or more, W columns of rows ld_w apart
+        int S = random_int(2, 20), W = D + 2 * S, ld_w = W + random_int(0, 3), first = random_int(0, T - 1), P = panel_heights[random_int(0, N_HEIGHTS - 1)];
+        int slots = (T + chunk_height(P) - 1) / chunk_height(P);
+        int64_t wide_w = (int64_t)N * ld_w, size_w = (int64_t)N * W, states = (int64_t)B * slots * S * D;
+        real *inp = noise(wide_w, 1), *taps = noise(W * TAPS, 0.5), *shift = noise(W, 0.5), *xbc = poison(size_w), *dxbc = noise(size_w, 1), *dinp = poison(wide_w), *dtaps = noise(W * TAPS, 1), *dshift = noise(W, 1);
+        X *inp_d = on_gpu<X>(inp, wide_w), *xbc_d = gpu_poison<X>(size_w), *dxbc_d = on_gpu<X>(dxbc, size_w), *dinp_d = gpu_poison<X>(wide_w), *tail_d = on_gpu<X>(noise((TAPS - 1) * W, 0), (TAPS - 1) * W);
+        float *taps_d = on_gpu<float>(taps, W * TAPS), *shift_d = on_gpu<float>(shift, W), *dtaps_d = on_gpu<float>(dtaps, W * TAPS), *dshift_d = on_gpu<float>(dshift, W);
+        conv_forward(xbc, inp, ld_w, NULL, taps, shift, B, T, W, 0);
+        if (first) conv_forward_gpu(xbc_d, inp_d, ld_w, tail_d, taps_d, shift_d, 1, first, W, 0, st); // the first sequence in two calls
+        conv_forward_gpu(xbc_d + (int64_t)first * W, inp_d + (int64_t)first * ld_w, ld_w, tail_d, taps_d, shift_d, 1, T, W, first, st);
+        worst_of(&worst[CONVOLUTION], gpu_error(xbc_d, xbc, T, W, W, 0));
+        conv_forward_gpu(xbc_d, inp_d, ld_w, (X *)NULL, taps_d, shift_d, B, T, W, 0, st);
+        worst_of(&worst[CONVOLUTION], gpu_error(xbc_d, xbc, N, W, W, 0));
+        conv_backward(dinp, dtaps, dshift, dxbc, inp, ld_w, taps, shift, B, T, W);
+        conv_backward_gpu(dinp_d, dtaps_d, dshift_d, dxbc_d, inp_d, ld_w, taps_d, shift_d, B, T, W, &sums, st);
+        column_sums_gpu(&sums, st);
+        worst_of(&worst[CONVOLUTION], gpu_error(dinp_d, dinp, N, W, ld_w, 0));
+        worst_of(&worst[CONVOLUTION], gpu_error(dtaps_d, dtaps, 1, W * TAPS, W * TAPS, 0.1 * sqrt((double)size_w)));
+        worst_of(&worst[CONVOLUTION], gpu_error(dshift_d, dshift, 1, W, W, 0.1 * sqrt((double)size_w)));
+
+        real *step = poison(N * H), *shifts = noise(H, 1), *dshifts = noise(H, 1), *dstep = poison(N * 3 * H), *dstep_inp = poison(wide_w);
+        float *step_d = gpu_poison<float>(N * H), *shifts_d = on_gpu<float>(shifts, H), *dshifts_d = on_gpu<float>(dshifts, H), *dstep_d = gpu_poison<float>(N * 3 * H);
+        X *dstep_inp_d = gpu_poison<X>(wide_w);
+        step_forward(step, inp, ld_w, shifts, N, H);
+        step_forward_gpu(step_d, inp_d, ld_w, shifts_d, N, H, st);
+        worst_of(&worst[STEP], gpu_error(step_d, step, N, H, H, 0));
+
+        xbc_d = on_gpu<X>(xbc, size_w); // both read the same
+        real *A_log = noise(H, 1), *skip = noise(H, 1), *dA = noise(H, 1), *dskip = noise(H, 1), *y_scan = poison(size), *kept = poison(states);
+        real *scan = (real *)lend(scan_scratch(D, S, H) * (size_t)omp_get_max_threads() * sizeof(real));
+        float *A_d = on_gpu<float>(A_log, H), *skip_d = on_gpu<float>(skip, H), *dA_d = on_gpu<float>(dA, H), *dskip_d = on_gpu<float>(dskip, H), *kept_d = gpu_poison<float>(states);
+        float *carried_d = on_gpu<float>(noise((int64_t)S * D, 0), (int64_t)S * D), *scan_d = gpu_poison<float>(scan_scratch_gpu(B, T, D, S, H, chunk_height(P)));
+        X *y_scan_d = gpu_poison<X>(size);
+        scan_forward(y_scan, kept, 1, scan, xbc, step, A_log, skip, B, T, D, S, H, P);
+        if (first) scan_forward_gpu(y_scan_d, kept_d, carried_d, scan_d, xbc_d, step_d, A_d, skip_d, 1, first, D, S, H, P, st);
+        scan_forward_gpu(y_scan_d + (int64_t)first * D, kept_d, carried_d, scan_d, xbc_d + (int64_t)first * W, step_d + (int64_t)first * H, A_d, skip_d, 1, T - first, D, S, H, P, st);
+        worst_of(&worst[SCAN_F], gpu_error(y_scan_d, y_scan, T, D, D, 0));
+        scan_forward_gpu(y_scan_d, kept_d, (float *)NULL, scan_d, xbc_d, step_d, A_d, skip_d, B, T, D, S, H, P, st);
+        worst_of(&worst[SCAN_F], gpu_error(y_scan_d, y_scan, N, D, D, 0));
+        scan_backward(dxbc, dstep, dA, dskip, scan, dout, kept, xbc, step, A_log, skip, B, T, D, S, H, P);
+        scan_backward_gpu(dxbc_d, dstep_d, dA_d, dskip_d, scan_d, dout_d, kept_d, xbc_d, step_d, A_d, skip_d, B, T, D, S, H, P, &sums, st);
+        column_sums_gpu(&sums, st);
+        worst_of(&worst[SCAN_B], gpu_error(dxbc_d, dxbc, N, W, W, 0));
+        worst_of(&worst[SCAN_B], gpu_error(dA_d, dA, 1, H, H, floor));
+        worst_of(&worst[SCAN_B], gpu_error(dskip_d, dskip, 1, H, H, floor));
+        worst_of(&worst[SCAN_B], gpu_error(dstep_d, dstep, N, 3 * H, 3 * H, floor));
+        step_backward(dstep_inp, dshifts, dstep, 3 * H, inp, ld_w, shifts, N, H);
+        step_backward_gpu(dstep_inp_d, dshifts_d, dstep_d, 3 * H, inp_d, ld_w, shifts_d, N, H, &sums, st);
+        column_sums_gpu(&sums, st);
+        worst_of(&worst[STEP], gpu_error(dstep_inp_d, dstep_inp, N, H, ld_w, floor));
+        worst_of(&worst[STEP], gpu_error(dshifts_d, dshifts, 1, H, H, floor));
+
+        real *o = poison(size), *rms = poison(N), *dy = poison(size), *dz = poison(wide_size), *dweight = noise(D, 1);
+        X *o_d = gpu_poison<X>(size), *dy_d = gpu_poison<X>(size), *dz_d = gpu_poison<X>(wide_size);
+        float *rms_d = gpu_poison<float>(N), *dweight_d = on_gpu<float>(dweight, D);
+        gated_rmsnorm_forward(o, rms, y, g, ld, weight, N, D);
+        gated_rmsnorm_forward_gpu(o_d, rms_d, y_d, g_d, ld, weight_d, N, D, st);
+        worst_of(&worst[GATED_NORM], gpu_error(o_d, o, N, D, D, 0));
+        gated_rmsnorm_backward(dy, dz, dweight, dout, y, g, ld, rms, weight, N, D);
+        gated_rmsnorm_backward_gpu(dy_d, dz_d, dweight_d, dout_d, y_d, g_d, ld, rms_d, weight_d, N, D, &sums, st);
+        column_sums_gpu(&sums, st);
+        worst_of(&worst[GATED_NORM], gpu_error(dy_d, dy, N, D, D, 0));
+        worst_of(&worst[GATED_NORM], gpu_error(dz_d, dz, N, D, ld, 0));
+        worst_of(&worst[GATED_NORM], gpu_error(dweight_d, dweight, 1, D, D, 0.1 * sqrt((double)size)));
     }
     { // attention, from position 0 and with the positions before `first` known
         int first = random_int(0, T - 1), late = B * (T - first);
@@ -1882,7 +2114,7 @@ template <typename X> static void compare_layers(double *worst, int even, int T)
 // it has rounded, block by block, with gains up to 0.999: four times.
 template <typename X> static void test_gpu_layers(const char *name) {
     static const char *layers[] = {"embedding", "layernorm", "linear", "gelu", "rope", "gain", "gate", "residual",
-                                   "crossentropy", "sums over rows",
+                                   "crossentropy", "sums over rows", "convolution", "step", "scan", "scan, backward", "gated norm",
                                    "attention", "attention, backward", "feedback", "feedback, backward"};
     static const int Ts[] = {1, 2, 3, 17, 64, 65, 130, 200, 257, 300, 520, 2500};
     double worst[N_GPU_LAYERS] = {0}, u = 0x1p-8;
@@ -2093,6 +2325,7 @@ int main(int argc, char **argv) {
         test_numbers();
         test_matmul();
         test_attention();
+        test_scan();
         test_memory();
         if (IS_DOUBLE) {
             test_layers();

@@ -848,9 +848,345 @@ static void crossentropy_backward(real *dlogits, const real *logits, const real 
 }
 
 // ----------------------------------------------------------------------------
+// layers of the Mamba-2 mixer, which the paper compares with: one chain of states, many hops
+//
+// Dao and Gu: Transformers are SSMs, ICML 2024. Letters besides: E = 2D, the inner width, in heads of width w; S numbers
+// of state for each of its channels; W = E + 2S, the width of [x, b, c].
+
+static inline real sigmoid(real x) { return 1 / (1 + exp_real(-x)); }
+
+// One row of the convolution before its SiLU: u (W) = bias + Σ_{lag<TAPS} weight[:,TAPS-1-lag] ⊙ inp_{t-lag}. Row n of
+// inp, rows ld apart, stands at position first + n mod (T-first); the rows of the three positions before first lie in
+// tail, position t in its row t mod 3.
+enum { TAPS = 4 };
+static inline void conv_row(real *u, const real *inp, int ld, const real *tail, const real *weight, const real *bias, int n,
+                            int T, int W, int first) {
+    int t = first + n % (T - first);
+    for (int c = 0; c < W; c++) u[c] = bias[c];
+    for (int lag = 0; lag < TAPS && lag <= t; lag++) {
+        const real *row = t - lag >= first ? inp + (size_t)(n - lag) * ld : tail + (size_t)((t - lag) % (TAPS - 1)) * W;
+        for (int c = 0; c < W; c++) u[c] += weight[c * TAPS + TAPS - 1 - lag] * row[c];
+    }
+}
+
+// out = SiLU(conv(inp)), SiLU(u) = u·sigmoid(u); depthwise and causal. inp: W of the ld columns of rows for the positions
+// first..T-1, out as many rows of W, weight (W,TAPS), bias (W). tail (TAPS-1,W) remembers the last positions; NULL:
+// first is 0 and nothing needs to be remembered.
+static void conv_forward(real *out, const real *inp, int ld, real *tail, const real *weight, const real *bias, int B, int T,
+                         int W, int first) {
+    int N = B * (T - first);
+    #pragma omp parallel for if (N > 1)
+    for (int n = 0; n < N; n++) {
+        real *u = out + (size_t)n * W;
+        conv_row(u, inp, ld, tail, weight, bias, n, T, W, first);
+        for (int c = 0; c < W; c++) u[c] *= sigmoid(u[c]);
+    }
+    for (int t = first > T - TAPS + 1 ? first : T - TAPS + 1; tail && t < T; t++)
+        if (t >= 0) memcpy(tail + (size_t)(t % (TAPS - 1)) * W, inp + (size_t)(t - first) * ld, sizeof(real) * (size_t)W);
+}
+
+// With u computed again and du = dout ⊙ SiLU'(u), which takes the place of dout:
+//     dinp_t = Σ_lag weight[:,TAPS-1-lag] ⊙ du_{t+lag},   dweight[:,TAPS-1-lag] += Σ_t du_t ⊙ inp_{t-lag},   dbias += Σ_t du_t
+static void conv_backward(real *dinp, real *dweight, real *dbias, real *dout, const real *inp, int ld, const real *weight,
+                          const real *bias, int B, int T, int W) {
+    #pragma omp parallel for
+    for (int n = 0; n < B * T; n++) {
+        real *u = dinp + (size_t)n * ld, *du = dout + (size_t)n * W;
+        conv_row(u, inp, ld, NULL, weight, bias, n, T, W, 0);
+        for (int c = 0; c < W; c++) {
+            real s = sigmoid(u[c]);
+            du[c] *= s * (1 + u[c] * (1 - s));
+        }
+    }
+    #pragma omp parallel for
+    for (int n = 0; n < B * T; n++) {
+        real *sum = dinp + (size_t)n * ld;
+        memset(sum, 0, sizeof(real) * (size_t)W);
+        for (int lag = 0; lag < min_int(TAPS, T - n % T); lag++)
+            for (int c = 0; c < W; c++) sum[c] += weight[c * TAPS + TAPS - 1 - lag] * dout[(size_t)(n + lag) * W + c];
+    }
+    #pragma omp parallel for
+    for (int c0 = 0; c0 < W; c0 += COLUMNS)
+        for (int n = 0; n < B * T; n++)
+            for (int c = c0; c < min_int(c0 + COLUMNS, W); c++) {
+                real du = dout[(size_t)n * W + c];
+                dbias[c] += du;
+                for (int lag = 0; lag < min_int(TAPS, n % T + 1); lag++)
+                    dweight[c * TAPS + TAPS - 1 - lag] += du * inp[(size_t)(n - lag) * ld + c];
+            }
+}
+
+// step = softplus(inp + bias) = log(1 + e^(inp + bias)), one a head     inp: `heads` of the ld columns, step (N,heads)
+static void step_forward(real *step, const real *inp, int ld, const real *bias, int N, int heads) {
+    #pragma omp parallel for if (N > 1)
+    for (int n = 0; n < N; n++)
+        for (int h = 0; h < heads; h++) {
+            double x = (double)(inp[(size_t)n * ld + h] + bias[h]);
+            step[(size_t)n * heads + h] = (real)(x > 30 ? x : log1p(exp(x)));
+        }
+}
+
+// dinp = dstep · sigmoid(inp + bias),   dbias += Σ_n dinp       dstep: rows ld_dstep apart
+static void step_backward(real *dinp, real *dbias, const real *dstep, int ld_dstep, const real *inp, int ld, const real *bias,
+                          int N, int heads) {
+    for (int h = 0; h < heads; h++) {
+        double sum = 0;
+        for (int n = 0; n < N; n++) {
+            size_t at = (size_t)n * ld + h;
+            sum += (double)(dinp[at] = dstep[(size_t)n * ld_dstep + h] * sigmoid(inp[at] + bias[h]));
+        }
+        dbias[h] += (real)sum;
+    }
+}
+
+// The scan. Each head has a state h (S,w) that decays and takes in one outer product a token; with Δ = step:
+//     h_t = exp(-exp(A_log) Δ_t) h_{t-1} + Δ_t b_t x_t^T,     y_t = c_t^T h_t + skip · x_t
+// In chunks of P rows, with L_t the sum of -exp(A_log) Δ from the chunk's first row to t and h the state before it:
+//     y_t = exp(L_t) c_t^T h + Σ_{j≤t} (c_t·b_j) exp(L_t - L_j) Δ_j x_j + skip · x_t
+//     h  := exp(L_last) h + Σ_j exp(L_last - L_j) Δ_j b_j x_j^T
+// so that all but scales are matrix products, over all heads at once where the head only scales. xbc (B,T,W), step
+// (B,T,heads), y (B,T,E); states (B,slots,S,E) holds the state before each chunk for the backward pass (`kept`), else
+// (slots 1) only the last one, from which the next call goes on.
+enum { CHUNK = 32 };
+static int chunk_height(int P) { return P > 0 ? min_int(P, CHUNK) : CHUNK; }
+
+// Numbers of scratch that a thread needs.
+static size_t scan_scratch(int E, int S, int heads) {
+    return (size_t)CHUNK * ((size_t)heads * (CHUNK + 1) + 5 * CHUNK + 4 * (size_t)E) + (size_t)S * (size_t)E;
+}
+
+static void decay_sums(real *L, const real *step, const real *A_log, int n, int heads) {
+    for (int t = 0; t < n; t++)
+        for (int h = 0; h < heads; h++)
+            L[t * heads + h] = (t ? L[(t - 1) * heads + h] : 0) - exp_real(A_log[h]) * step[t * heads + h];
+}
+
+// Of head h: fades[t·n + j] = exp(L_t - L_j) for j ≤ t, else 0, and M = (c b^T) ⊙ fades ⊙ Δ_j, given cb = c b^T.
+static void chunk_weights(real *M, real *fades, real *delta, const real *cb, const real *L, const real *step, int n, int heads,
+                          int h) {
+    real l[CHUNK];
+    for (int t = 0; t < n; t++) {
+        l[t] = L[t * heads + h];
+        delta[t] = step[t * heads + h];
+    }
+    for (int t = 0; t < n; t++)
+        for (int j = 0; j < n; j++) {
+            real fade = exp_real(l[t] - l[j]);
+            fades[t * n + j] = j <= t ? fade : 0;
+            M[t * n + j] = j <= t ? fade * cb[t * n + j] * delta[j] : 0;
+        }
+}
+
+// Head h of a chunk: y = exp(L) ⊙ y + (M + skip·I) x, and what it adds to the state: fresh (n,E), with next =
+// exp(L_last) · state.
+static void scan_head(int h, real *y, real *next, real *fresh, real *M, const real *state, const real *cb, const real *L,
+                      const real *x, const real *step, real skip, int n, int E, int S, int heads) {
+    int w = E / heads, W = E + 2 * S;
+    const real *last = L + (n - 1) * heads + h;
+    real fades[CHUNK * CHUNK], delta[CHUNK];
+    chunk_weights(M, fades, delta, cb, L, step, n, heads, h);
+    for (int t = 0; t < n; t++) {
+        real decay = exp_real(L[t * heads + h]), scale = exp_real(*last - L[t * heads + h]) * step[t * heads + h];
+        M[t * n + t] += skip;
+        for (int i = h * w; i < (h + 1) * w; i++) {
+            y[(size_t)t * E + i] *= decay;
+            fresh[(size_t)t * E + i] = scale * x[(size_t)t * W + i];
+        }
+    }
+    matmul(y + h * w, E, rows_of(M, n), rows_of(x + h * w, W), n, w, n, 1, 1, NULL);
+    real keep = exp_real(*last);
+    for (int s = 0; next && s < S; s++)
+        for (int i = h * w; i < (h + 1) * w; i++) next[(size_t)s * E + i] = keep * state[(size_t)s * E + i];
+}
+
+static void scan_sequence(int b, real *y, real *states, int kept, real *scratch, const real *xbc, const real *step,
+                          const real *A_log, const real *skip, int T, int E, int S, int heads, int P) {
+    size_t size = (size_t)S * (size_t)E, own = scan_scratch(E, S, heads);
+    real *L = scratch + own * (size_t)omp_get_thread_num(), *cb = L + CHUNK * heads, *fresh = cb + CHUNK * CHUNK;
+    real *state = states + (kept ? (size_t)b * (size_t)((T + P - 1) / P) : (size_t)b) * size;
+    int W = E + 2 * S, M_at = CHUNK * heads + CHUNK * CHUNK + CHUNK * E; // each thread's own
+    if (kept) memset(state, 0, sizeof(real) * size);
+    for (int i0 = 0; i0 < T; i0 += P) {
+        int n = min_int(P, T - i0);
+        size_t row = (size_t)b * T + i0;
+        const real *x = xbc + row * W, *b_I = x + E, *c_I = b_I + S, *step_I = step + row * heads;
+        real *y_I = y + row * E, *next = !kept ? state : i0 + n < T ? state + size : NULL;
+        decay_sums(L, step_I, A_log, n, heads);
+        matmul(cb, n, rows_of(c_I, W), transpose(rows_of(b_I, W)), n, n, S, 1, 0, NULL);
+        matmul(y_I, E, rows_of(c_I, W), rows_of(state, E), n, E, S, 1, 0, NULL);
+        FOR_ITEMS(n * E > PARALLEL_WORK / 32, heads,
+                  scan_head(item, y_I, next, fresh, scratch + own * (size_t)omp_get_thread_num() + M_at, state, cb, L, x,
+                            step_I, skip[item], n, E, S, heads));
+        if (next) matmul(next, E, transpose(rows_of(b_I, W)), rows_of(fresh, E), S, E, n, 1, 1, NULL);
+        state += kept ? size : 0;
+    }
+}
+
+static void scan_forward(real *y, real *states, int kept, real *scratch, const real *xbc, const real *step, const real *A_log,
+                         const real *skip, int B, int T, int E, int S, int heads, int P) {
+    P = chunk_height(P);
+    FOR_ITEMS(shared_out(B), B, scan_sequence(item, y, states, kept, scratch, xbc, step, A_log, skip, T, E, S, heads, P));
+}
+
+// Backward, chunks from the last, with dh (S,E) the gradient of the state after the chunk:
+//     dM = dy x^T a head,   d(cb) = Σ_heads dM ⊙ fades ⊙ Δ,   dx = (M + skip·I)^T dy + exp(L_last - L) Δ ⊙ (b dh)
+//     dc = (exp(L) ⊙ dy) h^T + d(cb) b,   db = fresh dh^T + d(cb)^T c,   dh := exp(L_last) dh + c^T (exp(L) ⊙ dy)
+// Every exponential's gradient is a sum that goes to dL; as L sums -exp(A_log) Δ, the sum of dL from t to the chunk's end
+// gives dΔ_t and dA_log. Head h of it; dstep, of which columns h, heads + h and 2 heads + h are gradients of Δ, A_log
+// and skip, row by row, has rows of 3 heads.
+typedef struct { const real *h, *L, *cb, *x, *step, *dy, *faded, *read, *pulled; real *dh, *dx, *dstep; } ScanChunk;
+
+static void scan_head_backward(int h, const ScanChunk *k, real *dcb, real *M, real A_log, real skip, int n, int E, int S,
+                               int heads) {
+    int w = E / heads, W = E + 2 * S, last = n - 1;
+    real *fades = M + CHUNK * CHUNK, *dM = fades + CHUNK * CHUNK, dL[CHUNK] = {0}, ddelta[CHUNK] = {0}, delta[CHUNK];
+    chunk_weights(M, fades, delta, k->cb, k->L, k->step, n, heads, h);
+    matmul(dM, n, rows_of(k->dy + h * w, E), transpose(rows_of(k->x + h * w, W)), n, n, w, 1, 0, NULL);
+    for (int t = 0; t < n; t++) {
+        real sum = 0;
+        for (int j = 0; j <= t; j++) {
+            real term = dM[t * n + j] * fades[t * n + j] * k->cb[t * n + j]; // of Δ_j; times it, of L_t - L_j
+            ddelta[j] += term;
+            dL[j] -= j < t ? term * delta[j] : 0;
+            sum += j < t ? term * delta[j] : 0;
+        }
+        dL[t] += sum;
+        for (int j = 0; j < n; j++) dcb[t * n + j] = dM[t * n + j] * fades[t * n + j] * delta[j];
+        k->dstep[t * 3 * heads + 2 * heads + h] = dM[t * n + t];
+        M[t * n + t] += skip;
+    }
+    matmul(k->dx + h * w, W, transpose(rows_of(M, n)), rows_of(k->dy + h * w, E), n, w, n, 1, 0, NULL);
+    real keep = exp_real(k->L[last * heads + h]), carried = 0;
+    for (int t = 0; t < n; t++) {
+        real fade = exp_real(k->L[last * heads + h] - k->L[t * heads + h]), read = 0, taken = 0;
+        for (int i = h * w; i < (h + 1) * w; i++) {
+            read += k->faded[(size_t)t * E + i] * k->read[(size_t)t * E + i];
+            taken += k->x[(size_t)t * W + i] * k->pulled[(size_t)t * E + i];
+            k->dx[(size_t)t * W + i] += fade * delta[t] * k->pulled[(size_t)t * E + i];
+        }
+        ddelta[t] += fade * taken;
+        dL[t] += read - (t < last ? fade * delta[t] * taken : 0);
+        carried += t < last ? fade * delta[t] * taken : 0;
+    }
+    for (int s = 0; s < S; s++)
+        for (int i = h * w; i < (h + 1) * w; i++) {
+            carried += keep * k->h[(size_t)s * E + i] * k->dh[(size_t)s * E + i];
+            k->dh[(size_t)s * E + i] *= keep;
+        }
+    real sum = carried, rate = exp_real(A_log);
+    for (int t = last; t >= 0; t--) {
+        sum += dL[t];
+        k->dstep[t * 3 * heads + h] = ddelta[t] - rate * sum;
+        k->dstep[t * 3 * heads + heads + h] = -rate * delta[t] * sum;
+    }
+}
+
+static void scan_sequence_backward(int b, real *dxbc, real *dstep, real *scratch, const real *dy, const real *states,
+                                   const real *xbc, const real *step, const real *A_log, const real *skip, int T, int E, int S,
+                                   int heads, int P) {
+    size_t size = (size_t)S * (size_t)E, own = scan_scratch(E, S, heads);
+    int W = E + 2 * S, M_at = CHUNK * (heads * (CHUNK + 1) + 2 * CHUNK + 4 * E) + S * E;
+    real *L = scratch + own * (size_t)omp_get_thread_num(), *cb = L + CHUNK * heads, *dcb = cb + CHUNK * CHUNK;
+    real *dcb_heads = dcb + CHUNK * CHUNK, *faded = dcb_heads + CHUNK * CHUNK * heads, *read = faded + CHUNK * E;
+    real *pulled = read + CHUNK * E, *fresh = pulled + CHUNK * E, *dh = fresh + CHUNK * E;
+    memset(dh, 0, sizeof(real) * size);
+    for (int i0 = (T - 1) / P * P; i0 >= 0; i0 -= P) {
+        int n = min_int(P, T - i0);
+        size_t row = (size_t)b * T + i0;
+        const real *x = xbc + row * W, *b_I = x + E, *c_I = b_I + S, *step_I = step + row * heads, *dy_I = dy + row * E;
+        const real *state = states + ((size_t)b * (size_t)((T + P - 1) / P) + (size_t)(i0 / P)) * size;
+        real *dx = dxbc + row * W, *db = dx + E, *dc = db + S;
+        decay_sums(L, step_I, A_log, n, heads);
+        for (int t = 0; t < n; t++)
+            for (int h = 0; h < heads; h++) {
+                real decay = exp_real(L[t * heads + h]);
+                real scale = exp_real(L[(n - 1) * heads + h] - L[t * heads + h]) * step_I[t * heads + h];
+                for (int i = h * (E / heads); i < (h + 1) * (E / heads); i++) {
+                    faded[(size_t)t * E + i] = decay * dy_I[(size_t)t * E + i];
+                    fresh[(size_t)t * E + i] = scale * x[(size_t)t * W + i];
+                }
+            }
+        matmul(cb, n, rows_of(c_I, W), transpose(rows_of(b_I, W)), n, n, S, 1, 0, NULL);
+        matmul(read, E, rows_of(c_I, W), rows_of(state, E), n, E, S, 1, 0, NULL);
+        matmul(pulled, E, rows_of(b_I, W), rows_of(dh, E), n, E, S, 1, 0, NULL);
+        matmul(dc, W, rows_of(faded, E), transpose(rows_of(state, E)), n, S, E, 1, 0, NULL);
+        matmul(db, W, rows_of(fresh, E), transpose(rows_of(dh, E)), n, S, E, 1, 0, NULL);
+        ScanChunk chunk = {state, L, cb, x, step_I, dy_I, faded, read, pulled, dh, dx, dstep + row * 3 * heads};
+        FOR_ITEMS(n * E > PARALLEL_WORK / 32, heads,
+                  scan_head_backward(item, &chunk, dcb_heads + item * n * n,
+                                     scratch + own * (size_t)omp_get_thread_num() + M_at, A_log[item], skip[item], n, E, S, heads));
+        matmul(dh, E, transpose(rows_of(c_I, W)), rows_of(faded, E), S, E, n, 1, 1, NULL);
+        memcpy(dcb, dcb_heads, sizeof(real) * (size_t)(n * n));
+        for (int h = 1; h < heads; h++)
+            for (int i = 0; i < n * n; i++) dcb[i] += dcb_heads[h * n * n + i];
+        matmul(dc, W, rows_of(dcb, n), rows_of(b_I, W), n, S, n, 1, 1, NULL);
+        matmul(db, W, transpose(rows_of(dcb, n)), rows_of(c_I, W), n, S, n, 1, 1, NULL);
+    }
+}
+
+// dxbc (B,T,W) is written, dA_log and dskip (heads) are +=, dstep (B,T,3·heads) holds the gradient of step in its first
+// `heads` columns.
+static void scan_backward(real *dxbc, real *dstep, real *dA_log, real *dskip, real *scratch, const real *dy, const real *states,
+                          const real *xbc, const real *step, const real *A_log, const real *skip, int B, int T, int E, int S,
+                          int heads, int P) {
+    P = chunk_height(P);
+    FOR_ITEMS(shared_out(B), B,
+              scan_sequence_backward(item, dxbc, dstep, scratch, dy, states, xbc, step, A_log, skip, T, E, S, heads, P));
+    for (int h = 0; h < heads; h++) {
+        double sum[2] = {0, 0};
+        for (int n = 0; n < B * T; n++)
+            for (int i = 0; i < 2; i++) sum[i] += (double)dstep[((size_t)n * 3 + i + 1) * heads + h];
+        dA_log[h] += (real)sum[0];
+        dskip[h] += (real)sum[1];
+    }
+}
+
+// out = v · rstd ⊙ weight, v = y ⊙ SiLU(z), rstd = 1/sqrt(mean(v²) + 1e-5)     y, out (N,E), z: E of the ld columns
+static void gated_rmsnorm_forward(real *out, real *rstd, const real *y, const real *z, int ld, const real *weight, int N, int E) {
+    #pragma omp parallel for if (N > 1)
+    for (int n = 0; n < N; n++) {
+        real *v = out + (size_t)n * E, squares = 0;
+        const real *z_n = z + (size_t)n * ld;
+        for (int i = 0; i < E; i++) {
+            v[i] = y[(size_t)n * E + i] * z_n[i] * sigmoid(z_n[i]);
+            squares += v[i] * v[i];
+        }
+        rstd[n] = 1 / (real)sqrt((double)(squares / E) + 1e-5);
+        for (int i = 0; i < E; i++) v[i] *= rstd[n] * weight[i];
+    }
+}
+
+// With g = dout ⊙ weight:  dv = rstd·(g - v·rstd²·mean(g ⊙ v)),   dy = dv ⊙ SiLU(z),   dz = dv ⊙ y ⊙ SiLU'(z),
+//     dweight += Σ_n dout ⊙ v·rstd             dy may be dout itself
+static void gated_rmsnorm_backward(real *dy, real *dz, real *dweight, const real *dout, const real *y, const real *z, int ld,
+                                   const real *rstd, const real *weight, int N, int E) {
+    #pragma omp parallel for
+    for (int d0 = 0; d0 < E; d0 += COLUMNS)
+        for (int n = 0; n < N; n++)
+            for (int i = d0; i < min_int(d0 + COLUMNS, E); i++) {
+                real gate = z[(size_t)n * ld + i];
+                dweight[i] += dout[(size_t)n * E + i] * y[(size_t)n * E + i] * gate * sigmoid(gate) * rstd[n];
+            }
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++) {
+        const real *y_n = y + (size_t)n * E, *z_n = z + (size_t)n * ld, *dout_n = dout + (size_t)n * E;
+        real dot = 0, r = rstd[n];
+        for (int i = 0; i < E; i++) dot += dout_n[i] * weight[i] * y_n[i] * z_n[i] * sigmoid(z_n[i]);
+        dot *= r * r / E;
+        for (int i = 0; i < E; i++) {
+            real s = sigmoid(z_n[i]), silu = z_n[i] * s, dv = r * (dout_n[i] * weight[i] - y_n[i] * silu * dot);
+            dz[(size_t)n * ld + i] = dv * y_n[i] * s * (1 + z_n[i] * (1 - s));
+            dy[(size_t)n * E + i] = dv * silu;
+        }
+    }
+}
+
+// ----------------------------------------------------------------------------
 // tables of tensors: names, shapes and places in one allocation
 
-typedef enum { INIT_CONSTANT, INIT_UNIFORM, INIT_NORMAL } Init; // the value; uniform in ± the value; the standard deviation
+// The value; uniform in ± the value; of that standard deviation; with e^x uniform in 1..16; with softplus(x) log-uniform
+// in 0.001..0.1.
+typedef enum { INIT_CONSTANT, INIT_UNIFORM, INIT_NORMAL, INIT_LOG_DECAY, INIT_STEP_BIAS } Init;
 
 // One tensor of a block of numbers. An activation may be some columns of a wider one: its stride is then the wider row.
 typedef struct {
@@ -896,9 +1232,10 @@ static real *add_tensor(Table *table, real *block, int layer, const char *name, 
     return block ? block + row->offset : NULL;
 }
 
+// A third dimension is that of the convolution's taps.
 static real *add_parameter(Table *table, real *block, int layer, const char *name, int n_dims, int64_t d0, int64_t d1,
                            Init init, double value) {
-    real *place = add_tensor(table, block, layer, name, n_dims, d0, d1, 1);
+    real *place = add_tensor(table, block, layer, name, n_dims, d0, d1, TAPS);
     table->rows[table->n - 1].init = init;
     table->rows[table->n - 1].init_value = value;
     return place;
@@ -913,6 +1250,7 @@ static void add_view(Table *table, int layer, const char *name, const char *whol
     Tensor view = table->rows[i], *row = new_row(table, name, layer);
     memcpy(view.name, row->name, sizeof(view.name));
     view.offset += column;
+    view.count = view.count / view.stride * width;
     view.shape[view.n_dims - 1] = width;
     *row = view;
 }
@@ -923,7 +1261,8 @@ static void add_view(Table *table, int layer, const char *name, const char *whol
 typedef struct {
     int vocab_size, d_model, n_layers, n_heads, n_kv_heads, max_seq_len;
     double gamma_max;
-    int mixer; // index into mixers[]
+    int mixer;                  // index into mixers[]
+    int head_dim, state_dim;    // mamba2: width w of a head, S numbers of state for a channel
 } Config;
 
 // One layer's parameters. The projections stand next to each other, so that one product computes all of them:
@@ -935,6 +1274,11 @@ typedef struct {
     real *W_o;                       // (D,D), NULL with one head
     real *gamma_weight, *gamma_bias; // (1,D), ()
     real *W_out, *b_out;             // (D,D), (D)
+    // mamba2
+    real *in_proj, *out_proj;        // (E + W + heads,D): z, x, b, c, step; (D,E)
+    real *conv_weight, *conv_bias;   // (W,1,TAPS), (W)
+    real *step_bias, *A_log, *skip;  // (heads)
+    real *norm_weight;               // (E)
 } LayerWeights;
 
 typedef struct {
@@ -951,12 +1295,15 @@ typedef struct {
     real *n;                    // (N,D) *1 LayerNorm(x)
     real *ag;                   // (N,2D) a before GELU, then g
     real *abar;                 // (N,D) *2 GELU(a)
-    real *proj;                 // (N,E) q, k (after RoPE), v, q', k'
+    real *proj;                 // (N,E) q, k (after RoPE), v, q', k'; mamba2: z, x, b, c, step
     real *o, *stats;            // (N,D), (B,H,T,2) the direct read; no o with one head, where it is f
     real *f;                    // (N,D) *1 o W_o^T
     real *gamma, *fb_stats;     // (N), (N,2)
     real *s;                    // (N,D) the mixer's output
     real *gated, *branch;       // (N,D) *1 s ⊙ g; *2 what is added to x
+    real *xbc, *step, *normed;  // mamba2: (N,W) * after the convolution, (N,heads) *, (N,E) * what out_proj reads
+    real *states, *y_scan, *rms; // (B,chunks,S,E) state before each chunk, (N,E), (N)
+    real *tail;                 // (TAPS-1,W) generation: the convolution's last inputs
 } LayerActivations;
 
 typedef struct {
@@ -967,8 +1314,9 @@ typedef struct {
     real *dx;                       // (N,D) gradient on the residual path; the rest is scratch of the backward pass
     real *ds, *dout, *dabar;        // (N,D) gradients of s and then f; of o; of abar
     real *dag, *dproj, *dgamma;     // (N,2D), (N,E), (N)
+    real *dy, *dxbc, *dstep;        // mamba2: (N,E), (N,W), (N,3·heads)
     real *cosine, *sine;            // (T,d/2)
-    real *scratch;                  // panel_scratch(T) for each thread
+    real *scratch;                  // of attention and feedback, or of the scan, for each thread
 } Activations;
 
 // What the memory is for. GENERATE keeps every layer's projections and outputs of all T positions: they are the cache.
@@ -991,11 +1339,12 @@ typedef struct {
 // ----------------------------------------------------------------------------
 // mixers: what stands between GELU and gate, abar → s
 
-enum { SESSA, ATTENTION, N_MIXERS };
+enum { SESSA, ATTENTION, MAMBA2, N_MIXERS };
 
-// E, the width of the projections of abar: q, k, v and, in a Sessa layer, q', k'
+// E, the width of the projections of abar: q, k, v and, in a Sessa layer, q', k'; z, x, b, c, step in a mamba2 layer
 static int proj_width(const Config *c) {
     int kv_width = c->n_kv_heads * (c->d_model / c->n_heads);
+    if (c->mixer == MAMBA2) return 4 * c->d_model + 2 * c->state_dim + 2 * c->d_model / c->head_dim;
     return c->d_model + 2 * kv_width + (c->mixer == SESSA ? 2 * c->d_model : 0);
 }
 
@@ -1020,6 +1369,32 @@ static void sessa_weights(Table *t, real *block, const Config *c, int l, LayerWe
     attention_weights(t, block, c, l, w);
     w->gamma_bias = add_parameter(t, block, l, "mixer.gamma_bias", 0, 1, 1, INIT_CONSTANT, 1);
     w->gamma_weight = add_parameter(t, block, l, "mixer.gamma_ctx.weight", 2, 1, c->d_model, INIT_UNIFORM, bound);
+}
+
+// q, k and v of every layer are kept: for the backward pass, and in generation as the cache.
+static void attention_activations(Table *t, real *block, const Config *c, int l, Activations *acts, int B, int T, Mode mode) {
+    int D = c->d_model, H = c->n_heads, kv_width = c->n_kv_heads * (D / H), E = proj_width(c), sessa = c->mixer == SESSA;
+    LayerActivations *a = &acts->layers[l];
+    a->proj = add_tensor(t, block, l, "proj", 3, B, T, E);
+    add_view(t, l, "q", "proj", 0, D);
+    add_view(t, l, "k", "proj", D, kv_width);
+    add_view(t, l, "v", "proj", D + kv_width, kv_width);
+    if (sessa) add_view(t, l, "fb_q", "proj", E - 2 * D, D);
+    if (sessa) add_view(t, l, "fb_k", "proj", E - D, D);
+    a->s = add_tensor(t, block, l, "s", 3, B, T, D);
+    if (!sessa) add_view(t, l, "f", "s", 0, D);
+    if (sessa && mode == KEEP_ALL) a->f = add_tensor(t, block, l, "f", 3, B, T, D);
+    if (l == 0 || mode >= TRAIN) {
+        if (H > 1) a->o = add_tensor(t, block, l, "o", 3, B, T, D);
+        a->stats = add_tensor(t, block, l, "stats", 3, B * H, T, 2);
+        if (sessa) a->gamma = add_tensor(t, block, l, "gamma", 2, B, T, 1);
+        if (sessa) a->fb_stats = add_tensor(t, block, l, "fb_stats", 3, B, T, 2);
+    }
+    if (l) return;
+    acts->scratch = add_tensor(t, block, -1, "scratch", 2, omp_get_max_threads(), (int64_t)panel_scratch(T), 1);
+    if (mode < TRAIN) return;
+    acts->dproj = add_tensor(t, block, -1, "dproj", 3, B, T, E);
+    if (sessa) acts->dgamma = add_tensor(t, block, -1, "dgamma", 2, B, T, 1);
 }
 
 // [14-16]  abar → f: projections, RoPE, attention, W_o
@@ -1079,18 +1454,95 @@ static void sessa_backward(Model *m, int l, int B, int T) {
                   (real)m->config.gamma_max, B * T, D);
 }
 
-// A mixer is its rows in the parameter table, a forward pass over the new positions first..T-1, which also serves
-// generation token by token, and a backward pass over all. Its buffers are those of LayerActivations.
+static void mamba2_weights(Table *t, real *block, const Config *c, int l, LayerWeights *w) {
+    int D = c->d_model, E = 2 * D, W = E + 2 * c->state_dim, heads = E / c->head_dim;
+    w->in_proj = add_parameter(t, block, l, "mixer.in_proj.weight", 2, proj_width(c), D, INIT_UNIFORM, 1 / sqrt((double)D));
+    w->conv_weight = add_parameter(t, block, l, "mixer.conv1d.weight", 3, W, 1, INIT_UNIFORM, 0.5);
+    w->conv_bias = add_parameter(t, block, l, "mixer.conv1d.bias", 1, W, 1, INIT_UNIFORM, 0.5);
+    w->step_bias = add_parameter(t, block, l, "mixer.dt_bias", 1, heads, 1, INIT_STEP_BIAS, 1);
+    w->A_log = add_parameter(t, block, l, "mixer.A_log", 1, heads, 1, INIT_LOG_DECAY, 1);
+    w->skip = add_parameter(t, block, l, "mixer.D", 1, heads, 1, INIT_CONSTANT, 1);
+    w->norm_weight = add_parameter(t, block, l, "mixer.norm.weight", 1, E, 1, INIT_CONSTANT, 1);
+    w->out_proj = add_parameter(t, block, l, "mixer.out_proj.weight", 2, D, E, INIT_UNIFORM, 1 / sqrt((double)E));
+}
+
+// Kept for the backward pass: the projections, the state before each chunk, the scan's output. In generation the cache is
+// the last state and the convolution's last inputs, however long the past is.
+static void mamba2_activations(Table *t, real *block, const Config *c, int l, Activations *acts, int B, int T, Mode mode) {
+    int D = c->d_model, E = 2 * D, S = c->state_dim, W = E + 2 * S, heads = E / c->head_dim, training = mode >= TRAIN;
+    LayerActivations *a = &acts->layers[l];
+    if (l == 0 || training) {
+        a->proj = add_tensor(t, block, l, "proj", 3, B, T, proj_width(c));
+        add_view(t, l, "z", "proj", 0, E);
+        a->y_scan = add_tensor(t, block, l, "y", 3, B, T, E);
+        a->rms = add_tensor(t, block, l, "rms", 2, B, T, 1);
+        a->s = add_tensor(t, block, l, "s", 3, B, T, D);
+    }
+    a->states = add_tensor(t, block, l, "states", 3, training ? (int64_t)B * ((T + CHUNK - 1) / CHUNK) : B, S, E);
+    if (!training) a->tail = add_tensor(t, block, l, "tail", 2, TAPS - 1, W, 1);
+    if (l == 0 || mode == KEEP_ALL) {
+        a->xbc = add_tensor(t, block, l, "conv", 3, B, T, W);
+        a->step = add_tensor(t, block, l, "dt", 3, B, T, heads);
+        a->normed = add_tensor(t, block, l, "normed", 3, B, T, E);
+    }
+    if (l) return;
+    acts->scratch = add_tensor(t, block, -1, "scratch", 2, omp_get_max_threads(), (int64_t)scan_scratch(E, S, heads), 1);
+    if (!training) return;
+    acts->dproj = add_tensor(t, block, -1, "dproj", 3, B, T, proj_width(c));
+    acts->dy = add_tensor(t, block, -1, "dy", 3, B, T, E);
+    acts->dxbc = add_tensor(t, block, -1, "dxbc", 3, B, T, W);
+    acts->dstep = add_tensor(t, block, -1, "dstep", 3, B, T, 3 * heads);
+}
+
+// abar → s: [z, x, b, c, step] = abar in_proj^T, the convolution over x, b and c, the scan, the gated norm, out_proj
+static void mamba2_forward(Model *m, int l, int B, int T, int first) {
+    const Config *c = &m->config;
+    int D = c->d_model, E = 2 * D, S = c->state_dim, heads = E / c->head_dim, ld = proj_width(c), N = B * (T - first);
+    int kept = m->grads != NULL;
+    LayerWeights *w = &m->weights.layers[l];
+    LayerActivations *a = &m->acts.layers[l];
+    if (!kept && !first) memset(a->states, 0, sizeof(real) * (size_t)B * (size_t)S * (size_t)E);
+    linear_forward(a->proj, ld, a->abar, w->in_proj, NULL, N, D, ld);
+    conv_forward(a->xbc, a->proj + E, ld, B == 1 ? a->tail : NULL, w->conv_weight, w->conv_bias, B, T, E + 2 * S, first);
+    step_forward(a->step, a->proj + ld - heads, ld, w->step_bias, N, heads);
+    scan_forward(a->y_scan, a->states, kept, m->acts.scratch, a->xbc, a->step, w->A_log, w->skip, B, T - first, E, S, heads, 0);
+    gated_rmsnorm_forward(a->normed, a->rms, a->y_scan, a->proj, ld, w->norm_weight, N, E);
+    linear_forward(a->s + (size_t)first * D, D, a->normed, w->out_proj, NULL, N, E, D);
+}
+
+static void mamba2_backward(Model *m, int l, int B, int T) {
+    const Config *c = &m->config;
+    int D = c->d_model, E = 2 * D, S = c->state_dim, W = E + 2 * S, heads = E / c->head_dim, ld = proj_width(c), N = B * T;
+    LayerWeights *w = &m->weights.layers[l], *dw = &m->grad.layers[l];
+    LayerActivations *a = &m->acts.layers[l];
+    Activations *back = &m->acts;
+    const real *x = a->proj + E, *step = a->proj + ld - heads;
+    gated_rmsnorm_forward(a->normed, a->rms, a->y_scan, a->proj, ld, w->norm_weight, N, E); // again
+    linear_backward(back->dy, dw->out_proj, NULL, back->ds, D, a->normed, w->out_proj, N, E, D);
+    gated_rmsnorm_backward(back->dy, back->dproj, dw->norm_weight, back->dy, a->y_scan, a->proj, ld, a->rms, w->norm_weight, N, E);
+    conv_forward(a->xbc, x, ld, NULL, w->conv_weight, w->conv_bias, B, T, W, 0);            // again
+    step_forward(a->step, step, ld, w->step_bias, N, heads);
+    scan_backward(back->dxbc, back->dstep, dw->A_log, dw->skip, back->scratch, back->dy, a->states, a->xbc, a->step, w->A_log,
+                  w->skip, B, T, E, S, heads, 0);
+    conv_backward(back->dproj + E, dw->conv_weight, dw->conv_bias, back->dxbc, x, ld, w->conv_weight, w->conv_bias, B, T, W);
+    step_backward(back->dproj + ld - heads, dw->step_bias, back->dstep, 3 * heads, step, ld, w->step_bias, N, heads);
+    linear_backward(back->dabar, dw->in_proj, NULL, back->dproj, ld, a->abar, w->in_proj, N, D, ld);
+}
+
+// A mixer is its rows in the tables of parameters and activations, a forward pass over the new positions first..T-1, which
+// also serves generation token by token, and a backward pass over all.
 typedef struct {
     const char *name;
     void (*weights)(Table *table, real *block, const Config *config, int layer, LayerWeights *weights);
+    void (*activations)(Table *table, real *block, const Config *config, int layer, Activations *acts, int B, int T, Mode mode);
     void (*forward)(Model *model, int layer, int B, int T, int first);  // acts.layers[layer].abar → .s
     void (*backward)(Model *model, int layer, int B, int T);            // acts.ds → acts.dabar, parameters' gradients +=
 } Mixer;
 
 static const Mixer mixers[N_MIXERS] = {
-    {"sessa", sessa_weights, sessa_forward, sessa_backward},
-    {"attention", attention_weights, attention_mixer_forward, direct_read_backward},
+    {"sessa", sessa_weights, attention_activations, sessa_forward, sessa_backward},
+    {"attention", attention_weights, attention_activations, attention_mixer_forward, direct_read_backward},
+    {"mamba2", mamba2_weights, mamba2_activations, mamba2_forward, mamba2_backward},
 };
 
 // The index of a mixer, -1 if there is none of this name.
@@ -1126,8 +1578,7 @@ static void carve_weights(Weights *w, Table *t, real *block, const Config *c) {
 
 // The same for the activations of B sequences of T tokens; names are those of reference dumps, less "act.".
 static void carve_activations(Activations *acts, Table *t, real *block, const Config *c, int B, int T, Mode mode) {
-    int D = c->d_model, H = c->n_heads, d = D / H, kv_width = c->n_kv_heads * d, E = proj_width(c);
-    int sessa = c->mixer == SESSA, training = mode >= TRAIN, keep_all = mode == KEEP_ALL;
+    int D = c->d_model, d = D / c->n_heads, training = mode >= TRAIN, keep_all = mode == KEEP_ALL;
     t->n = 0;
     t->count = 0;
     real *x = add_tensor(t, block, -1, "encoded", 3, B, T, D);
@@ -1135,30 +1586,18 @@ static void carve_activations(Activations *acts, Table *t, real *block, const Co
         LayerActivations *a = &acts->layers[l];
         if (l > 0) *a = acts->layers[0]; // every buffer is shared but for those that follow
         a->x = x;
-        a->proj = add_tensor(t, block, l, "proj", 3, B, T, E);
-        add_view(t, l, "q", "proj", 0, D);
-        add_view(t, l, "k", "proj", D, kv_width);
-        add_view(t, l, "v", "proj", D + kv_width, kv_width);
-        if (sessa) add_view(t, l, "fb_q", "proj", E - 2 * D, D);
-        if (sessa) add_view(t, l, "fb_k", "proj", E - D, D);
-        a->s = add_tensor(t, block, l, "s", 3, B, T, D);
-        if (!sessa) add_view(t, l, "f", "s", 0, D);
         if (l == 0 || training) {
             a->ln_mean = add_tensor(t, block, l, "ln_mean", 2, B, T, 1);
             a->ln_rstd = add_tensor(t, block, l, "ln_rstd", 2, B, T, 1);
             a->ag = add_tensor(t, block, l, "ag", 3, B, T, 2 * D);
             add_view(t, l, "a", "ag", 0, D);
             add_view(t, l, "g", "ag", D, D);
-            if (H > 1) a->o = add_tensor(t, block, l, "o", 3, B, T, D);
-            a->stats = add_tensor(t, block, l, "stats", 3, B * H, T, 2);
-            if (sessa) a->gamma = add_tensor(t, block, l, "gamma", 2, B, T, 1);
-            if (sessa) a->fb_stats = add_tensor(t, block, l, "fb_stats", 3, B, T, 2);
         }
         if (l == 0 || keep_all) {
             a->n = a->f = a->gated = add_tensor(t, block, l, "ln", 3, B, T, D);
             a->abar = a->branch = add_tensor(t, block, l, "abar", 3, B, T, D);
         }
-        if (keep_all && sessa) a->f = add_tensor(t, block, l, "f", 3, B, T, D);
+        mixers[c->mixer].activations(t, block, c, l, acts, B, T, mode);
         if (keep_all) a->gated = add_tensor(t, block, l, "gated", 3, B, T, D);
         x = a->y = training ? add_tensor(t, block, l, "residual", 3, B, T, D) : x;
     }
@@ -1170,15 +1609,12 @@ static void carve_activations(Activations *acts, Table *t, real *block, const Co
     acts->loss_logsumexp = add_tensor(t, block, -1, "loss_logsumexp", 2, B, T, 1);
     acts->cosine = add_tensor(t, block, -1, "cosine", 2, T, d / 2, 1);
     acts->sine = add_tensor(t, block, -1, "sine", 2, T, d / 2, 1);
-    acts->scratch = add_tensor(t, block, -1, "scratch", 2, omp_get_max_threads(), (int64_t)panel_scratch(T), 1);
     if (!training) return;
     acts->dout = acts->layers[0].n; // free by then
     acts->dx = add_tensor(t, block, -1, "dx", 3, B, T, D);
     acts->ds = add_tensor(t, block, -1, "ds", 3, B, T, D);
     acts->dabar = add_tensor(t, block, -1, "dabar", 3, B, T, D);
     acts->dag = add_tensor(t, block, -1, "dag", 3, B, T, 2 * D);
-    acts->dproj = add_tensor(t, block, -1, "dproj", 3, B, T, E);
-    acts->dgamma = add_tensor(t, block, -1, "dgamma", 2, B, T, 1);
 }
 
 static void model_free(Model *m) {
@@ -1282,6 +1718,18 @@ static double model_forward(Model *m, const int *inputs, const int *targets, int
     return sum;
 }
 
+// hits[n] = 1 where the target of token n has the largest logit of its row, else 0, of the last model_forward. hits (N)
+static void model_hits(Model *m, char *hits) {
+    int V = m->config.vocab_size;
+    #pragma omp parallel for
+    for (int n = 0; n < m->batch_B * m->batch_T; n++) {
+        const real *row = m->acts.logits + (size_t)n * V;
+        int target = m->targets[n], larger = 0;
+        for (int v = 0; target >= 0 && v < V; v++) larger += !(row[v] <= row[target]);
+        hits[n] = target >= 0 && !larger;
+    }
+}
+
 // Gradients of dloss · (the sum that the last model_forward returned), added to those that are there.
 static void model_backward(Model *m, double dloss) {
     const Config *c = &m->config;
@@ -1368,14 +1816,22 @@ static void model_update(Model *m, AdamW o, double grad_scale, int64_t step) {
     }
 }
 
+static double initial_value(Init init, uint64_t *state) {
+    if (init == INIT_CONSTANT) return 1;
+    if (init == INIT_NORMAL) return random_normal(state);
+    double uniform = random_uniform(state);
+    if (init == INIT_UNIFORM) return 2 * uniform - 1;
+    if (init == INIT_LOG_DECAY) return log(1 + 15 * uniform);
+    return log(expm1(0.001 * pow(100, uniform))); // the step that softplus makes of it
+}
+
 // Initial values of a block of parameters, drawn in the table's order.
 static void initialise(real *params, const Table *table, uint64_t seed) {
     uint64_t state = splitmix64(seed);
     for (int r = 0; r < table->n; r++) {
         const Tensor *t = &table->rows[r];
         for (int64_t i = 0; i < t->count; i++)
-            params[t->offset + i] = (real)(t->init_value * (t->init == INIT_CONSTANT ? 1 :
-                                    t->init == INIT_UNIFORM ? 2 * random_uniform(&state) - 1 : random_normal(&state)));
+            params[t->offset + i] = (real)(t->init_value * initial_value(t->init, &state));
     }
 }
 
@@ -1402,6 +1858,7 @@ typedef struct {
     real *(*read)(Model *model, Block block);  // the block's numbers, in the parameter table's order, in memory of their own
     void (*write)(Model *model, Block block);  // makes the numbers that stand there the model's
     double (*forward)(Model *model, const int *inputs, const int *targets, int B, int T, Dropout drop);
+    void (*hits)(Model *model, char *hits);
     void (*backward)(Model *model, double dloss);
     double (*grad_norm)(Model *model);
     void (*update)(Model *model, AdamW options, double grad_scale, int64_t step);
@@ -1425,7 +1882,7 @@ static void cpu_write(Model *m, Block block) { (void)m; (void)block; } // the ho
 static double cpu_grad_norm(Model *m) { return norm(m->grads, m->table.count); }
 
 static const Backend cpu_backend = {"CPU", model_create, model_free, cpu_bytes, cpu_read, cpu_write, model_forward,
-                                    model_backward, cpu_grad_norm, model_update, model_extend};
+                                    model_hits, model_backward, cpu_grad_norm, model_update, model_extend};
 
 // ----------------------------------------------------------------------------
 // safetensors: checkpoints, reference dumps and example sets are files of this one format
@@ -1864,7 +2321,7 @@ static int safetensors_write(const char *path, const FileTensor *tensors, int n_
 
 // Text is any file of bytes, a token is a byte's place in the vocabulary. A shard is llm.c's: 256 int32 (magic, version 1,
 // number of tokens, the rest unused), then uint16 tokens. An example set is a safetensors file with `inputs` and
-// `targets` (N,T).
+// `targets` (N,T), and maybe `lags` (N,T): how far back lies what each target asks for.
 typedef enum { DATA_TEXT, DATA_SHARD, DATA_EXAMPLES } DataKind;
 
 typedef struct {
@@ -1872,6 +2329,7 @@ typedef struct {
     unsigned char *bytes;      // TEXT, SHARD: the file; dataset_encode puts token ids in the place of a text's bytes
     const uint16_t *tokens;    // SHARD: inside bytes
     int32_t *inputs, *targets; // EXAMPLES: (count, width); a target of -1 is none
+    int32_t *lags;             // EXAMPLES: (count, width) or NULL
     int64_t count;             // tokens or examples
     int width;                 // EXAMPLES: T of the file
     int vocab_hint;            // EXAMPLES: the metadata's vocab_size, or 0
@@ -1899,6 +2357,7 @@ static void dataset_free(Dataset *data) {
     free(data->bytes);
     free(data->inputs);
     free(data->targets);
+    free(data->lags);
     memset(data, 0, sizeof(*data));
 }
 
@@ -1942,11 +2401,15 @@ static int32_t *ids_read(const FileTensor *tensor, int low, int *max_id, const c
 // Fills data from a safetensors file of examples.
 static int examples_read(Dataset *data, const Safetensors *file, const char *path, char *error) {
     const FileTensor *inputs = safetensors_find(file, "inputs"), *targets = safetensors_find(file, "targets");
+    const FileTensor *lags = safetensors_find(file, "lags");
     const char *vocab_size = safetensors_meta(file, "vocab_size");
     int64_t vocab = 0;
+    int longest = 0;
     if (!inputs || !targets) return fail(error, path, "not an example set: it has no '%s'", inputs ? "targets" : "inputs");
     if (inputs->n_dims != 2 || targets->n_dims != 2 || memcmp(inputs->shape, targets->shape, 2 * sizeof(int64_t)))
         return fail(error, path, "'inputs' and 'targets' must have the same shape (N,T)");
+    if (lags && (lags->n_dims != 2 || memcmp(inputs->shape, lags->shape, 2 * sizeof(int64_t))))
+        return fail(error, path, "'lags' must have the shape of 'inputs'");
     if (!inputs->count || inputs->shape[1] > INT_MAX || inputs->shape[0] > INT_MAX)
         return fail(error, path, "the example set is empty, or too large");
     if (vocab_size && parse_integer(vocab_size, 1, 1 << 24, &vocab))
@@ -1956,7 +2419,8 @@ static int examples_read(Dataset *data, const Safetensors *file, const char *pat
     data->vocab_hint = (int)vocab;
     data->inputs = ids_read(inputs, 0, &data->max_id, path, error);
     if (data->inputs) data->targets = ids_read(targets, -1, &data->max_id, path, error);
-    return data->targets ? 0 : FAILED;
+    if (data->targets && lags) data->lags = ids_read(lags, 0, &longest, path, error);
+    return data->targets && (!lags || data->lags) ? 0 : FAILED;
 }
 
 // Reads a file of any of the three kinds: named *.safetensors it is an example set, with a shard's magic number at its
@@ -2019,7 +2483,7 @@ static void copy_sequence(int *inputs, int *targets, const Dataset *set, int64_t
 
 typedef struct {
     const char *data, *val, *mixer, *log, *out, *load, *resume, *prompt, *data_content, *val_content;
-    int64_t vocab, dim, layers, heads, kv_heads, seq, steps, batch, accum, warmup, decay_steps, seed, eval_every,
+    int64_t vocab, dim, layers, heads, kv_heads, head_dim, state_dim, seq, steps, batch, accum, warmup, decay_steps, seed, eval_every,
         eval_batches, sample_every, save_every, generate, eval, top_k, window, step;
     double gamma_max, lr, min_lr, beta1, beta2, eps, weight_decay, clip, dropout, temperature, top_p, best_val;
 } Options;
@@ -2041,11 +2505,13 @@ static const Option option_table[] = {
     {DATA, "data", "data", TEXT, FIELD(data), "data/tinyshakespeare.txt", 0, 0, "text, token shard (.bin) or examples (.safetensors)"},
     {DATA, "val", "val", TEXT, FIELD(val), NULL, 0, 0, "validation data (else the last 10 % of --data)"},
     {MODEL, "vocab", "vocab_size", INTEGER, FIELD(vocab), NULL, 1, 1 << 24, "vocabulary of shards and examples (else from the data)"},
-    {MODEL, "mixer", "mixer", TEXT, FIELD(mixer), "sessa", 0, 0, "sessa or attention (no feedback)"},
+    {MODEL, "mixer", "mixer", TEXT, FIELD(mixer), "sessa", 0, 0, "sessa, attention (no feedback) or mamba2"},
     {MODEL, "dim", "d_model", INTEGER, FIELD(dim), "128", 1, 1 << 16, "width D"},
     {MODEL, "layers", "n_layers", INTEGER, FIELD(layers), "5", 1, 4096, "layers L"},
     {MODEL, "heads", "n_heads", INTEGER, FIELD(heads), "4", 1, 1 << 16, "query heads H, a divisor of D; D/H is even"},
     {MODEL, "kv-heads", "n_kv_heads", INTEGER, FIELD(kv_heads), NULL, 1, 1 << 16, "key/value heads G, a divisor of H (else H)"},
+    {MODEL, "head-dim", "mamba_head_dim", INTEGER, FIELD(head_dim), NULL, 1, 1 << 17, "mamba2: width w of a head, a divisor of 2D (else 64, or 2D)"},
+    {MODEL, "state-dim", "mamba_state_dim", INTEGER, FIELD(state_dim), NULL, 1, 1024, "mamba2: state of a channel (else 64)"},
     {MODEL, "seq", "max_seq_len", INTEGER, FIELD(seq), "64", 1, 1 << 24, "tokens T of a training sequence"},
     {MODEL, "gamma-max", "gamma_max", NUMBER, FIELD(gamma_max), "0.999", 1e-6, 0.999999, "bound of the feedback gain"},
     {TRAINING, "steps", "steps", INTEGER, FIELD(steps), "2000", 0, 1e12, "updates of the weights"},
@@ -2100,10 +2566,11 @@ static int set_option(Options *o, const Option *option, const char *text, char *
     return 0;
 }
 
-// An option's value as text, a number with as many digits as give the same number again. NULL: a text that is not set.
+// An option's value as text, a number with as many digits as give the same number again. NULL: one that is not set.
 static const char *option_text(char text[96], const Options *o, const Option *option) {
     const void *field = (const char *)o + option->offset;
     if (option->type == TEXT) return *(const char *const *)field;
+    if (option->type != NUMBER && !option->fallback && option->low > 0 && !*(const int64_t *)field) return NULL;
     if (option->type != NUMBER) snprintf(text, 96, "%lld", (long long)*(const int64_t *)field);
     for (int digits = 6; option->type == NUMBER && digits <= 17; digits++) {
         snprintf(text, 96, "%.*g", digits, *(const double *)field);
@@ -2173,6 +2640,7 @@ typedef struct {
     Model *model;
     Table table;              // of the parameters
     int *inputs, *targets;    // (accum·batch, seq)
+    char *hits;               // (batch, seq)
     int32_t *order;           // example sets: this epoch's permutation
     int64_t order_epoch;
 } Run;
@@ -2180,9 +2648,12 @@ typedef struct {
 // The model that the options describe.
 static int config_of(Config *c, const Options *o, char *error) {
     Config config = {(int)o->vocab, (int)o->dim, (int)o->layers, (int)o->heads, (int)o->kv_heads, (int)o->seq, o->gamma_max,
-                     find_mixer(o->mixer)};
+                     find_mixer(o->mixer), (int)o->head_dim, (int)o->state_dim};
     *c = config;
-    if (c->mixer < 0) return wrong(error, NULL, "--mixer takes sessa or attention, not '%s'", o->mixer);
+    if (c->mixer < 0) return wrong(error, NULL, "--mixer takes sessa, attention or mamba2, not '%s'", o->mixer);
+    if (c->mixer == MAMBA2 && 2 * o->dim % o->head_dim)
+        return wrong(error, NULL, "--head-dim %d does not divide twice --dim %d", c->head_dim, c->d_model);
+    if (c->mixer != MAMBA2 && o->head_dim + o->state_dim) return wrong(error, NULL, "--head-dim and --state-dim are for mamba2");
     if (o->dim % o->heads) return wrong(error, NULL, "--heads %d does not divide --dim %d", c->n_heads, c->d_model);
     if (o->dim / o->heads % 2) return wrong(error, NULL, "--dim / --heads must be even, not %d", c->d_model / c->n_heads);
     if (o->heads % o->kv_heads)
@@ -2271,7 +2742,7 @@ static int settings_from_file(Run *run, const char *path, int resume, char *erro
         if (!option->key || (!resume && option->group != MODEL)) continue;
         const char *text = safetensors_meta(&run->file, option->key), *may_differ = resume ? "steps data val" : "seq";
         Options other = s->values;
-        if (!text && !strcmp(option->key, "val")) continue;
+        if (!text && (!strcmp(option->key, "val") || (!strncmp(option->key, "mamba", 5) && strcmp(s->values.mixer, "mamba2")))) continue;
         if (!text || set_option(&other, option, text, stored))
             return fail(error, path, "metadata %s is %s", option->key, text ? "no valid value" : "missing");
         if (!s->given[i]) s->values = other;
@@ -2364,25 +2835,51 @@ static int64_t sequence_place(Run *run, int64_t i) {
 static volatile sig_atomic_t interrupted = 0;
 static void on_interrupt(int signal_number) { interrupted = signal_number; }
 
-// Mean loss over consecutive windows of the validation split: all of them, or max_batches evenly spaced batches.
-static double evaluate(Run *run, int64_t max_batches) {
+// What a validation finds: the mean loss in nats and, of example sets, the share of the targets that are the likeliest
+// token; of those that say their lag also by lag, from 2^k to 2^(k+1) - 1. NAN: no such target.
+enum { LAG_BINS = 31 };
+typedef struct { double loss, accuracy, by_lag[LAG_BINS]; } Score;
+
+// Over consecutive windows of the validation split: all of them, or max_batches evenly spaced batches.
+static Score evaluate(Run *run, int64_t max_batches) {
     const Options *o = &run->settings.values;
+    const Dataset *set = run->val_set;
     Dropout off = {0, 0, 0};
-    int T = (int)o->seq, examples = run->val_set->kind == DATA_EXAMPLES;
-    int64_t length = run->val_end - run->val_begin, windows = examples ? length : (length - 1) / T, count = 0;
-    int64_t batches = (windows + o->batch - 1) / o->batch;
-    int64_t taken = max_batches && max_batches < batches ? max_batches : batches;
+    int T = (int)o->seq, examples = set->kind == DATA_EXAMPLES;
+    int64_t length = run->val_end - run->val_begin, windows = examples ? length : (length - 1) / T, batches = (windows + o->batch - 1) / o->batch;
+    int64_t taken = max_batches && max_batches < batches ? max_batches : batches, count = 0, hits = 0, of_bin[LAG_BINS] = {0}, hits_of[LAG_BINS] = {0};
     double sum = 0;
     for (int64_t i = 0; i < taken && !(interrupted && !max_batches); i++) {
         int64_t first = batches * i / taken * o->batch;
         int B = (int)(windows - first < o->batch ? windows - first : o->batch);
         for (int b = 0; b < B; b++)
-            copy_sequence(run->inputs + b * T, run->targets + b * T, run->val_set,
-                          run->val_begin + (first + b) * (examples ? 1 : T), T);
-        for (int n = 0; n < B * T; n++) count += run->targets[n] >= 0;
+            copy_sequence(run->inputs + b * T, run->targets + b * T, set, run->val_begin + (first + b) * (examples ? 1 : T), T);
         sum += run->backend->forward(run->model, run->inputs, run->targets, B, T, off);
+        if (examples) run->backend->hits(run->model, run->hits);
+        for (int n = 0; n < B * T; n++) {
+            if (run->targets[n] < 0) continue;
+            int lag = set->lags ? set->lags[(run->val_begin + first) * T + n] : 0, bin = 0;
+            count++;
+            hits += examples && run->hits[n];
+            if (!lag) continue;
+            while (lag >> (bin + 1)) bin++;
+            of_bin[bin]++;
+            hits_of[bin] += run->hits[n];
+        }
     }
-    return count ? sum / (double)count : 0;
+    Score score = {count ? sum / (double)count : 0, count && examples ? (double)hits / (double)count : NAN, {0}};
+    for (int k = 0; k < LAG_BINS; k++) score.by_lag[k] = of_bin[k] ? (double)hits_of[k] / (double)of_bin[k] : NAN;
+    return score;
+}
+
+// The score as members of a JSON object.
+static void print_score(FILE *out, const Score *score) {
+    int bins = 0;
+    fprintf(out, "\"val_loss\": %.9g", score->loss);
+    if (!isnan(score->accuracy)) fprintf(out, ", \"val_accuracy\": %.9g", score->accuracy);
+    for (int k = 0; k < LAG_BINS; k++)
+        if (!isnan(score->by_lag[k])) fprintf(out, "%s\"%d\": %.9g", bins++ ? ", " : ", \"accuracy_by_lag\": {", 1 << k, score->by_lag[k]);
+    if (bins) fprintf(out, "}");
 }
 
 // ----------------------------------------------------------------------------
@@ -2547,13 +3044,15 @@ static void print_resume_command(const Run *run, const char *program) {
 
 // The line that a step writes to the terminal, over the one before, or to a file.
 static void print_step(const Options *o, double loss, double grad_norm, double rate, double elapsed, double left,
-                       double val_loss) {
+                       const Score *score) {
     int last = o->step == o->steps, terminal = isatty(STDOUT_FILENO);
     printf("%sstep %lld/%lld | loss %.4f | norm %.3f | lr %.2e | %.1f ms | %.0f tok/s | %d:%02d left", terminal ? "\r" : "",
            (long long)o->step, (long long)o->steps, loss, grad_norm, rate, elapsed * 1e3,
            (double)(o->accum * o->batch * o->seq) / elapsed, (int)(left / 60), (int)left % 60);
-    if (!isnan(val_loss)) printf(" | val %.4f%s", val_loss, last ? " (whole split)" : "");
-    printf(!terminal || !isnan(val_loss) ? "\n" : "  ");
+    if (score) printf(" | val %.4f", score->loss);
+    if (score && !isnan(score->accuracy)) printf(", accuracy %.4f", score->accuracy);
+    if (score && last) printf(" (whole split)");
+    printf(!terminal || score ? "\n" : "  ");
     fflush(stdout);
 }
 
@@ -2574,30 +3073,31 @@ static int train(Run *run, const char *program, char *error) {
     if (safetensors_writable(o->out, error) || safetensors_writable(best_path, error)) return FAILED;
     if (o->log && !(log = open_log(o->log, o->step, error))) return FAILED;
     while (o->step < o->steps && !interrupted) {
-        double begin = seconds(), rate = learning_rate(o, o->step), val_loss = NAN;
+        double begin = seconds(), rate = learning_rate(o, o->step);
+        Score score;
         if ((result = train_step(run, &loss, &grad_norm, error))) break;
         double elapsed = seconds() - begin, tokens = (double)(o->accum * o->batch * o->seq);
         double left = (seconds() - start) / (double)(o->step - first_step) * (double)(o->steps - o->step);
-        int last = o->step == o->steps;
-        if (o->eval_every && o->step % o->eval_every == 0) {
-            val_loss = evaluate(run, o->eval_batches);
-            if (val_loss < o->best_val) {
-                o->best_val = val_loss;
+        int last = o->step == o->steps, scored = o->eval_every && o->step % o->eval_every == 0;
+        if (scored) {
+            score = evaluate(run, o->eval_batches);
+            if (score.loss < o->best_val) {
+                o->best_val = score.loss;
                 if ((result = save_checkpoint(run, best_path, 0, error))) break;
             }
         }
         if (last || interrupted || (o->save_every && o->step % o->save_every == 0))
             if ((result = save_checkpoint(run, o->out, 1, error))) break;
-        if (last) val_loss = evaluate(run, 0);
-        if (last && interrupted) val_loss = NAN; // stopped before it had seen all
+        if (last) score = evaluate(run, 0);
+        if (last) scored = !interrupted; // else it was stopped before it had seen all
         int none = o->best_val >= 1e300; // no validation came before the end: the last weights are the best
         if (last && none && (result = save_checkpoint(run, best_path, 0, error))) break;
-        if (terminal || !isnan(val_loss) || o->step == first_step + 1 || o->step % 100 == 0)
-            print_step(o, loss, grad_norm, rate, elapsed, left, val_loss);
+        if (terminal || scored || o->step == first_step + 1 || o->step % 100 == 0)
+            print_step(o, loss, grad_norm, rate, elapsed, left, scored ? &score : NULL);
         if (log) {
-            fprintf(log, "{\"step\": %lld, \"train_loss\": %.9g", (long long)o->step, loss);
-            if (!isnan(val_loss)) fprintf(log, ", \"val_loss\": %.9g", val_loss);
-            fprintf(log, ", \"lr\": %.9g, \"grad_norm\": %.9g, \"tok_per_s\": %.6g}\n", rate, grad_norm, tokens / elapsed);
+            fprintf(log, "{\"step\": %lld, \"train_loss\": %.9g, ", (long long)o->step, loss);
+            if (scored) print_score(log, &score);
+            fprintf(log, "%s\"lr\": %.9g, \"grad_norm\": %.9g, \"tok_per_s\": %.6g}\n", scored ? ", " : "", rate, grad_norm, tokens / elapsed);
             if (fflush(log) && (result = fail(error, o->log, "%s", strerror(errno)))) break;
         }
         if (o->sample_every && o->step % o->sample_every == 0) {
@@ -2633,6 +3133,8 @@ static int prepare(Run *run, char *error) {
     if (path && (result = settings_from_file(run, path, o->resume != NULL, error))) return result;
     // defaults that depend on other options
     if (!o->kv_heads) o->kv_heads = o->heads;
+    if (!o->head_dim && find_mixer(o->mixer) == MAMBA2) o->head_dim = 2 * o->dim < 64 ? 2 * o->dim : 64;
+    if (!o->state_dim && find_mixer(o->mixer) == MAMBA2) o->state_dim = 64;
     if (o->min_lr < 0) o->min_lr = o->lr / 10;
     if (!o->decay_steps) o->decay_steps = o->steps > 0 ? o->steps : 1;
     if (!o->save_every) o->save_every = o->eval_every;
@@ -2650,9 +3152,10 @@ static int prepare(Run *run, char *error) {
     size_t tokens = (size_t)B * (size_t)T * (size_t)(training ? o->accum : 1);
     run->inputs = (int *)malloc(tokens * sizeof(int));
     run->targets = (int *)malloc(tokens * sizeof(int));
+    run->hits = (char *)malloc(tokens);
     size_t examples = run->train.kind == DATA_EXAMPLES ? (size_t)run->train_end : 1;
     run->order = (int32_t *)malloc(examples * sizeof(int32_t));
-    if (!weights.layers || !run->inputs || !run->targets || !run->order) return fail(error, NULL, "out of memory");
+    if (!weights.layers || !run->inputs || !run->targets || !run->hits || !run->order) return fail(error, NULL, "out of memory");
     carve_weights(&weights, &run->table, NULL, &run->config); // the parameters' names and shapes alone
     free(weights.layers);
 
@@ -2682,9 +3185,13 @@ static int act(Run *run, const char *program, char *error) {
         return result ? result : interrupted ? 130 : 0;
     }
     if (o->eval) {
-        double loss = evaluate(run, 0);
-        if (!interrupted) printf("val_loss %.6f\n", loss);
-        return interrupted ? 130 : 0;
+        Score score = evaluate(run, 0);
+        if (interrupted) return 130;
+        printf("val_loss %.6f\n", score.loss);
+        if (!isnan(score.accuracy)) printf("val_accuracy %.6f\n", score.accuracy);
+        for (int k = 0; k < LAG_BINS; k++)
+            if (!isnan(score.by_lag[k])) printf("lag %d to %lld %.6f\n", 1 << k, (2LL << k) - 1, score.by_lag[k]);
+        return 0;
     }
     printf("%s: D %d, L %d, H %d, G %d, T %d, V %d, %.2fM parameters; %s, %d threads, %.0f MiB\n", o->mixer, c->d_model,
            c->n_layers, c->n_heads, c->n_kv_heads, c->max_seq_len, c->vocab_size, (double)run->table.count / 1e6,
@@ -2711,6 +3218,7 @@ static int run_program(int argc, char **argv, const Backend *backend) {
     free(run.table.rows);
     free(run.inputs);
     free(run.targets);
+    free(run.hits);
     free(run.order);
     dataset_free(&run.train);
     dataset_free(&run.val);

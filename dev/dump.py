@@ -2,7 +2,8 @@
 computed in float64 from weights that float32 holds exactly and rounded once, for ./test_sessa FILE to check.
 
   dev/dump.py my_dump.safetensors --dim 64 --heads 4 --kv-heads 2 --layers 3 --seq 100
-  dev/dump.py --committed        # data/ref_sessa, ref_one_head, ref_attention
+  dev/dump.py my_dump.safetensors --mixer mamba2 --mamba-head-dim 16 --mamba-state-dim 8
+  dev/dump.py --committed        # data/ref_sessa, ref_one_head, ref_attention, ref_mamba2
 """
 import argparse
 import copy
@@ -12,7 +13,7 @@ import struct
 
 import torch
 
-from sessa import Config, Sessa, configure_adamw
+from sessa import Config, Sessa, configure_adamw, metadata_of
 
 HYPER = {"learning_rate": 0.01, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "grad_clip": 2.5}
 
@@ -58,9 +59,7 @@ def write_dump(path, model, inputs, targets, hyper=HYPER, n_losses=5):
     if not all(x.isfinite().all() for x in tensors.values()):
         raise ValueError("the dump would hold a number that is not finite")
     tensors.update(inputs=inputs.int(), targets=targets.int())
-    metadata = {name: getattr(c, name) for name in
-                ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "max_seq_len", "gamma_max", "mixer")}
-    metadata.update(hyper, batch_size=inputs.shape[0], seq_len=inputs.shape[1])
+    metadata = {**metadata_of(c), **hyper, "batch_size": inputs.shape[0], "seq_len": inputs.shape[1]}
     save(path, tensors, metadata)
     return losses
 
@@ -73,7 +72,7 @@ def lively_model(config, seed=0):
         for name, p in model.named_parameters():
             if name == "wte.weight":
                 p.normal_(std=2 / config.d_model ** 0.5)
-            elif ".ln." in name or name.startswith("ln_f."):
+            elif ".ln." in name or name.startswith("ln_f.") or name.endswith(("mixer.D", "norm.weight")):
                 p.add_(0.2 * torch.randn_like(p))
             elif name.endswith("gamma_ctx.weight"):     # γ of both signs and many sizes
                 p.copy_(4 * torch.randn_like(p) / config.d_model ** 0.5)
@@ -81,6 +80,10 @@ def lively_model(config, seed=0):
                 p.fill_(0.7 + 0.1 * torch.randn(()).item())
             elif name.endswith(("q_proj.weight", "k_proj.weight", "proj_fb.weight")):   # looks at some positions more than at others
                 p.mul_(3)
+            elif name.endswith("in_proj.weight"):       # steps that depend on the input, products of both signs
+                p.mul_(2)
+            elif name.endswith("dt_bias"):              # long steps: much is forgotten within the sequence, and some is not
+                p.add_(2)
     return model
 
 
@@ -97,17 +100,19 @@ COMMITTED = {   # name: (configuration, B, T, part of the targets that is ignore
     "ref_sessa": (Config(23, 16, 2, n_heads=4, n_kv_heads=2, max_seq_len=40), 2, 29, 0.2, 3.0),
     "ref_one_head": (Config(17, 12, 2, n_heads=1, max_seq_len=19, gamma_max=0.9), 2, 19, 0.0, 2.25),
     "ref_attention": (Config(19, 16, 2, n_heads=2, n_kv_heads=1, max_seq_len=18, mixer="attention"), 2, 18, 0.3, 3.1),
+    # three heads; T is no multiple of a chunk, whatever the chunk
+    "ref_mamba2": (Config(21, 12, 2, n_heads=1, max_seq_len=37, mixer="mamba2", mamba_head_dim=8, mamba_state_dim=10), 2, 37, 0.2, 3.0),
 }
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", nargs="?")
-    parser.add_argument("--committed", action="store_true", help="write the three dumps of data/")
+    parser.add_argument("--committed", action="store_true", help="write the dumps of data/")
     for name, default in (("vocab", 23), ("dim", 16), ("layers", 2), ("heads", 4), ("kv-heads", 0), ("seq", 37), ("batch", 2),
-                          ("losses", 5), ("seed", 0)):
+                          ("losses", 5), ("seed", 0), ("mamba-head-dim", 0), ("mamba-state-dim", 64)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"[{default}]")
-    parser.add_argument("--mixer", default="sessa", choices=("sessa", "attention"))
+    parser.add_argument("--mixer", default="sessa", choices=("sessa", "attention", "mamba2"))
     parser.add_argument("--gamma-max", type=float, default=0.999)
     parser.add_argument("--ignored", type=float, default=0.2, help="part of the targets that is -1 [0.2]")
     for name, value in {**HYPER, "learning_rate": 0.003}.items():   # wide models at 0.01 would magnify rounding errors
@@ -120,7 +125,8 @@ def main():
         jobs = {os.path.join(folder, f"{name}.safetensors"): job for name, job in COMMITTED.items()}
         hyper, n_losses, seed = HYPER, 5, 0
     else:
-        config = Config(o.vocab, o.dim, o.layers, o.heads, o.kv_heads, o.seq, o.gamma_max, o.mixer)
+        config = Config(o.vocab, o.dim, o.layers, o.heads, o.kv_heads, o.seq, o.gamma_max, o.mixer,
+                        mamba_head_dim=o.mamba_head_dim, mamba_state_dim=o.mamba_state_dim)
         jobs = {o.file: (config, o.batch, o.seq, o.ignored, o.grad_clip)}
         hyper, n_losses, seed = {name: getattr(o, name) for name in HYPER}, o.losses, o.seed
     for path, (config, B, T, ignored, clip) in jobs.items():

@@ -23,14 +23,19 @@ class Config:
     n_kv_heads: int = 0         # 0: as many as n_heads
     max_seq_len: int = 64
     gamma_max: float = 0.999
-    mixer: str = "sessa"        # or "attention": the same block without its feedback path
+    mixer: str = "sessa"        # "attention": the same block without its feedback path; "mamba2": a state-space recurrence
     dropout: float = 0.0
     seed: int = 1337            # of the dropout masks
+    mamba_head_dim: int = 0     # w, a divisor of E = 2D; 0: 64, or E if that is less
+    mamba_state_dim: int = 64   # N
 
     def __post_init__(self):
         self.n_kv_heads = self.n_kv_heads or self.n_heads
-        if self.mixer not in ("sessa", "attention"):
-            raise ValueError(f"mixer is '{self.mixer}', not sessa or attention")
+        self.mamba_head_dim = self.mamba_head_dim or min(64, 2 * self.d_model)
+        if self.mixer not in ("sessa", "attention", "mamba2"):
+            raise ValueError(f"mixer is '{self.mixer}', not sessa, attention or mamba2")
+        if self.mixer == "mamba2" and 2 * self.d_model % self.mamba_head_dim:
+            raise ValueError("mamba2's head width must divide twice the model's width")
         if self.d_model % self.n_heads or self.d_model // self.n_heads % 2 or self.n_heads % self.n_kv_heads:
             raise ValueError("heads must divide the width into even parts, and key/value heads the heads")
 
@@ -176,6 +181,68 @@ class Mixer(nn.Module):
         return s
 
 
+class GatedNorm(nn.Module):
+    """RMSNorm(y ⊙ SiLU(z)), all of the width at once"""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, y, z):
+        y = y * F.silu(z)
+        return y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-5) * self.weight
+
+
+class Mamba2(nn.Module):
+    """ā (B,T,D) → s (B,T,D): the selective state-space recurrence of Mamba-2 (arXiv 2405.21060) in the place of attention and
+    feedback, written as the recurrence it is, one step after the other. E = 2D, E/w heads of width w, one b and one c of
+    width N that all heads share; parameters are named as in state-spaces/mamba:
+
+        [z, x, b, c, δ] = ā W_in^T                      widths E, E, N, N, E/w
+        [x, b, c]       = SiLU(conv([x, b, c]))         each column by itself, over the last four positions
+        Δ_t             = softplus(δ_t + dt_bias)       one a head
+        h_t             = exp(-exp(A_log) Δ_t) h_{t-1} + Δ_t x_t b_t^T          (w,N) a head
+        y_t             = h_t c_t + D x_t
+        s               = RMSNorm(y ⊙ SiLU(z)) W_out^T
+    """
+    TAPS = 4
+
+    def __init__(self, c):
+        super().__init__()
+        self.E, self.N, self.width = 2 * c.d_model, c.mamba_state_dim, c.mamba_head_dim
+        self.heads, channels = self.E // self.width, self.E + 2 * self.N
+        self.in_proj = nn.Linear(c.d_model, self.E + channels + self.heads, bias=False)
+        self.conv1d = nn.Conv1d(channels, channels, self.TAPS, groups=channels)    # its initial values: uniform in ±1/sqrt(taps)
+        step = torch.exp(torch.empty(self.heads).uniform_(*torch.tensor((0.001, 0.1)).log().tolist()))
+        self.dt_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))         # softplus of it is the step
+        self.A_log = nn.Parameter(torch.empty(self.heads).uniform_(1, 16).log())
+        self.D = nn.Parameter(torch.ones(self.heads))
+        self.norm = GatedNorm(self.E)
+        self.out_proj = nn.Linear(self.E, c.d_model, bias=False)
+
+    def forward(self, abar, cos, sin, mask, acts=None, cache=None):
+        z, xbc, delta = self.in_proj(abar).split((self.E, self.E + 2 * self.N, self.heads), dim=-1)
+        known = cache.rows["xbc"] if cache and cache.length else xbc.new_zeros(len(xbc), self.TAPS - 1, xbc.shape[-1])
+        taps = torch.cat((known, xbc), dim=1)           # a sequence begins with zeros
+        xbc = F.silu(self.conv1d(taps.mT).mT)
+        x, b, c = xbc.split((self.E, self.N, self.N), dim=-1)
+        x = x.unflatten(-1, (self.heads, self.width))
+        dt = F.softplus(delta + self.dt_bias)
+        keep = torch.exp(-torch.exp(self.A_log) * dt)[..., None, None]
+        h = cache.rows["h"] if cache and cache.length else x.new_zeros(len(x), self.heads, self.width, self.N)
+        y = []
+        for t in range(x.shape[1]):
+            h = keep[:, t] * h + (dt[:, t, :, None] * x[:, t])[..., None] * b[:, t, None, None, :]
+            y.append((h * c[:, t, None, None, :]).sum(-1))
+        y = (torch.stack(y, dim=1) + self.D[:, None] * x).flatten(2)
+        if cache:
+            cache.rows.update(xbc=taps[:, -(self.TAPS - 1):], h=h)
+        s = self.out_proj(self.norm(y, z))
+        if acts is not None:
+            acts.update(z=z, conv=xbc, dt=dt, y=y, s=s)
+        return s
+
+
 class Layer(nn.Module):
     """y = x + (s ⊙ g) W_out^T + b_out, x and y (B,T,D)"""
 
@@ -183,7 +250,7 @@ class Layer(nn.Module):
         super().__init__()
         self.ln = nn.LayerNorm(c.d_model)
         self.W_in = nn.Linear(c.d_model, 2 * c.d_model)
-        self.mixer = Mixer(c)
+        self.mixer = Mamba2(c) if c.mixer == "mamba2" else Mixer(c)
         self.W_out = nn.Linear(c.d_model, c.d_model)
 
     def forward(self, x, cos, sin, mask, drop, place, acts=None, cache=None):
@@ -197,7 +264,8 @@ class Layer(nn.Module):
 
 
 class Cache:
-    """What a layer remembers of every past position while it generates: k, v, k', s, each (B, positions, …)."""
+    """What a layer remembers while it generates: k, v, k', s of every past position, each (B, positions, …). A mamba2 layer puts
+    its state and its last taps into `rows` itself, whose size does not grow."""
 
     def __init__(self, capacity):
         self.capacity, self.length, self.rows = capacity, 0, {}
@@ -307,11 +375,21 @@ def read_metadata(path):
         return json.loads(file.read(length)).get("__metadata__", {})
 
 
+METADATA = ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "max_seq_len", "gamma_max", "mixer")
+MAMBA_METADATA = ("mamba_head_dim", "mamba_state_dim")
+
+
 def config_of(metadata):
     """The model's configuration in a file's metadata."""
     kinds = {"gamma_max": float, "mixer": str}
-    names = ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "max_seq_len", "gamma_max", "mixer")
-    return Config(**{name: kinds.get(name, int)(metadata[name]) for name in names})
+    return Config(**{name: kinds.get(name, int)(metadata[name]) for name in METADATA + MAMBA_METADATA
+                     if name in metadata or name in METADATA})
+
+
+def metadata_of(config):
+    """What config_of reads: the model's configuration for a file's metadata."""
+    names = METADATA + (MAMBA_METADATA if config.mixer == "mamba2" else ())
+    return {name: getattr(config, name) for name in names}
 
 
 def load_checkpoint(path):

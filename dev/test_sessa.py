@@ -3,18 +3,23 @@ import math
 import os
 import sys
 import tempfile
+from unittest import mock
 
 import torch
 from safetensors.torch import load_file, save_file
 
 import sessa
-from dump import HYPER, lively_model, random_batch, write_dump
+from dump import COMMITTED, HYPER, lively_model, random_batch, write_dump
 from sessa import (Config, Sessa, config_of, configure_adamw, dropout, feedback, generate, load_checkpoint, read_metadata, shift,
                    signed, splitmix, splitmix_tensor, strict_past, Cache)
 
 CONFIGS = [Config(23, 16, 2, 4, 2, 40), Config(17, 12, 2, 1, 0, 40, 0.9), Config(19, 16, 2, 2, 1, 40, mixer="attention"),
-           Config(11, 24, 3, 3, 3, 40, 0.5)]
+           Config(11, 24, 3, 3, 3, 40, 0.5), Config(13, 12, 2, 1, 0, 40, mixer="mamba2", mamba_head_dim=8, mamba_state_dim=5)]
 DATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "data")
+
+
+class Skip(Exception):
+    """What a test needs is not there."""
 
 
 def model_of(config, seed=0):
@@ -59,6 +64,34 @@ def turned(x, t, d):
     return out
 
 
+def silu(x):
+    return x / (1 + math.exp(-x))
+
+
+def naive_mamba2(m, abar):
+    """s of a mamba2 mixer by loops. abar: T rows"""
+    E, N, w, K, T = m.E, m.N, m.width, m.TAPS, len(abar)
+    projected = [[dot(row, x) for row in m.in_proj.weight.tolist()] for x in abar]
+    taps, bias = m.conv1d.weight[:, 0].tolist(), m.conv1d.bias.tolist()
+    state, rows = [[[0.0] * N for _ in range(w)] for _ in range(m.heads)], []
+    for t in range(T):
+        u = [silu(bias[i] + sum(taps[i][K - 1 - j] * projected[t - j][E + i] for j in range(min(K, t + 1)))) for i in range(E + 2 * N)]
+        x, b, c, y = u[:E], u[E:E + N], u[E + N:], [0.0] * E
+        for head in range(m.heads):
+            step = math.log1p(math.exp(projected[t][2 * E + 2 * N + head] + m.dt_bias[head].item()))
+            decay = math.exp(-math.exp(m.A_log[head].item()) * step)
+            for i in range(w):
+                h = state[head][i]
+                for n in range(N):
+                    h[n] = decay * h[n] + step * x[head * w + i] * b[n]
+                y[head * w + i] = dot(h, c) + m.D[head].item() * x[head * w + i]
+        gated = [yi * silu(zi) for yi, zi in zip(y, projected[t][:E])]
+        size = math.sqrt(dot(gated, gated) / E + 1e-5)
+        normed = [v / size * g for v, g in zip(gated, m.norm.weight.tolist())]
+        rows.append([dot(row, normed) for row in m.out_proj.weight.tolist()])
+    return rows
+
+
 def naive_logits(model, ids):
     """Logits of one sequence by loops."""
     c = model.config
@@ -68,6 +101,10 @@ def naive_logits(model, ids):
         m = layer.mixer
         ag = [linear(layernorm(row, layer.ln), layer.W_in) for row in x]
         abar = [[0.5 * v * (1 + math.erf(v / math.sqrt(2))) for v in row[:D]] for row in ag]
+        if c.mixer == "mamba2":
+            s = naive_mamba2(m, abar)
+            x = [[xi + bi for xi, bi in zip(x[t], linear([si * gi for si, gi in zip(s[t], ag[t][D:])], layer.W_out))] for t in range(T)]
+            continue
         q = [turned(linear(row, m.q_proj), t, d) for t, row in enumerate(abar)]
         k = [turned(linear(row, m.k_proj), t, d) for t, row in enumerate(abar)]
         v = [linear(row, m.v_proj) for row in abar]
@@ -155,6 +192,47 @@ def test_bound_of_s():
         gamma = largest * torch.tanh(3 * torch.randn(4, 150, dtype=torch.float64))
         s = feedback(f, q, k, gamma, strict_past(150, f))
         assert s.abs().max() <= f.abs().max() / (1 - gamma.abs().max())
+
+
+# ----------------------------------------------------------------------------
+# Mamba-2 against transformers' module
+
+def test_mamba2_equals_transformers():
+    """The mixer with the same weights in transformers' Mamba2Mixer, in float64, output and gradients, whatever its chunk."""
+    try:
+        import transformers
+        from transformers.models.mamba2 import modeling_mamba2 as theirs
+    except ImportError:
+        raise Skip("transformers is not installed")
+    print(f"      against transformers {transformers.__version__}")
+    to, D, w, N = torch.Tensor.to, 12, 8, 10
+
+    def never_narrower(x, *args, **kwargs):     # theirs turns to float32 in places; a float64 tensor stays one here
+        return x if x.dtype == torch.float64 and args[:1] == (torch.float32,) else to(x, *args, **kwargs)
+
+    transformers.utils.logging.set_verbosity_error()    # it warns that its fast kernels are missing
+    for chunk in (1, 16, 64):
+        ours = model_of(Config(9, D, 1, 1, mixer="mamba2", mamba_head_dim=w, mamba_state_dim=N)).layers[0].mixer
+        config = transformers.Mamba2Config(hidden_size=D, expand=2, head_dim=w, num_heads=2 * D // w, state_size=N, n_groups=1, conv_kernel=4,
+                                           chunk_size=chunk, layer_norm_epsilon=1e-5, use_bias=False, use_conv_bias=True, hidden_act="silu")
+        mixer = theirs.Mamba2Mixer(config, layer_idx=0).double()
+        mixer.load_state_dict(ours.state_dict(), strict=True)
+        reference = getattr(mixer, "torch_forward", mixer)      # its plain PyTorch path, which some versions name
+        torch.manual_seed(4)
+        x = torch.randn(2, 37, D, dtype=torch.float64, requires_grad=True)
+        target = torch.randn(2, 37, D, dtype=torch.float64)
+        results = []
+        with mock.patch.multiple(torch.Tensor, float=lambda x: x, to=never_narrower):
+            for forward in (lambda: ours(x, None, None, None), lambda: reference(x)):
+                s = forward()
+                results.append([s.detach(), *torch.autograd.grad((s * target).sum(), [x])])
+            pairs = dict(mixer.named_parameters())
+            for forward, own in ((lambda: ours(x, None, None, None), dict(ours.named_parameters())), (lambda: reference(x), pairs)):
+                results.append(torch.autograd.grad((forward() * target).sum(), [own[name] for name in sorted(own)]))
+        for what, a, b in zip(("s", "dx"), *results[:2]):
+            close(a, b, 1e-12, (what, chunk))
+        for what, a, b in zip(sorted(pairs), *results[2:]):
+            close(a, b, 1e-11, (what, chunk))
 
 
 # ----------------------------------------------------------------------------
@@ -281,6 +359,20 @@ def test_initial_values():
             assert p == 1 and p.shape == ()
         else:
             assert p.abs().max() <= 1 / 8 and p.abs().max() > 0.1 and abs(p.mean()) < 0.05
+    for name, p in Sessa(Config(50, 256, 1, 4, mixer="mamba2", mamba_head_dim=2)).layers[0].mixer.named_parameters():
+        size = p.abs().max().item()
+        if name == "dt_bias":       # log-uniform: as many steps below 0.01 as above
+            step = torch.nn.functional.softplus(p)
+            assert 0.001 * 0.999 < step.min() < 0.0012 and 0.09 < step.max() < 0.1001 and abs((step < 0.01).float().mean() - 0.5) < 0.12
+        elif name == "A_log":
+            assert 1 <= p.exp().min() < 1.5 and 15.5 < p.exp().max() <= 16.0001
+        elif name in ("D", "norm.weight"):
+            assert (p == 1).all()
+        elif name.startswith("conv1d"):
+            assert 0.49 < size <= 0.5
+        else:
+            bound = p.shape[1] ** -0.5
+            assert 0.99 * bound < size <= bound
 
 
 def test_dump_and_checkpoint_round_trip():
@@ -305,7 +397,7 @@ def test_committed_dumps():
     """The committed dumps, computed anew from their own weights."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "again.safetensors")
-        for name in ("ref_sessa", "ref_one_head", "ref_attention"):
+        for name in COMMITTED:
             file = os.path.join(DATA, name + ".safetensors")
             committed, metadata = load_file(file), read_metadata(file)
             model = Sessa(config_of(metadata))
@@ -323,13 +415,16 @@ def test_committed_dumps():
 if __name__ == "__main__":
     torch.set_num_threads(1)    # small tensors
     tests = [(name, test) for name, test in list(globals().items()) if name.startswith("test_")]
-    failed = 0
+    failed = skipped = 0
     for name, test in tests:
         try:
             test()
             print("ok   ", name)
+        except Skip as reason:
+            print("skip ", name, reason)
+            skipped += 1
         except Exception as error:      # report it and go on with the others
             failed += 1
             print("FAIL ", name, type(error).__name__, error)
-    print(f"{len(tests) - failed} passed, {failed} failed")
+    print(f"{len(tests) - failed - skipped} passed, {failed} failed, {skipped} skipped")
     sys.exit(failed > 0)

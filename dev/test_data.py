@@ -1,0 +1,207 @@
+"""Tests of the generators in data/, of match.py and of the conversion to token shards: dev/test_data.py, or pytest dev/test_data.py.
+With --program ./train_sessa the program must also read what they write.
+"""
+import json
+import os
+import subprocess
+import sys
+import tempfile
+
+import numpy as np
+from safetensors.numpy import load_file
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+DATA = os.path.join(HERE, "..", "data")
+sys.path[:0] = [DATA, HERE]
+import match
+import mqar
+import sessa
+import symbolsoup
+from sessa import read_metadata
+
+PROGRAM = os.path.abspath(sys.argv[sys.argv.index("--program") + 1]) if "--program" in sys.argv else None
+
+
+class Skip(Exception):
+    """What a test needs is not there."""
+
+
+def run(script, *arguments, code=0, output=None):
+    """Its output; the exit code must be `code`, and what goes wrong must be said in one line that holds `output`."""
+    done = subprocess.run([sys.executable, os.path.join(DATA, script), *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == code, (script, arguments, done.returncode, done.stderr)
+    if code:
+        assert output in done.stderr.strip().splitlines()[-1] and "Traceback" not in done.stderr, done.stderr
+    return done.stdout
+
+
+def read_with_program(train, val, *options):
+    if PROGRAM:
+        with tempfile.TemporaryDirectory() as folder:
+            log = os.path.join(folder, "log.jsonl")
+            done = subprocess.run([PROGRAM, "--data", train, "--val", val, "--dim", "16", "--layers", "1", "--heads", "2", "--steps", "2", "--batch",
+                                   "4", "--log", log, "--out", os.path.join(folder, "out.safetensors"), *options], capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            with open(log) as lines:
+                return json.loads(lines.readlines()[-1])
+
+
+def test_symbolsoup():
+    with tempfile.TemporaryDirectory() as folder:
+        a, b, c = (os.path.join(folder, x) for x in "abc")
+        for prefix, seed in ((a, 5), (b, 5), (c, 6)):
+            run("symbolsoup.py", "--train", 60, "--val", 25, "--test", 0, "--seed", seed, "--prefix", prefix)
+        files = [open(x + "_train.safetensors", "rb").read() for x in (a, b, c)]
+        assert files[0] == files[1] != files[2] and not os.path.exists(a + "_test.safetensors")
+        train, val = (load_file(f"{a}_{split}.safetensors") for split in ("train", "val"))
+        assert train["inputs"].shape == train["targets"].shape == (60, 600) and val["inputs"].shape == (25, 600)
+        assert int(read_metadata(a + "_train.safetensors")["vocab_size"]) == 43
+        names, classes = symbolsoup.TOKENS, []
+        for ids, targets in zip(train["inputs"], train["targets"]):
+            (place,) = np.flatnonzero(targets >= 0)
+            assert ids[place] == names.index("<label>") and 400 <= place + 1 <= 600
+            classes.append(int(targets[place]) - len(names))
+            lines = "".join(names[i] for i in ids[:place + 1]).split("\n")
+            assert lines[::2] == ["<bos>", "<sep1>", "<sep2>", "<sep1>", "<sep2>", "<sep> <label>"]
+            letters = [line.split(" ") for line in lines[1::2]]
+            assert len(letters) == 5 and all(len(x) == 1 and x in symbolsoup.LETTERS for line in letters for x in line)
+            noise, total = sum(len(x) for x in letters[::2]), sum(map(len, letters))
+            assert 2 * total + 13 == place + 1 and int(0.3 * total) <= noise <= int(0.6 * total)
+        assert (np.bincount(classes) == 3).all() and len(set(classes)) == 20 and classes != sorted(classes)
+        last = read_with_program(a + "_train.safetensors", a + "_val.safetensors")
+        assert last is None or 0 <= last["val_accuracy"] <= 1
+        run("symbolsoup.py", "--train", -1, code=2, output="must not be negative")
+        run("symbolsoup.py", "--train", 20, "--prefix", "/nowhere/x", code=1, output="No such file")
+
+
+def test_mqar():
+    """Every answer follows from the pairs alone, lies as far back as it says, and the noise has distractors."""
+    with tempfile.TemporaryDirectory() as folder:
+        a, b = (os.path.join(folder, x) for x in "ab")
+        for prefix in (a, b):
+            run("mqar.py", "--train", 100, "--val", 40, "--test", 50, "--value-length", 2, "--prefix", prefix, "--pairs", 12, "--queries", 5)
+        assert open(a + "_test.safetensors", "rb").read() == open(b + "_test.safetensors", "rb").read()
+        o = mqar.parse(["--value-length", "2", "--pairs", "12", "--queries", "5"])
+        longest = {}
+        for split, (low, high) in (("train", o.lag), ("val", o.lag), ("test", o.test_lag)):
+            f, size = load_file(f"{a}_{split}.safetensors"), o.key_length + o.value_length
+            assert f["inputs"].max() < int(read_metadata(f"{a}_{split}.safetensors")["vocab_size"]) == 3 + 16 + 128
+            means, near = [], []
+            for ids, targets, lags in zip(*(f[name].tolist() for name in ("inputs", "targets", "lags"))):
+                noise, query = ids.index(mqar.NOISE), ids.index(mqar.QUERY)
+                pairs = {tuple(ids[i:i + 3]): (i + 3, ids[i + 3:i + 5]) for i in range(1, noise, size)}
+                assert len(pairs) == 12 and noise == 1 + 12 * size
+                answered = [t for t, x in enumerate(targets) if x >= 0]
+                assert answered == [query + 1 + k * size + 2 + v for k in range(5) for v in range(2)]
+                assert [t for t, x in enumerate(lags) if x] == answered
+                for k in range(5):
+                    at = query + 1 + k * size
+                    place, value = pairs.pop(tuple(ids[at:at + 3]))         # each is asked for once
+                    assert [targets[at + 2], targets[at + 3]] == value == ids[at + 3:at + 5]
+                    assert lags[at + 2] == lags[at + 3] == at + 3 - place
+                    means.append(lags[at + 2])
+                keys = [tuple(ids[i:i + 3]) for i in range(1, noise, size)]
+                inside = [tuple(ids[i:i + 3]) for i in range(noise + 1, query - 4)]
+                near.append(sum(any(x[:2] == key[:2] and x[2] != key[2] and 3 <= x[2] < 19 for key in keys) for x in inside) / len(inside))
+            assert abs(np.mean(means) - (low + high) / 2) < 0.1 * high
+            assert low - 60 <= min(means) and max(means) <= high + 60 and np.mean(near) > 0.1
+            longest[split] = max(means)
+        assert longest["test"] > 3 * longest["train"]
+        last = read_with_program(a + "_train.safetensors", a + "_val.safetensors", "--steps", "1")
+        assert last is None or {"64", "128"} <= set(last["accuracy_by_lag"]) <= {"16", "32", "64", "128", "256"}
+        run("mqar.py", "--lag", 5, 9, code=2, output="too short")
+        run("mqar.py", "--queries", 17, code=2, output="no more queries than pairs")
+
+
+def test_mqar_distractors_never_answer():
+    """No key of the pairs appears as a distractor: with distractors only, no key stands anywhere in the noise at a pair's start."""
+    o = mqar.parse(["--distractors", "1", "--pairs", "6", "--queries", "6", "--lag", "200", "200"])
+    inputs, _, _ = mqar.examples(50, 3, o, o.lag)
+    for ids in inputs.tolist():
+        noise, query = ids.index(mqar.NOISE), ids.index(mqar.QUERY)
+        keys = {tuple(ids[i:i + 3]) for i in range(1, noise, 4)}
+        i, seen = noise + 1, 0
+        while i + 4 <= query:
+            if tuple(ids[i:i + 2]) in {key[:2] for key in keys} and ids[i + 3] >= 19:
+                assert tuple(ids[i:i + 3]) not in keys
+                i, seen = i + 4, seen + 1
+            else:
+                i += 1
+        assert seen > 35
+
+
+def test_simplestories_conversion():
+    try:
+        from tokenizers import Tokenizer, models, pre_tokenizers
+    except ImportError:
+        raise Skip("tokenizers is not installed")
+    with tempfile.TemporaryDirectory() as folder:
+        path = lambda name: os.path.join(folder, name)
+        words = ["[UNK]", "[EOS]", "the", "cat", "sat", "dog", "."]
+        tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer.save(path("tokenizer.json"))
+        for name, text in (("train.txt", "the cat sat.\nthe dog\n\nthe dog sat.\r\n\r\n\n\n"), ("val.txt", "a cat.")):
+            with open(path(name), "w", newline="") as file:
+                file.write(text)
+        arguments = ("--text", path("train.txt"), "--val-text", path("val.txt"), "--tokenizer", path("tokenizer.json"), "--prefix", path("s"))
+        run("simplestories.py", *arguments)
+        for split, want in (("train", [2, 3, 4, 6, 2, 5, 1, 2, 5, 4, 6, 1]), ("val", [0, 3, 6, 1])):
+            raw = open(path(f"s_{split}.bin"), "rb").read()
+            header = np.frombuffer(raw[:1024], "<i4")
+            assert header[:3].tolist() == [20240520, 1, len(want)] and not header[3:].any()
+            assert np.frombuffer(raw[1024:], "<u2").tolist() == want
+        last = read_with_program(path("s_train.bin"), path("s_val.bin"), "--vocab", "7", "--seq", "3")
+        assert last is None or last["val_loss"] > 0
+        run("simplestories.py", *arguments[:3], path("none.txt"), *arguments[4:], code=1, output="none.txt: No such file")
+        run("simplestories.py", "--text", path("train.txt"), code=2, output="go together")
+        try:
+            import pyarrow
+            import pyarrow.parquet
+        except ImportError:
+            return
+        import simplestories
+        pyarrow.parquet.write_table(pyarrow.table({"story": ["the cat", "dog"], "topic": ["x", "y"]}), path("p.parquet"))
+        assert simplestories.stories_of_parquet(path("p.parquet")) == ["the cat", "dog"]
+
+
+def test_simplestories_without_network():
+    """One line, exit code 1, nothing left behind. Every host name is made unknown."""
+    with tempfile.TemporaryDirectory() as folder:
+        code = "import socket, sys\ndef unknown(*a, **k): raise socket.gaierror('no network')\nsocket.getaddrinfo = unknown\n" \
+               f"sys.path.insert(0, {DATA!r}); sys.argv = ['x', '--prefix', {folder!r} + '/s']\nimport simplestories; simplestories.main()"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1 and "cannot be fetched" in done.stderr, done.stderr
+        assert not os.listdir(folder)
+
+
+def test_match():
+    """The formulas against the PyTorch models' own counts, and the 2 % against the formulas."""
+    for V, D, L, H, G, w, N in ((65, 128, 5, 4, 4, 0, 64), (19, 12, 2, 1, 1, 8, 10), (50, 32, 3, 2, 2, 16, 5)):
+        for mixer in ("sessa", "attention", "mamba2"):
+            c = sessa.Config(V, D, L, H, mixer=mixer, mamba_head_dim=w, mamba_state_dim=N)
+            shape = match.Shape(mixer, D, L, H, c.mamba_head_dim, N)
+            assert match.parameters(shape, V) == sum(p.numel() for p in sessa.Sessa(c).parameters()), shape
+    for V, D, L, H in ((65, 128, 5, 4), (43, 256, 4, 4), (147, 128, 4, 4), (4096, 512, 8, 8), (65, 384, 8, 6)):
+        like = match.Shape("sessa", D, L, H)
+        for name, shape in match.rows(V, like)[:3]:
+            assert abs(match.parameters(shape, V) / match.parameters(like, V) - 1) <= 0.02
+            assert abs(np.log2(shape.dim / D)) < 0.5 and abs(np.log2(shape.layers / L)) <= 1, shape
+            sessa.Config(V, shape.dim, shape.layers, shape.heads, mixer=shape.mixer, mamba_head_dim=shape.head_dim)     # is one that exists
+
+
+if __name__ == "__main__":
+    tests = [(name, test) for name, test in list(globals().items()) if name.startswith("test_")]
+    failed = skipped = 0
+    for name, test in tests:
+        try:
+            test()
+            print("ok   ", name)
+        except Skip as reason:
+            print("skip ", name, reason)
+            skipped += 1
+        except Exception as error:      # report it and go on with the others
+            failed += 1
+            print("FAIL ", name, type(error).__name__, error)
+    print(f"{len(tests) - failed - skipped} passed, {failed} failed, {skipped} skipped")
+    sys.exit(failed > 0)
