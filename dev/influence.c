@@ -8,17 +8,17 @@ a model on a text, and for the case that the theory solves. Built on train_sessa
     ./influence --uniform 0.5 4096 uniform.safetensors
     ./influence --check
 
-Options of its own: --sequences n, read from the validation split [2]; --targets n, positions of the last half whose Jacobian is
-taken [8]; --probes n, random signs for each [4]; --map l, the layer whose weights are written as pictures [the last], and
---map-size n, their side [256]. All others are train_sessa's. Written are, by lag ℓ = 0 .. T-1 and for each layer l, means over
-all pairs (τ+ℓ, τ):
+Options of its own: --sequences n, read from the validation split [1]; --sources n, the first positions, whose influence is
+followed, 0 for all [16]; --targets n, positions whose Jacobian is taken, evenly spaced on a logarithmic axis [16]; --probes n,
+random signs for each [2]; --map l, the layer whose matrices are written as pictures [the last], and --map-size n, their side
+[256]. All others are train_sessa's. Written are, for each layer l, by lag ℓ = 0 .. T-1, means over the sources τ, t = τ + ℓ:
 
     layers.l.direct     α_tτ of attention [15], mean over heads: one hop
     layers.l.feedback   |γ_t α_tτ| [17, 18]: one hop of the feedback path
     layers.l.solve      |(I - diag(γ) α)^-1|_tτ [19-22], what s_t owes to f_τ with the weights held fixed: all hops
     layers.l.chain      Π_{τ<u≤t} exp(-exp(A_log) Δ_u) of a mamba2 layer, mean over heads: one chain
-    layers.l.jacobian   |∂s_t/∂ā_τ| / sqrt(D), Frobenius norm, root mean square over targets: the whole mixer, its weights depending
-                        on ā as they do. From backward passes: the mean of |J^T u|² over signs u is |J|²
+    layers.l.jacobian   |∂s_t/∂ā_τ| / sqrt(D), Frobenius norm, root mean square: the whole mixer, its weights depending on ā as they
+                        do. From backward passes: the mean of |J^T u|² over signs u is |J|². 0 at lags that no target has
 
 and map.direct, map.feedback, map.solve (n,n) of the first sequence. dev/plot_influence.py and dev/plot_maps.py draw them.
 */
@@ -123,18 +123,21 @@ static void chain_matrix(double *out, Model *m, int l, int T) {
 // ----------------------------------------------------------------------------
 // by lag
 
-// by_lag[ℓ] += Σ_τ |matrix[τ+ℓ,τ]| / (T-ℓ)
-static void add_by_lag(double *by_lag, const double *matrix, int T) {
+typedef struct { int sequences, sources, targets, probes, map, map_size; } Measure;
+typedef struct { double *sum, *count; } ByLag; // (T): their ratio is the mean
+
+static void add_by_lag(ByLag to, const double *matrix, int T, int sources) {
     for (int t = 0; t < T; t++)
-        for (int j = 0; j <= t; j++) by_lag[t - j] += fabs(matrix[(size_t)t * T + j]) / (T - (t - j));
+        for (int j = 0; j <= t && j < sources; j++) {
+            to.sum[t - j] += fabs(matrix[(size_t)t * T + j]);
+            to.count[t - j]++;
+        }
 }
 
 // rows[τ] += |J^T u|² / D over the rows τ ≤ t of ∂s_t/∂ā_τ, u one vector of signs: one backward pass of the mixer of layer l.
 static void jacobian_rows(double *rows, Model *m, int l, int T, int t, const real *u) {
     int D = m->config.d_model;
-    LayerActivations *a = &m->acts.layers[l];
     Activations *back = &m->acts;
-    gelu_forward(a->abar, a->ag, 2 * D, T, D); // its place has been used since
     memset(back->ds, 0, sizeof(real) * (size_t)T * (size_t)D);
     memcpy(back->ds + (size_t)t * D, u, sizeof(real) * (size_t)D);
     mixers[m->config.mixer].backward(m, l, 1, T);
@@ -142,19 +145,17 @@ static void jacobian_rows(double *rows, Model *m, int l, int T, int t, const rea
         for (int i = 0; i < D; i++) rows[j] += pow((double)back->dabar[(size_t)j * D + i], 2) / D;
 }
 
-typedef struct { int sequences, targets, probes, map, map_size; } Measure;
-
 // Everything of one layer, on the sequence that has just gone through the model.
-static void measure_layer(Model *m, int l, int T, const Measure *o, int sequence, double *by_lag[5], uint64_t *random) {
+static void measure_layer(Model *m, int l, int T, const Measure *o, int sequence, ByLag *by_lag, uint64_t *random) {
     static const char *names[] = {"direct", "feedback", "solve", "chain"};
     static void (*const matrices[])(double *, Model *, int, int) = {direct_matrix, feedback_matrix, solve_matrix, chain_matrix};
-    int D = m->config.d_model, mixer = m->config.mixer, side = min_int(o->map_size, T);
+    int D = m->config.d_model, mixer = m->config.mixer, side = min_int(o->map_size, T), sources = o->sources ? min_int(o->sources, T) : T;
     double *matrix = (double *)array((size_t)T * T, sizeof(double)), *rows = (double *)array((size_t)T, sizeof(double));
     for (int k = 0; k < 4; k++) {
         if (mixer == MAMBA2 ? k != 3 : k == 3 || (k && mixer != SESSA)) continue;
         memset(matrix, 0, sizeof(double) * (size_t)T * (size_t)T);
         matrices[k](matrix, m, l, T);
-        add_by_lag(by_lag[k], matrix, T);
+        add_by_lag(by_lag[k], matrix, T, sources);
         if (sequence || l != o->map) continue;
         char name[32];
         snprintf(name, sizeof(name), "map.%s", names[k]);
@@ -162,25 +163,21 @@ static void measure_layer(Model *m, int l, int T, const Measure *o, int sequence
         keep(name, matrix, side, side);
     }
     real *u = (real *)array((size_t)D, sizeof(real));
-    for (int i = 0; i < o->targets; i++) {
-        int t = T - 1 - (int)((int64_t)i * (T / 2) / o->targets);
+    for (int i = 0; i < o->targets; i++) { // from 1 to T-1, or to the last positions where all are sources
+        int t = (int)lround(o->targets == 1 ? T - 1 : sources < T ? pow(T - 1.0, i / (o->targets - 1.0)) : T - 1 - i * (T / 2.0) / o->targets);
         memset(rows, 0, sizeof(double) * (size_t)T);
         for (int p = 0; p < o->probes; p++) {
             for (int k = 0; k < D; k++) u[k] = random_u64(random) >> 63 ? 1 : -1;
             jacobian_rows(rows, m, l, T, t, u);
         }
-        for (int j = 0; j <= t; j++) by_lag[4][t - j] += rows[j] / o->probes;
+        for (int j = 0; j <= t && j < sources; j++) {
+            by_lag[4].sum[t - j] += rows[j] / o->probes;
+            by_lag[4].count[t - j]++;
+        }
     }
     free(matrix);
     free(rows);
     free(u);
-}
-
-// How many targets reach back that far.
-static int targets_at(const Measure *o, int T, int lag) {
-    int n = 0;
-    for (int i = 0; i < o->targets; i++) n += T - 1 - (int)((int64_t)i * (T / 2) / o->targets) >= lag;
-    return n;
 }
 
 static int measure(Run *run, const Measure *given, const char *path, char *error) {
@@ -195,27 +192,30 @@ static int measure(Run *run, const Measure *given, const char *path, char *error
     if (o.map < 0) o.map = L - 1;
     if (o.map >= L) return fail(error, NULL, "--map %d: the model has layers 0 to %d", o.map, L - 1);
     if (o.sequences > windows) o.sequences = (int)windows;
-    double *by_lag = (double *)array((size_t)L * 5 * T, sizeof(double));
+    double *numbers = (double *)array((size_t)L * 5 * 2 * T, sizeof(double));
+    ByLag *by_lag = (ByLag *)array((size_t)L * 5, sizeof(ByLag));
+    for (int i = 0; i < L * 5; i++) {
+        by_lag[i].sum = numbers + (size_t)i * 2 * T;
+        by_lag[i].count = by_lag[i].sum + T;
+    }
     for (int i = 0; i < o.sequences; i++) {
         int64_t window = windows * i / o.sequences;
         copy_sequence(run->inputs, run->targets, run->val_set, run->val_begin + window * (run->val_set->kind == DATA_EXAMPLES ? 1 : T), T);
         model_forward(m, run->inputs, run->targets, 1, T, off);
-        for (int l = 0; l < L; l++) {
-            double *parts[5];
-            for (int k = 0; k < 5; k++) parts[k] = by_lag + ((size_t)l * 5 + k) * T;
-            measure_layer(m, l, T, &o, i, parts, &random);
-        }
+        for (int l = 0; l < L; l++) measure_layer(m, l, T, &o, i, by_lag + l * 5, &random);
     }
     for (int l = 0; l < L; l++)
         for (int k = 0; k < 5; k++) {
-            double *x = by_lag + ((size_t)l * 5 + k) * T;
+            double *x = by_lag[l * 5 + k].sum, *count = by_lag[l * 5 + k].count;
             char name[64];
-            if (x[0] + x[1] == 0) continue; // not of this mixer
-            for (int lag = 0; lag < T; lag++) x[lag] = k < 4 ? x[lag] / o.sequences : sqrt(x[lag] / (o.sequences * targets_at(&o, T, lag)));
+            if (!count[0] && !count[T - 1]) continue; // not of this mixer
+            for (int lag = 0; lag < T; lag++) x[lag] = count[lag] ? x[lag] / count[lag] : 0;
+            for (int lag = 0; k == 4 && lag < T; lag++) x[lag] = sqrt(x[lag]);
             snprintf(name, sizeof(name), "layers.%d.%s", l, names[k]);
             keep(name, x, 0, T);
         }
     free(by_lag);
+    free(numbers);
     char texts[2][32];
     snprintf(texts[0], 32, "%d", T);
     snprintf(texts[1], 32, "%d", o.map);
@@ -455,17 +455,18 @@ int main(int argc, char **argv) {
     if (argc < 2 || argv[1][0] == '-') return usage();
 
     // its own options are taken out, the others go to the program's parser
-    Measure o = {2, 8, 4, -1, 256};
-    struct { const char *name; int *value, low; } own[] = {{"--sequences", &o.sequences, 1}, {"--targets", &o.targets, 1},
-        {"--probes", &o.probes, 1}, {"--map", &o.map, 0}, {"--map-size", &o.map_size, 2}};
+    Measure o = {1, 16, 16, 2, -1, 256};
+    struct { const char *name; int *value, low; } own[] = {{"--sequences", &o.sequences, 1}, {"--sources", &o.sources, 0},
+        {"--targets", &o.targets, 1}, {"--probes", &o.probes, 1}, {"--map", &o.map, 0}, {"--map-size", &o.map_size, 2}};
+    int n_own = sizeof(own) / sizeof(own[0]);
     char **rest = (char **)array((size_t)argc + 4, sizeof(char *));
     int n = 0;
     rest[n++] = argv[0];
     for (int i = 2; i < argc; i++) {
         int k = 0;
-        while (k < 5 && strcmp(argv[i], own[k].name)) k++;
+        while (k < n_own && strcmp(argv[i], own[k].name)) k++;
         int64_t value;
-        if (k == 5) rest[n++] = argv[i];
+        if (k == n_own) rest[n++] = argv[i];
         else if (i + 1 < argc && !parse_integer(argv[i + 1], own[k].low, 1 << 20, &value)) *own[k].value = (int)value, i++;
         else {
             fprintf(stderr, "influence: %s takes a whole number, %d or more\n", argv[i], own[k].low);
