@@ -1250,6 +1250,7 @@ static void add_view(Table *table, int layer, const char *name, const char *whol
     Tensor view = table->rows[i], *row = new_row(table, name, layer);
     memcpy(view.name, row->name, sizeof(view.name));
     view.offset += column;
+    view.count = view.count / view.stride * width;
     view.shape[view.n_dims - 1] = width;
     *row = view;
 }

@@ -1844,6 +1844,484 @@ static void crossentropy_backward_gpu(X *dlogits, const X *logits, int64_t ld, c
 }
 
 // ----------------------------------------------------------------------------
+// layers of the Mamba-2 mixer
+
+__device__ static inline float sigmoid_gpu(float x) { return 1 / (1 + __expf(-x)); }
+
+// A thread takes one channel of one row, c of n. u: before SiLU.
+template <typename X> struct ConvEach {
+    X *out;
+    const X *inp, *tail;
+    const float *weight, *bias;
+    int ld, T, W, first;
+    __device__ float u(int n, int c) const {
+        int t = first + n % (T - first);
+        float sum = bias[c];
+        for (int lag = 0; lag < TAPS && lag <= t; lag++)
+            sum += weight[c * TAPS + TAPS - 1 - lag] * get(t - lag >= first ? inp[(int64_t)(n - lag) * ld + c]
+                                                           : tail[(t - lag) % (TAPS - 1) * W + c]);
+        return sum;
+    }
+    template <int V> __device__ void run(int n, int c) const {
+        float x = u(n, c);
+        out[(int64_t)n * W + c] = to<X>(x * sigmoid_gpu(x));
+    }
+};
+template <typename X> struct TailEach { // row n of the new ones
+    X *tail;
+    const X *inp;
+    int ld, W, first, from;
+    template <int V> __device__ void run(int n, int c) const {
+        tail[(first + from + n) % (TAPS - 1) * W + c] = inp[(int64_t)(from + n) * ld + c];
+    }
+};
+template <typename X>
+static void conv_forward_gpu(X *out, const X *inp, int ld, X *tail, const float *weight, const float *bias, int B, int T,
+                             int W, int first, cudaStream_t stream) {
+    int rows = T - first, from = rows > TAPS - 1 ? rows - (TAPS - 1) : 0;
+    ConvEach<X> f = {out, inp, tail, weight, bias, ld, T, W, first};
+    TailEach<X> keep = {tail, inp, ld, W, first, from};
+    each(f, B * rows, W, 0, stream);
+    if (tail) each(keep, rows - from, W, 0, stream);
+}
+
+template <typename X> struct ConvGradient { // dout becomes du
+    X *dout;
+    ConvEach<X> conv;
+    template <int V> __device__ void run(int n, int c) const {
+        float u = conv.u(n, c), s = sigmoid_gpu(u);
+        X *at = dout + (int64_t)n * conv.W + c;
+        *at = to<X>(get(*at) * s * (1 + u * (1 - s)));
+    }
+};
+template <typename X> struct ConvInput {
+    X *dinp;
+    const X *du;
+    const float *weight;
+    int ld, T, W;
+    template <int V> __device__ void run(int n, int c) const {
+        float sum = 0;
+        for (int lag = 0; lag < min(TAPS, T - n % T); lag++)
+            sum += weight[c * TAPS + TAPS - 1 - lag] * get(du[(int64_t)(n + lag) * W + c]);
+        dinp[(int64_t)n * ld + c] = to<X>(sum);
+    }
+};
+template <typename X> struct ConvColumns { // column i: tap i mod TAPS of channel i / TAPS
+    const X *du, *inp;
+    int ld, T, W;
+    __device__ float2 at(int n, int i) const {
+        int lag = TAPS - 1 - i % TAPS, c = i / TAPS;
+        return {lag <= n % T ? get(du[(int64_t)n * W + c]) * get(inp[(int64_t)(n - lag) * ld + c]) : 0, 0};
+    }
+};
+template <typename X>
+static void conv_backward_gpu(X *dinp, float *dweight, float *dbias, X *dout, const X *inp, int ld, const float *weight,
+                              const float *bias, int B, int T, int W, cudaStream_t stream) {
+    ConvGradient<X> du = {dout, {NULL, inp, NULL, weight, bias, ld, T, W, 0}};
+    ConvInput<X> input = {dinp, dout, weight, ld, T, W};
+    ConvColumns<X> taps = {dout, inp, ld, T, W};
+    RowColumns<X> rows = {dout, W};
+    each(du, B * T, W, 0, stream);
+    each(input, B * T, W, 0, stream);
+    column_sums(dweight, NULL, taps, B * T, W * TAPS, stream);
+    column_sums(dbias, NULL, rows, B * T, W, stream);
+}
+
+template <typename X> struct StepEach {
+    float *step;
+    const X *inp;
+    const float *bias;
+    int ld, heads;
+    template <int V> __device__ void run(int n, int h) const {
+        float x = get(inp[(int64_t)n * ld + h]) + bias[h];
+        step[(int64_t)n * heads + h] = x > 30 ? x : log1pf(expf(x));
+    }
+};
+template <typename X>
+static void step_forward_gpu(float *step, const X *inp, int ld, const float *bias, int N, int heads, cudaStream_t stream) {
+    StepEach<X> f = {step, inp, bias, ld, heads};
+    each(f, N, heads, 0, stream);
+}
+template <typename X> struct StepBackward {
+    X *dinp;
+    const float *dstep, *bias;
+    const X *inp;
+    int ld_dstep, ld;
+    __device__ float gradient(int n, int h) const {
+        return dstep[(int64_t)n * ld_dstep + h] * sigmoid_gpu(get(inp[(int64_t)n * ld + h]) + bias[h]);
+    }
+    __device__ float2 at(int n, int h) const { return {gradient(n, h), 0}; }
+    template <int V> __device__ void run(int n, int h) const { dinp[(int64_t)n * ld + h] = to<X>(gradient(n, h)); }
+};
+template <typename X>
+static void step_backward_gpu(X *dinp, float *dbias, const float *dstep, int ld_dstep, const X *inp, int ld, const float *bias,
+                              int N, int heads, cudaStream_t stream) {
+    StepBackward<X> f = {dinp, dstep, bias, inp, ld_dstep, ld};
+    each(f, N, heads, 0, stream);
+    column_sums(dbias, NULL, f, N, heads, stream);
+}
+
+// out(i, j, between(i, j, Σ_k a(i, k) b(k, j)) + Σ_l a2(i, l) b2(l, j)) for i < M, j < N, k < K, l < K2: a thread of the
+// block takes R neighbouring rows and C columns.
+template <int R, int C, typename A, typename Q> __device__ inline void add_product(float sum[R][C], const int *rows,
+                                                                                   const int *columns, int K, A a, Q b) {
+    for (int k = 0; k < K; k++) {
+        float y[C];
+        for (int q = 0; q < C; q++) y[q] = b(k, columns[q]);
+        for (int r = 0; r < R; r++) {
+            float x = a(rows[r], k);
+            for (int q = 0; q < C; q++) sum[r][q] += x * y[q];
+        }
+    }
+}
+template <int R, int C, typename A, typename Q, typename Between, typename A2, typename Q2, typename Out>
+__device__ inline void block_products(int M, int N, int K, A a, Q b, Between between, int K2, A2 a2, Q2 b2, Out out) {
+    int wide = (N + C - 1) / C;
+    for (int item = threadIdx.x; item < (M + R - 1) / R * wide; item += blockDim.x) {
+        int rows[R], columns[C];
+        float sum[R][C] = {{0}};
+        for (int r = 0; r < R; r++) rows[r] = min(item / wide * R + r, M - 1);
+        for (int q = 0; q < C; q++) columns[q] = min(item % wide + q * wide, N - 1);
+        add_product<R, C>(sum, rows, columns, K, a, b);
+        for (int r = 0; r < R; r++)
+            for (int q = 0; q < C; q++) sum[r][q] = between(rows[r], columns[q], sum[r][q]);
+        add_product<R, C>(sum, rows, columns, K2, a2, b2);
+        for (int r = 0; r < R; r++) // no bound that varies: sums stay in registers
+            for (int q = 0; q < C; q++)
+                if (item / wide * R + r < M && item % wide + q * wide < N) out(rows[r], columns[q], sum[r][q]);
+    }
+}
+template <int R, int C, typename A, typename Q, typename Out>
+__device__ inline void block_product(int M, int N, int K, A a, Q b, Out out) {
+    auto same = [](int, int, float sum) { return sum; };
+    auto none = [](int, int) { return 0.0f; };
+    block_products<R, C>(M, N, K, a, b, same, 0, none, none, out);
+}
+
+// The scan. A block takes one chunk of one head of one sequence; only the states pass from chunk to chunk, in a kernel of
+// their own: states (B,chunks,S,E) first holds what each chunk adds, then the state before each.
+template <typename X> struct Scan {
+    const X *xbc;
+    const float *step, *A_log, *skip;
+    float *states, *decays; // decays (B,chunks,heads): exp(L_last)
+    int T, E, S, heads, P, chunks;
+};
+
+// What a block of the kernels below works on, in shared memory, rows of w or S numbers one longer than that: banks.
+enum { SCAN_THREADS = 128 };
+static int scan_shared(int S, int w) {
+    return (int)sizeof(float) * (4 * CHUNK + 2 * CHUNK * (S + 1) + 2 * CHUNK * (w + 1) + 2 * S * (w + 1) + 4 * CHUNK * (CHUNK + 1) + 2 * CHUNK * (S + 1));
+}
+template <typename X> struct ScanBlock {
+    int n, h, w, S, ld_s, ld_w;
+    int64_t row, chunk, state;    // its first token; its index among all chunks; where its head's state lies, rows E apart
+    float *L, *delta, *decay, *scale, *b, *c, *x, *dy, *before, *dafter, *square[4], *terms;
+    __device__ ScanBlock(const Scan<X> &s, float *memory) {
+        h = blockIdx.y;
+        w = s.E / s.heads;
+        S = s.S;
+        ld_s = S + 1;
+        ld_w = w + 1;
+        n = min(s.P, s.T - (int)blockIdx.x * s.P);
+        row = (int64_t)blockIdx.z * s.T + blockIdx.x * s.P;
+        chunk = (int64_t)blockIdx.z * s.chunks + blockIdx.x;
+        state = chunk * S * s.E + h * w;
+        L = memory;
+        delta = L + CHUNK;
+        decay = delta + CHUNK;
+        scale = decay + CHUNK;
+        b = scale + CHUNK;
+        c = b + CHUNK * ld_s;
+        x = c + CHUNK * ld_s;
+        dy = x + CHUNK * ld_w;
+        before = dy + CHUNK * ld_w;
+        dafter = before + S * ld_w;
+        square[0] = dafter + S * ld_w;
+        square[1] = square[0] + CHUNK * (CHUNK + 1);
+        square[2] = square[1] + CHUNK * (CHUNK + 1);
+        square[3] = square[2] + CHUNK * (CHUNK + 1);
+        terms = square[3] + CHUNK * (CHUNK + 1);
+        if (threadIdx.x < n) delta[threadIdx.x] = s.step[(row + threadIdx.x) * s.heads + h];
+        const X *xbc = s.xbc + row * (s.E + 2 * S);
+        fetch(b, ld_s, xbc + s.E, s.E + 2 * S, n, S);
+        fetch(c, ld_s, xbc + s.E + S, s.E + 2 * S, n, S);
+        fetch(x, ld_w, xbc + h * w, s.E + 2 * S, n, w);
+        __syncthreads();
+        if (threadIdx.x == 0)
+            for (int t = 0; t < n; t++) L[t] = (t ? L[t - 1] : 0) - expf(s.A_log[h]) * delta[t];
+        __syncthreads();
+        if (threadIdx.x < n) { // exp(L_t), exp(L_last - L_t) Δ_t
+            decay[threadIdx.x] = expf(L[threadIdx.x]);
+            scale[threadIdx.x] = expf(L[n - 1] - L[threadIdx.x]) * delta[threadIdx.x];
+        }
+    }
+    template <typename Y> __device__ void fetch(float *to, int ld_to, const Y *from, int64_t ld, int rows, int width) const {
+        for (int i = threadIdx.x; i < rows * width; i += blockDim.x) to[i / width * ld_to + i % width] = get(from[i / width * ld + i % width]);
+    }
+    // square[0] = (c b^T) ⊙ fade, square[1] = fade ⊙ Δ, fade = exp(L_t - L_j) for j ≤ t, else 0; square[2] = square[0] ⊙ Δ +
+    // skip·I
+    __device__ void weights(float skip) const {
+        block_product<2, 4>(n, n, S, [&](int t, int i) { return c[t * ld_s + i]; }, [&](int i, int j) { return b[j * ld_s + i]; },
+                            [&](int t, int j, float cb) {
+                                float fade = j <= t ? expf(L[t] - L[j]) : 0;
+                                int at = t * (CHUNK + 1) + j;
+                                square[0][at] = cb * fade;
+                                square[1][at] = fade * delta[j];
+                                square[2][at] = cb * fade * delta[j] + (j == t ? skip : 0);
+                            });
+    }
+};
+
+// What the chunk adds to the state, and how much of the state before it stays.
+template <typename X> __global__ void scan_fresh_kernel(Scan<X> s) {
+    extern __shared__ float memory[];
+    ScanBlock<X> k(s, memory);
+    __syncthreads();
+    if (threadIdx.x == 0) s.decays[k.chunk * s.heads + k.h] = k.decay[k.n - 1];
+    block_product<4, 4>(k.S, k.w, k.n, [&](int i, int j) { return k.scale[j] * k.b[j * k.ld_s + i]; },
+                        [&](int j, int e) { return k.x[j * k.ld_w + e]; },
+                        [&](int i, int e, float sum) { s.states[k.state + (int64_t)i * s.E + e] = sum; });
+}
+
+// A thread takes one number of the state of a sequence through all chunks: forward from `carried` (S,E), or 0, where it
+// leaves the last state; backward from 0 at the end.
+__global__ static void scan_states_kernel(float *states, const float *decays, float *carried, int chunks, int S, int E,
+                                          int heads, int backward) {
+    int64_t size = (int64_t)S * E, i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= size) return;
+    float h = carried ? carried[blockIdx.y * size + i] : 0;
+    for (int step = 0; step < chunks; step++) {
+        int64_t chunk = (int64_t)blockIdx.y * chunks + (backward ? chunks - 1 - step : step);
+        float fresh = states[chunk * size + i];
+        states[chunk * size + i] = h;
+        h = decays[chunk * heads + i % E / (E / heads)] * h + fresh;
+    }
+    if (carried) carried[blockIdx.y * size + i] = h;
+}
+static void scan_states(float *states, const float *decays, float *carried, int B, int chunks, int S, int E, int heads,
+                        int backward, cudaStream_t stream) {
+    LAUNCH(scan_states_kernel, dim3((unsigned)(((int64_t)S * E + 127) / 128), B), 128, 0, stream, states, decays, carried,
+           chunks, S, E, heads, backward);
+}
+
+// y = (M + skip·I) x + exp(L) ⊙ (c h), M_tj = (c_t·b_j) exp(L_t - L_j) Δ_j
+template <typename X> __global__ void scan_read_kernel(X *y, Scan<X> s) {
+    extern __shared__ float memory[];
+    ScanBlock<X> k(s, memory);
+    k.fetch(k.before, k.ld_w, s.states + k.state, s.E, k.S, k.w);
+    k.weights(s.skip[k.h]);
+    __syncthreads();
+    block_products<4, 4>(k.n, k.w, k.S, [&](int t, int i) { return k.c[t * k.ld_s + i]; }, [&](int i, int e) { return k.before[i * k.ld_w + e]; },
+                         [&](int t, int, float sum) { return k.decay[t] * sum; },
+                         k.n, [&](int t, int j) { return k.square[2][t * (CHUNK + 1) + j]; }, [&](int j, int e) { return k.x[j * k.ld_w + e]; },
+                         [&](int t, int e, float sum) { y[(k.row + t) * s.E + k.h * k.w + e] = to<X>(sum); });
+}
+
+// Numbers of scratch: the decays, the gradients of the states, partial gradients of b and c of each head.
+static int64_t scan_scratch_gpu(int B, int T, int E, int S, int heads, int P) {
+    int64_t chunks = (T + P - 1) / P;
+    return B * (round_up(chunks * heads, 4) + chunks * S * E + (int64_t)T * heads * 2 * S);
+}
+
+// carried (B,S,E): the state before position 0 of this call, then after its last; NULL: 0, and nothing is wanted.
+// states (B,chunks,S,E) is kept for the backward pass.
+template <typename X>
+static void scan_forward_gpu(X *y, float *states, float *carried, float *scratch, const X *xbc, const float *step,
+                             const float *A_log, const float *skip, int B, int T, int E, int S, int heads, int P,
+                             cudaStream_t stream) {
+    P = chunk_height(P);
+    int chunks = (T + P - 1) / P, shared = scan_shared(S, E / heads);
+    Scan<X> s = {xbc, step, A_log, skip, states, scratch, T, E, S, heads, P, chunks};
+    dim3 grid(chunks, heads, B);
+    allow_shared(scan_fresh_kernel<X>, shared);
+    allow_shared(scan_read_kernel<X>, shared);
+    LAUNCH(scan_fresh_kernel<X>, grid, SCAN_THREADS, shared, stream, s);
+    scan_states(states, scratch, carried, B, chunks, S, E, heads, 0, stream);
+    LAUNCH(scan_read_kernel<X>, grid, SCAN_THREADS, shared, stream, y, s);
+}
+
+// Backward: what the chunk's rows give to the gradient of the state before it, c^T (exp(L) ⊙ dy)
+template <typename X> __global__ void scan_pull_kernel(float *dstates, const X *dy, Scan<X> s) {
+    extern __shared__ float memory[];
+    ScanBlock<X> k(s, memory);
+    k.fetch(k.dy, k.ld_w, dy + k.row * s.E + k.h * k.w, s.E, k.n, k.w);
+    __syncthreads();
+    if (threadIdx.x == 0) s.decays[k.chunk * s.heads + k.h] = k.decay[k.n - 1];
+    block_product<4, 4>(k.S, k.w, k.n, [&](int i, int t) { return k.decay[t] * k.c[t * k.ld_s + i]; },
+                        [&](int t, int e) { return k.dy[t * k.ld_w + e]; },
+                        [&](int i, int e, float sum) { dstates[k.state + (int64_t)i * s.E + e] = sum; });
+}
+
+// All gradients of a chunk's head, as in scan_head_backward; dstates is the gradient of the state after the chunk. partial
+// (N,heads,2S): this head's part of db and dc.
+template <typename X>
+__global__ void scan_backward_kernel(X *dxbc, float *dstep, float *partial, const float *dstates, const X *dy_, Scan<X> s) {
+    extern __shared__ float memory[];
+    __shared__ float dL[CHUNK], ddelta[CHUNK], shared[32];
+    ScanBlock<X> k(s, memory);
+    k.fetch(k.dy, k.ld_w, dy_ + k.row * s.E + k.h * k.w, s.E, k.n, k.w);
+    k.fetch(k.before, k.ld_w, s.states + k.state, s.E, k.S, k.w);
+    k.fetch(k.dafter, k.ld_w, dstates + k.state, s.E, k.S, k.w);
+    k.weights(s.skip[k.h]);
+    __syncthreads();
+    enum { LD = CHUNK + 1 };
+    int n = k.n, S = k.S, w = k.w, last = n - 1, ld_s = k.ld_s, ld_w = k.ld_w;
+    const float *faded = k.square[0], *Q = k.square[1], *M = k.square[2], *b = k.b, *c = k.c, *x = k.x, *dy = k.dy, *h = k.before,
+        *dh = k.dafter;
+    float *dM = k.square[3], *taken = k.terms, *read = k.terms + CHUNK * ld_s, *part = partial + (k.row * s.heads + k.h) * 2 * S;
+    int64_t next = (int64_t)s.heads * 2 * S; // from row to row of part
+    X *dx = dxbc + k.row * (s.E + 2 * S) + k.h * w;
+    block_products<4, 4>(n, w, // dx = scale ⊙ (b dh) + M^T dy
+                         S, [&](int j, int i) { return b[j * ld_s + i]; }, [&](int i, int e) { return dh[i * ld_w + e]; },
+                         [&](int j, int, float sum) { return k.scale[j] * sum; },
+                         n, [&](int j, int t) { return M[t * LD + j]; }, [&](int t, int e) { return dy[t * ld_w + e]; },
+                         [&](int j, int e, float sum) { dx[(int64_t)j * (s.E + 2 * S) + e] = to<X>(sum); });
+    float own_skip = 0; // thread t: dM_tt
+    block_product<2, 4>(n, n, w, [&](int t, int e) { return dy[t * ld_w + e]; }, [&](int e, int j) { return x[j * ld_w + e]; },
+                        [&](int t, int j, float sum) { dM[t * LD + j] = sum; });
+    __syncthreads();
+    block_products<4, 4>(n, S, // db = scale ⊙ (x dh^T) + d(cb)^T c, d(cb) = dM ⊙ Q; what the state took: b·(x dh^T)
+                         w, [&](int j, int e) { return x[j * ld_w + e]; }, [&](int e, int i) { return dh[i * ld_w + e]; },
+                         [&](int j, int i, float sum) { taken[j * ld_s + i] = b[j * ld_s + i] * sum; return k.scale[j] * sum; },
+                         n, [&](int j, int t) { return dM[t * LD + j] * Q[t * LD + j]; }, [&](int t, int i) { return c[t * ld_s + i]; },
+                         [&](int j, int i, float sum) { part[j * next + i] = sum; });
+    block_products<4, 4>(n, S, // dc = exp(L) ⊙ (dy h^T) + d(cb) b; what was read of the state: c·(dy h^T)
+                         w, [&](int t, int e) { return dy[t * ld_w + e]; }, [&](int e, int i) { return h[i * ld_w + e]; },
+                         [&](int t, int i, float sum) { read[t * ld_s + i] = c[t * ld_s + i] * sum; return k.decay[t] * sum; },
+                         n, [&](int t, int j) { return dM[t * LD + j] * Q[t * LD + j]; }, [&](int j, int i) { return b[j * ld_s + i]; },
+                         [&](int t, int i, float sum) { part[t * next + S + i] = sum; });
+    __syncthreads();
+    float carried = 0;
+    if (threadIdx.x < n) { // thread t: row t and column t of the terms of L_t - L_j
+        int t = threadIdx.x;
+        float of_read = 0, of_taken = 0, own = 0, own_delta = 0;
+        for (int i = 0; i < S; i++) {
+            of_read += read[t * ld_s + i];
+            of_taken += taken[t * ld_s + i];
+        }
+        for (int j = 0; j < n; j++) {
+            if (j < t) own += dM[t * LD + j] * faded[t * LD + j] * k.delta[j];
+            if (j >= t) own_delta += dM[j * LD + t] * faded[j * LD + t];
+            if (j > t) own -= dM[j * LD + t] * faded[j * LD + t] * k.delta[t];
+        }
+        float fade = expf(k.L[last] - k.L[t]) * of_taken;
+        own_skip = dM[t * LD + t];
+        carried = t < last ? k.delta[t] * fade : 0;
+        dL[t] = own + k.decay[t] * of_read - carried;
+        ddelta[t] = own_delta + fade;
+    }
+    for (int i = threadIdx.x; i < S * w; i += SCAN_THREADS) carried += k.decay[last] * h[i / w * ld_w + i % w] * dh[i / w * ld_w + i % w];
+    carried = block_sum(carried, shared);
+    if (threadIdx.x == 0) {
+        float sum = carried;
+        for (int t = last; t >= 0; t--) dL[t] = sum += dL[t];
+    }
+    __syncthreads();
+    if (threadIdx.x >= n) return;
+    int t = threadIdx.x;
+    float rate = expf(s.A_log[k.h]), *row = dstep + (k.row + t) * 3 * s.heads + k.h;
+    row[0] = ddelta[t] - rate * dL[t];
+    row[s.heads] = -rate * k.delta[t] * dL[t];
+    row[2 * s.heads] = own_skip;
+}
+template <typename X> struct ScanHeads { // db and dc: the sum over the heads, in their order
+    X *dxbc;
+    const float *partial;
+    int E, S, heads;
+    template <int V> __device__ void run(int n, int i) const {
+        float sum = 0;
+        for (int h = 0; h < heads; h++) sum += partial[((int64_t)n * heads + h) * 2 * S + i];
+        dxbc[(int64_t)n * (E + 2 * S) + E + i] = to<X>(sum);
+    }
+};
+struct ScanColumns {
+    const float *dstep;
+    int heads;
+    __device__ float2 at(int n, int h) const {
+        const float *row = dstep + (int64_t)n * 3 * heads + heads + h;
+        return {row[0], row[heads]};
+    }
+};
+template <typename X>
+static void scan_backward_gpu(X *dxbc, float *dstep, float *dA_log, float *dskip, float *scratch, const X *dy, const float *states,
+                              const X *xbc, const float *step, const float *A_log, const float *skip, int B, int T, int E, int S,
+                              int heads, int P, cudaStream_t stream) {
+    P = chunk_height(P);
+    int chunks = (T + P - 1) / P, shared = scan_shared(S, E / heads);
+    float *dstates = scratch + B * round_up((int64_t)chunks * heads, 4), *partial = dstates + (int64_t)B * chunks * S * E;
+    Scan<X> s = {xbc, step, A_log, skip, (float *)states, scratch, T, E, S, heads, P, chunks};
+    dim3 grid(chunks, heads, B);
+    ScanHeads<X> sums = {dxbc, partial, E, S, heads};
+    ScanColumns columns = {dstep, heads};
+    allow_shared(scan_pull_kernel<X>, shared);
+    allow_shared(scan_backward_kernel<X>, shared);
+    LAUNCH(scan_pull_kernel<X>, grid, SCAN_THREADS, shared, stream, dstates, dy, s);
+    scan_states(dstates, scratch, NULL, B, chunks, S, E, heads, 1, stream);
+    LAUNCH(scan_backward_kernel<X>, grid, SCAN_THREADS, shared, stream, dxbc, dstep, partial, dstates, dy, s);
+    each(sums, (int64_t)B * T, 2 * S, 0, stream);
+    column_sums(dA_log, dskip, columns, B * T, heads, stream);
+}
+
+// A warp takes a row.
+template <typename X>
+__global__ void gated_rmsnorm_forward_kernel(X *out, float *rstd, const X *y, const X *z, int ld, const float *weight, int N,
+                                             int E) {
+    int n = blockIdx.x * 4 + threadIdx.x / 32;
+    if (n >= N) return;
+    float squares = 0;
+    for (int i = threadIdx.x % 32; i < E; i += 32) {
+        float gate = get(z[(int64_t)n * ld + i]), v = get(y[(int64_t)n * E + i]) * gate * sigmoid_gpu(gate);
+        squares += v * v;
+    }
+    float r = rsqrtf(warp_sum(squares) / E + 1e-5f);
+    if (threadIdx.x % 32 == 0) rstd[n] = r;
+    for (int i = threadIdx.x % 32; i < E; i += 32) {
+        float gate = get(z[(int64_t)n * ld + i]), v = get(y[(int64_t)n * E + i]) * gate * sigmoid_gpu(gate);
+        out[(int64_t)n * E + i] = to<X>(v * r * weight[i]);
+    }
+}
+template <typename X>
+static void gated_rmsnorm_forward_gpu(X *out, float *rstd, const X *y, const X *z, int ld, const float *weight, int N, int E,
+                                      cudaStream_t stream) {
+    LAUNCH(gated_rmsnorm_forward_kernel<X>, (N + 3) / 4, 128, 0, stream, out, rstd, y, z, ld, weight, N, E);
+}
+template <typename X> struct NormColumns {
+    const X *dout, *y, *z;
+    const float *rstd;
+    int ld, E;
+    __device__ float2 at(int n, int i) const {
+        float gate = get(z[(int64_t)n * ld + i]);
+        return {get(dout[(int64_t)n * E + i]) * get(y[(int64_t)n * E + i]) * gate * sigmoid_gpu(gate) * rstd[n], 0};
+    }
+};
+template <typename X>
+__global__ void gated_rmsnorm_backward_kernel(X *dy, X *dz, const X *dout, const X *y, const X *z, int ld, const float *rstd,
+                                              const float *weight, int N, int E) {
+    int n = blockIdx.x * 4 + threadIdx.x / 32;
+    if (n >= N) return;
+    float dot = 0, r = rstd[n];
+    for (int i = threadIdx.x % 32; i < E; i += 32) {
+        float gate = get(z[(int64_t)n * ld + i]);
+        dot += get(dout[(int64_t)n * E + i]) * weight[i] * get(y[(int64_t)n * E + i]) * gate * sigmoid_gpu(gate);
+    }
+    dot = warp_sum(dot) * r * r / E;
+    for (int i = threadIdx.x % 32; i < E; i += 32) {
+        int64_t at = (int64_t)n * E + i;
+        float gate = get(z[(int64_t)n * ld + i]), s = sigmoid_gpu(gate), y_i = get(y[at]);
+        float dv = r * (get(dout[at]) * weight[i] - y_i * gate * s * dot);
+        dz[(int64_t)n * ld + i] = to<X>(dv * y_i * s * (1 + gate * (1 - s)));
+        dy[at] = to<X>(dv * gate * s);
+    }
+}
+template <typename X>
+static void gated_rmsnorm_backward_gpu(X *dy, X *dz, float *dweight, const X *dout, const X *y, const X *z, int ld,
+                                       const float *rstd, const float *weight, int N, int E, cudaStream_t stream) {
+    NormColumns<X> columns = {dout, y, z, rstd, ld, E};
+    column_sums(dweight, NULL, columns, N, E, stream);
+    LAUNCH(gated_rmsnorm_backward_kernel<X>, (N + 3) / 4, 128, 0, stream, dy, dz, dout, y, z, ld, rstd, weight, N, E);
+}
+
+// ----------------------------------------------------------------------------
 // the model
 
 // As in train_sessa.c. x, rounded to X, is what the layer read from the residual stream, kept for the backward pass
@@ -1853,6 +2331,8 @@ template <typename X> struct LayerActivationsGPU {
     float *ln_mean, *ln_rstd;   // (N)
     X *n, *ag, *abar, *proj, *o, *f, *s, *gated, *branch; // dag takes the place of ag
     float *stats, *gamma, *fb_stats;
+    X *xbc, *y_scan, *normed, *tail; // mamba2
+    float *step, *rms, *states, *carried;
 };
 template <typename X> struct ActivationsGPU {
     LayerActivationsGPU<X> *layers;
@@ -1862,8 +2342,8 @@ template <typename X> struct ActivationsGPU {
     X *ln_f, *logits;               // (N,D), (N,V) with ld_logits numbers from row to row
     int64_t ld_logits;
     float *losses, *loss_logsumexp; // (N)
-    X *ds, *dout, *dabar, *dproj;
-    float *dgamma, *cosine, *sine, *scratch;
+    X *ds, *dout, *dabar, *dproj, *dy, *dxbc;
+    float *dgamma, *dstep, *cosine, *sine, *scratch;
 };
 
 // The first member is a Model as the other parts know it: configuration, table of parameters, and in the host's memory
@@ -1953,6 +2433,48 @@ template <typename X> static void sessa_backward_gpu(ModelGPU<X> *m, int l, int 
                       (float)m->host.config.gamma_max, B * T, D, stream);
 }
 
+// Rows of the projections are padded to multiples of 8 numbers: tensor cores ask for it.
+static int proj_ld(const Config *c) { return c->mixer == MAMBA2 ? (int)round_up(proj_width(c), 8) : proj_width(c); }
+
+template <typename X>
+static void mamba2_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int first, cudaStream_t stream) {
+    const Config *c = &m->host.config;
+    int D = c->d_model, E = 2 * D, S = c->state_dim, heads = E / c->head_dim, width = proj_width(c), ld = proj_ld(c), N = B * (T - first);
+    LayerWeights *w = &m->weights.layers[l];
+    LayerActivationsGPU<X> *a = &m->acts.layers[l];
+    if (a->carried && !first) CUDA(cudaMemsetAsync(a->carried, 0, sizeof(float) * (size_t)S * (size_t)E, stream));
+    linear_forward_gpu(a->proj, ld, a->abar, as_x(m, w->in_proj), (const X *)NULL, N, D, width, stream);
+    conv_forward_gpu(a->xbc, a->proj + E, ld, a->tail, w->conv_weight, w->conv_bias, B, T, E + 2 * S, first, stream);
+    step_forward_gpu(a->step, a->proj + width - heads, ld, w->step_bias, N, heads, stream);
+    scan_forward_gpu(a->y_scan, a->states, a->carried, m->acts.scratch, a->xbc, a->step, w->A_log, w->skip, B, T - first, E, S,
+                     heads, 0, stream);
+    gated_rmsnorm_forward_gpu(a->normed, a->rms, a->y_scan, a->proj, ld, w->norm_weight, N, E, stream);
+    linear_forward_gpu(a->s + (size_t)first * D, D, a->normed, as_x(m, w->out_proj), (const X *)NULL, N, E, D, stream);
+}
+
+template <typename X> static void mamba2_backward_gpu(ModelGPU<X> *m, int l, int B, int T, cudaStream_t stream) {
+    const Config *c = &m->host.config;
+    int D = c->d_model, E = 2 * D, S = c->state_dim, W = E + 2 * S, heads = E / c->head_dim, width = proj_width(c),
+        ld = proj_ld(c), N = B * T;
+    LayerWeights *w = &m->weights.layers[l], *dw = &m->grad.layers[l];
+    LayerActivationsGPU<X> *a = &m->acts.layers[l];
+    ActivationsGPU<X> *back = &m->acts;
+    const X *x = a->proj + E, *step = a->proj + width - heads;
+    gated_rmsnorm_forward_gpu(a->normed, a->rms, a->y_scan, a->proj, ld, w->norm_weight, N, E, stream); // again
+    linear_backward_gpu(back->dy, dw->out_proj, NULL, back->ds, D, a->normed, as_x(m, w->out_proj), N, E, D, stream);
+    gated_rmsnorm_backward_gpu(back->dy, back->dproj, dw->norm_weight, back->dy, a->y_scan, a->proj, ld, a->rms, w->norm_weight,
+                               N, E, stream);
+    conv_forward_gpu(a->xbc, x, ld, (X *)NULL, w->conv_weight, w->conv_bias, B, T, W, 0, stream);        // again
+    step_forward_gpu(a->step, step, ld, w->step_bias, N, heads, stream);
+    scan_backward_gpu(back->dxbc, back->dstep, dw->A_log, dw->skip, back->scratch, back->dy, a->states, a->xbc, a->step,
+                      w->A_log, w->skip, B, T, E, S, heads, 0, stream);
+    conv_backward_gpu(back->dproj + E, dw->conv_weight, dw->conv_bias, back->dxbc, x, ld, w->conv_weight, w->conv_bias, B, T, W,
+                      stream);
+    step_backward_gpu(back->dproj + width - heads, dw->step_bias, back->dstep, 3 * heads, step, ld, w->step_bias, N, heads,
+                      stream);
+    linear_backward_gpu(back->dabar, dw->in_proj, NULL, back->dproj, ld, a->abar, as_x(m, w->in_proj), N, D, width, stream);
+}
+
 template <typename X> struct MixerGPU {
     void (*forward)(ModelGPU<X> *model, int layer, int B, int T, int first, cudaStream_t stream);
     void (*backward)(ModelGPU<X> *model, int layer, int B, int T, cudaStream_t stream);
@@ -1961,6 +2483,7 @@ template <typename X> static MixerGPU<X> mixer_gpu(int mixer) {
     static const MixerGPU<X> mixers_gpu[N_MIXERS] = {
         {sessa_forward_gpu<X>, sessa_backward_gpu<X>},
         {attention_mixer_forward_gpu<X>, direct_read_backward_gpu<X>},
+        {mamba2_forward_gpu<X>, mamba2_backward_gpu<X>},
     };
     return mixers_gpu[mixer];
 }
@@ -1976,11 +2499,39 @@ static Y *add_activation(Table *table, Y *block, int layer, const char *name, in
     return block ? block + table->rows[table->n - 1].offset : NULL;
 }
 
+template <typename X> static void mamba2_activations_gpu(ModelGPU<X> *m, int l, int B, int T, Mode mode) {
+    const Config *c = &m->host.config;
+    int D = c->d_model, E = 2 * D, S = c->state_dim, W = E + 2 * S, heads = E / c->head_dim, training = mode >= TRAIN;
+    LayerActivationsGPU<X> *a = &m->acts.layers[l];
+    Table *t = &m->x_table, *f = &m->f_table;
+    X *x = m->x_block;
+    float *fb = m->f_block;
+    if (l == 0 || training) {
+        a->proj = add_activation(t, x, l, "proj", 3, B, T, proj_ld(c));
+        add_view(t, l, "z", "proj", 0, E);
+        a->y_scan = add_activation(t, x, l, "y", 3, B, T, E);
+        a->rms = add_activation(f, fb, l, "rms", 2, B, T, 1);
+        a->s = add_activation(t, x, l, "s", 3, B, T, D);
+        a->states = add_activation(f, fb, l, "states", 3, (int64_t)B * ((T + CHUNK - 1) / CHUNK), S, E);
+    }
+    if (mode == GENERATE) a->carried = add_activation(f, fb, l, "carried", 2, S, E, 1);
+    if (mode == GENERATE) a->tail = add_activation(t, x, l, "tail", 2, TAPS - 1, W, 1);
+    if (l == 0 || mode == KEEP_ALL) {
+        a->xbc = add_activation(t, x, l, "conv", 3, B, T, W);
+        a->step = add_activation(f, fb, l, "dt", 3, B, T, heads);
+        a->normed = add_activation(t, x, l, "normed", 3, B, T, E);
+    }
+    if (l || !training) return;
+    m->acts.dy = add_activation(t, x, -1, "dy", 3, B, T, E);
+    m->acts.dxbc = add_activation(t, x, -1, "dxbc", 3, B, T, W);
+    m->acts.dstep = add_activation(f, fb, -1, "dstep", 3, B, T, 3 * heads);
+}
+
 // The list of carve_activations, in two blocks. What is shared is shared as there; a KEEP_ALL model shares nothing.
 template <typename X> static void carve_activations_gpu(ModelGPU<X> *m, int B, int T, Mode mode) {
     const Config *c = &m->host.config;
-    int D = c->d_model, H = c->n_heads, d = D / H, kv_width = c->n_kv_heads * d, E = proj_width(c);
-    int sessa = c->mixer == SESSA, training = mode >= TRAIN, keep_all = mode == KEEP_ALL;
+    int D = c->d_model, H = c->n_heads, d = D / H, kv_width = c->n_kv_heads * d, E = proj_ld(c);
+    int sessa = c->mixer == SESSA, mamba2 = c->mixer == MAMBA2, training = mode >= TRAIN, keep_all = mode == KEEP_ALL;
     ActivationsGPU<X> *acts = &m->acts;
     Table *t = &m->x_table, *f = &m->f_table;
     X *x = m->x_block;
@@ -1994,22 +2545,25 @@ template <typename X> static void carve_activations_gpu(ModelGPU<X> *m, int B, i
         char name[32];
         snprintf(name, sizeof(name), "layers.%d.residual", l - 1);
         if (training) a->x = add_activation(t, x, -1, l ? name : "encoded", 3, B, T, D);
-        a->proj = add_activation(t, x, l, "proj", 3, B, T, E);
-        add_view(t, l, "q", "proj", 0, D);
-        add_view(t, l, "k", "proj", D, kv_width);
-        add_view(t, l, "v", "proj", D + kv_width, kv_width);
+        if (mamba2) mamba2_activations_gpu(m, l, B, T, mode);
+        else {
+            a->proj = add_activation(t, x, l, "proj", 3, B, T, E);
+            add_view(t, l, "q", "proj", 0, D);
+            add_view(t, l, "k", "proj", D, kv_width);
+            add_view(t, l, "v", "proj", D + kv_width, kv_width);
+            a->s = add_activation(t, x, l, "s", 3, B, T, D);
+        }
         if (sessa) add_view(t, l, "fb_q", "proj", E - 2 * D, D);
         if (sessa) add_view(t, l, "fb_k", "proj", E - D, D);
-        a->s = add_activation(t, x, l, "s", 3, B, T, D);
-        if (!sessa) add_view(t, l, "f", "s", 0, D);
+        if (c->mixer == ATTENTION) add_view(t, l, "f", "s", 0, D);
         if (l == 0 || training) {
             a->ln_mean = add_activation(f, fb, l, "ln_mean", 2, B, T, 1);
             a->ln_rstd = add_activation(f, fb, l, "ln_rstd", 2, B, T, 1);
             a->ag = add_activation(t, x, l, "ag", 3, B, T, 2 * D);
             add_view(t, l, "a", "ag", 0, D);
             add_view(t, l, "g", "ag", D, D);
-            if (H > 1) a->o = add_activation(t, x, l, "o", 3, B, T, D);
-            a->stats = add_activation(f, fb, l, "stats", 3, B * H, T, 2);
+            if (H > 1 && !mamba2) a->o = add_activation(t, x, l, "o", 3, B, T, D);
+            if (!mamba2) a->stats = add_activation(f, fb, l, "stats", 3, B * H, T, 2);
             if (sessa) a->gamma = add_activation(f, fb, l, "gamma", 2, B, T, 1);
             if (sessa) a->fb_stats = add_activation(f, fb, l, "fb_stats", 3, B, T, 2);
         }
@@ -2036,7 +2590,7 @@ template <typename X> static void carve_activations_gpu(ModelGPU<X> *m, int B, i
     acts->loss_logsumexp = add_activation(f, fb, -1, "loss_logsumexp", 2, B, T, 1);
     acts->cosine = add_activation(f, fb, -1, "cosine", 2, T, d / 2, 1);
     acts->sine = add_activation(f, fb, -1, "sine", 2, T, d / 2, 1);
-    int64_t scratch = attention_scratch(m->is_bf16 && d % 8 == 0 && d <= 128, B, T, H, c->n_kv_heads, 0);
+    int64_t scratch = mamba2 ? scan_scratch_gpu(B, T, 2 * D, c->state_dim, 2 * D / c->head_dim, CHUNK) : attention_scratch(m->is_bf16 && d % 8 == 0 && d <= 128, B, T, H, c->n_kv_heads, 0);
     int64_t feedback = sessa ? feedback_panels<X>(B, T, D, 0).total : 0;
     int64_t low = sessa && keep_all ? feedback_panels<X>(B, T, D, 1).total : 0; // of tests
     scratch = scratch > feedback ? scratch : feedback;
@@ -2102,7 +2656,12 @@ template <typename X> static int64_t carve_memory(ModelGPU<X> *m, char *memory, 
 
 template <typename X> static Model *model_create_gpu(const Config *c, int B, int T, Mode mode, char *error) {
     if (gpu_open(error)) return NULL;
-    int whole = 1;
+    int whole = 1, most = 0;
+    CUDA(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
+    if (c->mixer == MAMBA2 && scan_shared(c->state_dim, c->head_dim) > most - 1024) {
+        fail(error, NULL, "--head-dim %d with --state-dim %d: too large for the GPU's shared memory", c->head_dim, c->state_dim);
+        return NULL;
+    }
     ModelGPU<X> *m = (ModelGPU<X> *)allocate(1, sizeof(ModelGPU<X>), &whole);
     if (!m) { fail(error, NULL, "out of memory"); return NULL; }
     m->host.config = *c;
@@ -2246,6 +2805,24 @@ static double model_forward_gpu(ModelGPU<X> *m, const int *inputs, const int *ta
     return sum_gpu<0>(acts->losses, N, stream);
 }
 
+// A warp takes a row.
+template <typename X>
+__global__ void hits_kernel(char *hits, const X *logits, int64_t ld, const int *targets, int N, int V) {
+    int n = blockIdx.x * 4 + threadIdx.x / 32, larger = 0;
+    if (n >= N) return;
+    float target = targets[n] < 0 ? 0 : get(logits[n * ld + targets[n]]);
+    for (int v = threadIdx.x % 32; v < V; v += 32) larger |= !(get(logits[n * ld + v]) <= target);
+    larger = __any_sync(~0u, larger);
+    if (threadIdx.x % 32 == 0) hits[n] = targets[n] >= 0 && !larger;
+}
+template <typename X> static void model_hits_gpu(ModelGPU<X> *m, char *hits) {
+    int N = m->host.batch_B * m->host.batch_T;
+    LAUNCH(hits_kernel<X>, (N + 3) / 4, 128, 0, gpu.stream, (char *)m->acts.losses, m->acts.logits, m->acts.ld_logits, m->ids + N,
+           N, m->host.config.vocab_size); // the losses have been summed up
+    CUDA(cudaMemcpyAsync(hits, m->acts.losses, (size_t)N, cudaMemcpyDeviceToHost, gpu.stream));
+    CUDA(cudaStreamSynchronize(gpu.stream));
+}
+
 template <typename X> static void model_backward_gpu(ModelGPU<X> *m, double dloss) {
     cudaStream_t stream = gpu.stream;
     const Config *c = &m->host.config;
@@ -2377,6 +2954,10 @@ static double cuda_forward(Model *m, const int *inputs, const int *targets, int 
     return bf16_model(m) ? model_forward_gpu(bf16_model(m), inputs, targets, B, T,
                                              drop) : model_forward_gpu(float_model(m), inputs, targets, B, T, drop);
 }
+static void cuda_hits(Model *m, char *hits) {
+    if (bf16_model(m)) model_hits_gpu(bf16_model(m), hits);
+    else model_hits_gpu(float_model(m), hits);
+}
 static void cuda_backward(Model *m, double dloss) { if (bf16_model(m)) model_backward_gpu(bf16_model(m), dloss);
         else model_backward_gpu(float_model(m), dloss); }
 static double cuda_grad_norm(Model *m) {
@@ -2393,7 +2974,7 @@ static void cuda_extend(Model *m, const int *tokens, int n, int first, real *log
 }
 
 static const Backend cuda_backend = {"CUDA", cuda_create, cuda_destroy, cuda_bytes, cuda_read, cuda_write, cuda_forward,
-                                     cuda_backward, cuda_grad_norm, cuda_update,
+                                     cuda_hits, cuda_backward, cuda_grad_norm, cuda_update,
                                      cuda_extend};
 
 // ----------------------------------------------------------------------------
