@@ -44,7 +44,7 @@ def parameters(s, V):
 def match(mixer, V, like, tolerance=0.02, state_dim=64):
     """The Shape of this mixer nearest to `like` with its number of parameters, within the tolerance; None if there is none."""
     target, found = parameters(like, V), []
-    for head_dim in (64, 32, 16) if mixer == "mamba2" else (0,):
+    for head_dim in (64, 32, 16, 8) if mixer == "mamba2" else (0,):
         step = head_dim // 2 or 2 * like.heads      # heads of an even width; a mamba2 head divides twice the width
         for layers in range(max(1, like.layers // 2), 3 * like.layers + 1):
             for dim in range(step, 2 * like.dim + 1, step):

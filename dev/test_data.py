@@ -1,4 +1,4 @@
-"""Tests of the generators in data/, of match.py and of the conversion to token shards: dev/test_data.py, or pytest dev/test_data.py.
+"""Tests of the generators in data/, of the conversion to token shards, of match.py and the plots: dev/test_data.py, or pytest dev/test_data.py.
 With --program ./train_sessa the program must also read what they write.
 """
 import json
@@ -8,7 +8,7 @@ import sys
 import tempfile
 
 import numpy as np
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 DATA = os.path.join(HERE, "..", "data")
@@ -188,6 +188,43 @@ def test_match():
             assert abs(match.parameters(shape, V) / match.parameters(like, V) - 1) <= 0.02
             assert abs(np.log2(shape.dim / D)) < 0.5 and abs(np.log2(shape.layers / L)) <= 1, shape
             sessa.Config(V, shape.dim, shape.layers, shape.heads, mixer=shape.mixer, mamba_head_dim=shape.head_dim)     # is one that exists
+
+
+def test_plots():
+    """Each makes its picture of a small file, the slope it prints is the right one, and bad input is one line."""
+    try:
+        import matplotlib   # noqa: F401
+    except ImportError:
+        raise Skip("matplotlib is not installed")
+    with tempfile.TemporaryDirectory() as folder:
+        path = lambda name: os.path.join(folder, name)
+
+        def plot(script, *arguments, code=0):
+            done = subprocess.run([sys.executable, os.path.join(HERE, script), *arguments], capture_output=True, text=True)
+            assert done.returncode == code and "Traceback" not in done.stderr, (script, arguments, done.stderr)
+            assert not code or len(done.stderr.strip().splitlines()) == 1
+            return done.stdout
+
+        lag = np.arange(1000.0)
+        tail = np.where(lag % 3 == 0, 0, 0.2 * np.maximum(lag, 1) ** -0.7)      # 0: not measured
+        save_file({"layers.0.solve": tail.astype(np.float32), "layers.0.direct": np.maximum(lag, 1) ** -1.0, "map.solve": np.eye(20)},
+                  path("i.safetensors"), {"mixer": "sessa", "map_layer": "0"})
+        out = plot("plot_influence.py", path("i.safetensors"), "--out", path("i.svg"))
+        assert "slope -0.7000" in out and "slope -1.0000" in out
+        assert "slope -0.7000" in plot("plot_influence.py", path("i.safetensors"), "--kind", "solve", "--fit", "20", "90", "--out", path("i.png"))
+        plot("plot_maps.py", path("i.safetensors"), "--out", path("m.png"))
+        with open(path("log.jsonl"), "w") as file:
+            for step in range(1, 31):
+                line = {"step": step, "train_loss": 3 / step, **({"val_loss": 2 / step, "val_accuracy": step / 40} if step % 10 == 0 else {})}
+                file.write(json.dumps(line) + "\n")
+        plot("plot_training.py", path("log.jsonl"), path("log.jsonl"), "--names", "a", "b", "--out", path("t.svg"))
+        for name in ("i.svg", "i.png", "m.png", "t.svg"):
+            assert os.path.getsize(path(name)) > 5000, name
+        plot("plot_influence.py", path("log.jsonl"), code=1)
+        plot("plot_influence.py", path("none.safetensors"), code=1)
+        plot("plot_maps.py", path("log.jsonl"), code=1)
+        plot("plot_training.py", path("i.safetensors"), code=1)
+        plot("plot_training.py", path("log.jsonl"), "--out", path("t.xyz"), code=1)
 
 
 if __name__ == "__main__":

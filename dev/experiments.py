@@ -1,0 +1,212 @@
+"""The paper's comparisons, run again: Sessa, a Transformer and Mamba-2 with equally many parameters, and Sessa without its feedback
+path, on the same data for as many steps, two seeds each. One entry a table; it writes FOLDER/NAME.md, and the curves beside it.
+
+  dev/experiments.py symbolsoup mqar --quick            # minutes on a CPU: shows that everything works, and no more
+  dev/experiments.py symbolsoup                         # the real thing, on a GPU
+  dev/experiments.py mqar --models mamba2 --seeds 1337 --program ./train_sessacu
+  dev/experiments.py tinyshakespeare --dry-run          # prints the commands
+
+Entries: symbolsoup (accuracy on its test set), mqar (accuracy by lag, up to four times the lags trained on), simplestories
+(perplexity), tinyshakespeare (validation loss). Data that is not there is made or fetched by the scripts of data/. Runs are kept in
+FOLDER: one that is finished is not run again, one that was stopped goes on. The programs are built with make.
+"""
+import argparse
+import json
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+
+import match
+
+ROOT = os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+
+# (width, depth, heads of Sessa), vocabulary, how the data is made, files, options of every run, what is measured
+ENTRIES = {
+    "symbolsoup": {
+        "metric": "accuracy", "vocab": 43, "real": (256, 4, 4), "quick": (32, 2, 2),
+        "make": {"real": ["symbolsoup.py"], "quick": ["symbolsoup.py", "--train", "600", "--val", "100", "--test", "200"]},
+        "options": {"real": {"steps": 4368, "batch": 64, "lr": 1e-3, "warmup": 200, "beta2": 0.99, "eval-every": 312, "eval-batches": 32},
+                    "quick": {"steps": 60, "batch": 8, "lr": 1e-3, "warmup": 10, "eval-every": 30, "eval-batches": 4}}},
+    "mqar": {
+        "metric": "lag", "vocab": 147, "real": (128, 4, 4), "quick": (32, 2, 2),
+        "make": {"real": ["mqar.py", "--train", "100000"], "quick": ["mqar.py", "--train", "600", "--val", "100", "--test", "100", "--pairs", "4",
+                                                                    "--queries", "4", "--lag", "24", "64", "--test-lag", "65", "256"]},
+        "options": {"real": {"steps": 12000, "batch": 128, "lr": 1e-3, "warmup": 500, "beta2": 0.99, "eval-every": 1000, "eval-batches": 8},
+                    "quick": {"steps": 100, "batch": 8, "lr": 2e-3, "warmup": 10, "eval-every": 50, "eval-batches": 4}}},
+    "simplestories": {
+        "metric": "perplexity", "vocab": 4096, "real": (512, 8, 8), "quick": (64, 2, 4),
+        "make": {"real": ["simplestories.py"], "quick": ["simplestories.py"]}, "suffix": "bin",
+        "options": {"real": {"seq": 512, "steps": 6000, "batch": 64, "lr": 1e-3, "warmup": 300, "beta2": 0.95, "eval-every": 500, "eval-batches": 16},
+                    "quick": {"seq": 64, "steps": 100, "batch": 8, "lr": 2e-3, "warmup": 10, "eval-every": 50, "eval-batches": 4}}},
+    "tinyshakespeare": {
+        "metric": "loss", "vocab": 65, "real": (128, 5, 4), "quick": (32, 2, 2), "suffix": "txt",
+        "make": {"real": ["tinyshakespeare.sh"], "quick": ["tinyshakespeare.sh"]},
+        "options": {"real": {"steps": 2000}, "quick": {"steps": 100, "warmup": 10, "eval-every": 50}}},
+}
+
+
+def call(command, dry):
+    """The standard output of a command that must succeed. Its error stays one line."""
+    print("$", " ".join(command), flush=True)
+    if dry:
+        return ""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    except OSError as error:
+        sys.exit(f"{command[0]}: {error.strerror}")
+    if done.returncode:
+        sys.exit(f"exit code {done.returncode}: {(done.stderr.strip().splitlines() or ['no word said'])[-1]}")
+    return done.stdout
+
+
+def data_files(name, entry, setting, folder, dry):
+    """{split: path}, made if they are not there."""
+    suffix = entry.get("suffix", "safetensors")
+    script = entry["make"][setting]
+    if suffix == "txt":
+        paths = {"train": os.path.join(ROOT, "data", f"{name}.txt")}
+    else:   # what the quick setting makes differs, so it lies elsewhere
+        prefix = os.path.join(folder if setting == "quick" else os.path.join(ROOT, "data"), name)
+        paths = {split: f"{prefix}_{split}.{suffix}" for split in ("train", "val") + (("test",) if suffix == "safetensors" else ())}
+        script = script + ["--prefix", prefix]
+    if not all(os.path.exists(path) for path in paths.values()):
+        runner = "sh" if script[0].endswith(".sh") else sys.executable
+        call([runner, os.path.join(ROOT, "data", script[0]), *script[1:]], dry)
+    return paths
+
+
+def log_lines(path):
+    """The whole lines of a log; none if there is no such file."""
+    if not os.path.exists(path):
+        return []
+    with open(path) as file:
+        return [json.loads(line) for line in file if line.endswith("\n")]
+
+
+def train(stem, shape, seed, data, options, o):
+    """Trains one model with one seed, unless that is done: the log's lines."""
+    log, out = stem + ".jsonl", stem + ".safetensors"
+    lines = log_lines(log)
+    if not lines or lines[-1]["step"] < options["steps"]:
+        if lines and os.path.exists(out):
+            watching = {key: value for key, value in options.items() if key.startswith("eval")}     # all else is in the file
+            command = [o.program, "--resume", out, "--log", log] + [word for key, value in watching.items() for word in ("--" + key, str(value))]
+        else:
+            command = [o.program, "--data", data["train"], *(("--val", data["val"]) if "val" in data else ()), *shape.options()]
+            command += [word for key, value in options.items() for word in ("--" + key, str(value))]
+            command += ["--seed", str(seed), "--log", log, "--out", out]
+        call(command, o.dry_run)
+        lines = log_lines(log)
+    return lines
+
+
+def evaluate(stem, data, o):
+    """{measure: value} of the best weights on the test set; kept beside them."""
+    path = stem + ".test.json"
+    if os.path.exists(path) and os.path.getmtime(path) >= os.path.getmtime(stem + ".best.safetensors"):
+        with open(path) as file:
+            return json.load(file)
+    output = call([o.program, "--eval", "--load", stem + ".best.safetensors", "--data", data["test"], "--val", data["test"]], o.dry_run)
+    found = {name: float(x) for name, x in re.findall(r"^(val_loss|val_accuracy|lag \d+ to \d+) (\S+)$", output, re.M)}
+    if not o.dry_run:
+        with open(path, "w") as file:
+            json.dump(found, file)
+    return found
+
+
+def spread(values, digits=4):
+    """Two seeds as their mean and both values; one as it is."""
+    values = [v for v in values if v is not None and not math.isnan(v)]
+    if not values:
+        return ""
+    parts = ", ".join(f"{v:.{digits}f}" for v in values)
+    return parts if len(values) == 1 else f"{statistics.mean(values):.{digits}f} ({parts})"
+
+
+def run_entry(name, entry, o):
+    setting = "quick" if o.quick else "real"
+    folder = os.path.join(o.folder, setting)
+    os.makedirs(folder, exist_ok=True)
+    data = data_files(name, entry, setting, folder, o.dry_run)
+    options = dict(entry["options"][setting])
+    if o.steps:
+        options["steps"] = o.steps
+    if o.batch:
+        options["batch"] = o.batch
+    D, L, H = entry[setting]
+    results, logs, columns = [], [], []
+    for title, shape in match.rows(entry["vocab"], match.Shape("sessa", D, L, H), state_dim=16 if o.quick else 64):
+        key = "nofeedback" if title.endswith("feedback") else shape.mixer
+        if o.models and key not in o.models:
+            continue
+        last, tests = [], []
+        for seed in o.seeds:
+            stem = os.path.join(folder, f"{name}_{key}_{seed}")
+            lines = train(stem, shape, seed, data, options, o)
+            if not lines:   # a dry run
+                continue
+            last.append({**lines[-1], "best": min(line["val_loss"] for line in lines if "val_loss" in line)})
+            logs.append((stem + ".jsonl", f"{title}, {seed}"))
+            tests.append(evaluate(stem, data, o) if "test" in data else {})
+        results.append((title, shape, last, tests))
+        columns = sorted({lag for test in tests for lag in test if lag.startswith("lag")} | set(columns), key=lambda lag: int(lag.split()[1]))
+    if o.dry_run:
+        return
+
+    metric = entry["metric"]
+    head = ["model", "shape", "parameters"]
+    head += {"accuracy": ["test accuracy", "test loss"], "lag": ["test accuracy"] + [f"{lag}" for lag in columns],
+             "perplexity": ["validation perplexity"], "loss": ["validation loss"]}[metric] + ["validation loss at the end", "tokens/s"]
+    rows = [head, ["---"] * len(head)]
+    for title, shape, last, tests in results:
+        row = [title, f"D {shape.dim}, L {shape.layers}" + (f", w {shape.head_dim}" if shape.head_dim else f", H {shape.heads}"),
+               f"{match.parameters(shape, entry['vocab']):,}"]
+        best = [line["best"] for line in last]
+        if metric in ("accuracy", "lag"):
+            row.append(spread([test.get("val_accuracy") for test in tests]))
+            row += [spread([test.get("val_loss") for test in tests])] if metric == "accuracy" else [spread([test.get(lag) for test in tests], 3) for lag in columns]
+        else:
+            row.append(spread([math.exp(x) for x in best], 3) if metric == "perplexity" else spread(best))
+        row += [spread([line["val_loss"] for line in last]), f"{statistics.median(line['tok_per_s'] for line in last):,.0f}"]
+        rows.append(row)
+    told = " ".join(f"--{key} {value}" for key, value in options.items())
+    seeds = " and ".join(map(str, o.seeds))
+    text = f"### {name}\n\nSeeds {seeds}: mean (each); the weights of the lowest validation loss. `{told}`\n\n"
+    text += "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+    path = os.path.join(folder, name + ".md")
+    with open(path, "w") as file:
+        file.write(text)
+    print("\n" + text)
+    try:
+        import matplotlib   # noqa: F401  the picture is an extra
+    except ImportError:
+        print("no curves: matplotlib is not installed")
+        return
+    call([sys.executable, os.path.join(ROOT, "dev", "plot_training.py"), *(path for path, _ in logs), "--names", *(label for _, label in logs),
+          "--title", name, "--out", os.path.join(folder, name + ".svg")], False)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("entries", nargs="+", choices=ENTRIES)
+    parser.add_argument("--quick", action="store_true", help="small models, few steps")
+    parser.add_argument("--models", nargs="+", choices=("sessa", "attention", "mamba2", "nofeedback"), help="[all four]")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1337, 1338], help="[1337 1338]")
+    parser.add_argument("--steps", type=int, help="in place of the entry's")
+    parser.add_argument("--batch", type=int, help="in place of the entry's")
+    parser.add_argument("--program", help="[./train_sessa with --quick, else ./train_sessacu]")
+    parser.add_argument("--folder", default=os.path.join(ROOT, "runs"), help="[runs]")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands only")
+    o = parser.parse_args()
+    o.program = o.program or os.path.join(ROOT, "train_sessa" if o.quick else "train_sessacu")
+    if not o.dry_run and not os.path.exists(o.program):
+        sys.exit(f"{o.program} is not there: make {os.path.basename(o.program)}")
+    for name in o.entries:
+        run_entry(name, ENTRIES[name], o)
+
+
+if __name__ == "__main__":
+    main()
