@@ -2070,10 +2070,12 @@ static int json_integers(Json *j, int64_t *list, int room, int64_t *product) {
         json_space(j);
         const unsigned char *start = j->at;
         for (; j->at < j->end && isdigit(*j->at); j->at++)
-            if (__builtin_mul_overflow(number, 10, &number) || __builtin_add_overflow(number, *j->at - '0', &number))
+            if (__builtin_mul_overflow(number, 10, &number) || __builtin_add_overflow(number, *j->at - '0', &number)) {
                 json_fail(j, "a number above 2^63-1");
+                return n;
+            }
         if (j->at == start) json_fail(j, "expected a whole number, 0 or more");
-        if (*start == '0' && j->at - start > 1) json_fail(j, "a number with a leading zero");
+        if (j->at - start > 1 && *start == '0') json_fail(j, "a number with a leading zero");
         if (n < room) list[n] = number;
         if (*product < 0 || __builtin_mul_overflow(*product, number, product)) *product = -1;
     }
@@ -2736,14 +2738,14 @@ static int load_block(Run *run, const char *path, const char *prefix, Block bloc
 // content is compared later).
 static int settings_from_file(Run *run, const char *path, int resume, char *error) {
     Settings *s = &run->settings;
-    char given[96], stored[96], seen[256] = {0};
+    char given[96], stored[96], problem[ERROR_SIZE], seen[256] = {0};
     for (int i = 0; i < N_OPTIONS; i++) {
         const Option *option = &option_table[i];
         if (!option->key || (!resume && option->group != MODEL)) continue;
         const char *text = safetensors_meta(&run->file, option->key), *may_differ = resume ? "steps data val" : "seq";
         Options other = s->values;
         if (!text && (!strcmp(option->key, "val") || (!strncmp(option->key, "mamba", 5) && strcmp(s->values.mixer, "mamba2")))) continue;
-        if (!text || set_option(&other, option, text, stored))
+        if (!text || set_option(&other, option, text, problem))
             return fail(error, path, "metadata %s is %s", option->key, text ? "no valid value" : "missing");
         if (!s->given[i]) s->values = other;
         else if (!strstr(may_differ, option->name)) {
@@ -2754,7 +2756,7 @@ static int settings_from_file(Run *run, const char *path, int resume, char *erro
     }
     if (resume && !is_given(s, "out")) s->values.out = path;
     if (find_mixer(s->values.mixer) < 0) return fail(error, path, "its mixer '%.40s' is unknown", s->values.mixer);
-    if (config_of(&run->config, &s->values, stored)) return fail(error, path, "%.200s", stored);
+    if (config_of(&run->config, &s->values, problem)) return fail(error, path, "%.200s", problem);
     const FileTensor *bytes = safetensors_find(&run->file, "tokenizer.bytes");
     if (!bytes) return 0;
     int valid = !strcmp(bytes->dtype, "U8") && bytes->n_dims == 1 && bytes->count == s->values.vocab && bytes->count <= 256;
