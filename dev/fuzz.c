@@ -29,9 +29,9 @@ static void *copy_of(const void *bytes, size_t size, size_t extra) { // in memor
     return copy;
 }
 
-static void require_line(void) { // what a user sees: one line, not empty, no control character
-    REQUIRE(*error && strlen(error) < ERROR_SIZE);
-    for (const char *c = error; *c; c++) REQUIRE((unsigned char)*c >= 32 && *c != 127);
+static void require_line(void) { // what a user sees: one line of UTF-8, not empty, no control character
+    REQUIRE(*error && strlen(error) < ERROR_SIZE && utf8_valid((const unsigned char *)error, strlen(error)));
+    for (const char *c = error; *c; c++) REQUIRE((unsigned char)*c >= 32 && *c != 127 && memcmp(c, "\xC2\x80", 2));
 }
 
 // A file in memory under a name in the file system. The name's end tells an example set.
@@ -94,9 +94,16 @@ static void walk_model(Run *run, int resume) {
     if (table.count >= 0 && table.count < MAX_NUMBERS) {
         static const char *prefixes[] = {"", "exp_avg.", "exp_avg_sq."};
         run->table = table;
+        static Model model;
+        int whole = 1;
         numbers = (real *)malloc((size_t)table.count * sizeof(real));
-        for (int i = 0; i < (resume ? 3 : 1); i++)
-            if (load_block(run, "fuzz", prefixes[i], (Block)(i ? EXP_AVG + i - 1 : PARAMS), error)) { require_line(); break; }
+        for (int i = 0; i < (resume ? 6 : 2); i++) { // first the check, then the numbers
+            run->model = i >= (resume ? 3 : 1) ? &model : NULL;
+            int k = resume ? i % 3 : 0, result = load_block(run, "fuzz", prefixes[k], (Block)(k ? EXP_AVG + k - 1 : PARAMS), error);
+            REQUIRE(!run->model || !result);
+            if (result) { require_line(); whole = 0; break; }
+        }
+        for (int64_t i = 0; whole && i < table.count; i++) REQUIRE(isfinite(numbers[i]));
         free(numbers);
     }
     free(table.rows);
@@ -365,8 +372,9 @@ static void fuzz_prompt(const uint8_t *data, size_t size) {
     Candidate *candidates = (Candidate *)malloc((size_t)V * sizeof(Candidate));
     memcpy(logits, data + at, n_logits * sizeof(real));
     for (int i = 0; i < 4; i++) {
-        int id = sample_token(logits, candidates, V, temperature, top_k, top_p, &random);
-        REQUIRE(id >= 0 && id < V);
+        int id = sample_token(logits, candidates, V, temperature, top_k, top_p, &random), finite = 1;
+        for (int v = 0; v < V; v++) finite &= isfinite(logits[v]) != 0;
+        REQUIRE(finite ? id >= 0 && id < V : id == -1);
     }
     free(candidates);
     free(logits);
