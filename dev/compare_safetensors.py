@@ -1,5 +1,5 @@
 """The reader of train_sessa.c against the safetensors library of Python, on files mutated from real ones: both must agree
-on what is valid. Where they differ, ours must be the stricter one, and the reason one of the three named below.
+on what is valid. Where they differ, ours must be the stricter one, and the reason one of the four named below.
 
     dev/.venv/bin/python dev/compare_safetensors.py [--files 10000] [--seed 1]
 """
@@ -22,6 +22,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 TWICE = "a name stands there twice: the library takes the last one and forgets the rest, another reader would take the first"
 SPACE = "the header does not begin with '{': the format asks for it, the library's JSON reader skips white space"
 FIELD = "a tensor has a field of an unknown name, which may change what its data means: the library ignores it"
+LARGE = "an empty tensor has a dimension above 2^63-1, which no signed 64-bit number holds"
 
 
 def difference(content):
@@ -35,7 +36,9 @@ def difference(content):
 
     entries = json.loads(header, object_pairs_hook=pairs)
     fields = {field for name, entry in entries.items() if name != "__metadata__" for field in entry}
-    return TWICE if twice else SPACE if header[:1] != b"{" else FIELD if fields - {"dtype", "shape", "data_offsets"} else None
+    large = [d for name, entry in entries.items() if name != "__metadata__" for d in entry["shape"] if d >= 2**63]
+    return (TWICE if twice else SPACE if header[:1] != b"{" else FIELD if fields - {"dtype", "shape", "data_offsets"}
+            else LARGE if large else None)
 
 
 def pack(entries, data, metadata=None, text=None):
