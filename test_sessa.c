@@ -1477,10 +1477,10 @@ static void test_generation(void) {
     static const char *greedy_ways[] = {"--temperature 0 --seed 5", "--top-k 1", "--top-p 1e-9"};
     for (int i = 0; i < 3; i++)
         check(!run("--load g.safetensors --generate %d --prompt %s %s", NEW, prompt, greedy_ways[i]) && !strcmp((char *)output, (char *)greedy), "%s: the same text", greedy_ways[i]);
-    run("--load g.safetensors --generate 200 --seed 1 --window 0");
+    run("--load g.safetensors --generate 200 --seed 1 --window 0 --temperature 9");
     unsigned char *first = output;
-    ok = output_size == 201 && !run("--load g.safetensors --generate 200 --seed 1 --window 0") && !strcmp((char *)output, (char *)first);
-    check(ok && !run("--load g.safetensors --generate 200 --seed 2 --window 0") && strcmp((char *)output, (char *)first), "sampling: a seed gives its text, another seed another");
+    ok = output_size == 201 && !run("--load g.safetensors --generate 200 --seed 1 --window 0 --temperature 9") && !strcmp((char *)output, (char *)first);
+    check(ok && !run("--load g.safetensors --generate 200 --seed 2 --window 0 --temperature 9") && strcmp((char *)output, (char *)first), "sampling: a seed gives its text, another seed another");
     run("--data tokens.bin --vocab 20 " SMALL "--steps 1 --out n.safetensors");
     ok = !run("--load n.safetensors --generate 5 --prompt 3~14~15");
     int numbers = 0;
@@ -1777,7 +1777,21 @@ static double gpu_error(const X *device, const real *ref, int64_t rows, int widt
     return rows_error(x, wanted, rows, width, ld, floor);
 }
 
-enum { EMBEDDING, LAYERNORM, LINEAR, GELU, ROPE, GAIN, GATE, RESIDUAL, CROSSENTROPY, DROPOUT, CONVOLUTION, STEP, SCAN_F, SCAN_B, GATED_NORM, ATTENTION_F, ATTENTION_B,
+// dout's rows summed: what a pass of the GPU gives as the gradient of the bias before it
+static void add_rows(real *sum, const real *dout, int N, int width, int ld) {
+    for (int n = 0; n < N; n++)
+        for (int i = 0; i < width; i++) sum[i] += dout[n * ld + i];
+}
+static Mask mask_on_gpu(Dropout drop, int place) {
+    uint64_t key = dropout_key(drop), *device;
+    CUDA(cudaMalloc((void **)&device, sizeof(key)));
+    CUDA(cudaMemcpy(device, &key, sizeof(key), cudaMemcpyHostToDevice));
+    gpu_lent[n_gpu_lent++] = device;
+    return mask_of(device, drop.probability, place);
+}
+
+enum { EMBEDDING, LAYERNORM, LINEAR, GELU, ROPE, GAIN, GATE, RESIDUAL, CROSSENTROPY, SUMS, CONVOLUTION, STEP, SCAN_F, SCAN_B, GATED_NORM,
+       ATTENTION_F, ATTENTION_B,
        FEEDBACK_F, FEEDBACK_B, N_GPU_LAYERS };
 
 // One random shape: every layer on the GPU and in C on the same numbers. `even` shapes take the paths in eights and
@@ -1799,7 +1813,11 @@ template <typename X> static void compare_layers(double *worst, int even, int T)
         *wte_d = on_gpu<float>(wte, (int64_t)V * D);
     float *dout_f = on_gpu<float>(dout, size);
     double floor = 0.1 * sqrt((double)size);
-    { // embedding
+    Dropout drop = {random_int(0, 1) ? 0.3 : 0, 11, 5};
+    ColumnSums sums;
+    memset(&sums, 0, sizeof(sums));
+    sums.room = sums.next = gpu_poison<float>(column_sums_room(D, ld));
+    { // embedding, with dropout
         real *o = poison(size), *dwte = noise((int64_t)V * D, 1);
         float *o_d = gpu_poison<float>(size), *dwte_d = on_gpu<float>(dwte, (int64_t)V * D),
             *partial = gpu_poison<float>(size);
@@ -1807,27 +1825,52 @@ template <typename X> static void compare_layers(double *worst, int even, int T)
                 + 1));
         TokenLists t = sort_tokens(lists, starts, ids, N, V);
         embedding_forward(o, ids, wte, B, T, D);
-        embedding_forward_gpu(o_d, ids_on_gpu(ids, N), wte_d, B, T, D, st);
+        dropout(o, size, drop, 4);
+        embedding_forward_gpu(o_d, ids_on_gpu(ids, N), wte_d, mask_on_gpu(drop, 4), B, T, D, st);
         worst_of(&worst[EMBEDDING], gpu_error(o_d, o, 1, (int)size, (int)size, 0));
         embedding_backward(dwte, dout, ids, B, T, D);
         embedding_backward_gpu(dwte_d, partial, dout_f, ids_on_gpu(lists, 4 * N + 2), t, B, T, D, st);
         worst_of(&worst[EMBEDDING], gpu_error(dwte_d, dwte, V, D, D, 0));
     }
-    { // layernorm
-        real *o = poison(size), *mean = poison(N), *rstd = poison(N), *dx = noise(size, 1), *dweight = noise(D, 1),
-            *dbias = noise(D, 1);
+    { // residual with dropout, layernorm
+        real *o = poison(size), *mean = poison(N), *rstd = poison(N), *stream_ = noise(size, 1), *added = copy_of(y, size);
         X *o_d = gpu_poison<X>(size), *kept = gpu_poison<X>(size);
-        float *mean_d = gpu_poison<float>(N), *rstd_d = gpu_poison<float>(N), *dx_d = on_gpu<float>(dx, size),
-            *dweight_d = on_gpu<float>(dweight, D), *dbias_d = on_gpu<float>(dbias, D);
-        layernorm_forward(o, mean, rstd, y, weight, bias, N, D);
-        layernorm_forward_gpu(o_d, kept, mean_d, rstd_d, y_d, weight_d, bias_d, N, D, st);
+        float *mean_d = gpu_poison<float>(N), *rstd_d = gpu_poison<float>(N), *stream_d = on_gpu<float>(stream_, size);
+        Mask mask = mask_on_gpu(drop, 3);
+        layernorm_forward(o, mean, rstd, stream_, weight, bias, N, D);
+        layernorm_forward_gpu(o_d, (X *)NULL, mean_d, rstd_d, stream_d, (const X *)NULL, mask, weight_d, bias_d, N, D, st);
         worst_of(&worst[LAYERNORM], gpu_error(o_d, o, N, D, D, 0));
-        worst_of(&worst[LAYERNORM], gpu_error(kept, y, N, D, D, 0));
-        layernorm_backward(dx, dweight, dbias, dout, y, mean, rstd, weight, N, D);
-        layernorm_backward_gpu(dx_d, dweight_d, dbias_d, dout_d, kept, mean_d, rstd_d, weight_d, N, D, st);
-        worst_of(&worst[LAYERNORM], gpu_error(dx_d, dx, N, D, D, 0));
-        worst_of(&worst[LAYERNORM], gpu_error(dweight_d, dweight, 1, D, D, 0.1 * sqrt((double)size)));
-        worst_of(&worst[LAYERNORM], gpu_error(dbias_d, dbias, 1, D, D, 0.1 * sqrt((double)size)));
+        dropout(added, size, drop, 3);
+        residual_forward(stream_, stream_, added, size);
+        layernorm_forward(o, mean, rstd, stream_, weight, bias, N, D);
+        layernorm_forward_gpu(o_d, kept, mean_d, rstd_d, stream_d, y_d, mask, weight_d, bias_d, N, D, st);
+        worst_of(&worst[RESIDUAL], gpu_error(stream_d, stream_, N, D, D, 0));
+        worst_of(&worst[RESIDUAL], gpu_error(kept, stream_, N, D, D, 0));
+        worst_of(&worst[LAYERNORM], gpu_error(o_d, o, N, D, D, 0));
+        worst_of(&worst[LAYERNORM], gpu_error(mean_d, mean, 1, N, N, sqrt((double)N)));
+        worst_of(&worst[LAYERNORM], gpu_error(rstd_d, rstd, 1, N, N, 0));
+        // backward, on to a branch or to the embedding; n takes the place of dout
+        layernorm_forward(o, mean, rstd, y, weight, bias, N, D);
+        for (int fresh = 0; fresh < 2; fresh++) {
+            int on = random_int(0, 1);
+            real *dx = noise(size, !fresh), *dweight = noise(D, 1), *dbias = noise(D, 1), *dadd = noise(D, 1), *dbranch;
+            X *n_d = on_gpu<X>(dout, size), *dbranch_d = gpu_poison<X>(size);
+            float *dx_d = fresh ? gpu_poison<float>(size) : on_gpu<float>(dx, size), *dweight_d = on_gpu<float>(dweight, D),
+                *dbias_d = on_gpu<float>(dbias, D), *dadd_d = on_gpu<float>(dadd, D);
+            layernorm_backward(dx, dweight, dbias, dout, y, mean, rstd, weight, N, D);
+            layernorm_backward_gpu(dx_d, dweight_d, dbias_d, fresh ? (X *)NULL : n_d, on ? dbranch_d : (X *)NULL, dadd_d,
+                                   mask, fresh, n_d, y_d, on_gpu<float>(mean, N), on_gpu<float>(rstd, N), weight_d, bias_d,
+                                   N, D, &sums, st);
+            column_sums_gpu(&sums, st);
+            dropout(dbranch = copy_of(dx, size), size, drop, 3);
+            add_rows(dadd, dbranch, N, D, D);
+            if (on) worst_of(&worst[LAYERNORM], gpu_error(dbranch_d, dbranch, N, D, D, 0));
+            worst_of(&worst[LAYERNORM], gpu_error(dx_d, on ? dx : dbranch, N, D, D, 0));
+            worst_of(&worst[LAYERNORM], gpu_error(n_d, fresh ? dout : o, N, D, D, 0));
+            worst_of(&worst[SUMS], gpu_error(dweight_d, dweight, 1, D, D, floor));
+            worst_of(&worst[SUMS], gpu_error(dbias_d, dbias, 1, D, D, floor));
+            worst_of(&worst[SUMS], gpu_error(dadd_d, dadd, 1, D, D, floor));
+        }
     }
     { // linear: `out` columns of rows out + 3 apart
         int ld_out = even ? out + 8 : out + 3;
@@ -1836,94 +1879,119 @@ template <typename X> static void compare_layers(double *worst, int even, int T)
         real *grad = noise((int64_t)N * ld_out, 1);
         X *m_d = on_gpu<X>(m, (int64_t)out * D), *mb_d = on_gpu<X>(mb, out), *o_d = gpu_poison<X>((int64_t)N * ld_out),
             *dinp_d = gpu_poison<X>(size), *grad_d = on_gpu<X>(grad, (int64_t)N * ld_out);
-        float *dweight_d = on_gpu<float>(dweight, (int64_t)out * D), *dbias_d = on_gpu<float>(dbias, out);
+        float *dweight_d = on_gpu<float>(dweight, (int64_t)out * D), scales[3] = {0.25f, 0, 1};
         linear_forward(o, ld_out, y, m, mb, N, D, out);
         linear_forward_gpu(o_d, ld_out, y_d, m_d, mb_d, N, D, out, st);
         worst_of(&worst[LINEAR], gpu_error(o_d, o, N, out, ld_out, 0));
         linear_backward(dinp, dweight, dbias, grad, ld_out, y, m, N, D, out);
-        linear_backward_gpu(dinp_d, dweight_d, dbias_d, grad_d, ld_out, y_d, m_d, N, D, out, st);
+        linear_backward_gpu((X *)NULL, dweight_d, grad_d, ld_out, y_d, m_d, N, D, out, st);
+        linear_backward_gpu(dinp_d, (float *)NULL, grad_d, ld_out, y_d, m_d, N, D, out, st);
         worst_of(&worst[LINEAR], gpu_error(dinp_d, dinp, N, D, D, 0));
         worst_of(&worst[LINEAR], gpu_error(dweight_d, dweight, out, D, D, 0));
-        worst_of(&worst[LINEAR], gpu_error(dbias_d, dbias, 1, out, out, 0.1 * sqrt((double)N * out)));
+        linear_backward(dinp, dweight, dbias, copy_of(grad, (int64_t)N * ld_out), ld_out, y, m, N, D, out); // times 4 · 0.25
+        real *quarter = noise((int64_t)N * ld_out, 0);
+        for (int64_t i = 0; i < (int64_t)N * ld_out; i++) quarter[i] = 4 * grad[i];
+        linear_backward_gpu(dinp_d, dweight_d, on_gpu<X>(quarter, (int64_t)N * ld_out), ld_out, y_d, m_d, N, D, out, st,
+                            on_gpu<float>(scales, 3));
+        worst_of(&worst[LINEAR], gpu_error(dinp_d, dinp, N, D, D, 0));
+        worst_of(&worst[LINEAR], gpu_error(dweight_d, dweight, out, D, D, 0));
     }
-    { // gelu, gate, residual
-        real *o = poison(size), *dinp = poison(wide_size), *gated = poison(size), *ds = poison(size),
-            *dg = poison(wide_size), *sum = poison(size);
-        X *o_d = gpu_poison<X>(size), *dinp_d = gpu_poison<X>(wide_size), *gated_d = gpu_poison<X>(size),
-            *ds_d = gpu_poison<X>(size), *dg_d = gpu_poison<X>(wide_size);
-        float *sum_d = gpu_poison<float>(size);
+    { // gelu with and without gain
+        int gain = random_int(0, 1);
+        real *o = poison(size), *dinp = poison(wide_size), *gamma = poison(N), *dgamma = copy_of(rows, N),
+            *dabar = copy_of(dout, size), *dweight = noise(D, 1), *dbias = noise(1, 1), *dinp_bias = noise(D, 1);
+        X *o_d = gpu_poison<X>(size), *dinp_d = gpu_poison<X>(wide_size);
+        float *gamma_d = gpu_poison<float>(N), *dweight_d = on_gpu<float>(dweight, D), *dbias_d = on_gpu<float>(dbias, 1),
+            *dinp_bias_d = on_gpu<float>(dinp_bias, D), *w_gain = gain ? weight_d : NULL;
         gelu_forward(o, x, ld, N, D);
-        gelu_forward_gpu(o_d, x_d, ld, N, D, st);
+        gelu_forward_gpu(o_d, gamma_d, x_d, ld, w_gain, bias_d, 0.9f, N, D, st);
         worst_of(&worst[GELU], gpu_error(o_d, o, N, D, D, 0));
-        gelu_backward(dinp, dout, x, ld, N, D);
-        gelu_backward_gpu(dinp_d, dout_d, x_d, ld, N, D, st);
+        on_gpu<X>(o, size); // rounded: the gain is that of what is written
+        gain_forward(gamma, o, weight, bias, (real)0.9, N, D);
+        if (gain) worst_of(&worst[GAIN], gpu_error(gamma_d, gamma, 1, N, N, 0));
+        CUDA(cudaMemcpyAsync(gamma_d, gamma, sizeof(real) * (size_t)N, cudaMemcpyHostToDevice, st));
+        if (gain) gain_backward(dabar, dweight, dbias, dgamma, gamma, o, weight, (real)0.9, N, D);
+        gelu_backward(dinp, dabar, x, ld, N, D);
+        add_rows(dinp_bias, dinp, N, D, ld);
+        gelu_backward_gpu(dinp_d, dinp_bias_d, gain ? dweight_d : NULL, gain ? dbias_d : NULL, dout_d, x_d, ld, rows_d,
+                          gamma_d, w_gain, 0.9f, N, D, &sums, st);
+        column_sums_gpu(&sums, st);
         worst_of(&worst[GELU], gpu_error(dinp_d, dinp, N, D, ld, 0));
+        worst_of(&worst[SUMS], gpu_error(dinp_bias_d, dinp_bias, 1, D, D, floor));
+        worst_of(&worst[GAIN], gpu_error(dweight_d, dweight, 1, D, D, floor));
+        worst_of(&worst[GAIN], gpu_error(dbias_d, dbias, 1, 1, 1, sqrt((double)N)));
+    }
+    { // gate with dropout, and what its way back computes again
+        real *gated = poison(size), *ds = poison(size), *dg = poison(wide_size), *dg_bias = noise(D, 1),
+            *dgated = copy_of(dout, size), *abar = poison(size);
+        X *gated_d = gpu_poison<X>(size), *ds_d = gpu_poison<X>(size), *dg_d = gpu_poison<X>(wide_size),
+            *again_d = gpu_poison<X>(size), *abar_d = gpu_poison<X>(size);
+        float *dg_bias_d = on_gpu<float>(dg_bias, D);
+        Mask mask = mask_on_gpu(drop, 5);
         gate_forward(gated, y, g, ld, N, D);
-        gate_forward_gpu(gated_d, y_d, g_d, ld, N, D, st);
+        dropout(gated, size, drop, 5);
+        gate_forward_gpu(gated_d, y_d, g_d, ld, mask, N, D, st);
         worst_of(&worst[GATE], gpu_error(gated_d, gated, N, D, D, 0));
-        gate_backward(ds, dg, dout, y, g, ld, N, D);
-        gate_backward_gpu(ds_d, dg_d, dout_d, y_d, g_d, ld, N, D, st);
+        dropout(dgated, size, drop, 5);
+        gate_backward(ds, dg, dgated, y, g, ld, N, D);
+        add_rows(dg_bias, dg, N, D, ld);
+        gelu_forward(abar, x, ld, N, D);
+        gate_backward_gpu(ds_d, dg_d, dg_bias_d, again_d, abar_d, dout_d, y_d, x_d, g_d, ld, mask, N, D, &sums, st);
+        column_sums_gpu(&sums, st);
         worst_of(&worst[GATE], gpu_error(ds_d, ds, N, D, D, 0));
         worst_of(&worst[GATE], gpu_error(dg_d, dg, N, D, ld, 0));
-        residual_forward(sum, dout, y, size);
-        residual_forward_gpu(sum_d, dout_f, y_d, N, D, st);
-        worst_of(&worst[RESIDUAL], gpu_error(sum_d, sum, N, D, D, 0));
+        worst_of(&worst[GATE], gpu_error(again_d, gated, N, D, D, 0));
+        worst_of(&worst[GATE], gpu_error(abar_d, abar, N, D, D, 0));
+        worst_of(&worst[SUMS], gpu_error(dg_bias_d, dg_bias, 1, D, D, floor));
     }
-    { // gain
-        real *gamma = poison(N), *dx = noise(size, 1), *dweight = noise(D, 1), *dbias = noise(1, 1),
-            *dgamma = copy_of(rows, N);
-        X *dx_d = on_gpu<X>(dx, size);
-        float *gamma_d = gpu_poison<float>(N), *dweight_d = on_gpu<float>(dweight, D), *dbias_d = on_gpu<float>(dbias,
-                1), *dgamma_d = on_gpu<float>(dgamma, N);
-        gain_forward(gamma, y, weight, bias, (real)0.9, N, D);
-        gain_forward_gpu(gamma_d, y_d, weight_d, bias_d, 0.9f, N, D, st);
-        worst_of(&worst[GAIN], gpu_error(gamma_d, gamma, 1, N, N, 0));
-        CUDA(cudaMemcpyAsync(gamma_d, gamma, sizeof(real) * (size_t)N, cudaMemcpyHostToDevice, st));
-        gain_backward(dx, dweight, dbias, dgamma, gamma, y, weight, (real)0.9, N, D);
-        gain_backward_gpu(dx_d, dweight_d, dbias_d, dgamma_d, gamma_d, y_d, weight_d, 0.9f, N, D, st);
-        worst_of(&worst[GAIN], gpu_error(dx_d, dx, N, D, D, 0));
-        worst_of(&worst[GAIN], gpu_error(dweight_d, dweight, 1, D, D, 0.1 * sqrt((double)size)));
-        worst_of(&worst[GAIN], gpu_error(dbias_d, dbias, 1, 1, 1, sqrt((double)N)));
-        worst_of(&worst[GAIN], gpu_error(dgamma_d, dgamma, 1, N, N, 0));
-    }
-    { // rope, dropout: in place
+    { // rope: in place
         real *cosine = poison((int64_t)T * (d / 2)), *sine = poison((int64_t)T * (d / 2)), *turned = copy_of(x,
-                wide_size), *back = copy_of(w, wide_size), *dropped = copy_of(y, size);
-        X *turned_d = on_gpu<X>(turned, wide_size), *back_d = on_gpu<X>(back, wide_size),
-            *dropped_d = on_gpu<X>(dropped, size);
-        Dropout drop = {0.3, 11, 5};
+                wide_size), *back = copy_of(w, wide_size), *dbias = noise(ld, 1);
+        X *turned_d = on_gpu<X>(turned, wide_size), *back_d = on_gpu<X>(back, wide_size);
         rope_table(cosine, sine, T, d);
         float *cosine_d = on_gpu<float>(cosine, (int64_t)T * (d / 2)), *sine_d = on_gpu<float>(sine,
-                (int64_t)T * (d / 2));
+                (int64_t)T * (d / 2)), *dbias_d = on_gpu<float>(dbias, ld);
         rope_forward(turned, ld, cosine, sine, N, T, H, d, 0, 1);
         rope_forward_gpu(turned_d, ld, cosine_d, sine_d, N, T, H, d, 0, 1, st);
         worst_of(&worst[ROPE], gpu_error(turned_d, turned, N, ld, ld, 0));
         rope_backward(back, ld, cosine, sine, N, T, H, d);
-        rope_backward_gpu(back_d, ld, cosine_d, sine_d, N, T, H, d, st);
+        add_rows(dbias, back, N, ld, ld);
+        rope_backward_gpu(back_d, dbias_d, ld, cosine_d, sine_d, N, T, H, d, &sums, st);
+        column_sums_gpu(&sums, st);
         worst_of(&worst[ROPE], gpu_error(back_d, back, N, ld, ld, 0));
-        dropout(dropped, size, drop, 4);
-        dropout_gpu(dropped_d, N, D, drop, 4, st);
-        worst_of(&worst[DROPOUT], gpu_error(dropped_d, dropped, N, D, D, 0));
+        worst_of(&worst[SUMS], gpu_error(dbias_d, dbias, 1, ld, ld, floor));
     }
     { // cross-entropy
         int ld_v = (int)round_up(V, 8);
         real *logits = noise((int64_t)N * V, 2), *padded = poison((int64_t)N * ld_v), *losses = poison(N),
-            *sums = poison(N), *dlogits = poison((int64_t)N * V);
+            *logsumexp = poison(N), *dlogits = poison((int64_t)N * V);
         for (int n = 0; n < N; n++)
             for (int i = 0; i < V; i++) padded[n * ld_v + i] = logits[n * V + i];
         X *logits_d = on_gpu<X>(padded, (int64_t)N * ld_v);
-        float *losses_d = gpu_poison<float>(N), *sums_d = gpu_poison<float>(N);
+        float *losses_d = gpu_poison<float>(N);
+        char *hits_d = (char *)gpu_poison<float>(N), *hits = (char *)lend((size_t)N);
+        int hits_wrong = 0;
         for (int n = 0; n < N; n++)
             for (int i = 0; i < V; i++) logits[n * V + i] = padded[n * ld_v + i];
         int *targets_d = ids_on_gpu(targets, N);
-        crossentropy_forward(losses, sums, logits, targets, N, V);
-        crossentropy_forward_gpu(losses_d, sums_d, logits_d, ld_v, targets_d, N, V, st);
+        crossentropy_forward(losses, logsumexp, logits, targets, N, V);
+        crossentropy_backward(dlogits, logits, logsumexp, targets, 1, N, V);
+        crossentropy_gpu(losses_d, hits_d, (X *)NULL, logits_d, ld_v, targets_d, N, V, st);
         worst_of(&worst[CROSSENTROPY], gpu_error(losses_d, losses, 1, N, N, sqrt((double)N)));
-        crossentropy_backward(dlogits, logits, sums, targets, (real)0.1, N, V);
-        crossentropy_backward_gpu(logits_d, logits_d, ld_v, sums_d, targets_d, 0.1f, N, V, st);
-        for (int n = 0; n < N; n++)
-            for (int i = 0; i < V; i++) padded[n * ld_v + i] = dlogits[n * V + i];
-        worst_of(&worst[CROSSENTROPY], gpu_error(logits_d, padded, N, V, ld_v, 0.01 * sqrt((double)N)));
+        worst_of(&worst[CROSSENTROPY], gpu_error(logits_d, padded, N, V, ld_v, 0));
+        CUDA(cudaStreamSynchronize(st));
+        CUDA(cudaMemcpy(hits, hits_d, (size_t)N, cudaMemcpyDeviceToHost));
+        for (int n = 0; n < N; n++) {
+            int hit = targets[n] >= 0;
+            for (int i = 0; i < V && hit; i++) hit = logits[n * V + i] <= logits[n * V + targets[n]];
+            hits_wrong += hit != hits[n];
+        }
+        worst_of(&worst[CROSSENTROPY], hits_wrong);
+        crossentropy_gpu(losses_d, hits_d, logits_d, logits_d, ld_v, targets_d, N, V, st);
+        for (int n = 0; n < N; n++) // 0 where a piece of 8 reaches past V
+            for (int i = 0; i < ld_v; i++) padded[n * ld_v + i] = i < V ? dlogits[n * V + i] : 0;
+        worst_of(&worst[CROSSENTROPY], gpu_error(losses_d, losses, 1, N, N, sqrt((double)N)));
+        worst_of(&worst[CROSSENTROPY], gpu_error(logits_d, padded, N, ld_v, ld_v, 0.1 * sqrt((double)N)));
     }
     { // mamba2's layers: E = D channels in H heads, 2 numbers of state or more, W columns of rows ld_w apart
         int S = random_int(2, 20), W = D + 2 * S, ld_w = W + random_int(0, 3), first = random_int(0, T - 1), P = panel_heights[random_int(0, N_HEIGHTS - 1)];
@@ -1939,7 +2007,8 @@ template <typename X> static void compare_layers(double *worst, int even, int T)
         conv_forward_gpu(xbc_d, inp_d, ld_w, (X *)NULL, taps_d, shift_d, B, T, W, 0, st);
         worst_of(&worst[CONVOLUTION], gpu_error(xbc_d, xbc, N, W, W, 0));
         conv_backward(dinp, dtaps, dshift, dxbc, inp, ld_w, taps, shift, B, T, W);
-        conv_backward_gpu(dinp_d, dtaps_d, dshift_d, dxbc_d, inp_d, ld_w, taps_d, shift_d, B, T, W, st);
+        conv_backward_gpu(dinp_d, dtaps_d, dshift_d, dxbc_d, inp_d, ld_w, taps_d, shift_d, B, T, W, &sums, st);
+        column_sums_gpu(&sums, st);
         worst_of(&worst[CONVOLUTION], gpu_error(dinp_d, dinp, N, W, ld_w, 0));
         worst_of(&worst[CONVOLUTION], gpu_error(dtaps_d, dtaps, 1, W * TAPS, W * TAPS, 0.1 * sqrt((double)size_w)));
         worst_of(&worst[CONVOLUTION], gpu_error(dshift_d, dshift, 1, W, W, 0.1 * sqrt((double)size_w)));
@@ -1964,13 +2033,15 @@ template <typename X> static void compare_layers(double *worst, int even, int T)
         scan_forward_gpu(y_scan_d, kept_d, (float *)NULL, scan_d, xbc_d, step_d, A_d, skip_d, B, T, D, S, H, P, st);
         worst_of(&worst[SCAN_F], gpu_error(y_scan_d, y_scan, N, D, D, 0));
         scan_backward(dxbc, dstep, dA, dskip, scan, dout, kept, xbc, step, A_log, skip, B, T, D, S, H, P);
-        scan_backward_gpu(dxbc_d, dstep_d, dA_d, dskip_d, scan_d, dout_d, kept_d, xbc_d, step_d, A_d, skip_d, B, T, D, S, H, P, st);
+        scan_backward_gpu(dxbc_d, dstep_d, dA_d, dskip_d, scan_d, dout_d, kept_d, xbc_d, step_d, A_d, skip_d, B, T, D, S, H, P, &sums, st);
+        column_sums_gpu(&sums, st);
         worst_of(&worst[SCAN_B], gpu_error(dxbc_d, dxbc, N, W, W, 0));
         worst_of(&worst[SCAN_B], gpu_error(dA_d, dA, 1, H, H, floor));
         worst_of(&worst[SCAN_B], gpu_error(dskip_d, dskip, 1, H, H, floor));
         worst_of(&worst[SCAN_B], gpu_error(dstep_d, dstep, N, 3 * H, 3 * H, floor));
         step_backward(dstep_inp, dshifts, dstep, 3 * H, inp, ld_w, shifts, N, H);
-        step_backward_gpu(dstep_inp_d, dshifts_d, dstep_d, 3 * H, inp_d, ld_w, shifts_d, N, H, st);
+        step_backward_gpu(dstep_inp_d, dshifts_d, dstep_d, 3 * H, inp_d, ld_w, shifts_d, N, H, &sums, st);
+        column_sums_gpu(&sums, st);
         worst_of(&worst[STEP], gpu_error(dstep_inp_d, dstep_inp, N, H, ld_w, floor));
         worst_of(&worst[STEP], gpu_error(dshifts_d, dshifts, 1, H, H, floor));
 
@@ -1981,7 +2052,8 @@ template <typename X> static void compare_layers(double *worst, int even, int T)
         gated_rmsnorm_forward_gpu(o_d, rms_d, y_d, g_d, ld, weight_d, N, D, st);
         worst_of(&worst[GATED_NORM], gpu_error(o_d, o, N, D, D, 0));
         gated_rmsnorm_backward(dy, dz, dweight, dout, y, g, ld, rms, weight, N, D);
-        gated_rmsnorm_backward_gpu(dy_d, dz_d, dweight_d, dout_d, y_d, g_d, ld, rms_d, weight_d, N, D, st);
+        gated_rmsnorm_backward_gpu(dy_d, dz_d, dweight_d, dout_d, y_d, g_d, ld, rms_d, weight_d, N, D, &sums, st);
+        column_sums_gpu(&sums, st);
         worst_of(&worst[GATED_NORM], gpu_error(dy_d, dy, N, D, D, 0));
         worst_of(&worst[GATED_NORM], gpu_error(dz_d, dz, N, D, ld, 0));
         worst_of(&worst[GATED_NORM], gpu_error(dweight_d, dweight, 1, D, D, 0.1 * sqrt((double)size)));
@@ -2042,7 +2114,7 @@ template <typename X> static void compare_layers(double *worst, int even, int T)
 // it has rounded, block by block, with gains up to 0.999: four times.
 template <typename X> static void test_gpu_layers(const char *name) {
     static const char *layers[] = {"embedding", "layernorm", "linear", "gelu", "rope", "gain", "gate", "residual",
-                                   "crossentropy", "dropout", "convolution", "step", "scan", "scan, backward", "gated norm",
+                                   "crossentropy", "sums over rows", "convolution", "step", "scan", "scan, backward", "gated norm",
                                    "attention", "attention, backward", "feedback", "feedback, backward"};
     static const int Ts[] = {1, 2, 3, 17, 64, 65, 130, 200, 257, 300, 520, 2500};
     double worst[N_GPU_LAYERS] = {0}, u = 0x1p-8;
@@ -2160,6 +2232,38 @@ static void test_gpu_training(void) {
     release();
 }
 
+// Token by token behind a prompt, wide enough for all paths of the decoder, against the C forward pass.
+static void test_gpu_decode(void) {
+    heading("bf16: token by token against one forward pass");
+    enum { T = 300, PROMPT_LENGTH = 7, V = 70 };
+    Config configs[] = {config_with(SESSA, V, 128, 2, 4, 2, T), config_with(SESSA, V, 66, 2, 3, 3, T),
+                        config_with(SESSA, V, 64, 2, 1, 1, T), config_with(ATTENTION, V, 96, 2, 4, 1, T)};
+    for (int i = 0; i < 4; i++) {
+        char error[ERROR_SIZE];
+        Model *whole = create(&configs[i], 1, T, EVALUATE), *stepwise = cuda_create(&configs[i], 1, T, GENERATE, error);
+        if (!stepwise) { check(0, "%s", error); return; }
+        int *ids = random_ids(T, V, 0);
+        shake_weights(whole, 0.05);
+        memcpy(cuda_read(stepwise, PARAMS), whole->params, sizeof(real) * (size_t)whole->table.count);
+        cuda_write(stepwise, PARAMS);
+        model_forward(whole, ids, ids, 1, T, {0, 0, 0});
+        double worst = 0, *ref = zeros(V);
+        real *logits = poison(V);
+        for (int t = 0; t < T; t++) {
+            if (t < PROMPT_LENGTH - 1) continue;
+            if (t == PROMPT_LENGTH - 1) cuda_extend(stepwise, ids, PROMPT_LENGTH, 0, logits);
+            else cuda_extend(stepwise, ids + t, 1, t, logits);
+            for (int n = 0; n < V; n++) ref[n] = (double)whole->acts.logits[t * V + n];
+            worst_of(&worst, error_of(logits, ref, V, 0));
+        }
+        check_error(worst, 0x1p-8 * (8 * 2 + 2), "D %d, H %d, G %d: logits of %d tokens, worst", configs[i].d_model,
+                    configs[i].n_heads, configs[i].n_kv_heads, T - PROMPT_LENGTH);
+        model_free(whole);
+        cuda_destroy(stepwise);
+        release();
+    }
+}
+
 static int run_tested(int argc, char **argv) {
     const char *wanted = getenv("TEST_PRECISION");
     for (int p = FP32; wanted && p <= BF16; p++)
@@ -2176,6 +2280,7 @@ static void test_cuda(const glob_t *dumps) {
     test_gpu_layers<bf16>(titles[BF16]);
     test_peaked();
     test_gpu_training();
+    test_gpu_decode();
     // A bf16 number is off by 2^-8 of itself at most; the way through a layer has 8 roundings, and so has the way back.
     for (size_t i = 0; i < dumps->gl_pathc; i++) {
         Safetensors file;

@@ -16,6 +16,7 @@ What can fail takes a `char *error` and returns 0, or FAILED (WRONG_OPTION for w
 #define _GNU_SOURCE
 #endif
 #include <ctype.h>
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
@@ -51,8 +52,25 @@ typedef REAL real;
 
 enum { ERROR_SIZE = 512, FAILED = -1, WRONG_OPTION = -2 }; // every `char *error` points to ERROR_SIZE bytes
 
-// Writes "path: what" (only "what" if path is NULL) into error as one line. What stands in a file may be hostile: every
-// control character becomes '?'.
+// The bytes of the UTF-8 character at s, of which at most n are there; 0 if it is none: overlong, a surrogate, or too large.
+static size_t utf8_length(const unsigned char *s, size_t n) {
+    size_t length = s[0] < 0x80 ? 1 : s[0] < 0xE0 ? 2 : s[0] < 0xF0 ? 3 : 4;
+    if ((length > 1 && s[0] < 0xC2) || s[0] > 0xF4 || length > n) return 0;
+    for (size_t i = 1; i < length; i++)
+        if ((s[i] & 0xC0) != 0x80) return 0;
+    if ((s[0] == 0xE0 && s[1] < 0xA0) || (s[0] == 0xF0 && s[1] < 0x90)) return 0;     // overlong
+    if ((s[0] == 0xED && s[1] > 0x9F) || (s[0] == 0xF4 && s[1] > 0x8F)) return 0;     // surrogate, above U+10FFFF
+    return length;
+}
+
+static int utf8_valid(const unsigned char *text, size_t length) {
+    size_t n = 1;
+    for (size_t i = 0; n && i < length; i += n) n = utf8_length(text + i, length - i);
+    return n > 0;
+}
+
+// Writes "path: what" (only "what" if path is NULL) into error as one line. What stands in a file may be hostile: a control
+// character (also U+0080 to U+009F), and what is no UTF-8, becomes '?', so that no file commands the terminal.
 __attribute__((format(printf, 3, 4)))
 static int fail(char *error, const char *path, const char *format, ...) {
     va_list arguments;
@@ -60,8 +78,13 @@ static int fail(char *error, const char *path, const char *format, ...) {
     va_start(arguments, format);
     vsnprintf(error + used, (size_t)(ERROR_SIZE - used), format, arguments);
     va_end(arguments);
-    for (; *error; error++)
-        if ((unsigned char)*error < 32 || *error == 127) *error = '?';
+    for (size_t n; *error; error += n) {
+        const unsigned char *c = (const unsigned char *)error;
+        n = utf8_length(c, 4); // the zero at the end is no continuation
+        if (n && c[0] >= 32 && c[0] != 127 && !(c[0] == 0xC2 && c[1] < 0xA0)) continue;
+        *error = '?';
+        n = 1;
+    }
     return FAILED;
 }
 #define wrong(...) (fail(__VA_ARGS__), WRONG_OPTION)
@@ -1386,7 +1409,7 @@ static void attention_activations(Table *t, real *block, const Config *c, int l,
     if (sessa && mode == KEEP_ALL) a->f = add_tensor(t, block, l, "f", 3, B, T, D);
     if (l == 0 || mode >= TRAIN) {
         if (H > 1) a->o = add_tensor(t, block, l, "o", 3, B, T, D);
-        a->stats = add_tensor(t, block, l, "stats", 3, B * H, T, 2);
+        a->stats = add_tensor(t, block, l, "stats", 3, (int64_t)B * H, T, 2);
         if (sessa) a->gamma = add_tensor(t, block, l, "gamma", 2, B, T, 1);
         if (sessa) a->fb_stats = add_tensor(t, block, l, "fb_stats", 3, B, T, 2);
     }
@@ -1928,21 +1951,6 @@ static int dtype_bits(const char *dtype) {
     return !*dtype || strchr(dtype, ' ') || !strstr(known, word) ? 0 : digits ? atoi(digits) : 8;
 }
 
-// 1 if the text is valid UTF-8 without overlong forms and surrogates, else 0.
-static int utf8_valid(const unsigned char *text, size_t length) {
-    for (size_t i = 0; i < length;) {
-        const unsigned char *s = text + i;
-        int n = s[0] < 0x80 ? 1 : s[0] < 0xE0 ? 2 : s[0] < 0xF0 ? 3 : 4;
-        if ((n > 1 && s[0] < 0xC2) || s[0] > 0xF4 || (size_t)n > length - i) return 0;
-        for (int j = 1; j < n; j++)
-            if ((s[j] & 0xC0) != 0x80) return 0;
-        if ((s[0] == 0xE0 && s[1] < 0xA0) || (s[0] == 0xF0 && s[1] < 0x90)) return 0;     // overlong
-        if ((s[0] == 0xED && s[1] > 0x9F) || (s[0] == 0xF4 && s[1] > 0x8F)) return 0;     // surrogate, above U+10FFFF
-        i += (size_t)n;
-    }
-    return 1;
-}
-
 // Reads a whole regular file into fresh memory, with a zero byte past its end.
 static int file_read(const char *path, unsigned char **bytes, size_t *size, char *error) {
     struct stat info;
@@ -2070,10 +2078,12 @@ static int json_integers(Json *j, int64_t *list, int room, int64_t *product) {
         json_space(j);
         const unsigned char *start = j->at;
         for (; j->at < j->end && isdigit(*j->at); j->at++)
-            if (__builtin_mul_overflow(number, 10, &number) || __builtin_add_overflow(number, *j->at - '0', &number))
+            if (__builtin_mul_overflow(number, 10, &number) || __builtin_add_overflow(number, *j->at - '0', &number)) {
                 json_fail(j, "a number above 2^63-1");
+                return n;
+            }
         if (j->at == start) json_fail(j, "expected a whole number, 0 or more");
-        if (*start == '0' && j->at - start > 1) json_fail(j, "a number with a leading zero");
+        if (j->at - start > 1 && *start == '0') json_fail(j, "a number with a leading zero");
         if (n < room) list[n] = number;
         if (*product < 0 || __builtin_mul_overflow(*product, number, product)) *product = -1;
     }
@@ -2265,20 +2275,39 @@ static void write_header(FILE *out, const FileTensor *tensors, int n_tensors, co
 // followed, so that it survives. target and temporary: PATH_MAX + 32 bytes each.
 static int open_temporary(const char *path, char *target, char *temporary, char *error) {
     struct stat info;
-    if (!stat(path, &info) && !S_ISREG(info.st_mode)) return fail(error, path, "cannot be written: not a regular file");
+    int there = !stat(path, &info);
+    if (there && !S_ISREG(info.st_mode)) return fail(error, path, "cannot be written: not a regular file");
+    if (there && access(path, W_OK)) return fail(error, path, "cannot be written: %s", strerror(errno)); // rename would not ask
     if (!realpath(path, target)) snprintf(target, PATH_MAX, "%s", path); // there is no such file yet
     snprintf(temporary, PATH_MAX + 32, "%s.tmp.%ld", target, (long)getpid());
     unlink(temporary); // left by a crash of a process with our number
-    int fd = open(temporary, O_WRONLY | O_CREAT | O_EXCL, 0666);
+    int fd = open(temporary, O_WRONLY | O_CREAT | O_EXCL, there ? info.st_mode & 0777 : 0666);
     return fd < 0 ? fail(error, path, "cannot be written: %s", strerror(errno)) : fd;
 }
 
-// Tells before a long run whether path can be written, leaving no trace.
+// Removes the temporary files of target that killed processes left: those whose number no process has.
+static void remove_leftovers(const char *target) {
+    char folder[PATH_MAX + 32];
+    const char *slash = strrchr(target, '/'), *name = slash ? slash + 1 : target;
+    snprintf(folder, sizeof(folder), "%.*s", slash ? (int)(name - target) : 1, slash ? target : ".");
+    DIR *dir = opendir(folder);
+    for (struct dirent *entry; dir && (entry = readdir(dir));) {
+        char *number = entry->d_name + strlen(name), *end = number;
+        if (strncmp(entry->d_name, name, strlen(name)) || strncmp(number, ".tmp.", 5)) continue;
+        long process = strtol(number + 5, &end, 10);
+        if (process > 0 && !*end && kill((pid_t)process, 0) && errno == ESRCH) unlinkat(dirfd(dir), entry->d_name, 0);
+    }
+    if (dir) closedir(dir);
+}
+
+// Tells before a long run whether path can be written, leaving no trace, of runs that were killed neither.
 static int safetensors_writable(const char *path, char *error) {
     char target[PATH_MAX + 32], temporary[PATH_MAX + 32];
     int fd = open_temporary(path, target, temporary, error);
-    if (fd >= 0) unlink(temporary);
-    return fd < 0 ? FAILED : close(fd);
+    if (fd < 0) return FAILED;
+    unlink(temporary);
+    remove_leftovers(target);
+    return close(fd);
 }
 
 // Writes a safetensors file with the tensors in the order given: into a temporary file, which is flushed to the disk and
@@ -2410,7 +2439,7 @@ static int examples_read(Dataset *data, const Safetensors *file, const char *pat
         return fail(error, path, "'inputs' and 'targets' must have the same shape (N,T)");
     if (lags && (lags->n_dims != 2 || memcmp(inputs->shape, lags->shape, 2 * sizeof(int64_t))))
         return fail(error, path, "'lags' must have the shape of 'inputs'");
-    if (!inputs->count || inputs->shape[1] > INT_MAX || inputs->shape[0] > INT_MAX)
+    if (!inputs->count || inputs->shape[1] > 1 << 24 || inputs->shape[0] > INT_MAX)
         return fail(error, path, "the example set is empty, or too large");
     if (vocab_size && parse_integer(vocab_size, 1, 1 << 24, &vocab))
         return fail(error, path, "its metadata's vocab_size is '%.40s', not a whole number up to 2^24", vocab_size);
@@ -2514,7 +2543,7 @@ static const Option option_table[] = {
     {MODEL, "state-dim", "mamba_state_dim", INTEGER, FIELD(state_dim), NULL, 1, 1024, "mamba2: state of a channel (else 64)"},
     {MODEL, "seq", "max_seq_len", INTEGER, FIELD(seq), "64", 1, 1 << 24, "tokens T of a training sequence"},
     {MODEL, "gamma-max", "gamma_max", NUMBER, FIELD(gamma_max), "0.999", 1e-6, 0.999999, "bound of the feedback gain"},
-    {TRAINING, "steps", "steps", INTEGER, FIELD(steps), "2000", 0, 1e12, "updates of the weights"},
+    {TRAINING, "steps", "steps", INTEGER, FIELD(steps), "2000", 0, 1e11, "updates of the weights"},
     {TRAINING, "batch", "batch", INTEGER, FIELD(batch), "12", 1, 1 << 20, "sequences of a micro-batch"},
     {TRAINING, "accum", "accum", INTEGER, FIELD(accum), "1", 1, 1 << 20, "micro-batches of a step"},
     {TRAINING, "lr", "lr", NUMBER, FIELD(lr), "2e-3", 0, 1e3, "learning rate"},
@@ -2543,7 +2572,7 @@ static const Option option_table[] = {
     {INSTEAD, "top-p", NULL, NUMBER, FIELD(top_p), "1", 1e-9, 1, "only the likeliest tokens of that total probability"},
     {INSTEAD, "window", NULL, INTEGER, FIELD(window), NULL, 0, 1 << 30, "positions remembered (else the model's seq), 0: all"},
     {INSTEAD, "eval", NULL, FLAG, FIELD(eval), "0", 0, 1, "validation loss of --load on the whole split"},
-    {STATE, "step", "step", INTEGER, FIELD(step), "0", 0, 1e12, "updates done"},
+    {STATE, "step", "step", INTEGER, FIELD(step), "0", 0, 1e11, "updates done"},
     {STATE, "best_val_loss", "best_val_loss", NUMBER, FIELD(best_val), "1e300", 0, 1e300, "lowest validation loss so far"},
     {STATE, "data_content", "data_content", TEXT, FIELD(data_content), "", 0, 0, "kind, size and hash of --data"},
     {STATE, "val_content", "val_content", TEXT, FIELD(val_content), "", 0, 0, "of --val"},
@@ -2678,6 +2707,8 @@ static int save_checkpoint(Run *run, const char *path, int resume, char *error) 
     for (int block = 0; !result && block < n_blocks; block++) {
         const real *values = run->backend->read(run->model, blocks[block]);
         const void *data = values; // written from where they are, unless they must be rounded first
+        if (!isfinite(norm(values, run->table.count)))
+            result = fail(error, path, "not written: %s", block ? "a moment is not finite" : "a weight is not finite");
         if (sizeof(real) != sizeof(float)) {
             data = numbers + (size_t)block * count;
             for (size_t k = 0; k < count; k++) numbers[(size_t)block * count + k] = (float)values[k];
@@ -2709,9 +2740,10 @@ static int save_checkpoint(Run *run, const char *path, int resume, char *error) 
     return result;
 }
 
-// Reads one block of the table's tensors, whose names in the file begin with prefix, into the model.
+// Reads one block of the table's tensors, whose names in the file begin with prefix, into the model. While there is no model
+// yet it only checks them.
 static int load_block(Run *run, const char *path, const char *prefix, Block block, char *error) {
-    real *values = run->backend->read(run->model, block);
+    real *values = run->model ? run->backend->read(run->model, block) : NULL;
     for (int i = 0; i < run->table.n; i++) {
         const Tensor *row = &run->table.rows[i];
         char name[96];
@@ -2724,10 +2756,11 @@ static int load_block(Run *run, const char *path, const char *prefix, Block bloc
         for (int64_t k = 0; k < row->count; k++) {
             float value;
             memcpy(&value, t->data + k * (int64_t)sizeof(float), sizeof(float));
-            values[row->offset + k] = (real)value;
+            if (!isfinite(value)) return fail(error, path, "tensor %s holds a number that is not finite", name);
+            if (values) values[row->offset + k] = (real)value;
         }
     }
-    run->backend->write(run->model, block);
+    if (values) run->backend->write(run->model, block);
     return 0;
 }
 
@@ -2736,25 +2769,26 @@ static int load_block(Run *run, const char *path, const char *prefix, Block bloc
 // content is compared later).
 static int settings_from_file(Run *run, const char *path, int resume, char *error) {
     Settings *s = &run->settings;
-    char given[96], stored[96], seen[256] = {0};
+    char given[96], stored[96], problem[ERROR_SIZE], seen[256] = {0};
     for (int i = 0; i < N_OPTIONS; i++) {
         const Option *option = &option_table[i];
         if (!option->key || (!resume && option->group != MODEL)) continue;
-        const char *text = safetensors_meta(&run->file, option->key), *may_differ = resume ? "steps data val" : "seq";
+        const char *text = safetensors_meta(&run->file, option->key), *name = option->name;
+        int may_differ = resume ? !strcmp(name, "steps") || option->group == DATA : !strcmp(name, "seq");
         Options other = s->values;
         if (!text && (!strcmp(option->key, "val") || (!strncmp(option->key, "mamba", 5) && strcmp(s->values.mixer, "mamba2")))) continue;
-        if (!text || set_option(&other, option, text, stored))
+        if (!text || set_option(&other, option, text, problem))
             return fail(error, path, "metadata %s is %s", option->key, text ? "no valid value" : "missing");
         if (!s->given[i]) s->values = other;
-        else if (!strstr(may_differ, option->name)) {
+        else if (!may_differ) {
             const char *ours = option_text(given, &s->values, option), *theirs = option_text(stored, &other, option);
             if (strcmp(ours, theirs))
-                return wrong(error, NULL, "--%s %s differs from %s, which has %s", option->name, ours, path, theirs);
+                return wrong(error, NULL, "--%s %s differs from %s, which has %s", name, ours, path, theirs);
         }
     }
     if (resume && !is_given(s, "out")) s->values.out = path;
     if (find_mixer(s->values.mixer) < 0) return fail(error, path, "its mixer '%.40s' is unknown", s->values.mixer);
-    if (config_of(&run->config, &s->values, stored)) return fail(error, path, "%.200s", stored);
+    if (config_of(&run->config, &s->values, problem)) return fail(error, path, "%.200s", problem);
     const FileTensor *bytes = safetensors_find(&run->file, "tokenizer.bytes");
     if (!bytes) return 0;
     int valid = !strcmp(bytes->dtype, "U8") && bytes->n_dims == 1 && bytes->count == s->values.vocab && bytes->count <= 256;
@@ -2774,7 +2808,7 @@ static int open_data(Run *run, char *error) {
     for (int i = 0; i < n_sets; i++) {
         if (dataset_read(sets[i], paths[i], error)) return FAILED;
         if (o->resume && strcmp(*contents[i], sets[i]->content))
-            return fail(error, paths[i], "%s; the run being resumed read %.90s", sets[i]->content, *contents[i]);
+            return fail(error, paths[i], "%s; the run being resumed read %.90s", sets[i]->content, **contents[i] ? *contents[i] : "none");
         *contents[i] = sets[i]->content;
         max_id = sets[i]->max_id > max_id ? sets[i]->max_id : max_id;
     }
@@ -2850,7 +2884,7 @@ static Score evaluate(Run *run, int64_t max_batches) {
     int64_t taken = max_batches && max_batches < batches ? max_batches : batches, count = 0, hits = 0, of_bin[LAG_BINS] = {0}, hits_of[LAG_BINS] = {0};
     double sum = 0;
     for (int64_t i = 0; i < taken && !(interrupted && !max_batches); i++) {
-        int64_t first = batches * i / taken * o->batch;
+        int64_t first = (batches / taken * i + batches % taken * i / taken) * o->batch; // batches·i/taken, which may overflow
         int B = (int)(windows - first < o->batch ? windows - first : o->batch);
         for (int b = 0; b < B; b++)
             copy_sequence(run->inputs + b * T, run->targets + b * T, set, run->val_begin + (first + b) * (examples ? 1 : T), T);
@@ -2892,12 +2926,16 @@ static int by_logit(const void *a, const void *b) {
 }
 
 // Draws a token from softmax(logits/temperature), cut to the top_k likeliest (0: all) and then to the fewest likeliest
-// whose probabilities reach top_p. candidates: scratch (V).
+// whose probabilities reach top_p. candidates: scratch (V). -1 if a logit is not finite.
 static int sample_token(const real *logits, Candidate *candidates, int V, double temperature, int64_t top_k, double top_p,
                         uint64_t *random) {
     int n = top_k && top_k < V ? (int)top_k : V, kept = 0;
     double sum = 0, total = 0;
-    for (int i = 0; i < V; i++) { candidates[i].logit = logits[i]; candidates[i].id = i; }
+    for (int i = 0; i < V; i++) {
+        if (!isfinite(logits[i])) return -1;
+        candidates[i].logit = logits[i];
+        candidates[i].id = i;
+    }
     qsort(candidates, (size_t)V, sizeof(Candidate), by_logit);
     if (temperature == 0) return candidates[0].id;
     double max = (double)candidates[0].logit;
@@ -2954,7 +2992,9 @@ static int generate(Run *run, const char *prompt, int64_t n, int model_T, uint64
         }
         run->backend->extend(run->model, tokens + fed, count - fed, fed - begin, logits);
         fed = count;
-        int id = tokens[count++] = sample_token(logits, candidates, V, o->temperature, o->top_k, o->top_p, &random);
+        int id = sample_token(logits, candidates, V, o->temperature, o->top_k, o->top_p, &random);
+        if (id < 0) { result = fail(error, NULL, "a logit is not finite: the weights are spoilt"); break; }
+        tokens[count++] = id;
         if (run->vocab_bytes) putchar(run->vocab[id]);
         else printf(made || *prompt ? " %d" : "%d", id);
         if (fflush(stdout)) result = fail(error, "standard output", "%s", strerror(errno));
@@ -3005,8 +3045,8 @@ static int train_step(Run *run, double *loss, double *grad_norm, char *error) {
     }
     *grad_norm = backend->grad_norm(run->model);
     if (!isfinite(*loss) || !isfinite(*grad_norm))
-        return fail(error, NULL, "step %lld: loss %g, gradient norm %g: stopped before the update, the checkpoint is as it was; "
-                    "a lower --lr may help", (long long)o->step + 1, *loss, *grad_norm);
+        return fail(error, NULL, "step %lld: loss %g, gradient norm %g: stopped before the update; a lower --lr may help",
+                    (long long)o->step + 1, *loss, *grad_norm);
     AdamW adam = {learning_rate(o, o->step), o->beta1, o->beta2, o->eps, o->weight_decay};
     double scale = o->clip > 0 && o->clip < *grad_norm + 1e-6 ? o->clip / (*grad_norm + 1e-6) : 1;
     backend->update(run->model, adam, scale, ++o->step);
@@ -3017,7 +3057,7 @@ static int train_step(Run *run, double *loss, double *grad_norm, char *error) {
 static FILE *open_log(const char *path, int64_t step, char *error) {
     FILE *log = fopen(path, step ? "r+" : "w");
     if (!log && step && errno == ENOENT) log = fopen(path, "w");
-    char line[512];
+    char line[4096];
     long kept = 0;
     long long logged;
     while (log && step && fgets(line, sizeof(line), log) && strchr(line, '\n') &&
@@ -3046,14 +3086,19 @@ static void print_resume_command(const Run *run, const char *program) {
 static void print_step(const Options *o, double loss, double grad_norm, double rate, double elapsed, double left,
                        const Score *score) {
     int last = o->step == o->steps, terminal = isatty(STDOUT_FILENO);
-    printf("%sstep %lld/%lld | loss %.4f | norm %.3f | lr %.2e | %.1f ms | %.0f tok/s | %d:%02d left", terminal ? "\r" : "",
+    printf("%sstep %lld/%lld | loss %.4f | norm %.3f | lr %.2e | %.1f ms | %.0f tok/s | %lld:%02d left", terminal ? "\r" : "",
            (long long)o->step, (long long)o->steps, loss, grad_norm, rate, elapsed * 1e3,
-           (double)(o->accum * o->batch * o->seq) / elapsed, (int)(left / 60), (int)left % 60);
+           (double)(o->accum * o->batch * o->seq) / elapsed, (long long)left / 60, (int)((long long)left % 60));
     if (score) printf(" | val %.4f", score->loss);
     if (score && !isnan(score->accuracy)) printf(", accuracy %.4f", score->accuracy);
     if (score && last) printf(" (whole split)");
     printf(!terminal || score ? "\n" : "  ");
     fflush(stdout);
+}
+
+static int same_file(const char *a, const char *b) {
+    struct stat s, t;
+    return a && b && !stat(a, &s) && !stat(b, &t) && s.st_dev == t.st_dev && s.st_ino == t.st_ino;
 }
 
 // The training loop. 130 after Ctrl-C.
@@ -3065,11 +3110,16 @@ static int train(Run *run, const char *program, char *error) {
     snprintf(best_path, sizeof(best_path), "%.*s.best.safetensors", stem, o->out);
     FILE *log = NULL;
     double start = seconds(), loss = 0, grad_norm = 0;
-    int64_t first_step = o->step;
+    int64_t first_step = o->step, saved_step = o->step;
+    const char *saved = o->resume; // where saved_step is
     if (o->step >= o->steps) {
         printf("nothing to do: %lld of %lld steps are done\n", (long long)o->step, (long long)o->steps);
         return 0;
     }
+    const char *written[] = {o->out, best_path, o->log};
+    for (int i = 0; i < 3; i++)
+        if (same_file(written[i], o->data) || same_file(written[i], o->val))
+            return wrong(error, NULL, "%s is the data: it would be overwritten", written[i]);
     if (safetensors_writable(o->out, error) || safetensors_writable(best_path, error)) return FAILED;
     if (o->log && !(log = open_log(o->log, o->step, error))) return FAILED;
     while (o->step < o->steps && !interrupted) {
@@ -3086,8 +3136,11 @@ static int train(Run *run, const char *program, char *error) {
                 if ((result = save_checkpoint(run, best_path, 0, error))) break;
             }
         }
-        if (last || interrupted || (o->save_every && o->step % o->save_every == 0))
+        if (last || interrupted || (o->save_every && o->step % o->save_every == 0)) {
             if ((result = save_checkpoint(run, o->out, 1, error))) break;
+            saved = o->out;
+            saved_step = o->step;
+        }
         if (last) score = evaluate(run, 0);
         if (last) scored = !interrupted; // else it was stopped before it had seen all
         int none = o->best_val >= 1e300; // no validation came before the end: the last weights are the best
@@ -3102,12 +3155,19 @@ static int train(Run *run, const char *program, char *error) {
         }
         if (o->sample_every && o->step % o->sample_every == 0) {
             printf("---\n");
-            if ((result = generate(run, "", 200, (int)o->seq, splitmix64((uint64_t)(o->seed + o->step)), error))) break;
+            result = generate(run, "", 200, (int)o->seq, splitmix64((uint64_t)(o->seed + o->step)), error);
+            if (result && !ferror(stdout)) break;
+            result = 0; // nobody reads any more: no reason to stop
             printf("---\n");
         }
     }
     if (log) fclose(log);
-    if (result) return result;
+    if (result) {
+        size_t used = strlen(error);
+        if (saved) snprintf(error + used, ERROR_SIZE - used, "; %.200s holds step %lld", saved, (long long)saved_step);
+        else snprintf(error + used, ERROR_SIZE - used, "; nothing was saved before");
+        return result;
+    }
     if (interrupted && o->step < o->steps) {
         print_resume_command(run, program);
         return 130;
@@ -3142,26 +3202,32 @@ static int prepare(Run *run, char *error) {
     if (!o->generate && open_data(run, error)) return FAILED;
     if (config_of(&run->config, o, error)) return WRONG_OPTION; // now with the data's T and V
 
+    // the parameters' names and shapes alone: memory is taken only for what the file really holds
+    static const char *prefixes[] = {"", "exp_avg.", "exp_avg_sq."};
+    static const Block blocks[] = {PARAMS, EXP_AVG, EXP_AVG_SQ};
+    int n_blocks = !path ? 0 : o->resume ? 3 : 1;
+    Weights weights;
+    weights.layers = (LayerWeights *)calloc((size_t)o->layers, sizeof(LayerWeights));
+    if (!weights.layers) return fail(error, NULL, "out of memory");
+    carve_weights(&weights, &run->table, NULL, &run->config);
+    free(weights.layers);
+    for (int i = 0; i < n_blocks; i++)
+        if (load_block(run, path, prefixes[i], blocks[i], error)) return FAILED;
+
     int64_t window = o->window < 0 ? o->seq : o->window, needed = (int64_t)strlen(o->prompt) + 1 + o->generate;
     int B = o->generate ? 1 : (int)o->batch;
     int T = !o->generate ? (int)o->seq : (int)(window && window < needed ? window : needed);
     run->model = backend->create(&run->config, B, T, training ? TRAIN : o->eval ? EVALUATE : GENERATE, error);
     if (!run->model) return FAILED;
-    Weights weights;
-    weights.layers = (LayerWeights *)calloc((size_t)o->layers, sizeof(LayerWeights));
     size_t tokens = (size_t)B * (size_t)T * (size_t)(training ? o->accum : 1);
     run->inputs = (int *)malloc(tokens * sizeof(int));
     run->targets = (int *)malloc(tokens * sizeof(int));
     run->hits = (char *)malloc(tokens);
     size_t examples = run->train.kind == DATA_EXAMPLES ? (size_t)run->train_end : 1;
     run->order = (int32_t *)malloc(examples * sizeof(int32_t));
-    if (!weights.layers || !run->inputs || !run->targets || !run->hits || !run->order) return fail(error, NULL, "out of memory");
-    carve_weights(&weights, &run->table, NULL, &run->config); // the parameters' names and shapes alone
-    free(weights.layers);
-
-    if (path && load_block(run, path, "", PARAMS, error)) return FAILED;
-    if (o->resume && load_block(run, path, "exp_avg.", EXP_AVG, error)) return FAILED;
-    if (o->resume && load_block(run, path, "exp_avg_sq.", EXP_AVG_SQ, error)) return FAILED;
+    if (!run->inputs || !run->targets || !run->hits || !run->order) return fail(error, NULL, "out of memory");
+    for (int i = 0; i < n_blocks; i++)
+        if (load_block(run, path, prefixes[i], blocks[i], error)) return FAILED;
     if (!path) {
         initialise(backend->read(run->model, PARAMS), &run->table, (uint64_t)o->seed);
         backend->write(run->model, PARAMS);
@@ -3179,7 +3245,9 @@ static int act(Run *run, const char *program, char *error) {
     action.sa_flags = (int)SA_RESETHAND; // a second Ctrl-C ends the program at once
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
-    signal(SIGPIPE, SIG_IGN);
+    if (signal(SIGHUP, SIG_IGN) != SIG_IGN) sigaction(SIGHUP, &action, NULL); // a closed terminal, unless under nohup
+    signal(SIGPIPE, SIG_IGN); // a closed pipe and a file size beyond its limit are errors of the write
+    signal(SIGXFSZ, SIG_IGN);
     if (o->generate) {
         int result = generate(run, o->prompt, o->generate, (int)window, splitmix64((uint64_t)o->seed), error);
         return result ? result : interrupted ? 130 : 0;
@@ -3187,6 +3255,7 @@ static int act(Run *run, const char *program, char *error) {
     if (o->eval) {
         Score score = evaluate(run, 0);
         if (interrupted) return 130;
+        if (!isfinite(score.loss)) return fail(error, NULL, "the validation loss is %g", score.loss);
         printf("val_loss %.6f\n", score.loss);
         if (!isnan(score.accuracy)) printf("val_accuracy %.6f\n", score.accuracy);
         for (int k = 0; k < LAG_BINS; k++)
@@ -3207,12 +3276,12 @@ static int run_program(int argc, char **argv, const Backend *backend) {
     run.backend = backend;
     run.order_epoch = -1;
     int result = parse_options(&run.settings, argc, argv, error);
-    if (result == 1) {
-        print_help(argv[0]);
-        return 0;
-    }
-    if (!result) result = prepare(&run, error);
+    int help = result == 1;
+    if (help) print_help(argv[0]);
+    else if (!result) result = prepare(&run, error);
     if (!result) result = act(&run, argv[0], error);
+    if (help) result = 0;
+    if (!result && (fflush(stdout) || ferror(stdout))) result = fail(error, "standard output", "closed, or on a full disk");
     if (result < 0) fprintf(stderr, "train_sessa: %s\n", error);
     if (run.model) backend->destroy(run.model);
     free(run.table.rows);

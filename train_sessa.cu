@@ -33,7 +33,7 @@ static const char *const precision_names[] = {"fp32", "tf32", "bf16"};
 // A matrix product that has been asked for before: its shape, and how cuBLASLt does it.
 typedef struct {
     int M, N, K, batch, a_transposed, b_transposed, biased, tf32, in_bytes, out_bytes, a_align, b_align, out_align,
-        unused;
+        scaled;
     int64_t a_ld, b_ld, out_ld, a_step, b_step, out_step;
 } ProductKey;
 typedef struct {
@@ -178,42 +178,101 @@ __device__ static inline float block_max(float x, float *shared) {
     return max;
 }
 
-// out[i] += Σ_n f.at(n, i) for two sums at a time (out2 NULL: one). First a block takes 32 columns of a chunk of the
-// rows, thread (x, y) the rows y, y+8, ... of column x; then a thread takes a column and adds up the chunks.
-enum { CHUNKS = 128 };
-template <typename F> __global__ void column_sums_kernel(float2 *partial, F f, int N, int width) {
-    __shared__ float2 sums[8][32];
-    int i = blockIdx.x * 32 + threadIdx.x, from = (int)((int64_t)N * blockIdx.y / gridDim.y),
-        end = (int)((int64_t)N * (blockIdx.y + 1) / gridDim.y);
-    float2 sum = {0, 0};
-    if (i < width)
-        for (int n = from + threadIdx.y; n < end; n += 8) {
-            float2 value = f.at(n, i);
-            sum.x += value.x;
-            sum.y += value.y;
-        }
-    sums[threadIdx.y][threadIdx.x] = sum;
+// Sums over rows, on the way of a pass that reads them anyway: each chunk of rows leaves one partial sum a column, and
+// one launch for a whole layer adds them up in the chunks' order, out[i] += Σ_c partial[c·stride + i].
+typedef struct { float *out; const float *partial; int chunks, stride, width; } ColumnSum;
+typedef struct { ColumnSum list[14]; int n; float *room, *next; } ColumnSums;
+enum { BLOCKS_AT_ONCE = 528, GROUP_COLUMNS = 128, ROW_BLOCK = 320 }; // 4 blocks a multiprocessor of an H100
+static int64_t column_sums_room(int D, int E) { // numbers: for each pass with sums of a layer, and ln_f's
+    return 8 * ((int64_t)BLOCKS_AT_ONCE * GROUP_COLUMNS + E) + 3 * (int64_t)BLOCKS_AT_ONCE * D;
+}
+static void column_sum(ColumnSums *sums, float *out, int at, int chunks, int stride, int width) {
+    if (out) sums->list[sums->n++] = {out, sums->next + at, chunks, stride, width};
+}
+
+// A block takes 32 columns of one sum, its warps every 8th chunk.
+__global__ static void column_sums_kernel(ColumnSums sums) {
+    __shared__ float parts[8][32];
+    int k = 0, block = blockIdx.x;
+    while (block >= (sums.list[k].width + 31) / 32) block -= (sums.list[k++].width + 31) / 32;
+    ColumnSum one = sums.list[k];
+    int i = block * 32 + threadIdx.x;
+    float sum = 0;
+    if (i < one.width)
+        for (int c = threadIdx.y; c < one.chunks; c += 8) sum += one.partial[(int64_t)c * one.stride + i];
+    parts[threadIdx.y][threadIdx.x] = sum;
     __syncthreads();
-    if (threadIdx.y || i >= width) return;
-    for (int y = 1; y < 8; y++) { sum.x += sums[y][threadIdx.x].x; sum.y += sums[y][threadIdx.x].y; }
-    partial[(size_t)blockIdx.y * width + i] = sum;
+    if (threadIdx.y || i >= one.width) return;
+    for (int y = 1; y < 8; y++) sum += parts[y][threadIdx.x];
+    one.out[i] += sum;
 }
-__global__ static void add_chunks_kernel(float *out, float *out2, const float2 *partial, int chunks, int width) {
-    int i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= width) return;
-    float2 sum = {0, 0};
-    for (int c = 0; c < chunks; c++) { sum.x += partial[(size_t)c * width + i].x;
-                                       sum.y += partial[(size_t)c * width + i].y; }
-    out[i] += sum.x;
-    if (out2) out2[i] += sum.y;
+static void column_sums_gpu(ColumnSums *sums, cudaStream_t stream) {
+    int blocks = 0;
+    for (int k = 0; k < sums->n; k++) blocks += (sums->list[k].width + 31) / 32;
+    LAUNCH(column_sums_kernel, blocks, dim3(32, 8), 0, stream, *sums);
+    sums->n = 0;
+    sums->next = sums->room;
 }
-template <typename F> static void column_sums(float *out, float *out2, F f, int N, int width, cudaStream_t stream) {
-    int chunks = min_int(CHUNKS, (N + 31) / 32);
-    while (chunks > 1 && (size_t)chunks * (size_t)width * sizeof(float2) > WORKSPACE) chunks /= 2;
-    LAUNCH(column_sums_kernel<F>, dim3((width + 31) / 32, chunks), dim3(32, 8), 0, stream, (float2 *)gpu.workspace, f,
-           N, width);
-    LAUNCH(add_chunks_kernel, (width + 127) / 128, 128, 0, stream, out, out2, (const float2 *)gpu.workspace, chunks,
-           width);
+
+// Element by element with SUMS sums over the rows: f.run<V>(n, i, sum) adds to sum[k][..]. A block takes 16 pieces of V
+// columns of a chunk of the rows, 16 rows at a time. outs[k] (widths[k]) gets sum k.
+template <int V, int SUMS, typename F>
+__global__ void __launch_bounds__(256, 4) each_with_sums_kernel(F f, float *partial, int N, int width) {
+    __shared__ float parts[16][16 * V];
+    int i = (blockIdx.x * 16 + threadIdx.x % 16) * V, y = threadIdx.x / 16, end = (int)((int64_t)N * (blockIdx.y + 1)
+            / gridDim.y);
+    float sum[SUMS][V] = {};
+    if (i < width)
+        for (int n = (int)((int64_t)N * blockIdx.y / gridDim.y) + y; n < end; n += 16) f.template run<V>(n, i, sum);
+    for (int k = 0; k < SUMS; k++) {
+        for (int e = 0; e < V; e++) parts[y][threadIdx.x % 16 * V + e] = sum[k][e];
+        __syncthreads();
+        int column = blockIdx.x * 16 * V + threadIdx.x;
+        if (threadIdx.x < 16 * V && column < width) {
+            float all = 0;
+            for (int row = 0; row < 16; row++) all += parts[row][threadIdx.x];
+            partial[((int64_t)blockIdx.y * SUMS + k) * width + column] = all;
+        }
+        __syncthreads();
+    }
+}
+template <int SUMS, typename F>
+static void each_with_sums(F f, ColumnSums *sums, const std::initializer_list<float *> outs, int N, int width,
+                           int in_eights, cudaStream_t stream) {
+    int groups = (width + (in_eights ? 127 : 15)) / (in_eights ? 128 : 16), chunks = BLOCKS_AT_ONCE / groups, k = 0;
+    chunks = chunks < 1 ? 1 : min_int(chunks, (N + 15) / 16);
+    if (in_eights) LAUNCH((each_with_sums_kernel<8, SUMS, F>), dim3(groups, chunks), 256, 0, stream, f, sums->next, N,
+                          width);
+    else LAUNCH((each_with_sums_kernel<1, SUMS, F>), dim3(groups, chunks), 256, 0, stream, f, sums->next, N, width);
+    for (float *out : outs) { column_sum(sums, out, k * width, chunks, SUMS * width, k == 2 ? 1 : width); k++; }
+    sums->next += (int64_t)chunks * SUMS * width;
+}
+
+// Passes with sums along the rows: threadIdx.y takes a row, threadIdx.x a piece of V of its columns (PIECES of them,
+// blockDim.x·V apart, where rows are that long). A row's threads are whole warps and wait for each other alone.
+template <int V, int PIECES, typename F> __global__ void __launch_bounds__(ROW_BLOCK, 2) rows_kernel(F f) {
+    f.template run<V, PIECES>();
+}
+template <typename F> static int rows(F f, int N, int D, int in_eights, int most_blocks, cudaStream_t stream) {
+    int eights = in_eights && D <= 32 * ROW_BLOCK, pieces = eights ? (D + 7) / 8 : D;
+    int x = (int)round_up(min_int(pieces, ROW_BLOCK), 32), y = ROW_BLOCK / x, blocks = (N + y - 1) / y;
+    if (most_blocks && blocks > most_blocks) blocks = most_blocks;
+    if (eights && pieces <= ROW_BLOCK) LAUNCH((rows_kernel<8, 1, F>), blocks, dim3(x, y), 0, stream, f);
+    else if (eights) LAUNCH((rows_kernel<8, 4, F>), blocks, dim3(x, y), 0, stream, f);
+    else LAUNCH((rows_kernel<1, 64, F>), blocks, dim3(x, y), 0, stream, f);
+    return blocks;
+}
+// (Σ x, Σ y) over the row's threads. shared: a number a warp, not the one of the sum before.
+__device__ static inline float2 row_sum(float x, float y, float2 *shared) {
+    int warps = blockDim.x / 32, first = threadIdx.y * warps;
+    float2 sum = {warp_sum(x), warp_sum(y)};
+    if (warps == 1) return sum;
+    if (threadIdx.x % 32 == 0) shared[first + threadIdx.x / 32] = sum;
+    asm volatile("bar.sync %0, %1;" : : "r"(threadIdx.y + 1), "r"(blockDim.x) : "memory");
+    sum = shared[first];
+#pragma unroll 1
+    for (int w = 1; w < warps; w++) { sum.x += shared[first + w].x; sum.y += shared[first + w].y; }
+    return sum;
 }
 
 // ----------------------------------------------------------------------------
@@ -232,7 +291,7 @@ template <typename O> static MatrixOut<O> into(O *at, int64_t row, int64_t step 
 // For shapes and alignments that cuBLASLt refuses: a thread takes one element of out.
 template <typename O, typename X>
 __global__ void product_kernel(MatrixOut<O> out, MatrixGPU<X> a, MatrixGPU<X> b, int M, int N, int K, float alpha,
-                               float beta, const O *bias) {
+                               float beta, const O *bias, const float *scale) {
     int64_t item = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (item >= (int64_t)M * N) return;
     int m = (int)(item / N), n = (int)(item % N);
@@ -240,6 +299,7 @@ __global__ void product_kernel(MatrixOut<O> out, MatrixGPU<X> a, MatrixGPU<X> b,
     O *at = out.at + blockIdx.y * out.step + m * out.row + n;
     float sum = 0;
     for (int k = 0; k < K; k++) sum += get(row[k * a.col]) * get(col[k * b.row]);
+    if (scale) alpha = *scale;
     *at = to<O>(alpha * sum + (beta == 0 ? 0 : beta * get(*at)) + (bias ? get(bias[n]) : 0));
 }
 
@@ -278,6 +338,7 @@ static void product_prepare(Product *p, const ProductKey *k) {
     cublasOperation_t left = left_t ? CUBLAS_OP_T : CUBLAS_OP_N, right = right_t ? CUBLAS_OP_T : CUBLAS_OP_N;
     cublasLtEpilogue_t epilogue = k->biased ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
     cublasComputeType_t compute = k->tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F;
+    cublasLtPointerMode_t from_device = CUBLASLT_POINTER_MODE_DEVICE;
     cublasLtMatmulPreference_t preference;
     cublasLtMatmulHeuristicResult_t result;
     product_forget(p);
@@ -288,6 +349,7 @@ static void product_prepare(Product *p, const ProductKey *k) {
     describe(p, CUBLASLT_MATMUL_DESC_TRANSA, &left, sizeof(left));
     describe(p, CUBLASLT_MATMUL_DESC_TRANSB, &right, sizeof(right));
     describe(p, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof(epilogue));
+    if (k->scaled) describe(p, CUBLASLT_MATMUL_DESC_POINTER_MODE, &from_device, sizeof(from_device));
     p->a = layout_of(k->in_bytes, left_t ? k->K : k->N, left_t ? k->N : k->K, k->b_ld, k->batch, k->b_step);
     p->b = layout_of(k->in_bytes, right_t ? k->M : k->K, right_t ? k->K : k->M, k->a_ld, k->batch, k->a_step);
     p->out = layout_of(k->out_bytes, k->N, k->M, k->out_ld, k->batch, k->out_step);
@@ -309,16 +371,16 @@ static void product_prepare(Product *p, const ProductKey *k) {
 }
 
 // out = alpha·A·B + beta·out + bias for each of `batch` matrices: A (M,K), B (K,N), out (M,N), bias (N) or NULL.
-// beta 0 overwrites. Sums are in float32.
+// beta 0 overwrites. Sums are in float32. scale: alpha in the device's memory, in place of the argument, and 0 and 1.
 template <typename O, typename X>
 static void matmul_gpu(MatrixOut<O> out, MatrixGPU<X> a, MatrixGPU<X> b, int M, int N, int K, float alpha, float beta,
-                       int batch, cudaStream_t stream, const O *bias = NULL) {
+                       int batch, cudaStream_t stream, const O *bias = NULL, const float *scale = NULL) {
     if (M <= 0 || N <= 0 || batch <= 0) return;
     ProductKey key;
     memset(&key, 0, sizeof(key));
     key.M = M; key.N = N; key.K = K; key.batch = batch;
     key.a_transposed = a.col != 1; key.b_transposed = b.col != 1;
-    key.biased = bias != NULL; key.tf32 = gpu.precision == TF32;
+    key.biased = bias != NULL; key.scaled = scale != NULL; key.tf32 = gpu.precision == TF32;
     key.in_bytes = sizeof(X); key.out_bytes = sizeof(O);
     key.a_ld = a.col == 1 ? a.row : a.col; key.b_ld = b.col == 1 ? b.row : b.col; key.out_ld = out.row;
     if (batch > 1) { key.a_step = a.step; key.b_step = b.step; key.out_step = out.step; }
@@ -331,11 +393,12 @@ static void matmul_gpu(MatrixOut<O> out, MatrixGPU<X> a, MatrixGPU<X> b, int M, 
     if (!p->known || memcmp(&p->key, &key, sizeof(key))) product_prepare(p, &key);
     if (p->plain) {
         LAUNCH((product_kernel<O, X>), dim3((unsigned)(((int64_t)M * N + 127) / 128), (unsigned)batch), 128, 0, stream,
-               out, a, b, M, N, K, alpha, beta, bias);
+               out, a, b, M, N, K, alpha, beta, bias, scale);
         return;
     }
     if (bias) LT(cublasLtMatmulDescSetAttribute(p->operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof(bias)));
-    LT(cublasLtMatmul(gpu.lt, p->operation, &alpha, b.at, p->a, a.at, p->b, &beta, out.at, p->out, out.at, p->out,
+    const float *alpha_at = scale ? scale : &alpha, *beta_at = scale ? scale + (beta == 0 ? 1 : 2) : &beta;
+    LT(cublasLtMatmul(gpu.lt, p->operation, alpha_at, b.at, p->a, a.at, p->b, beta_at, out.at, p->out, out.at, p->out,
                       &p->algo, gpu.workspace, WORKSPACE, stream));
 }
 
@@ -349,26 +412,18 @@ __device__ static inline uint64_t splitmix64_gpu(uint64_t z) {
     return z ^ (z >> 31);
 }
 
-template <typename X> struct DropoutEach {
-    X *x;
-    uint64_t key, threshold;
-    float scale;
-    int D;
-    template <int V> __device__ void run(int n, int i) const {
-        float v[V];
-        int64_t at = (int64_t)n * D + i;
-        read_some<V>(v, x + at);
-        for (int e = 0; e < V; e++) v[e] *= (splitmix64_gpu(key ^ (uint64_t)(at + e)) >> 32) >= threshold ? scale : 0;
-        write_some<V>(x + at, v);
-    }
-};
-
-// The masks of the C function, number by number. x (N,D)
-template <typename X> static void dropout_gpu(X *x, int N, int D, Dropout drop, int place, cudaStream_t stream) {
-    if (drop.probability <= 0) return;
-    DropoutEach<X> f = {x, splitmix64(splitmix64(splitmix64(drop.seed) ^ drop.micro_step) ^ (uint64_t)place),
-                        (uint64_t)(drop.probability * 4294967296.0), (float)(1 / (1 - drop.probability)), D};
-    each(f, N, D, wide({D}, {x}), stream);
+// A mask of dropout, number by number that of the C function; the passes that need it compute it. Its key is in the
+// device's memory: a recorded step finds that of its own time there.
+typedef struct { const uint64_t *key; uint64_t place, threshold; float scale; } Mask;
+static uint64_t dropout_key(Dropout drop) { return splitmix64(splitmix64(drop.seed) ^ drop.micro_step); }
+static Mask mask_of(const uint64_t *key, double probability, int place) {
+    return {key, (uint64_t)place, (uint64_t)(probability * 4294967296.0), (float)(1 / (1 - probability))};
+}
+// The factors of the numbers at, at + 1, ...
+template <int V> __device__ inline void read_mask(float factor[V], const Mask &mask, int64_t at) {
+    uint64_t key = mask.threshold ? splitmix64_gpu(*mask.key ^ mask.place) : 0;
+    for (int e = 0; e < V; e++)
+        factor[e] = !mask.threshold ? 1 : (splitmix64_gpu(key ^ (uint64_t)(at + e)) >> 32) >= mask.threshold ? mask.scale : 0;
 }
 
 // ----------------------------------------------------------------------------
@@ -378,16 +433,21 @@ struct EmbeddingEach {
     float *out;
     const int *inp;
     const float *wte;
+    Mask mask;
     int D;
     template <int V> __device__ void run(int n, int i) const {
-        float v[V];
+        float v[V], factor[V];
+        int64_t at = (int64_t)n * D + i;
         read_some<V>(v, wte + (int64_t)inp[n] * D + i);
-        write_some<V>(out + (int64_t)n * D + i, v);
+        read_mask<V>(factor, mask, at);
+        for (int e = 0; e < V; e++) v[e] *= factor[e];
+        write_some<V>(out + at, v);
     }
 };
-static void embedding_forward_gpu(float *out, const int *inp, const float *wte, int B, int T, int D,
+// With dropout.
+static void embedding_forward_gpu(float *out, const int *inp, const float *wte, Mask mask, int B, int T, int D,
                                   cudaStream_t stream) {
-    EmbeddingEach f = {out, inp, wte, D};
+    EmbeddingEach f = {out, inp, wte, mask, D};
     each(f, (int64_t)B * T, D, wide({D}, {out, wte}), stream);
 }
 
@@ -441,88 +501,134 @@ static void embedding_backward_gpu(float *dwte, float *partial, const float *dou
     LAUNCH(embedding_tokens_kernel, t.tokens, 128, 0, stream, dwte, partial, tokens, first, D);
 }
 
-// A warp takes a row, a lane every 32nd piece of it. kept: x rounded to X for the backward pass, NULL: not wanted.
-template <int V, typename X, typename S>
-__global__ void layernorm_forward_kernel(X *out, X *kept, float *mean, float *rstd, const S *x, const float *weight,
-                                         const float *bias, int N, int D) {
-    int n = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (n >= N) return;
-    const S *row = x + (int64_t)n * D;
-    float v[V], w[V], b[V], sum = 0, squares = 0;
-    for (int i = lane * V; i < D; i += 32 * V) {
-        read_some<V>(v, row + i);
-        for (int e = 0; e < V; e++) sum += v[e];
-    }
-    float m = warp_sum(sum) / D;
-    for (int i = lane * V; i < D; i += 32 * V) {
-        read_some<V>(v, row + i);
-        for (int e = 0; e < V; e++) squares += (v[e] - m) * (v[e] - m);
-    }
-    float r = 1 / sqrtf(warp_sum(squares) / D + 1e-5f);
-    for (int i = lane * V; i < D; i += 32 * V) {
-        read_some<V>(v, row + i);
-        read_some<V>(w, weight + i);
-        read_some<V>(b, bias + i);
-        if (kept) write_some<V>(kept + (int64_t)n * D + i, v);
-        for (int e = 0; e < V; e++) v[e] = (v[e] - m) * r * w[e] + b[e];
-        write_some<V>(out + (int64_t)n * D + i, v);
-    }
-    if (lane == 0) { mean[n] = m; rstd[n] = r; }
-}
-template <typename X, typename S>
-static void layernorm_forward_gpu(X *out, X *kept, float *mean, float *rstd, const S *x, const float *weight,
-                                  const float *bias, int N, int D, cudaStream_t stream) {
-    if (wide({D}, {out, kept, x, weight, bias}))
-        LAUNCH((layernorm_forward_kernel<8, X, S>), (N + 3) / 4, 128, 0, stream, out, kept, mean, rstd, x, weight, bias,
-               N, D);
-    else LAUNCH((layernorm_forward_kernel<1, X, S>), (N + 3) / 4, 128, 0, stream, out, kept, mean, rstd, x, weight,
-                bias, N, D);
-}
-
-// dx: a warp takes a row. The sums over rows go by columns.
-template <int V, typename X>
-__global__ void layernorm_backward_kernel(float *dx, const X *dout, const X *x, const float *mean, const float *rstd,
-                                          const float *weight, int N, int D) {
-    int n = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (n >= N) return;
-    float v[V], g[V], w[V], sum = 0, dot = 0, m = mean[n], r = rstd[n];
-    int64_t row = (int64_t)n * D;
-    for (int i = lane * V; i < D; i += 32 * V) {
-        read_some<V>(v, x + row + i);
-        read_some<V>(g, dout + row + i);
-        read_some<V>(w, weight + i);
-        for (int e = 0; e < V; e++) { sum += g[e] * w[e]; dot += g[e] * w[e] * (v[e] - m); }
-    }
-    sum = warp_sum(sum) / D;
-    dot = warp_sum(dot) * r * r / D;
-    for (int i = lane * V; i < D; i += 32 * V) {
-        float d[V];
-        read_some<V>(v, x + row + i);
-        read_some<V>(g, dout + row + i);
-        read_some<V>(w, weight + i);
-        read_some<V>(d, dx + row + i);
-        for (int e = 0; e < V; e++) d[e] += r * (g[e] * w[e] - sum - (v[e] - m) * dot);
-        write_some<V>(dx + row + i, d);
-    }
-}
-template <typename X> struct LayernormColumns {
-    const X *dout, *x;
-    const float *mean, *rstd;
-    int D;
-    __device__ float2 at(int n, int i) const {
-        float grad = get(dout[(int64_t)n * D + i]);
-        return {grad, grad * (get(x[(int64_t)n * D + i]) - mean[n]) * rstd[n]};
+// residual_forward and layernorm_forward in one pass:
+//     x += mask ⊙ branch (branch NULL: none),   kept = X(x) (NULL: not wanted),   out = LayerNorm(x)
+template <typename X> struct LayernormForward {
+    X *out, *kept;
+    float *mean, *rstd, *x;
+    const X *branch;
+    Mask mask;
+    const float *weight, *bias;
+    int N, D;
+    template <int V, int PIECES> __device__ void run() const {
+        __shared__ float2 shared[2][ROW_BLOCK / 32];
+        int n = blockIdx.x * blockDim.y + threadIdx.y;
+        if (n >= N) return;
+        float v[PIECES][V], sum = 0, squares = 0;
+        for (int p = 0, i = threadIdx.x * V; p < PIECES && i < D; p++, i += blockDim.x * V) {
+            float add[V], factor[V];
+            int64_t at = (int64_t)n * D + i;
+            read_some<V>(v[p], x + at);
+            if (branch) {
+                read_some<V>(add, branch + at);
+                read_mask<V>(factor, mask, at);
+                for (int e = 0; e < V; e++) v[p][e] += factor[e] * add[e];
+                write_some<V>(x + at, v[p]);
+            }
+            if (kept) write_some<V>(kept + at, v[p]);
+            for (int e = 0; e < V; e++) sum += v[p][e];
+        }
+        float m = row_sum(sum, 0, shared[0]).x / D;
+        for (int p = 0, i = threadIdx.x * V; p < PIECES && i < D; p++, i += blockDim.x * V)
+            for (int e = 0; e < V; e++) squares += (v[p][e] - m) * (v[p][e] - m);
+        float r = 1 / sqrtf(row_sum(squares, 0, shared[1]).x / D + 1e-5f);
+        for (int p = 0, i = threadIdx.x * V; p < PIECES && i < D; p++, i += blockDim.x * V) {
+            float w[V], b[V];
+            read_some<V>(w, weight + i);
+            read_some<V>(b, bias + i);
+            for (int e = 0; e < V; e++) v[p][e] = (v[p][e] - m) * r * w[e] + b[e];
+            write_some<V>(out + (int64_t)n * D + i, v[p]);
+        }
+        if (threadIdx.x == 0) { mean[n] = m; rstd[n] = r; }
     }
 };
 template <typename X>
-static void layernorm_backward_gpu(float *dx, float *dweight, float *dbias, const X *dout, const X *x,
-                                   const float *mean, const float *rstd, const float *weight, int N, int D,
-                                   cudaStream_t stream) {
-    if (wide({D}, {dx, dout, x, weight})) LAUNCH((layernorm_backward_kernel<8, X>), (N + 3) / 4, 128, 0, stream, dx,
-                                                 dout, x, mean, rstd, weight, N, D);
-    else LAUNCH((layernorm_backward_kernel<1, X>), (N + 3) / 4, 128, 0, stream, dx, dout, x, mean, rstd, weight, N, D);
-    LayernormColumns<X> f = {dout, x, mean, rstd, D};
-    column_sums(dbias, dweight, f, N, D, stream);
+static void layernorm_forward_gpu(X *out, X *kept, float *mean, float *rstd, float *x, const X *branch, Mask mask,
+                                  const float *weight, const float *bias, int N, int D, cudaStream_t stream) {
+    LayernormForward<X> f = {out, kept, mean, rstd, x, branch, mask, weight, bias, N, D};
+    rows(f, N, D, wide({D}, {out, kept, x, branch, weight, bias}), 0, stream);
+}
+
+// layernorm_backward, and all that wants its operands or its result:
+//     dx += ..., the sums dweight and dbias over the rows,   n = LayerNorm(x) again (NULL: not wanted; may be dout),
+//     dbranch = X(mask ⊙ dx) with its sums dbranch_bias: the gradient of the branch added below; without one (NULL),
+//     dx itself is masked
+// fresh: dx starts from 0. A block keeps the sums of its rows in registers.
+template <typename X> struct LayernormBackward {
+    float *dx, *partial;
+    X *n_again, *dbranch;
+    const X *dout, *x;
+    const float *mean, *rstd, *weight, *bias;
+    Mask mask;
+    int fresh, N, D;
+    template <int V, int PIECES> __device__ void run() const {
+        __shared__ float2 shared[2][ROW_BLOCK / 32];
+        __shared__ float parts[ROW_BLOCK * V];
+        float sums[3][PIECES][V] = {}, v[PIECES][V], g[PIECES][V], d[PIECES][V] = {};
+        int turn = 0;
+        for (int n = blockIdx.x * blockDim.y + threadIdx.y; n < N; n += gridDim.x * blockDim.y) {
+            float m = mean[n], r = rstd[n], sum = 0, dot = 0;
+            for (int p = 0, i = threadIdx.x * V; p < PIECES && i < D; p++, i += blockDim.x * V) {
+                float w[V], b[V];
+                int64_t at = (int64_t)n * D + i;
+                read_some<V>(v[p], x + at);
+                read_some<V>(g[p], dout + at);
+                if (!fresh) read_some<V>(d[p], dx + at);
+                read_some<V>(w, weight + i);
+                if (n_again) read_some<V>(b, bias + i);
+                for (int e = 0; e < V; e++) {
+                    v[p][e] = (v[p][e] - m) * r;
+                    sums[0][p][e] += g[p][e] * v[p][e];
+                    sums[1][p][e] += g[p][e];
+                    g[p][e] *= w[e];
+                    sum += g[p][e];
+                    dot += g[p][e] * v[p][e];
+                    b[e] = v[p][e] * w[e] + b[e];
+                }
+                if (n_again) write_some<V>(n_again + at, b);
+            }
+            float2 both = row_sum(sum / D, dot / D, shared[turn]);
+            turn = !turn;
+            for (int p = 0, i = threadIdx.x * V; p < PIECES && i < D; p++, i += blockDim.x * V) {
+                float factor[V];
+                int64_t at = (int64_t)n * D + i;
+                read_mask<V>(factor, mask, at);
+                for (int e = 0; e < V; e++) {
+                    d[p][e] = (fresh ? 0 : d[p][e]) + r * (g[p][e] - both.x - v[p][e] * both.y);
+                    factor[e] *= d[p][e];
+                    sums[2][p][e] += factor[e];
+                    if (!dbranch) d[p][e] = factor[e];
+                }
+                write_some<V>(dx + at, d[p]);
+                if (dbranch) write_some<V>(dbranch + at, factor);
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < 3; k++)
+            for (int p = 0; p < PIECES; p++) {
+                int i = (p * blockDim.x + threadIdx.x) * V, at = threadIdx.y * blockDim.x + threadIdx.x;
+                __syncthreads();
+                for (int e = 0; e < V; e++) parts[e * ROW_BLOCK + at] = sums[k][p][e];
+                __syncthreads();
+                for (int e = 0; e < V && threadIdx.y == 0 && i < D; e++) {
+                    float all = 0;
+                    for (int y = 0; y < (int)blockDim.y; y++) all += parts[e * ROW_BLOCK + y * blockDim.x + threadIdx.x];
+                    partial[(blockIdx.x * 3 + k) * D + i + e] = all;
+                }
+            }
+    }
+};
+template <typename X>
+static void layernorm_backward_gpu(float *dx, float *dweight, float *dbias, X *n_again, X *dbranch, float *dbranch_bias,
+                                   Mask mask, int fresh, const X *dout, const X *x, const float *mean,
+                                   const float *rstd, const float *weight, const float *bias, int N, int D,
+                                   ColumnSums *sums, cudaStream_t stream) {
+    LayernormBackward<X> f = {dx, sums->next, n_again, dbranch, dout, x, mean, rstd, weight, bias, mask, fresh, N, D};
+    int chunks = rows(f, N, D, wide({D}, {dx, n_again, dbranch, dout, x, weight, bias}), BLOCKS_AT_ONCE / 2, stream);
+    column_sum(sums, dweight, 0, chunks, 3 * D, D);
+    column_sum(sums, dbias, D, chunks, 3 * D, D);
+    column_sum(sums, dbranch_bias, 2 * D, chunks, 3 * D, D);
+    sums->next += (int64_t)chunks * 3 * D;
 }
 
 template <typename X>
@@ -532,102 +638,156 @@ static void linear_forward_gpu(X *out, int ld_out, const X *inp, const X *weight
                1, stream, bias);
 }
 
-template <typename X> struct RowColumns {
-    const X *x;
-    int64_t ld;
-    __device__ float2 at(int n, int i) const { return {get(x[n * ld + i]), 0}; }
-};
+// dinp NULL, or dweight NULL: the other one alone. The bias's gradient, a sum over rows of dout, comes from the pass that
+// made dout. scale: of both, in the device's memory, see matmul_gpu.
 template <typename X>
-static void linear_backward_gpu(X *dinp, float *dweight, float *dbias, const X *dout, int ld_dout, const X *inp,
-                                const X *weight, int N, int in, int out_width, cudaStream_t stream) {
-    matmul_gpu(into(dinp, in), rows_of_gpu(dout, ld_dout), rows_of_gpu(weight, in), N, in, out_width, 1, 0, 1, stream);
-    matmul_gpu(into(dweight, in), transpose_gpu(rows_of_gpu(dout, ld_dout)), rows_of_gpu(inp, in), out_width, in, N, 1,
-               1, 1, stream);
-    RowColumns<X> f = {dout, ld_dout};
-    if (dbias) column_sums(dbias, NULL, f, N, out_width, stream);
+static void linear_backward_gpu(X *dinp, float *dweight, const X *dout, int ld_dout, const X *inp, const X *weight,
+                                int N, int in, int out_width, cudaStream_t stream, const float *scale = NULL) {
+    if (dinp) matmul_gpu(into(dinp, in), rows_of_gpu(dout, ld_dout), rows_of_gpu(weight, in), N, in, out_width, 1, 0, 1,
+                         stream, (const X *)NULL, scale);
+    if (dweight) matmul_gpu(into(dweight, in), transpose_gpu(rows_of_gpu(dout, ld_dout)), rows_of_gpu(inp, in),
+                            out_width, in, N, 1, 1, 1, stream, (const float *)NULL, scale);
 }
 
 // Φ(x), with the polynomial of normal_cdf and gauss = e^(-x²/2)
 __device__ static inline float normal_cdf_gpu(float x, float gauss) {
-    float t = 1 / (1 + 0.3f * fabsf(x));
+    float t = __fdividef(1, 1 + 0.3f * fabsf(x));
     float tail = gauss * t * (0.11962327f + t * (0.12084553f + t * (0.099347115f + t * (0.1304165f + t * (-0.057167433f
                               + t * (0.21011846f + t * (-0.15937835f + t * 0.036194865f)))))));
     return x < 0 ? tail : 1 - tail;
 }
-template <typename X> struct GeluEach {
+__device__ static inline float gelu_gpu(float x) { return x * normal_cdf_gpu(x, __expf(-x * x / 2)); }
+
+// gelu_forward and, where there is a gain (weight not NULL), gain_forward of its output, in one pass.
+template <typename X> struct GeluForward {
     X *out;
+    float *gamma;
     const X *inp;
-    int ld, D;
-    template <int V> __device__ void run(int n, int i) const {
-        float v[V];
-        read_some<V>(v, inp + (int64_t)n * ld + i);
-        for (int e = 0; e < V; e++) v[e] *= normal_cdf_gpu(v[e], expf(-v[e] * v[e] / 2));
-        write_some<V>(out + (int64_t)n * D + i, v);
+    const float *weight, *bias;
+    float gamma_max;
+    int ld, N, D;
+    template <int V, int PIECES> __device__ void run() const {
+        __shared__ float2 shared[ROW_BLOCK / 32];
+        int n = blockIdx.x * blockDim.y + threadIdx.y;
+        if (n >= N) return;
+        float dot = 0;
+        for (int p = 0, i = threadIdx.x * V; p < PIECES && i < D; p++, i += blockDim.x * V) {
+            float v[V], w[V];
+            read_some<V>(v, inp + (int64_t)n * ld + i);
+            if (weight) read_some<V>(w, weight + i);
+            for (int e = 0; e < V; e++) {
+                v[e] = gelu_gpu(v[e]);
+                if (weight) dot += get(to<X>(v[e])) * w[e];
+            }
+            write_some<V>(out + (int64_t)n * D + i, v);
+        }
+        if (!weight) return;
+        dot = row_sum(dot, 0, shared).x;
+        if (threadIdx.x == 0) gamma[n] = gamma_max * tanhf(dot + bias[0]);
     }
 };
-template <typename X> static void gelu_forward_gpu(X *out, const X *inp, int ld, int N, int D, cudaStream_t stream) {
-    GeluEach<X> f = {out, inp, ld, D};
-    each(f, N, D, wide({D, ld}, {out, inp}), stream);
+template <typename X>
+static void gelu_forward_gpu(X *out, float *gamma, const X *inp, int ld, const float *weight, const float *bias,
+                             float gamma_max, int N, int D, cudaStream_t stream) {
+    GeluForward<X> f = {out, gamma, inp, weight, bias, gamma_max, ld, N, D};
+    rows(f, N, D, wide({D, ld}, {out, inp, weight}), 0, stream);
 }
 
-template <typename X> struct GeluBackwardEach {
+// gain_backward, then gelu_backward: with pre = dgamma γ_max (1 - (γ/γ_max)²)
+//     dinp = (dout + pre·weight) GELU'(inp),   dweight += Σ_n pre_n GELU(inp_n),   dweight_bias += Σ_n pre_n
+// and dinp_bias += Σ_n dinp_n for the layer before. dinp may be inp.
+template <typename X> struct GeluBackward {
     X *dinp;
     const X *dout, *inp;
+    const float *dgamma, *gamma, *weight;
+    float gamma_max;
     int ld, D;
-    template <int V> __device__ void run(int n, int i) const {
-        float v[V], g[V];
+    template <int V> __device__ void run(int n, int i, float sum[3][V]) const {
+        float v[V], g[V], w[V], ratio = weight ? gamma[n] / gamma_max : 0,
+            pre = weight ? dgamma[n] * gamma_max * (1 - ratio * ratio) : 0;
         read_some<V>(v, inp + (int64_t)n * ld + i);
         read_some<V>(g, dout + (int64_t)n * D + i);
+        if (weight) read_some<V>(w, weight + i);
         for (int e = 0; e < V; e++) {
-            float gauss = expf(-v[e] * v[e] / 2);
-            g[e] *= normal_cdf_gpu(v[e], gauss) + v[e] * gauss * 0.39894228040143267794f;
+            float gauss = __expf(-v[e] * v[e] / 2), cdf = normal_cdf_gpu(v[e], gauss);
+            if (weight) g[e] += pre * w[e];
+            sum[1][e] += pre * get(to<X>(v[e] * cdf));
+            g[e] *= cdf + v[e] * gauss * 0.39894228040143267794f;
+            sum[0][e] += g[e];
+            sum[2][e] += pre;
         }
         write_some<V>(dinp + (int64_t)n * ld + i, g);
     }
 };
-// dinp may be inp itself.
 template <typename X>
-static void gelu_backward_gpu(X *dinp, const X *dout, const X *inp, int ld, int N, int D, cudaStream_t stream) {
-    GeluBackwardEach<X> f = {dinp, dout, inp, ld, D};
-    each(f, N, D, wide({D, ld}, {dinp, dout, inp}), stream);
+static void gelu_backward_gpu(X *dinp, float *dinp_bias, float *dweight, float *dweight_bias, const X *dout,
+                              const X *inp, int ld, const float *dgamma, const float *gamma, const float *weight,
+                              float gamma_max, int N, int D, ColumnSums *sums, cudaStream_t stream) {
+    GeluBackward<X> f = {dinp, dout, inp, dgamma, gamma, weight, gamma_max, ld, D};
+    each_with_sums<3>(f, sums, {dinp_bias, dweight, dweight_bias}, N, D, wide({D, ld}, {dinp, dout, inp, weight}),
+                      stream);
 }
 
-// A thread turns the pairs among 8 numbers, or one pair; i counts numbers, or pairs.
-template <typename X> struct RopeEach {
+// The pairs among the V numbers v of row n from column i on, turned.
+typedef struct { const float *cosine, *sine; int T, half, first; float direction; } Rope;
+template <int V> __device__ inline void turn_pairs(float v[V], const Rope &rope, int n, int i) {
+    enum { PAIRS = V / 2 };
+    int64_t at = (int64_t)(rope.first + n % rope.T) * rope.half + i / 2 % rope.half;
+    float c[PAIRS], s[PAIRS];
+    read_some<PAIRS>(c, rope.cosine + at);
+    read_some<PAIRS>(s, rope.sine + at);
+    for (int e = 0; e < PAIRS; e++) {
+        float even = v[2 * e], odd = v[2 * e + 1];
+        v[2 * e] = even * c[e] - odd * rope.direction * s[e];
+        v[2 * e + 1] = even * rope.direction * s[e] + odd * c[e];
+    }
+}
+// A thread takes 8 numbers, or one pair; i counts numbers, or pairs.
+template <typename X> struct RopeForward {
     X *x;
-    const float *cosine, *sine;
-    int ld, T, half, first;
-    float direction;
+    Rope rope;
+    int ld;
     template <int V> __device__ void run(int n, int i) const {
-        enum { PAIRS = V == 1 ? 1 : V / 2 };
-        int pair = V == 1 ? i : i / 2;
-        int64_t at = (int64_t)(first + n % T) * half + pair % half;
-        X *place = x + (int64_t)n * ld + 2 * pair;
-        float v[2 * PAIRS], c[PAIRS], s[PAIRS];
-        if constexpr (V == 1) { v[0] = get(place[0]); v[1] = get(place[1]); }
-        else read_some<V>(v, place);
-        read_some<PAIRS>(c, cosine + at);
-        read_some<PAIRS>(s, sine + at);
-        for (int e = 0; e < PAIRS; e++) {
-            float even = v[2 * e], odd = v[2 * e + 1];
-            v[2 * e] = even * c[e] - odd * direction * s[e];
-            v[2 * e + 1] = even * direction * s[e] + odd * c[e];
-        }
-        if constexpr (V == 1) { place[0] = to<X>(v[0]); place[1] = to<X>(v[1]); }
-        else write_some<V>(place, v);
+        enum { COUNT = V == 1 ? 2 : V };
+        X *place = x + (int64_t)n * ld + (V == 1 ? 2 * i : i);
+        float v[COUNT];
+        for (int e = 0; e < COUNT; e += V) read_some<V>(v + e, place + e);
+        turn_pairs<COUNT>(v, rope, n, V == 1 ? 2 * i : i);
+        for (int e = 0; e < COUNT; e += V) write_some<V>(place + e, v + e);
     }
 };
 template <typename X>
 static void rope_forward_gpu(X *x, int ld, const float *cosine, const float *sine, int N, int T, int heads, int d,
                              int first, float direction, cudaStream_t stream) {
-    RopeEach<X> f = {x, cosine, sine, ld, T, d / 2, first, direction};
+    RopeForward<X> f = {x, {cosine, sine, T, d / 2, first, direction}, ld};
     int in_eights = wide({d, ld}, {x, cosine, sine});
     each(f, N, in_eights ? heads * d : heads * (d / 2), in_eights, stream);
 }
+
+// rope_backward of the first `turned` columns, and the sums of all ld columns over the rows: the gradient of the
+// projections' bias. Where a thread takes one number, its neighbour has the other of the pair.
+template <typename X> struct RopeBackward {
+    X *dx;
+    Rope rope;
+    int ld, turned;
+    template <int V> __device__ void run(int n, int i, float sum[1][V]) const {
+        enum { COUNT = V == 1 ? 2 : V };
+        float v[COUNT];
+        int lane = threadIdx.x % 32, odd = V == 1 && i % 2;
+        read_some<V>(v + odd, dx + (int64_t)n * ld + i);
+        if (i < turned) {
+            if (V == 1) v[!odd] = __shfl_xor_sync(3u << (lane & ~1), v[odd], 1);
+            turn_pairs<COUNT>(v, rope, n, i - odd);
+            write_some<V>(dx + (int64_t)n * ld + i, v + odd);
+        }
+        for (int e = 0; e < V; e++) sum[0][e] += v[odd + e];
+    }
+};
 template <typename X>
-static void rope_backward_gpu(X *dx, int ld, const float *cosine, const float *sine, int N, int T, int heads, int d,
-                              cudaStream_t stream) {
-    rope_forward_gpu(dx, ld, cosine, sine, N, T, heads, d, 0, -1, stream);
+static void rope_backward_gpu(X *dx, float *dbias, int ld, const float *cosine, const float *sine, int N, int T,
+                              int heads, int d, ColumnSums *sums, cudaStream_t stream) {
+    RopeBackward<X> f = {dx, {cosine, sine, T, d / 2, 0, -1}, ld, heads * d};
+    each_with_sums<1>(f, sums, {dbias}, N, ld, wide({d, ld}, {dx, cosine, sine}), stream);
 }
 
 // Softmax over the past. A block takes row r of one item (a sequence, or a head of one), which stands at position i0 +
@@ -1239,63 +1399,6 @@ static void attention_backward_gpu(X *dq, X *dk, X *dv, float *scratch, const X 
     }
 }
 
-// A warp takes a row.
-template <typename X>
-__global__ void gain_forward_kernel(float *gamma, const X *x, const float *weight, const float *bias, float gamma_max,
-                                    int N, int D) {
-    int n = blockIdx.x * 4 + threadIdx.x / 32;
-    if (n >= N) return;
-    float dot = 0;
-    for (int i = threadIdx.x % 32; i < D; i += 32) dot += get(x[(int64_t)n * D + i]) * weight[i];
-    dot = warp_sum(dot);
-    if (threadIdx.x % 32 == 0) gamma[n] = gamma_max * tanhf(dot + bias[0]);
-}
-template <typename X>
-static void gain_forward_gpu(float *gamma, const X *x, const float *weight, const float *bias, float gamma_max, int N,
-                             int D, cudaStream_t stream) {
-    LAUNCH(gain_forward_kernel<X>, (N + 3) / 4, 128, 0, stream, gamma, x, weight, bias, gamma_max, N, D);
-}
-
-struct GainEach {
-    float *dgamma;
-    const float *gamma;
-    float gamma_max;
-    template <int V> __device__ void run(int n, int) const {
-        float ratio = gamma[n] / gamma_max;
-        dgamma[n] *= gamma_max * (1 - ratio * ratio);
-    }
-};
-template <typename X> struct GainInput {
-    X *dx;
-    const float *dpre, *weight;
-    int D;
-    template <int V> __device__ void run(int n, int i) const {
-        float v[V], w[V];
-        read_some<V>(v, dx + (int64_t)n * D + i);
-        read_some<V>(w, weight + i);
-        for (int e = 0; e < V; e++) v[e] += dpre[n] * w[e];
-        write_some<V>(dx + (int64_t)n * D + i, v);
-    }
-};
-template <typename X> struct GainColumns {
-    const X *x;
-    const float *dpre;
-    int D;
-    __device__ float2 at(int n, int i) const { return {dpre[n] * get(x[(int64_t)n * D + i]), 0}; }
-};
-template <typename X>
-static void gain_backward_gpu(X *dx, float *dweight, float *dbias, float *dgamma, const float *gamma, const X *x,
-                              const float *weight, float gamma_max, int N, int D, cudaStream_t stream) {
-    GainEach pre = {dgamma, gamma, gamma_max};
-    GainInput<X> input = {dx, dgamma, weight, D};
-    GainColumns<X> columns = {x, dgamma, D};
-    RowColumns<float> bias = {dgamma, 1};
-    each(pre, N, 1, 0, stream);
-    each(input, N, D, wide({D}, {dx, weight}), stream);
-    column_sums(dweight, NULL, columns, N, D, stream);
-    column_sums(dbias, NULL, bias, N, 1, stream);
-}
-
 // ----------------------------------------------------------------------------
 // the feedback path
 //
@@ -1726,74 +1829,77 @@ static void feedback_backward_gpu(X *df, X *dq, X *dk, float *dgamma, float *scr
     if (p.R < T) each(finish, (int64_t)B * T, D, wide({D, ld}, {dk, scratch}), stream);
 }
 
-template <typename X> struct GateEach {
+// gate_forward, with dropout
+template <typename X> struct GateForward {
     X *out;
     const X *s, *g;
+    Mask mask;
     int ld, D;
     template <int V> __device__ void run(int n, int i) const {
-        float v[V], w[V];
-        read_some<V>(v, s + (int64_t)n * D + i);
-        read_some<V>(w, g + (int64_t)n * ld + i);
-        for (int e = 0; e < V; e++) v[e] *= w[e];
-        write_some<V>(out + (int64_t)n * D + i, v);
-    }
-};
-template <typename X>
-static void gate_forward_gpu(X *out, const X *s, const X *g, int ld, int N, int D, cudaStream_t stream) {
-    GateEach<X> f = {out, s, g, ld, D};
-    each(f, N, D, wide({D, ld}, {out, s, g}), stream);
-}
-
-template <typename X> struct GateBackwardEach {
-    X *ds, *dg;
-    const X *dout, *s, *g;
-    int ld, D;
-    template <int V> __device__ void run(int n, int i) const {
-        float grad[V], v[V], w[V];
-        read_some<V>(grad, dout + (int64_t)n * D + i);
-        read_some<V>(v, s + (int64_t)n * D + i);
-        read_some<V>(w, g + (int64_t)n * ld + i);
-        for (int e = 0; e < V; e++) { v[e] *= grad[e]; w[e] *= grad[e]; }
-        write_some<V>(dg + (int64_t)n * ld + i, v);
-        write_some<V>(ds + (int64_t)n * D + i, w);
-    }
-};
-// ds may be dout itself, and dg may be g itself.
-template <typename X>
-static void gate_backward_gpu(X *ds, X *dg, const X *dout, const X *s, const X *g, int ld, int N, int D,
-                              cudaStream_t stream) {
-    GateBackwardEach<X> f = {ds, dg, dout, s, g, ld, D};
-    each(f, N, D, wide({D, ld}, {ds, dg, dout, s, g}), stream);
-}
-
-template <typename X> struct ResidualEach {
-    float *out;
-    const float *x;
-    const X *branch;
-    int D;
-    template <int V> __device__ void run(int n, int i) const {
+        float v[V], w[V], factor[V];
         int64_t at = (int64_t)n * D + i;
-        float v[V], w[V];
-        read_some<V>(v, x + at);
-        read_some<V>(w, branch + at);
-        for (int e = 0; e < V; e++) v[e] += w[e];
+        read_some<V>(v, s + at);
+        read_some<V>(w, g + (int64_t)n * ld + i);
+        read_mask<V>(factor, mask, at);
+        for (int e = 0; e < V; e++) v[e] *= w[e] * factor[e];
         write_some<V>(out + at, v);
     }
 };
 template <typename X>
-static void residual_forward_gpu(float *out, const float *x, const X *branch, int N, int D, cudaStream_t stream) {
-    ResidualEach<X> f = {out, x, branch, D};
-    each(f, N, D, wide({D}, {out, x, branch}), stream);
+static void gate_forward_gpu(X *out, const X *s, const X *g, int ld, Mask mask, int N, int D, cudaStream_t stream) {
+    GateForward<X> f = {out, s, g, mask, ld, D};
+    each(f, N, D, wide({D, ld}, {out, s, g}), stream);
 }
 
-// A block takes a row of logits, ld apart; a thread every blockDim-th piece, with a running maximum. The piece at the
-// end of the row may reach past V, not past ld.
+// gate_backward, with dropout, and what the layer's backward pass computes again from the same numbers:
+//     ds = mask ⊙ dout ⊙ g,   dg = mask ⊙ dout ⊙ s with its sums dg_bias,   gated = mask ⊙ s ⊙ g,   abar = GELU(a)
+// ds may be dout, and dg may be g.
+template <typename X> struct GateBackward {
+    X *ds, *dg, *gated, *abar;
+    const X *dout, *s, *a, *g;
+    Mask mask;
+    int ld, D;
+    template <int V> __device__ void run(int n, int i, float sum[1][V]) const {
+        float grad[V], v[V], w[V], factor[V];
+        int64_t at = (int64_t)n * D + i, at_wide = (int64_t)n * ld + i;
+        read_some<V>(v, a + at_wide);
+        for (int e = 0; e < V; e++) v[e] = gelu_gpu(v[e]);
+        write_some<V>(abar + at, v);
+        read_some<V>(grad, dout + at);
+        read_some<V>(v, s + at);
+        read_some<V>(w, g + at_wide);
+        read_mask<V>(factor, mask, at);
+        for (int e = 0; e < V; e++) {
+            float product = v[e] * w[e] * factor[e];
+            grad[e] *= factor[e];
+            v[e] *= grad[e];
+            w[e] *= grad[e];
+            sum[0][e] += v[e];
+            factor[e] = product;
+        }
+        write_some<V>(gated + at, factor);
+        write_some<V>(dg + at_wide, v);
+        write_some<V>(ds + at, w);
+    }
+};
+template <typename X>
+static void gate_backward_gpu(X *ds, X *dg, float *dg_bias, X *gated, X *abar, const X *dout, const X *s, const X *a,
+                              const X *g, int ld, Mask mask, int N, int D, ColumnSums *sums, cudaStream_t stream) {
+    GateBackward<X> f = {ds, dg, gated, abar, dout, s, a, g, mask, ld, D};
+    each_with_sums<1>(f, sums, {dg_bias}, N, D, wide({D, ld}, {ds, dg, gated, abar, dout, s, a, g}), stream);
+}
+
+// crossentropy_forward and, unless dlogits is NULL, crossentropy_backward with dloss 1: the products behind it scale. A
+// block takes a row of logits, ld apart, a thread every blockDim-th piece, with a running maximum; the second time the
+// row comes from the L2 cache. The piece at the end of the row may reach past V, not past ld; there dlogits is 0.
+// dlogits may be logits.
 template <int V_, typename X>
-__global__ void crossentropy_forward_kernel(float *losses, float *logsumexp, const X *logits, int64_t ld,
-                                            const int *targets, int V) {
+__global__ void crossentropy_kernel(float *losses, char *hits, X *dlogits, const X *logits, int64_t ld,
+                                    const int *targets, int V) {
     __shared__ float shared[32];
     const X *row = logits + blockIdx.x * ld;
-    float max = -1e30f, sum = 0;
+    int target = targets[blockIdx.x];
+    float max = -1e30f, sum = 0, hit = target < 0 ? 0 : get(row[target]), counts = target >= 0;
     for (int i = threadIdx.x * V_; i < V; i += blockDim.x * V_) {
         float v[V_], top = max;
         read_some<V_>(v, row + i);
@@ -1801,46 +1907,31 @@ __global__ void crossentropy_forward_kernel(float *losses, float *logsumexp, con
             if (i + e >= V) v[e] = -INFINITY;
             top = v[e] > top ? v[e] : top;
         }
-        sum *= expf(max - top);
+        sum *= __expf(max - top);
         max = top;
-        for (int e = 0; e < V_; e++) sum += expf(v[e] - max);
+        for (int e = 0; e < V_; e++) sum += __expf(v[e] - max);
     }
     float top = block_max(max, shared);
-    sum = block_sum(sum * expf(max - top), shared);
-    if (threadIdx.x) return;
-    int target = targets[blockIdx.x];
-    logsumexp[blockIdx.x] = top + logf(sum);
-    losses[blockIdx.x] = target < 0 ? 0 : top + logf(sum) - get(row[target]);
-}
-template <typename X>
-static void crossentropy_forward_gpu(float *losses, float *logsumexp, const X *logits, int64_t ld, const int *targets,
-                                     int N, int V, cudaStream_t stream) {
-    int threads = V > 1024 ? 256 : 32;
-    if (wide({ld}, {logits})) LAUNCH((crossentropy_forward_kernel<8, X>), N, threads, 0, stream, losses, logsumexp,
-                                     logits, ld, targets, V);
-    else LAUNCH((crossentropy_forward_kernel<1, X>), N, threads, 0, stream, losses, logsumexp, logits, ld, targets, V);
-}
-template <int V_, typename X>
-__global__ void crossentropy_backward_kernel(X *dlogits, const X *logits, int64_t ld, const float *logsumexp,
-                                             const int *targets, float dloss, int V) {
-    const X *row = logits + blockIdx.x * ld;
-    int target = targets[blockIdx.x];
-    float scale = target < 0 ? 0 : dloss, sum = logsumexp[blockIdx.x];
-    for (int i = threadIdx.x * V_; i < V; i += blockDim.x * V_) {
+    sum = block_sum(sum * __expf(max - top), shared);
+    float logsumexp = top + logf(sum);
+    if (threadIdx.x == 0) {
+        losses[blockIdx.x] = counts * (logsumexp - hit);
+        hits[blockIdx.x] = target >= 0 && top <= hit && sum == sum;
+    }
+    for (int i = threadIdx.x * V_; i < V && dlogits; i += blockDim.x * V_) {
         float v[V_];
         read_some<V_>(v, row + i);
-        for (int e = 0; e < V_; e++) v[e] = i + e < V ? scale * (expf(v[e] - sum) - (i + e == target)) : v[e];
+        for (int e = 0; e < V_; e++) v[e] = i + e < V ? counts * (__expf(v[e] - logsumexp) - (i + e == target)) : 0;
         write_some<V_>(dlogits + blockIdx.x * ld + i, v);
     }
 }
 template <typename X>
-static void crossentropy_backward_gpu(X *dlogits, const X *logits, int64_t ld, const float *logsumexp,
-                                      const int *targets, float dloss, int N, int V, cudaStream_t stream) {
-    int threads = V > 1024 ? 256 : 32;
-    if (wide({ld}, {logits, dlogits})) LAUNCH((crossentropy_backward_kernel<8, X>), N, threads, 0, stream, dlogits,
-                                              logits, ld, logsumexp, targets, dloss, V);
-    else LAUNCH((crossentropy_backward_kernel<1, X>), N, threads, 0, stream, dlogits, logits, ld, logsumexp, targets,
-                dloss, V);
+static void crossentropy_gpu(float *losses, char *hits, X *dlogits, const X *logits, int64_t ld, const int *targets,
+                             int N, int V, cudaStream_t stream) {
+    int threads = V > 4096 ? 1024 : V > 1024 ? 256 : 32;
+    if (wide({ld}, {logits})) LAUNCH((crossentropy_kernel<8, X>), N, threads, 0, stream, losses, hits, dlogits, logits,
+                                     ld, targets, V);
+    else LAUNCH((crossentropy_kernel<1, X>), N, threads, 0, stream, losses, hits, dlogits, logits, ld, targets, V);
 }
 
 // ----------------------------------------------------------------------------
@@ -1885,13 +1976,15 @@ static void conv_forward_gpu(X *out, const X *inp, int ld, X *tail, const float 
     if (tail) each(keep, rows - from, W, 0, stream);
 }
 
-template <typename X> struct ConvGradient { // dout becomes du
+template <typename X> struct ConvGradient { // dout becomes du, whose sums over the rows are the bias's gradient
     X *dout;
     ConvEach<X> conv;
-    template <int V> __device__ void run(int n, int c) const {
+    template <int V> __device__ void run(int n, int c, float sum[1][V]) const {
         float u = conv.u(n, c), s = sigmoid_gpu(u);
         X *at = dout + (int64_t)n * conv.W + c;
-        *at = to<X>(get(*at) * s * (1 + u * (1 - s)));
+        float du = get(*at) * s * (1 + u * (1 - s));
+        *at = to<X>(du);
+        sum[0][0] += du;
     }
 };
 template <typename X> struct ConvInput {
@@ -1909,22 +2002,20 @@ template <typename X> struct ConvInput {
 template <typename X> struct ConvColumns { // column i: tap i mod TAPS of channel i / TAPS
     const X *du, *inp;
     int ld, T, W;
-    __device__ float2 at(int n, int i) const {
+    template <int V> __device__ void run(int n, int i, float sum[1][V]) const {
         int lag = TAPS - 1 - i % TAPS, c = i / TAPS;
-        return {lag <= n % T ? get(du[(int64_t)n * W + c]) * get(inp[(int64_t)(n - lag) * ld + c]) : 0, 0};
+        if (lag <= n % T) sum[0][0] += get(du[(int64_t)n * W + c]) * get(inp[(int64_t)(n - lag) * ld + c]);
     }
 };
 template <typename X>
 static void conv_backward_gpu(X *dinp, float *dweight, float *dbias, X *dout, const X *inp, int ld, const float *weight,
-                              const float *bias, int B, int T, int W, cudaStream_t stream) {
+                              const float *bias, int B, int T, int W, ColumnSums *sums, cudaStream_t stream) {
     ConvGradient<X> du = {dout, {NULL, inp, NULL, weight, bias, ld, T, W, 0}};
     ConvInput<X> input = {dinp, dout, weight, ld, T, W};
     ConvColumns<X> taps = {dout, inp, ld, T, W};
-    RowColumns<X> rows = {dout, W};
-    each(du, B * T, W, 0, stream);
+    each_with_sums<1>(du, sums, {dbias}, B * T, W, 0, stream);
     each(input, B * T, W, 0, stream);
-    column_sums(dweight, NULL, taps, B * T, W * TAPS, stream);
-    column_sums(dbias, NULL, rows, B * T, W, stream);
+    each_with_sums<1>(taps, sums, {dweight}, B * T, W * TAPS, 0, stream);
 }
 
 template <typename X> struct StepEach {
@@ -1947,18 +2038,17 @@ template <typename X> struct StepBackward {
     const float *dstep, *bias;
     const X *inp;
     int ld_dstep, ld;
-    __device__ float gradient(int n, int h) const {
-        return dstep[(int64_t)n * ld_dstep + h] * sigmoid_gpu(get(inp[(int64_t)n * ld + h]) + bias[h]);
+    template <int V> __device__ void run(int n, int h, float sum[1][V]) const {
+        float grad = dstep[(int64_t)n * ld_dstep + h] * sigmoid_gpu(get(inp[(int64_t)n * ld + h]) + bias[h]);
+        dinp[(int64_t)n * ld + h] = to<X>(grad);
+        sum[0][0] += grad;
     }
-    __device__ float2 at(int n, int h) const { return {gradient(n, h), 0}; }
-    template <int V> __device__ void run(int n, int h) const { dinp[(int64_t)n * ld + h] = to<X>(gradient(n, h)); }
 };
 template <typename X>
 static void step_backward_gpu(X *dinp, float *dbias, const float *dstep, int ld_dstep, const X *inp, int ld, const float *bias,
-                              int N, int heads, cudaStream_t stream) {
+                              int N, int heads, ColumnSums *sums, cudaStream_t stream) {
     StepBackward<X> f = {dinp, dstep, bias, inp, ld_dstep, ld};
-    each(f, N, heads, 0, stream);
-    column_sums(dbias, NULL, f, N, heads, stream);
+    each_with_sums<1>(f, sums, {dbias}, N, heads, 0, stream);
 }
 
 // out(i, j, between(i, j, Σ_k a(i, k) b(k, j)) + Σ_l a2(i, l) b2(l, j)) for i < M, j < N, k < K, l < K2: a thread of the
@@ -2237,29 +2327,30 @@ template <typename X> struct ScanHeads { // db and dc: the sum over the heads, i
 struct ScanColumns {
     const float *dstep;
     int heads;
-    __device__ float2 at(int n, int h) const {
+    template <int V> __device__ void run(int n, int h, float sum[2][V]) const {
         const float *row = dstep + (int64_t)n * 3 * heads + heads + h;
-        return {row[0], row[heads]};
+        sum[0][0] += row[0];
+        sum[1][0] += row[heads];
     }
 };
 template <typename X>
 static void scan_backward_gpu(X *dxbc, float *dstep, float *dA_log, float *dskip, float *scratch, const X *dy, const float *states,
                               const X *xbc, const float *step, const float *A_log, const float *skip, int B, int T, int E, int S,
-                              int heads, int P, cudaStream_t stream) {
+                              int heads, int P, ColumnSums *sums, cudaStream_t stream) {
     P = chunk_height(P);
     int chunks = (T + P - 1) / P, shared = scan_shared(S, E / heads);
     float *dstates = scratch + B * round_up((int64_t)chunks * heads, 4), *partial = dstates + (int64_t)B * chunks * S * E;
     Scan<X> s = {xbc, step, A_log, skip, (float *)states, scratch, T, E, S, heads, P, chunks};
     dim3 grid(chunks, heads, B);
-    ScanHeads<X> sums = {dxbc, partial, E, S, heads};
+    ScanHeads<X> of_heads = {dxbc, partial, E, S, heads};
     ScanColumns columns = {dstep, heads};
     allow_shared(scan_pull_kernel<X>, shared);
     allow_shared(scan_backward_kernel<X>, shared);
     LAUNCH(scan_pull_kernel<X>, grid, SCAN_THREADS, shared, stream, dstates, dy, s);
     scan_states(dstates, scratch, NULL, B, chunks, S, E, heads, 1, stream);
     LAUNCH(scan_backward_kernel<X>, grid, SCAN_THREADS, shared, stream, dxbc, dstep, partial, dstates, dy, s);
-    each(sums, (int64_t)B * T, 2 * S, 0, stream);
-    column_sums(dA_log, dskip, columns, B * T, heads, stream);
+    each(of_heads, (int64_t)B * T, 2 * S, 0, stream);
+    each_with_sums<2>(columns, sums, {dA_log, dskip}, B * T, heads, 0, stream);
 }
 
 // A warp takes a row.
@@ -2289,9 +2380,9 @@ template <typename X> struct NormColumns {
     const X *dout, *y, *z;
     const float *rstd;
     int ld, E;
-    __device__ float2 at(int n, int i) const {
+    template <int V> __device__ void run(int n, int i, float sum[1][V]) const {
         float gate = get(z[(int64_t)n * ld + i]);
-        return {get(dout[(int64_t)n * E + i]) * get(y[(int64_t)n * E + i]) * gate * sigmoid_gpu(gate) * rstd[n], 0};
+        sum[0][0] += get(dout[(int64_t)n * E + i]) * get(y[(int64_t)n * E + i]) * gate * sigmoid_gpu(gate) * rstd[n];
     }
 };
 template <typename X>
@@ -2315,11 +2406,244 @@ __global__ void gated_rmsnorm_backward_kernel(X *dy, X *dz, const X *dout, const
 }
 template <typename X>
 static void gated_rmsnorm_backward_gpu(X *dy, X *dz, float *dweight, const X *dout, const X *y, const X *z, int ld,
-                                       const float *rstd, const float *weight, int N, int E, cudaStream_t stream) {
+                                       const float *rstd, const float *weight, int N, int E, ColumnSums *sums, cudaStream_t stream) {
     NormColumns<X> columns = {dout, y, z, rstd, ld, E};
-    column_sums(dweight, NULL, columns, N, E, stream);
+    each_with_sums<1>(columns, sums, {dweight}, N, E, 0, stream);
     LAUNCH(gated_rmsnorm_backward_kernel<X>, (N + 3) / 4, 128, 0, stream, dy, dz, dout, y, z, ld, rstd, weight, N, E);
 }
+
+// ----------------------------------------------------------------------------
+// generation: one token behind those that every layer knows, in five launches a layer. Its place is in the device's
+// memory, so that all launches are one recording.
+
+// These kernels start while the one before still works, have their weights fetched, and wait here for its results.
+__device__ static inline void wait_for_results(void) {
+    asm volatile("griddepcontrol.launch_dependents;");
+    asm volatile("griddepcontrol.wait;" : : : "memory");
+}
+template <typename... A> static void launch_ahead(void (*kernel)(A...), int blocks, int threads, int shared,
+        cudaStream_t stream, A... arguments) {
+    cudaLaunchAttribute ahead;
+    ahead.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    ahead.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {dim3(blocks), dim3(threads), (size_t)shared, stream, &ahead, 1};
+    CUDA(cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
+// A warp takes two neighbouring rows of a matrix times vec, which begin() puts into shared memory once a block.
+template <int V, typename F> __global__ void __launch_bounds__(128) decode_kernel(F f) {
+    extern __shared__ float vec[];
+    __shared__ float shared[32];
+    int row = 2 * (blockIdx.x * 4 + threadIdx.x / 32);
+    for (int r = row; r < row + 2 && r < f.rows; r++) // on their way to the L2 cache
+        for (int i = threadIdx.x % 32 * 64; i < f.D; i += 32 * 64)
+            asm volatile("prefetch.global.L2 [%0];" : : "l"(f.weight + (int64_t)r * f.D + i));
+    wait_for_results();
+    f.begin(vec, shared);
+    __syncthreads();
+    if (row >= f.rows) return;
+    float2 sum = {0, 0};
+    const auto *first = f.weight + (int64_t)row * f.D, *second = row + 1 < f.rows ? first + f.D : first;
+#pragma unroll 4
+    for (int i = threadIdx.x % 32 * V; i < f.D; i += 32 * V) {
+        float a[V], b[V], x[V];
+        read_some<V>(a, first + i);
+        read_some<V>(b, second + i);
+        read_some<V>(x, vec + i);
+        for (int e = 0; e < V; e++) { sum.x += a[e] * x[e]; sum.y += b[e] * x[e]; }
+    }
+    sum = {warp_sum(sum.x), warp_sum(sum.y)};
+    if (threadIdx.x % 32 == 0) f.end(row, sum, vec, shared);
+}
+template <typename F> static void decode(F f, int extra_blocks, cudaStream_t stream) {
+    int blocks = (f.rows + 7) / 8 + extra_blocks, bytes = f.D * (int)sizeof(float) + f.more;
+    launch_ahead(wide({f.D}, {f.weight}) ? decode_kernel<8, F> : decode_kernel<1, F>, blocks, 128, bytes, stream, f);
+}
+
+// [9, 10, 11], and the last LayerNorm with the head: out = W LayerNorm(x) + b, and GELU on the first `gelu` rows
+template <typename X, typename O> struct DecodeIn {
+    O *out;
+    const float *x, *ln_weight, *ln_bias;
+    const X *weight, *bias;
+    int rows, D, more, gelu;
+    __device__ void begin(float *vec, float *shared) const {
+        float sum = 0, squares = 0;
+        for (int i = threadIdx.x; i < D; i += 128) sum += vec[i] = x[i];
+        float m = block_sum(sum, shared) / D;
+        for (int i = threadIdx.x; i < D; i += 128) squares += (vec[i] - m) * (vec[i] - m);
+        float r = 1 / sqrtf(block_sum(squares, shared) / D + 1e-5f);
+        for (int i = threadIdx.x; i < D; i += 128) vec[i] = get(to<X>((vec[i] - m) * r * ln_weight[i] + ln_bias[i]));
+    }
+    __device__ void end(int row, float2 sum, const float *, const float *) const {
+        for (int r = row; r < row + 2 && r < rows; r++) {
+            float v = (r == row ? sum.x : sum.y) + (bias ? get(bias[r]) : 0);
+            out[r] = to<O>(r < gelu ? gelu_gpu(get(to<X>(v))) : v);
+        }
+    }
+};
+// [14, 18]: the projections of ā, turned by RoPE, to their place in the cache; the block after the last row: the gain
+template <typename X> struct DecodeProjections {
+    X *proj;
+    float *gamma;
+    const X *abar, *weight, *bias;
+    const float *gamma_weight, *gamma_bias;
+    float gamma_max;
+    Rope rope;
+    const int *first;
+    int rows, D, more, turned;
+    __device__ void begin(float *vec, float *shared) const {
+        float dot = 0;
+        int gain = blockIdx.x == gridDim.x - 1 && gamma_weight;
+        for (int i = threadIdx.x; i < D; i += 128) {
+            vec[i] = get(abar[i]);
+            if (gain) dot += vec[i] * gamma_weight[i];
+        }
+        if (gain) dot = block_sum(dot, shared);
+        if (gain && threadIdx.x == 0) gamma[0] = gamma_max * tanhf(dot + gamma_bias[0]);
+    }
+    __device__ void end(int row, float2 sum, const float *, const float *) const {
+        float v[2] = {get(to<X>(sum.x + get(bias[row]))), get(to<X>(sum.y + get(bias[row + 1])))};
+        if (row < turned) turn_pairs<2>(v, rope, *first, row);
+        X *out = proj + (int64_t)*first * rows + row;
+        out[0] = to<X>(v[0]);
+        out[1] = to<X>(v[1]);
+    }
+};
+
+// [15, 16, 17, 19]: the rows are dealt to `splits` blocks a head, and to as many blocks as all heads have for the
+// feedback, a head of its own, D wide, over the strict past, with s for values. A block leaves its maximum, its Σ e and
+// its Σ e v, part_size numbers.
+enum { DECODE_KEYS = 64, DECODE_THREADS = 256 };
+static int decode_splits(int H) { return H > 192 ? 1 : 192 / H; }
+template <int V, typename X>
+__global__ void decode_attention_kernel(float *parts, const X *proj, const X *s, const int *first, int E, int D, int H,
+                                        int G, int splits) {
+    extern __shared__ float sums[]; // for each group of threads that spans the width
+    __shared__ float weight[DECODE_KEYS];
+    wait_for_results();
+    int d = D / H, head = blockIdx.x / splits, feedback = head >= H, width = feedback ? D : d, lanes = 1,
+        part = feedback ? blockIdx.x - H * splits : blockIdx.x % splits, all = feedback ? H * splits : splits,
+        t = *first, keys = t + !feedback, ld = feedback ? D : E, kv = head / (H / G) * d;
+    const X *q = proj + (int64_t)t * E + (feedback ? E - 2 * D : head * d), *k = proj + (feedback ? E - D : D + kv),
+        *v = feedback ? s : proj + D + G * d + kv;
+    int from = (int)((int64_t)keys * part / all), end = (int)((int64_t)keys * (part + 1) / all);
+    int pieces = width / V, groups = pieces < DECODE_THREADS ? DECODE_THREADS / pieces : 1;
+    while (lanes < 32 && lanes * V < width) lanes *= 2; // of a key's product
+    float max = -INFINITY, total = 0, scale = 1 / sqrtf((float)width);
+    for (int i = threadIdx.x; i < groups * width; i += DECODE_THREADS) sums[i] = 0;
+    for (int j0 = from; j0 < end; j0 += DECODE_KEYS) {
+        int n = min(DECODE_KEYS, end - j0), per_round = DECODE_THREADS / lanes;
+        for (int j = threadIdx.x / lanes; j < DECODE_KEYS; j += per_round) {
+            float dot = 0, a[V], b[V];
+            for (int i = threadIdx.x % lanes * V; i < width && j < n; i += lanes * V) {
+                read_some<V>(a, q + i);
+                read_some<V>(b, k + (int64_t)(j0 + j) * E + i);
+                for (int e = 0; e < V; e++) dot += a[e] * b[e];
+            }
+            for (int lane = lanes / 2; lane; lane /= 2) dot += __shfl_xor_sync(~0u, dot, lane);
+            if (threadIdx.x % lanes == 0) weight[j] = j < n ? scale * dot : -INFINITY;
+        }
+        __syncthreads();
+        float top = max, sum = 0;
+        for (int j = 0; j < n; j++) top = fmaxf(top, weight[j]);
+        float shrink = __expf(max - top);
+        max = top;
+        for (int j = 0; j < n; j++) sum += __expf(weight[j] - max);
+        total = total * shrink + sum;
+        for (int piece = threadIdx.x % (pieces < DECODE_THREADS ? pieces : DECODE_THREADS),
+             group = threadIdx.x / (pieces < DECODE_THREADS ? pieces : DECODE_THREADS); piece < pieces && group < groups;
+             piece += DECODE_THREADS) {
+            float *sum_at = sums + group * width + piece * V, acc[V], x[V];
+            read_some<V>(acc, sum_at);
+            for (int e = 0; e < V; e++) acc[e] *= shrink;
+#pragma unroll 4
+            for (int j = group; j < n; j += groups) {
+                float e_j = __expf(weight[j] - max);
+                read_some<V>(x, v + (int64_t)(j0 + j) * ld + piece * V);
+                for (int e = 0; e < V; e++) acc[e] += e_j * x[e];
+            }
+            write_some<V>(sum_at, acc);
+        }
+        __syncthreads();
+    }
+    __syncthreads();
+    parts += (int64_t)blockIdx.x * (D + 2);
+    if (threadIdx.x == 0) { parts[0] = max; parts[1] = total; }
+    for (int i = threadIdx.x; i < width; i += DECODE_THREADS) {
+        float sum = 0;
+        for (int g = 0; g < groups; g++) sum += sums[g * width + i];
+        parts[2 + i] = sum;
+    }
+}
+
+// The direct read f = W_o o, [19-22] s = f + γ c and the gate: the parts of o, and of c, come together on the way.
+template <typename X> struct DecodeMix {
+    X *s, *gated;
+    const float *parts, *gamma;
+    const X *weight, *g;
+    const int *first;
+    int rows, D, more, H, splits, feedback, plain; // plain: no W_o, f = o
+    __device__ void begin(float *vec, float *shared) const {
+        float *factor = vec + D;
+        int d = D / H, all = H * splits;
+        for (int head = threadIdx.x / 32; head < H + feedback; head += 4) { // a warp: e^(max - top)/Σ of a head's parts
+            int begin = head * splits, n = head < H ? splits : all;
+            float top = -INFINITY, sum = 0;
+            for (int p = threadIdx.x % 32; p < n; p += 32) top = fmaxf(top, parts[(int64_t)(begin + p) * (D + 2)]);
+            top = warp_max(top);
+            for (int p = threadIdx.x % 32; p < n; p += 32) {
+                const float *part = parts + (int64_t)(begin + p) * (D + 2);
+                factor[begin + p] = top == -INFINITY ? 0 : __expf(part[0] - top);
+                sum += factor[begin + p] * part[1];
+            }
+            sum = warp_sum(sum);
+            for (int p = threadIdx.x % 32; p < n; p += 32) factor[begin + p] *= sum == 0 ? 0 : 1 / sum;
+        }
+        __syncthreads();
+        for (int i = threadIdx.x; i < D; i += 128) {
+            float sum = 0;
+#pragma unroll 8
+            for (int p = i / d * splits; p < i / d * splits + splits; p++)
+                sum += factor[p] * parts[(int64_t)p * (D + 2) + 2 + i % d];
+            vec[i] = get(to<X>(sum));
+        }
+        __syncthreads();
+        int row = 2 * (blockIdx.x * 4 + threadIdx.x / 32); // c of the warp's rows, to be read by its first lane
+        float2 sum = {0, 0};
+        for (int p = all + threadIdx.x % 32; p < 2 * all && feedback && row < rows; p += 32) {
+            const float *part = parts + (int64_t)p * (D + 2) + 2 + row;
+            sum.x += factor[p] * part[0];
+            sum.y += factor[p] * part[1];
+        }
+        sum = {warp_sum(sum.x), warp_sum(sum.y)};
+        if (threadIdx.x % 32 == 0) ((float2 *)shared)[threadIdx.x / 32] = sum;
+    }
+    __device__ void end(int row, float2 f, const float *vec, const float *shared) const {
+        float2 c = ((const float2 *)shared)[threadIdx.x / 32];
+        float both[2] = {plain ? vec[row] : f.x, plain ? vec[row + 1] : f.y}, past[2] = {c.x, c.y};
+        for (int e = 0; e < 2; e++) {
+            float v = get(to<X>(both[e])) + (feedback ? gamma[0] * past[e] : 0);
+            s[(int64_t)*first * D + row + e] = to<X>(v);
+            gated[row + e] = to<X>(get(to<X>(v)) * get(g[row + e]));
+        }
+    }
+};
+// [13]: the residual
+template <typename X> struct DecodeOut {
+    float *x;
+    const X *gated, *weight, *bias;
+    int rows, D, more;
+    __device__ void begin(float *vec, float *) const {
+        for (int i = threadIdx.x; i < D; i += 128) vec[i] = get(gated[i]);
+    }
+    __device__ void end(int row, float2 sum, const float *, const float *) const {
+        x[row] += sum.x + get(bias[row]);
+        x[row + 1] += sum.y + get(bias[row + 1]);
+    }
+};
+
+// Numbers of scratch: the parts, then the logits.
+static int64_t decode_parts(int D, int H) { return 2 * (int64_t)H * decode_splits(H) * (D + 2); }
 
 // ----------------------------------------------------------------------------
 // the model
@@ -2341,10 +2665,29 @@ template <typename X> struct ActivationsGPU {
     float *ln_mean, *ln_rstd;       // (N)
     X *ln_f, *logits;               // (N,D), (N,V) with ld_logits numbers from row to row
     int64_t ld_logits;
-    float *losses, *loss_logsumexp; // (N)
+    float *losses;                  // (N)
+    char *hits;                     // (N) 1: no other logit was larger than the target's
     X *ds, *dout, *dabar, *dproj, *dy, *dxbc;
     float *dgamma, *dstep, *cosine, *sine, *scratch;
 };
+
+// What a step reads from the device's memory, because it changes from step to step; room for ids behind it: inputs,
+// targets, the lists of sort_tokens.
+typedef struct {
+    uint64_t dropout_key;
+    float scale[4]; // dloss, 0, 1: what products scale by
+    int first;      // generation: positions known
+    int ids[];
+} Inputs;
+
+// The launches of one pass over a batch shape, recorded as a CUDA graph: then they cost the host one launch.
+typedef struct {
+    int pass, B, T, P; // pass 0: forward, 1: backward, 2: a token
+    double probability;
+    int runs;
+    cudaGraphExec_t graph;
+} Recording;
+enum { N_RECORDINGS = 8 };
 
 // The first member is a Model as the other parts know it: configuration, table of parameters, and in the host's memory
 // a copy of the parameters or of what belongs to them, made when asked for. The device's blocks have their tensors at
@@ -2362,8 +2705,12 @@ template <typename X> struct ModelGPU {
     Table x_table, f_table;                      // activations of type X, of type float
     X *x_block;
     float *f_block;
-    int *ids, *host_ids, *starts;                // inputs, targets, lists of sort_tokens; page-locked; (V+1)
-    TokenLists lists;
+    Inputs *inputs, *host_inputs;                // in the device's memory; page-locked, as is the result of sums
+    double *host_sum;
+    int *host_lists, *starts;                    // of sort_tokens: page-locked; (V+1)
+    ColumnSums sums;
+    Recording recordings[N_RECORDINGS];
+    int oldest, dlogits_ready, decodes;
 };
 
 template <typename X> static const X *as_x(const ModelGPU<X> *m, const float *weight) {
@@ -2371,7 +2718,8 @@ template <typename X> static const X *as_x(const ModelGPU<X> *m, const float *we
 }
 
 // ----------------------------------------------------------------------------
-// mixers: what stands between GELU and gate, abar → s
+// mixers: what stands between GELU and gate, abar → s. The gain γ comes from the GELU's pass over the same numbers, and
+// backward dgamma goes into the GELU's.
 
 template <typename X>
 static void direct_read_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int first, X *f, cudaStream_t stream) {
@@ -2395,11 +2743,11 @@ template <typename X> static void direct_read_backward_gpu(ModelGPU<X> *m, int l
     ActivationsGPU<X> *back = &m->acts;
     const X *k = a->proj + D, *v = k + G * d, *out = w->W_o ? a->o : a->f;
     X *dk = back->dproj + D, *dv = dk + G * d, *dout = w->W_o ? back->dout : back->ds;
-    if (w->W_o) linear_backward_gpu(dout, dw->W_o, NULL, back->ds, D, a->o, as_x(m, w->W_o), N, D, D, stream);
+    if (w->W_o) linear_backward_gpu(dout, dw->W_o, back->ds, D, a->o, as_x(m, w->W_o), N, D, D, stream);
     attention_backward_gpu(back->dproj, dk, dv, back->scratch, dout, out, a->stats, a->proj, k, v, E, B, T, H, G, d,
                            m->host.P, stream);
-    rope_backward_gpu(back->dproj, E, back->cosine, back->sine, N, T, H + G, d, stream);
-    linear_backward_gpu(back->dabar, dw->W_qkv, dw->b_qkv, back->dproj, E, a->abar, as_x(m, w->W_qkv), N, D, E, stream);
+    rope_backward_gpu(back->dproj, dw->b_qkv, E, back->cosine, back->sine, N, T, H + G, d, &m->sums, stream);
+    linear_backward_gpu(back->dabar, dw->W_qkv, back->dproj, E, a->abar, as_x(m, w->W_qkv), N, D, E, stream);
 }
 
 template <typename X>
@@ -2410,27 +2758,21 @@ static void attention_mixer_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int
 template <typename X>
 static void sessa_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int first, cudaStream_t stream) {
     int D = m->host.config.d_model, E = proj_width(&m->host.config);
-    LayerWeights *w = &m->weights.layers[l];
     LayerActivationsGPU<X> *a = &m->acts.layers[l];
     const X *q = a->proj + (size_t)first * E + E - 2 * D, *k = a->proj + E - D;
     direct_read_forward_gpu(m, l, B, T, first, a->f, stream);
-    gain_forward_gpu(a->gamma, a->abar, w->gamma_weight, w->gamma_bias, (float)m->host.config.gamma_max,
-                     B * (T - first), D, stream);
     feedback_forward_gpu(a->s, a->fb_stats, m->acts.scratch, a->f, q, k, E, a->gamma, B, T, D, first, m->host.P,
                          stream);
 }
 
 template <typename X> static void sessa_backward_gpu(ModelGPU<X> *m, int l, int B, int T, cudaStream_t stream) {
     int D = m->host.config.d_model, E = proj_width(&m->host.config);
-    LayerWeights *w = &m->weights.layers[l], *dw = &m->grad.layers[l];
     LayerActivationsGPU<X> *a = &m->acts.layers[l];
     ActivationsGPU<X> *back = &m->acts;
     const X *q = a->proj + E - 2 * D, *k = q + D;
     feedback_backward_gpu(back->ds, back->dproj + E - 2 * D, back->dproj + E - D, back->dgamma, back->scratch, back->ds,
                           a->s, a->fb_stats, q, k, E, a->gamma, B, T, D, m->host.P, stream);
     direct_read_backward_gpu(m, l, B, T, stream);
-    gain_backward_gpu(back->dabar, dw->gamma_weight, dw->gamma_bias, back->dgamma, a->gamma, a->abar, w->gamma_weight,
-                      (float)m->host.config.gamma_max, B * T, D, stream);
 }
 
 // Rows of the projections are padded to multiples of 8 numbers: tensor cores ask for it.
@@ -2461,18 +2803,18 @@ template <typename X> static void mamba2_backward_gpu(ModelGPU<X> *m, int l, int
     ActivationsGPU<X> *back = &m->acts;
     const X *x = a->proj + E, *step = a->proj + width - heads;
     gated_rmsnorm_forward_gpu(a->normed, a->rms, a->y_scan, a->proj, ld, w->norm_weight, N, E, stream); // again
-    linear_backward_gpu(back->dy, dw->out_proj, NULL, back->ds, D, a->normed, as_x(m, w->out_proj), N, E, D, stream);
+    linear_backward_gpu(back->dy, dw->out_proj, back->ds, D, a->normed, as_x(m, w->out_proj), N, E, D, stream);
     gated_rmsnorm_backward_gpu(back->dy, back->dproj, dw->norm_weight, back->dy, a->y_scan, a->proj, ld, a->rms, w->norm_weight,
-                               N, E, stream);
+                               N, E, &m->sums, stream);
     conv_forward_gpu(a->xbc, x, ld, (X *)NULL, w->conv_weight, w->conv_bias, B, T, W, 0, stream);        // again
     step_forward_gpu(a->step, step, ld, w->step_bias, N, heads, stream);
     scan_backward_gpu(back->dxbc, back->dstep, dw->A_log, dw->skip, back->scratch, back->dy, a->states, a->xbc, a->step,
-                      w->A_log, w->skip, B, T, E, S, heads, 0, stream);
+                      w->A_log, w->skip, B, T, E, S, heads, 0, &m->sums, stream);
     conv_backward_gpu(back->dproj + E, dw->conv_weight, dw->conv_bias, back->dxbc, x, ld, w->conv_weight, w->conv_bias, B, T, W,
-                      stream);
+                      &m->sums, stream);
     step_backward_gpu(back->dproj + width - heads, dw->step_bias, back->dstep, 3 * heads, step, ld, w->step_bias, N, heads,
-                      stream);
-    linear_backward_gpu(back->dabar, dw->in_proj, NULL, back->dproj, ld, a->abar, as_x(m, w->in_proj), N, D, width, stream);
+                      &m->sums, stream);
+    linear_backward_gpu(back->dabar, dw->in_proj, back->dproj, ld, a->abar, as_x(m, w->in_proj), N, D, width, stream);
 }
 
 template <typename X> struct MixerGPU {
@@ -2587,13 +2929,16 @@ template <typename X> static void carve_activations_gpu(ModelGPU<X> *m, int B, i
     acts->logits = add_activation(t, x, -1, "logits", 3, B, mode == GENERATE ? 1 : T, acts->ld_logits);
     t->rows[t->n - 1].shape[2] = c->vocab_size;
     acts->losses = add_activation(f, fb, -1, "losses", 2, B, T, 1);
-    acts->loss_logsumexp = add_activation(f, fb, -1, "loss_logsumexp", 2, B, T, 1);
+    acts->hits = (char *)add_activation(f, fb, -1, "hits", 1, B * (int64_t)T / 4 + 1, 1, 1);
     acts->cosine = add_activation(f, fb, -1, "cosine", 2, T, d / 2, 1);
     acts->sine = add_activation(f, fb, -1, "sine", 2, T, d / 2, 1);
     int64_t scratch = mamba2 ? scan_scratch_gpu(B, T, 2 * D, c->state_dim, 2 * D / c->head_dim, CHUNK) : attention_scratch(m->is_bf16 && d % 8 == 0 && d <= 128, B, T, H, c->n_kv_heads, 0);
     int64_t feedback = sessa ? feedback_panels<X>(B, T, D, 0).total : 0;
     int64_t low = sessa && keep_all ? feedback_panels<X>(B, T, D, 1).total : 0; // of tests
     scratch = scratch > feedback ? scratch : feedback;
+    int64_t decoding = decode_parts(D, H) + c->vocab_size;
+    m->decodes = mode == GENERATE && !mamba2 && D <= 8192;
+    if (m->decodes && decoding > scratch) scratch = decoding;
     acts->scratch = add_activation(f, fb, -1, "scratch", 1, scratch > low ? scratch : low, 1, 1);
     if (!training) return;
     acts->dout = acts->layers[0].n; // free by then
@@ -2601,6 +2946,7 @@ template <typename X> static void carve_activations_gpu(ModelGPU<X> *m, int B, i
     acts->dabar = acts->ln_f; // likewise
     acts->dproj = add_activation(t, x, -1, "dproj", 3, B, T, E);
     acts->dgamma = add_activation(f, fb, -1, "dgamma", 2, B, T, 1);
+    m->sums.room = m->sums.next = add_activation(f, fb, -1, "sums", 1, column_sums_room(D, E), 1, 1);
 }
 
 // Where the device's blocks have a tensor that stands at `from` in a block that follows the table.
@@ -2626,7 +2972,9 @@ template <typename X> static void device_weights(const ModelGPU<X> *m, Weights *
 template <typename X> static void model_free_gpu(ModelGPU<X> *m) {
     if (gpu.ready) cudaStreamSynchronize(gpu.stream);
     cudaFree(m->memory);
-    cudaFreeHost(m->host_ids);
+    cudaFreeHost(m->host_inputs);
+    for (int i = 0; i < N_RECORDINGS; i++)
+        if (m->recordings[i].graph) cudaGraphExecDestroy(m->recordings[i].graph);
     void *blocks[] = {m->host.weights.layers, m->weights.layers, m->grad.layers, m->acts.layers, m->host.table.rows,
                       m->x_table.rows, m->f_table.rows, m->host.params,
                       m->host.grads, m->host.exp_avg, m->host.exp_avg_sq, m->places, m->starts, m};
@@ -2648,7 +2996,7 @@ template <typename X> static int64_t carve_memory(ModelGPU<X> *m, char *memory, 
     m->exp_avg_sq = (float *)take(&at, mode >= TRAIN ? block : 0);
     m->copy = m->is_bf16 ? (X *)take(&at, m->count * (int64_t)sizeof(X)) : (X *)m->params;
     m->decayed = (unsigned char *)take(&at, m->count / 64);
-    m->ids = (int *)take(&at, (6 * tokens + 2) * (int64_t)sizeof(int));
+    m->inputs = (Inputs *)take(&at, (int64_t)sizeof(Inputs) + (6 * tokens + 2) * (int64_t)sizeof(int));
     m->x_block = (X *)take(&at, m->x_table.count * (int64_t)sizeof(X));
     m->f_block = (float *)take(&at, m->f_table.count * (int64_t)sizeof(float));
     return at - memory;
@@ -2668,6 +3016,7 @@ template <typename X> static Model *model_create_gpu(const Config *c, int B, int
     m->host.B = B;
     m->host.T = T;
     m->is_bf16 = sizeof(X) == sizeof(bf16);
+    m->dlogits_ready = mode == TRAIN;
     m->host.weights.layers = (LayerWeights *)allocate(c->n_layers, sizeof(LayerWeights), &whole);
     m->weights.layers = (LayerWeights *)allocate(c->n_layers, sizeof(LayerWeights), &whole);
     m->grad.layers = (LayerWeights *)allocate(c->n_layers, sizeof(LayerWeights), &whole);
@@ -2691,10 +3040,10 @@ template <typename X> static Model *model_create_gpu(const Config *c, int B, int
         && m->host.table.count < PTRDIFF_MAX / 64)
         needed = (double)carve_memory(m, NULL, B, T, mode);
     CUDA(cudaMemGetInfo(&present, &all));
-    size_t ids = (6 * (size_t)B * (size_t)T + 2) * sizeof(int);
+    size_t tokens = (size_t)B * (size_t)T, ids = (6 * tokens + 2) * sizeof(int);
     cudaError_t code = cudaErrorMemoryAllocation;
     if (needed <= (double)present) code = cudaMalloc((void **)&m->memory, (size_t)needed);
-    if (code == cudaSuccess) code = cudaMallocHost((void **)&m->host_ids, ids);
+    if (code == cudaSuccess) code = cudaMallocHost((void **)&m->host_inputs, sizeof(Inputs) + ids + 2 * sizeof(double));
     if (code != cudaSuccess) {
         cudaGetLastError();
         fail(error, NULL, "the model does not fit: it needs %.2f GiB of the GPU's memory, "
@@ -2706,6 +3055,10 @@ template <typename X> static Model *model_create_gpu(const Config *c, int B, int
     CUDA(cudaMemset(m->memory, 0, (size_t)needed));
     carve_memory(m, m->memory, B, T, mode);
     carve_activations_gpu(m, B, T, mode);
+    m->host_inputs->scale[1] = 0;
+    m->host_inputs->scale[2] = 1;
+    m->host_lists = m->host_inputs->ids + 2 * tokens;
+    m->host_sum = (double *)((char *)m->host_inputs + round_up((int64_t)(sizeof(Inputs) + ids), sizeof(double)));
     device_weights(m, &m->weights, m->params);
     device_weights(m, &m->grad, m->grads);
     int64_t pairs = (int64_t)T * (c->d_model / c->n_heads / 2);
@@ -2729,40 +3082,68 @@ template <typename X> static Model *model_create_gpu(const Config *c, int B, int
 // ----------------------------------------------------------------------------
 // forward, backward, update
 
+// The launches of f, which reads nothing but the device's memory. The first time for a shape they are made one by one
+// (products ask for their algorithm then), the second time recorded, from then on replayed.
+template <typename X, typename F> static void replay(ModelGPU<X> *m, Recording what, F f) {
+    Recording *r = NULL;
+    for (int i = 0; i < N_RECORDINGS && !r; i++) {
+        Recording *one = &m->recordings[i];
+        if (one->runs && one->pass == what.pass && one->B == what.B && one->T == what.T && one->P == what.P
+            && one->probability == what.probability) r = one;
+    }
+    if (!r) {
+        r = &m->recordings[m->oldest];
+        m->oldest = (m->oldest + 1) % N_RECORDINGS;
+        if (r->graph) CUDA(cudaGraphExecDestroy(r->graph));
+        *r = what;
+    }
+    if (!r->runs++) { f(); return; }
+    if (!r->graph) {
+        cudaGraph_t graph;
+        CUDA(cudaStreamBeginCapture(gpu.stream, cudaStreamCaptureModeThreadLocal));
+        f();
+        CUDA(cudaStreamEndCapture(gpu.stream, &graph));
+        CUDA(cudaGraphInstantiate(&r->graph, graph, 0));
+        CUDA(cudaGraphDestroy(graph));
+    }
+    CUDA(cudaGraphLaunch(r->graph, gpu.stream));
+}
+
 // inputs: in the device's memory
 template <typename X>
-static void hidden_forward_gpu(ModelGPU<X> *m, const int *inputs, int B, int T, int first, Dropout drop,
+static void hidden_forward_gpu(ModelGPU<X> *m, const int *inputs, int B, int T, int first, double dropout,
                                cudaStream_t stream) {
     const Config *c = &m->host.config;
     int D = c->d_model, N = B * (T - first), last = c->n_layers - 1;
     ActivationsGPU<X> *acts = &m->acts;
-    embedding_forward_gpu(acts->residual, inputs, m->weights.wte, B, T - first, D, stream);
-    dropout_gpu(acts->residual, N, D, drop, 0, stream);
+    const uint64_t *key = &m->inputs->dropout_key;
+    embedding_forward_gpu(acts->residual, inputs, m->weights.wte, mask_of(key, dropout, 0), B, T - first, D, stream);
     for (int l = 0; l <= last; l++) {
         LayerWeights *w = &m->weights.layers[l];
         LayerActivationsGPU<X> *a = &acts->layers[l];
-        // [9]
-        layernorm_forward_gpu(a->n, a->x, a->ln_mean, a->ln_rstd, acts->residual, w->ln_weight, w->ln_bias, N, D,
-                              stream);
+        const X *branch = l ? acts->layers[l - 1].branch : NULL;
+        // the residual of the layer before, then [9]
+        layernorm_forward_gpu(a->n, a->x, a->ln_mean, a->ln_rstd, acts->residual, branch, mask_of(key, dropout, 2 * l),
+                              w->ln_weight, w->ln_bias, N, D, stream);
         // [10]
         linear_forward_gpu(a->ag, 2 * D, a->n, as_x(m, w->W_in), as_x(m, w->b_in), N, D, 2 * D, stream);
-        // [11]
-        gelu_forward_gpu(a->abar, a->ag, 2 * D, N, D, stream);
+        // [11], with the gain of [18]
+        gelu_forward_gpu(a->abar, a->gamma, a->ag, 2 * D, w->gamma_weight, w->gamma_bias, (float)c->gamma_max, N, D,
+                         stream);
         // [12]
         mixer_gpu<X>(c->mixer).forward(m, l, B, T, first, stream);
         // [13]
-        gate_forward_gpu(a->gated, a->s + (size_t)first * D, a->ag + D, 2 * D, N, D, stream);
-        dropout_gpu(a->gated, N, D, drop, 1 + 2 * l, stream);
+        gate_forward_gpu(a->gated, a->s + (size_t)first * D, a->ag + D, 2 * D, mask_of(key, dropout, 1 + 2 * l), N, D,
+                         stream);
         linear_forward_gpu(a->branch, D, a->gated, as_x(m, w->W_out), as_x(m, w->b_out), N, D, D, stream);
-        dropout_gpu(a->branch, N, D, drop, 2 + 2 * l, stream);
-        residual_forward_gpu(acts->residual, acts->residual, a->branch, N, D, stream);
     }
-    layernorm_forward_gpu(acts->ln_f, acts->y, acts->ln_mean, acts->ln_rstd, acts->residual, m->weights.ln_f_weight,
-                          m->weights.ln_f_bias, N, D, stream);
+    layernorm_forward_gpu(acts->ln_f, acts->y, acts->ln_mean, acts->ln_rstd, acts->residual, acts->layers[last].branch,
+                          mask_of(key, dropout, 2 + 2 * last), m->weights.ln_f_weight, m->weights.ln_f_bias, N, D,
+                          stream);
 }
 
-// out = Σ x_i, or Σ x_i², in double: a block takes a 256th, one thread adds up the blocks.
-template <int SQUARES> __global__ void sum_kernel(double *partial, const float *x, int64_t n) {
+// out = Σ x_i, or Σ x_i², in double: a block takes its share, then one block those of the blocks.
+template <int SQUARES, typename Y> __global__ void sum_kernel(double *out, const Y *x, int64_t n) {
     __shared__ double sums[256];
     double sum = 0;
     int64_t end = n * (blockIdx.x + 1) / gridDim.x;
@@ -2773,16 +3154,13 @@ template <int SQUARES> __global__ void sum_kernel(double *partial, const float *
         __syncthreads();
         if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
     }
-    if (threadIdx.x == 0) partial[blockIdx.x] = sums[0];
+    if (threadIdx.x == 0) out[blockIdx.x] = sums[0];
 }
-template <int SQUARES> static double sum_gpu(const float *x, int64_t n, cudaStream_t stream) {
-    enum { BLOCKS = 1024 };
-    double partial[BLOCKS], sum = 0;
-    LAUNCH(sum_kernel<SQUARES>, BLOCKS, 256, 0, stream, (double *)gpu.workspace, x, n);
-    CUDA(cudaMemcpyAsync(partial, gpu.workspace, sizeof(partial), cudaMemcpyDeviceToHost, stream));
-    CUDA(cudaStreamSynchronize(stream));
-    for (int i = 0; i < BLOCKS; i++) sum += partial[i];
-    return sum;
+template <int SQUARES> static void sum_gpu(double *out, const float *x, int64_t n, cudaStream_t stream) {
+    int blocks = n < 1 << 19 ? 64 : 1056;
+    double *partial = (double *)gpu.workspace;
+    LAUNCH((sum_kernel<SQUARES, float>), blocks, 256, 0, stream, partial, x, n);
+    LAUNCH((sum_kernel<0, double>), 1, 256, 0, stream, out, partial, blocks);
 }
 
 template <typename X>
@@ -2790,110 +3168,166 @@ static double model_forward_gpu(ModelGPU<X> *m, const int *inputs, const int *ta
     cudaStream_t stream = gpu.stream;
     int D = m->host.config.d_model, V = m->host.config.vocab_size, N = B * T;
     ActivationsGPU<X> *acts = &m->acts;
-    memcpy(m->host_ids, inputs, sizeof(int) * (size_t)N); // nothing reads it any more: the last call waited for its sum
-    memcpy(m->host_ids + N, targets, sizeof(int) * (size_t)N);
-    m->lists = sort_tokens(m->host_ids + 2 * N, m->starts, inputs, N, V);
-    CUDA(cudaMemcpyAsync(m->ids, m->host_ids, sizeof(int) * (6 * (size_t)N + 2), cudaMemcpyHostToDevice, stream));
+    Inputs *host = m->host_inputs; // nothing reads it any more: the last call waited for its sum
+    host->dropout_key = dropout_key(drop);
+    memcpy(host->ids, inputs, sizeof(int) * (size_t)N);
+    memcpy(host->ids + N, targets, sizeof(int) * (size_t)N);
+    CUDA(cudaMemcpyAsync(m->inputs, host, sizeof(Inputs) + sizeof(int) * 2 * (size_t)N, cudaMemcpyHostToDevice,
+                         stream));
     m->host.batch_B = B;
     m->host.batch_T = T;
     m->host.drop = drop;
-    hidden_forward_gpu(m, m->ids, B, T, 0, drop, stream);
-    linear_forward_gpu(acts->logits, (int)acts->ld_logits, acts->ln_f, as_x(m, m->weights.wte), (const X *)NULL, N, D,
-                       V, stream);
-    crossentropy_forward_gpu(acts->losses, acts->loss_logsumexp, acts->logits, acts->ld_logits, m->ids + N, N, V,
-                             stream);
-    return sum_gpu<0>(acts->losses, N, stream);
+    replay(m, {0, B, T, m->host.P, drop.probability, 0, NULL}, [&] {
+        const int *ids = m->inputs->ids;
+        hidden_forward_gpu(m, ids, B, T, 0, drop.probability, stream);
+        linear_forward_gpu(acts->logits, (int)acts->ld_logits, acts->ln_f, as_x(m, m->weights.wte), (const X *)NULL, N,
+                           D, V, stream);
+        crossentropy_gpu(acts->losses, acts->hits, m->dlogits_ready ? acts->logits : NULL, acts->logits, acts->ld_logits, ids + N,
+                         N, V, stream);
+        sum_gpu<0>(m->host_sum, acts->losses, N, stream);
+    });
+    CUDA(cudaStreamSynchronize(stream));
+    return *m->host_sum;
 }
 
-// A warp takes a row.
-template <typename X>
-__global__ void hits_kernel(char *hits, const X *logits, int64_t ld, const int *targets, int N, int V) {
-    int n = blockIdx.x * 4 + threadIdx.x / 32, larger = 0;
-    if (n >= N) return;
-    float target = targets[n] < 0 ? 0 : get(logits[n * ld + targets[n]]);
-    for (int v = threadIdx.x % 32; v < V; v += 32) larger |= !(get(logits[n * ld + v]) <= target);
-    larger = __any_sync(~0u, larger);
-    if (threadIdx.x % 32 == 0) hits[n] = targets[n] >= 0 && !larger;
-}
 template <typename X> static void model_hits_gpu(ModelGPU<X> *m, char *hits) {
-    int N = m->host.batch_B * m->host.batch_T;
-    LAUNCH(hits_kernel<X>, (N + 3) / 4, 128, 0, gpu.stream, (char *)m->acts.losses, m->acts.logits, m->acts.ld_logits, m->ids + N,
-           N, m->host.config.vocab_size); // the losses have been summed up
-    CUDA(cudaMemcpyAsync(hits, m->acts.losses, (size_t)N, cudaMemcpyDeviceToHost, gpu.stream));
+    CUDA(cudaMemcpyAsync(hits, m->acts.hits, (size_t)(m->host.batch_B * m->host.batch_T), cudaMemcpyDeviceToHost, gpu.stream));
     CUDA(cudaStreamSynchronize(gpu.stream));
 }
 
-template <typename X> static void model_backward_gpu(ModelGPU<X> *m, double dloss) {
-    cudaStream_t stream = gpu.stream;
+// The launches of the backward pass, down to dx, the gradient of the embedding's output.
+template <typename X> static void hidden_backward_gpu(ModelGPU<X> *m, int B, int T, double dropout,
+        cudaStream_t stream) {
     const Config *c = &m->host.config;
-    int D = c->d_model, V = c->vocab_size, B = m->host.batch_B, T = m->host.batch_T, N = B * T, last = c->n_layers - 1,
-        ld_logits = (int)m->acts.ld_logits;
+    int D = c->d_model, V = c->vocab_size, N = B * T, last = c->n_layers - 1, ld_logits = (int)m->acts.ld_logits;
     ActivationsGPU<X> *acts = &m->acts;
     Weights *w = &m->weights, *dw = &m->grad;
-    Dropout drop = m->host.drop;
+    const uint64_t *key = &m->inputs->dropout_key;
     float *dx = acts->residual;
-    crossentropy_backward_gpu(acts->logits, acts->logits, ld_logits, acts->loss_logsumexp, m->ids + N, (float)dloss, N,
-                              V, stream);
-    linear_backward_gpu(acts->ds, dw->wte, NULL, acts->logits, ld_logits, acts->ln_f, as_x(m, w->wte), N, D, V, stream);
-    CUDA(cudaMemsetAsync(dx, 0, sizeof(float) * (size_t)N * (size_t)D, stream));
-    layernorm_backward_gpu(dx, dw->ln_f_weight, dw->ln_f_bias, acts->ds, acts->y, acts->ln_mean, acts->ln_rstd,
-                           w->ln_f_weight, N, D, stream);
+    if (!m->dlogits_ready)
+        crossentropy_gpu(acts->losses, acts->hits, acts->logits, acts->logits, ld_logits, m->inputs->ids + N, N, V,
+                         stream);
+    linear_backward_gpu(acts->ds, dw->wte, acts->logits, ld_logits, acts->ln_f, as_x(m, w->wte), N, D, V, stream,
+                        m->inputs->scale);
+    layernorm_backward_gpu(dx, dw->ln_f_weight, dw->ln_f_bias, (X *)NULL, acts->dabar, dw->layers[last].b_out,
+                           mask_of(key, dropout, 2 + 2 * last), 1, acts->ds, acts->y, acts->ln_mean, acts->ln_rstd,
+                           w->ln_f_weight, w->ln_f_bias, N, D, &m->sums, stream);
     for (int l = last; l >= 0; l--) {
         LayerWeights *wl = &w->layers[l], *dwl = &dw->layers[l];
         LayerActivationsGPU<X> *a = &acts->layers[l];
-        // out through W_out and the gate; s ⊙ g is computed again; the gradients of a and g take their place
-        BlockCopy<X, float> branch = {acts->dabar, dx, {NULL, NULL, 0}, 0, 0, N, D, D};
-        each(branch, N, D, wide({D}, {acts->dabar, dx}), stream);
-        dropout_gpu(acts->dabar, N, D, drop, 2 + 2 * l, stream);
-        gate_forward_gpu(a->gated, a->s, a->ag + D, 2 * D, N, D, stream);
-        dropout_gpu(a->gated, N, D, drop, 1 + 2 * l, stream);
-        linear_backward_gpu(acts->ds, dwl->W_out, dwl->b_out, acts->dabar, D, a->gated, as_x(m, wl->W_out), N, D, D,
-                            stream);
-        dropout_gpu(acts->ds, N, D, drop, 1 + 2 * l, stream);
-        gate_backward_gpu(acts->ds, a->ag + D, acts->ds, a->s, a->ag + D, 2 * D, N, D, stream);
-        // through the mixer; ā is computed again
-        gelu_forward_gpu(a->abar, a->ag, 2 * D, N, D, stream);
+        // out through W_out and the gate; the gradients of a and g take their place, s ⊙ g and ā come again
+        linear_backward_gpu(acts->ds, (float *)NULL, acts->dabar, D, a->gated, as_x(m, wl->W_out), N, D, D, stream);
+        gate_backward_gpu(acts->ds, a->ag + D, dwl->b_in + D, a->gated, a->abar, acts->ds, a->s, a->ag, a->ag + D,
+                          2 * D, mask_of(key, dropout, 1 + 2 * l), N, D, &m->sums, stream);
+        linear_backward_gpu((X *)NULL, dwl->W_out, acts->dabar, D, a->gated, as_x(m, wl->W_out), N, D, D, stream);
+        // through the mixer
         mixer_gpu<X>(c->mixer).backward(m, l, B, T, stream);
-        gelu_backward_gpu(a->ag, acts->dabar, a->ag, 2 * D, N, D, stream);
-        // through W_in and the LayerNorm; its output is computed again
-        layernorm_forward_gpu(a->n, (X *)NULL, a->ln_mean, a->ln_rstd, a->x, wl->ln_weight, wl->ln_bias, N, D, stream);
-        linear_backward_gpu(acts->ds, dwl->W_in, dwl->b_in, a->ag, 2 * D, a->n, as_x(m, wl->W_in), N, D, 2 * D, stream);
-        layernorm_backward_gpu(dx, dwl->ln_weight, dwl->ln_bias, acts->ds, a->x, a->ln_mean, a->ln_rstd, wl->ln_weight,
-                               N, D, stream);
+        gelu_backward_gpu(a->ag, dwl->b_in, dwl->gamma_weight, dwl->gamma_bias, acts->dabar, a->ag, 2 * D, acts->dgamma,
+                          a->gamma, wl->gamma_weight, (float)c->gamma_max, N, D, &m->sums, stream);
+        // through W_in and the LayerNorm, whose output comes again in ds; on to the branch of the layer below
+        linear_backward_gpu(acts->ds, (float *)NULL, a->ag, 2 * D, acts->ds, as_x(m, wl->W_in), N, D, 2 * D, stream);
+        layernorm_backward_gpu(dx, dwl->ln_weight, dwl->ln_bias, acts->ds, l ? acts->dabar : (X *)NULL,
+                               l ? dw->layers[l - 1].b_out : (float *)NULL, mask_of(key, dropout, 2 * l), 0, acts->ds,
+                               a->x, a->ln_mean, a->ln_rstd, wl->ln_weight, wl->ln_bias, N, D, &m->sums, stream);
+        linear_backward_gpu((X *)NULL, dwl->W_in, a->ag, 2 * D, acts->ds, as_x(m, wl->W_in), N, D, 2 * D, stream);
+        column_sums_gpu(&m->sums, stream);
     }
-    dropout_gpu(dx, N, D, drop, 0, stream);
-    embedding_backward_gpu(dw->wte, (float *)acts->dproj, dx, m->ids + 2 * N, m->lists, B, T, D, stream);
 }
 
-// A thread takes one number; all parameters in one launch, the tensors' ends rounded up hold zeros that stay zeros.
+// The host sorts the tokens while the device is on its way back to them.
+template <typename X> static void model_backward_gpu(ModelGPU<X> *m, double dloss) {
+    cudaStream_t stream = gpu.stream;
+    int B = m->host.batch_B, T = m->host.batch_T, N = B * T, D = m->host.config.d_model;
+    Inputs *host = m->host_inputs;
+    int *lists = m->inputs->ids + (m->host_lists - host->ids);
+    host->scale[0] = (float)dloss;
+    CUDA(cudaMemcpyAsync(m->inputs->scale, host->scale, sizeof(host->scale), cudaMemcpyHostToDevice, stream));
+    replay(m, {1, B, T, m->host.P, m->host.drop.probability, 0, NULL},
+           [&] { hidden_backward_gpu(m, B, T, m->host.drop.probability, stream); });
+    TokenLists t = sort_tokens(m->host_lists, m->starts, host->ids, N, m->host.config.vocab_size);
+    CUDA(cudaMemcpyAsync(lists, m->host_lists, sizeof(int) * (4 * (size_t)N + 2), cudaMemcpyHostToDevice, stream));
+    embedding_backward_gpu(m->grad.wte, (float *)m->acts.dproj, m->acts.residual, lists, t, B, T, D, stream);
+}
+
+// A thread takes 4 numbers; all parameters in one launch, the tensors' ends rounded up hold zeros that stay zeros.
 template <typename X>
 __global__ void adamw_kernel(float *w, float *g, float *exp_avg, float *exp_avg_sq, X *copy,
                              const unsigned char *decayed, int64_t n, float beta1, float beta2, float rate1,
                              float rate2, float keep, float step_size, float correction, float eps, float scale) {
-    int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    int64_t i = 4 * ((int64_t)blockIdx.x * blockDim.x + threadIdx.x);
     if (i >= n) return;
-    float grad = scale * g[i];
-    float m = exp_avg[i] = beta1 * exp_avg[i] + rate1 * grad;
-    float v = exp_avg_sq[i] = beta2 * exp_avg_sq[i] + rate2 * grad * grad;
-    float updated = (decayed[i / 64] ? keep : 1) * w[i] - step_size * m / (sqrtf(v) * correction + eps);
-    w[i] = updated;
-    g[i] = 0;
-    if (sizeof(X) != sizeof(float)) copy[i] = to<X>(updated);
+    float p[4], grad[4], m[4], v[4], zero[4] = {};
+    read_some<4>(p, w + i);
+    read_some<4>(grad, g + i);
+    read_some<4>(m, exp_avg + i);
+    read_some<4>(v, exp_avg_sq + i);
+    if (!decayed[i / 64]) keep = 1;
+    for (int e = 0; e < 4; e++) {
+        grad[e] *= scale;
+        m[e] = beta1 * m[e] + rate1 * grad[e];
+        v[e] = beta2 * v[e] + rate2 * grad[e] * grad[e];
+        p[e] = keep * p[e] - step_size * m[e] / (sqrtf(v[e]) * correction + eps);
+    }
+    write_some<4>(w + i, p);
+    write_some<4>(g + i, zero);
+    write_some<4>(exp_avg + i, m);
+    write_some<4>(exp_avg_sq + i, v);
+    if constexpr (sizeof(X) == 2) *(uint2 *)(copy + i) = make_uint2(pack_two(p[0], p[1]), pack_two(p[2], p[3]));
 }
 template <typename X> static void model_update_gpu(ModelGPU<X> *m, AdamW o, double grad_scale, int64_t step) {
-    LAUNCH(adamw_kernel<X>, (unsigned)((m->count + 255) / 256), 256, 0, gpu.stream, m->params, m->grads, m->exp_avg,
+    LAUNCH(adamw_kernel<X>, (unsigned)((m->count / 4 + 255) / 256), 256, 0, gpu.stream, m->params, m->grads, m->exp_avg,
            m->exp_avg_sq, m->copy, m->decayed, m->count, (float)o.beta1, (float)o.beta2, (float)(1 - o.beta1),
            (float)(1 - o.beta2), (float)(1 - o.lr * o.weight_decay), (float)(o.lr / (1 - pow(o.beta1, (double)step))),
            (float)(1 / sqrt(1 - pow(o.beta2, (double)step))), (float)o.eps, (float)grad_scale);
 }
 
+template <typename X> static void hidden_decode_gpu(ModelGPU<X> *m, cudaStream_t stream) {
+    const Config *c = &m->host.config;
+    int D = c->d_model, H = c->n_heads, G = c->n_kv_heads, d = D / H, E = proj_width(c), feedback = c->mixer == SESSA,
+        splits = decode_splits(H), all = (1 + feedback) * H * splits, width = feedback ? D : d,
+        shared = (width > 8 * DECODE_THREADS ? width : 8 * DECODE_THREADS) * (int)sizeof(float);
+    const int *first = &m->inputs->first;
+    float *x = m->acts.residual, *parts = m->acts.scratch;
+    embedding_forward_gpu(x, m->inputs->ids, m->weights.wte, mask_of(NULL, 0, 0), 1, 1, D, stream);
+    for (int l = 0; l < c->n_layers; l++) {
+        LayerWeights *w = &m->weights.layers[l];
+        LayerActivationsGPU<X> *a = &m->acts.layers[l];
+        DecodeIn<X, X> in = {a->ag, x, w->ln_weight, w->ln_bias, as_x(m, w->W_in), as_x(m, w->b_in), 2 * D, D, 0, D};
+        decode(in, 0, stream);
+        DecodeProjections<X> projections = {a->proj, a->gamma, a->ag, as_x(m, w->W_qkv), as_x(m, w->b_qkv),
+                                            w->gamma_weight, w->gamma_bias, (float)c->gamma_max,
+                                            {m->acts.cosine, m->acts.sine, m->host.T, d / 2, 0, 1}, first, E, D, 0, (H + G) * d};
+        decode(projections, 1, stream);
+        launch_ahead(wide({D, d, E}, {a->proj, a->s}) ? decode_attention_kernel<8, X> : decode_attention_kernel<1, X>,
+                     all, DECODE_THREADS, shared, stream, parts, (const X *)a->proj, (const X *)a->s, first, E, D, H, G,
+                     splits);
+        DecodeMix<X> mix = {a->s, a->gated, parts, a->gamma, as_x(m, w->W_o ? w->W_o : w->W_out), a->ag + D, first, D, D,
+                            (1 + feedback) * H * splits * (int)sizeof(float), H, splits, feedback, !w->W_o};
+        decode(mix, 0, stream);
+        DecodeOut<X> out = {x, a->gated, as_x(m, w->W_out), as_x(m, w->b_out), D, D, 0};
+        decode(out, 0, stream);
+    }
+    DecodeIn<X, float> head = {parts + decode_parts(D, H), x, m->weights.ln_f_weight, m->weights.ln_f_bias,
+                               as_x(m, m->weights.wte), (const X *)NULL, c->vocab_size, D, 0, 0};
+    decode(head, 0, stream);
+}
+
 template <typename X> static void model_extend_gpu(ModelGPU<X> *m, const int *tokens, int n, int first, real *logits) {
     cudaStream_t stream = gpu.stream;
-    Dropout off = {0, 0, 0};
     int D = m->host.config.d_model, V = m->host.config.vocab_size;
     bf16 narrow;
-    CUDA(cudaMemcpyAsync(m->ids, tokens, sizeof(int) * (size_t)n, cudaMemcpyHostToDevice, stream));
-    hidden_forward_gpu(m, m->ids, 1, first + n, first, off, stream);
+    m->host_inputs->first = first;
+    memcpy(m->host_inputs->ids, tokens, sizeof(int) * (size_t)n);
+    CUDA(cudaMemcpyAsync(m->inputs, m->host_inputs, sizeof(Inputs) + sizeof(int) * (size_t)n, cudaMemcpyHostToDevice,
+                         stream));
+    if (n == 1 && m->decodes) {
+        replay(m, {2, 0, 0, 0, 0, 0, NULL}, [&] { hidden_decode_gpu(m, stream); });
+        CUDA(cudaMemcpyAsync(logits, m->acts.scratch + decode_parts(D, m->host.config.n_heads), sizeof(float) * (size_t)V,
+                             cudaMemcpyDeviceToHost, stream));
+        CUDA(cudaStreamSynchronize(stream));
+        return;
+    }
+    hidden_forward_gpu(m, m->inputs->ids, 1, first + n, first, 0, stream);
     linear_forward_gpu(m->acts.logits, V, m->acts.ln_f + (size_t)(n - 1) * D, as_x(m, m->weights.wte), (const X *)NULL,
                        1, D, V, stream);
     CUDA(cudaMemcpyAsync(logits, m->acts.logits, sizeof(X) * (size_t)V, cudaMemcpyDeviceToHost, stream));
@@ -2960,9 +3394,13 @@ static void cuda_hits(Model *m, char *hits) {
 }
 static void cuda_backward(Model *m, double dloss) { if (bf16_model(m)) model_backward_gpu(bf16_model(m), dloss);
         else model_backward_gpu(float_model(m), dloss); }
+template <typename X> static double grad_norm_gpu(ModelGPU<X> *m) {
+    sum_gpu<1>(m->host_sum + 1, m->grads, m->count, gpu.stream);
+    CUDA(cudaStreamSynchronize(gpu.stream));
+    return sqrt(m->host_sum[1]);
+}
 static double cuda_grad_norm(Model *m) {
-    return sqrt(bf16_model(m) ? sum_gpu<1>(bf16_model(m)->grads, bf16_model(m)->count,
-                gpu.stream) : sum_gpu<1>(float_model(m)->grads, float_model(m)->count, gpu.stream));
+    return bf16_model(m) ? grad_norm_gpu(bf16_model(m)) : grad_norm_gpu(float_model(m));
 }
 static void cuda_update(Model *m, AdamW o, double grad_scale, int64_t step) {
     if (bf16_model(m)) model_update_gpu(bf16_model(m), o, grad_scale, step);

@@ -4,6 +4,7 @@ in bf16 autocast, and the Transformer of gpt.py (FlashAttention through scaled_d
   dev/bench_gpu.py                            # all shapes, all programs
   dev/bench_gpu.py --shapes small long8192    # some
   dev/bench_gpu.py --no-torch                 # this program alone
+  dev/bench_gpu.py --generate                 # tokens a second, one sequence, behind prompts of 1000 and 8000 tokens
 
 A step is forward, backward, clipping, AdamW. Tokens per second are of the median step, after the first ones. Memory is what
 the program takes with cudaMalloc, workspaces included, against torch.cuda.max_memory_allocated. The share counts
@@ -100,6 +101,57 @@ def torch_run(make, shape, steps):
         torch.cuda.empty_cache()
 
 
+def program_decode(program, shape, prompt, n):
+    """ms a token of the program's --generate, from its first token to its last: the sampler is in it"""
+    D, L, H, V, _, _ = shape
+    with tempfile.TemporaryDirectory() as folder:
+        path = lambda name: os.path.join(folder, name)
+        write_shard(path("ids.bin"), V, 1000)
+        train = [program, "--data", path("ids.bin"), "--val", path("ids.bin"), "--vocab", V, "--dim", D, "--layers", L, "--heads", H, "--seq", 64,
+                 "--batch", 1, "--steps", 1, "--eval-batches", 1, "--out", path("out.safetensors")]
+        subprocess.run([str(word) for word in train], capture_output=True, check=True)
+        ids = " ".join(str(i) for i in np.random.default_rng(1).integers(V, size=prompt))
+        command = [program, "--load", path("out.safetensors"), "--generate", str(n), "--window", "0", "--prompt", ids]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as run:
+            times = []
+            while os.read(run.stdout.fileno(), 1 << 20):
+                times.append(time.perf_counter())
+        return 1e3 * (times[-1] - times[0]) / (n - 1)
+
+
+def torch_decode(shape, prompt, n):
+    """ms a token of sessa.py in bf16 with its cache, the likeliest token each time; the prompt in float32: PyTorch has no solve in bf16"""
+    import torch
+    from sessa import Cache, Config, Sessa
+    D, L, H, V, _, _ = shape
+    with torch.no_grad(), torch.device("cuda"):
+        model = Sessa(Config(V, D, L, H, max_seq_len=prompt + n + 1)).eval()
+        caches = [Cache(prompt + n + 1) for _ in model.layers]
+        logits, _ = model(torch.randint(V, (1, prompt)), caches=caches)
+        model.to(torch.bfloat16)
+        for cache in caches:
+            cache.rows = {name: x.to(torch.bfloat16) for name, x in cache.rows.items()}
+        times = []
+        for _ in range(n):
+            ids = logits[:, -1:].argmax(-1)
+            ids.tolist()
+            times.append(time.perf_counter())
+            logits, _ = model(ids, caches=caches)
+        return 1e3 * (times[-1] - times[10]) / (n - 11)
+
+
+def bench_generation(program, no_torch):
+    print("| shape | prompt | program | ms a token | tok/s |\n|---|---|---|---|---|")
+    for name in ("small", "medium"):
+        for prompt in (1000, 8000):
+            runs = [("train_sessacu", lambda: program_decode(program, SHAPES[name], prompt, 256))]
+            if not no_torch:
+                runs.append(("sessa.py, bf16, cache", lambda: torch_decode(SHAPES[name], prompt, 64)))
+            for what, run in runs:
+                ms = run()
+                print(f"| {name} | {prompt} | {what} | {ms:.3f} | {1e3 / ms:,.0f} |", flush=True)
+
+
 def product_rate():
     """TFLOP/s of a bf16 product, and the card's name"""
     import torch
@@ -121,6 +173,7 @@ def main():
     parser.add_argument("--precisions", nargs="+", default=["bf16", "tf32"])
     parser.add_argument("--steps", type=int, default=20, help="timed, of each program [20]")
     parser.add_argument("--no-torch", action="store_true", help="this program alone")
+    parser.add_argument("--generate", action="store_true", help="time generation, not training")
     parser.add_argument("--program", default=os.path.join(here, "..", "train_sessacu"))
     o = parser.parse_args()
     rate, card = 0, "a GPU"
@@ -128,6 +181,9 @@ def main():
         rate, card = product_rate()
     except ImportError:
         o.no_torch = True
+    if o.generate:
+        print(card)
+        return bench_generation(o.program, o.no_torch)
     print(f"{card}, bf16 product {rate:.0f} TFLOP/s\n\n| shape | program | ms a step | tok/s | GiB | share of the product rate |\n|---|---|---|---|---|---|")
     for name in o.shapes:
         shape = D, L, H, V, B, T = SHAPES[name]
