@@ -2,6 +2,7 @@
 path, on the same data for as many steps, two seeds each. One entry a table; it writes FOLDER/NAME.md, and the curves beside it.
 
   dev/experiments.py symbolsoup mqar --quick            # minutes on a CPU: shows that everything works, and no more
+  dev/experiments.py mqar --small                       # an hour or so on a CPU: small models that do learn
   dev/experiments.py symbolsoup                         # the real thing, on a GPU
   dev/experiments.py mqar --models mamba2 --seeds 1337 --program ./train_sessacu
   dev/experiments.py tinyshakespeare --dry-run          # prints the commands
@@ -31,10 +32,14 @@ ENTRIES = {
         "options": {"real": {"steps": 4368, "batch": 64, "lr": 1e-3, "warmup": 200, "beta2": 0.99, "eval-every": 312, "eval-batches": 32},
                     "quick": {"steps": 60, "batch": 8, "lr": 1e-3, "warmup": 10, "eval-every": 30, "eval-batches": 4}}},
     "mqar": {
-        "metric": "lag", "vocab": 147, "real": (128, 4, 4), "quick": (32, 2, 2),
-        "make": {"real": ["mqar.py", "--train", "100000"], "quick": ["mqar.py", "--train", "600", "--val", "100", "--test", "100", "--pairs", "4",
-                                                                    "--queries", "4", "--lag", "24", "64", "--test-lag", "65", "256"]},
+        "metric": "lag", "vocab": 147, "real": (128, 4, 4), "small": (64, 2, 4), "quick": (32, 2, 2),
+        "make": {"real": ["mqar.py", "--train", "100000"],
+                 "small": ["mqar.py", "--train", "20000", "--val", "400", "--test", "400", "--pairs", "4", "--queries", "4", "--lag", "24", "64",
+                           "--test-lag", "65", "256"],
+                 "quick": ["mqar.py", "--train", "600", "--val", "100", "--test", "100", "--pairs", "4", "--queries", "4", "--lag", "24", "64",
+                           "--test-lag", "65", "256"]},
         "options": {"real": {"steps": 12000, "batch": 128, "lr": 1e-3, "warmup": 500, "beta2": 0.99, "eval-every": 1000, "eval-batches": 8},
+                    "small": {"steps": 6000, "batch": 32, "lr": 2e-3, "warmup": 200, "eval-every": 500, "eval-batches": 8},
                     "quick": {"steps": 100, "batch": 8, "lr": 2e-3, "warmup": 10, "eval-every": 50, "eval-batches": 4}}},
     "simplestories": {
         "metric": "perplexity", "vocab": 4096, "real": (512, 8, 8), "quick": (64, 2, 4),
@@ -68,8 +73,8 @@ def data_files(name, entry, setting, folder, dry):
     script = entry["make"][setting]
     if suffix == "txt":
         paths = {"train": os.path.join(ROOT, "data", f"{name}.txt")}
-    else:   # what the quick setting makes differs, so it lies elsewhere
-        prefix = os.path.join(folder if setting == "quick" else os.path.join(ROOT, "data"), name)
+    else:   # what the smaller settings make differs, so it lies elsewhere
+        prefix = os.path.join(os.path.join(ROOT, "data") if setting == "real" else folder, name)
         paths = {split: f"{prefix}_{split}.{suffix}" for split in ("train", "val") + (("test",) if suffix == "safetensors" else ())}
         script = script + ["--prefix", prefix]
     if not all(os.path.exists(path) for path in paths.values()):
@@ -127,7 +132,9 @@ def spread(values, digits=4):
 
 
 def run_entry(name, entry, o):
-    setting = "quick" if o.quick else "real"
+    setting = "quick" if o.quick else "small" if o.small else "real"
+    if setting not in entry:
+        sys.exit(f"{name} has no {setting} setting")
     folder = os.path.join(o.folder, setting)
     os.makedirs(folder, exist_ok=True)
     data = data_files(name, entry, setting, folder, o.dry_run)
@@ -192,20 +199,25 @@ def run_entry(name, entry, o):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("entries", nargs="+", choices=ENTRIES)
-    parser.add_argument("--quick", action="store_true", help="small models, few steps")
+    parser.add_argument("--quick", action="store_true", help="tiny models, few steps")
+    parser.add_argument("--small", action="store_true", help="mqar only: small models that learn on a CPU")
     parser.add_argument("--models", nargs="+", choices=("sessa", "attention", "mamba2", "nofeedback"), help="[all four]")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1337, 1338], help="[1337 1338]")
     parser.add_argument("--steps", type=int, help="in place of the entry's")
     parser.add_argument("--batch", type=int, help="in place of the entry's")
-    parser.add_argument("--program", help="[./train_sessa with --quick, else ./train_sessacu]")
+    parser.add_argument("--program", help="[./train_sessa with --quick or --small, else ./train_sessacu]")
     parser.add_argument("--folder", default=os.path.join(ROOT, "runs"), help="[runs]")
     parser.add_argument("--dry-run", action="store_true", help="print the commands only")
     o = parser.parse_args()
-    o.program = o.program or os.path.join(ROOT, "train_sessa" if o.quick else "train_sessacu")
+    o.program = o.program or os.path.join(ROOT, "train_sessa" if o.quick or o.small else "train_sessacu")
     if not o.dry_run and not os.path.exists(o.program):
         sys.exit(f"{o.program} is not there: make {os.path.basename(o.program)}")
-    for name in o.entries:
-        run_entry(name, ENTRIES[name], o)
+    try:
+        for name in o.entries:
+            run_entry(name, ENTRIES[name], o)
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

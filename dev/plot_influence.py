@@ -23,6 +23,7 @@ from plot_training import save
 
 KINDS = {"uniform": "even weights, impulse at 0", "direct": "attention: one hop", "feedback": "feedback: one hop",
          "solve": "feedback: all hops", "chain": "state: one chain", "jacobian": "whole mixer"}
+UNIFORM = {"solve": "feedback", "closed": "its closed form", "direct": "attention", "chain": "chain"}
 
 
 def read(path):
@@ -37,7 +38,7 @@ def read(path):
     for name, values in sorted(tensors.items()):
         parts = name.split(".")
         if parts[0] == "uniform":
-            out.setdefault("uniform", {})[parts[1]] = values
+            out.setdefault("uniform", {})[UNIFORM[parts[1]]] = values
         elif parts[0] == "layers" and len(parts) == 3 and parts[2] in KINDS:
             out.setdefault(parts[2], {})[int(parts[1])] = values
     if not out:
@@ -90,7 +91,9 @@ def main():
         lines = []
         for name, file in zip(names, files):
             rows = file.get(kind, {})
-            if kind != "uniform":
+            if kind == "uniform":
+                rows = {f"{name}, {label}" if len(files) > 1 else label: x for label, x in rows.items()}
+            else:
                 rows = {f"layer {l}": x for l, x in rows.items() if not o.layers or l in o.layers}
                 if len(files) > 1 and rows and not o.layers:
                     rows = {name: np.mean(list(rows.values()), axis=0)}
@@ -98,10 +101,10 @@ def main():
                     rows = {f"{name}, {label}": x for label, x in rows.items()}
             lines += rows.items()
         for i, (label, values) in enumerate(lines):
-            T, closed = len(values), label == "closed"
+            T, closed = len(values), kind == "uniform" and label.endswith("closed form")
             low, high = o.fit or (max(1, T // 100), 9 * T // 10)
-            fitted = None if closed or (kind == "uniform" and label == "chain") else fit(values, low, high)
-            text = "closed form" if closed else label + (f": slope {fitted[0]:.3f}" if fitted else "")
+            fitted = None if closed or (kind == "uniform" and label.endswith("chain")) else fit(values, low, high)
+            text = label + (f": slope {fitted[0]:.3f}" if fitted else "")
             axis.plot(*binned(values), "k--" if closed else ".-", lw=1, ms=4, label=text, zorder=3 if closed else 2, **({} if closed else {"color": f"C{i % 10}"}))
             if fitted:
                 ends = np.array([low, min(high, T - 1)])
