@@ -8,8 +8,10 @@ The CUDA twin of train_sessa.c: the same layers in the same order, name_gpu for 
 
 X is the type of what products read and of the activations kept for the backward pass: bf16, or float. In float32 always:
 the parameters and their moments and gradients, the residual stream, the softmax's statistics, sums within products, the
-right-hand sides of the feedback system. Layers take the arguments of their C functions and a stream. Everything is
-deterministic: no atomics, every sum in a fixed order, products chosen by cuBLASLt's heuristic and never by timing.
+right-hand sides of the feedback system. Layers take the arguments of their C functions and a stream; where one pass over
+the data does the work of several C functions, its comment names them. A step's launches are recorded as CUDA graphs.
+Everything is deterministic: no atomics, every sum in a fixed order, products chosen by cuBLASLt's heuristic and never by
+timing.
 */
 #include <cublasLt.h>
 #include <cuda_bf16.h>
@@ -215,7 +217,8 @@ static void column_sums_gpu(ColumnSums *sums, cudaStream_t stream) {
 }
 
 // Element by element with SUMS sums over the rows: f.run<V>(n, i, sum) adds to sum[k][..]. A block takes 16 pieces of V
-// columns of a chunk of the rows, 16 rows at a time. outs[k] (widths[k]) gets sum k.
+// columns of a chunk of the rows, 16 rows at a time. outs[k] gets sum k, a third sum its first column alone: one that is
+// the same for all columns.
 template <int V, int SUMS, typename F>
 __global__ void __launch_bounds__(256, 4) each_with_sums_kernel(F f, float *partial, int N, int width) {
     __shared__ float parts[16][16 * V];
@@ -2164,8 +2167,8 @@ template <typename X> struct ScanBlock {
 
 // What the chunk adds to the state, and how much of the state before it stays.
 template <typename X> __global__ void scan_fresh_kernel(Scan<X> s) {
-    extern __shared__ float memory[];
-    ScanBlock<X> k(s, memory);
+    extern __shared__ float scan_memory[];
+    ScanBlock<X> k(s, scan_memory);
     __syncthreads();
     if (threadIdx.x == 0) s.decays[k.chunk * s.heads + k.h] = k.decay[k.n - 1];
     block_product<4, 4>(k.S, k.w, k.n, [&](int i, int j) { return k.scale[j] * k.b[j * k.ld_s + i]; },
@@ -2196,8 +2199,8 @@ static void scan_states(float *states, const float *decays, float *carried, int 
 
 // y = (M + skip·I) x + exp(L) ⊙ (c h), M_tj = (c_t·b_j) exp(L_t - L_j) Δ_j
 template <typename X> __global__ void scan_read_kernel(X *y, Scan<X> s) {
-    extern __shared__ float memory[];
-    ScanBlock<X> k(s, memory);
+    extern __shared__ float scan_memory[];
+    ScanBlock<X> k(s, scan_memory);
     k.fetch(k.before, k.ld_w, s.states + k.state, s.E, k.S, k.w);
     k.weights(s.skip[k.h]);
     __syncthreads();
@@ -2232,8 +2235,8 @@ static void scan_forward_gpu(X *y, float *states, float *carried, float *scratch
 
 // Backward: what the chunk's rows give to the gradient of the state before it, c^T (exp(L) ⊙ dy)
 template <typename X> __global__ void scan_pull_kernel(float *dstates, const X *dy, Scan<X> s) {
-    extern __shared__ float memory[];
-    ScanBlock<X> k(s, memory);
+    extern __shared__ float scan_memory[];
+    ScanBlock<X> k(s, scan_memory);
     k.fetch(k.dy, k.ld_w, dy + k.row * s.E + k.h * k.w, s.E, k.n, k.w);
     __syncthreads();
     if (threadIdx.x == 0) s.decays[k.chunk * s.heads + k.h] = k.decay[k.n - 1];
@@ -2246,9 +2249,9 @@ template <typename X> __global__ void scan_pull_kernel(float *dstates, const X *
 // (N,heads,2S): this head's part of db and dc.
 template <typename X>
 __global__ void scan_backward_kernel(X *dxbc, float *dstep, float *partial, const float *dstates, const X *dy_, Scan<X> s) {
-    extern __shared__ float memory[];
+    extern __shared__ float scan_memory[];
     __shared__ float dL[CHUNK], ddelta[CHUNK], shared[32];
-    ScanBlock<X> k(s, memory);
+    ScanBlock<X> k(s, scan_memory);
     k.fetch(k.dy, k.ld_w, dy_ + k.row * s.E + k.h * k.w, s.E, k.n, k.w);
     k.fetch(k.before, k.ld_w, s.states + k.state, s.E, k.S, k.w);
     k.fetch(k.dafter, k.ld_w, dstates + k.state, s.E, k.S, k.w);
@@ -3212,7 +3215,7 @@ template <typename X> static void model_hits_gpu(ModelGPU<X> *m, char *hits) {
 }
 
 // The launches of the backward pass, down to dx, the gradient of the embedding's output.
-template <typename X> static void hidden_backward_gpu(ModelGPU<X> *m, int B, int T, double dropout,
+template <typename X> static void backward_launches_gpu(ModelGPU<X> *m, int B, int T, double dropout,
         cudaStream_t stream) {
     const Config *c = &m->host.config;
     int D = c->d_model, V = c->vocab_size, N = B * T, last = c->n_layers - 1, ld_logits = (int)m->acts.ld_logits;
@@ -3259,7 +3262,7 @@ template <typename X> static void model_backward_gpu(ModelGPU<X> *m, double dlos
     host->scale[0] = (float)dloss;
     CUDA(cudaMemcpyAsync(m->inputs->scale, host->scale, sizeof(host->scale), cudaMemcpyHostToDevice, stream));
     replay(m, {1, B, T, m->host.P, m->host.drop.probability, 0, NULL},
-           [&] { hidden_backward_gpu(m, B, T, m->host.drop.probability, stream); });
+           [&] { backward_launches_gpu(m, B, T, m->host.drop.probability, stream); });
     TokenLists t = sort_tokens(m->host_lists, m->starts, host->ids, N, m->host.config.vocab_size);
     CUDA(cudaMemcpyAsync(lists, m->host_lists, sizeof(int) * (4 * (size_t)N + 2), cudaMemcpyHostToDevice, stream));
     embedding_backward_gpu(m->grad.wte, (float *)m->acts.dproj, m->acts.residual, lists, t, B, T, D, stream);
