@@ -2917,35 +2917,54 @@ static void print_score(FILE *out, const Score *score) {
 // ----------------------------------------------------------------------------
 // generation
 
-typedef struct { real logit; int id; } Candidate;
-static int by_logit(const void *a, const void *b) {
-    const Candidate *x = (const Candidate *)a, *y = (const Candidate *)b;
-    return x->logit != y->logit ? (x->logit < y->logit ? 1 : -1) : x->id - y->id;
+typedef struct { double weight; int id; } Candidate;
+static int comes_first(Candidate a, Candidate b) { return a.weight != b.weight ? a.weight > b.weight : a.id < b.id; }
+
+// Lets the candidate at i of a heap of n, the first of each subtree at its top, sink to its place.
+static void sift_down(Candidate *heap, int n, int i) {
+    Candidate c = heap[i];
+    for (int child; (child = 2 * i + 1) < n; i = child) {
+        if (child + 1 < n && comes_first(heap[child + 1], heap[child])) child++;
+        if (!comes_first(heap[child], c)) break;
+        heap[i] = heap[child];
+    }
+    heap[i] = c;
 }
 
 // Draws a token from softmax(logits/temperature), cut to the top_k likeliest (0: all) and then to the fewest likeliest
-// whose probabilities reach top_p. candidates: scratch (V). -1 if a logit is not finite.
+// whose probabilities reach top_p. candidates: scratch (V); no more of them are put in order, from the end, than the cut
+// asks for. -1 if a logit is not finite.
 static int sample_token(const real *logits, Candidate *candidates, int V, double temperature, int64_t top_k, double top_p,
                         uint64_t *random) {
-    int n = top_k && top_k < V ? (int)top_k : V, kept = 0;
-    double sum = 0, total = 0;
+    int best = 0, ordered = 0, kept = V, most = top_k && top_k < V ? (int)top_k : V;
+    double total = 0, sum = 0;
     for (int i = 0; i < V; i++) {
         if (!isfinite(logits[i])) return -1;
-        candidates[i].logit = logits[i];
+        if (logits[i] > logits[best]) best = i;
+    }
+    if (temperature == 0) return best;
+    for (int i = 0; i < V; i++) {
+        candidates[i].weight = exp(((double)logits[i] - (double)logits[best]) / temperature);
         candidates[i].id = i;
+        total += candidates[i].weight;
     }
-    qsort(candidates, (size_t)V, sizeof(Candidate), by_logit);
-    if (temperature == 0) return candidates[0].id;
-    double max = (double)candidates[0].logit;
-    for (int i = 0; i < n; i++) total += exp(((double)candidates[i].logit - max) / temperature);
-    while (kept < n && (kept == 0 || sum < top_p * total))
-        sum += exp(((double)candidates[kept++].logit - max) / temperature);
-    double left = random_uniform(random) * sum;
-    for (int i = 0; i < kept - 1; i++) {
-        left -= exp(((double)candidates[i].logit - max) / temperature);
-        if (left < 0) return candidates[i].id;
+    if (most < V || top_p < 1) {
+        for (int i = V / 2; i >= 0; i--) sift_down(candidates, V, i);
+        for (; ordered < most && (most < V || sum < top_p * total); ordered++) {
+            Candidate first = candidates[0];
+            candidates[0] = candidates[V - 1 - ordered];
+            sift_down(candidates, V - 1 - ordered, 0);
+            candidates[V - 1 - ordered] = first;
+            sum += first.weight;
+        }
+        if (most < V) total = sum;
+        for (kept = 0, sum = 0; kept < ordered && (kept == 0 || sum < top_p * total); kept++) sum += candidates[V - 1 - kept].weight;
+        total = sum;
     }
-    return candidates[kept - 1].id;
+    double left = random_uniform(random) * total;
+    for (int i = V - 1; i > V - kept; i--)
+        if ((left -= candidates[i].weight) < 0) return candidates[i].id;
+    return candidates[V - kept].id;
 }
 
 // Reads the prompt as token ids: its bytes' ids, or, without a vocabulary of bytes, numbers between spaces. Returns their
