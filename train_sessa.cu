@@ -12,6 +12,7 @@ right-hand sides of the feedback system. Layers take the arguments of their C fu
 deterministic: no atomics, every sum in a fixed order, products chosen by cuBLASLt's heuristic and never by timing.
 */
 #include <cublasLt.h>
+#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 #include <initializer_list>
@@ -47,11 +48,14 @@ typedef struct {
 enum { WORKSPACE = 32 << 20, N_PRODUCTS = 1 << 13 };
 static struct {
     Precision precision;
-    int ready;
+    int ready, hopper; // hopper: bf16 has kernels of its own for this GPU
+    CUresult (*encode_map)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
+                           const cuuint64_t *, const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave,
+                           CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
     cudaStream_t stream;
     cublasLtHandle_t lt;
     char *workspace; // for cuBLASLt and for sums over rows, one at a time in the order of the stream
-} gpu = {BF16, 0, NULL, NULL, NULL};
+} gpu = {BF16, 0, 0, NULL, NULL, NULL, NULL};
 static Product products[N_PRODUCTS]; // each at its key's hash, until another takes its place
 
 // What fails here is a broken machine or a broken program: one line, exit code 1.
@@ -72,6 +76,17 @@ static void lt_check(cublasStatus_t code, const char *what, int line) {
         cuda_check(cudaGetLastError(), #kernel, __LINE__);      \
     } while (0)
 
+// Its attributes say whether this program holds Hopper's own instructions.
+enum { GROUP = 128 }; // threads of a warp group
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)
+#define HOPPER
+#endif
+#ifdef HOPPER
+__global__ static void __launch_bounds__(GROUP) built_for_hopper_kernel(void) {}
+#else
+__global__ static void __launch_bounds__(GROUP / 2) built_for_hopper_kernel(void) {}
+#endif
+
 // Opens the device once. FAILED and a line in error if there is none.
 static int gpu_open(char *error) {
     if (gpu.ready) return 0;
@@ -86,6 +101,16 @@ static int gpu_open(char *error) {
     if ((code = cudaMalloc((void **)&gpu.workspace, WORKSPACE)) != cudaSuccess)
         return fail(error, NULL, "no %d MiB of workspace: %s", WORKSPACE >> 20, cudaGetErrorString(code));
     CUDA(cudaMemset(gpu.workspace, 0, WORKSPACE));
+    cudaFuncAttributes built;
+    cudaDriverEntryPointQueryResult found;
+    int major = 0;
+    CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
+    CUDA(cudaFuncGetAttributes(&built, built_for_hopper_kernel));
+    CUDA(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)&gpu.encode_map, 12000, cudaEnableDefault,
+                                          &found));
+    gpu.hopper = major == 9 && built.maxThreadsPerBlock == GROUP && found == cudaDriverEntryPointSuccess;
+    if (!gpu.hopper && gpu.precision == BF16)
+        fprintf(stderr, "train_sessa: bf16 is fast on a Hopper GPU, built with CUDA_ARCH=sm_90a; elsewhere it is slower\n");
     gpu.ready = 1;
     return 0;
 }
@@ -729,353 +754,484 @@ static void softmax_panel_backward_gpu(float *dweights, const float *weights, in
 }
 
 // ----------------------------------------------------------------------------
-// attention in tiles: bf16 with heads of up to 128 columns. Weights never leave the registers; the backward pass
-// computes them again from the row's maximum and 1/sum, once for dq and once for dk and dv, so that each sum has one
-// owner.
+// Hopper's tensor cores (sm_90a): tiles come from memory by the copy engine (TMA) while warp groups of 128 threads
+// multiply what has arrived (wgmma). On an older or another GPU attention and feedback go the way of float32: cuBLASLt.
 //
-// A block of 4 warps keeps 64·M rows of one side, 16·M a warp, and walks along the other side in tiles; while it works
-// on one tile the next is on its way. M 2 where the registers allow it: each operand from shared memory then serves
-// twice.
+// A tile is `rows` rows of 64 numbers, 128 bytes, at a multiple of 1024; the 16 bytes number i of row r lie at place
+// i ^ r % 8 (the copy engine's 128-byte swizzle, which wgmma undoes). Wider tiles are several side by side.
 
-enum { WARPS = 4, TILE = 64 };
+enum { ATOM = 64 };
 
-// Four 8×8 matrices from shared memory; lane l gives the address of row l%8 of matrix l/8. With `across` each is
-// transposed.
-__device__ static inline void load_matrices(uint32_t r[4], const bf16 *row, int across) {
-    uint32_t at = (uint32_t)__cvta_generic_to_shared(row);
-    if (across) asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                             : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at));
-    else asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                      : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at));
+__device__ static inline uint32_t shared_at(const void *at) { return (uint32_t)__cvta_generic_to_shared(at); }
+__device__ static inline void barrier_init(uint64_t *barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" : : "r"(shared_at(barrier)), "r"(arrivals));
 }
-// c (16,8) += a (16,16) · b (16,8): a lane holds the rows lane/4 and lane/4 + 8, columns 2(lane%4) and the next
-__device__ static inline void tensor_product(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+__device__ static inline void barrier_arrive(uint64_t *barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" : : "r"(shared_at(barrier)) : "memory");
 }
-// The 16×16 piece of a tile as the left operand (rows row.., columns col..)
-template <int DH> __device__ inline void left_operand(uint32_t a[4], const bf16 *tile, int row, int col) {
-    int lane = threadIdx.x % 32;
-    load_matrices(a, tile + (row + lane % 16) * (DH + 8) + col + lane / 16 * 8, 0);
+__device__ static inline void barrier_expect(uint64_t *barrier, int bytes) { // one arrival, and bytes on their way
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" : : "r"(shared_at(barrier)), "r"(bytes)
+                 : "memory");
 }
-// sum (16M,COLS) += a (16M,DH) · tile^T, tile (COLS,DH); a: operands in registers
-template <int DH, int COLS, int M>
-__device__ inline void product_transposed(float sum[M][COLS / 8][4], const uint32_t a[M][DH / 16][4],
-                                          const bf16 *tile) {
-    int lane = threadIdx.x % 32;
-    for (int k = 0; k < DH / 16; k++)
-        for (int n = 0; n < COLS / 16; n++) {
-            uint32_t b[4];
-            load_matrices(b, tile + (n * 16 + lane % 8 + lane / 16 * 8) * (DH + 8) + k * 16 + lane / 8 % 2 * 8, 0);
-            for (int m = 0; m < M; m++) {
-                tensor_product(sum[m][2 * n], a[m][k], b[0], b[1]);
-                tensor_product(sum[m][2 * n + 1], a[m][k], b[2], b[3]);
-            }
-        }
+// Waits until round number `round` (0, 1, ...) of arrivals is complete; no round may be two behind.
+__device__ static inline void barrier_wait(uint64_t *barrier, int round) {
+    asm volatile("{\n.reg .pred done;\nagain:\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}"
+                 : : "r"(shared_at(barrier)), "r"(round & 1) : "memory");
 }
-// The same with a (16M,DH) in shared memory
-template <int DH, int COLS, int M>
-__device__ inline void product_of_tiles(float sum[M][COLS / 8][4], const bf16 *a, const bf16 *tile) {
-    int lane = threadIdx.x % 32;
-    for (int k = 0; k < DH / 16; k++) {
-        uint32_t left[M][4];
-        for (int m = 0; m < M; m++) left_operand<DH>(left[m], a, m * 16, k * 16);
-        for (int n = 0; n < COLS / 16; n++) {
-            uint32_t b[4];
-            load_matrices(b, tile + (n * 16 + lane % 8 + lane / 16 * 8) * (DH + 8) + k * 16 + lane / 8 % 2 * 8, 0);
-            for (int m = 0; m < M; m++) {
-                tensor_product(sum[m][2 * n], left[m], b[0], b[1]);
-                tensor_product(sum[m][2 * n + 1], left[m], b[2], b[3]);
-            }
-        }
-    }
+__device__ static inline void barriers_ready() { // after their init
+    asm volatile("fence.mbarrier_init.release.cluster;" : : : "memory");
+    __syncthreads();
 }
-// sum (16M,DH) += X(w) (16M,ROWS) · tile (ROWS,DH): w as a lane holds it after the products above
-template <int DH, int ROWS, int M>
-__device__ inline void product_plain(float sum[M][DH / 8][4], const float w[M][ROWS / 8][4], const bf16 *tile) {
-    int lane = threadIdx.x % 32;
-    for (int k = 0; k < ROWS / 16; k++) {
-        uint32_t a[M][4];
-        for (int m = 0; m < M; m++)
-            for (int i = 0; i < 4; i++) a[m][i] = pack_two(w[m][2 * k + i / 2][i % 2 * 2],
-                                                           w[m][2 * k + i / 2][i % 2 * 2 + 1]);
-        for (int n = 0; n < DH / 16; n++) {
-            uint32_t b[4];
-            load_matrices(b, tile + (k * 16 + lane % 16) * (DH + 8) + n * 16 + lane / 16 * 8, 1);
-            for (int m = 0; m < M; m++) {
-                tensor_product(sum[m][2 * n], a[m], b[0], b[1]);
-                tensor_product(sum[m][2 * n + 1], a[m], b[2], b[3]);
-            }
-        }
-    }
+// The tile of `map` at column col of head h, row `row` of sequence b; its bytes count for the barrier.
+__device__ static inline void copy_tile(bf16 *tile, const CUtensorMap *map, int col, int h, int row, int b,
+                                        uint64_t *barrier) {
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%2, %3, %4, %5}], [%6];"
+                 : : "r"(shared_at(tile)), "l"(map), "r"(col), "r"(h), "r"(row), "r"(b), "r"(shared_at(barrier))
+                 : "memory");
 }
+#define KEEP_REGISTERS(more_or_less, n) asm volatile("setmaxnreg." more_or_less ".sync.aligned.u32 %0;" : : "n"(n))
 
-// BYTES from memory to shared memory, on their way while the thread goes on; zeros where they are not present
-template <int BYTES> __device__ inline void copy_ahead(void *to_, const void *from, int present) {
-    uint32_t at = (uint32_t)__cvta_generic_to_shared(to_);
-    int size = present ? BYTES : 0;
-    if constexpr (BYTES == 16)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" : : "r"(at), "l"(from), "r"(size));
+// wgmma's operand: a tile from row 0 on; `across`: bytes from one tile to the next beside it, for operands by columns
+__device__ static inline uint64_t operand(const bf16 *tile, int across = 16) {
+    return (uint64_t)((shared_at(tile) & 0x3FFFF) >> 4) | (uint64_t)(across >> 4) << 16 | (uint64_t)(1024 >> 4) << 32
+        | (uint64_t)1 << 62;
+}
+__device__ static inline void products_begin() { asm volatile("wgmma.fence.sync.aligned;" : : : "memory"); }
+__device__ static inline void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" : : : "memory"); }
+template <int LATER> __device__ inline void products_wait() { // for all but the last LATER groups
+    asm volatile("wgmma.wait_group.sync.aligned %0;" : : "n"(LATER) : "memory");
+}
+// c (64,N) = a (64,16) · b (16,N) + (keep ? c : 0). A thread holds of c the rows r = 16 warp + lane/4 and r + 8, columns
+// 2(lane%4) and the next of each 8. b_columns: b's tile holds 16 rows of N numbers, else N rows of 16.
+#define C4(c, n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
+#define C32(c, n) C4(c, n), C4(c, n + 1), C4(c, n + 2), C4(c, n + 3), C4(c, n + 4), C4(c, n + 5), C4(c, n + 6), \
+                  C4(c, n + 7)
+#define REGS_0 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26," \
+               "%27,%28,%29,%30,%31"
+#define REGS_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55," \
+                "%56,%57,%58,%59,%60,%61,%62,%63"
+template <int N, int B_COLUMNS>
+__device__ inline void tensor_product(float (&c)[N / 8][4], uint64_t a, uint64_t b, int keep) {
+    if constexpr (N == 64)
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+                     "{" REGS_0 "}, %32, %33, p, 1, 1, 0, %35;\n}"
+                     : C32(c, 0) : "l"(a), "l"(b), "r"(keep), "n"(B_COLUMNS));
     else
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" : : "r"(at), "l"(from), "n"(BYTES), "r"(size));
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+                     "{" REGS_0 REGS_32 "}, %64, %65, p, 1, 1, 0, %67;\n}"
+                     : C32(c, 0), C32(c, 8) : "l"(a), "l"(b), "r"(keep), "n"(B_COLUMNS));
 }
-__device__ static inline void copies_begun() { asm volatile("cp.async.commit_group;"); }
-template <int LATER> __device__ inline void copies_arrived() { // all but the last LATER groups
-    asm volatile("cp.async.wait_group %0;" : : "n"(LATER));
+// The same with a in registers, rows and columns as in c
+template <int N, int B_COLUMNS>
+__device__ inline void tensor_product(float (&c)[N / 8][4], const uint32_t (&a)[4], uint64_t b, int keep) {
+    if constexpr (N == 64)
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+                     "{" REGS_0 "}, {%32,%33,%34,%35}, %36, p, 1, 1, %38;\n}"
+                     : C32(c, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep), "n"(B_COLUMNS));
+    else
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+                     "{" REGS_0 REGS_32 "}, {%64,%65,%66,%67}, %68, p, 1, 1, %70;\n}"
+                     : C32(c, 0), C32(c, 8)
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep), "n"(B_COLUMNS));
 }
-// tile (ROWS,DH+8) from `rows` rows of d columns in memory, the rest 0
-template <int DH, int ROWS> __device__ inline void load_tile(bf16 *tile, const bf16 *at, int64_t ld, int rows, int d) {
-    enum { PIECES = DH / 8 };
+
+// c (64,N) = a (64,DH) · b (N,DH)^T: rows of a and b in tiles a_next and b_next numbers apart
+template <int DH, int N>
+__device__ inline void product_transposed(float (&c)[N / 8][4], const bf16 *a, int a_next, const bf16 *b, int b_next) {
 #pragma unroll
-    for (int p = threadIdx.x; p < ROWS * PIECES; p += WARPS * 32) {
-        int r = p / PIECES, i = p % PIECES * 8, present = r < rows && i < d;
-        copy_ahead<16>(tile + r * (DH + 8) + i, present ? at + r * ld + i : at, present);
-    }
+    for (int k = 0; k < DH / 16; k++)
+        tensor_product<N, 0>(c, operand(a + k / 4 * a_next + k % 4 * 16), operand(b + k / 4 * b_next + k % 4 * 16), k > 0);
 }
-// A warp's sums to memory: columns below d, rows below `rows`; the rows r and r + 8 of piece m times factor[m][0] and
-// [1]
-template <int DH, int M>
-__device__ inline void store_rows(bf16 *at, int64_t ld, const float sum[M][DH / 8][4], int rows, int d,
-                                  const float factor[M][2]) {
-    int lane = threadIdx.x % 32;
-    for (int m = 0; m < M; m++)
-        for (int half = 0; half < 2; half++)
-            for (int n = 0; n < DH / 8; n++) {
-                int r = m * 16 + half * 8 + lane / 4, i = n * 8 + lane % 4 * 2;
-                if (i < d && r < rows)
-                    *(uint32_t *)(at + r * ld + i) = pack_two(sum[m][n][2 * half] * factor[m][half],
-                                                              sum[m][n][2 * half + 1] * factor[m][half]);
-            }
+// c (64,N) += a (64,K) · b (K,N), a in registers
+template <int N, int K>
+__device__ inline void product_plain(float (&c)[N / 8][4], const uint32_t (&a)[K / 16][4], const bf16 *b) {
+#pragma unroll
+    for (int k = 0; k < K / 16; k++) tensor_product<N, 1>(c, a[k], operand(b + k * 16 * ATOM, K * ATOM * 2), 1);
+}
+// X(w) as a left operand
+template <int K> __device__ inline void as_operand(uint32_t (&a)[K / 16][4], const float (&w)[K / 8][4]) {
+#pragma unroll
+    for (int k = 0; k < K / 16; k++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) a[k][i] = pack_two(w[2 * k + i / 2][i % 2 * 2], w[2 * k + i / 2][i % 2 * 2 + 1]);
+}
+__device__ static inline float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+// A warp's 16 rows of a group's c (64,DH), times factor[0] (row lane/4) and [1] (+ 8), to memory: columns below d, rows
+// below `rows`. tile: the group's rows of a tile that nobody reads any more, the next `next` numbers further.
+template <int DH>
+__device__ inline void store_rows(bf16 *at, int64_t ld, const float (&c)[DH / 8][4], int rows, int d, float factor0,
+                                  float factor1, bf16 *tile, int next) {
+    int lane = threadIdx.x % 32, first = threadIdx.x % GROUP / 32 * 16;
+#pragma unroll
+    for (int n = 0; n < DH / 8; n++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int r = first + half * 8 + lane / 4;
+            *(uint32_t *)(tile + n / 8 * next + r * ATOM + (n % 8 ^ r % 8) * 8 + lane % 4 * 2) =
+                pack_two(c[n][2 * half] * (half ? factor1 : factor0), c[n][2 * half + 1] * (half ? factor1 : factor0));
+        }
+    __syncwarp();
+    for (int p = lane; p < 16 * DH / 8; p += 32) {
+        int r = first + p / (DH / 8), n = p % (DH / 8);
+        if (n * 8 < d && r < rows)
+            *(uint4 *)(at + r * ld + n * 8) = *(const uint4 *)(tile + n / 8 * next + r * ATOM + (n % 8 ^ r % 8) * 8);
+    }
+    __syncwarp();
+}
+__device__ static inline void group_barrier(int group) { // of the 128 threads of a warp group
+    asm volatile("bar.sync %0, 128;" : : "r"(group + 1) : "memory");
 }
 
-// The rows stay, the walk is along the keys. stats: the maximum in units of log2, 1/sum.
-template <int DH, int M>
-__global__ void __launch_bounds__(128)
-attention_tile_kernel(bf16 *out, float2 *stats, const bf16 *q, const bf16 *k, const bf16 *v, int ld, int T, int H,
-                      int G, int d, int first, float scale) {
-    extern __shared__ uint4 shared_memory[];
-    enum { ROWS = 64 * M, STAGE = 2 * TILE * (DH + 8) };
-    bf16 *memory = (bf16 *)shared_memory; // two stages of keys and values; at first the block's rows of q
+// ----------------------------------------------------------------------------
+// attention in tiles: bf16 with heads of up to 128 columns. Weights never leave the registers; the backward pass
+// computes them again from the row's log-sum-exp, once for dq and once for dk and dv, so that each sum has one owner.
+//
+// A block keeps 64 rows of one side for each of its groups of warps but the last, which has one thread at work: it has
+// the other side's tiles copied into a ring of SLOTS, each as soon as all groups have done with what was there.
+
+// The rows stay, the walk is along the keys, 128 at a time; the ring holds K0 K1 V0 K2 V1 ..., for a group starts on the
+// next tile's logits before it multiplies this tile's weights with the values, and works on the softmax meanwhile.
+// stats: the logarithm of Σ exp in units of log2, and room for the backward pass.
+enum { KEYS = 128, SLOTS = 5 };
+template <int DH> struct ForwardShared {
+    enum { GROUPS = DH == 64 ? 3 : 2, ROWS = 64 * GROUPS };
+    bf16 q[DH / ATOM][ROWS][ATOM], ring[SLOTS][DH / ATOM][KEYS][ATOM];
+    uint64_t q_full, full[SLOTS], free[SLOTS];
+};
+template <int DH>
+__global__ void __launch_bounds__(GROUP * (ForwardShared<DH>::GROUPS + 1), 1)
+attention_tile_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
+                      const __grid_constant__ CUtensorMap v_map, bf16 *out, float2 *stats, int T, int H, int G, int d,
+                      int first, float scale) {
+#ifdef HOPPER
+    enum { GROUPS = ForwardShared<DH>::GROUPS, ROWS = 64 * GROUPS };
+    extern __shared__ __align__(1024) unsigned char memory[];
+    ForwardShared<DH> *s = (ForwardShared<DH> *)memory;
     int b = blockIdx.y / H, h = blockIdx.y % H, rows = T - first, r0 = (int)(gridDim.x - 1 - blockIdx.x) * ROWS,
-        lane = threadIdx.x % 32;
-    // the lane's rows are this one, + 8, + 16, ...
-    int warp_row = r0 + threadIdx.x / 32 * 16 * M, row = warp_row + lane / 4;
-    k += (int64_t)b * T * ld + h / (H / G) * d;
-    v += (int64_t)b * T * ld + h / (H / G) * d;
-    uint32_t q_operand[M][DH / 16][4];
-    load_tile<DH, ROWS>(memory, q + ((int64_t)b * rows + r0) * ld + h * d, ld, rows - r0, d);
-    copies_begun();
-    copies_arrived<0>();
-    __syncthreads();
-    for (int m = 0; m < M; m++)
-        for (int i = 0; i < DH / 16; i++) left_operand<DH>(q_operand[m][i], memory, warp_row - r0 + m * 16, i * 16);
-    __syncthreads();
-    float sum[M][DH / 8][4] = {}, max[M][2], total[M][2] = {};
-    for (int m = 0; m < M; m++) max[m][0] = max[m][1] = -INFINITY;
-    int tiles = (min(first + r0 + ROWS, T) + TILE - 1) / TILE;
-    for (int tile = -1; tile < tiles; tile++) {
-        if (tile + 1 < tiles) {
-            bf16 *next = memory + (tile + 1) % 2 * STAGE;
-            load_tile<DH, TILE>(next, k + (int64_t)(tile + 1) * TILE * ld, ld, T - (tile + 1) * TILE, d);
-            load_tile<DH, TILE>(next + TILE * (DH + 8), v + (int64_t)(tile + 1) * TILE * ld, ld, T - (tile + 1) * TILE,
-                                d);
+        group = threadIdx.x / GROUP, tiles = (min(first + r0 + ROWS, T) + KEYS - 1) / KEYS;
+    if (threadIdx.x == 0) {
+        barrier_init(&s->q_full, 1);
+        for (int i = 0; i < SLOTS; i++) { barrier_init(&s->full[i], 1); barrier_init(&s->free[i], GROUPS); }
+    }
+    barriers_ready();
+    if (group == GROUPS) {
+        KEEP_REGISTERS("dec", 24);
+        if (threadIdx.x % GROUP) return;
+        barrier_expect(&s->q_full, sizeof(s->q));
+        for (int c = 0; c < DH / ATOM; c++) copy_tile(s->q[c][0], &q_map, c * ATOM, h, r0, b, &s->q_full);
+        for (int n = 0; n < 2 * tiles; n++) {
+            int slot = n % SLOTS, is_key = n == 0 || (n % 2 && n < 2 * tiles - 1),
+                tile = is_key ? (n + 1) / 2 : n % 2 ? tiles - 1 : n / 2 - 1;
+            if (n >= SLOTS) barrier_wait(&s->free[slot], n / SLOTS - 1);
+            barrier_expect(&s->full[slot], sizeof(s->ring[slot]));
+            for (int c = 0; c < DH / ATOM; c++)
+                copy_tile(s->ring[slot][c][0], is_key ? &k_map : &v_map, c * ATOM, h / (H / G), tile * KEYS, b,
+                          &s->full[slot]);
         }
-        copies_begun();
-        if (tile < 0) continue;
-        copies_arrived<1>();
-        __syncthreads();
-        const bf16 *keys = memory + tile % 2 * STAGE, *values = keys + TILE * (DH + 8);
-        int j0 = tile * TILE;
-        if (j0 <= first + warp_row + 16 * M - 1) { // else no row of the warp sees the tile
-            float w[M][TILE / 8][4] = {};
-            product_transposed<DH, TILE, M>(w, q_operand, keys);
-            if (j0 + TILE - 1 > first + warp_row)
-                for (int m = 0; m < M; m++)
-                    for (int n = 0; n < TILE / 8; n++)
-                        for (int e = 0; e < 4; e++)
-                            if (j0 + n * 8 + lane % 4 * 2 + e % 2 > first + row + m * 16 + e / 2 * 8)
-                                w[m][n][e] = -INFINITY;
-            for (int m = 0; m < M; m++)
-                for (int half = 0; half < 2; half++) {
-                    float top = -INFINITY;
-                    for (int n = 0; n < TILE / 8; n++)
-                        for (int e = 0; e < 2; e++) top = fmaxf(top, w[m][n][2 * half + e]);
-                    top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-                    top = fmaxf(max[m][half], scale * fmaxf(top, __shfl_xor_sync(~0u, top, 2)));
-                    float shrink = exp2f(max[m][half] - top);
-                    max[m][half] = top;
-                    total[m][half] *= shrink;
-                    for (int n = 0; n < TILE / 8; n++)
-                        for (int e = 2 * half; e < 2 * half + 2; e++) {
-                            w[m][n][e] = exp2f(w[m][n][e] * scale - top);
-                            total[m][half] += w[m][n][e];
-                        }
-                    for (int n = 0; n < DH / 8; n++)
-                        for (int e = 0; e < 2; e++) sum[m][n][2 * half + e] *= shrink;
+        return;
+    }
+    KEEP_REGISTERS("inc", DH == 64 ? 160 : 240);
+    int lane = threadIdx.x % 32, group_row = r0 + 64 * group, row = group_row + threadIdx.x % GROUP / 32 * 16 + lane / 4,
+        seen = (min(first + group_row + 64, T) + KEYS - 1) / KEYS; // tiles that the group's rows see
+    float sum[DH / 8][4], max[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0}, shrink[2];
+    uint32_t weights[KEYS / 16][4];
+    typedef float Logits[KEYS / 8][4];
+    for (int n = 0; n < DH / 8; n++)
+        for (int e = 0; e < 4; e++) sum[n][e] = 0;
+    auto done_with = [&](int item) {
+        if (threadIdx.x % GROUP == 0) barrier_arrive(&s->free[item % SLOTS]);
+    };
+    auto logits = [&](Logits &w, int tile) {
+        int item = tile ? 2 * tile - 1 : 0;
+        barrier_wait(&s->full[item % SLOTS], item / SLOTS);
+        products_begin();
+        product_transposed<DH, KEYS>(w, s->q[0][64 * group], ROWS * ATOM, s->ring[item % SLOTS][0][0], KEYS * ATOM);
+        products_commit();
+    };
+    // logits to weights with the new maximum; shrink: what that does to what was summed
+    auto softmax = [&](Logits &w, int tile) {
+        int j0 = tile * KEYS;
+        if (j0 + KEYS - 1 > first + group_row)
+            for (int n = 0; n < KEYS / 8; n++)
+                for (int e = 0; e < 4; e++)
+                    if (j0 + n * 8 + lane % 4 * 2 + e % 2 > first + row + e / 2 * 8) w[n][e] = -INFINITY;
+        for (int half = 0; half < 2; half++) {
+            float top = -INFINITY;
+            for (int n = 0; n < KEYS / 8; n++) top = fmaxf(top, fmaxf(w[n][2 * half], w[n][2 * half + 1]));
+            top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+            top = fmaxf(max[half], scale * fmaxf(top, __shfl_xor_sync(~0u, top, 2)));
+            shrink[half] = exp2_fast(max[half] - top);
+            max[half] = top;
+            total[half] *= shrink[half];
+            for (int n = 0; n < KEYS / 8; n++)
+                for (int e = 2 * half; e < 2 * half + 2; e++) {
+                    w[n][e] = exp2_fast(w[n][e] * scale - top);
+                    total[half] += w[n][e];
                 }
-            product_plain<DH, TILE, M>(sum, w, values);
         }
-        __syncthreads();
+    };
+    auto read = [&](int item) {
+        barrier_wait(&s->full[item % SLOTS], item / SLOTS);
+        products_begin();
+        product_plain<DH, KEYS>(sum, weights, s->ring[item % SLOTS][0][0]);
+        products_commit();
+    };
+    barrier_wait(&s->q_full, 0);
+    {
+        Logits w;
+        logits(w, 0);
+        products_wait<0>();
+        done_with(0);
+        softmax(w, 0);
+        as_operand<KEYS>(weights, w);
     }
-    for (int m = 0; m < M; m++)
-        for (int half = 0; half < 2; half++) {
-            int r = row + m * 16 + half * 8;
-            total[m][half] += __shfl_xor_sync(~0u, total[m][half], 1);
-            total[m][half] = 1 / (total[m][half] + __shfl_xor_sync(~0u, total[m][half], 2));
-            if (lane % 4 == 0 && r < rows) stats[(int64_t)blockIdx.y * rows + r] = {max[m][half], total[m][half]};
+    for (int tile = 1; tile < seen; tile++) {
+        Logits w;
+        logits(w, tile);
+        read(2 * tile);
+        products_wait<1>();
+        done_with(2 * tile - 1);
+        softmax(w, tile);
+        products_wait<0>();
+        done_with(2 * tile);
+        for (int n = 0; n < DH / 8; n++)
+            for (int e = 0; e < 4; e++) sum[n][e] *= shrink[e / 2];
+        as_operand<KEYS>(weights, w);
+    }
+    int last = seen == tiles ? 2 * tiles - 1 : 2 * seen;
+    read(last);
+    products_wait<0>();
+    done_with(last);
+    for (int tile = seen; tile < tiles; tile++) // for the other groups
+        for (int value = 0; value < 2; value++) {
+            int item = !value ? 2 * tile - 1 : tile == tiles - 1 ? 2 * tiles - 1 : 2 * tile + 2;
+            barrier_wait(&s->full[item % SLOTS], item / SLOTS);
+            done_with(item);
         }
-    store_rows<DH, M>(out + ((int64_t)b * rows + warp_row) * H * d + h * d, H * d, sum, rows - warp_row, d, total);
+    for (int half = 0; half < 2; half++) {
+        int r = row + half * 8;
+        total[half] += __shfl_xor_sync(~0u, total[half], 1);
+        total[half] += __shfl_xor_sync(~0u, total[half], 2);
+        if (lane % 4 == 0 && r < rows) stats[(int64_t)blockIdx.y * rows + r] = {max[half] + log2f(total[half]), 0};
+    }
+    group_barrier(group);
+    store_rows<DH>(out + ((int64_t)b * rows + group_row) * H * d + h * d, H * d, sum, rows - group_row, d, 1 / total[0],
+                   1 / total[1], s->q[0][64 * group], ROWS * ATOM);
+#endif
 }
 
-// delta_t = do_t·o_t = Σ_j p_tj dp_tj. A warp takes row n of one head.
-__global__ static void attention_delta_kernel(float *delta, const bf16 *dout, const bf16 *out, int B, int T, int H,
+// stats' second number: delta_t = do_t·o_t = Σ_j p_tj dp_tj. 8 lanes take row n of one head.
+__global__ static void attention_delta_kernel(float2 *stats, const bf16 *dout, const bf16 *out, int B, int T, int H,
                                               int d) {
-    int64_t item = (int64_t)blockIdx.x * 4 + threadIdx.x / 32;
-    if (item >= (int64_t)B * T * H) return;
-    int n = (int)(item / H), h = (int)(item % H);
+    int64_t item = (int64_t)blockIdx.x * 32 + threadIdx.x / 8;
     float sum = 0;
-    for (int i = threadIdx.x % 32; i < d; i += 32) sum += get(dout[item * d + i]) * get(out[item * d + i]);
-    sum = warp_sum(sum);
-    if (threadIdx.x % 32 == 0) delta[((int64_t)(n / T) * H + h) * T + n % T] = sum;
+    if (item < (int64_t)B * T * H)
+        for (int i = threadIdx.x % 8 * 8; i < d; i += 64) {
+            float v[8], w[8];
+            read_some<8>(v, dout + item * d + i);
+            read_some<8>(w, out + item * d + i);
+            for (int e = 0; e < 8; e++) sum += v[e] * w[e];
+        }
+    for (int lane = 4; lane; lane /= 2) sum += __shfl_xor_sync(~0u, sum, lane);
+    int n = (int)(item / H), h = (int)(item % H);
+    if (item < (int64_t)B * T * H && threadIdx.x % 8 == 0) stats[((int64_t)(n / T) * H + h) * T + n % T].y = sum;
 }
 
-// dq: the rows stay, the walk is along the keys, KEYS at a time.
-template <int DH, int M, int KEYS>
-__global__ void __launch_bounds__(128)
-attention_dq_kernel(bf16 *dq, const bf16 *dout, const float2 *stats, const float *delta, const bf16 *q, const bf16 *k,
-                    const bf16 *v, int ld, int T, int H, int G, int d, float scale, float sigma) {
-    extern __shared__ uint4 shared_memory[];
-    enum { ROWS = 64 * M, STAGE = 2 * KEYS * (DH + 8) };
-    bf16 *memory = (bf16 *)shared_memory; // two stages of keys and values; at first the block's rows of q and dout
-    int b = blockIdx.y / H, h = blockIdx.y % H, r0 = (int)(gridDim.x - 1 - blockIdx.x) * ROWS, lane = threadIdx.x % 32;
-    int warp_row = r0 + threadIdx.x / 32 * 16 * M, row = warp_row + lane / 4;
-    k += (int64_t)b * T * ld + h / (H / G) * d;
-    v += (int64_t)b * T * ld + h / (H / G) * d;
-    uint32_t q_operand[M][DH / 16][4], dout_operand[M][DH / 16][4];
-    load_tile<DH, ROWS>(memory, q + ((int64_t)b * T + r0) * ld + h * d, ld, T - r0, d);
-    load_tile<DH, ROWS>(memory + ROWS * (DH + 8), dout + ((int64_t)b * T + r0) * H * d + h * d, H * d, T - r0, d);
-    copies_begun();
-    copies_arrived<0>();
-    __syncthreads();
-    for (int m = 0; m < M; m++)
-        for (int i = 0; i < DH / 16; i++) {
-            left_operand<DH>(q_operand[m][i], memory, warp_row - r0 + m * 16, i * 16);
-            left_operand<DH>(dout_operand[m][i], memory + ROWS * (DH + 8), warp_row - r0 + m * 16, i * 16);
-        }
-    __syncthreads();
-    float sum[M][DH / 8][4] = {}, dot[M][2], factor[M][2];
-    float2 known[M][2];
-    for (int m = 0; m < M; m++)
-        for (int half = 0; half < 2; half++) {
-            int t = min(row + m * 16 + half * 8, T - 1);
-            known[m][half] = stats[(int64_t)blockIdx.y * T + t];
-            dot[m][half] = delta[(int64_t)blockIdx.y * T + t];
-            factor[m][half] = sigma;
-        }
-    int tiles = (min(r0 + ROWS, T) + KEYS - 1) / KEYS;
-    for (int tile = -1; tile < tiles; tile++) {
-        if (tile + 1 < tiles) {
-            bf16 *next = memory + (tile + 1) % 2 * STAGE;
-            load_tile<DH, KEYS>(next, k + (int64_t)(tile + 1) * KEYS * ld, ld, T - (tile + 1) * KEYS, d);
-            load_tile<DH, KEYS>(next + KEYS * (DH + 8), v + (int64_t)(tile + 1) * KEYS * ld, ld, T - (tile + 1) * KEYS,
-                                d);
-        }
-        copies_begun();
-        if (tile < 0) continue;
-        copies_arrived<1>();
-        __syncthreads();
-        const bf16 *keys = memory + tile % 2 * STAGE, *values = keys + KEYS * (DH + 8);
-        int j0 = tile * KEYS, masked = j0 + KEYS - 1 > warp_row;
-        if (j0 <= warp_row + 16 * M - 1) {
-            float w[M][KEYS / 8][4] = {}, dw[M][KEYS / 8][4] = {};
-            product_transposed<DH, KEYS, M>(w, q_operand, keys);
-            product_transposed<DH, KEYS, M>(dw, dout_operand, values);
-            for (int m = 0; m < M; m++)
-                for (int n = 0; n < KEYS / 8; n++)
-                    for (int e = 0; e < 4; e++) {
-                        float p = exp2f(w[m][n][e] * scale - known[m][e / 2].x) * known[m][e / 2].y;
-                        if (masked && j0 + n * 8 + lane % 4 * 2 + e % 2 > row + m * 16 + e / 2 * 8) p = 0;
-                        w[m][n][e] = p * (dw[m][n][e] - dot[m][e / 2]);
-                    }
-            product_plain<DH, KEYS, M>(sum, w, keys);
-        }
-        __syncthreads();
+// dq: 128 rows stay, the walk is along the keys, WALK at a time; a slot of the ring holds keys and values. The groups
+// take turns by themselves: one computes weights while the other multiplies.
+template <int DH> struct BackwardShared { // dq: own are q and dout, ring keys and values; dk and dv the other way
+    enum { WALK = DH == 64 ? 128 : 64, SLOTS = 3 };
+    bf16 own[2][DH / ATOM][128][ATOM], ring[SLOTS][2][DH / ATOM][WALK][ATOM];
+    float2 stats[SLOTS][WALK];
+    uint64_t own_full, full[SLOTS], free[SLOTS];
+};
+template <int DH>
+__global__ void __launch_bounds__(3 * GROUP, 1)
+attention_dq_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap dout_map,
+                    const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map, bf16 *dq,
+                    const float2 *stats, int ld, int T, int H, int G, int d, float scale, float sigma) {
+#ifdef HOPPER
+    typedef BackwardShared<DH> Shared;
+    enum { WALK = Shared::WALK, SLOTS = Shared::SLOTS, NEXT = WALK * ATOM };
+    extern __shared__ __align__(1024) unsigned char memory[];
+    Shared *s = (Shared *)memory;
+    int b = blockIdx.y / H, h = blockIdx.y % H, r0 = (int)(gridDim.x - 1 - blockIdx.x) * 128,
+        group = threadIdx.x / GROUP, tiles = (min(r0 + 128, T) + WALK - 1) / WALK;
+    if (threadIdx.x == 0) {
+        barrier_init(&s->own_full, 1);
+        for (int i = 0; i < SLOTS; i++) { barrier_init(&s->full[i], 1); barrier_init(&s->free[i], 2); }
     }
-    store_rows<DH, M>(dq + ((int64_t)b * T + warp_row) * ld + h * d, ld, sum, T - warp_row, d, factor);
-}
-
-// dk and dv: the keys stay, the walk is along the rows of the group's heads that see them, ROWS at a time. The matrices
-// are those above transposed: keys down, rows across.
-template <int DH, int M, int ROWS>
-__global__ void __launch_bounds__(128)
-attention_dkv_kernel(bf16 *dk, bf16 *dv, const bf16 *dout, const float2 *stats, const float *delta, const bf16 *q,
-                     const bf16 *k, const bf16 *v, int ld, int T, int H, int G, int d, float scale, float sigma) {
-    extern __shared__ uint4 shared_memory[];
-    enum { KEYS = 64 * M, STAGE = 2 * ROWS * (DH + 8) };
-    // two stages of q and dout
-    bf16 *keys = (bf16 *)shared_memory, *values = keys + KEYS * (DH + 8), *memory = values + KEYS * (DH + 8);
-    // two of stats
-    float2 *known = (float2 *)(memory + 2 * STAGE);
-    // two of delta
-    float *dots = (float *)(known + 2 * ROWS);
-    int b = blockIdx.y / G, g = blockIdx.y % G, j0 = (int)blockIdx.x * KEYS, lane = threadIdx.x % 32;
-    int warp_key = threadIdx.x / 32 * 16 * M, key = j0 + warp_key + lane / 4, heads = H / G,
-        tiles = (T - j0 + ROWS - 1) / ROWS;
-    int64_t at = ((int64_t)b * T + j0) * ld + g * d;
-    load_tile<DH, KEYS>(keys, k + at, ld, T - j0, d);
-    load_tile<DH, KEYS>(values, v + at, ld, T - j0, d);
-    float k_sum[M][DH / 8][4] = {}, v_sum[M][DH / 8][4] = {}, one[M][2], factor[M][2];
-    for (int m = 0; m < M; m++) { one[m][0] = one[m][1] = 1; factor[m][0] = factor[m][1] = sigma; }
-    for (int step = -1; step < heads * tiles; step++) {
-        if (step + 1 < heads * tiles) {
-            int h = g * heads + (step + 1) / tiles, r0 = j0 + (step + 1) % tiles * ROWS, stage = (step + 1) % 2;
-            bf16 *next = memory + stage * STAGE;
-            load_tile<DH, ROWS>(next, q + ((int64_t)b * T + r0) * ld + h * d, ld, T - r0, d);
-            load_tile<DH, ROWS>(next + ROWS * (DH + 8), dout + ((int64_t)b * T + r0) * H * d + h * d, H * d, T - r0, d);
-            if (threadIdx.x < ROWS) {
-                int present = r0 + (int)threadIdx.x < T;
-                int64_t t = ((int64_t)b * H + h) * T + (present ? r0 + (int)threadIdx.x : 0);
-                copy_ahead<8>(known + stage * ROWS + threadIdx.x, stats + t, present);
-                copy_ahead<4>(dots + stage * ROWS + threadIdx.x, delta + t, present);
+    barriers_ready();
+    if (group == 2) {
+        KEEP_REGISTERS("dec", 24);
+        if (threadIdx.x % GROUP) return;
+        barrier_expect(&s->own_full, sizeof(s->own));
+        for (int c = 0; c < DH / ATOM; c++) {
+            copy_tile(s->own[0][c][0], &q_map, c * ATOM, h, r0, b, &s->own_full);
+            copy_tile(s->own[1][c][0], &dout_map, c * ATOM, h, r0, b, &s->own_full);
+        }
+        for (int n = 0; n < tiles; n++) {
+            int slot = n % SLOTS;
+            if (n >= SLOTS) barrier_wait(&s->free[slot], n / SLOTS - 1);
+            barrier_expect(&s->full[slot], sizeof(s->ring[slot]));
+            for (int c = 0; c < DH / ATOM; c++) {
+                copy_tile(s->ring[slot][0][c][0], &k_map, c * ATOM, h / (H / G), n * WALK, b, &s->full[slot]);
+                copy_tile(s->ring[slot][1][c][0], &v_map, c * ATOM, h / (H / G), n * WALK, b, &s->full[slot]);
             }
         }
-        copies_begun();
-        if (step < 0) continue;
-        copies_arrived<1>();
-        __syncthreads();
-        int r0 = j0 + step % tiles * ROWS, stage = step % 2, masked = r0 < j0 + warp_key + 16 * M - 1;
-        if (r0 + ROWS - 1 >= j0 + warp_key) {
-            const bf16 *queries = memory + stage * STAGE, *douts = queries + ROWS * (DH + 8);
-            float w[M][ROWS / 8][4] = {}, dw[M][ROWS / 8][4] = {};
-            product_of_tiles<DH, ROWS, M>(w, keys + warp_key * (DH + 8), queries);
-            product_of_tiles<DH, ROWS, M>(dw, values + warp_key * (DH + 8), douts);
-            for (int n = 0; n < ROWS / 8; n++)
-                for (int e = 0; e < 2; e++) {
-                    int r = n * 8 + lane % 4 * 2 + e;
-                    float2 row = known[stage * ROWS + r];
-                    float dot = dots[stage * ROWS + r];
-                    for (int m = 0; m < M; m++)
-                        for (int half = 0; half < 2; half++) {
-                            float p = exp2f(w[m][n][2 * half + e] * scale - row.x) * row.y;
-                            if (masked && key + m * 16 + half * 8 > r0 + r) p = 0;
-                            w[m][n][2 * half + e] = p;
-                            dw[m][n][2 * half + e] = p * (dw[m][n][2 * half + e] - dot);
-                        }
-                }
-            product_plain<DH, ROWS, M>(v_sum, w, douts);
-            product_plain<DH, ROWS, M>(k_sum, dw, queries);
-        }
-        __syncthreads();
+        return;
     }
-    at += (int64_t)warp_key * ld;
-    store_rows<DH, M>(dk + at, ld, k_sum, T - j0 - warp_key, d, factor);
-    store_rows<DH, M>(dv + at, ld, v_sum, T - j0 - warp_key, d, one);
+    KEEP_REGISTERS("inc", 240);
+    int lane = threadIdx.x % 32, group_row = r0 + 64 * group, row = group_row + threadIdx.x % GROUP / 32 * 16 + lane / 4;
+    float sum[DH / 8][4];
+    uint32_t dlogits[WALK / 16][4];
+    float2 known[2];
+    for (int half = 0; half < 2; half++)
+        known[half] = stats[(int64_t)blockIdx.y * T + min(row + half * 8, T - 1)];
+    for (int n = 0; n < DH / 8; n++)
+        for (int e = 0; e < 4; e++) sum[n][e] = 0;
+    barrier_wait(&s->own_full, 0);
+    for (int tile = 0; tile < tiles; tile++) {
+        int slot = tile % SLOTS, j0 = tile * WALK;
+        barrier_wait(&s->full[slot], tile / SLOTS);
+        const bf16 *keys = s->ring[slot][0][0][0], *values = s->ring[slot][1][0][0];
+        float w[WALK / 8][4], dw[WALK / 8][4];
+        products_begin();
+        product_transposed<DH, WALK>(w, s->own[0][0][64 * group], 128 * ATOM, keys, NEXT);
+        products_commit();
+        product_transposed<DH, WALK>(dw, s->own[1][0][64 * group], 128 * ATOM, values, NEXT);
+        products_commit();
+        products_wait<1>();
+        if (tile && threadIdx.x % GROUP == 0) barrier_arrive(&s->free[(tile - 1) % SLOTS]);
+        int masked = j0 + WALK - 1 > group_row;
+        for (int n = 0; n < WALK / 8; n++)
+            for (int e = 0; e < 4; e++) {
+                w[n][e] = exp2_fast(w[n][e] * scale - known[e / 2].x);
+                if (masked && j0 + n * 8 + lane % 4 * 2 + e % 2 > row + e / 2 * 8) w[n][e] = 0;
+            }
+        products_wait<0>();
+        for (int n = 0; n < WALK / 8; n++)
+            for (int e = 0; e < 4; e++) w[n][e] *= dw[n][e] - known[e / 2].y;
+        as_operand<WALK>(dlogits, w);
+        products_begin();
+        product_plain<DH, WALK>(sum, dlogits, keys);
+        products_commit();
+    }
+    products_wait<0>();
+    group_barrier(group);
+    store_rows<DH>(dq + ((int64_t)b * T + group_row) * ld + h * d, ld, sum, T - group_row, d, sigma, sigma,
+                   s->own[0][0][64 * group], 128 * ATOM);
+#endif
 }
 
-static int in_tiles(const bf16 *q, const bf16 *k, const bf16 *v, int ld, int d) { return d <= 128 && wide({d, ld},
-        {q, k, v}); }
+// dk and dv: 128 keys stay, the walk is along the rows of the group's heads that see them. The matrices are those above
+// transposed: keys down, rows across.
+template <int DH>
+__global__ void __launch_bounds__(3 * GROUP, 1)
+attention_dkv_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap dout_map,
+                     const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map, bf16 *dk,
+                     bf16 *dv, const float2 *stats, int ld, int T, int H, int G, int d, float scale, float sigma) {
+#ifdef HOPPER
+    typedef BackwardShared<DH> Shared;
+    enum { WALK = Shared::WALK, SLOTS = Shared::SLOTS, NEXT = WALK * ATOM };
+    extern __shared__ __align__(1024) unsigned char memory[];
+    Shared *s = (Shared *)memory;
+    int b = blockIdx.y / G, g = blockIdx.y % G, j0 = (int)blockIdx.x * 128, group = threadIdx.x / GROUP, heads = H / G,
+        tiles = (T - j0 + WALK - 1) / WALK;
+    if (threadIdx.x == 0) {
+        barrier_init(&s->own_full, 1);
+        for (int i = 0; i < SLOTS; i++) { barrier_init(&s->full[i], 32); barrier_init(&s->free[i], 2); }
+    }
+    barriers_ready();
+    if (group == 2) {
+        KEEP_REGISTERS("dec", 24);
+        int lane = threadIdx.x % GROUP;
+        if (lane >= 32) return;
+        if (lane == 0) {
+            barrier_expect(&s->own_full, sizeof(s->own));
+            for (int c = 0; c < DH / ATOM; c++) {
+                copy_tile(s->own[0][c][0], &k_map, c * ATOM, g, j0, b, &s->own_full);
+                copy_tile(s->own[1][c][0], &v_map, c * ATOM, g, j0, b, &s->own_full);
+            }
+        }
+        for (int n = 0; n < heads * tiles; n++) {
+            int slot = n % SLOTS, h = g * heads + n / tiles, r0 = j0 + n % tiles * WALK;
+            if (n >= SLOTS) barrier_wait(&s->free[slot], n / SLOTS - 1);
+            for (int r = lane; r < WALK; r += 32) { // a row past the end has weights of 0
+                float2 known = {INFINITY, 0};
+                s->stats[slot][r] = r0 + r < T ? stats[((int64_t)b * H + h) * T + r0 + r] : known;
+            }
+            if (lane) { barrier_arrive(&s->full[slot]); continue; }
+            barrier_expect(&s->full[slot], sizeof(s->ring[slot]));
+            for (int c = 0; c < DH / ATOM; c++) {
+                copy_tile(s->ring[slot][0][c][0], &q_map, c * ATOM, h, r0, b, &s->full[slot]);
+                copy_tile(s->ring[slot][1][c][0], &dout_map, c * ATOM, h, r0, b, &s->full[slot]);
+            }
+        }
+        return;
+    }
+    KEEP_REGISTERS("inc", 240);
+    int lane = threadIdx.x % 32, key = j0 + 64 * group + threadIdx.x % GROUP / 32 * 16 + lane / 4;
+    float k_sum[DH / 8][4], v_sum[DH / 8][4];
+    uint32_t weights[WALK / 16][4];
+    for (int n = 0; n < DH / 8; n++)
+        for (int e = 0; e < 4; e++) k_sum[n][e] = v_sum[n][e] = 0;
+    barrier_wait(&s->own_full, 0);
+    for (int step = 0; step < heads * tiles; step++) {
+        int slot = step % SLOTS, r0 = j0 + step % tiles * WALK, masked = r0 < j0 + 64 * group + 63;
+        const bf16 *queries = s->ring[slot][0][0][0], *douts = s->ring[slot][1][0][0];
+        float w[WALK / 8][4], dw[WALK / 8][4];
+        barrier_wait(&s->full[slot], step / SLOTS);
+        products_begin();
+        product_transposed<DH, WALK>(w, s->own[0][0][64 * group], 128 * ATOM, queries, NEXT);
+        products_commit();
+        products_wait<1>(); // the last step's are done
+        if (step && threadIdx.x % GROUP == 0) barrier_arrive(&s->free[(step - 1) % SLOTS]);
+        products_begin();
+        product_transposed<DH, WALK>(dw, s->own[1][0][64 * group], 128 * ATOM, douts, NEXT);
+        products_commit();
+        products_wait<1>();
+        for (int n = 0; n < WALK / 8; n++) {
+            float4 rows = *(const float4 *)&s->stats[slot][n * 8 + lane % 4 * 2];
+            for (int e = 0; e < 4; e++) {
+                w[n][e] = exp2_fast(w[n][e] * scale - (e % 2 ? rows.z : rows.x));
+                if (masked && key + e / 2 * 8 > r0 + n * 8 + lane % 4 * 2 + e % 2) w[n][e] = 0;
+            }
+        }
+        as_operand<WALK>(weights, w);
+        products_begin();
+        product_plain<DH, WALK>(v_sum, weights, douts);
+        products_commit();
+        products_wait<0>();
+        for (int n = 0; n < WALK / 8; n++) { // the weights become the gradients of the logits
+            float4 rows = *(const float4 *)&s->stats[slot][n * 8 + lane % 4 * 2];
+            for (int half = 0; half < 2; half++) {
+                uint32_t *two = &weights[n / 2][n % 2 * 2 + half];
+                *two = pack_two(__uint_as_float(*two << 16) * (dw[n][2 * half] - rows.y),
+                                __uint_as_float(*two & 0xFFFF0000u) * (dw[n][2 * half + 1] - rows.w));
+            }
+        }
+        products_begin();
+        product_plain<DH, WALK>(k_sum, weights, queries);
+        products_commit();
+    }
+    products_wait<0>();
+    group_barrier(group);
+    int64_t at = ((int64_t)b * T + j0 + 64 * group) * ld + g * d;
+    store_rows<DH>(dk + at, ld, k_sum, T - j0 - 64 * group, d, sigma, sigma, s->own[0][0][64 * group], 128 * ATOM);
+    store_rows<DH>(dv + at, ld, v_sum, T - j0 - 64 * group, d, 1, 1, s->own[1][0][64 * group], 128 * ATOM);
+#endif
+}
+
+static int in_tiles(const bf16 *q, const bf16 *k, const bf16 *v, int ld, int d) {
+    return gpu.hopper && d <= 128 && wide({d, ld}, {q, k, v});
+}
 static int in_tiles(const float *, const float *, const float *, int, int) { return 0; }
 
 // A kernel with more than 48 KiB of shared memory says so.
@@ -1083,54 +1239,71 @@ template <typename K> static void allow_shared(K *kernel, int bytes) {
     CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
 }
 
+// Tiles of `box` rows of a matrix (B,rows,ld) of bf16 with `heads` parts of d columns; what lies past its edges is 0.
+static CUtensorMap tile_map(const bf16 *at, int d, int heads, int64_t rows, int64_t ld, int64_t step, int B, int box) {
+    CUtensorMap map;
+    cuuint64_t sizes[] = {(cuuint64_t)d, (cuuint64_t)heads, (cuuint64_t)rows, (cuuint64_t)B},
+        strides[] = {2 * (cuuint64_t)d, 2 * (cuuint64_t)ld, 2 * (cuuint64_t)step};
+    cuuint32_t boxes[] = {ATOM, 1, (cuuint32_t)box, 1}, each_one[] = {1, 1, 1, 1};
+    CUresult code = gpu.encode_map(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, (void *)at, sizes, strides, boxes,
+                                   each_one, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (code != CUDA_SUCCESS) cuda_check(cudaErrorInvalidValue, "a map of tiles", __LINE__);
+    return map;
+}
+
 template <int DH>
 static void attention_tiles(bf16 *out, float *stats, const bf16 *q, const bf16 *k, const bf16 *v, int ld, int B, int T,
                             int H, int G, int d, int first, cudaStream_t stream) {
-    enum { M = DH <= 64 ? 2 : 1, BYTES = 4 * TILE * (DH + 8) * (int)sizeof(bf16) };
-    allow_shared(attention_tile_kernel<DH, M>, BYTES);
-    LAUNCH((attention_tile_kernel<DH, M>), dim3((T - first + 64 * M - 1) / (64 * M), B * H), 128, BYTES, stream, out,
-           (float2 *)stats, q, k, v, ld, T, H, G, d, first, 1.44269504f / sqrtf((float)d));
+    typedef ForwardShared<DH> Shared;
+    int64_t rows = T - first, all = (int64_t)T * ld;
+    CUtensorMap q_map = tile_map(q, d, H, rows, ld, rows * ld, B, Shared::ROWS),
+        k_map = tile_map(k, d, G, T, ld, all, B, KEYS), v_map = tile_map(v, d, G, T, ld, all, B, KEYS);
+    allow_shared(attention_tile_kernel<DH>, sizeof(Shared));
+    LAUNCH(attention_tile_kernel<DH>, dim3((unsigned)(rows + Shared::ROWS - 1) / Shared::ROWS, B * H),
+           GROUP * (Shared::GROUPS + 1), sizeof(Shared), stream, q_map, k_map, v_map, out, (float2 *)stats, T, H, G, d,
+           first, 1.44269504f / sqrtf((float)d));
 }
 static void attention_tiles(bf16 *out, float *stats, const bf16 *q, const bf16 *k, const bf16 *v, int ld, int B, int T,
                             int H, int G, int d, int first, cudaStream_t stream) {
-    if (d <= 16) attention_tiles<16>(out, stats, q, k, v, ld, B, T, H, G, d, first, stream);
-    else if (d <= 32) attention_tiles<32>(out, stats, q, k, v, ld, B, T, H, G, d, first, stream);
-    else if (d <= 64) attention_tiles<64>(out, stats, q, k, v, ld, B, T, H, G, d, first, stream);
+    if (d <= 64) attention_tiles<64>(out, stats, q, k, v, ld, B, T, H, G, d, first, stream);
     else attention_tiles<128>(out, stats, q, k, v, ld, B, T, H, G, d, first, stream);
 }
 static void attention_tiles(float *, float *, const float *, const float *, const float *, int, int, int, int, int, int,
                             int, cudaStream_t) {}
 
 template <int DH>
-static void attention_tiles_backward(bf16 *dq, bf16 *dk, bf16 *dv, float *delta, const bf16 *dout, const bf16 *out,
-                                     const float *stats, const bf16 *q, const bf16 *k, const bf16 *v, int ld, int B,
-                                     int T, int H, int G, int d, cudaStream_t stream) {
-    enum { M = DH <= 64 ? 2 : 1, WALK = 32, ROW = (DH + 8) * (int)sizeof(bf16), DQ = 2 * 64 * M * ROW,
-           DKV = (2 * 64 * M + 4 * WALK) * ROW + 6 * WALK * (int)sizeof(float) };
+static void attention_tiles_backward(bf16 *dq, bf16 *dk, bf16 *dv, const bf16 *dout, const bf16 *out, float2 *stats,
+                                     const bf16 *q, const bf16 *k, const bf16 *v, int ld, int B, int T, int H, int G,
+                                     int d, cudaStream_t stream) {
+    typedef BackwardShared<DH> Shared;
     float sigma = 1 / sqrtf((float)d), scale = 1.44269504f * sigma;
-    int blocks = (T + 64 * M - 1) / (64 * M);
-    allow_shared(attention_dq_kernel<DH, M, WALK>, DQ);
-    allow_shared(attention_dkv_kernel<DH, M, WALK>, DKV);
-    LAUNCH(attention_delta_kernel, (unsigned)(((int64_t)B * T * H + 3) / 4), 128, 0, stream, delta, dout, out, B, T, H,
+    int64_t all = (int64_t)T * ld, D = (int64_t)H * d;
+    CUtensorMap maps[2][4]; // q, dout, k, v: those that stay by 128 rows, those that walk by fewer
+    for (int own = 0; own < 2; own++) {
+        int rows = own ? 128 : Shared::WALK, keys = own ? Shared::WALK : 128;
+        maps[own][0] = tile_map(q, d, H, T, ld, all, B, rows);
+        maps[own][1] = tile_map(dout, d, H, T, D, T * D, B, rows);
+        maps[own][2] = tile_map(k, d, G, T, ld, all, B, keys);
+        maps[own][3] = tile_map(v, d, G, T, ld, all, B, keys);
+    }
+    allow_shared(attention_dq_kernel<DH>, sizeof(Shared));
+    allow_shared(attention_dkv_kernel<DH>, sizeof(Shared));
+    LAUNCH(attention_delta_kernel, (unsigned)(((int64_t)B * T * H + 31) / 32), 256, 0, stream, stats, dout, out, B, T, H,
            d);
-    LAUNCH((attention_dq_kernel<DH, M, WALK>), dim3(blocks, B * H), 128, DQ, stream, dq, dout, (const float2 *)stats,
-           delta, q, k, v, ld, T, H, G, d, scale, sigma);
-    LAUNCH((attention_dkv_kernel<DH, M, WALK>), dim3(blocks, B * G), 128, DKV, stream, dk, dv, dout,
-           (const float2 *)stats, delta, q, k, v, ld, T, H, G, d, scale, sigma);
+    LAUNCH(attention_dq_kernel<DH>, dim3((T + 127) / 128, B * H), 3 * GROUP, sizeof(Shared), stream, maps[1][0],
+           maps[1][1], maps[1][2], maps[1][3], dq, stats, ld, T, H, G, d, scale, sigma);
+    LAUNCH(attention_dkv_kernel<DH>, dim3((T + 127) / 128, B * G), 3 * GROUP, sizeof(Shared), stream, maps[0][0],
+           maps[0][1], maps[0][2], maps[0][3], dk, dv, stats, ld, T, H, G, d, scale, sigma);
 }
-static void attention_tiles_backward(bf16 *dq, bf16 *dk, bf16 *dv, float *delta, const bf16 *dout, const bf16 *out,
-                                     const float *stats, const bf16 *q, const bf16 *k, const bf16 *v, int ld, int B,
-                                     int T, int H, int G, int d, cudaStream_t stream) {
-    if (d <= 16) attention_tiles_backward<16>(dq, dk, dv, delta, dout, out, stats, q, k, v, ld, B, T, H, G, d, stream);
-    else if (d <= 32) attention_tiles_backward<32>(dq, dk, dv, delta, dout, out, stats, q, k, v, ld, B, T, H, G, d,
-                                                   stream);
-    else if (d <= 64) attention_tiles_backward<64>(dq, dk, dv, delta, dout, out, stats, q, k, v, ld, B, T, H, G, d,
-                                                   stream);
-    else attention_tiles_backward<128>(dq, dk, dv, delta, dout, out, stats, q, k, v, ld, B, T, H, G, d, stream);
+static void attention_tiles_backward(bf16 *dq, bf16 *dk, bf16 *dv, const bf16 *dout, const bf16 *out, float *stats,
+                                     const bf16 *q, const bf16 *k, const bf16 *v, int ld, int B, int T, int H, int G,
+                                     int d, cudaStream_t stream) {
+    if (d <= 64) attention_tiles_backward<64>(dq, dk, dv, dout, out, (float2 *)stats, q, k, v, ld, B, T, H, G, d, stream);
+    else attention_tiles_backward<128>(dq, dk, dv, dout, out, (float2 *)stats, q, k, v, ld, B, T, H, G, d, stream);
 }
-static void attention_tiles_backward(float *, float *, float *, float *, const float *, const float *, const float *,
-                                     const float *, const float *, const float *, int, int, int, int, int, int,
-                                     cudaStream_t) {}
+static void attention_tiles_backward(float *, float *, float *, const float *, const float *, float *, const float *,
+                                     const float *, const float *, int, int, int, int, int, int, cudaStream_t) {}
 
 // ----------------------------------------------------------------------------
 // attention in panels: float32, and whatever the tiles do not take
@@ -1222,7 +1395,7 @@ static void attention_backward_gpu(X *dq, X *dk, X *dv, float *scratch, const X 
                                    const X *q, const X *k, const X *v, int ld, int B, int T, int H, int G, int d, int P,
                                    cudaStream_t stream) {
     if (in_tiles(q, k, v, ld, d)) {
-        attention_tiles_backward(dq, dk, dv, scratch, dout, out, stats, q, k, v, ld, B, T, H, G, d, stream);
+        attention_tiles_backward(dq, dk, dv, dout, out, stats, q, k, v, ld, B, T, H, G, d, stream);
         return;
     }
     Heads heads = heads_of(B, T, H, G);
