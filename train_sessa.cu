@@ -48,14 +48,14 @@ typedef struct {
 enum { WORKSPACE = 32 << 20, N_PRODUCTS = 1 << 13 };
 static struct {
     Precision precision;
-    int ready, hopper; // hopper: bf16 has kernels of its own for this GPU
+    int ready, hopper, processors; // hopper: bf16 has kernels of its own for this GPU
     CUresult (*encode_map)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
                            const cuuint64_t *, const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave,
                            CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
     cudaStream_t stream;
     cublasLtHandle_t lt;
     char *workspace; // for cuBLASLt and for sums over rows, one at a time in the order of the stream
-} gpu = {BF16, 0, 0, NULL, NULL, NULL, NULL};
+} gpu = {BF16, 0, 0, 0, NULL, NULL, NULL, NULL};
 static Product products[N_PRODUCTS]; // each at its key's hash, until another takes its place
 
 // What fails here is a broken machine or a broken program: one line, exit code 1.
@@ -105,6 +105,7 @@ static int gpu_open(char *error) {
     cudaDriverEntryPointQueryResult found;
     int major = 0;
     CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
+    CUDA(cudaDeviceGetAttribute(&gpu.processors, cudaDevAttrMultiProcessorCount, 0));
     CUDA(cudaFuncGetAttributes(&built, built_for_hopper_kernel));
     CUDA(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)&gpu.encode_map, 12000, cudaEnableDefault,
                                           &found));
@@ -804,7 +805,7 @@ template <int LATER> __device__ inline void products_wait() { // for all but the
     asm volatile("wgmma.wait_group.sync.aligned %0;" : : "n"(LATER) : "memory");
 }
 // c (64,N) = a (64,16) · b (16,N) + (keep ? c : 0). A thread holds of c the rows r = 16 warp + lane/4 and r + 8, columns
-// 2(lane%4) and the next of each 8. b_columns: b's tile holds 16 rows of N numbers, else N rows of 16.
+// 2(lane%4) and the next of each 8. B_COLUMNS: b's tile holds 16 rows of N numbers, else N rows of 16; a likewise.
 #define C4(c, n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
 #define C32(c, n) C4(c, n), C4(c, n + 1), C4(c, n + 2), C4(c, n + 3), C4(c, n + 4), C4(c, n + 5), C4(c, n + 6), \
                   C4(c, n + 7)
@@ -812,16 +813,16 @@ template <int LATER> __device__ inline void products_wait() { // for all but the
                "%27,%28,%29,%30,%31"
 #define REGS_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55," \
                 "%56,%57,%58,%59,%60,%61,%62,%63"
-template <int N, int B_COLUMNS>
+template <int N, int A_COLUMNS, int B_COLUMNS>
 __device__ inline void tensor_product(float (&c)[N / 8][4], uint64_t a, uint64_t b, int keep) {
     if constexpr (N == 64)
         asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-                     "{" REGS_0 "}, %32, %33, p, 1, 1, 0, %35;\n}"
-                     : C32(c, 0) : "l"(a), "l"(b), "r"(keep), "n"(B_COLUMNS));
+                     "{" REGS_0 "}, %32, %33, p, 1, 1, %35, %36;\n}"
+                     : C32(c, 0) : "l"(a), "l"(b), "r"(keep), "n"(A_COLUMNS), "n"(B_COLUMNS));
     else
         asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-                     "{" REGS_0 REGS_32 "}, %64, %65, p, 1, 1, 0, %67;\n}"
-                     : C32(c, 0), C32(c, 8) : "l"(a), "l"(b), "r"(keep), "n"(B_COLUMNS));
+                     "{" REGS_0 REGS_32 "}, %64, %65, p, 1, 1, %67, %68;\n}"
+                     : C32(c, 0), C32(c, 8) : "l"(a), "l"(b), "r"(keep), "n"(A_COLUMNS), "n"(B_COLUMNS));
 }
 // The same with a in registers, rows and columns as in c
 template <int N, int B_COLUMNS>
@@ -837,12 +838,31 @@ __device__ inline void tensor_product(float (&c)[N / 8][4], const uint32_t (&a)[
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep), "n"(B_COLUMNS));
 }
 
+// A kernel with more than 48 KiB of shared memory says so, and that the L1 cache may have what is left.
+template <typename K> static void allow_shared(K *kernel, int bytes) {
+    CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
+}
+
+// Tiles of `box` rows of a matrix (B,rows,ld) of bf16 with `heads` parts of d columns; what lies past its edges is 0.
+static CUtensorMap tile_map(const bf16 *at, int d, int heads, int64_t rows, int64_t ld, int64_t step, int B, int box) {
+    CUtensorMap map;
+    cuuint64_t sizes[] = {(cuuint64_t)d, (cuuint64_t)heads, (cuuint64_t)rows, (cuuint64_t)B},
+        strides[] = {2 * (cuuint64_t)d, 2 * (cuuint64_t)ld, 2 * (cuuint64_t)step};
+    cuuint32_t boxes[] = {ATOM, 1, (cuuint32_t)box, 1}, each_one[] = {1, 1, 1, 1};
+    CUresult code = gpu.encode_map(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, (void *)at, sizes, strides, boxes,
+                                   each_one, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (code != CUDA_SUCCESS) cuda_check(cudaErrorInvalidValue, "a map of tiles", __LINE__);
+    return map;
+}
+
 // c (64,N) = a (64,DH) · b (N,DH)^T: rows of a and b in tiles a_next and b_next numbers apart
 template <int DH, int N>
 __device__ inline void product_transposed(float (&c)[N / 8][4], const bf16 *a, int a_next, const bf16 *b, int b_next) {
 #pragma unroll
     for (int k = 0; k < DH / 16; k++)
-        tensor_product<N, 0>(c, operand(a + k / 4 * a_next + k % 4 * 16), operand(b + k / 4 * b_next + k % 4 * 16), k > 0);
+        tensor_product<N, 0, 0>(c, operand(a + k / 4 * a_next + k % 4 * 16), operand(b + k / 4 * b_next + k % 4 * 16), k > 0);
 }
 // c (64,N) += a (64,K) · b (K,N), a in registers
 template <int N, int K>
@@ -889,6 +909,168 @@ __device__ static inline void group_barrier(int group) { // of the 128 threads o
 }
 
 // ----------------------------------------------------------------------------
+// a product whose result goes through a function of its own on the way to memory: f.run<V>(b, p, r, i, v) is given the
+// V sums v of row r, columns i .. i+V-1, of item p of sequence b, and writes what it makes of them.
+
+// Numbers that a product reads: row r, column i of item p of sequence b is
+// at[b·step + (row + p·row_along + r)·ld + (col + p·col_along) % wrap + i]; rows and cols are those of the whole.
+template <typename X> struct Part {
+    const X *at;
+    int64_t ld, step;
+    int rows, cols, row, col, row_along, col_along, wrap;
+};
+template <typename X>
+static Part<X> part_of(const X *at, int64_t ld, int64_t step, int rows, int cols, int row = 0, int col = 0) {
+    return {at, ld, step, rows, cols, row, col, 0, 0, INT_MAX};
+}
+// What is known to be 0, counted from the item's first row: A above the diagonal, A (transposed) below it, B above it;
+// OUT: nobody wants the result above its diagonal. Rows stand `shift` columns to the right of that.
+template <typename F> constexpr int sums_rows = 0; // 1: f wants a maximum and a sum of each tile's rows besides
+enum Triangle { FULL, A_LOWER, A_UPPER, B_LOWER, OUT_LOWER };
+
+template <int BN> struct ProductShared {
+    enum { STAGES = 3, PITCH = BN + 8 };
+    union {
+        struct { bf16 a[STAGES][2][ATOM][ATOM], b[STAGES][BN / ATOM][ATOM][ATOM]; };
+        float sums[128][PITCH];
+    };
+    uint64_t full[STAGES], free[STAGES];
+};
+struct PartPlace { int row, col, row_along, col_along, wrap; };
+
+// A block takes 128 rows and BN columns of one item, its first and second four warps 64 rows each; the ninth warp has
+// the operands copied, 64 of K at a time, three steps ahead. Two blocks share a multiprocessor: one multiplies while the
+// other writes. Then the sums go through shared memory, and a thread has 8 neighbours of a row at a time.
+template <int BN, int A_COLUMNS, int B_COLUMNS, int SHAPE, typename F>
+__global__ void __launch_bounds__(2 * GROUP + 32, 2)
+product_tiles_kernel(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map, PartPlace a,
+                     PartPlace b, F f, int M, int N, int K, int shift, int items) {
+#ifdef HOPPER
+    typedef ProductShared<BN> Shared;
+    enum { STAGES = Shared::STAGES };
+    extern __shared__ __align__(1024) unsigned char memory[];
+    Shared *s = (Shared *)memory;
+    int m0 = (int)(SHAPE == A_LOWER ? gridDim.y - 1 - blockIdx.y : blockIdx.y) * 128, n0 = (int)blockIdx.x * BN,
+        item = (int)blockIdx.z % items, sequence = (int)blockIdx.z / items;
+    if (SHAPE == OUT_LOWER && n0 >= shift + m0 + 128) return;
+    if constexpr (sums_rows<F>) if (!f.wanted(sequence, m0)) return;
+    int k0 = SHAPE == A_UPPER ? m0 : SHAPE == B_LOWER ? n0 : 0, k1 = SHAPE == A_LOWER ? min(K, shift + m0 + 128) : K,
+        steps = max(0, (k1 - k0 + ATOM - 1) / ATOM);
+    if (threadIdx.x == 0)
+        for (int i = 0; i < STAGES; i++) { barrier_init(&s->full[i], 1); barrier_init(&s->free[i], 2); }
+    barriers_ready();
+    if (threadIdx.x >= 2 * GROUP) {
+        if (threadIdx.x % 32) return;
+        int a_row = a.row + item * a.row_along, a_col = (a.col + item * a.col_along) % a.wrap,
+            b_row = b.row + item * b.row_along, b_col = (b.col + item * b.col_along) % b.wrap;
+        for (int i = 0; i < steps; i++) {
+            int slot = i % STAGES, k = k0 + i * ATOM;
+            if (i >= STAGES) barrier_wait(&s->free[slot], i / STAGES - 1);
+            barrier_expect(&s->full[slot], sizeof(s->a[0]) + sizeof(s->b[0]));
+            for (int j = 0; j < 2; j++)
+                copy_tile(s->a[slot][j][0], &a_map, a_col + (A_COLUMNS ? m0 + ATOM * j : k), 0,
+                          a_row + (A_COLUMNS ? k : m0 + ATOM * j), sequence, &s->full[slot]);
+            for (int j = 0; j < BN / ATOM; j++)
+                copy_tile(s->b[slot][j][0], &b_map, b_col + (B_COLUMNS ? n0 + ATOM * j : k), 0,
+                          b_row + (B_COLUMNS ? k : n0 + ATOM * j), sequence, &s->full[slot]);
+        }
+        return;
+    }
+    int group = threadIdx.x / GROUP, lane = threadIdx.x % 32, first = threadIdx.x / 32 * 16;
+    float sum[BN / 8][4];
+    for (int i = 0; i < steps; i++) {
+        int slot = i % STAGES;
+        barrier_wait(&s->full[slot], i / STAGES);
+        products_begin();
+#pragma unroll
+        for (int k = 0; k < ATOM / 16; k++)
+            tensor_product<BN, A_COLUMNS, B_COLUMNS>(
+                sum, operand(s->a[slot][group][A_COLUMNS ? k * 16 : 0] + (A_COLUMNS ? 0 : k * 16)),
+                operand(s->b[slot][0][B_COLUMNS ? k * 16 : 0] + (B_COLUMNS ? 0 : k * 16), ATOM * ATOM * 2),
+                i > 0 || k > 0);
+        products_commit();
+        products_wait<1>();
+        if (i && threadIdx.x % GROUP == 0) barrier_arrive(&s->free[(i - 1) % STAGES]);
+    }
+    products_wait<0>();
+    asm volatile("bar.sync 1, 256;" : : : "memory"); // nobody reads operands any more
+#pragma unroll
+    for (int n = 0; n < BN / 8; n++)
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+            *(float2 *)&s->sums[first + half * 8 + lane / 4][n * 8 + lane % 4 * 2] =
+                steps ? make_float2(sum[n][2 * half], sum[n][2 * half + 1]) : make_float2(0, 0);
+    __syncwarp();
+    for (int p = lane; p < 16 * BN / 8; p += 32) {
+        int r = m0 + first + p / (BN / 8), i = n0 + p % (BN / 8) * 8;
+        float v[8];
+        read_some<8>(v, &s->sums[r - m0][i - n0]);
+        if constexpr (sums_rows<F>) {
+            float2 row = r < M && i < N ? f.run_some(sequence, r, i, v) : make_float2(-INFINITY, 0);
+            for (int other = BN / 16; other; other /= 2) {
+                row.x = fmaxf(row.x, __shfl_xor_sync(~0u, row.x, other));
+                row.y += __shfl_xor_sync(~0u, row.y, other);
+            }
+            if (lane % (BN / 8) == 0 && r < M) f.row(sequence, r, n0 / BN, row);
+        } else if (r < M && i < N) f.template run<8>(sequence, item, r, i, v);
+    }
+#endif
+}
+// What follows cuBLASLt's product (B,M,N) where there are no tiles; NULL: a product over nothing. A thread takes V sums.
+template <int V, typename F> __global__ void product_passed_on_kernel(F f, const float *product, int item, int B, int M,
+                                                                      int N) {
+    int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
+    if (at >= (int64_t)B * M * N) return;
+    float v[V] = {};
+    if (product) read_some<V>(v, product + at);
+    f.template run<V>((int)(at / N / M), item, (int)(at / N % M), (int)(at % N), v);
+}
+
+template <int A_COLUMNS, int B_COLUMNS, int SHAPE, int BN, typename F>
+static void product_tiles(F f, Part<bf16> a, Part<bf16> b, int M, int N, int K, int shift, int items, int B,
+                          cudaStream_t stream) {
+    typedef ProductShared<BN> Shared;
+    CUtensorMap a_map = tile_map(a.at, a.cols, 1, a.rows, a.ld, a.step, B, ATOM),
+        b_map = tile_map(b.at, b.cols, 1, b.rows, b.ld, b.step, B, ATOM);
+    PartPlace a_place = {a.row, a.col, a.row_along, a.col_along, a.wrap},
+        b_place = {b.row, b.col, b.row_along, b.col_along, b.wrap};
+    allow_shared(product_tiles_kernel<BN, A_COLUMNS, B_COLUMNS, SHAPE, F>, sizeof(Shared));
+    LAUNCH((product_tiles_kernel<BN, A_COLUMNS, B_COLUMNS, SHAPE, F>), dim3((N + BN - 1) / BN, (M + 127) / 128,
+           B * items), 2 * GROUP + 32, sizeof(Shared), stream, a_map, b_map, a_place, b_place, f, M, N, K, shift, items);
+}
+// What all products of a layer have in common. scratch: (B,M,N), NULL: there are tiles.
+typedef struct { int B, in_eights; float *scratch; cudaStream_t stream; } ProductWay;
+// f of A·B: A (M,K), or with A_COLUMNS its transpose (K,M); B (N,K) transposed, or with B_COLUMNS (K,N) as it is; for
+// each of the items of all sequences.
+template <int A_COLUMNS, int B_COLUMNS, int SHAPE, typename F, typename X>
+static void product_gpu(F f, Part<X> a, Part<X> b, int M, int N, int K, int shift, int items, ProductWay way) {
+    int B = way.B;
+    float *scratch = way.scratch;
+    cudaStream_t stream = way.stream;
+    if (M <= 0) return;
+    if constexpr (sizeof(X) == sizeof(bf16))
+        if (!scratch) {
+            int few = (int64_t)((M + 127) / 128) * ((N + 127) / 128) * B * items <= 80;
+            if (few) product_tiles<A_COLUMNS, B_COLUMNS, SHAPE, 64>(f, a, b, M, N, K, shift, items, B, stream);
+            else product_tiles<A_COLUMNS, B_COLUMNS, SHAPE, 128>(f, a, b, M, N, K, shift, items, B, stream);
+            return;
+        }
+    for (int p = 0; p < items; p++) {
+        MatrixGPU<X> left = rows_of_gpu(a.at + (a.row + p * a.row_along) * a.ld + (a.col + p * a.col_along) % a.wrap, a.ld,
+                                        a.step),
+            right = rows_of_gpu(b.at + (b.row + p * b.row_along) * b.ld + (b.col + p * b.col_along) % b.wrap, b.ld,
+                                b.step);
+        if (K > 0) matmul_gpu(into(scratch, N, (int64_t)M * N), A_COLUMNS ? transpose_gpu(left) : left,
+                              B_COLUMNS ? right : transpose_gpu(right), M, N, K, 1, 0, B, stream);
+        int V = N % 8 || !way.in_eights ? 1 : 8;
+        unsigned blocks = (unsigned)(((int64_t)B * M * N / V + 255) / 256);
+        const float *product = K > 0 ? scratch : NULL;
+        if (V == 8) LAUNCH((product_passed_on_kernel<8, F>), blocks, 256, 0, stream, f, product, p, B, M, N);
+        else LAUNCH((product_passed_on_kernel<1, F>), blocks, 256, 0, stream, f, product, p, B, M, N);
+    }
+}
+
+// ----------------------------------------------------------------------------
 // attention in tiles: bf16 with heads of up to 128 columns. Weights never leave the registers; the backward pass
 // computes them again from the row's log-sum-exp, once for dq and once for dk and dv, so that each sum has one owner.
 //
@@ -921,7 +1103,7 @@ attention_tile_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_co
     }
     barriers_ready();
     if (group == GROUPS) {
-        KEEP_REGISTERS("dec", 24);
+        KEEP_REGISTERS("dec", DH == 64 ? 32 : 40);
         if (threadIdx.x % GROUP) return;
         barrier_expect(&s->q_full, sizeof(s->q));
         for (int c = 0; c < DH / ATOM; c++) copy_tile(s->q[c][0], &q_map, c * ATOM, h, r0, b, &s->q_full);
@@ -936,7 +1118,7 @@ attention_tile_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_co
         }
         return;
     }
-    KEEP_REGISTERS("inc", DH == 64 ? 160 : 240);
+    KEEP_REGISTERS("inc", DH == 64 ? 160 : 232);
     int lane = threadIdx.x % 32, group_row = r0 + 64 * group, row = group_row + threadIdx.x % GROUP / 32 * 16 + lane / 4,
         seen = (min(first + group_row + 64, T) + KEYS - 1) / KEYS; // tiles that the group's rows see
     float sum[DH / 8][4], max[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0}, shrink[2];
@@ -1069,7 +1251,7 @@ attention_dq_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_cons
     }
     barriers_ready();
     if (group == 2) {
-        KEEP_REGISTERS("dec", 24);
+        KEEP_REGISTERS("dec", 40);
         if (threadIdx.x % GROUP) return;
         barrier_expect(&s->own_full, sizeof(s->own));
         for (int c = 0; c < DH / ATOM; c++) {
@@ -1087,7 +1269,7 @@ attention_dq_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_cons
         }
         return;
     }
-    KEEP_REGISTERS("inc", 240);
+    KEEP_REGISTERS("inc", 232);
     int lane = threadIdx.x % 32, group_row = r0 + 64 * group, row = group_row + threadIdx.x % GROUP / 32 * 16 + lane / 4;
     float sum[DH / 8][4];
     uint32_t dlogits[WALK / 16][4];
@@ -1150,7 +1332,7 @@ attention_dkv_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_con
     }
     barriers_ready();
     if (group == 2) {
-        KEEP_REGISTERS("dec", 24);
+        KEEP_REGISTERS("dec", 40);
         int lane = threadIdx.x % GROUP;
         if (lane >= 32) return;
         if (lane == 0) {
@@ -1176,7 +1358,7 @@ attention_dkv_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_con
         }
         return;
     }
-    KEEP_REGISTERS("inc", 240);
+    KEEP_REGISTERS("inc", 232);
     int lane = threadIdx.x % 32, key = j0 + 64 * group + threadIdx.x % GROUP / 32 * 16 + lane / 4;
     float k_sum[DH / 8][4], v_sum[DH / 8][4];
     uint32_t weights[WALK / 16][4];
@@ -1233,24 +1415,6 @@ static int in_tiles(const bf16 *q, const bf16 *k, const bf16 *v, int ld, int d) 
     return gpu.hopper && d <= 128 && wide({d, ld}, {q, k, v});
 }
 static int in_tiles(const float *, const float *, const float *, int, int) { return 0; }
-
-// A kernel with more than 48 KiB of shared memory says so.
-template <typename K> static void allow_shared(K *kernel, int bytes) {
-    CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-}
-
-// Tiles of `box` rows of a matrix (B,rows,ld) of bf16 with `heads` parts of d columns; what lies past its edges is 0.
-static CUtensorMap tile_map(const bf16 *at, int d, int heads, int64_t rows, int64_t ld, int64_t step, int B, int box) {
-    CUtensorMap map;
-    cuuint64_t sizes[] = {(cuuint64_t)d, (cuuint64_t)heads, (cuuint64_t)rows, (cuuint64_t)B},
-        strides[] = {2 * (cuuint64_t)d, 2 * (cuuint64_t)ld, 2 * (cuuint64_t)step};
-    cuuint32_t boxes[] = {ATOM, 1, (cuuint32_t)box, 1}, each_one[] = {1, 1, 1, 1};
-    CUresult code = gpu.encode_map(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, (void *)at, sizes, strides, boxes,
-                                   each_one, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (code != CUDA_SUCCESS) cuda_check(cudaErrorInvalidValue, "a map of tiles", __LINE__);
-    return map;
-}
 
 template <int DH>
 static void attention_tiles(bf16 *out, float *stats, const bf16 *q, const bf16 *k, const bf16 *v, int ld, int B, int T,
@@ -1322,7 +1486,7 @@ static int attention_panel(int P, int batch, int T) {
 }
 static int64_t attention_scratch(int tiles, int B, int T, int H, int G, int P) { // numbers
     Heads heads = heads_of(B, T, H, G);
-    return tiles ? (int64_t)B * H * T : 2 * (int64_t)heads.batch * attention_panel(P, heads.batch, T) * round_up(T, 64);
+    return tiles ? 0 : 2 * (int64_t)heads.batch * attention_panel(P, heads.batch, T) * round_up(T, 64);
 }
 
 template <typename X>
@@ -1476,226 +1640,252 @@ static void gain_backward_gpu(X *dx, float *dweight, float *dbias, float *dgamma
 // rows, whose inverses M = (I - A_II)^-1 turn the row by row step into products. α = e/z is never formed: γ/z is a
 // float32 scale of rows, for in bf16 a γα of 0.999 would be 1. For a block I
 //     g = f + (γ/z) ⊙ (e_{I,<} s_<),   s = M g,   then one refinement: r = g + (γ/z) ⊙ (e_II s) - s,   s += M r
-// so that what rounding does to M and g costs nothing but a smaller step towards the same s.
+// so that what rounding does to M and g costs nothing but a smaller step towards the same s. Kept besides s:
+// c = (e s)/z, for the backward pass' δ_t = λ_t·c_t.
+//
+// With tiles, bf16 on Hopper, each line above is one product that ends in the functions below, and e comes out of the
+// logits' product: e = exp(logit - m) needs no exact maximum, only one within the numbers' range, so m is 0 unless a
+// row's maximum is beyond e^±40; those rows are done again. Without, products are cuBLASLt's, and m is the maximum.
 
-enum { SEED = 64, BLOCK = 2 * SEED };
+enum { SEED = 64, BLOCK = 2 * SEED, REACH = 2048 };
 
-// What scratch holds: where each part begins, in floats, and its shape. T ≤ 2048 is one panel; e has 256 MiB at most.
+// What scratch holds: where each part begins, in floats, and its shape. Without tiles T ≤ 2048 is one panel and e has
+// 256 MiB at most; with them, 512. A panel's rows take what is before it REACH rows at a time.
 typedef struct {
-    int R, P;        // heights of panels and of blocks
-    int64_t ld, ld_m; // of e, of M
-    int64_t e;       // (B,R,ld) logits, then e
-    int64_t second;  // (B,R,ld) their gradient; before, (B,P,D) e_II s or λ, or what merges need
-    int64_t inverse; // (B,R,ld_m) X, the blocks of M on its diagonal
-    int64_t rhs;     // (B,T,D) g; backward λ's right-hand side h
-    int64_t block;   // (B,P,D) X, what M multiplies
-    int64_t dk;      // (B,T,D) dk' while several panels add to it
+    int tiles, march, R, P; // R, P: heights of panels and of blocks; march: all in one kernel
+    int64_t ld, lx;   // from row to row of e: in floats before the softmax (without tiles), in X
+    int64_t e;        // (B,R,ld)
+    int64_t inverse;  // (B,R,P) X, the blocks of M on its diagonal
+    int64_t rhs;      // (B,T,D) the sum e_{I,<} s_<; backward λ's right-hand side h
+    int64_t block;    // (B,P,D) X, what M multiplies
+    int64_t lambda;   // (B,P,D)
+    int64_t merge;    // (B,R/2P,P/2,P/2) X
+    int64_t dk;       // (B,T,D) dk' while several panels add to it
+    int64_t partial;  // tiles: (B,T/128,R) maxima and sums of the tiles' rows, and which 128 rows to do again
+    int64_t product;  // no tiles: (B,P,ld or D), a product before it is passed on
     int64_t total;
 } Panels;
-template <typename X> static Panels feedback_panels(int B, int T, int D, int P) {
+template <typename X> static Panels feedback_panels(int B, int T, int D, int P, int in_eights = 1) {
     Panels p;
+    p.tiles = gpu.hopper && sizeof(X) == 2 && D % 8 == 0 && in_eights && P % 8 == 0;
     p.ld = round_up(T, 64);
-    p.P = P > 0 || T <= BLOCK ? BLOCK : T <= 512 ? 2 * BLOCK : T <= 2048 ? 4 * BLOCK : 8 * BLOCK; // measured
-    p.R = P > 0 ? min_int(P, BLOCK) : 2048;
-    while (P <= 0 && p.R > p.P && (int64_t)B * p.R * p.ld > 1 << 26) p.R /= 2;
-    int64_t x = sizeof(X), rows = min_int(p.R, T), block_rows = min_int(p.P, T), second = rows * p.ld;
-    p.ld_m = round_up(rows, 64);
-    if (block_rows * D > second) second = block_rows * D;
-    for (int64_t h = BLOCK; h < p.P; h *= 2) {
-        int64_t merges = (rows + 2 * h - 1) / (2 * h) * h * h * 2;
-        if (merges > second) second = merges;
-    }
-    int64_t sizes[] = {rows * p.ld, second, rows * p.ld_m * x / 4, (int64_t)T * D, block_rows * D * x / 4,
-                       p.R < T ? (int64_t)T * D : 0};
-    int64_t *places[] = {&p.e, &p.second, &p.inverse, &p.rhs, &p.block, &p.dk};
+    p.lx = p.tiles ? p.ld : p.ld * (int64_t)(sizeof(float) / sizeof(X));
+    p.march = p.tiles && P <= 0 && T <= REACH && (int64_t)B * ((D + 63) / 64) >= 96;
+    p.P = P > 0 || T <= BLOCK || p.march ? BLOCK : T <= 512 ? 2 * BLOCK : T <= 2048 ? 4 * BLOCK : 8 * BLOCK; // measured
+    int kept = 11 * D / p.P * p.P; // rows of e that take what a layer keeps
+    p.R = P > 0 ? min_int(P, BLOCK) : !p.tiles || kept < REACH ? REACH : kept;
+    p.R = min_int(p.R, (int)round_up(T, p.P));
+    while (P <= 0 && p.R > p.P && (int64_t)B * p.R * p.ld > (p.tiles ? 1 << 28 : 1 << 26))
+        p.R = (int)round_up(p.R / 2, p.P);
+    int64_t x = sizeof(X), rows = min_int(p.R, T), block = min_int(p.P, T), wide_ = p.ld > D ? p.ld : D,
+        all = (int64_t)T * D, tiles = (T + BLOCK - 1) / BLOCK;
+    int64_t sizes[] = {p.tiles ? rows * p.ld / 2 : rows * p.ld, rows * p.P * x / 4, all, block * D * x / 4, block * D,
+                       round_up(rows, 2 * p.P) * p.P / 4 * x / 4, p.R < T ? all : 0,
+                       p.tiles ? (2 * tiles + 1) * rows : 0, p.tiles ? 0 : block * wide_};
+    int64_t *places[] = {&p.e, &p.inverse, &p.rhs, &p.block, &p.lambda, &p.merge, &p.dk, &p.partial, &p.product};
     p.total = 0;
-    for (int i = 0; i < 6; i++) {
+    for (int i = 0; i < 9; i++) {
         *places[i] = p.total;
         p.total += round_up(B * sizes[i] + 1, 64);
     }
     return p;
 }
 
-// Blocks of up to 128 rows of M, in float32. A thread block takes one: its first 128 threads a column of one of the two
-// 64×64 halves on the diagonal each, by substitution, 4 rows at a time; then all take 4×4 numbers of M21 = M2 A21 M1
-// each. A[part][c][r] is entry (r, c): the columns of A11, A22, A21.
-enum { SEED_LD = SEED + 4 };
-typedef const float (*SeedRows)[SEED_LD];
-__device__ static inline void multiply_seeds(float sum[4][4], SeedRows a, SeedRows b) { // a: its columns
-    int row = threadIdx.x / 16 * 4, col = threadIdx.x % 16;
-#pragma unroll 8
-    for (int k = 0; k < SEED; k++) {
-        float4 left = *(const float4 *)&a[k][row];
-        for (int j = 0; j < 4; j++) {
-            float right = b[k][col + 16 * j];
-            sum[0][j] += left.x * right;
-            sum[1][j] += left.y * right;
-            sum[2][j] += left.z * right;
-            sum[3][j] += left.w * right;
+// e of the logits v, a row's maximum and sum, and from these m and 1/z. `again`: only rows that need another m.
+struct LogitExp {
+    bf16 *e;
+    const float2 *stats;  // NULL: m is 0
+    const int *flags;     // NULL: all rows
+    float2 *partial;
+    int64_t ld, e_step, stats_step;
+    float scale;          // in units of log2
+    int r0, R, tiles, blocks;
+    __device__ int wanted(int b, int m0) const { return !flags || flags[b * blocks + m0 / BLOCK]; }
+    __device__ float2 run_some(int b, int r, int i, float v[8]) const {
+        float m = stats ? stats[b * stats_step + r].x : 0, top = -INFINITY, sum = 0;
+        for (int c = 0; c < 8; c++) {
+            float logit = v[c] * scale;
+            int seen = i + c < r0 + r;
+            top = seen ? fmaxf(top, logit) : top;
+            v[c] = seen ? get(to<bf16>(exp2_fast(logit - m))) : 0;
+            sum += v[c];
         }
+        write_some<8>(e + b * e_step + r * ld + i, v);
+        return {top, sum};
+    }
+    __device__ void row(int b, int r, int tile, float2 sums) const {
+        if (partial) partial[((int64_t)b * tiles + tile) * R + r] = sums;
+    }
+};
+template <> constexpr int sums_rows<LogitExp> = 1;
+// A thread takes a row, in the order of its tiles.
+__global__ static void feedback_stats_kernel(float2 *stats, int64_t stats_step, const float2 *partial, int *flags,
+                                             int again, int r0, int n, int R, int tiles) {
+    int r = blockIdx.x * BLOCK + threadIdx.x, far = 0, *flag = flags + blockIdx.y * gridDim.x + blockIdx.x;
+    if (again && !*flag) return;
+    if (r < n) {
+        float top = -INFINITY, z = 0;
+        partial += (int64_t)blockIdx.y * tiles * R + r;
+        stats += blockIdx.y * stats_step + r;
+#pragma unroll 4
+        for (int tile = 0; tile * BLOCK < r0 + r; tile++) {
+            float2 sums = partial[(int64_t)tile * R];
+            top = fmaxf(top, sums.x);
+            z += sums.y;
+        }
+        far = !again && r0 + r > 0 && fabsf(top) > 58;
+        *stats = make_float2(again ? stats->x : far ? top : 0, z > 0 ? 1 / z : z); // NaN stays NaN
+    }
+    far = __syncthreads_or(far);
+    if (!again && threadIdx.x == 0) *flag = far;
+}
+
+// Blocks of up to 128 rows of M, in float32; a thread block takes one. A warp takes 16 rows, a lane a column of their
+// inverse by substitution; then neighbours of h rows merge, M21 = M2 (A21 M1), a thread h/16 rows and 4 columns.
+enum { SEED_LD = BLOCK + 4 };
+typedef float SeedRows[SEED_LD];
+template <int H> __device__ inline void multiply_seeds(float sum[H / 16][4], const SeedRows *a, const SeedRows *b) {
+#pragma unroll 4
+    for (int k = 0; k < H; k += 4) { // a: the thread's first row, b: its columns
+        float left[H / 16][4], right[4][4];
+        for (int r = 0; r < H / 16; r++) read_some<4>(left[r], &a[r][k]);
+        for (int i = 0; i < 4; i++) read_some<4>(right[i], &b[k + i][0]);
+        for (int r = 0; r < H / 16; r++)
+            for (int i = 0; i < 4; i++)
+                for (int c = 0; c < 4; c++) sum[r][c] += left[r][i] * right[i][c];
     }
 }
+template <int H> __device__ inline void merge_seeds(SeedRows *A, SeedRows *M) {
+    int at = threadIdx.x / (4 * H) * 2 * H, row = at + H + threadIdx.x % (4 * H) / (H / 4) * (H / 16),
+        col = at + threadIdx.x % (H / 4) * 4;
+    float left[H / 16][4] = {}, below[H / 16][4] = {};
+    multiply_seeds<H>(left, (const SeedRows *)&A[row][at], (const SeedRows *)&M[at][col]);
+    __syncthreads();
+    for (int r = 0; r < H / 16; r++) write_some<4>(&A[row + r][col], left[r]);
+    __syncthreads();
+    multiply_seeds<H>(below, (const SeedRows *)&M[row][at + H], (const SeedRows *)&A[at + H][col]);
+    for (int r = 0; r < H / 16; r++) write_some<4>(&M[row + r][col], below[r]);
+    __syncthreads();
+}
+// e from the panel's own columns on; zeros to the right of a block as far as `zeros` columns of its block of P.
 template <typename X>
 __global__ void __launch_bounds__(256)
-inverse_seed_kernel(X *M, int64_t ld_m, int64_t step_m, const X *e, int64_t ld_e, int64_t step_e, RowScale scale,
-                    int n, int P) {
+inverse_seed_kernel(X *M_out, int P, int64_t step_m, const X *e, int64_t ld_e, int64_t step_e, RowScale scale, int n,
+                    int zeros) {
     extern __shared__ float4 seeds[];
-    float (*A)[SEED][SEED_LD] = (float (*)[SEED][SEED_LD])seeds, (*I)[SEED][SEED_LD] = A + 3; // I: M1, M2 by rows
-    __shared__ float scales[BLOCK];
+    SeedRows *A = (SeedRows *)seeds, *M = A + BLOCK;
     int i0 = blockIdx.x * BLOCK, rows = min(BLOCK, n - i0), b = blockIdx.y;
+    __shared__ float scales[BLOCK];
     e += b * step_e + (int64_t)i0 * ld_e + i0;
-    M += b * step_m + (int64_t)i0 * ld_m + i0;
+    M_out += b * step_m + (int64_t)i0 * P + i0 % P;
     if (threadIdx.x < BLOCK) scales[threadIdx.x] = (int)threadIdx.x < rows ? scale.at(b, i0 + threadIdx.x) : 0;
     __syncthreads();
-#pragma unroll 16
-    for (int at = threadIdx.x; at < 3 * SEED * SEED; at += 256) {
-        int part = at / (SEED * SEED), r = at / SEED % SEED, c = at % SEED, row = r + (part > 0) * SEED,
-            col = c + (part == 1) * SEED;
-        A[part][c][r] = row < rows && col < row ? scales[row] * get(e[row * ld_e + col]) : 0;
+#pragma unroll 32
+    for (int at = threadIdx.x; at < BLOCK * BLOCK; at += 256) {
+        int r = at / BLOCK, c = at % BLOCK;
+        A[r][c] = r < rows && c < r ? scales[r] * get(e[r * ld_e + c]) : 0;
+        M[r][c] = 0;
     }
     __syncthreads();
-    if (threadIdx.x < BLOCK) {
-        int half = threadIdx.x / SEED, c = threadIdx.x % SEED;
-        for (int t = 0; t < SEED; t += 4) {
-            float sum[4];
-            for (int i = 0; i < 4; i++) sum[i] = t + i == c;
-#pragma unroll 8
-            for (int j = c / 32 * 32; j < t; j++) {
-                float4 left = *(const float4 *)&A[half][j][t];
-                float x = I[half][j][c];
-                sum[0] += left.x * x;
-                sum[1] += left.y * x;
-                sum[2] += left.z * x;
-                sum[3] += left.w * x;
-            }
-            for (int i = 1; i < 4; i++)
-                for (int j = 0; j < i; j++) sum[i] += A[half][t + j][t + i] * sum[j];
-            for (int i = 0; i < 4; i++) I[half][t + i][c] = sum[i];
+    if (threadIdx.x % 32 < 16) {
+        int r0 = threadIdx.x / 32 * 16, c = threadIdx.x % 32;
+        float x[16];
+#pragma unroll
+        for (int t = 0; t < 16; t++) {
+            x[t] = t == c;
+#pragma unroll
+            for (int j = 0; j < t; j++) x[t] += A[r0 + t][r0 + j] * x[j];
+            M[r0 + t][r0 + c] = x[t];
         }
     }
     __syncthreads();
-    float left[4][4] = {}, below[4][4] = {};
-    int row = threadIdx.x / 16 * 4, col = threadIdx.x % 16;
-    multiply_seeds(left, A[2], I[0]);
-    // M2 by columns
-    for (int at = threadIdx.x; at < SEED * SEED; at += 256) A[1][at % SEED][at / SEED] = I[1][at / SEED][at % SEED];
-    for (int i = 0; i < 4; i++)
-        for (int j = 0; j < 4; j++) A[0][row + i][col + 16 * j] = left[i][j];
-    __syncthreads();
-    multiply_seeds(below, A[1], A[0]);
-    for (int i = 0; i < 4; i++) // A21 is not read any more
-        for (int j = 0; j < 4; j++) A[2][row + i][col + 16 * j] = below[i][j];
-    __syncthreads();
-    // with the zeros to the right, up to the end of the block of P
-    int pieces = (min(n, (i0 / P + 1) * P) - i0 + 7) / 8;
+    merge_seeds<16>(A, M);
+    merge_seeds<32>(A, M);
+    merge_seeds<64>(A, M);
+    int pieces = max(BLOCK, zeros - i0 % P) / 8;
     for (int at = threadIdx.x; at < rows * pieces; at += 256) {
         int r = at / pieces, c = at % pieces * 8;
-        float v[8];
-        const float *from = r < SEED ? I[0][r] + c : c < SEED ? A[2][r - SEED] + c : I[1][r - SEED] + c - SEED;
-        for (int k = 0; k < 8; k++) v[k] = c + k > r ? 0 : from[k];
-        write_some<8>(M + r * ld_m + c, v);
+        float v[8] = {};
+        if (c < BLOCK) read_some<8>(v, &M[r][c]);
+        write_some<8>(M_out + (int64_t)r * P + c, v);
     }
 }
 
-// out = X((γ/z) ⊙ x): m of each item's h rows. The items are sequences, or pairs of blocks along sequence b; their
-// first row is t, in the next pair t + 2h.
-template <typename X> struct MergeEach {
+// out = scale·v, added if `add`
+template <typename O> struct Store {
+    O *out;
+    int64_t ld, step;
+    float scale;
+    int add;
+    template <int V> __device__ void run(int b, int, int r, int i, float v[V]) const {
+        O *at = out + b * step + r * ld + i;
+        float old[V] = {};
+        if (add) read_some<V>(old, at);
+        for (int e = 0; e < V; e++) v[e] = old[e] + scale * v[e];
+        write_some<V>(at, v);
+    }
+};
+// For the merge of blocks of h rows, pair p: X((γ/z) ⊙ (e21 M1)), and M2 times that into its place in M
+template <typename X> struct MergeScaled {
     X *out;
-    const float *x;
     RowScale scale;
-    int h, m, along, b, t;
-    template <int V> __device__ void run(int row, int i) const {
-        int item = row / h, r = row % h;
-        if (r >= m) return;
-        float v[V], factor = along ? scale.at(b, t + 2 * h * item + r) : scale.at(item, t + r);
-        read_some<V>(v, x + (int64_t)row * h + i);
-        for (int c = 0; c < V; c++) v[c] *= factor;
-        write_some<V>(out + (int64_t)row * h + i, v);
+    int64_t step;
+    int h, n;
+    template <int V> __device__ void run(int b, int p, int r, int i, float v[V]) const {
+        int row = (2 * p + 1) * h + r;
+        float factor = row < n ? scale.at(b, row) : 0;
+        for (int e = 0; e < V; e++) v[e] = row < n ? v[e] * factor : 0;
+        write_some<V>(out + b * step + (int64_t)(p * h + r) * h + i, v);
     }
 };
-
-// The inverses of a panel of n rows; e from the panel's own columns on.
-template <typename X> struct Inverse {
+template <typename X> struct MergeDone {
     X *M;
-    const X *e;
-    int64_t ld_m, step_m, ld_e, step_e;
-    RowScale scale;
-    float *scratch;
-    cudaStream_t stream;
+    int64_t step;
+    int h, n, P;
+    template <int V> __device__ void run(int b, int p, int r, int i, float v[V]) const {
+        int row = (2 * p + 1) * h + r;
+        if (row < n) write_some<V>(M + b * step + (int64_t)row * P + 2 * p * h % P + i, v);
+    }
 };
 
-// M21 = M2 ((γ/z) ⊙ (e21 M1)) for `batch` pairs of neighbours, h and m rows high: the pair at row `at` of all
-// sequences, or, `along`, the pairs of sequence b from there on.
-template <typename X> static void merge_pairs(const Inverse<X> *v, int h, int m, int b, int at, int batch, int along) {
-    int64_t next_e = along ? 2 * h * (v->ld_e + 1) : v->step_e, next_m = along ? 2 * h * (v->ld_m + 1) : v->step_m;
-    int64_t square = (int64_t)h * h;
-    X *M1 = v->M + b * v->step_m + at * (v->ld_m + 1), *M21 = M1 + h * v->ld_m,
-        *scaled = (X *)(v->scratch + batch * square);
-    const X *e21 = v->e + b * v->step_e + (int64_t)(at + h) * v->ld_e + at;
-    MergeEach<X> scale = {scaled, v->scratch, v->scale, h, m, along, b, at + h};
-    matmul_gpu(into(v->scratch, h, square), rows_of_gpu(e21, v->ld_e, next_e), rows_of_gpu(M1, v->ld_m, next_m), m, h,
-               h, 1, 0, batch, v->stream);
-    each(scale, (int64_t)batch * h, h, 1, v->stream);
-    matmul_gpu(into(M21, v->ld_m, next_m), rows_of_gpu(M21 + h, v->ld_m, next_m), rows_of_gpu(scaled, h, square), m, h,
-               m, 1, 0, batch, v->stream);
-}
-
-// Seeds of 128 rows, then neighbours merged until the blocks have P rows.
-template <typename X> static void panel_inverse_gpu(const Inverse<X> *v, int n, int P, int B) {
-    int bytes = 5 * SEED * SEED_LD * (int)sizeof(float);
-    allow_shared(inverse_seed_kernel<X>, bytes);
-    LAUNCH(inverse_seed_kernel<X>, dim3((n + BLOCK - 1) / BLOCK, B), 256, bytes, v->stream, v->M, v->ld_m, v->step_m,
-           v->e, v->ld_e, v->step_e, v->scale, n, P);
-    for (int h = BLOCK; h < P && h < n; h *= 2) {
-        int pairs = (n + h - 1) / (2 * h), full = n / (2 * h); // the last pair's second half may be cut short
-        for (int p = 0; p < pairs && B >= pairs; p++) merge_pairs(v, h, min_int(h, n - 2 * h * p - h), 0, 2 * h * p, B,
-                0);
-        for (int b = 0; b < B && B < pairs; b++) {
-            merge_pairs(v, h, h, b, 0, full, 1);
-            if (full < pairs) merge_pairs(v, h, n - 2 * h * full - h, b, 2 * h * full, 1, 1);
-        }
-    }
-}
-
-// Row r of sequence b of a block, D wide; the parts' places and steps from sequence to sequence.
-// g = f + (γ/z) ⊙ g (known: g holds a product; else g = f) and its copy as X
+// The functions below are given rows of a block: row r of sequence b, D wide.
+// Before the solve: the sum e_{I,<} s_< so far, old + v, and X(g), g = f + (γ/z) ⊙ it.
 template <typename X> struct BlockRhs {
-    float *g;
-    X *copy;
+    float *sum;
+    X *g;
     const X *f;
     RowScale scale;
-    int64_t g_step, f_step;
-    int m, D, known;
-    template <int V> __device__ void run(int row, int i) const {
-        int b = row / m, r = row % m;
+    int64_t all, f_step;
+    int m, D, known; // known: sum holds a part
+    template <int V> __device__ void run(int b, int, int r, int i, float v[V]) const {
         int64_t at = (int64_t)r * D + i;
-        float v[V], old[V], factor = scale.at(b, r);
-        read_some<V>(v, f + b * f_step + at);
-        if (known) {
-            read_some<V>(old, g + b * g_step + at);
-            for (int e = 0; e < V; e++) v[e] += factor * old[e];
-        }
-        write_some<V>(g + b * g_step + at, v);
-        write_some<V>(copy + (int64_t)row * D + i, v);
+        float w[V] = {}, factor = scale.at(b, r);
+        if (known) read_some<V>(w, sum + b * all + at);
+        for (int e = 0; e < V; e++) v[e] += w[e];
+        write_some<V>(sum + b * all + at, v);
+        read_some<V>(w, f + b * f_step + at);
+        for (int e = 0; e < V; e++) v[e] = w[e] + factor * v[e];
+        write_some<V>(g + (int64_t)b * m * D + at, v);
     }
 };
-// r = X(g + (γ/z) ⊙ product - s), without the scale where it is in the product already
+// v = e_II s: r = X(f + (γ/z) ⊙ (sum + v) - s), c = (sum + v)/z. sum NULL: 0; c NULL: not wanted
 template <typename X> struct BlockResidual {
-    X *out;
-    const float *g, *product;
-    const X *s;
-    RowScale scale;
-    int64_t g_step, s_step;
+    X *out, *c;
+    const float *sum;
+    const X *f, *s;
+    RowScale scale, inverse;
+    int64_t all, f_step;
     int m, D;
-    template <int V> __device__ void run(int row, int i) const {
-        int b = row / m, r = row % m;
+    template <int V> __device__ void run(int b, int, int r, int i, float v[V]) const {
         int64_t at = (int64_t)r * D + i;
-        float v[V], p[V], x[V], factor = scale.at(b, r);
-        read_some<V>(v, g + b * g_step + at);
-        read_some<V>(p, product + (int64_t)row * D + i);
-        read_some<V>(x, s + b * s_step + at);
-        for (int e = 0; e < V; e++) v[e] = v[e] + factor * p[e] - x[e];
-        write_some<V>(out + (int64_t)row * D + i, v);
+        float w[V] = {}, x[V], factor = scale.at(b, r), z = inverse.at(b, r);
+        if (sum) read_some<V>(w, sum + b * all + at);
+        for (int e = 0; e < V; e++) { v[e] += w[e]; w[e] = z * v[e]; }
+        if (c) write_some<V>(c + b * all + at, w);
+        read_some<V>(w, f + b * f_step + at);
+        read_some<V>(x, s + b * all + at);
+        for (int e = 0; e < V; e++) v[e] = w[e] + factor * v[e] - x[e];
+        write_some<V>(out + (int64_t)b * m * D + at, v);
     }
 };
 // out = Y(scale ⊙ x)
@@ -1714,109 +1904,341 @@ template <typename Y, typename X> struct BlockCopy {
     }
 };
 
-// e of the panel of rows r0 .. r0+n-1: logits, block by block up to the diagonal, then the softmax. The inverses M.
+template <typename X> static int64_t e_step(const Panels *p, int T) { return min_int(p->R, T) * p->lx; }
+
+// e of the panel of rows r0 .. r0+n-1, with their m and 1/z (known: given), and the inverses M.
 template <typename X>
 static void feedback_panel(float *scratch, const Panels *p, float *stats, int known, const X *q, const X *k, int ld,
                            const float *gamma, int B, int T, int D, int first, int r0, int n, cudaStream_t stream) {
-    int64_t rows = T - first, panel = min_int(p->R, T), row = r0 - first;
-    float *e = scratch + p->e;
-    for (int i0 = r0; i0 < r0 + n; i0 += p->P) {
-        int m = min_int(p->P, r0 + n - i0);
-        matmul_gpu(into(e + (i0 - r0) * p->ld, p->ld, panel * p->ld), rows_of_gpu(q + (i0 - first) * (int64_t)ld, ld,
-                   rows * ld), transpose_gpu(rows_of_gpu(k, ld, (int64_t)T * ld)), m, i0 + m, D, 1 / sqrtf((float)D), 0,
-                   B, stream);
-    }
-    softmax_panel_gpu<X>(e, p->ld, panel * p->ld, stats + 2 * row, 2 * rows, known, 0, r0, n, p->P, 1, B, stream);
+    int64_t rows = T - first, row = r0 - first, step = e_step<X>(p, T), m_step = (int64_t)min_int(p->R, T) * p->P;
+    ProductWay way = {B, 1, p->tiles ? NULL : scratch + p->product, stream};
+    X *e = (X *)(scratch + p->e), *M = (X *)(scratch + p->inverse), *scaled = (X *)(scratch + p->merge);
     RowScale scale = {gamma + row, stats + 2 * row, rows};
-    Inverse<X> inverse = {(X *)(scratch + p->inverse), (const X *)e + r0, p->ld_m, panel * p->ld_m, ld_x<X>(p->ld),
-                          ld_x<X>(panel * p->ld), scale, scratch + p->second, stream};
-    panel_inverse_gpu(&inverse, n, p->P, B);
+    if constexpr (sizeof(X) == sizeof(bf16)) {
+        int tiles = (T + BLOCK - 1) / BLOCK, blocks = (n + BLOCK - 1) / BLOCK,
+            width = min_int((int)round_up(r0 + n + ATOM, BLOCK), (int)p->ld); // a step of K may reach past n
+        float2 *partial = (float2 *)(scratch + p->partial), *known_stats = (float2 *)stats + row;
+        int *flags = (int *)(partial + (int64_t)B * tiles * min_int(p->R, T));
+        LogitExp f = {e, known ? known_stats : NULL, NULL, known ? NULL : partial, p->lx, step, rows,
+                      1.44269504f / sqrtf((float)D), r0, min_int(p->R, T), tiles, blocks};
+        for (int again = 0; p->tiles && again < 2 - known; again++) {
+            if (again) { f.stats = known_stats; f.flags = flags; }
+            product_tiles<0, 0, OUT_LOWER, BLOCK>(f, part_of(q + row * ld, ld, rows * ld, (int)(rows - row), D),
+                                                  part_of(k, ld, (int64_t)T * ld, T, D), n, width, D, r0, 1, B, stream);
+            if (!known) LAUNCH(feedback_stats_kernel, dim3(blocks, B), BLOCK, 0, stream, known_stats, rows, partial, flags,
+                               again, r0, n, f.R, tiles);
+        }
+    }
+    if (!p->tiles) {
+        float *logits = scratch + p->e;
+        int64_t floats = min_int(p->R, T) * p->ld;
+        for (int i0 = r0; i0 < r0 + n; i0 += p->P) {
+            int m = min_int(p->P, r0 + n - i0);
+            matmul_gpu(into(logits + (i0 - r0) * p->ld, p->ld, floats), rows_of_gpu(q + (i0 - first) * (int64_t)ld, ld,
+                       rows * ld), transpose_gpu(rows_of_gpu(k, ld, (int64_t)T * ld)), m, i0 + m, D,
+                       1 / sqrtf((float)D), 0, B, stream);
+        }
+        softmax_panel_gpu<X>(logits, p->ld, floats, stats + 2 * row, 2 * rows, known, 0, r0, n, p->P, 1, B, stream);
+    }
+    int bytes = 2 * BLOCK * SEED_LD * (int)sizeof(float);
+    allow_shared(inverse_seed_kernel<X>, bytes);
+    LAUNCH(inverse_seed_kernel<X>, dim3((n + BLOCK - 1) / BLOCK, B), 256, bytes, stream, M, p->P, m_step, e + r0, p->lx,
+           step, scale, n, p->tiles ? 0 : p->P);
+    for (int h = BLOCK; h < p->P && h < n; h *= 2) { // M21 = M2 ((γ/z) ⊙ (e21 M1))
+        int pairs = (n + h - 1) / (2 * h);
+        int64_t scaled_step = (int64_t)pairs * h * h;
+        Part<X> e21 = {e, p->lx, step, n, (int)p->ld, h, r0, 2 * h, 2 * h, INT_MAX},
+            M1 = {M, p->P, m_step, n, p->P, 0, 0, 2 * h, 2 * h, p->P}, M2 = {M, p->P, m_step, n, p->P, h, h, 2 * h, 2 * h,
+            p->P}, right = {scaled, h, scaled_step, pairs * h, h, 0, 0, h, 0, INT_MAX};
+        MergeScaled<X> f = {scaled, scale, scaled_step, h, n};
+        MergeDone<X> done = {M, m_step, h, n, p->P};
+        product_gpu<0, 1, B_LOWER>(f, e21, M1, h, h, h, 0, pairs, way);
+        product_gpu<0, 1, A_LOWER>(done, M2, right, h, h, h, 0, pairs, way);
+    }
 }
 
+// The solve of many short sequences, or of their adjoint (BACK), in one go: a block has 64 columns of one sequence and
+// walks along its blocks of 128 rows, from the last if BACK, each in the four products that the section begins with (or
+// those of feedback_panel_backward_gpu). Its first and second four warps have 64 rows each; the ninth has the operands
+// copied: e, M, and what the block itself has solved before, written to memory and read back.
+enum { STRIP = 64, MARCH_SLOTS = 3 };
+struct MarchShared {
+    bf16 a[MARCH_SLOTS][2][ATOM][ATOM], b[MARCH_SLOTS][ATOM][STRIP], right[BLOCK][STRIP], solved[BLOCK][STRIP];
+    uint64_t full[MARCH_SLOTS], free[MARCH_SLOTS], written;
+};
+// f (BACK: ds) and c (BACK: df) have T rows of D a sequence; `map` is of s (BACK: of u)
+template <int BACK>
+__global__ void __launch_bounds__(2 * GROUP + 32, 2)
+feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_constant__ CUtensorMap M_map,
+                      const __grid_constant__ CUtensorMap map, const bf16 *f, bf16 *c, RowScale scale, RowScale inverse,
+                      int T, int D) {
+#ifdef HOPPER
+    extern __shared__ __align__(1024) unsigned char memory[];
+    MarchShared *s = (MarchShared *)memory;
+    int n0 = (int)blockIdx.x * STRIP, sequence = (int)blockIdx.y, blocks = (T + BLOCK - 1) / BLOCK, item = 0,
+        group = threadIdx.x / GROUP, lane = threadIdx.x % 32, first = threadIdx.x / 32 * 16 + lane / 4;
+    if (threadIdx.x == 0) {
+        barrier_init(&s->written, 1);
+        for (int i = 0; i < MARCH_SLOTS; i++) { barrier_init(&s->full[i], 1); barrier_init(&s->free[i], 2); }
+    }
+    barriers_ready();
+    if (group == 2) {
+        if (lane) return;
+        auto copy = [&](const CUtensorMap *left, int row, int col, int k, int solved) { // 64 of K from k on
+            int slot = item % MARCH_SLOTS;
+            if (item >= MARCH_SLOTS) barrier_wait(&s->free[slot], item / MARCH_SLOTS - 1);
+            barrier_expect(&s->full[slot], sizeof(s->a[0]) + (solved ? sizeof(s->b[0]) : 0));
+            for (int j = 0; j < 2; j++)
+                copy_tile(s->a[slot][j][0], left, col + (BACK ? ATOM * j : k), 0, row + (BACK ? k : ATOM * j), sequence,
+                          &s->full[slot]);
+            if (solved) copy_tile(s->b[slot][0], &map, n0, 0, (BACK ? row : col) + k, sequence, &s->full[slot]);
+            item++;
+        };
+        for (int step = 0; step < blocks; step++) {
+            int I = (BACK ? blocks - 1 - step : step) * BLOCK;
+            for (int before = 0; before < step; before++) {
+                int J = (BACK ? blocks - 1 - before : before) * BLOCK;
+                if (before == step - 1) barrier_wait(&s->written, before);
+                for (int k = 0; k < BLOCK; k += ATOM) copy(&e_map, BACK ? J : I, BACK ? I : J, k, 1);
+            }
+            for (int turn = 0; turn < 3; turn++)
+                for (int k = 0; k < BLOCK; k += ATOM) copy(turn == 1 ? &e_map : &M_map, I, turn == 1 ? I : 0, k, 0);
+        }
+        return;
+    }
+    typedef float Sums[STRIP / 8][4];
+    auto multiply = [&](Sums &sum, const bf16 *right, int items, int keep) { // right NULL: what was copied
+        for (int i = 0; i < items; i++, item++) {
+            int slot = item % MARCH_SLOTS;
+            const bf16 *b = right ? right + i * ATOM * STRIP : s->b[slot][0];
+            barrier_wait(&s->full[slot], item / MARCH_SLOTS);
+            products_begin();
+#pragma unroll
+            for (int k = 0; k < ATOM / 16; k++)
+                tensor_product<STRIP, BACK, 1>(sum, operand(s->a[slot][group][BACK ? k * 16 : 0] + (BACK ? 0 : k * 16)),
+                                               operand(b + k * 16 * STRIP), keep || i > 0 || k > 0);
+            products_commit();
+            products_wait<0>();
+            if (threadIdx.x % GROUP == 0) barrier_arrive(&s->free[slot]);
+        }
+    };
+    auto put = [&](bf16 (*tile)[STRIP], int half, int n, uint32_t two) {
+        int r = first + half * 8;
+        *(uint32_t *)&tile[r][(n ^ r % 8) * 8 + lane % 4 * 2] = two;
+    };
+    auto share = [&] { // what was put is for the products of all
+        asm volatile("fence.proxy.async.shared::cta;\nbar.sync 1, 256;" : : : "memory");
+    };
+    auto low = [](uint32_t two) { return __uint_as_float(two << 16); };
+    auto high = [](uint32_t two) { return __uint_as_float(two & 0xFFFF0000u); };
+    for (int step = 0; step < blocks; step++) {
+        int I = (BACK ? blocks - 1 - step : step) * BLOCK;
+        Sums sum = {}, solved;
+        uint32_t base[STRIP / 8][2]; // s before its refinement, BACK: u, or λ where γ is 0
+        float factor[2], z[2];
+        int64_t at[2];
+        for (int half = 0; half < 2; half++) {
+            int r = I + first + half * 8, inside = r < T;
+            at[half] = inside ? ((int64_t)sequence * T + r) * D + n0 + lane % 4 * 2 : -1;
+            factor[half] = inside ? scale.at(sequence, r) : 0;
+            z[half] = BACK ? (factor[half] != 0 ? 1 / factor[half] : 1) : inside ? inverse.at(sequence, r) : 0;
+        }
+        auto given = [&](int half, int n) {
+            return at[half] >= 0 && n0 + n * 8 < D ? *(const uint32_t *)(f + at[half] + n * 8) : 0;
+        };
+        auto keep = [&](int half, int n, uint32_t two) {
+            if (c && at[half] >= 0 && n0 + n * 8 < D) *(uint32_t *)(c + at[half] + n * 8) = two;
+        };
+        multiply(sum, NULL, 2 * step, 0);
+        for (int n = 0; n < STRIP / 8; n++)
+            for (int half = 0; half < 2; half++) {
+                uint32_t two = given(half, n);
+                float *v = &sum[n][2 * half];
+                if (BACK) { v[0] += low(two); v[1] += high(two); put(s->right, half, n, pack_two(v[0], v[1])); }
+                else put(s->right, half, n, pack_two(low(two) + factor[half] * v[0], high(two) + factor[half] * v[1]));
+            }
+        share();
+        multiply(solved, s->right[0], 2, 0);
+        for (int n = 0; n < STRIP / 8; n++)
+            for (int half = 0; half < 2; half++) {
+                float *v = &solved[n][2 * half];
+                uint32_t two = BACK ? pack_two(factor[half] * v[0], factor[half] * v[1]) : pack_two(v[0], v[1]);
+                base[n][half] = BACK && factor[half] == 0 ? pack_two(v[0], v[1]) : two;
+                put(s->solved, half, n, two);
+            }
+        share();
+        multiply(sum, s->solved[0], 2, 1);
+        for (int n = 0; n < STRIP / 8; n++)
+            for (int half = 0; half < 2; half++) {
+                float *v = &sum[n][2 * half], x = low(base[n][half]), y = high(base[n][half]);
+                if (BACK) { put(s->right, half, n, pack_two(v[0] - x * z[half], v[1] - y * z[half])); continue; }
+                uint32_t two = given(half, n);
+                keep(half, n, pack_two(v[0] * z[half], v[1] * z[half]));
+                put(s->right, half, n, pack_two(low(two) + factor[half] * v[0] - x, high(two) + factor[half] * v[1] - y));
+            }
+        share();
+        Sums refinement;
+        multiply(refinement, s->right[0], 2, 0);
+        for (int n = 0; n < STRIP / 8; n++)
+            for (int half = 0; half < 2; half++) {
+                float x = low(base[n][half]) * (BACK ? z[half] : 1) + refinement[n][2 * half],
+                      y = high(base[n][half]) * (BACK ? z[half] : 1) + refinement[n][2 * half + 1];
+                if (BACK) { keep(half, n, pack_two(x, y)); x *= factor[half]; y *= factor[half]; }
+                put(s->solved, half, n, pack_two(x, y));
+            }
+        share();
+        if (threadIdx.x) continue;
+        for (int j = 0; j < BLOCK; j += ATOM)
+            asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4}], [%5];"
+                         : : "l"(&map), "r"(n0), "r"(0), "r"(I + j), "r"(sequence), "r"(shared_at(s->solved[j]))
+                         : "memory");
+        asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group 0;" : : : "memory");
+        barrier_arrive(&s->written);
+    }
+#endif
+}
+template <int BACK>
+static void feedback_march_gpu(const bf16 *e, int64_t ld, const bf16 *M, const bf16 *out, int64_t ld_out, const bf16 *f,
+                               bf16 *c, RowScale scale, RowScale inverse, int B, int T, int D, cudaStream_t stream) {
+    CUtensorMap e_map = tile_map(e, (int)ld, 1, T, ld, T * ld, B, ATOM),
+        M_map = tile_map(M, BLOCK, 1, T, BLOCK, (int64_t)T * BLOCK, B, ATOM),
+        map = tile_map(out, D, 1, T, ld_out, T * ld_out, B, ATOM);
+    allow_shared(feedback_march_kernel<BACK>, sizeof(MarchShared));
+    LAUNCH(feedback_march_kernel<BACK>, dim3((D + STRIP - 1) / STRIP, B), 2 * GROUP + 32, sizeof(MarchShared), stream,
+           e_map, M_map, map, f, c, scale, inverse, T, D);
+}
+
+// c: (B,T,D) kept for the backward pass, or NULL
 template <typename X>
-static void feedback_forward_gpu(X *s, float *stats, float *scratch, const X *f, const X *q, const X *k, int ld,
+static void feedback_forward_gpu(X *s, X *c, float *stats, float *scratch, const X *f, const X *q, const X *k, int ld,
                                  const float *gamma, int B, int T, int D, int first, int P, cudaStream_t stream) {
-    Panels p = feedback_panels<X>(B, T, D, P);
-    int64_t rows = T - first, panel = min_int(p.R, T), lx = ld_x<X>(p.ld), e_step = ld_x<X>(panel * p.ld),
-        s_step = (int64_t)T * D, g_step = panel * D, m_step = panel * p.ld_m;
-    const X *e = (const X *)(scratch + p.e), *M = (const X *)(scratch + p.inverse), *s_all = s;
-    float *g = scratch + p.rhs, *product = scratch + p.second;
-    X *block = (X *)(scratch + p.block);
+    Panels p = feedback_panels<X>(B, T, D, P, wide({ld, first}, {s, f, q, k, scratch}));
+    int64_t rows = T - first, step = e_step<X>(&p, T), all = (int64_t)T * D, m_step = (int64_t)min_int(p.R, T) * p.P;
+    X *e = (X *)(scratch + p.e), *M = (X *)(scratch + p.inverse), *block = (X *)(scratch + p.block);
+    ProductWay way = {B, wide({D}, {s, c, f, scratch}), p.tiles ? NULL : scratch + p.product, stream};
     for (int r0 = first; r0 < T; r0 += p.R) {
         int n = min_int(p.R, T - r0);
         feedback_panel(scratch, &p, stats, 0, q, k, ld, gamma, B, T, D, first, r0, n, stream);
-        if (r0) matmul_gpu(into(g, D, g_step), rows_of_gpu(e, lx, e_step), rows_of_gpu(s_all, D, s_step), n, D, r0, 1,
-                           0, B, stream);
+        if constexpr (sizeof(X) == sizeof(bf16))
+            if (p.march && n == T) {
+                feedback_march_gpu<0>(e, p.lx, M, s, D, f, c, {gamma, stats, T}, {NULL, stats, T}, B, T, D, stream);
+                return;
+            }
         for (int i0 = r0; i0 < r0 + n; i0 += p.P) {
-            int m = min_int(p.P, r0 + n - i0), in_eights = wide({D}, {s, f, scratch});
-            int64_t row = i0 - first, at = i0 - r0;
-            RowScale scale = {gamma + row, stats + 2 * row, rows};
-            const X *e_I = e + at * lx, *M_I = M + at * (p.ld_m + 1);
+            int m = min_int(p.P, r0 + n - i0), at = i0 - r0, reach = r0 + at / REACH * REACH;
+            int64_t row = i0 - first;
+            float *sum = scratch + p.rhs + row * D;
             X *s_I = s + (int64_t)i0 * D;
-            float *g_I = g + at * D;
-            matmul_gpu(into(g_I, D, g_step), rows_of_gpu(e_I + r0, lx, e_step), rows_of_gpu(s_all + (int64_t)r0 * D, D,
-                       s_step), at ? m : 0, D, (int)at, 1, r0 ? 1 : 0, B, stream);
-            BlockRhs<X> rhs = {g_I, block, f + row * D, scale, g_step, rows * D, m, D, i0 > 0};
-            each(rhs, (int64_t)B * m, D, in_eights, stream);
-            matmul_gpu(into(s_I, D, s_step), rows_of_gpu(M_I, p.ld_m, m_step), rows_of_gpu(block, D, (int64_t)m * D), m,
-                       D, m, 1, 0, B, stream);
-            matmul_gpu(into(product, D, (int64_t)m * D), rows_of_gpu(e_I + i0, lx, e_step), rows_of_gpu(s_I, D, s_step),
-                       m, D, m, 1, 0, B, stream);
-            BlockResidual<X> residual = {block, g_I, product, s_I, scale, g_step, s_step, m, D};
-            each(residual, (int64_t)B * m, D, in_eights, stream);
-            matmul_gpu(into(s_I, D, s_step), rows_of_gpu(M_I, p.ld_m, m_step), rows_of_gpu(block, D, (int64_t)m * D), m,
-                       D, m, 1, 1, B, stream);
+            RowScale scale = {gamma + row, stats + 2 * row, rows}, inverse = {NULL, stats + 2 * row, rows};
+            Part<X> rhs = part_of(i0 ? block : f, D, i0 ? (int64_t)m * D : rows * D, m, D),
+                e_II = part_of(e, p.lx, step, n, (int)p.ld, at, i0),
+                M_I = part_of(M, p.P, m_step, at + m, p.P, at, 0), residual = part_of(block, D, (int64_t)m * D, m, D);
+            if (i0 == reach && i0) matmul_gpu(into(sum, D, all), rows_of_gpu(e + at * p.lx, p.lx, step), rows_of_gpu(s, D,
+                                              all), min_int(REACH, r0 + n - i0), D, i0, 1, 0, B, stream);
+            BlockRhs<X> before = {sum, block, f + row * D, scale, all, rows * D, m, D, reach > 0};
+            if (i0) product_gpu<0, 1, FULL>(before, part_of(e, p.lx, step, n, (int)p.ld, at, reach),
+                                            part_of(s, D, all, i0, D, reach), m, D, i0 - reach, 0, 1, way);
+            Store<X> solve = {s_I, D, all, 1, 0}, refine = {s_I, D, all, 1, 1};
+            BlockResidual<X> after = {block, c ? c + (int64_t)i0 * D : NULL, i0 ? sum : NULL, f + row * D, s_I, scale,
+                                      inverse, all, rows * D, m, D};
+            product_gpu<0, 1, A_LOWER>(solve, M_I, rhs, m, D, m, 0, 1, way);
+            product_gpu<0, 1, A_LOWER>(after, e_II, part_of((const X *)s_I, D, all, m, D), m, D, m, 0, 1, way);
+            product_gpu<0, 1, A_LOWER>(refine, M_I, residual, m, D, m, 0, 1, way);
         }
     }
 }
 
-// u = X((γ/z) ⊙ λ), and λ becomes what u says it is: u/(γ/z), so that the residual is that of a λ whose u is exact
+// What the adjoint's block hears from later ones: h = X'(ds) + old + v, and X(h)
+template <typename X> struct AdjointRhs {
+    float *h;
+    X *out;
+    const X *ds;
+    int64_t all;
+    int m, D, known; // known: h holds what later panels gave
+    template <int V> __device__ void run(int b, int, int r, int i, float v[V]) const {
+        int64_t at = b * all + (int64_t)r * D + i;
+        float w[V], old[V] = {};
+        read_some<V>(w, ds + at);
+        if (known) read_some<V>(old, h + at);
+        for (int e = 0; e < V; e++) v[e] += w[e] + old[e];
+        write_some<V>(h + at, v);
+        write_some<V>(out + ((int64_t)b * m + r) * D + i, v);
+    }
+};
+// v = λ: u = X((γ/z) ⊙ λ), and λ becomes what u says it is: u/(γ/z), so that the residual is that of a λ whose u is exact
 template <typename X> struct AdjointBase {
     X *u;
     float *lambda;
     RowScale scale;
     int64_t u_step;
     int m, D, ld_u;
-    template <int V> __device__ void run(int row, int i) const {
-        int b = row / m, r = row % m;
-        float v[V], w[V], factor = scale.at(b, r);
-        read_some<V>(v, lambda + (int64_t)row * D + i);
+    template <int V> __device__ void run(int b, int, int r, int i, float v[V]) const {
+        float w[V], factor = scale.at(b, r);
         for (int e = 0; e < V; e++) {
             w[e] = get(to<X>(factor * v[e]));
             v[e] = w[e] == 0 ? v[e] : w[e] / factor;
         }
-        write_some<V>(lambda + (int64_t)row * D + i, v);
+        write_some<V>(lambda + ((int64_t)b * m + r) * D + i, v);
         write_some<V>(u + b * u_step + (int64_t)r * ld_u + i, w);
     }
 };
-// r = X(h - λ)
+// v = e_II^T u: r = X(h + v - λ); h NULL: ds
 template <typename X> struct AdjointResidual {
     X *out;
     const float *h, *lambda;
-    int64_t h_step;
+    const X *ds;
+    int64_t all;
     int m, D;
-    template <int V> __device__ void run(int row, int i) const {
-        float v[V], w[V];
-        read_some<V>(v, h + row / m * h_step + (int64_t)(row % m) * D + i);
-        read_some<V>(w, lambda + (int64_t)row * D + i);
-        for (int e = 0; e < V; e++) v[e] -= w[e];
-        write_some<V>(out + (int64_t)row * D + i, v);
+    template <int V> __device__ void run(int b, int, int r, int i, float v[V]) const {
+        int64_t at = b * all + (int64_t)r * D + i, own = ((int64_t)b * m + r) * D + i;
+        float w[V], x[V];
+        if (h) read_some<V>(w, h + at);
+        else read_some<V>(w, ds + at);
+        read_some<V>(x, lambda + own);
+        for (int e = 0; e < V; e++) v[e] += w[e] - x[e];
+        write_some<V>(out + own, v);
     }
 };
-// df = X(λ), u = X((γ/z) ⊙ λ)
+// v = M^T r: λ += v, df = X(λ), u = X((γ/z) ⊙ λ)
 template <typename X> struct AdjointDone {
     X *df, *u;
     const float *lambda;
     RowScale scale;
-    int64_t df_step, u_step;
+    int64_t all, u_step;
     int m, D, ld_u;
-    template <int V> __device__ void run(int row, int i) const {
-        int b = row / m, r = row % m;
-        float v[V], factor = scale.at(b, r);
-        read_some<V>(v, lambda + (int64_t)row * D + i);
-        write_some<V>(df + b * df_step + (int64_t)r * D + i, v);
+    template <int V> __device__ void run(int b, int, int r, int i, float v[V]) const {
+        float w[V], factor = scale.at(b, r);
+        read_some<V>(w, lambda + ((int64_t)b * m + r) * D + i);
+        for (int e = 0; e < V; e++) v[e] += w[e];
+        write_some<V>(df + b * all + (int64_t)r * D + i, v);
         for (int e = 0; e < V; e++) v[e] *= factor;
         write_some<V>(u + b * u_step + (int64_t)r * ld_u + i, v);
+    }
+};
+// δ_t = λ_t·c_t. A warp takes a row.
+template <typename X>
+__global__ void feedback_delta_kernel(float *delta, const X *df, const X *c, int64_t all, int T, int n, int D) {
+    int r = blockIdx.x * 4 + threadIdx.x / 32;
+    if (r >= n) return;
+    int64_t row = blockIdx.y * all + (int64_t)r * D;
+    float dot = 0;
+    for (int i = threadIdx.x % 32; i < D; i += 32) dot += get(df[row + i]) * get(c[row + i]);
+    dot = warp_sum(dot);
+    if (threadIdx.x % 32 == 0) delta[(int64_t)blockIdx.y * T + r] = dot;
+}
+// v = λ_t·s_j: the gradient of the logits, X((γ/z) e (v - δ)), in e's place; row r stands at position r0 + r
+template <typename X> struct LogitGradient {
+    X *e;
+    const float *delta;
+    RowScale scale;
+    int64_t ld, step;
+    int r0, T;
+    template <int V> __device__ void run(int b, int, int r, int i, float v[V]) const {
+        X *at = e + b * step + r * ld + i;
+        float w[V], factor = scale.at(b, r), dot = delta[(int64_t)b * T + r];
+        read_some<V>(w, at);
+        for (int j = 0; j < V; j++) v[j] = i + j < r0 + r ? factor * w[j] * (v[j] - dot) : 0;
+        write_some<V>(at, v);
     }
 };
 
@@ -1825,77 +2247,81 @@ template <typename X> struct AdjointDone {
 // where λ stays float32, for X(γ X(λ)) would be X(λ) and the loop no contraction. Then what the panel gives the rows
 // before it, h_< += e_{R,<}^T u, and the gradients of q' and k'. u lies where dq' will.
 template <typename X>
-static void feedback_sequence_backward_gpu(X *df, X *dq, X *dk, float *dgamma, float *scratch, const Panels *p,
-                                           const X *s, float *stats, const X *q, const X *k, int ld, const float *gamma,
-                                           int B, int T, int D, int r0, cudaStream_t stream) {
-    int n = min_int(p->R, T - r0), in_eights = wide({D, ld}, {df, dq, s, scratch});
-    int64_t panel = min_int(p->R, T), lx = ld_x<X>(p->ld), e_step = ld_x<X>(panel * p->ld), all = (int64_t)T * D,
-        wide_step = (int64_t)T * ld, m_step = panel * p->ld_m;
-    float *h = scratch + p->rhs, *second = scratch + p->second, *dk_sum = scratch + p->dk, sigma = 1 / sqrtf((float)D),
-        *lambda = second;
-    const X *e = (const X *)(scratch + p->e), *M = (const X *)(scratch + p->inverse);
-    X *block = (X *)(scratch + p->block), *u = dq + (int64_t)r0 * ld;
+static void feedback_panel_backward_gpu(X *df, X *dq, X *dk, float *dgamma, float *scratch, const Panels *p, const X *ds,
+                                        const X *s, const X *c, float *stats, const X *q, const X *k, int ld,
+                                        const float *gamma, int B, int T, int D, int r0, cudaStream_t stream) {
+    int n = min_int(p->R, T - r0);
+    int64_t step = e_step<X>(p, T), all = (int64_t)T * D, wide_step = (int64_t)T * ld,
+        m_step = (int64_t)min_int(p->R, T) * p->P;
+    float *lambda = scratch + p->lambda, *dk_sum = scratch + p->dk, sigma = 1 / sqrtf((float)D);
+    ProductWay way = {B, wide({D, ld}, {df, dq, dk, ds, s, scratch}), p->tiles ? NULL : scratch + p->product, stream};
+    X *e = (X *)(scratch + p->e), *M = (X *)(scratch + p->inverse), *block = (X *)(scratch + p->block);
     feedback_panel(scratch, p, stats, 1, q, k, ld, gamma, B, T, D, 0, r0, n, stream);
-    for (int at = (n - 1) / p->P * p->P; at >= 0; at -= p->P) {
-        int m = min_int(p->P, n - at), i0 = r0 + at, later = n - at - m;
-        int64_t block_step = (int64_t)m * D;
+    int march = p->march && n == T;
+    if constexpr (sizeof(X) == sizeof(bf16))
+        if (march) feedback_march_gpu<1>(e, p->lx, M, dq, ld, ds, df, {gamma, stats, T}, {NULL, stats, T}, B, T, D,
+                                         stream);
+    for (int at = march ? -1 : (n - 1) / p->P * p->P; at >= 0; at -= p->P) {
+        int m = min_int(p->P, n - at), i0 = r0 + at, low = at / REACH * REACH, end = min_int(low + REACH, n),
+            later = end - at - m, alone = i0 + m == T, heard = r0 + end < T;
+        float *h = scratch + p->rhs + (int64_t)i0 * D;
+        const X *ds_I = ds + (int64_t)i0 * D;
+        X *u = dq + (int64_t)i0 * ld;
         RowScale scale = {gamma + i0, stats + 2 * i0, T};
-        const X *e_II = e + at * lx + i0, *M_I = M + at * (p->ld_m + 1);
-        X *u_I = u + (int64_t)at * ld;
-        float *h_I = h + (int64_t)i0 * D;
-        MatrixGPU<X> M_t = transpose_gpu(rows_of_gpu(M_I, p->ld_m, m_step)), rhs = rows_of_gpu(block, D, block_step);
-        matmul_gpu(into(h_I, D, all), transpose_gpu(rows_of_gpu(e_II + m * lx, lx, e_step)),
-                   rows_of_gpu(u_I + (int64_t)m * ld, ld, wide_step), later ? m : 0, D, later, 1, 1, B, stream);
-        BlockCopy<X, float> copy = {block, h_I, {NULL, NULL, 0}, block_step, all, m, D, D};
-        each(copy, (int64_t)B * m, D, in_eights, stream);
-        matmul_gpu(into(lambda, D, block_step), M_t, rhs, m, D, m, 1, 0, B, stream);
-        AdjointBase<X> base = {u_I, lambda, scale, wide_step, m, D, ld};
-        each(base, (int64_t)B * m, D, in_eights, stream);
-        matmul_gpu(into(h_I, D, all), transpose_gpu(rows_of_gpu(e_II, lx, e_step)), rows_of_gpu(u_I, ld, wide_step), m,
-                   D, m, 1, 1, B, stream);
-        AdjointResidual<X> residual = {block, h_I, lambda, all, m, D};
-        each(residual, (int64_t)B * m, D, in_eights, stream);
-        matmul_gpu(into(lambda, D, block_step), M_t, rhs, m, D, m, 1, 1, B, stream);
-        AdjointDone<X> done = {df + (int64_t)i0 * D, u_I, lambda, scale, all, wide_step, m, D, ld};
-        each(done, (int64_t)B * m, D, in_eights, stream);
+        Part<X> e_II = part_of(e, p->lx, step, n, (int)p->ld, at, i0),
+            M_I = part_of(M, p->P, m_step, at + m, p->P, at, 0), residual = part_of(block, D, (int64_t)m * D, m, D),
+            rhs = alone ? part_of(ds_I, D, all, m, D) : residual;
+        AdjointRhs<X> before = {h, block, ds_I, all, m, D, heard};
+        AdjointBase<X> base = {u, lambda, scale, wide_step, m, D, ld};
+        AdjointResidual<X> after = {block, alone ? NULL : h, lambda, ds_I, all, m, D};
+        AdjointDone<X> done = {df + (int64_t)i0 * D, u, lambda, scale, all, wide_step, m, D, ld};
+        if (!alone) product_gpu<1, 1, FULL>(before, part_of(e, p->lx, step, n, (int)p->ld, at + m, i0),
+                                            part_of(dq, ld, wide_step, r0 + end, D, i0 + m), m, D, later, 0, 1, way);
+        product_gpu<1, 1, A_UPPER>(base, M_I, rhs, m, D, m, 0, 1, way);
+        product_gpu<1, 1, A_UPPER>(after, e_II, part_of((const X *)u, ld, wide_step, m, D), m, D, m, 0, 1, way);
+        product_gpu<1, 1, A_UPPER>(done, M_I, residual, m, D, m, 0, 1, way);
+        if (at == low) // to all rows before these
+            matmul_gpu(into(scratch + p->rhs, D, all), transpose_gpu(rows_of_gpu(e + low * p->lx, p->lx, step)),
+                       rows_of_gpu(u, ld, wide_step), i0, D, end - low, 1, heard ? 1 : 0, B, stream);
     }
-    matmul_gpu(into(h, D, all), transpose_gpu(rows_of_gpu(e, lx, e_step)), rows_of_gpu(u, ld, wide_step), r0, D, n, 1,
-               1, B, stream);
-    for (int at = 0; at < n; at += p->P) // the gradient of α: λ s^T up to the diagonal
-        matmul_gpu(into(second + at * p->ld, p->ld, panel * p->ld), rows_of_gpu(df + (int64_t)(r0 + at) * D, D, all),
-                   transpose_gpu(rows_of_gpu(s, D, all)), min_int(p->P, n - at), r0 + min_int(at + p->P, n), D, 1, 0, B,
-                   stream);
-    RowScale scale = {gamma + r0, stats + 2 * r0, T};
-    softmax_panel_backward_gpu<X>(second, scratch + p->e, p->ld, panel * p->ld, dgamma + r0, scale, r0, n, p->P, 1, B,
-                                  stream);
-    const X *dl = (const X *)second, *q_R = q + (int64_t)r0 * ld;
-    for (int at = 0; at < n; at += p->P) {
-        int m = min_int(p->P, n - at), i1 = r0 + at + m;
-        MatrixGPU<X> below = transpose_gpu(rows_of_gpu(dl + at * lx + r0 + at, lx, e_step)),
-            q_below = rows_of_gpu(q_R + (int64_t)at * ld, ld, wide_step);
-        matmul_gpu(into(dq + (int64_t)(r0 + at) * ld, ld, wide_step), rows_of_gpu(dl + at * lx, lx, e_step),
-                   rows_of_gpu(k, ld, wide_step), m, D, i1, sigma, 0, B, stream);
-        if (p->R >= T) matmul_gpu(into(dk + (int64_t)at * ld, ld, wide_step), below, q_below, m, D, n - at, sigma, 0, B,
-                                  stream);
-        else matmul_gpu(into(dk_sum + (int64_t)(r0 + at) * D, D, all), below, q_below, m, D, n - at, sigma,
-                        r0 + n < T ? 1 : 0, B, stream);
+    LAUNCH(feedback_delta_kernel<X>, dim3((n + 3) / 4, B), 128, 0, stream, dgamma + r0, df + (int64_t)r0 * D,
+           c + (int64_t)r0 * D, all, T, n, D);
+    int height = p->tiles ? n : p->P;
+    for (int at = 0; at < n; at += height) { // tiles know the triangle, blocks of rows follow it roughly
+        int m = min_int(height, n - at), i0 = r0 + at;
+        int64_t wide_row = (int64_t)i0 * ld;
+        RowScale scale = {gamma + i0, stats + 2 * i0, T};
+        LogitGradient<X> f = {e + at * p->lx, dgamma + i0, scale, p->lx, step, i0, T};
+        Store<X> to_dq = {dq + wide_row, ld, wide_step, sigma, 0};
+        Part<X> lambda_I = part_of((const X *)df, D, all, T, D, i0), dl = part_of((const X *)e, p->lx, step, n, (int)p->ld,
+                                                                                 at, 0);
+        product_gpu<0, 0, OUT_LOWER>(f, lambda_I, part_of(s, D, all, T, D), m,
+                                     p->tiles ? min_int((int)round_up(i0 + m, BLOCK), (int)p->ld) : i0 + m, D, i0, 1, way);
+        product_gpu<0, 1, A_LOWER>(to_dq, dl, part_of(k, ld, wide_step, i0 + m, D), m, D, i0 + m, i0, 1, way);
     }
-    if (p->R < T) matmul_gpu(into(dk_sum, D, all), transpose_gpu(rows_of_gpu(dl, lx, e_step)), rows_of_gpu(q_R, ld,
-                             wide_step), r0, D, n, sigma, r0 + n < T ? 1 : 0, B, stream);
+    for (int at = 0; at < n; at += height) {
+        int m = min_int(height, n - at), last = r0 + n == T;
+        Part<X> dl = part_of((const X *)e, p->lx, step, n, (int)p->ld, at, r0 + at),
+            q_I = part_of(q, ld, wide_step, T, D, r0 + at);
+        Store<X> to_dk = {dk + (int64_t)at * ld, ld, wide_step, sigma, 0};
+        Store<float> to_sum = {dk_sum + (int64_t)(r0 + at) * D, D, all, sigma, !last};
+        if (p->R >= T) product_gpu<1, 1, A_UPPER>(to_dk, dl, q_I, m, D, n - at, 0, 1, way);
+        else product_gpu<1, 1, A_UPPER>(to_sum, dl, q_I, m, D, n - at, 0, 1, way);
+    }
+    if (p->R < T) matmul_gpu(into(dk_sum, D, all), transpose_gpu(rows_of_gpu((const X *)e, p->lx, step)),
+                             rows_of_gpu(q + (int64_t)r0 * ld, ld, wide_step), r0, D, n, sigma, r0 + n < T ? 1 : 0, B,
+                             stream);
 }
 
 template <typename X>
-static void feedback_backward_gpu(X *df, X *dq, X *dk, float *dgamma, float *scratch, const X *ds, const X *s,
+static void feedback_backward_gpu(X *df, X *dq, X *dk, float *dgamma, float *scratch, const X *ds, const X *s, const X *c,
                                   float *stats, const X *q, const X *k, int ld, const float *gamma, int B, int T, int D,
                                   int P, cudaStream_t stream) {
-    Panels p = feedback_panels<X>(B, T, D, P);
-    int64_t all = (int64_t)T * D;
-    RowScale one = {NULL, NULL, 0};
-    BlockCopy<float, X> start = {scratch + p.rhs, ds, one, all, all, T, D, D};
-    each(start, (int64_t)B * T, D, wide({D}, {ds, scratch}), stream);
+    Panels p = feedback_panels<X>(B, T, D, P, wide({ld}, {df, dq, dk, ds, s, q, k, scratch}));
     for (int r0 = (T - 1) / p.R * p.R; r0 >= 0; r0 -= p.R)
-        feedback_sequence_backward_gpu(df, dq, dk, dgamma, scratch, &p, s, stats, q, k, ld, gamma, B, T, D, r0, stream);
-    BlockCopy<X, float> finish = {dk, scratch + p.dk, one, (int64_t)T * ld, all, T, D, ld};
+        feedback_panel_backward_gpu(df, dq, dk, dgamma, scratch, &p, ds, s, c, stats, q, k, ld, gamma, B, T, D, r0,
+                                    stream);
+    BlockCopy<X, float> finish = {dk, scratch + p.dk, {NULL, NULL, 0}, (int64_t)T * ld, (int64_t)T * D, T, D, ld};
     if (p.R < T) each(finish, (int64_t)B * T, D, wide({D, ld}, {dk, scratch}), stream);
 }
 
@@ -2024,7 +2450,7 @@ static void crossentropy_backward_gpu(X *dlogits, const X *logits, int64_t ld, c
 template <typename X> struct LayerActivationsGPU {
     X *x;                       // (N,D)
     float *ln_mean, *ln_rstd;   // (N)
-    X *n, *ag, *abar, *proj, *o, *f, *s, *gated, *branch; // dag takes the place of ag
+    X *n, *ag, *abar, *proj, *o, *f, *s, *c, *gated, *branch; // dag takes the place of ag; c: feedback's (e s)/z
     float *stats, *gamma, *fb_stats;
 };
 template <typename X> struct ActivationsGPU {
@@ -2109,7 +2535,7 @@ static void sessa_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int first, cu
     direct_read_forward_gpu(m, l, B, T, first, a->f, stream);
     gain_forward_gpu(a->gamma, a->abar, w->gamma_weight, w->gamma_bias, (float)m->host.config.gamma_max,
                      B * (T - first), D, stream);
-    feedback_forward_gpu(a->s, a->fb_stats, m->acts.scratch, a->f, q, k, E, a->gamma, B, T, D, first, m->host.P,
+    feedback_forward_gpu(a->s, a->c, a->fb_stats, m->acts.scratch, a->f, q, k, E, a->gamma, B, T, D, first, m->host.P,
                          stream);
 }
 
@@ -2120,7 +2546,7 @@ template <typename X> static void sessa_backward_gpu(ModelGPU<X> *m, int l, int 
     ActivationsGPU<X> *back = &m->acts;
     const X *q = a->proj + E - 2 * D, *k = q + D;
     feedback_backward_gpu(back->ds, back->dproj + E - 2 * D, back->dproj + E - D, back->dgamma, back->scratch, back->ds,
-                          a->s, a->fb_stats, q, k, E, a->gamma, B, T, D, m->host.P, stream);
+                          a->s, a->c, a->fb_stats, q, k, E, a->gamma, B, T, D, m->host.P, stream);
     direct_read_backward_gpu(m, l, B, T, stream);
     gain_backward_gpu(back->dabar, dw->gamma_weight, dw->gamma_bias, back->dgamma, a->gamma, a->abar, w->gamma_weight,
                       (float)m->host.config.gamma_max, B * T, D, stream);
@@ -2184,6 +2610,7 @@ template <typename X> static void carve_activations_gpu(ModelGPU<X> *m, int B, i
             if (H > 1) a->o = add_activation(t, x, l, "o", 3, B, T, D);
             a->stats = add_activation(f, fb, l, "stats", 3, B * H, T, 2);
             if (sessa) a->gamma = add_activation(f, fb, l, "gamma", 2, B, T, 1);
+            a->c = sessa && training ? add_activation(t, x, l, "fb_c", 3, B, T, D) : NULL;
             if (sessa) a->fb_stats = add_activation(f, fb, l, "fb_stats", 3, B, T, 2);
         }
         if (l == 0 || keep_all) {
@@ -2209,9 +2636,9 @@ template <typename X> static void carve_activations_gpu(ModelGPU<X> *m, int B, i
     acts->loss_logsumexp = add_activation(f, fb, -1, "loss_logsumexp", 2, B, T, 1);
     acts->cosine = add_activation(f, fb, -1, "cosine", 2, T, d / 2, 1);
     acts->sine = add_activation(f, fb, -1, "sine", 2, T, d / 2, 1);
-    int64_t scratch = attention_scratch(m->is_bf16 && d % 8 == 0 && d <= 128, B, T, H, c->n_kv_heads, 0);
+    int64_t scratch = attention_scratch(gpu.hopper && m->is_bf16 && d % 8 == 0 && d <= 128, B, T, H, c->n_kv_heads, 0);
     int64_t feedback = sessa ? feedback_panels<X>(B, T, D, 0).total : 0;
-    int64_t low = sessa && keep_all ? feedback_panels<X>(B, T, D, 1).total : 0; // of tests
+    int64_t low = !sessa || mode == TRAIN ? 0 : feedback_panels<X>(B, T, D, keep_all, 0).total; // of tests, of generation
     scratch = scratch > feedback ? scratch : feedback;
     acts->scratch = add_activation(f, fb, -1, "scratch", 1, scratch > low ? scratch : low, 1, 1);
     if (!training) return;
