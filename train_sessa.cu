@@ -949,8 +949,8 @@ product_tiles_kernel(const __grid_constant__ CUtensorMap a_map, const __grid_con
 #ifdef HOPPER
     typedef ProductShared<BN> Shared;
     enum { STAGES = Shared::STAGES };
-    extern __shared__ __align__(1024) unsigned char memory[];
-    Shared *s = (Shared *)memory;
+    extern __shared__ __align__(1024) unsigned char shared_tiles[];
+    Shared *s = (Shared *)shared_tiles;
     int m0 = (int)(SHAPE == A_LOWER ? gridDim.y - 1 - blockIdx.y : blockIdx.y) * 128, n0 = (int)blockIdx.x * BN,
         item = (int)blockIdx.z % items, sequence = (int)blockIdx.z / items;
     if (SHAPE == OUT_LOWER && n0 >= shift + m0 + 128) return;
@@ -1094,8 +1094,8 @@ attention_tile_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_co
                       int first, float scale) {
 #ifdef HOPPER
     enum { GROUPS = ForwardShared<DH>::GROUPS, ROWS = 64 * GROUPS };
-    extern __shared__ __align__(1024) unsigned char memory[];
-    ForwardShared<DH> *s = (ForwardShared<DH> *)memory;
+    extern __shared__ __align__(1024) unsigned char shared_tiles[];
+    ForwardShared<DH> *s = (ForwardShared<DH> *)shared_tiles;
     int b = blockIdx.y / H, h = blockIdx.y % H, rows = T - first, r0 = (int)(gridDim.x - 1 - blockIdx.x) * ROWS,
         group = threadIdx.x / GROUP, tiles = (min(first + r0 + ROWS, T) + KEYS - 1) / KEYS;
     if (threadIdx.x == 0) {
@@ -1242,8 +1242,8 @@ attention_dq_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_cons
 #ifdef HOPPER
     typedef BackwardShared<DH> Shared;
     enum { WALK = Shared::WALK, SLOTS = Shared::SLOTS, NEXT = WALK * ATOM };
-    extern __shared__ __align__(1024) unsigned char memory[];
-    Shared *s = (Shared *)memory;
+    extern __shared__ __align__(1024) unsigned char shared_tiles[];
+    Shared *s = (Shared *)shared_tiles;
     int b = blockIdx.y / H, h = blockIdx.y % H, r0 = (int)(gridDim.x - 1 - blockIdx.x) * 128,
         group = threadIdx.x / GROUP, tiles = (min(r0 + 128, T) + WALK - 1) / WALK;
     if (threadIdx.x == 0) {
@@ -1323,8 +1323,8 @@ attention_dkv_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_con
 #ifdef HOPPER
     typedef BackwardShared<DH> Shared;
     enum { WALK = Shared::WALK, SLOTS = Shared::SLOTS, NEXT = WALK * ATOM };
-    extern __shared__ __align__(1024) unsigned char memory[];
-    Shared *s = (Shared *)memory;
+    extern __shared__ __align__(1024) unsigned char shared_tiles[];
+    Shared *s = (Shared *)shared_tiles;
     int b = blockIdx.y / G, g = blockIdx.y % G, j0 = (int)blockIdx.x * 128, group = threadIdx.x / GROUP, heads = H / G,
         tiles = (T - j0 + WALK - 1) / WALK;
     if (threadIdx.x == 0) {
@@ -1974,8 +1974,8 @@ feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_co
                       const __grid_constant__ CUtensorMap map, const bf16 *f, bf16 *c, RowScale scale, RowScale inverse,
                       int T, int D) {
 #ifdef HOPPER
-    extern __shared__ __align__(1024) unsigned char memory[];
-    MarchShared *s = (MarchShared *)memory;
+    extern __shared__ __align__(1024) unsigned char shared_tiles[];
+    MarchShared *s = (MarchShared *)shared_tiles;
     int n0 = (int)blockIdx.x * STRIP, sequence = (int)blockIdx.y, blocks = (T + BLOCK - 1) / BLOCK, item = 0,
         group = threadIdx.x / GROUP, lane = threadIdx.x % 32, first = threadIdx.x / 32 * 16 + lane / 4;
     if (threadIdx.x == 0) {
