@@ -883,38 +883,32 @@ struct RowScale {
     }
 };
 
-// A block takes a row of dweights, the gradient of α = e·inverse: delta_r = Σ_j α_rj dweights_rj, and then X(scale_r
-// e_rj (dweights_rj - delta_r)) takes its place as e takes that of the logits. With stats, inverse is 1/z, else 1;
-// scale: γ/z.
+// A block takes a row of dweights, the gradient of the weights w, and X(w_rj (dweights_rj - Σ_i w_ri dweights_ri)) takes
+// its place as e takes that of the logits.
 template <typename X>
-__global__ void softmax_panel_backward_kernel(float *dweights, const X *e, int64_t ld, int64_t step, int64_t e_ld,
-                                              int64_t e_step, float *delta, RowScale scale, int i0, int n, int P,
-                                              int strict) {
+__global__ void softmax_panel_backward_kernel(float *dweights, const X *weights, int64_t ld, int64_t step, int64_t w_ld,
+                                              int64_t w_step, int i0, int n, int P) {
     __shared__ float shared[32];
-    int r = blockIdx.x, seen = i0 + r + !strict, end = i0 + min(n, (r / P + 1) * P);
+    int r = blockIdx.x, seen = i0 + r + 1, end = i0 + min(n, (r / P + 1) * P);
     float *row = dweights + blockIdx.y * step + r * ld, sum = 0;
     X *to_ = (X *)row;
-    e += blockIdx.y * e_step + r * e_ld;
-    for (int j = threadIdx.x; j < seen; j += blockDim.x) sum += get(e[j]) * row[j];
+    weights += blockIdx.y * w_step + r * w_ld;
+    for (int j = threadIdx.x; j < seen; j += blockDim.x) sum += get(weights[j]) * row[j];
     sum = block_sum(sum, shared);
-    if (scale.stats) sum *= scale.stats[2 * (blockIdx.y * scale.step + r) + 1];
-    if (delta && threadIdx.x == 0) delta[blockIdx.y * scale.step + r] = sum;
-    float factor = scale.at(blockIdx.y, r);
     for (int j0 = 0; j0 < end; j0 += 4 * blockDim.x) {
         int j = j0 + 4 * threadIdx.x;
         float v[4] = {0, 0, 0, 0};
         if (j < end) *(float4 *)v = *(const float4 *)(row + j);
         __syncthreads();
         for (int i = 0; i < 4; i++)
-            if (j + i < end) to_[j + i] = to<X>(j + i < seen ? factor * get(e[j + i]) * (v[i] - sum) : 0);
+            if (j + i < end) to_[j + i] = to<X>(j + i < seen ? get(weights[j + i]) * (v[i] - sum) : 0);
     }
 }
 template <typename X>
-static void softmax_panel_backward_gpu(float *dweights, const float *weights, int64_t ld, int64_t step, float *delta,
-                                       RowScale scale, int i0, int n, int P, int strict, int items,
-                                       cudaStream_t stream) {
+static void softmax_panel_backward_gpu(float *dweights, const float *weights, int64_t ld, int64_t step, int i0, int n,
+                                       int P, int items, cudaStream_t stream) {
     LAUNCH(softmax_panel_backward_kernel<X>, dim3(n, items), i0 + n > 512 ? 256 : 64, 0, stream, dweights,
-           (const X *)weights, ld, step, ld_x<X>(ld), ld_x<X>(step), delta, scale, i0, n, P, strict);
+           (const X *)weights, ld, step, ld_x<X>(ld), ld_x<X>(step), i0, n, P);
 }
 
 // ----------------------------------------------------------------------------
@@ -1087,9 +1081,9 @@ template <typename X>
 static Part<X> part_of(const X *at, int64_t ld, int64_t step, int rows, int cols, int row = 0, int col = 0) {
     return {at, ld, step, rows, cols, row, col, 0, 0, INT_MAX};
 }
-// What is known to be 0, counted from the item's first row: A above the diagonal, A (transposed) below it, B above it;
-// OUT: nobody wants the result above its diagonal. Rows stand `shift` columns to the right of that.
 template <typename F> constexpr int sums_rows = 0; // 1: f wants a maximum and a sum of each tile's rows besides
+// What is known to be 0: A above the diagonal, A as it is multiplied (transposed) below it, B above it; OUT: nobody wants
+// the result above it. The diagonal of A_LOWER and OUT_LOWER starts at column `shift`.
 enum Triangle { FULL, A_LOWER, A_UPPER, B_LOWER, OUT_LOWER };
 
 template <int BN> struct ProductShared {
@@ -1707,7 +1701,7 @@ static void attention_group_backward_gpu(X *dq, X *dk, X *dv, float *scratch, co
         softmax_panel_gpu<X>(weights, lw, panel, stats + 2 * i0, stats_step, 1, 1, i0, n, P, 0, batch, stream);
         matmul_gpu(into(dlogits, lw, panel), rows_of_gpu(dout_I, D, dout_step), transpose_gpu(rows_of_gpu(v, ld, step)),
                    n, cols, d, 1, 0, batch, stream);
-        softmax_panel_backward_gpu<X>(dlogits, weights, lw, panel, NULL, {NULL, NULL, 0}, i0, n, P, 0, batch, stream);
+        softmax_panel_backward_gpu<X>(dlogits, weights, lw, panel, i0, n, P, batch, stream);
         matmul_gpu(into(dq + (int64_t)i0 * ld, ld, step), rows_of_gpu(dl, lx, panel_x), rows_of_gpu(k, ld, step), n, d,
                    cols, scale, 0, batch, stream);
         matmul_gpu(into(dk, ld, step), transpose_gpu(rows_of_gpu(dl, lx, panel_x)), rows_of_gpu(q_I, ld, step), cols, d,
@@ -2148,6 +2142,7 @@ feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_co
             int r = I + first + half * 8, inside = r < T;
             at[half] = inside ? ((int64_t)sequence * T + r) * D + n0 + lane % 4 * 2 : -1;
             factor[half] = inside ? scale.at(sequence, r) : 0;
+            if (BACK && fabsf(factor[half]) < 1e-30f) factor[half] = 0; // its inverse is a number
             z[half] = BACK ? (factor[half] != 0 ? 1 / factor[half] : 1) : inside ? inverse.at(sequence, r) : 0;
         }
         auto given = [&](int half, int n) {
