@@ -180,6 +180,9 @@ static void test_numbers(void) {
     check(huge > (real)1e38 && tiny == 0 && at_zero == 1 && isnan(exp_real((real)NAN)) &&
           exp_real((real)-INFINITY) == 0, "exp_real: 1 at 0, large at one end, 0 at the other, NaN stays NaN");
     check((double)normal_cdf(30, 0) == 1 && fabs((double)normal_cdf(-30, 0)) < 1e-37 && isnan(normal_cdf((real)NAN, (real)NAN)), "normal_cdf: 0 and 1 at the ends, NaN stays NaN");
+    char line[ERROR_SIZE];
+    fail(line, "caf\xC3\xA9", "%s", "\x1B[2J\n\xC2\x9B\xFF\xC3");
+    check(!strcmp(line, "caf\xC3\xA9: ?[2J?????"), "messages: control characters and what is no UTF-8 become '?'");
     uint64_t state = 0;
     uint64_t first = random_u64(&state), second = random_u64(&state);
     check(first == 0xE220A8397B1DCDAFu && second == 0x6E789E6AA1B965F4u, "random_u64: the first two words of SplitMix64 from state 0");
@@ -394,6 +397,68 @@ static void test_attention(void) {
         static const char *names[] = {"s", "s after known positions", "df", "dq'", "dk'", "dgamma"};
         for (int n = 0; n < 6; n++) check_error(worst[n], bound_of(3e-6, 1e-14), "feedback, P %d, %s", panel_heights[i], names[n]);
     }
+}
+
+// Gains at ±γ_max, and logits of exactly ±1e4: a softmax is then the mean over the keys with the query's sign, over all if
+// there is none. The plain loops above would overflow.
+static void test_extremes(void) {
+    heading("the ends of the scales: gains of 0.999, logits of 1e4");
+    enum { T = 150, D = 4 };
+    uint64_t before = chance; // the tests behind this one see the numbers that they always saw
+    static const double gains[] = {0.999, -0.999};
+    for (int i = 0; i < 2; i++) {
+        real *f = noise(T * D, 1), *q = noise(T * D, 0.5), *k = noise(T * D, 0.5), *gamma = noise(T, 0), *ds = noise(T * D, 1), *scratch = scratch_for(T);
+        real *s = poison(T * D), *stats = poison(2 * T), *df_layer = poison(T * D), *dq_layer = poison(T * D), *dk_layer = poison(T * D), *dgamma_layer = poison(T);
+        double *ref = zeros(T * D), *df = zeros(T * D), *dq = zeros(T * D), *dk = zeros(T * D), *dgamma = zeros(T), largest = 0, largest_f = 0;
+        for (int t = 0; t < T; t++) gamma[t] = (real)gains[i];
+        plain_feedback(ref, df, dq, dk, dgamma, ds, f, q, D, k, D, gamma, 1, T, D, 0);
+        feedback_forward(s, stats, scratch, f, q, k, D, gamma, 1, T, D, 0, 0);
+        feedback_backward(df_layer, dq_layer, dk_layer, dgamma_layer, scratch, ds, s, stats, q, k, D, gamma, 1, T, D, 0);
+        for (int e = 0; e < T * D; e++) { largest = fmax(largest, fabs((double)s[e])); largest_f = fmax(largest_f, fabs((double)f[e])); }
+        check_error(error_of(s, ref, T * D, 0), bound_of(1e-5, 1e-13), "feedback, every gain %g: s", gains[i]);
+        check_error(fmax(fmax(error_of(df_layer, df, T * D, 0), error_of(dgamma_layer, dgamma, T, 0)), fmax(error_of(dq_layer, dq, T * D, 0), error_of(dk_layer, dk, T * D, 0))),
+                    bound_of(1e-4, 1e-12), "feedback, every gain %g: gradients", gains[i]);
+        check_error(largest / (largest_f * 1000), 1, "|s| within max |f| / (1 - 0.999), as a share of it");
+        release();
+    }
+    for (int strict = 0; strict < 2; strict++) { // attention, feedback
+        real *f = noise(T * D, 1), *q = noise(T * D, 0), *k = noise(T * D, 0), *gamma = noise(T, 0.3), *out = poison(T * D), *stats = poison(2 * T), *scratch = scratch_for(T);
+        double *ref = zeros(T * D);
+        for (int t = 0; t < T; t++) {
+            q[t * D] = (real)(random_int(0, 1) ? 2e4 : -2e4); // times 1/sqrt(4)
+            k[t * D] = (real)(t > T / 2 && random_int(0, 1) ? 1 : -1);
+        }
+        for (int t = 0; t < T; t++) {
+            double n = 0, all = strict ? t : t + 1, sum[D] = {0}, sum_all[D] = {0};
+            for (int j = 0; j < all; j++) {
+                int match = (q[t * D] > 0) == (k[j * D] > 0);
+                n += match;
+                for (int e = 0; e < D; e++) {
+                    double value = strict ? ref[j * D + e] : (double)f[j * D + e];
+                    sum[e] += match ? value : 0;
+                    sum_all[e] += value;
+                }
+            }
+            for (int e = 0; e < D; e++) {
+                double mean = n ? sum[e] / n : all ? sum_all[e] / all : 0;
+                ref[t * D + e] = strict ? (double)f[t * D + e] + (double)gamma[t] * mean : mean;
+            }
+        }
+        if (strict) feedback_forward(out, stats, scratch, f, q, k, D, gamma, 1, T, D, 0, 0);
+        else attention_forward(out, stats, scratch, q, k, f, D, 1, T, 1, 1, D, 0, 0);
+        check_error(error_of(out, ref, T * D, 0), bound_of(3e-6, 1e-14), "%s with logits of 1e4 and -1e4", strict ? "feedback" : "attention");
+        release();
+    }
+    enum { V = 5 };
+    real logits[2 * V] = {(real)1e4, (real)-1e4, 0, (real)1e4, 0, (real)-1e4, (real)-1e4, (real)-1e4, (real)-1e4, (real)-1e4}, losses[2], sums[2], grads[2 * V];
+    int targets[2] = {1, 4};
+    crossentropy_forward(losses, sums, logits, targets, 2, V);
+    crossentropy_backward(grads, logits, sums, targets, 1, 2, V);
+    double wanted[2 * V] = {0.5, -1, 0, 0.5, 0, 0.2, 0.2, 0.2, 0.2, -0.8}, off = 0;
+    for (int e = 0; e < 2 * V; e++) worst_of(&off, fabs((double)grads[e] - wanted[e]));
+    check_error(fmax(fabs((double)losses[0] - 2e4 - log(2.0)) / 2e4, fabs((double)losses[1] - log(5.0)) / 1e4), bound_of(1e-7, 1e-12), "cross-entropy of logits of 1e4 and -1e4");
+    check_error(off, bound_of(1e-3, 1e-11), "its gradient"); // a logit of 1e4 has a last digit of 1e-3
+    chance = before;
 }
 
 // h_t = exp(-exp(A_log) Δ_t) h_{t-1} + Δ_t b_t x_t^T, y_t = c_t^T h_t + skip·x_t token by token, from the state h (B,S,E), and
@@ -767,6 +832,15 @@ static void test_model_gradients(void) {
         check_model("attention, one head", config_with(ATTENTION, 7, 6, 2, 1, 1, 9), 2, 5, 0, p);
         check_model("mamba2, 4 heads, two chunks", config_with(MAMBA2, 11, 8, 2, 4, 2, 40), 2, 38, 0, p);
     }
+    uint64_t before = chance;
+    for (int mixer = 0; mixer < N_MIXERS; mixer++) {
+        char name[64];
+        snprintf(name, sizeof(name), "%s, T 1, B 1, D 2, V 2", mixers[mixer].name);
+        check_model(name, config_with(mixer, 2, 2, 1, 1, 1, 1), 1, 1, 0, 0);
+        snprintf(name, sizeof(name), "%s, V 65536", mixers[mixer].name);
+        check_model(name, config_with(mixer, 65536, 8, 1, 1, 1, 3), 1, 3, 0, 0);
+    }
+    chance = before;
 }
 
 // ----------------------------------------------------------------------------
@@ -1492,6 +1566,7 @@ static void test_generation(void) {
 }
 
 static char damaged[80]; // what is wrong with bad.safetensors
+static const char *reason = ""; // what the line must say
 
 // The program must end with this exit code and one line on standard error, and leave the folder as it was.
 __attribute__((format(printf, 2, 3)))
@@ -1504,7 +1579,7 @@ static void refuse(int wanted, const char *format, ...) {
     uint64_t before = folder_state(0);
     int code = run("%s", line), lines = 0;
     for (size_t i = 0; i < complaint_size; i++) lines += complaint[i] == '\n';
-    int ok = code == wanted && lines == 1 && complaint[complaint_size - 1] == '\n' && folder_state(0) == before;
+    int ok = code == wanted && lines == 1 && complaint[complaint_size - 1] == '\n' && strstr((char *)complaint, reason) && folder_state(0) == before;
     if (!check(ok, "%d: %.50s%s%s", wanted, line, *damaged ? " with " : "", damaged)) printf("    exit code %d, %d lines%s: %s\n", code, lines, folder_state(0) == before ? "" : ", files changed", (char *)complaint);
     release();
 }
@@ -1593,6 +1668,33 @@ static void test_files(void) {
     refuse(1, "--load bad.safetensors --data text --eval"); // two tensors in one place
     damage("\"step\":\"2\"", "\"step\":\"two\"");
     refuse(1, "--resume bad.safetensors --steps 4");
+    char endless[801]; // as long as would overrun a buffer for the message
+    memset(endless, '7', 800);
+    endless[800] = 0;
+    memcpy(endless, "\"d_model\":\"", 11);
+    strcpy(endless + 799, "\"");
+    damage("\"d_model\":\"16\"", endless);
+    refuse(1, "--load bad.safetensors --data text --eval");
+    reason = "tensor "; // no memory is taken for what the file does not hold
+    damage("\"n_layers\":\"2\"", "\"n_layers\":\"4096\"");
+    refuse(1, "--load bad.safetensors --generate 5");
+    damage("\"d_model\":\"16\"", "\"d_model\":\"65536\"");
+    refuse(1, "--resume bad.safetensors --steps 4");
+    reason = "";
+    static const struct { const char *tensor, *way, *reason; float value; } spoilt[] = {
+        {"layers.1.W_in.weight", "--load bad.safetensors --data text --eval", "not finite", NAN}, {"wte.weight", "--load bad.safetensors --generate 5", "not finite", INFINITY},
+        {"exp_avg_sq.ln_f.bias", "--resume bad.safetensors --steps 4", "not finite", -INFINITY}, {"ln_f.weight", "--load bad.safetensors --generate 5", "logit", 3e38f},
+        {"ln_f.weight", "--load bad.safetensors --data text --eval", "validation loss", 3e38f}, {"ln_f.weight", "--load bad.safetensors --data text --batch 2 --steps 4 --out new.safetensors", "nothing was saved", 3e38f}};
+    for (int i = 0; i < 6; i++) {
+        unsigned char *bytes = slurp("good.safetensors", &size);
+        const FileTensor *t = safetensors_find(&a, spoilt[i].tensor);
+        for (int64_t e = 0; e < t->count; e++) memcpy(bytes + (t->data - a.bytes) + 4 * e, &spoilt[i].value, 4);
+        spill("bad.safetensors", bytes, size);
+        snprintf(damaged, sizeof(damaged), "%g in %s", (double)spoilt[i].value, spoilt[i].tensor);
+        reason = spoilt[i].reason;
+        refuse(1, "%s", spoilt[i].way);
+    }
+    reason = "";
     safetensors_free(&a);
     safetensors_free(&b);
     release();
@@ -1602,8 +1704,10 @@ static void test_files(void) {
     mkdir(strcat(strcpy(path, work), "/subfolder"), 0777);
     static const char *wrong[] = {"--colour red", "dim", "--steps ten", "--steps 1.5", "--lr 1e-3x", "--lr nan", "--steps", "--dropout 1", "--batch 0", "--data text --heads 3 --dim 16",
         "--data text --dim 16 --heads 16", "--data text --heads 4 --kv-heads 3", "--data text --mixer none", "--resume good.safetensors --load good.safetensors", "--generate 5",
-        "--eval", "--load good.safetensors --generate 5 --eval", "--resume good.safetensors --dim 32", "--resume good.safetensors --lr 0.5", "--load good.safetensors --data text --heads 4", "--load good.safetensors --generate 5 --prompt abZ"};
-    static const char *impossible[] = {"--data absent", "--data subfolder", "--data short", "--load absent --generate 5", "--load subfolder --generate 5", "--resume absent",
+        "--eval", "--load good.safetensors --generate 5 --eval", "--resume good.safetensors --dim 32", "--resume good.safetensors --lr 0.5", "--resume good.safetensors --eps 1e-3", "--resume good.safetensors --mixer attention",
+        "--data text --out text", "--data text --log text", "--data text --val other --log other", "--load good.safetensors --data text --heads 4", "--load good.safetensors --generate 5 --prompt abZ"};
+    spill("empty", "", 0);
+    static const char *impossible[] = {"--data absent", "--data empty", "--data text --val empty", "--resume good.safetensors --val other --steps 4", "--data subfolder", "--data short", "--load absent --generate 5", "--load subfolder --generate 5", "--resume absent",
         "--load good.safetensors --data other --eval", "--resume good.safetensors --data other --steps 4", "--data text --out subfolder/no/x.safetensors",
         "--data text --out subfolder", "--data text --log subfolder/no/x.log", "--data set.safetensors --val text", "--data tokens.bin --vocab 5", "--load good.safetensors --data tokens.bin --eval",
         "--resume d.best.safetensors --steps 9", "--data text --dim 65536 --layers 4096 --heads 4"};
@@ -1617,7 +1721,116 @@ static void test_files(void) {
         told += output && strstr((char *)output, from) != NULL;
     }
     check(ok && told == options && !complaint_size, "--help names all %d options", options);
+    reason = "; nothing was saved before";
     refuse(1, "--data text " SMALL "--lr 1000 --warmup 0 --clip 0 --steps 400 --eval-every 0 --save-every 1000000 --out never.safetensors");
+    reason = "";
+}
+
+// Runs that nobody watches.
+static void test_long_runs(void) {
+    heading("long runs: divergence, spoilt weights, logs, what killed runs leave");
+    Safetensors file;
+    char path[256], error[ERROR_SIZE], words[64], name[96];
+    size_t size = 0, size_now = 0;
+    int code = run("--data text " SMALL "--lr 1000 --warmup 0 --clip 0 --steps 400 --eval-every 0 --save-every 2 --out diverged.safetensors"), finite = 1, step = -1;
+    snprintf(path, sizeof(path), "%s/diverged.safetensors", work);
+    if (!safetensors_read(&file, path, error)) {
+        step = atoi(safetensors_meta(&file, "step"));
+        for (int i = 0; i < file.n_tensors; i++)
+            for (int64_t e = 0; e < file.tensors[i].count && !strcmp(file.tensors[i].dtype, "F32"); e++) finite &= isfinite(number_of(&file.tensors[i], e)) != 0;
+        safetensors_free(&file);
+    }
+    snprintf(words, sizeof(words), "; diverged.safetensors holds step %d\n", step);
+    check(code == 1 && step > 0 && step % 2 == 0 && finite && complaint && strstr((char *)complaint, words), "a loss that is not finite stops the run and names the last checkpoint: step %d, all finite", step);
+
+    Run run_here; // what training cannot bring about: a weight that is not finite after a finite step
+    char *argv[] = {self};
+    Config c = config_with(SESSA, 11, 16, 1, 2, 2, 12);
+    memset(&run_here, 0, sizeof(run_here));
+    run_here.backend = &cpu_backend;
+    run_here.model = create(&c, 1, 12, TRAIN);
+    run_here.table = run_here.model->table;
+    parse_options(&run_here.settings, 1, argv, error);
+    run_here.settings.values.vocab = 11;
+    int saved = !save_checkpoint(&run_here, path, 1, error), refused = 0;
+    const unsigned char *before = slurp("diverged.safetensors", &size);
+    real *spoilt[] = {run_here.model->params, run_here.model->exp_avg, run_here.model->exp_avg_sq};
+    for (int i = 0; i < 3; i++) {
+        spoilt[i][7] = (real)(i ? NAN : INFINITY);
+        refused += save_checkpoint(&run_here, path, 1, error) && strstr(error, "not finite");
+        spoilt[i][7] = 0;
+    }
+    const unsigned char *now = slurp("diverged.safetensors", &size_now);
+    check(saved && refused == 3 && size == size_now && !memcmp(before, now, size), "a weight or a moment that is not finite is never written: the old file stays");
+    model_free(run_here.model);
+
+    char line[1500] = "{\"step\": 1, \"train_loss\": 2, \"accuracy_by_lag\": {";
+    memset(line + strlen(line), ' ', 900);
+    strcat(line, "}}\n");
+    size_t first = strlen(line);
+    strcat(line, "{\"step\": 2}\n{\"step\": 3}\n{\"st");
+    spill("long.log", line, strlen(line));
+    snprintf(name, sizeof(name), "e.safetensors.tmp.%ld", (long)getpid());
+    spill(name, "x", 1);
+    spill("e.safetensors.tmp.999999999", "x", 1);
+    code = run("--resume good.safetensors --steps 3 --out e.safetensors --log long.log");
+    const char *log = (char *)slurp("long.log", &size);
+    check(!code && log && !memcmp(log, line, first + 11) && size > first + 60 && !strncmp(log + first + 11, "\n{\"step\": 3, ", 13), "a log with a line of 1000 bytes is continued behind the resumed step");
+    check(slurp(name, &size) && !slurp("e.safetensors.tmp.999999999", &size), "the temporary file of a killed run is removed, that of a living one is not");
+    release();
+}
+
+// The smallest and the oddest runs, with every mixer.
+static void test_edges(void) {
+    heading("edges: T 1, B 1, V 1 and 65536, D 2, one byte, no target");
+    enum { TOKENS = 400, N = 4, T = 6 };
+    uint64_t before = chance;
+    static char same[200];
+    static unsigned char shard[1024 + 2 * TOKENS];
+    int32_t header[3] = {20240520, 1, TOKENS}, *inputs = random_ids(N * T, 9, 0), *targets = random_ids(N * T, 9, 0);
+    memset(same, 'a', sizeof(same));
+    spill("same", same, sizeof(same));
+    memcpy(shard, header, sizeof(header));
+    for (int i = 0; i < TOKENS; i++) { shard[1024 + 2 * i] = (unsigned char)random_int(0, 255); shard[1025 + 2 * i] = (unsigned char)random_int(0, 255); }
+    shard[1024] = shard[1025] = 255;
+    spill("wide.bin", shard, sizeof(shard));
+    for (int i = 0; i < N * T; i++) targets[i] = -1;
+    write_tensors("none.safetensors", N, T, inputs, targets, NULL);
+    for (int mixer = 0; mixer < N_MIXERS; mixer++) {
+        Config c = config_with(mixer, 11, 16, 2, 2, 1, 40);
+        Model *m = create(&c, 1, 40, TRAIN);
+        int *ids = random_ids(40, 11, 0);
+        Dropout none = {0, 0, 0};
+        shake_weights(m, 0.1);
+        int factor = mixer == MAMBA2 ? 30 : 1000; // its state is a product of three projections: no more fits a float
+        for (int r = 0; r < m->table.n; r++) // nor does the exponential of a larger A_log
+            for (int64_t i = 0; i < m->table.rows[r].count && !strstr(m->table.rows[r].name, "A_log"); i++) m->params[m->table.rows[r].offset + i] *= (real)factor;
+        double loss = model_forward(m, ids, ids, 1, 40, none) / 40;
+        check(isfinite(loss), "%s, weights %d times as large: the loss is finite (%.3g)", mixers[mixer].name, factor, loss);
+        model_free(m);
+        release();
+    }
+    for (int i = 0; i < N_MIXERS; i++) {
+        const char *name = mixers[i].name;
+        double loss[8], val[8];
+        int ok = !run("--data text --mixer %s --dim 2 --heads 1 --layers 1 --seq 1 --batch 1 --steps 3 --eval-every 1 --out e.safetensors --log e.log", name);
+        check(ok && read_log("e.log", "train_loss", loss, 8) == 3 && fabs(loss[0] - log(12)) < 0.5, "%s: T 1, B 1, D 2", name);
+        ok = !run("--load e.safetensors --generate 5 --prompt c") && output_size == 7 && !run("--load e.safetensors --generate 5 --prompt cdefghij") && output_size == 14;
+        ok = ok && !run("--load e.safetensors --generate 5 --window 3 --prompt cdefghij") && output_size == 14 && !run("--load e.safetensors --generate 5") && output_size == 6;
+        check(ok, "%s: a prompt of one token, one longer than the window, none", name);
+        ok = !run("--data same --mixer %s --dim 2 --heads 1 --layers 2 --seq 5 --batch 2 --steps 3 --eval-every 1 --out v.safetensors --log v.log", name);
+        ok = ok && read_log("v.log", "train_loss", loss, 8) == 3 && read_log("v.log", "val_loss", val, 8) == 3 && loss[0] == 0 && loss[2] == 0 && val[2] == 0;
+        check(ok && !run("--load v.safetensors --generate 5") && !strcmp((char *)output, "aaaaa\n"), "%s: text of one distinct byte, V 1: loss 0", name);
+        ok = !run("--data wide.bin --vocab 65536 --mixer %s --dim 2 --heads 1 --layers 1 --seq 3 --batch 2 --steps 2 --eval-every 0 --out w.safetensors --log w.log", name);
+        ok = ok && read_log("w.log", "train_loss", loss, 8) == 2 && fabs(loss[0] - log(65536)) < 0.05;
+        check(ok && !run("--load w.safetensors --generate 3 --prompt 65535") && !strncmp((char *)output, "65535 ", 6), "%s: V 65536", name);
+        ok = !run("--data none.safetensors --val none.safetensors --mixer %s " SMALL "--seq 6 --steps 2 --weight-decay 0 --eval-every 0 --out m.safetensors --log m.log", name);
+        ok = ok && read_log("m.log", "train_loss", loss, 8) == 2 && loss[0] == 0 && loss[1] == 0 && read_log("m.log", "grad_norm", loss, 8) == 2 && loss[0] == 0;
+        ok = ok && !run("--data none.safetensors --val none.safetensors --mixer %s " SMALL "--seq 6 --steps 1 --weight-decay 0 --eval-every 0 --out n.safetensors", name);
+        check(ok && same_files("m.best.safetensors", "n.best.safetensors"), "%s: all targets ignored: loss and gradient 0, the weights do not move", name);
+    }
+    chance = before;
+    release();
 }
 
 // The check of dumps must fail where it should: on copies of a dump with one thing wrong.
@@ -1659,6 +1872,8 @@ static void test_program(const glob_t *dumps) {
     if (!IS_DOUBLE) { // a checkpoint is float32
         test_resume();
         if (!ON_GPU) test_files();
+        if (!ON_GPU) test_long_runs();
+        if (!ON_GPU) test_edges();
     }
     if (!ON_GPU) test_threads();
     if (!ON_GPU) test_order();
@@ -2320,11 +2535,14 @@ int main(int argc, char **argv) {
         memset(&dumps, 0, sizeof(dumps));
         glob("data/ref_*.safetensors", 0, NULL, &dumps);
 #ifdef TEST_CUDA
+        uint64_t before = chance; // what follows draws the numbers that it draws without a GPU
         test_cuda(&dumps);
+        chance = before;
 #endif
         test_numbers();
         test_matmul();
         test_attention();
+        test_extremes();
         test_scan();
         test_memory();
         if (IS_DOUBLE) {

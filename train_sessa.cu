@@ -2515,6 +2515,28 @@ template <typename X> struct DecodeProjections {
 // its Σ e v, part_size numbers.
 enum { DECODE_KEYS = 64, DECODE_THREADS = 256 };
 static int decode_splits(int H) { return H > 192 ? 1 : 192 / H; }
+
+// weight[j] = scale q·k_j of n keys, the others -INFINITY: `lanes` threads a key, ROUNDS keys of theirs at once
+template <int V, int ROUNDS, typename X>
+__device__ inline void decode_logits(float *weight, const X *q, const X *k, int64_t ld, int n, int width, int lanes,
+                                     float scale) {
+    int first = threadIdx.x / lanes, apart = DECODE_THREADS / lanes;
+    float dot[ROUNDS] = {}, a[V], b[ROUNDS][V];
+    for (int i = threadIdx.x % lanes * V; i < width; i += lanes * V) {
+        read_some<V>(a, q + i);
+#pragma unroll
+        for (int r = 0; r < ROUNDS; r++) read_some<V>(b[r], k + min(first + r * apart, n - 1) * ld + i);
+#pragma unroll
+        for (int r = 0; r < ROUNDS; r++)
+            for (int e = 0; e < V; e++) dot[r] += a[e] * b[r][e];
+    }
+#pragma unroll
+    for (int r = 0; r < ROUNDS; r++) {
+        int j = first + r * apart;
+        for (int lane = lanes / 2; lane; lane /= 2) dot[r] += __shfl_xor_sync(~0u, dot[r], lane);
+        if (threadIdx.x % lanes == 0 && j < DECODE_KEYS) weight[j] = j < n ? scale * dot[r] : -INFINITY;
+    }
+}
 template <int V, typename X>
 __global__ void decode_attention_kernel(float *parts, const X *proj, const X *s, const int *first, int E, int D, int H,
                                         int G, int splits) {
@@ -2532,17 +2554,10 @@ __global__ void decode_attention_kernel(float *parts, const X *proj, const X *s,
     float max = -INFINITY, total = 0, scale = 1 / sqrtf((float)width);
     for (int i = threadIdx.x; i < groups * width; i += DECODE_THREADS) sums[i] = 0;
     for (int j0 = from; j0 < end; j0 += DECODE_KEYS) {
-        int n = min(DECODE_KEYS, end - j0), per_round = DECODE_THREADS / lanes;
-        for (int j = threadIdx.x / lanes; j < DECODE_KEYS; j += per_round) {
-            float dot = 0, a[V], b[V];
-            for (int i = threadIdx.x % lanes * V; i < width && j < n; i += lanes * V) {
-                read_some<V>(a, q + i);
-                read_some<V>(b, k + (int64_t)(j0 + j) * E + i);
-                for (int e = 0; e < V; e++) dot += a[e] * b[e];
-            }
-            for (int lane = lanes / 2; lane; lane /= 2) dot += __shfl_xor_sync(~0u, dot, lane);
-            if (threadIdx.x % lanes == 0) weight[j] = j < n ? scale * dot : -INFINITY;
-        }
+        int n = min(DECODE_KEYS, end - j0);
+        if (lanes == 32) decode_logits<V, 8>(weight, q, k + (int64_t)j0 * E, E, n, width, lanes, scale);
+        else if (lanes == 16) decode_logits<V, 4>(weight, q, k + (int64_t)j0 * E, E, n, width, lanes, scale);
+        else decode_logits<V, 2>(weight, q, k + (int64_t)j0 * E, E, n, width, lanes, scale);
         __syncthreads();
         float top = max, sum = 0;
         for (int j = 0; j < n; j++) top = fmaxf(top, weight[j]);
@@ -2556,12 +2571,13 @@ __global__ void decode_attention_kernel(float *parts, const X *proj, const X *s,
             float *sum_at = sums + group * width + piece * V, acc[V], x[V];
             read_some<V>(acc, sum_at);
             for (int e = 0; e < V; e++) acc[e] *= shrink;
-#pragma unroll 4
-            for (int j = group; j < n; j += groups) {
-                float e_j = __expf(weight[j] - max);
-                read_some<V>(x, v + (int64_t)(j0 + j) * ld + piece * V);
-                for (int e = 0; e < V; e++) acc[e] += e_j * x[e];
-            }
+            for (int j1 = group; j1 < n; j1 += 4 * groups)
+#pragma unroll
+                for (int j = j1; j < j1 + 4 * groups; j += groups) { // four rows on their way at once
+                    float e_j = j < n ? __expf(weight[j] - max) : 0;
+                    read_some<V>(x, v + (int64_t)(j0 + min(j, n - 1)) * ld + piece * V);
+                    for (int e = 0; e < V; e++) acc[e] += e_j * x[e];
+                }
             write_some<V>(sum_at, acc);
         }
         __syncthreads();

@@ -1,0 +1,75 @@
+"""What stays the same when the compiler, the processor or the number of threads changes.
+
+    python3 dev/check_compilers.py [--steps 100]
+
+Builds train_sessa.c in several ways and trains the same small models with each. One binary must write the same bytes for
+any number of threads. Two binaries round differently: their losses drift apart, slowly; the largest relative difference
+after 1, 10 and --steps steps is printed and held against a bound.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+
+ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
+FAST = ["-ffast-math", "-fno-finite-math-only", "-Wno-unknown-pragmas"]
+BUILDS = {"gcc -O3 native": ["gcc", "-O3", "-march=native", "-fopenmp"],
+          "gcc -O3 x86-64-v3": ["gcc", "-O3", "-march=x86-64-v3", "-fopenmp"],
+          "gcc -O3 x86-64": ["gcc", "-O3", "-march=x86-64", "-fopenmp"],
+          "gcc -O1 native": ["gcc", "-O1", "-march=native", "-fopenmp"],
+          "gcc without OpenMP": ["gcc", "-O3", "-march=native"],
+          "clang -O3 native": ["clang", "-O3", "-march=native", "-fopenmp"],
+          "clang -O3 x86-64-v3": ["clang", "-O3", "-march=x86-64-v3", "-fopenmp"],
+          "gcc float64": ["gcc", "-O3", "-march=native", "-fopenmp", "-DREAL=double"]}
+BOUNDS = {1: 5e-8, 10: 2e-7, None: 1e-6}  # of relative differences of the loss after so many steps; None: at the end
+THREADS = ("1", "2", "3", "4", "7")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=100)
+    options = parser.parse_args()
+    failed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        programs = {}
+        for name, command in BUILDS.items():
+            if shutil.which(command[0]):
+                programs[name] = os.path.join(folder, name.replace(" ", "_"))
+                subprocess.run(command + FAST + [os.path.join(ROOT, "train_sessa.c"), "-o", programs[name], "-lm"], check=True)
+            else:
+                print("%s: not here, left out" % command[0])
+
+        def train(name, mixer, threads):
+            """The losses, and the bytes of the run."""
+            subprocess.run([programs[name], "--data", os.path.join(ROOT, "train_sessa.c"), "--mixer", mixer, "--dim", "64", "--layers", "2",
+                            "--heads", "2", "--seq", "40", "--batch", "4", "--steps", str(options.steps), "--warmup", "20",
+                            "--dropout", "0.1", "--eval-every", "0", "--save-every", "100000", "--log", folder + "/log", "--out", folder + "/out"],
+                           check=True, stdout=subprocess.DEVNULL, env=dict(os.environ, OMP_NUM_THREADS=threads, OMP_WAIT_POLICY="passive"))
+            with open(folder + "/log") as log, open(folder + "/out", "rb") as out:
+                return [json.loads(line)["train_loss"] for line in log], out.read()
+
+        for mixer in ("sessa", "attention", "mamba2"):
+            reference, _ = train("gcc -O3 native", mixer, "2")
+            for name in programs:
+                losses, content = train(name, mixer, "1")
+                same = [train(name, mixer, threads)[1] == content for threads in THREADS[1:]] if name in ("gcc -O3 native", "clang -O3 native") else []
+                drift, ok, worst = [], all(same), 0
+                for i, (x, y) in enumerate(zip(losses, reference)):
+                    worst = max(worst, abs(x - y) / y)
+                    steps = i + 1
+                    if steps in BOUNDS or steps == options.steps:
+                        drift.append("%.1e after %d" % (worst, steps))
+                        ok &= worst <= BOUNDS.get(steps, BOUNDS[None])
+                print("%-10s %-20s losses off by %s%s  %s" % (mixer, name, ", ".join(drift), "; the same bytes with 1, 2, 3, 4 and 7 threads" if same and all(same) else
+                                                            "; OTHER BYTES with other threads" if same else "", "ok" if ok else "FAIL"), flush=True)
+                failed += not ok
+    print("%d failed" % failed)
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()
