@@ -168,13 +168,15 @@ def run_entry(name, entry, o):
 
     metric = entry["metric"]
     head = ["model", "shape", "parameters"]
-    head += {"accuracy": ["test accuracy", "test loss"], "lag": ["test accuracy"] + [f"{lag}" for lag in columns],
+    head += {"accuracy": ["test accuracy", "test loss"], "lag": ["validation accuracy", "test accuracy", *columns],
              "perplexity": ["validation perplexity"], "loss": ["validation loss"]}[metric] + ["validation loss at the end", "tokens/s"]
     rows = [head, ["---"] * len(head)]
     for title, shape, last, tests in results:
         row = [title, f"D {shape.dim}, L {shape.layers}" + (f", w {shape.head_dim}" if shape.head_dim else f", H {shape.heads}"),
                f"{match.parameters(shape, entry['vocab']):,}"]
         best = [line["best"] for line in last]
+        if metric == "lag":     # of the lags trained on
+            row.append(spread([line.get("val_accuracy") for line in last]))
         if metric in ("accuracy", "lag"):
             row.append(spread([test.get("val_accuracy") for test in tests]))
             row += [spread([test.get(name) for test in tests], 3) for name in (columns if metric == "lag" else ["val_loss"])]
