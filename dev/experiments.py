@@ -29,8 +29,9 @@ ENTRIES = {
     "symbolsoup": {
         "metric": "accuracy", "vocab": 43, "real": (256, 4, 4), "quick": (32, 2, 2),
         "make": {"real": ["symbolsoup.py"], "quick": ["symbolsoup.py", "--train", "600", "--val", "100", "--test", "200"]},
-        "options": {"real": {"steps": 4368, "batch": 64, "lr": 1e-3, "warmup": 200, "beta2": 0.99, "eval-every": 312, "eval-batches": 32},
-                    "quick": {"steps": 60, "batch": 8, "lr": 1e-3, "warmup": 10, "eval-every": 30, "eval-batches": 4}}},
+        "options": {
+            "real": {"steps": 4368, "batch": 64, "lr": 1e-3, "warmup": 200, "beta2": 0.99, "eval-every": 312, "eval-batches": 32},
+            "quick": {"steps": 60, "batch": 8, "lr": 1e-3, "warmup": 10, "eval-every": 30, "eval-batches": 4}}},
     "mqar": {
         "metric": "lag", "vocab": 147, "real": (128, 4, 4), "small": (64, 2, 4), "quick": (32, 2, 2),
         "make": {"real": ["mqar.py", "--train", "100000"],
@@ -38,14 +39,16 @@ ENTRIES = {
                            "--test-lag", "65", "256"],
                  "quick": ["mqar.py", "--train", "600", "--val", "100", "--test", "100", "--pairs", "4", "--queries", "4", "--lag", "24", "64",
                            "--test-lag", "65", "256"]},
-        "options": {"real": {"steps": 12000, "batch": 128, "lr": 1e-3, "warmup": 500, "beta2": 0.99, "eval-every": 1000, "eval-batches": 8},
-                    "small": {"steps": 6000, "batch": 32, "lr": 2e-3, "warmup": 200, "eval-every": 500, "eval-batches": 8},
-                    "quick": {"steps": 100, "batch": 8, "lr": 2e-3, "warmup": 10, "eval-every": 50, "eval-batches": 4}}},
+        "options": {
+            "real": {"steps": 12000, "batch": 128, "lr": 1e-3, "warmup": 500, "beta2": 0.99, "eval-every": 1000, "eval-batches": 8},
+            "small": {"steps": 6000, "batch": 32, "lr": 2e-3, "warmup": 200, "eval-every": 500, "eval-batches": 8},
+            "quick": {"steps": 100, "batch": 8, "lr": 2e-3, "warmup": 10, "eval-every": 50, "eval-batches": 4}}},
     "simplestories": {
         "metric": "perplexity", "vocab": 4096, "real": (512, 8, 8), "quick": (64, 2, 4),
         "make": {"real": ["simplestories.py"], "quick": ["simplestories.py"]}, "suffix": "bin",
-        "options": {"real": {"seq": 512, "steps": 6000, "batch": 64, "lr": 1e-3, "warmup": 300, "beta2": 0.95, "eval-every": 500, "eval-batches": 16},
-                    "quick": {"seq": 64, "steps": 100, "batch": 8, "lr": 2e-3, "warmup": 10, "eval-every": 50, "eval-batches": 4}}},
+        "options": {
+            "real": {"seq": 512, "steps": 6000, "batch": 64, "lr": 1e-3, "warmup": 300, "beta2": 0.95, "eval-every": 500, "eval-batches": 16},
+            "quick": {"seq": 64, "steps": 100, "batch": 8, "lr": 2e-3, "warmup": 10, "eval-every": 50, "eval-batches": 4}}},
     "tinyshakespeare": {
         "metric": "loss", "vocab": 65, "real": (128, 5, 4), "quick": (32, 2, 2), "suffix": "txt",
         "make": {"real": ["tinyshakespeare.sh"], "quick": ["tinyshakespeare.sh"]},
@@ -165,16 +168,18 @@ def run_entry(name, entry, o):
 
     metric = entry["metric"]
     head = ["model", "shape", "parameters"]
-    head += {"accuracy": ["test accuracy", "test loss"], "lag": ["test accuracy"] + [f"{lag}" for lag in columns],
+    head += {"accuracy": ["test accuracy", "test loss"], "lag": ["validation accuracy", "test accuracy", *columns],
              "perplexity": ["validation perplexity"], "loss": ["validation loss"]}[metric] + ["validation loss at the end", "tokens/s"]
     rows = [head, ["---"] * len(head)]
     for title, shape, last, tests in results:
         row = [title, f"D {shape.dim}, L {shape.layers}" + (f", w {shape.head_dim}" if shape.head_dim else f", H {shape.heads}"),
                f"{match.parameters(shape, entry['vocab']):,}"]
         best = [line["best"] for line in last]
+        if metric == "lag":     # of the lags trained on
+            row.append(spread([line.get("val_accuracy") for line in last]))
         if metric in ("accuracy", "lag"):
             row.append(spread([test.get("val_accuracy") for test in tests]))
-            row += [spread([test.get("val_loss") for test in tests])] if metric == "accuracy" else [spread([test.get(lag) for test in tests], 3) for lag in columns]
+            row += [spread([test.get(name) for test in tests], 3) for name in (columns if metric == "lag" else ["val_loss"])]
         else:
             row.append(spread([math.exp(x) for x in best], 3) if metric == "perplexity" else spread(best))
         row += [spread([line["val_loss"] for line in last]), f"{statistics.median(line['tok_per_s'] for line in last):,.0f}"]
@@ -192,8 +197,8 @@ def run_entry(name, entry, o):
     except ImportError:
         print("no curves: matplotlib is not installed")
         return
-    call([sys.executable, os.path.join(ROOT, "dev", "plot_training.py"), *(path for path, _ in logs), "--names", *(label for _, label in logs),
-          "--title", name, "--out", os.path.join(folder, name + ".svg")], False)
+    call([sys.executable, os.path.join(ROOT, "dev", "plot_training.py"), *(path for path, _ in logs), "--names",
+          *(label for _, label in logs), "--title", name, "--out", os.path.join(folder, name + ".svg")], False)
 
 
 def main():

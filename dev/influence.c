@@ -164,7 +164,8 @@ static void measure_layer(Model *m, int l, int T, const Measure *o, int sequence
     }
     real *u = (real *)array((size_t)D, sizeof(real));
     for (int i = 0; i < o->targets; i++) { // from 1 to T-1, or to the last positions where all are sources
-        int t = (int)lround(o->targets == 1 ? T - 1 : sources < T ? pow(T - 1.0, i / (o->targets - 1.0)) : T - 1 - i * (T / 2.0) / o->targets);
+        int t = T - 1 - (int)((int64_t)i * (T / 2) / o->targets);
+        if (sources < T && o->targets > 1) t = (int)lround(pow(T - 1.0, i / (o->targets - 1.0)));
         memset(rows, 0, sizeof(double) * (size_t)T);
         for (int p = 0; p < o->probes; p++) {
             for (int k = 0; k < D; k++) u[k] = random_u64(random) >> 63 ? 1 : -1;
@@ -200,7 +201,8 @@ static int measure(Run *run, const Measure *given, const char *path, char *error
     }
     for (int i = 0; i < o.sequences; i++) {
         int64_t window = windows * i / o.sequences;
-        copy_sequence(run->inputs, run->targets, run->val_set, run->val_begin + window * (run->val_set->kind == DATA_EXAMPLES ? 1 : T), T);
+        int64_t place = run->val_begin + window * (run->val_set->kind == DATA_EXAMPLES ? 1 : T);
+        copy_sequence(run->inputs, run->targets, run->val_set, place, T);
         model_forward(m, run->inputs, run->targets, 1, T, off);
         for (int l = 0; l < L; l++) measure_layer(m, l, T, &o, i, by_lag + l * 5, &random);
     }
@@ -259,7 +261,8 @@ static void uniform(double gamma, int T, int report) {
     enum { D = 2, W = D + 2 }; // the scan: E = D, one head, one number of state
     size_t n = (size_t)T * W;
     real *zero = (real *)array(n, sizeof(real)), *impulse = (real *)array(n, sizeof(real)), *out = (real *)array(n, sizeof(real));
-    real *gain = (real *)array((size_t)T, sizeof(real)), *stats = (real *)array(2 * (size_t)T, sizeof(real)), *steps = (real *)array((size_t)T, sizeof(real));
+    real *gain = (real *)array((size_t)T, sizeof(real)), *steps = (real *)array((size_t)T, sizeof(real));
+    real *stats = (real *)array(2 * (size_t)T, sizeof(real));
     size_t room = panel_scratch(T) > scan_scratch(D, 1, 1) ? panel_scratch(T) : scan_scratch(D, 1, 1);
     real *scratch = (real *)array((size_t)omp_get_max_threads() * room, sizeof(real));
     double *solve = (double *)array((size_t)T, sizeof(double)), *closed = (double *)array((size_t)T, sizeof(double));

@@ -4,8 +4,9 @@
   dev/match.py --dim 128 --layers 5 --heads 4 --vocab 65 --tolerance 1
 
 Attention has 7D² numbers a layer where Sessa has 9D², Mamba-2 9D² and what its state adds: they cannot be matched at the same
-width and depth, so width and depth may both move, as little as possible. Mamba-2's heads are 64 wide, or
-narrower where that keeps the shape near. "without feedback" is attention in Sessa's own shape: the same model with its feedback path cut off, and fewer parameters.
+width and depth, so width and depth may both move, as little as possible. Mamba-2's heads are 64 wide, or narrower where that
+keeps the shape near. "without feedback" is attention in Sessa's own shape: the same model with its feedback path cut off, and
+fewer parameters.
 """
 import argparse
 import math
@@ -61,7 +62,8 @@ def rows(V, sessa, tolerance=0.02, state_dim=64):
     for name, mixer in (("Transformer", "attention"), ("Mamba-2", "mamba2")):
         out.append((name, match(mixer, V, sessa, tolerance, state_dim)))
         if not out[-1][1]:
-            sys.exit(f"{mixer} has no shape near D {sessa.dim}, L {sessa.layers} within {100 * tolerance:g} % of {parameters(sessa, V)} parameters")
+            sys.exit(f"{mixer} has no shape near D {sessa.dim}, L {sessa.layers} within {100 * tolerance:g} % of "
+                     f"{parameters(sessa, V)} parameters")
     return out + [("Sessa without feedback", sessa._replace(mixer="attention"))]
 
 

@@ -100,18 +100,23 @@ def main():
                 elif len(files) > 1:
                     rows = {f"{name}, {label}": x for label, x in rows.items()}
             lines += rows.items()
+        if not lines:
+            sys.exit(f"no file holds layer {' or '.join(map(str, o.layers))} of '{kind}'")
         for i, (label, values) in enumerate(lines):
             T, closed = len(values), kind == "uniform" and label.endswith("closed form")
             low, high = o.fit or (max(1, T // 100), 9 * T // 10)
             fitted = None if closed or (kind == "uniform" and label.endswith("chain")) else fit(values, low, high)
             text = label + (f": slope {fitted[0]:.3f}" if fitted else "")
-            axis.plot(*binned(values), "k--" if closed else ".-", lw=1, ms=4, label=text, zorder=3 if closed else 2, **({} if closed else {"color": f"C{i % 10}"}))
+            style = {"color": "k", "ls": "--", "zorder": 3} if closed else {"color": f"C{i % 10}", "marker": "."}
+            axis.plot(*binned(values), lw=1, ms=4, label=text, **style)
             if fitted:
                 ends = np.array([low, min(high, T - 1)])
                 axis.plot(ends, fitted[1] * ends ** fitted[0], color=f"C{i % 10}", lw=3, alpha=0.25)
                 print(f"{KINDS[kind]}, {label}: slope {fitted[0]:+.4f} over lags {low} to {ends[1]}")
-        peak = max(np.abs(x[1:]).max() for _, x in lines) if lines else 1
-        axis.set(xscale="log", yscale="log", xlabel="lag", ylabel="influence", title=KINDS[kind], ylim=(peak * 1e-7, peak * 3))
+        points = np.concatenate([binned(x)[1] for _, x in lines])
+        peak = points.max()
+        axis.set(xscale="log", yscale="log", xlabel="lag", ylabel="influence", title=KINDS[kind],
+                 ylim=(max(peak * 1e-7, points.min() / 2), peak * 2))
         axis.grid(alpha=0.3)
         axis.legend(frameon=False, fontsize=8)
     figure.tight_layout()

@@ -24,7 +24,7 @@ TITLES = {"map.direct": "attention, mean over heads", "map.feedback": r"feedback
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", help="of dev/influence.c")
-    parser.add_argument("--floor", type=float, default=1e-4, help="the smallest number that has a colour [1e-4]")
+    parser.add_argument("--floor", type=float, default=1e-4, help="smaller numbers have the colour of this one [1e-4]")
     parser.add_argument("--out", default="maps.png", help="picture, .svg or .png [maps.png]")
     o = parser.parse_args()
     if not 0 < o.floor < 1:
@@ -41,7 +41,8 @@ def main():
 
     figure, axes = plt.subplots(1, len(maps), figsize=(1 + 4.6 * len(maps), 4.4), squeeze=False, layout="constrained")
     for axis, (name, matrix) in zip(axes[0], maps.items()):
-        shown = np.ma.masked_less(np.abs(matrix), o.floor)
+        above = np.triu(np.ones(matrix.shape, bool), 1)
+        shown = np.ma.array(np.maximum(np.abs(matrix), o.floor), mask=above)
         image = axis.imshow(shown, norm=LogNorm(o.floor, 1), cmap="magma", interpolation="nearest")
         axis.set(title=TITLES[name], xlabel="position read")
     axes[0, 0].set_ylabel("position that reads")

@@ -39,7 +39,7 @@ def smooth(values, part=0.02):
 
 def save(figure, path):
     try:
-        figure.savefig(path, bbox_inches="tight", dpi=150, metadata={"Date": None} if path.endswith(".svg") else None)
+        figure.savefig(path, bbox_inches="tight", dpi=110, metadata={"Date": None} if path.endswith(".svg") else None)
     except (OSError, ValueError) as error:
         sys.exit(f"{path}: {error.strerror if isinstance(error, OSError) else error}")
     print(path)

@@ -1,4 +1,5 @@
-"""Tests of the generators in data/, of the conversion to token shards, of match.py and the plots: dev/test_data.py, or pytest dev/test_data.py.
+"""Tests of the generators in data/, of the conversion to token shards, of match.py and the plots: dev/test_data.py, or pytest
+dev/test_data.py.
 With --program ./train_sessa the program must also read what they write.
 """
 import json
@@ -39,8 +40,9 @@ def read_with_program(train, val, *options):
     if PROGRAM:
         with tempfile.TemporaryDirectory() as folder:
             log = os.path.join(folder, "log.jsonl")
-            done = subprocess.run([PROGRAM, "--data", train, "--val", val, "--dim", "16", "--layers", "1", "--heads", "2", "--steps", "2", "--batch",
-                                   "4", "--log", log, "--out", os.path.join(folder, "out.safetensors"), *options], capture_output=True, text=True)
+            shape = ["--dim", "16", "--layers", "1", "--heads", "2", "--steps", "2", "--batch", "4"]
+            done = subprocess.run([PROGRAM, "--data", train, "--val", val, *shape, "--log", log, "--out",
+                                   os.path.join(folder, "out.safetensors"), *options], capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
             with open(log) as lines:
                 return json.loads(lines.readlines()[-1])
