@@ -1383,6 +1383,14 @@ static void test_resume(void) {
         safetensors_free(&file);
     }
     check(whole == 5, "killed while saving, five times: the file is whole");
+    code = run("--data text --dim 16 --layers 1 --heads 2 --seq 12 --batch 2 --steps 20 --eval-every 0 --out w.safetensors");
+    snprintf(path, sizeof(path), "%s/w.safetensors", work);
+    if (!code && !(code = safetensors_read(&file, path, error))) {
+        const char *warmup = safetensors_meta(&file, "warmup"), *length = safetensors_meta(&file, "decay_steps");
+        code = !warmup || !length || strcmp(warmup, "3") || strcmp(length, "20");
+        safetensors_free(&file);
+    }
+    check(!code, "a schedule of 20 steps warms up for 3 unless told otherwise, and the file says so");
     release();
 }
 

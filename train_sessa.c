@@ -2544,9 +2544,9 @@ static const Option option_table[] = {
     {TRAINING, "steps", "steps", INTEGER, FIELD(steps), "2000", 0, 1e11, "updates of the weights"},
     {TRAINING, "batch", "batch", INTEGER, FIELD(batch), "12", 1, 1 << 20, "sequences of a micro-batch"},
     {TRAINING, "accum", "accum", INTEGER, FIELD(accum), "1", 1, 1 << 20, "micro-batches of a step"},
-    {TRAINING, "lr", "lr", NUMBER, FIELD(lr), "2e-3", 0, 1e3, "learning rate"},
+    {TRAINING, "lr", "lr", NUMBER, FIELD(lr), "3e-3", 0, 1e3, "learning rate"},
     {TRAINING, "min-lr", "min_lr", NUMBER, FIELD(min_lr), NULL, 0, 1e3, "learning rate at the schedule's end (else lr/10)"},
-    {TRAINING, "warmup", "warmup", INTEGER, FIELD(warmup), "100", 0, 1e12, "steps of linear warm-up"},
+    {TRAINING, "warmup", "warmup", INTEGER, FIELD(warmup), NULL, 0, 1e12, "steps of linear warm-up (else 15 % of --decay-steps, up to 300)"},
     {TRAINING, "decay-steps", "decay_steps", INTEGER, FIELD(decay_steps), NULL, 1, 1e12, "length of the schedule (else --steps)"},
     {TRAINING, "beta1", "beta1", NUMBER, FIELD(beta1), "0.9", 0, 0.9999999, "AdamW"},
     {TRAINING, "beta2", "beta2", NUMBER, FIELD(beta2), "0.99", 0, 0.9999999, "AdamW"},
@@ -2634,7 +2634,8 @@ static void print_help(const char *program) {
 // Reads the command line: --name value or --name=value. 1 if help was asked for.
 static int parse_options(Settings *s, int argc, char **argv, char *error) {
     memset(s, 0, sizeof(*s));
-    s->values.min_lr = s->values.window = -1;
+    s->values.min_lr = -1;
+    s->values.window = s->values.warmup = -1;
     for (int i = 0; i < N_OPTIONS; i++)
         if (option_table[i].fallback) set_option(&s->values, &option_table[i], option_table[i].fallback, error);
     for (int i = 1; i < argc; i++) {
@@ -3214,6 +3215,7 @@ static int prepare(Run *run, char *error) {
     if (!o->state_dim && find_mixer(o->mixer) == MAMBA2) o->state_dim = 64;
     if (o->min_lr < 0) o->min_lr = o->lr / 10;
     if (!o->decay_steps) o->decay_steps = o->steps > 0 ? o->steps : 1;
+    if (o->warmup < 0) o->warmup = o->decay_steps < 2000 ? o->decay_steps * 3 / 20 : 300;
     if (!o->save_every) o->save_every = o->eval_every;
     if (config_of(&run->config, o, error)) return WRONG_OPTION;
     if (!o->generate && open_data(run, error)) return FAILED;
