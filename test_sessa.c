@@ -534,8 +534,8 @@ static void test_scan(void) {
             release();
         }
         static const char *names[] = {"y", "the state carried to a second call", "y of both calls", "dx, db, dc", "dstep", "dA_log", "dskip"};
-        for (int n = 0; n < 7; n++) // exp(L) is off by |L| roundings, and |L| reaches 100 here; dA_log and dskip sum numbers of both signs
-            check_error(worst[n], (n < 4 ? 1 : 4) * bound_of(1e-5, 3e-14), "scan, P %d, %s", panel_heights[i], names[n]);
+        for (int n = 0; n < 7; n++) // dA_log sums numbers of both signs over all tokens, far larger than their sum
+            check_error(worst[n], (n == 5 ? 10 : 1) * bound_of(3e-6, 1e-14), "scan, P %d, %s", panel_heights[i], names[n]);
     }
 }
 
@@ -2009,6 +2009,73 @@ enum { EMBEDDING, LAYERNORM, LINEAR, GELU, ROPE, GAIN, GATE, RESIDUAL, CROSSENTR
        ATTENTION_F, ATTENTION_B,
        FEEDBACK_F, FEEDBACK_B, N_GPU_LAYERS };
 
+// Attention and feedback on the GPU and in C on the same numbers, rounded to X already; P < 0: a random height of panels
+template <typename X>
+static void compare_mixers(double *worst, const real *x, const real *w, const real *y, real *dout, int B, int T, int H,
+                           int G, int d, int ld, int P) {
+    cudaStream_t st = gpu.stream;
+    int D = H * d, N = B * T;
+    int64_t size = (int64_t)N * D, wide_size = (int64_t)N * ld;
+    // at T 2 and 3 the gradients of q and k are differences that nearly cancel: in bf16 the floor is what does not
+    double floor = (sizeof(X) == sizeof(bf16) ? 0.3 : 0.1) * sqrt((double)size);
+    X *x_d = on_gpu<X>(copy_of(x, wide_size), wide_size), *w_d = on_gpu<X>(copy_of(w, wide_size), wide_size),
+        *dout_d = on_gpu<X>(dout, size);
+    { // attention, from position 0 and with the positions before `first` known
+        int first = random_int(0, T - 1), late = B * (T - first);
+        real *v = noise(wide_size, 1), *o = poison(size), *stats = poison(2 * (int64_t)N * H),
+            *scratch = scratch_for(T), *dq = poison(wide_size), *dk = poison(wide_size), *dv = poison(wide_size);
+        X *v_d = on_gpu<X>(v, wide_size), *o_d = gpu_poison<X>(size), *dq_d = gpu_poison<X>(wide_size),
+            *dk_d = gpu_poison<X>(wide_size), *dv_d = gpu_poison<X>(wide_size);
+        float *stats_d = gpu_poison<float>(2 * (int64_t)N * H),
+            *scratch_d = gpu_poison<float>(attention_scratch(in_tiles(x_d, w_d, v_d, ld, d), B, T, H, G, 0));
+        attention_forward(o, stats, scratch, x, w, v, ld, B, T, H, G, d, first, 0);
+        attention_forward_gpu(o_d, stats_d, scratch_d, x_d, w_d, v_d, ld, B, T, H, G, d, first, 0, st);
+        worst_of(&worst[ATTENTION_F], gpu_error(o_d, o, late, D, D, 0));
+        attention_forward(o, stats, scratch, x, w, v, ld, B, T, H, G, d, 0, 0);
+        attention_forward_gpu(o_d, stats_d, scratch_d, x_d, w_d, v_d, ld, B, T, H, G, d, 0, 0, st);
+        worst_of(&worst[ATTENTION_F], gpu_error(o_d, o, N, D, D, 0));
+        attention_backward(dq, dk, dv, scratch, dout, stats, x, w, v, ld, B, T, H, G, d, 0);
+        attention_backward_gpu(dq_d, dk_d, dv_d, scratch_d, dout_d, (const X *)o_d, stats_d, x_d, w_d, v_d, ld, B, T, H,
+                               G, d, 0, st);
+        worst_of(&worst[ATTENTION_B], gpu_error(dq_d, dq, N, D, ld, floor));
+        worst_of(&worst[ATTENTION_B], gpu_error(dk_d, dk, N, G * d, ld, floor));
+        worst_of(&worst[ATTENTION_B], gpu_error(dv_d, dv, N, G * d, ld, floor));
+    }
+    { // feedback
+        int first = random_int(0, T - 1);
+        if (P < 0) P = panel_heights[random_int(0, N_HEIGHTS - 1)];
+        real *gamma = noise(N, 1), *f = copy_of(y, size), *s = poison(size), *late = noise(size, 1),
+            *stats = poison(2 * N), *scratch = scratch_for(T), *df = poison(size);
+        real *dq = poison(wide_size), *dk = poison(wide_size), *dgamma = poison(N);
+        for (int n = 0; n < N; n++) gamma[n] = (real)(0.999 * tanh((double)gamma[n]));
+        int64_t floats = 0;
+        for (int way = 0; way < 4; way++) {
+            int64_t total = feedback_panels<X>(B, T, D, way / 2 ? P : 0, way % 2).total;
+            floats = total > floats ? total : floats;
+        }
+        float *gamma_d = on_gpu<float>(gamma, N), *stats_d = gpu_poison<float>(2 * N),
+            *scratch_d = gpu_poison<float>(floats), *dgamma_d = gpu_poison<float>(N);
+        X *f_d = on_gpu<X>(f, size), *s_d = gpu_poison<X>(size), *late_d = on_gpu<X>(late, size),
+            *df_d = gpu_poison<X>(size), *dq_d = gpu_poison<X>(wide_size), *dk_d = gpu_poison<X>(wide_size),
+          *c_d = gpu_poison<X>(size);
+        if (B == 1) {
+            feedback_forward(late, stats, scratch, f, x, w, ld, gamma, B, T, D, first, 0);
+            feedback_forward_gpu(late_d, (X *)NULL, stats_d, scratch_d, f_d, x_d, w_d, ld, gamma_d, B, T, D, first, P, st);
+            worst_of(&worst[FEEDBACK_F], gpu_error(late_d, late, N, D, D, 0));
+        }
+        feedback_forward(s, stats, scratch, f, x, w, ld, gamma, B, T, D, 0, 0);
+        feedback_forward_gpu(s_d, c_d, stats_d, scratch_d, f_d, x_d, w_d, ld, gamma_d, B, T, D, 0, P, st);
+        worst_of(&worst[FEEDBACK_F], gpu_error(s_d, s, N, D, D, 0));
+        feedback_backward(df, dq, dk, dgamma, scratch, dout, s, stats, x, w, ld, gamma, B, T, D, 0);
+        feedback_backward_gpu(df_d, dq_d, dk_d, dgamma_d, scratch_d, dout_d, s_d, c_d, stats_d, x_d, w_d, ld, gamma_d, B, T,
+                              D, P, st);
+        worst_of(&worst[FEEDBACK_B], gpu_error(df_d, df, N, D, D, 0));
+        worst_of(&worst[FEEDBACK_B], gpu_error(dq_d, dq, N, D, ld, floor));
+        worst_of(&worst[FEEDBACK_B], gpu_error(dk_d, dk, N, D, ld, floor));
+        worst_of(&worst[FEEDBACK_B], gpu_error(dgamma_d, dgamma, 1, N, N, floor));
+    }
+}
+
 // One random shape: every layer on the GPU and in C on the same numbers. `even` shapes take the paths in eights and
 // tiles.
 template <typename X> static void compare_layers(double *worst, int even, int T) {
@@ -2273,54 +2340,7 @@ template <typename X> static void compare_layers(double *worst, int even, int T)
         worst_of(&worst[GATED_NORM], gpu_error(dz_d, dz, N, D, ld, 0));
         worst_of(&worst[GATED_NORM], gpu_error(dweight_d, dweight, 1, D, D, 0.1 * sqrt((double)size)));
     }
-    { // attention, from position 0 and with the positions before `first` known
-        int first = random_int(0, T - 1), late = B * (T - first);
-        real *v = noise(wide_size, 1), *o = poison(size), *stats = poison(2 * (int64_t)N * H),
-            *scratch = scratch_for(T), *dq = poison(wide_size), *dk = poison(wide_size), *dv = poison(wide_size);
-        X *v_d = on_gpu<X>(v, wide_size), *o_d = gpu_poison<X>(size), *dq_d = gpu_poison<X>(wide_size),
-            *dk_d = gpu_poison<X>(wide_size), *dv_d = gpu_poison<X>(wide_size);
-        float *stats_d = gpu_poison<float>(2 * (int64_t)N * H),
-            *scratch_d = gpu_poison<float>(attention_scratch(in_tiles(x_d, w_d, v_d, ld, d), B, T, H, G, 0));
-        attention_forward(o, stats, scratch, x, w, v, ld, B, T, H, G, d, first, 0);
-        attention_forward_gpu(o_d, stats_d, scratch_d, x_d, w_d, v_d, ld, B, T, H, G, d, first, 0, st);
-        worst_of(&worst[ATTENTION_F], gpu_error(o_d, o, late, D, D, 0));
-        attention_forward(o, stats, scratch, x, w, v, ld, B, T, H, G, d, 0, 0);
-        attention_forward_gpu(o_d, stats_d, scratch_d, x_d, w_d, v_d, ld, B, T, H, G, d, 0, 0, st);
-        worst_of(&worst[ATTENTION_F], gpu_error(o_d, o, N, D, D, 0));
-        attention_backward(dq, dk, dv, scratch, dout, stats, x, w, v, ld, B, T, H, G, d, 0);
-        attention_backward_gpu(dq_d, dk_d, dv_d, scratch_d, dout_d, (const X *)o_d, stats_d, x_d, w_d, v_d, ld, B, T, H,
-                               G, d, 0, st);
-        worst_of(&worst[ATTENTION_B], gpu_error(dq_d, dq, N, D, ld, floor));
-        worst_of(&worst[ATTENTION_B], gpu_error(dk_d, dk, N, G * d, ld, floor));
-        worst_of(&worst[ATTENTION_B], gpu_error(dv_d, dv, N, G * d, ld, floor));
-    }
-    { // feedback
-        int first = random_int(0, T - 1), P = panel_heights[random_int(0, N_HEIGHTS - 1)];
-        real *gamma = noise(N, 1), *f = copy_of(y, size), *s = poison(size), *late = noise(size, 1),
-            *stats = poison(2 * N), *scratch = scratch_for(T), *df = poison(size);
-        real *dq = poison(wide_size), *dk = poison(wide_size), *dgamma = poison(N);
-        for (int n = 0; n < N; n++) gamma[n] = (real)(0.999 * tanh((double)gamma[n]));
-        int64_t floats = feedback_panels<X>(B, T, D, 0).total, low = feedback_panels<X>(B, T, D, P).total;
-        float *gamma_d = on_gpu<float>(gamma, N), *stats_d = gpu_poison<float>(2 * N),
-            *scratch_d = gpu_poison<float>(floats > low ? floats : low), *dgamma_d = gpu_poison<float>(N);
-        X *f_d = on_gpu<X>(f, size), *s_d = gpu_poison<X>(size), *late_d = on_gpu<X>(late, size),
-            *df_d = gpu_poison<X>(size), *dq_d = gpu_poison<X>(wide_size), *dk_d = gpu_poison<X>(wide_size);
-        if (B == 1) {
-            feedback_forward(late, stats, scratch, f, x, w, ld, gamma, B, T, D, first, 0);
-            feedback_forward_gpu(late_d, stats_d, scratch_d, f_d, x_d, w_d, ld, gamma_d, B, T, D, first, P, st);
-            worst_of(&worst[FEEDBACK_F], gpu_error(late_d, late, N, D, D, 0));
-        }
-        feedback_forward(s, stats, scratch, f, x, w, ld, gamma, B, T, D, 0, 0);
-        feedback_forward_gpu(s_d, stats_d, scratch_d, f_d, x_d, w_d, ld, gamma_d, B, T, D, 0, P, st);
-        worst_of(&worst[FEEDBACK_F], gpu_error(s_d, s, N, D, D, 0));
-        feedback_backward(df, dq, dk, dgamma, scratch, dout, s, stats, x, w, ld, gamma, B, T, D, 0);
-        feedback_backward_gpu(df_d, dq_d, dk_d, dgamma_d, scratch_d, dout_d, s_d, stats_d, x_d, w_d, ld, gamma_d, B, T,
-                              D, P, st);
-        worst_of(&worst[FEEDBACK_B], gpu_error(df_d, df, N, D, D, 0));
-        worst_of(&worst[FEEDBACK_B], gpu_error(dq_d, dq, N, D, ld, floor));
-        worst_of(&worst[FEEDBACK_B], gpu_error(dk_d, dk, N, D, ld, floor));
-        worst_of(&worst[FEEDBACK_B], gpu_error(dgamma_d, dgamma, 1, N, N, floor));
-    }
+    compare_mixers<X>(worst, x, w, y, dout, B, T, H, G, d, ld, -1);
     gpu_release();
 }
 
@@ -2341,6 +2361,27 @@ template <typename X> static void test_gpu_layers(const char *name) {
     }
 }
 
+// Shapes of bf16 for which kernels of their own exist: heads of 64 and 128 columns and others, sequences of many tiles,
+// more blocks than the GPU takes at once; feedback of many short sequences, of one with several panels' reach.
+static void test_gpu_tiles(void) {
+    static const int shapes[][5] = { // B, T, H, G, d
+        {1, 1, 1, 1, 64}, {2, 127, 1, 1, 128}, {1, 129, 2, 1, 96}, {2, 193, 3, 3, 32}, {1, 700, 6, 2, 128},
+        {2, 1100, 12, 12, 64}, {50, 128, 3, 3, 40}, {64, 300, 2, 1, 48}, {24, 513, 4, 4, 64}, {1, 2305, 2, 2, 64}};
+    heading("bf16: attention and feedback in tiles");
+    for (size_t i = 0; i < sizeof(shapes) / sizeof(shapes[0]); i++) {
+        const int *s = shapes[i];
+        int64_t size = (int64_t)s[0] * s[1] * s[2] * s[4], wide_size = size + 8 * (int64_t)s[0] * s[1];
+        real *x = noise(wide_size, 1), *w = noise(wide_size, 1), *y = noise(size, 1), *dout = noise(size, 1);
+        double worst[N_GPU_LAYERS] = {0}, most = 0;
+        on_gpu<bf16>(x, wide_size);
+        on_gpu<bf16>(w, wide_size);
+        compare_mixers<bf16>(worst, x, w, y, dout, s[0], s[1], s[2], s[3], s[4], s[2] * s[4] + 8, 0);
+        gpu_release();
+        for (int l = ATTENTION_F; l < N_GPU_LAYERS; l++) worst_of(&most, worst[l] * (l < FEEDBACK_F ? 2 : 1));
+        check_error(most, 4 * 0x1p-8, "B %d, T %d, %d of %d heads of %d columns", s[0], s[1], s[3], s[2], s[4]);
+    }
+}
+
 // bf16 at the edge of what the loop bears: α on the row before alone, γ 0.999 rounds to 1 in bf16. s_t = f_t + γ
 // s_{t-1}.
 static void test_peaked(void) {
@@ -2358,7 +2399,8 @@ static void test_peaked(void) {
     }
     bf16 *f_d = on_gpu<bf16>(f, (int64_t)T * D), *q_d = on_gpu<bf16>(q, (int64_t)T * D), *k_d = on_gpu<bf16>(k,
             (int64_t)T * D), *s_d = gpu_poison<bf16>((int64_t)T * D), *ds_d = on_gpu<bf16>(ds, (int64_t)T * D);
-    bf16 *dq_d = gpu_poison<bf16>((int64_t)T * D), *dk_d = gpu_poison<bf16>((int64_t)T * D);
+    bf16 *dq_d = gpu_poison<bf16>((int64_t)T * D), *dk_d = gpu_poison<bf16>((int64_t)T * D),
+         *c_d = gpu_poison<bf16>((int64_t)T * D);
     float *gamma_d = on_gpu<float>(gamma, T), *stats_d = gpu_poison<float>(2 * T), *dgamma_d = gpu_poison<float>(T),
         *scratch_d = gpu_poison<float>(feedback_panels<bf16>(1, T, D, 0).total);
     double last[D] = {0};
@@ -2368,9 +2410,9 @@ static void test_peaked(void) {
     for (int t = T - 1; t >= 0; t--)
         for (int i = 0; i < D; i++) lambda[t * D + i] = (real)(last[i] = (double)ds[t * D + i]
                 + (t < T - 1 ? 0.999 * last[i] : 0));
-    feedback_forward_gpu(s_d, stats_d, scratch_d, f_d, q_d, k_d, D, gamma_d, 1, T, D, 0, 0, gpu.stream);
+    feedback_forward_gpu(s_d, c_d, stats_d, scratch_d, f_d, q_d, k_d, D, gamma_d, 1, T, D, 0, 0, gpu.stream);
     check_error(gpu_error(s_d, s, T, D, D, 0), 0x1p-8, "s of a chain of 3000 rows: one rounding at most");
-    feedback_backward_gpu(ds_d, dq_d, dk_d, dgamma_d, scratch_d, ds_d, s_d, stats_d, q_d, k_d, D, gamma_d, 1, T, D, 0,
+    feedback_backward_gpu(ds_d, dq_d, dk_d, dgamma_d, scratch_d, ds_d, s_d, c_d, stats_d, q_d, k_d, D, gamma_d, 1, T, D, 0,
                           gpu.stream);
     check_error(gpu_error(ds_d, lambda, T, D, D, 0), 0x1p-7, "its adjoint: two, of u and of the result");
     gpu_release();
@@ -2493,6 +2535,7 @@ static void test_cuda(const glob_t *dumps) {
     test_gpu_layers<float>(titles[FP32]);
     gpu.precision = BF16;
     test_gpu_layers<bf16>(titles[BF16]);
+    test_gpu_tiles();
     test_peaked();
     test_gpu_training();
     test_gpu_decode();

@@ -963,10 +963,11 @@ static void step_backward(real *dinp, real *dbias, const real *dstep, int ld_dst
 }
 
 // The scan. Each head has a state h (S,w) that decays and takes in one outer product a token; with Δ = step:
-//     h_t = exp(-exp(A_log) Δ_t) h_{t-1} + Δ_t b_t x_t^T,     y_t = c_t^T h_t + skip · x_t
-// In chunks of P rows, with L_t the sum of -exp(A_log) Δ from the chunk's first row to t and h the state before it:
-//     y_t = exp(L_t) c_t^T h + Σ_{j≤t} (c_t·b_j) exp(L_t - L_j) Δ_j x_j + skip · x_t
-//     h  := exp(L_last) h + Σ_j exp(L_last - L_j) Δ_j b_j x_j^T
+//     h_t = keep_t h_{t-1} + Δ_t b_t x_t^T,     y_t = c_t^T h_t + skip · x_t,     keep_t = exp(-exp(A_log) Δ_t)
+// In chunks of P rows, with fade_tj the product of keep from j+1 to t, decay_t that from the chunk's first row to t, and h the
+// state before the chunk:
+//     y_t = decay_t c_t^T h + Σ_{j≤t} (c_t·b_j) fade_tj Δ_j x_j + skip · x_t
+//     h  := decay_last h + Σ_j fade_last,j Δ_j b_j x_j^T
 // so that all but scales are matrix products, over all heads at once where the head only scales. xbc (B,T,W), step
 // (B,T,heads), y (B,T,E); states (B,slots,S,E) holds the state before each chunk for the backward pass (`kept`), else
 // (slots 1) only the last one, from which the next call goes on.
@@ -978,38 +979,32 @@ static size_t scan_scratch(int E, int S, int heads) {
     return (size_t)CHUNK * ((size_t)heads * (CHUNK + 1) + 5 * CHUNK + 4 * (size_t)E) + (size_t)S * (size_t)E;
 }
 
-static void decay_sums(real *L, const real *step, const real *A_log, int n, int heads) {
+static void scan_keep(real *keep, const real *step, const real *A_log, int n, int heads) {
     for (int t = 0; t < n; t++)
-        for (int h = 0; h < heads; h++)
-            L[t * heads + h] = (t ? L[(t - 1) * heads + h] : 0) - exp_real(A_log[h]) * step[t * heads + h];
+        for (int h = 0; h < heads; h++) keep[t * heads + h] = exp_real(-exp_real(A_log[h]) * step[t * heads + h]);
 }
 
-// Of head h: fades[t·n + j] = exp(L_t - L_j) for j ≤ t, else 0, and M = (c b^T) ⊙ fades ⊙ Δ_j, given cb = c b^T.
-static void chunk_weights(real *M, real *fades, real *delta, const real *cb, const real *L, const real *step, int n, int heads,
-                          int h) {
-    real l[CHUNK];
+// Of head h: fades (n,n), 0 for j > t, and M = (c b^T) ⊙ fades ⊙ Δ_j, given cb = c b^T.
+static void chunk_weights(real *M, real *fades, real *delta, const real *cb, const real *keep, const real *step, int n,
+                          int heads, int h) {
     for (int t = 0; t < n; t++) {
-        l[t] = L[t * heads + h];
+        real *row = fades + t * n, kept = keep[t * heads + h];
         delta[t] = step[t * heads + h];
+        for (int j = 0; j < n; j++) row[j] = j < t ? kept * row[j - n] : j == t;
+        for (int j = 0; j < n; j++) M[t * n + j] = j <= t ? row[j] * cb[t * n + j] * delta[j] : 0;
     }
-    for (int t = 0; t < n; t++)
-        for (int j = 0; j < n; j++) {
-            real fade = exp_real(l[t] - l[j]);
-            fades[t * n + j] = j <= t ? fade : 0;
-            M[t * n + j] = j <= t ? fade * cb[t * n + j] * delta[j] : 0;
-        }
 }
 
-// Head h of a chunk: y = exp(L) ⊙ y + (M + skip·I) x, and what it adds to the state: fresh (n,E), with next =
-// exp(L_last) · state.
-static void scan_head(int h, real *y, real *next, real *fresh, real *M, const real *state, const real *cb, const real *L,
+// Head h of a chunk: y = decay ⊙ y + (M + skip·I) x, and what it adds to the state: fresh (n,E), with next =
+// decay_last · state.
+static void scan_head(int h, real *y, real *next, real *fresh, real *M, const real *state, const real *cb, const real *keep,
                       const real *x, const real *step, real skip, int n, int E, int S, int heads) {
     int w = E / heads, W = E + 2 * S;
-    const real *last = L + (n - 1) * heads + h;
-    real fades[CHUNK * CHUNK], delta[CHUNK];
-    chunk_weights(M, fades, delta, cb, L, step, n, heads, h);
+    real fades[CHUNK * CHUNK], delta[CHUNK], decay = 1;
+    chunk_weights(M, fades, delta, cb, keep, step, n, heads, h);
     for (int t = 0; t < n; t++) {
-        real decay = exp_real(L[t * heads + h]), scale = exp_real(*last - L[t * heads + h]) * step[t * heads + h];
+        real scale = fades[(n - 1) * n + t] * delta[t];
+        decay *= keep[t * heads + h];
         M[t * n + t] += skip;
         for (int i = h * w; i < (h + 1) * w; i++) {
             y[(size_t)t * E + i] *= decay;
@@ -1017,15 +1012,14 @@ static void scan_head(int h, real *y, real *next, real *fresh, real *M, const re
         }
     }
     matmul(y + h * w, E, rows_of(M, n), rows_of(x + h * w, W), n, w, n, 1, 1, NULL);
-    real keep = exp_real(*last);
     for (int s = 0; next && s < S; s++)
-        for (int i = h * w; i < (h + 1) * w; i++) next[(size_t)s * E + i] = keep * state[(size_t)s * E + i];
+        for (int i = h * w; i < (h + 1) * w; i++) next[(size_t)s * E + i] = decay * state[(size_t)s * E + i];
 }
 
 static void scan_sequence(int b, real *y, real *states, int kept, real *scratch, const real *xbc, const real *step,
                           const real *A_log, const real *skip, int T, int E, int S, int heads, int P) {
     size_t size = (size_t)S * (size_t)E, own = scan_scratch(E, S, heads);
-    real *L = scratch + own * (size_t)omp_get_thread_num(), *cb = L + CHUNK * heads, *fresh = cb + CHUNK * CHUNK;
+    real *keep = scratch + own * (size_t)omp_get_thread_num(), *cb = keep + CHUNK * heads, *fresh = cb + CHUNK * CHUNK;
     real *state = states + (kept ? (size_t)b * (size_t)((T + P - 1) / P) : (size_t)b) * size;
     int W = E + 2 * S, M_at = CHUNK * heads + CHUNK * CHUNK + CHUNK * E; // each thread's own
     if (kept) memset(state, 0, sizeof(real) * size);
@@ -1034,11 +1028,11 @@ static void scan_sequence(int b, real *y, real *states, int kept, real *scratch,
         size_t row = (size_t)b * T + i0;
         const real *x = xbc + row * W, *b_I = x + E, *c_I = b_I + S, *step_I = step + row * heads;
         real *y_I = y + row * E, *next = !kept ? state : i0 + n < T ? state + size : NULL;
-        decay_sums(L, step_I, A_log, n, heads);
+        scan_keep(keep, step_I, A_log, n, heads);
         matmul(cb, n, rows_of(c_I, W), transpose(rows_of(b_I, W)), n, n, S, 1, 0, NULL);
         matmul(y_I, E, rows_of(c_I, W), rows_of(state, E), n, E, S, 1, 0, NULL);
         FOR_ITEMS(n * E > PARALLEL_WORK / 32, heads,
-                  scan_head(item, y_I, next, fresh, scratch + own * (size_t)omp_get_thread_num() + M_at, state, cb, L, x,
+                  scan_head(item, y_I, next, fresh, scratch + own * (size_t)omp_get_thread_num() + M_at, state, cb, keep, x,
                             step_I, skip[item], n, E, S, heads));
         if (next) matmul(next, E, transpose(rows_of(b_I, W)), rows_of(fresh, E), S, E, n, 1, 1, NULL);
         state += kept ? size : 0;
@@ -1052,55 +1046,58 @@ static void scan_forward(real *y, real *states, int kept, real *scratch, const r
 }
 
 // Backward, chunks from the last, with dh (S,E) the gradient of the state after the chunk:
-//     dM = dy x^T a head,   d(cb) = Σ_heads dM ⊙ fades ⊙ Δ,   dx = (M + skip·I)^T dy + exp(L_last - L) Δ ⊙ (b dh)
-//     dc = (exp(L) ⊙ dy) h^T + d(cb) b,   db = fresh dh^T + d(cb)^T c,   dh := exp(L_last) dh + c^T (exp(L) ⊙ dy)
-// Every exponential's gradient is a sum that goes to dL; as L sums -exp(A_log) Δ, the sum of dL from t to the chunk's end
-// gives dΔ_t and dA_log. Head h of it; dstep, of which columns h, heads + h and 2 heads + h are gradients of Δ, A_log
+//     dM = dy x^T a head,   d(cb) = Σ_heads dM ⊙ fades ⊙ Δ,   dx = (M + skip·I)^T dy + fade_last Δ ⊙ (b dh)
+//     dc = (decay ⊙ dy) h^T + d(cb) b,   db = fresh dh^T + d(cb)^T c,   dh := decay_last dh + c^T (decay ⊙ dy)
+// With L_t the logarithm of decay_t, fade_tj = exp(L_t - L_j): the gradients of fades and decays go to dL, and as L sums
+// -exp(A_log) Δ, the sum of dL from t to the chunk's end gives dΔ_t and dA_log. Head h of it; dstep, of which columns h, heads + h and 2 heads + h are gradients of Δ, A_log
 // and skip, row by row, has rows of 3 heads.
-typedef struct { const real *h, *L, *cb, *x, *step, *dy, *faded, *read, *pulled; real *dh, *dx, *dstep; } ScanChunk;
+typedef struct { const real *h, *keep, *cb, *x, *step, *dy, *faded, *read, *pulled; real *dh, *dx, *dstep; } ScanChunk;
 
 static void scan_head_backward(int h, const ScanChunk *k, real *dcb, real *M, real A_log, real skip, int n, int E, int S,
                                int heads) {
     int w = E / heads, W = E + 2 * S, last = n - 1;
-    real *fades = M + CHUNK * CHUNK, *dM = fades + CHUNK * CHUNK, dL[CHUNK] = {0}, ddelta[CHUNK] = {0}, delta[CHUNK];
-    chunk_weights(M, fades, delta, k->cb, k->L, k->step, n, heads, h);
+    real *fades = M + CHUNK * CHUNK, *dM = fades + CHUNK * CHUNK, ddelta[CHUNK] = {0}, delta[CHUNK];
+    double dL[CHUNK] = {0}; // in double what is added here is taken away there without a trace
+    chunk_weights(M, fades, delta, k->cb, k->keep, k->step, n, heads, h);
     matmul(dM, n, rows_of(k->dy + h * w, E), transpose(rows_of(k->x + h * w, W)), n, n, w, 1, 0, NULL);
     for (int t = 0; t < n; t++) {
-        real sum = 0;
         for (int j = 0; j <= t; j++) {
-            real term = dM[t * n + j] * fades[t * n + j] * k->cb[t * n + j]; // of Δ_j; times it, of L_t - L_j
+            real term = dM[t * n + j] * fades[t * n + j] * k->cb[t * n + j], product = term * delta[j];
             ddelta[j] += term;
-            dL[j] -= j < t ? term * delta[j] : 0;
-            sum += j < t ? term * delta[j] : 0;
+            dL[j] -= (double)product;
+            dL[t] += (double)product;
         }
-        dL[t] += sum;
         for (int j = 0; j < n; j++) dcb[t * n + j] = dM[t * n + j] * fades[t * n + j] * delta[j];
         k->dstep[t * 3 * heads + 2 * heads + h] = dM[t * n + t];
         M[t * n + t] += skip;
     }
     matmul(k->dx + h * w, W, transpose(rows_of(M, n)), rows_of(k->dy + h * w, E), n, w, n, 1, 0, NULL);
-    real keep = exp_real(k->L[last * heads + h]), carried = 0;
+    real decay = 1;
     for (int t = 0; t < n; t++) {
-        real fade = exp_real(k->L[last * heads + h] - k->L[t * heads + h]), read = 0, taken = 0;
+        real scale = fades[last * n + t] * delta[t], read = 0, taken = 0;
+        decay *= k->keep[t * heads + h];
         for (int i = h * w; i < (h + 1) * w; i++) {
             read += k->faded[(size_t)t * E + i] * k->read[(size_t)t * E + i];
             taken += k->x[(size_t)t * W + i] * k->pulled[(size_t)t * E + i];
-            k->dx[(size_t)t * W + i] += fade * delta[t] * k->pulled[(size_t)t * E + i];
+            k->dx[(size_t)t * W + i] += scale * k->pulled[(size_t)t * E + i];
         }
-        ddelta[t] += fade * taken;
-        dL[t] += read - (t < last ? fade * delta[t] * taken : 0);
-        carried += t < last ? fade * delta[t] * taken : 0;
+        real product = scale * taken;
+        ddelta[t] += fades[last * n + t] * taken;
+        dL[t] += (double)read - (double)product;
+        dL[last] += (double)product;
     }
+    real carried = 0;
     for (int s = 0; s < S; s++)
         for (int i = h * w; i < (h + 1) * w; i++) {
-            carried += keep * k->h[(size_t)s * E + i] * k->dh[(size_t)s * E + i];
-            k->dh[(size_t)s * E + i] *= keep;
+            carried += decay * k->h[(size_t)s * E + i] * k->dh[(size_t)s * E + i];
+            k->dh[(size_t)s * E + i] *= decay;
         }
-    real sum = carried, rate = exp_real(A_log);
+    double sum = (double)carried;
+    real rate = exp_real(A_log);
     for (int t = last; t >= 0; t--) {
         sum += dL[t];
-        k->dstep[t * 3 * heads + h] = ddelta[t] - rate * sum;
-        k->dstep[t * 3 * heads + heads + h] = -rate * delta[t] * sum;
+        k->dstep[t * 3 * heads + h] = ddelta[t] - rate * (real)sum;
+        k->dstep[t * 3 * heads + heads + h] = -rate * delta[t] * (real)sum;
     }
 }
 
@@ -1108,8 +1105,8 @@ static void scan_sequence_backward(int b, real *dxbc, real *dstep, real *scratch
                                    const real *xbc, const real *step, const real *A_log, const real *skip, int T, int E, int S,
                                    int heads, int P) {
     size_t size = (size_t)S * (size_t)E, own = scan_scratch(E, S, heads);
-    int W = E + 2 * S, M_at = CHUNK * (heads * (CHUNK + 1) + 2 * CHUNK + 4 * E) + S * E;
-    real *L = scratch + own * (size_t)omp_get_thread_num(), *cb = L + CHUNK * heads, *dcb = cb + CHUNK * CHUNK;
+    int w = E / heads, W = E + 2 * S, M_at = CHUNK * (heads * (CHUNK + 1) + 2 * CHUNK + 4 * E) + S * E;
+    real *keep = scratch + own * (size_t)omp_get_thread_num(), *cb = keep + CHUNK * heads, *dcb = cb + CHUNK * CHUNK;
     real *dcb_heads = dcb + CHUNK * CHUNK, *faded = dcb_heads + CHUNK * CHUNK * heads, *read = faded + CHUNK * E;
     real *pulled = read + CHUNK * E, *fresh = pulled + CHUNK * E, *dh = fresh + CHUNK * E;
     memset(dh, 0, sizeof(real) * size);
@@ -1119,22 +1116,23 @@ static void scan_sequence_backward(int b, real *dxbc, real *dstep, real *scratch
         const real *x = xbc + row * W, *b_I = x + E, *c_I = b_I + S, *step_I = step + row * heads, *dy_I = dy + row * E;
         const real *state = states + ((size_t)b * (size_t)((T + P - 1) / P) + (size_t)(i0 / P)) * size;
         real *dx = dxbc + row * W, *db = dx + E, *dc = db + S;
-        decay_sums(L, step_I, A_log, n, heads);
-        for (int t = 0; t < n; t++)
-            for (int h = 0; h < heads; h++) {
-                real decay = exp_real(L[t * heads + h]);
-                real scale = exp_real(L[(n - 1) * heads + h] - L[t * heads + h]) * step_I[t * heads + h];
-                for (int i = h * (E / heads); i < (h + 1) * (E / heads); i++) {
-                    faded[(size_t)t * E + i] = decay * dy_I[(size_t)t * E + i];
-                    fresh[(size_t)t * E + i] = scale * x[(size_t)t * W + i];
-                }
+        scan_keep(keep, step_I, A_log, n, heads);
+        for (int h = 0; h < heads; h++) {
+            real decay = 1, fade = 1; // from the first row to t; from t to the last
+            for (int t = 0; t < n; t++) {
+                decay *= keep[t * heads + h];
+                for (int i = h * w; i < (h + 1) * w; i++) faded[(size_t)t * E + i] = decay * dy_I[(size_t)t * E + i];
             }
+            for (int t = n - 1; t >= 0; fade *= keep[t-- * heads + h])
+                for (int i = h * w; i < (h + 1) * w; i++)
+                    fresh[(size_t)t * E + i] = fade * step_I[t * heads + h] * x[(size_t)t * W + i];
+        }
         matmul(cb, n, rows_of(c_I, W), transpose(rows_of(b_I, W)), n, n, S, 1, 0, NULL);
         matmul(read, E, rows_of(c_I, W), rows_of(state, E), n, E, S, 1, 0, NULL);
         matmul(pulled, E, rows_of(b_I, W), rows_of(dh, E), n, E, S, 1, 0, NULL);
         matmul(dc, W, rows_of(faded, E), transpose(rows_of(state, E)), n, S, E, 1, 0, NULL);
         matmul(db, W, rows_of(fresh, E), transpose(rows_of(dh, E)), n, S, E, 1, 0, NULL);
-        ScanChunk chunk = {state, L, cb, x, step_I, dy_I, faded, read, pulled, dh, dx, dstep + row * 3 * heads};
+        ScanChunk chunk = {state, keep, cb, x, step_I, dy_I, faded, read, pulled, dh, dx, dstep + row * 3 * heads};
         FOR_ITEMS(n * E > PARALLEL_WORK / 32, heads,
                   scan_head_backward(item, &chunk, dcb_heads + item * n * n,
                                      scratch + own * (size_t)omp_get_thread_num() + M_at, A_log[item], skip[item], n, E, S, heads));
@@ -2919,35 +2917,54 @@ static void print_score(FILE *out, const Score *score) {
 // ----------------------------------------------------------------------------
 // generation
 
-typedef struct { real logit; int id; } Candidate;
-static int by_logit(const void *a, const void *b) {
-    const Candidate *x = (const Candidate *)a, *y = (const Candidate *)b;
-    return x->logit != y->logit ? (x->logit < y->logit ? 1 : -1) : x->id - y->id;
+typedef struct { double weight; int id; } Candidate;
+static int comes_first(Candidate a, Candidate b) { return a.weight != b.weight ? a.weight > b.weight : a.id < b.id; }
+
+// Lets the candidate at i of a heap of n, the first of each subtree at its top, sink to its place.
+static void sift_down(Candidate *heap, int n, int i) {
+    Candidate c = heap[i];
+    for (int child; (child = 2 * i + 1) < n; i = child) {
+        if (child + 1 < n && comes_first(heap[child + 1], heap[child])) child++;
+        if (!comes_first(heap[child], c)) break;
+        heap[i] = heap[child];
+    }
+    heap[i] = c;
 }
 
 // Draws a token from softmax(logits/temperature), cut to the top_k likeliest (0: all) and then to the fewest likeliest
-// whose probabilities reach top_p. candidates: scratch (V). -1 if a logit is not finite.
+// whose probabilities reach top_p. candidates: scratch (V); no more of them are put in order, from the end, than the cut
+// asks for. -1 if a logit is not finite.
 static int sample_token(const real *logits, Candidate *candidates, int V, double temperature, int64_t top_k, double top_p,
                         uint64_t *random) {
-    int n = top_k && top_k < V ? (int)top_k : V, kept = 0;
-    double sum = 0, total = 0;
+    int best = 0, ordered = 0, kept = V, most = top_k && top_k < V ? (int)top_k : V;
+    double total = 0, sum = 0;
     for (int i = 0; i < V; i++) {
         if (!isfinite(logits[i])) return -1;
-        candidates[i].logit = logits[i];
+        if (logits[i] > logits[best]) best = i;
+    }
+    if (temperature == 0) return best;
+    for (int i = 0; i < V; i++) {
+        candidates[i].weight = exp(((double)logits[i] - (double)logits[best]) / temperature);
         candidates[i].id = i;
+        total += candidates[i].weight;
     }
-    qsort(candidates, (size_t)V, sizeof(Candidate), by_logit);
-    if (temperature == 0) return candidates[0].id;
-    double max = (double)candidates[0].logit;
-    for (int i = 0; i < n; i++) total += exp(((double)candidates[i].logit - max) / temperature);
-    while (kept < n && (kept == 0 || sum < top_p * total))
-        sum += exp(((double)candidates[kept++].logit - max) / temperature);
-    double left = random_uniform(random) * sum;
-    for (int i = 0; i < kept - 1; i++) {
-        left -= exp(((double)candidates[i].logit - max) / temperature);
-        if (left < 0) return candidates[i].id;
+    if (most < V || top_p < 1) {
+        for (int i = V / 2; i >= 0; i--) sift_down(candidates, V, i);
+        for (; ordered < most && (most < V || sum < top_p * total); ordered++) {
+            Candidate first = candidates[0];
+            candidates[0] = candidates[V - 1 - ordered];
+            sift_down(candidates, V - 1 - ordered, 0);
+            candidates[V - 1 - ordered] = first;
+            sum += first.weight;
+        }
+        if (most < V) total = sum;
+        for (kept = 0, sum = 0; kept < ordered && (kept == 0 || sum < top_p * total); kept++) sum += candidates[V - 1 - kept].weight;
+        total = sum;
     }
-    return candidates[kept - 1].id;
+    double left = random_uniform(random) * total;
+    for (int i = V - 1; i > V - kept; i--)
+        if ((left -= candidates[i].weight) < 0) return candidates[i].id;
+    return candidates[V - kept].id;
 }
 
 // Reads the prompt as token ids: its bytes' ids, or, without a vocabulary of bytes, numbers between spaces. Returns their

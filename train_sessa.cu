@@ -8,10 +8,13 @@ The CUDA twin of train_sessa.c: the same layers in the same order, name_gpu for 
 
 X is the type of what products read and of the activations kept for the backward pass: bf16, or float. In float32 always:
 the parameters and their moments and gradients, the residual stream, the softmax's statistics, sums within products, the
-right-hand sides of the feedback system. Layers take the arguments of their C functions and a stream. Everything is
-deterministic: no atomics, every sum in a fixed order, products chosen by cuBLASLt's heuristic and never by timing.
+right-hand sides of the feedback system. Layers take the arguments of their C functions and a stream; where one pass over
+the data does the work of several C functions, its comment names them. A step's launches are recorded as CUDA graphs.
+Everything is deterministic: no atomics, every sum in a fixed order, products chosen by cuBLASLt's heuristic and never by
+timing.
 */
 #include <cublasLt.h>
+#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 #include <initializer_list>
@@ -47,11 +50,14 @@ typedef struct {
 enum { WORKSPACE = 32 << 20, N_PRODUCTS = 1 << 13 };
 static struct {
     Precision precision;
-    int ready;
+    int ready, hopper, processors; // hopper: bf16 has kernels of its own for this GPU
+    CUresult (*encode_map)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
+                           const cuuint64_t *, const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave,
+                           CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
     cudaStream_t stream;
     cublasLtHandle_t lt;
     char *workspace; // for cuBLASLt and for sums over rows, one at a time in the order of the stream
-} gpu = {BF16, 0, NULL, NULL, NULL};
+} gpu = {BF16, 0, 0, 0, NULL, NULL, NULL, NULL};
 static Product products[N_PRODUCTS]; // each at its key's hash, until another takes its place
 
 // What fails here is a broken machine or a broken program: one line, exit code 1.
@@ -72,6 +78,17 @@ static void lt_check(cublasStatus_t code, const char *what, int line) {
         cuda_check(cudaGetLastError(), #kernel, __LINE__);      \
     } while (0)
 
+// Its attributes say whether this program holds Hopper's own instructions.
+enum { GROUP = 128 }; // threads of a warp group
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)
+#define HOPPER
+#endif
+#ifdef HOPPER
+__global__ static void __launch_bounds__(GROUP) built_for_hopper_kernel(void) {}
+#else
+__global__ static void __launch_bounds__(GROUP / 2) built_for_hopper_kernel(void) {}
+#endif
+
 // Opens the device once. FAILED and a line in error if there is none.
 static int gpu_open(char *error) {
     if (gpu.ready) return 0;
@@ -86,6 +103,17 @@ static int gpu_open(char *error) {
     if ((code = cudaMalloc((void **)&gpu.workspace, WORKSPACE)) != cudaSuccess)
         return fail(error, NULL, "no %d MiB of workspace: %s", WORKSPACE >> 20, cudaGetErrorString(code));
     CUDA(cudaMemset(gpu.workspace, 0, WORKSPACE));
+    cudaFuncAttributes built;
+    cudaDriverEntryPointQueryResult found;
+    int major = 0;
+    CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
+    CUDA(cudaDeviceGetAttribute(&gpu.processors, cudaDevAttrMultiProcessorCount, 0));
+    CUDA(cudaFuncGetAttributes(&built, built_for_hopper_kernel));
+    CUDA(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)&gpu.encode_map, 12000, cudaEnableDefault,
+                                          &found));
+    gpu.hopper = major == 9 && built.maxThreadsPerBlock == GROUP && found == cudaDriverEntryPointSuccess;
+    if (!gpu.hopper && gpu.precision == BF16)
+        fprintf(stderr, "train_sessa: bf16 is fast on a Hopper GPU, built with CUDA_ARCH=sm_90a; elsewhere it is slower\n");
     gpu.ready = 1;
     return 0;
 }
@@ -215,7 +243,8 @@ static void column_sums_gpu(ColumnSums *sums, cudaStream_t stream) {
 }
 
 // Element by element with SUMS sums over the rows: f.run<V>(n, i, sum) adds to sum[k][..]. A block takes 16 pieces of V
-// columns of a chunk of the rows, 16 rows at a time. outs[k] (widths[k]) gets sum k.
+// columns of a chunk of the rows, 16 rows at a time. outs[k] gets sum k, a third sum its first column alone: one that is
+// the same for all columns.
 template <int V, int SUMS, typename F>
 __global__ void __launch_bounds__(256, 4) each_with_sums_kernel(F f, float *partial, int N, int width) {
     __shared__ float parts[16][16 * V];
@@ -854,443 +883,749 @@ struct RowScale {
     }
 };
 
-// A block takes a row of dweights, the gradient of α = e·inverse: delta_r = Σ_j α_rj dweights_rj, and then X(scale_r
-// e_rj (dweights_rj - delta_r)) takes its place as e takes that of the logits. With stats, inverse is 1/z, else 1;
-// scale: γ/z.
+// A block takes a row of dweights, the gradient of the weights w, and X(w_rj (dweights_rj - Σ_i w_ri dweights_ri)) takes
+// its place as e takes that of the logits.
 template <typename X>
-__global__ void softmax_panel_backward_kernel(float *dweights, const X *e, int64_t ld, int64_t step, int64_t e_ld,
-                                              int64_t e_step, float *delta, RowScale scale, int i0, int n, int P,
-                                              int strict) {
+__global__ void softmax_panel_backward_kernel(float *dweights, const X *weights, int64_t ld, int64_t step, int64_t w_ld,
+                                              int64_t w_step, int i0, int n, int P) {
     __shared__ float shared[32];
-    int r = blockIdx.x, seen = i0 + r + !strict, end = i0 + min(n, (r / P + 1) * P);
+    int r = blockIdx.x, seen = i0 + r + 1, end = i0 + min(n, (r / P + 1) * P);
     float *row = dweights + blockIdx.y * step + r * ld, sum = 0;
     X *to_ = (X *)row;
-    e += blockIdx.y * e_step + r * e_ld;
-    for (int j = threadIdx.x; j < seen; j += blockDim.x) sum += get(e[j]) * row[j];
+    weights += blockIdx.y * w_step + r * w_ld;
+    for (int j = threadIdx.x; j < seen; j += blockDim.x) sum += get(weights[j]) * row[j];
     sum = block_sum(sum, shared);
-    if (scale.stats) sum *= scale.stats[2 * (blockIdx.y * scale.step + r) + 1];
-    if (delta && threadIdx.x == 0) delta[blockIdx.y * scale.step + r] = sum;
-    float factor = scale.at(blockIdx.y, r);
     for (int j0 = 0; j0 < end; j0 += 4 * blockDim.x) {
         int j = j0 + 4 * threadIdx.x;
         float v[4] = {0, 0, 0, 0};
         if (j < end) *(float4 *)v = *(const float4 *)(row + j);
         __syncthreads();
         for (int i = 0; i < 4; i++)
-            if (j + i < end) to_[j + i] = to<X>(j + i < seen ? factor * get(e[j + i]) * (v[i] - sum) : 0);
+            if (j + i < end) to_[j + i] = to<X>(j + i < seen ? get(weights[j + i]) * (v[i] - sum) : 0);
     }
 }
 template <typename X>
-static void softmax_panel_backward_gpu(float *dweights, const float *weights, int64_t ld, int64_t step, float *delta,
-                                       RowScale scale, int i0, int n, int P, int strict, int items,
-                                       cudaStream_t stream) {
+static void softmax_panel_backward_gpu(float *dweights, const float *weights, int64_t ld, int64_t step, int i0, int n,
+                                       int P, int items, cudaStream_t stream) {
     LAUNCH(softmax_panel_backward_kernel<X>, dim3(n, items), i0 + n > 512 ? 256 : 64, 0, stream, dweights,
-           (const X *)weights, ld, step, ld_x<X>(ld), ld_x<X>(step), delta, scale, i0, n, P, strict);
+           (const X *)weights, ld, step, ld_x<X>(ld), ld_x<X>(step), i0, n, P);
 }
 
 // ----------------------------------------------------------------------------
-// attention in tiles: bf16 with heads of up to 128 columns. Weights never leave the registers; the backward pass
-// computes them again from the row's maximum and 1/sum, once for dq and once for dk and dv, so that each sum has one
-// owner.
+// Hopper's tensor cores (sm_90a): tiles come from memory by the copy engine (TMA) while warp groups of 128 threads
+// multiply what has arrived (wgmma). On an older or another GPU attention and feedback go the way of float32: cuBLASLt.
 //
-// A block of 4 warps keeps 64·M rows of one side, 16·M a warp, and walks along the other side in tiles; while it works
-// on one tile the next is on its way. M 2 where the registers allow it: each operand from shared memory then serves
-// twice.
+// A tile is `rows` rows of 64 numbers, 128 bytes, at a multiple of 1024; the 16 bytes number i of row r lie at place
+// i ^ r % 8 (the copy engine's 128-byte swizzle, which wgmma undoes). Wider tiles are several side by side.
 
-enum { WARPS = 4, TILE = 64 };
-
-// Four 8×8 matrices from shared memory; lane l gives the address of row l%8 of matrix l/8. With `across` each is
-// transposed.
-__device__ static inline void load_matrices(uint32_t r[4], const bf16 *row, int across) {
-    uint32_t at = (uint32_t)__cvta_generic_to_shared(row);
-    if (across) asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                             : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at));
-    else asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                      : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at));
-}
-// c (16,8) += a (16,16) · b (16,8): a lane holds the rows lane/4 and lane/4 + 8, columns 2(lane%4) and the next
-__device__ static inline void tensor_product(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-// The 16×16 piece of a tile as the left operand (rows row.., columns col..)
-template <int DH> __device__ inline void left_operand(uint32_t a[4], const bf16 *tile, int row, int col) {
-    int lane = threadIdx.x % 32;
-    load_matrices(a, tile + (row + lane % 16) * (DH + 8) + col + lane / 16 * 8, 0);
-}
-// sum (16M,COLS) += a (16M,DH) · tile^T, tile (COLS,DH); a: operands in registers
-template <int DH, int COLS, int M>
-__device__ inline void product_transposed(float sum[M][COLS / 8][4], const uint32_t a[M][DH / 16][4],
-                                          const bf16 *tile) {
-    int lane = threadIdx.x % 32;
-    for (int k = 0; k < DH / 16; k++)
-        for (int n = 0; n < COLS / 16; n++) {
-            uint32_t b[4];
-            load_matrices(b, tile + (n * 16 + lane % 8 + lane / 16 * 8) * (DH + 8) + k * 16 + lane / 8 % 2 * 8, 0);
-            for (int m = 0; m < M; m++) {
-                tensor_product(sum[m][2 * n], a[m][k], b[0], b[1]);
-                tensor_product(sum[m][2 * n + 1], a[m][k], b[2], b[3]);
-            }
-        }
-}
-// The same with a (16M,DH) in shared memory
-template <int DH, int COLS, int M>
-__device__ inline void product_of_tiles(float sum[M][COLS / 8][4], const bf16 *a, const bf16 *tile) {
-    int lane = threadIdx.x % 32;
-    for (int k = 0; k < DH / 16; k++) {
-        uint32_t left[M][4];
-        for (int m = 0; m < M; m++) left_operand<DH>(left[m], a, m * 16, k * 16);
-        for (int n = 0; n < COLS / 16; n++) {
-            uint32_t b[4];
-            load_matrices(b, tile + (n * 16 + lane % 8 + lane / 16 * 8) * (DH + 8) + k * 16 + lane / 8 % 2 * 8, 0);
-            for (int m = 0; m < M; m++) {
-                tensor_product(sum[m][2 * n], left[m], b[0], b[1]);
-                tensor_product(sum[m][2 * n + 1], left[m], b[2], b[3]);
-            }
-        }
-    }
-}
-// sum (16M,DH) += X(w) (16M,ROWS) · tile (ROWS,DH): w as a lane holds it after the products above
-template <int DH, int ROWS, int M>
-__device__ inline void product_plain(float sum[M][DH / 8][4], const float w[M][ROWS / 8][4], const bf16 *tile) {
-    int lane = threadIdx.x % 32;
-    for (int k = 0; k < ROWS / 16; k++) {
-        uint32_t a[M][4];
-        for (int m = 0; m < M; m++)
-            for (int i = 0; i < 4; i++) a[m][i] = pack_two(w[m][2 * k + i / 2][i % 2 * 2],
-                                                           w[m][2 * k + i / 2][i % 2 * 2 + 1]);
-        for (int n = 0; n < DH / 16; n++) {
-            uint32_t b[4];
-            load_matrices(b, tile + (k * 16 + lane % 16) * (DH + 8) + n * 16 + lane / 16 * 8, 1);
-            for (int m = 0; m < M; m++) {
-                tensor_product(sum[m][2 * n], a[m], b[0], b[1]);
-                tensor_product(sum[m][2 * n + 1], a[m], b[2], b[3]);
-            }
-        }
-    }
-}
-
-// BYTES from memory to shared memory, on their way while the thread goes on; zeros where they are not present
-template <int BYTES> __device__ inline void copy_ahead(void *to_, const void *from, int present) {
-    uint32_t at = (uint32_t)__cvta_generic_to_shared(to_);
-    int size = present ? BYTES : 0;
-    if constexpr (BYTES == 16)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" : : "r"(at), "l"(from), "r"(size));
-    else
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" : : "r"(at), "l"(from), "n"(BYTES), "r"(size));
-}
-__device__ static inline void copies_begun() { asm volatile("cp.async.commit_group;"); }
-template <int LATER> __device__ inline void copies_arrived() { // all but the last LATER groups
-    asm volatile("cp.async.wait_group %0;" : : "n"(LATER));
-}
-// tile (ROWS,DH+8) from `rows` rows of d columns in memory, the rest 0
-template <int DH, int ROWS> __device__ inline void load_tile(bf16 *tile, const bf16 *at, int64_t ld, int rows, int d) {
-    enum { PIECES = DH / 8 };
-#pragma unroll
-    for (int p = threadIdx.x; p < ROWS * PIECES; p += WARPS * 32) {
-        int r = p / PIECES, i = p % PIECES * 8, present = r < rows && i < d;
-        copy_ahead<16>(tile + r * (DH + 8) + i, present ? at + r * ld + i : at, present);
-    }
-}
-// A warp's sums to memory: columns below d, rows below `rows`; the rows r and r + 8 of piece m times factor[m][0] and
-// [1]
-template <int DH, int M>
-__device__ inline void store_rows(bf16 *at, int64_t ld, const float sum[M][DH / 8][4], int rows, int d,
-                                  const float factor[M][2]) {
-    int lane = threadIdx.x % 32;
-    for (int m = 0; m < M; m++)
-        for (int half = 0; half < 2; half++)
-            for (int n = 0; n < DH / 8; n++) {
-                int r = m * 16 + half * 8 + lane / 4, i = n * 8 + lane % 4 * 2;
-                if (i < d && r < rows)
-                    *(uint32_t *)(at + r * ld + i) = pack_two(sum[m][n][2 * half] * factor[m][half],
-                                                              sum[m][n][2 * half + 1] * factor[m][half]);
-            }
-}
-
-// The rows stay, the walk is along the keys. stats: the maximum in units of log2, 1/sum.
-template <int DH, int M>
-__global__ void __launch_bounds__(128)
-attention_tile_kernel(bf16 *out, float2 *stats, const bf16 *q, const bf16 *k, const bf16 *v, int ld, int T, int H,
-                      int G, int d, int first, float scale) {
-    extern __shared__ uint4 shared_memory[];
-    enum { ROWS = 64 * M, STAGE = 2 * TILE * (DH + 8) };
-    bf16 *memory = (bf16 *)shared_memory; // two stages of keys and values; at first the block's rows of q
-    int b = blockIdx.y / H, h = blockIdx.y % H, rows = T - first, r0 = (int)(gridDim.x - 1 - blockIdx.x) * ROWS,
-        lane = threadIdx.x % 32;
-    // the lane's rows are this one, + 8, + 16, ...
-    int warp_row = r0 + threadIdx.x / 32 * 16 * M, row = warp_row + lane / 4;
-    k += (int64_t)b * T * ld + h / (H / G) * d;
-    v += (int64_t)b * T * ld + h / (H / G) * d;
-    uint32_t q_operand[M][DH / 16][4];
-    load_tile<DH, ROWS>(memory, q + ((int64_t)b * rows + r0) * ld + h * d, ld, rows - r0, d);
-    copies_begun();
-    copies_arrived<0>();
-    __syncthreads();
-    for (int m = 0; m < M; m++)
-        for (int i = 0; i < DH / 16; i++) left_operand<DH>(q_operand[m][i], memory, warp_row - r0 + m * 16, i * 16);
-    __syncthreads();
-    float sum[M][DH / 8][4] = {}, max[M][2], total[M][2] = {};
-    for (int m = 0; m < M; m++) max[m][0] = max[m][1] = -INFINITY;
-    int tiles = (min(first + r0 + ROWS, T) + TILE - 1) / TILE;
-    for (int tile = -1; tile < tiles; tile++) {
-        if (tile + 1 < tiles) {
-            bf16 *next = memory + (tile + 1) % 2 * STAGE;
-            load_tile<DH, TILE>(next, k + (int64_t)(tile + 1) * TILE * ld, ld, T - (tile + 1) * TILE, d);
-            load_tile<DH, TILE>(next + TILE * (DH + 8), v + (int64_t)(tile + 1) * TILE * ld, ld, T - (tile + 1) * TILE,
-                                d);
-        }
-        copies_begun();
-        if (tile < 0) continue;
-        copies_arrived<1>();
-        __syncthreads();
-        const bf16 *keys = memory + tile % 2 * STAGE, *values = keys + TILE * (DH + 8);
-        int j0 = tile * TILE;
-        if (j0 <= first + warp_row + 16 * M - 1) { // else no row of the warp sees the tile
-            float w[M][TILE / 8][4] = {};
-            product_transposed<DH, TILE, M>(w, q_operand, keys);
-            if (j0 + TILE - 1 > first + warp_row)
-                for (int m = 0; m < M; m++)
-                    for (int n = 0; n < TILE / 8; n++)
-                        for (int e = 0; e < 4; e++)
-                            if (j0 + n * 8 + lane % 4 * 2 + e % 2 > first + row + m * 16 + e / 2 * 8)
-                                w[m][n][e] = -INFINITY;
-            for (int m = 0; m < M; m++)
-                for (int half = 0; half < 2; half++) {
-                    float top = -INFINITY;
-                    for (int n = 0; n < TILE / 8; n++)
-                        for (int e = 0; e < 2; e++) top = fmaxf(top, w[m][n][2 * half + e]);
-                    top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-                    top = fmaxf(max[m][half], scale * fmaxf(top, __shfl_xor_sync(~0u, top, 2)));
-                    float shrink = exp2f(max[m][half] - top);
-                    max[m][half] = top;
-                    total[m][half] *= shrink;
-                    for (int n = 0; n < TILE / 8; n++)
-                        for (int e = 2 * half; e < 2 * half + 2; e++) {
-                            w[m][n][e] = exp2f(w[m][n][e] * scale - top);
-                            total[m][half] += w[m][n][e];
-                        }
-                    for (int n = 0; n < DH / 8; n++)
-                        for (int e = 0; e < 2; e++) sum[m][n][2 * half + e] *= shrink;
-                }
-            product_plain<DH, TILE, M>(sum, w, values);
-        }
-        __syncthreads();
-    }
-    for (int m = 0; m < M; m++)
-        for (int half = 0; half < 2; half++) {
-            int r = row + m * 16 + half * 8;
-            total[m][half] += __shfl_xor_sync(~0u, total[m][half], 1);
-            total[m][half] = 1 / (total[m][half] + __shfl_xor_sync(~0u, total[m][half], 2));
-            if (lane % 4 == 0 && r < rows) stats[(int64_t)blockIdx.y * rows + r] = {max[m][half], total[m][half]};
-        }
-    store_rows<DH, M>(out + ((int64_t)b * rows + warp_row) * H * d + h * d, H * d, sum, rows - warp_row, d, total);
-}
-
-// delta_t = do_t·o_t = Σ_j p_tj dp_tj. A warp takes row n of one head.
-__global__ static void attention_delta_kernel(float *delta, const bf16 *dout, const bf16 *out, int B, int T, int H,
-                                              int d) {
-    int64_t item = (int64_t)blockIdx.x * 4 + threadIdx.x / 32;
-    if (item >= (int64_t)B * T * H) return;
-    int n = (int)(item / H), h = (int)(item % H);
-    float sum = 0;
-    for (int i = threadIdx.x % 32; i < d; i += 32) sum += get(dout[item * d + i]) * get(out[item * d + i]);
-    sum = warp_sum(sum);
-    if (threadIdx.x % 32 == 0) delta[((int64_t)(n / T) * H + h) * T + n % T] = sum;
-}
-
-// dq: the rows stay, the walk is along the keys, KEYS at a time.
-template <int DH, int M, int KEYS>
-__global__ void __launch_bounds__(128)
-attention_dq_kernel(bf16 *dq, const bf16 *dout, const float2 *stats, const float *delta, const bf16 *q, const bf16 *k,
-                    const bf16 *v, int ld, int T, int H, int G, int d, float scale, float sigma) {
-    extern __shared__ uint4 shared_memory[];
-    enum { ROWS = 64 * M, STAGE = 2 * KEYS * (DH + 8) };
-    bf16 *memory = (bf16 *)shared_memory; // two stages of keys and values; at first the block's rows of q and dout
-    int b = blockIdx.y / H, h = blockIdx.y % H, r0 = (int)(gridDim.x - 1 - blockIdx.x) * ROWS, lane = threadIdx.x % 32;
-    int warp_row = r0 + threadIdx.x / 32 * 16 * M, row = warp_row + lane / 4;
-    k += (int64_t)b * T * ld + h / (H / G) * d;
-    v += (int64_t)b * T * ld + h / (H / G) * d;
-    uint32_t q_operand[M][DH / 16][4], dout_operand[M][DH / 16][4];
-    load_tile<DH, ROWS>(memory, q + ((int64_t)b * T + r0) * ld + h * d, ld, T - r0, d);
-    load_tile<DH, ROWS>(memory + ROWS * (DH + 8), dout + ((int64_t)b * T + r0) * H * d + h * d, H * d, T - r0, d);
-    copies_begun();
-    copies_arrived<0>();
-    __syncthreads();
-    for (int m = 0; m < M; m++)
-        for (int i = 0; i < DH / 16; i++) {
-            left_operand<DH>(q_operand[m][i], memory, warp_row - r0 + m * 16, i * 16);
-            left_operand<DH>(dout_operand[m][i], memory + ROWS * (DH + 8), warp_row - r0 + m * 16, i * 16);
-        }
-    __syncthreads();
-    float sum[M][DH / 8][4] = {}, dot[M][2], factor[M][2];
-    float2 known[M][2];
-    for (int m = 0; m < M; m++)
-        for (int half = 0; half < 2; half++) {
-            int t = min(row + m * 16 + half * 8, T - 1);
-            known[m][half] = stats[(int64_t)blockIdx.y * T + t];
-            dot[m][half] = delta[(int64_t)blockIdx.y * T + t];
-            factor[m][half] = sigma;
-        }
-    int tiles = (min(r0 + ROWS, T) + KEYS - 1) / KEYS;
-    for (int tile = -1; tile < tiles; tile++) {
-        if (tile + 1 < tiles) {
-            bf16 *next = memory + (tile + 1) % 2 * STAGE;
-            load_tile<DH, KEYS>(next, k + (int64_t)(tile + 1) * KEYS * ld, ld, T - (tile + 1) * KEYS, d);
-            load_tile<DH, KEYS>(next + KEYS * (DH + 8), v + (int64_t)(tile + 1) * KEYS * ld, ld, T - (tile + 1) * KEYS,
-                                d);
-        }
-        copies_begun();
-        if (tile < 0) continue;
-        copies_arrived<1>();
-        __syncthreads();
-        const bf16 *keys = memory + tile % 2 * STAGE, *values = keys + KEYS * (DH + 8);
-        int j0 = tile * KEYS, masked = j0 + KEYS - 1 > warp_row;
-        if (j0 <= warp_row + 16 * M - 1) {
-            float w[M][KEYS / 8][4] = {}, dw[M][KEYS / 8][4] = {};
-            product_transposed<DH, KEYS, M>(w, q_operand, keys);
-            product_transposed<DH, KEYS, M>(dw, dout_operand, values);
-            for (int m = 0; m < M; m++)
-                for (int n = 0; n < KEYS / 8; n++)
-                    for (int e = 0; e < 4; e++) {
-                        float p = exp2f(w[m][n][e] * scale - known[m][e / 2].x) * known[m][e / 2].y;
-                        if (masked && j0 + n * 8 + lane % 4 * 2 + e % 2 > row + m * 16 + e / 2 * 8) p = 0;
-                        w[m][n][e] = p * (dw[m][n][e] - dot[m][e / 2]);
-                    }
-            product_plain<DH, KEYS, M>(sum, w, keys);
-        }
-        __syncthreads();
-    }
-    store_rows<DH, M>(dq + ((int64_t)b * T + warp_row) * ld + h * d, ld, sum, T - warp_row, d, factor);
-}
-
-// dk and dv: the keys stay, the walk is along the rows of the group's heads that see them, ROWS at a time. The matrices
-// are those above transposed: keys down, rows across.
-template <int DH, int M, int ROWS>
-__global__ void __launch_bounds__(128)
-attention_dkv_kernel(bf16 *dk, bf16 *dv, const bf16 *dout, const float2 *stats, const float *delta, const bf16 *q,
-                     const bf16 *k, const bf16 *v, int ld, int T, int H, int G, int d, float scale, float sigma) {
-    extern __shared__ uint4 shared_memory[];
-    enum { KEYS = 64 * M, STAGE = 2 * ROWS * (DH + 8) };
-    // two stages of q and dout
-    bf16 *keys = (bf16 *)shared_memory, *values = keys + KEYS * (DH + 8), *memory = values + KEYS * (DH + 8);
-    // two of stats
-    float2 *known = (float2 *)(memory + 2 * STAGE);
-    // two of delta
-    float *dots = (float *)(known + 2 * ROWS);
-    int b = blockIdx.y / G, g = blockIdx.y % G, j0 = (int)blockIdx.x * KEYS, lane = threadIdx.x % 32;
-    int warp_key = threadIdx.x / 32 * 16 * M, key = j0 + warp_key + lane / 4, heads = H / G,
-        tiles = (T - j0 + ROWS - 1) / ROWS;
-    int64_t at = ((int64_t)b * T + j0) * ld + g * d;
-    load_tile<DH, KEYS>(keys, k + at, ld, T - j0, d);
-    load_tile<DH, KEYS>(values, v + at, ld, T - j0, d);
-    float k_sum[M][DH / 8][4] = {}, v_sum[M][DH / 8][4] = {}, one[M][2], factor[M][2];
-    for (int m = 0; m < M; m++) { one[m][0] = one[m][1] = 1; factor[m][0] = factor[m][1] = sigma; }
-    for (int step = -1; step < heads * tiles; step++) {
-        if (step + 1 < heads * tiles) {
-            int h = g * heads + (step + 1) / tiles, r0 = j0 + (step + 1) % tiles * ROWS, stage = (step + 1) % 2;
-            bf16 *next = memory + stage * STAGE;
-            load_tile<DH, ROWS>(next, q + ((int64_t)b * T + r0) * ld + h * d, ld, T - r0, d);
-            load_tile<DH, ROWS>(next + ROWS * (DH + 8), dout + ((int64_t)b * T + r0) * H * d + h * d, H * d, T - r0, d);
-            if (threadIdx.x < ROWS) {
-                int present = r0 + (int)threadIdx.x < T;
-                int64_t t = ((int64_t)b * H + h) * T + (present ? r0 + (int)threadIdx.x : 0);
-                copy_ahead<8>(known + stage * ROWS + threadIdx.x, stats + t, present);
-                copy_ahead<4>(dots + stage * ROWS + threadIdx.x, delta + t, present);
-            }
-        }
-        copies_begun();
-        if (step < 0) continue;
-        copies_arrived<1>();
-        __syncthreads();
-        int r0 = j0 + step % tiles * ROWS, stage = step % 2, masked = r0 < j0 + warp_key + 16 * M - 1;
-        if (r0 + ROWS - 1 >= j0 + warp_key) {
-            const bf16 *queries = memory + stage * STAGE, *douts = queries + ROWS * (DH + 8);
-            float w[M][ROWS / 8][4] = {}, dw[M][ROWS / 8][4] = {};
-            product_of_tiles<DH, ROWS, M>(w, keys + warp_key * (DH + 8), queries);
-            product_of_tiles<DH, ROWS, M>(dw, values + warp_key * (DH + 8), douts);
-            for (int n = 0; n < ROWS / 8; n++)
-                for (int e = 0; e < 2; e++) {
-                    int r = n * 8 + lane % 4 * 2 + e;
-                    float2 row = known[stage * ROWS + r];
-                    float dot = dots[stage * ROWS + r];
-                    for (int m = 0; m < M; m++)
-                        for (int half = 0; half < 2; half++) {
-                            float p = exp2f(w[m][n][2 * half + e] * scale - row.x) * row.y;
-                            if (masked && key + m * 16 + half * 8 > r0 + r) p = 0;
-                            w[m][n][2 * half + e] = p;
-                            dw[m][n][2 * half + e] = p * (dw[m][n][2 * half + e] - dot);
-                        }
-                }
-            product_plain<DH, ROWS, M>(v_sum, w, douts);
-            product_plain<DH, ROWS, M>(k_sum, dw, queries);
-        }
-        __syncthreads();
-    }
-    at += (int64_t)warp_key * ld;
-    store_rows<DH, M>(dk + at, ld, k_sum, T - j0 - warp_key, d, factor);
-    store_rows<DH, M>(dv + at, ld, v_sum, T - j0 - warp_key, d, one);
-}
-
-static int in_tiles(const bf16 *q, const bf16 *k, const bf16 *v, int ld, int d) { return d <= 128 && wide({d, ld},
-        {q, k, v}); }
-static int in_tiles(const float *, const float *, const float *, int, int) { return 0; }
+enum { ATOM = 64 };
 
 // A kernel with more than 48 KiB of shared memory says so.
 template <typename K> static void allow_shared(K *kernel, int bytes) {
     CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
 }
 
+// Tiles of `box` rows of a matrix (B,rows,ld) of bf16 with `heads` parts of d columns; what lies past its edges is 0.
+static CUtensorMap tile_map(const bf16 *at, int d, int heads, int64_t rows, int64_t ld, int64_t step, int B, int box) {
+    CUtensorMap map;
+    cuuint64_t sizes[] = {(cuuint64_t)d, (cuuint64_t)heads, (cuuint64_t)rows, (cuuint64_t)B},
+        strides[] = {2 * (cuuint64_t)d, 2 * (cuuint64_t)ld, 2 * (cuuint64_t)step};
+    cuuint32_t boxes[] = {ATOM, 1, (cuuint32_t)box, 1}, each_one[] = {1, 1, 1, 1};
+    CUresult code = gpu.encode_map(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, (void *)at, sizes, strides, boxes,
+                                   each_one, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (code != CUDA_SUCCESS) cuda_check(cudaErrorInvalidValue, "a map of tiles", __LINE__);
+    return map;
+}
+__device__ static inline float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+#ifdef HOPPER
+__device__ static inline uint32_t shared_at(const void *at) { return (uint32_t)__cvta_generic_to_shared(at); }
+__device__ static inline void barrier_init(uint64_t *barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" : : "r"(shared_at(barrier)), "r"(arrivals));
+}
+__device__ static inline void barrier_arrive(uint64_t *barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" : : "r"(shared_at(barrier)) : "memory");
+}
+__device__ static inline void barrier_expect(uint64_t *barrier, int bytes) { // one arrival, and bytes on their way
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" : : "r"(shared_at(barrier)), "r"(bytes)
+                 : "memory");
+}
+// Waits until round number `round` (0, 1, ...) of arrivals is complete; no round may be two behind.
+__device__ static inline void barrier_wait(uint64_t *barrier, int round) {
+    asm volatile("{\n.reg .pred done;\nagain:\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}"
+                 : : "r"(shared_at(barrier)), "r"(round & 1) : "memory");
+}
+__device__ static inline void barriers_ready() { // after their init
+    asm volatile("fence.mbarrier_init.release.cluster;" : : : "memory");
+    __syncthreads();
+}
+// The tile of `map` at column col of head h, row `row` of sequence b; its bytes count for the barrier.
+__device__ static inline void copy_tile(bf16 *tile, const CUtensorMap *map, int col, int h, int row, int b,
+                                        uint64_t *barrier) {
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%2, %3, %4, %5}], [%6];"
+                 : : "r"(shared_at(tile)), "l"(map), "r"(col), "r"(h), "r"(row), "r"(b), "r"(shared_at(barrier))
+                 : "memory");
+}
+#define KEEP_REGISTERS(more_or_less, n) asm volatile("setmaxnreg." more_or_less ".sync.aligned.u32 %0;" : : "n"(n))
+
+// wgmma's operand: a tile from row 0 on; `across`: bytes from one tile to the next beside it, for operands by columns
+__device__ static inline uint64_t operand(const bf16 *tile, int across = 16) {
+    return (uint64_t)((shared_at(tile) & 0x3FFFF) >> 4) | (uint64_t)(across >> 4) << 16 | (uint64_t)(1024 >> 4) << 32
+        | (uint64_t)1 << 62;
+}
+__device__ static inline void products_begin() { asm volatile("wgmma.fence.sync.aligned;" : : : "memory"); }
+__device__ static inline void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" : : : "memory"); }
+template <int LATER> __device__ inline void products_wait() { // for all but the last LATER groups
+    asm volatile("wgmma.wait_group.sync.aligned %0;" : : "n"(LATER) : "memory");
+}
+// c (64,N) = a (64,16) · b (16,N) + (keep ? c : 0). A thread holds of c the rows r = 16 warp + lane/4 and r + 8, columns
+// 2(lane%4) and the next of each 8. B_COLUMNS: b's tile holds 16 rows of N numbers, else N rows of 16; a likewise.
+#define C4(c, n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
+#define C32(c, n) C4(c, n), C4(c, n + 1), C4(c, n + 2), C4(c, n + 3), C4(c, n + 4), C4(c, n + 5), C4(c, n + 6), \
+                  C4(c, n + 7)
+#define REGS_0 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26," \
+               "%27,%28,%29,%30,%31"
+#define REGS_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55," \
+                "%56,%57,%58,%59,%60,%61,%62,%63"
+template <int N, int A_COLUMNS, int B_COLUMNS>
+__device__ inline void tensor_product(float (&c)[N / 8][4], uint64_t a, uint64_t b, int keep) {
+    if constexpr (N == 64)
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+                     "{" REGS_0 "}, %32, %33, p, 1, 1, %35, %36;\n}"
+                     : C32(c, 0) : "l"(a), "l"(b), "r"(keep), "n"(A_COLUMNS), "n"(B_COLUMNS));
+    else
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+                     "{" REGS_0 REGS_32 "}, %64, %65, p, 1, 1, %67, %68;\n}"
+                     : C32(c, 0), C32(c, 8) : "l"(a), "l"(b), "r"(keep), "n"(A_COLUMNS), "n"(B_COLUMNS));
+}
+// The same with a in registers, rows and columns as in c
+template <int N, int B_COLUMNS>
+__device__ inline void tensor_product(float (&c)[N / 8][4], const uint32_t (&a)[4], uint64_t b, int keep) {
+    if constexpr (N == 64)
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+                     "{" REGS_0 "}, {%32,%33,%34,%35}, %36, p, 1, 1, %38;\n}"
+                     : C32(c, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep), "n"(B_COLUMNS));
+    else
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+                     "{" REGS_0 REGS_32 "}, {%64,%65,%66,%67}, %68, p, 1, 1, %70;\n}"
+                     : C32(c, 0), C32(c, 8)
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep), "n"(B_COLUMNS));
+}
+
+// c (64,N) = a (64,DH) · b (N,DH)^T: rows of a and b in tiles a_next and b_next numbers apart
+template <int DH, int N>
+__device__ inline void product_transposed(float (&c)[N / 8][4], const bf16 *a, int a_next, const bf16 *b, int b_next) {
+#pragma unroll
+    for (int k = 0; k < DH / 16; k++)
+        tensor_product<N, 0, 0>(c, operand(a + k / 4 * a_next + k % 4 * 16), operand(b + k / 4 * b_next + k % 4 * 16), k > 0);
+}
+// c (64,N) += a (64,K) · b (K,N), a in registers
+template <int N, int K>
+__device__ inline void product_plain(float (&c)[N / 8][4], const uint32_t (&a)[K / 16][4], const bf16 *b) {
+#pragma unroll
+    for (int k = 0; k < K / 16; k++) tensor_product<N, 1>(c, a[k], operand(b + k * 16 * ATOM, K * ATOM * 2), 1);
+}
+// X(w) as a left operand
+template <int K> __device__ inline void as_operand(uint32_t (&a)[K / 16][4], const float (&w)[K / 8][4]) {
+#pragma unroll
+    for (int k = 0; k < K / 16; k++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) a[k][i] = pack_two(w[2 * k + i / 2][i % 2 * 2], w[2 * k + i / 2][i % 2 * 2 + 1]);
+}
+// A warp's 16 rows of a group's c (64,DH), times factor[0] (row lane/4) and [1] (+ 8), to memory: columns below d, rows
+// below `rows`. tile: the group's rows of a tile that nobody reads any more, the next `next` numbers further.
+template <int DH>
+__device__ inline void store_rows(bf16 *at, int64_t ld, const float (&c)[DH / 8][4], int rows, int d, float factor0,
+                                  float factor1, bf16 *tile, int next) {
+    int lane = threadIdx.x % 32, first = threadIdx.x % GROUP / 32 * 16;
+#pragma unroll
+    for (int n = 0; n < DH / 8; n++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int r = first + half * 8 + lane / 4;
+            *(uint32_t *)(tile + n / 8 * next + r * ATOM + (n % 8 ^ r % 8) * 8 + lane % 4 * 2) =
+                pack_two(c[n][2 * half] * (half ? factor1 : factor0), c[n][2 * half + 1] * (half ? factor1 : factor0));
+        }
+    __syncwarp();
+    for (int p = lane; p < 16 * DH / 8; p += 32) {
+        int r = first + p / (DH / 8), n = p % (DH / 8);
+        if (n * 8 < d && r < rows)
+            *(uint4 *)(at + r * ld + n * 8) = *(const uint4 *)(tile + n / 8 * next + r * ATOM + (n % 8 ^ r % 8) * 8);
+    }
+    __syncwarp();
+}
+__device__ static inline void group_barrier(int group) { // of the 128 threads of a warp group
+    asm volatile("bar.sync %0, 128;" : : "r"(group + 1) : "memory");
+}
+#endif
+
+// ----------------------------------------------------------------------------
+// a product whose result goes through a function of its own on the way to memory: f.run<V>(b, p, r, i, v) is given the
+// V sums v of row r, columns i .. i+V-1, of item p of sequence b, and writes what it makes of them.
+
+// Numbers that a product reads: row r, column i of item p of sequence b is
+// at[b·step + (row + p·row_along + r)·ld + (col + p·col_along) % wrap + i]; rows and cols are those of the whole.
+template <typename X> struct Part {
+    const X *at;
+    int64_t ld, step;
+    int rows, cols, row, col, row_along, col_along, wrap;
+};
+template <typename X>
+static Part<X> part_of(const X *at, int64_t ld, int64_t step, int rows, int cols, int row = 0, int col = 0) {
+    return {at, ld, step, rows, cols, row, col, 0, 0, INT_MAX};
+}
+template <typename F> constexpr int sums_rows = 0; // 1: f wants a maximum and a sum of each tile's rows besides
+// What is known to be 0: A above the diagonal, A as it is multiplied (transposed) below it, B above it; OUT: nobody wants
+// the result above it. The diagonal of A_LOWER and OUT_LOWER starts at column `shift`.
+enum Triangle { FULL, A_LOWER, A_UPPER, B_LOWER, OUT_LOWER };
+
+template <int BN> struct ProductShared {
+    enum { STAGES = 3, PITCH = BN + 8 };
+    union {
+        struct { bf16 a[STAGES][2][ATOM][ATOM], b[STAGES][BN / ATOM][ATOM][ATOM]; };
+        float sums[128][PITCH];
+    };
+    uint64_t full[STAGES], free[STAGES];
+};
+struct PartPlace { int row, col, row_along, col_along, wrap; };
+
+// A block takes 128 rows and BN columns of one item, its first and second four warps 64 rows each; the ninth warp has
+// the operands copied, 64 of K at a time, three steps ahead. Two blocks share a multiprocessor: one multiplies while the
+// other writes. Then the sums go through shared memory, and a thread has 8 neighbours of a row at a time.
+template <int BN, int A_COLUMNS, int B_COLUMNS, int SHAPE, typename F>
+__global__ void __launch_bounds__(2 * GROUP + 32, 2)
+product_tiles_kernel(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map, PartPlace a,
+                     PartPlace b, F f, int M, int N, int K, int shift, int items) {
+#ifdef HOPPER
+    typedef ProductShared<BN> Shared;
+    enum { STAGES = Shared::STAGES };
+    extern __shared__ __align__(1024) unsigned char shared_tiles[];
+    Shared *s = (Shared *)shared_tiles;
+    int m0 = (int)(SHAPE == A_LOWER ? gridDim.y - 1 - blockIdx.y : blockIdx.y) * 128, n0 = (int)blockIdx.x * BN,
+        item = (int)blockIdx.z % items, sequence = (int)blockIdx.z / items;
+    if (SHAPE == OUT_LOWER && n0 >= shift + m0 + 128) return;
+    if constexpr (sums_rows<F>) if (!f.wanted(sequence, m0)) return;
+    int k0 = SHAPE == A_UPPER ? m0 : SHAPE == B_LOWER ? n0 : 0, k1 = SHAPE == A_LOWER ? min(K, shift + m0 + 128) : K,
+        steps = max(0, (k1 - k0 + ATOM - 1) / ATOM);
+    if (threadIdx.x == 0)
+        for (int i = 0; i < STAGES; i++) { barrier_init(&s->full[i], 1); barrier_init(&s->free[i], 2); }
+    barriers_ready();
+    if (threadIdx.x >= 2 * GROUP) {
+        if (threadIdx.x % 32) return;
+        int a_row = a.row + item * a.row_along, a_col = (a.col + item * a.col_along) % a.wrap,
+            b_row = b.row + item * b.row_along, b_col = (b.col + item * b.col_along) % b.wrap;
+        for (int i = 0; i < steps; i++) {
+            int slot = i % STAGES, k = k0 + i * ATOM;
+            if (i >= STAGES) barrier_wait(&s->free[slot], i / STAGES - 1);
+            barrier_expect(&s->full[slot], sizeof(s->a[0]) + sizeof(s->b[0]));
+            for (int j = 0; j < 2; j++)
+                copy_tile(s->a[slot][j][0], &a_map, a_col + (A_COLUMNS ? m0 + ATOM * j : k), 0,
+                          a_row + (A_COLUMNS ? k : m0 + ATOM * j), sequence, &s->full[slot]);
+            for (int j = 0; j < BN / ATOM; j++)
+                copy_tile(s->b[slot][j][0], &b_map, b_col + (B_COLUMNS ? n0 + ATOM * j : k), 0,
+                          b_row + (B_COLUMNS ? k : n0 + ATOM * j), sequence, &s->full[slot]);
+        }
+        return;
+    }
+    int group = threadIdx.x / GROUP, lane = threadIdx.x % 32, first = threadIdx.x / 32 * 16;
+    float sum[BN / 8][4];
+    for (int i = 0; i < steps; i++) {
+        int slot = i % STAGES;
+        barrier_wait(&s->full[slot], i / STAGES);
+        products_begin();
+#pragma unroll
+        for (int k = 0; k < ATOM / 16; k++)
+            tensor_product<BN, A_COLUMNS, B_COLUMNS>(
+                sum, operand(s->a[slot][group][A_COLUMNS ? k * 16 : 0] + (A_COLUMNS ? 0 : k * 16)),
+                operand(s->b[slot][0][B_COLUMNS ? k * 16 : 0] + (B_COLUMNS ? 0 : k * 16), ATOM * ATOM * 2),
+                i > 0 || k > 0);
+        products_commit();
+        products_wait<1>();
+        if (i && threadIdx.x % GROUP == 0) barrier_arrive(&s->free[(i - 1) % STAGES]);
+    }
+    products_wait<0>();
+    asm volatile("bar.sync 1, 256;" : : : "memory"); // nobody reads operands any more
+#pragma unroll
+    for (int n = 0; n < BN / 8; n++)
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+            *(float2 *)&s->sums[first + half * 8 + lane / 4][n * 8 + lane % 4 * 2] =
+                steps ? make_float2(sum[n][2 * half], sum[n][2 * half + 1]) : make_float2(0, 0);
+    __syncwarp();
+    for (int p = lane; p < 16 * BN / 8; p += 32) {
+        int r = m0 + first + p / (BN / 8), i = n0 + p % (BN / 8) * 8;
+        float v[8];
+        read_some<8>(v, &s->sums[r - m0][i - n0]);
+        if constexpr (sums_rows<F>) {
+            float2 row = r < M && i < N ? f.run_some(sequence, r, i, v) : make_float2(-INFINITY, 0);
+            for (int other = BN / 16; other; other /= 2) {
+                row.x = fmaxf(row.x, __shfl_xor_sync(~0u, row.x, other));
+                row.y += __shfl_xor_sync(~0u, row.y, other);
+            }
+            if (lane % (BN / 8) == 0 && r < M) f.row(sequence, r, n0 / BN, row);
+        } else if (r < M && i < N) f.template run<8>(sequence, item, r, i, v);
+    }
+#endif
+}
+// What follows cuBLASLt's product (B,M,N) where there are no tiles; NULL: a product over nothing. A thread takes V sums.
+template <int V, typename F> __global__ void product_passed_on_kernel(F f, const float *product, int item, int B, int M,
+                                                                      int N) {
+    int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
+    if (at >= (int64_t)B * M * N) return;
+    float v[V] = {};
+    if (product) read_some<V>(v, product + at);
+    f.template run<V>((int)(at / N / M), item, (int)(at / N % M), (int)(at % N), v);
+}
+
+template <int A_COLUMNS, int B_COLUMNS, int SHAPE, int BN, typename F>
+static void product_tiles(F f, Part<bf16> a, Part<bf16> b, int M, int N, int K, int shift, int items, int B,
+                          cudaStream_t stream) {
+    typedef ProductShared<BN> Shared;
+    CUtensorMap a_map = tile_map(a.at, a.cols, 1, a.rows, a.ld, a.step, B, ATOM),
+        b_map = tile_map(b.at, b.cols, 1, b.rows, b.ld, b.step, B, ATOM);
+    PartPlace a_place = {a.row, a.col, a.row_along, a.col_along, a.wrap},
+        b_place = {b.row, b.col, b.row_along, b.col_along, b.wrap};
+    allow_shared(product_tiles_kernel<BN, A_COLUMNS, B_COLUMNS, SHAPE, F>, sizeof(Shared));
+    LAUNCH((product_tiles_kernel<BN, A_COLUMNS, B_COLUMNS, SHAPE, F>), dim3((N + BN - 1) / BN, (M + 127) / 128,
+           B * items), 2 * GROUP + 32, sizeof(Shared), stream, a_map, b_map, a_place, b_place, f, M, N, K, shift, items);
+}
+// What all products of a layer have in common. scratch: (B,M,N), NULL: there are tiles.
+typedef struct { int B, in_eights; float *scratch; cudaStream_t stream; } ProductWay;
+// f of A·B: A (M,K), or with A_COLUMNS its transpose (K,M); B (N,K) transposed, or with B_COLUMNS (K,N) as it is; for
+// each of the items of all sequences.
+template <int A_COLUMNS, int B_COLUMNS, int SHAPE, typename F, typename X>
+static void product_gpu(F f, Part<X> a, Part<X> b, int M, int N, int K, int shift, int items, ProductWay way) {
+    int B = way.B;
+    float *scratch = way.scratch;
+    cudaStream_t stream = way.stream;
+    if (M <= 0) return;
+    if constexpr (sizeof(X) == sizeof(bf16))
+        if (!scratch) {
+            int few = (int64_t)((M + 127) / 128) * ((N + 127) / 128) * B * items <= 80;
+            if (few) product_tiles<A_COLUMNS, B_COLUMNS, SHAPE, 64>(f, a, b, M, N, K, shift, items, B, stream);
+            else product_tiles<A_COLUMNS, B_COLUMNS, SHAPE, 128>(f, a, b, M, N, K, shift, items, B, stream);
+            return;
+        }
+    for (int p = 0; p < items; p++) {
+        MatrixGPU<X> left = rows_of_gpu(a.at + (a.row + p * a.row_along) * a.ld + (a.col + p * a.col_along) % a.wrap, a.ld,
+                                        a.step),
+            right = rows_of_gpu(b.at + (b.row + p * b.row_along) * b.ld + (b.col + p * b.col_along) % b.wrap, b.ld,
+                                b.step);
+        if (K > 0) matmul_gpu(into(scratch, N, (int64_t)M * N), A_COLUMNS ? transpose_gpu(left) : left,
+                              B_COLUMNS ? right : transpose_gpu(right), M, N, K, 1, 0, B, stream);
+        int V = N % 8 || !way.in_eights ? 1 : 8;
+        unsigned blocks = (unsigned)(((int64_t)B * M * N / V + 255) / 256);
+        const float *product = K > 0 ? scratch : NULL;
+        if (V == 8) LAUNCH((product_passed_on_kernel<8, F>), blocks, 256, 0, stream, f, product, p, B, M, N);
+        else LAUNCH((product_passed_on_kernel<1, F>), blocks, 256, 0, stream, f, product, p, B, M, N);
+    }
+}
+
+// ----------------------------------------------------------------------------
+// attention in tiles: bf16 with heads of up to 128 columns. Weights never leave the registers; the backward pass
+// computes them again from the row's log-sum-exp, once for dq and once for dk and dv, so that each sum has one owner.
+//
+// A block keeps 64 rows of one side for each of its groups of warps but the last, which has one thread at work: it has
+// the other side's tiles copied into a ring of SLOTS, each as soon as all groups have done with what was there.
+
+// The rows stay, the walk is along the keys, 128 at a time; the ring holds K0 K1 V0 K2 V1 ..., for a group starts on the
+// next tile's logits before it multiplies this tile's weights with the values, and works on the softmax meanwhile.
+// stats: the logarithm of Σ exp in units of log2, and room for the backward pass.
+enum { KEYS = 128, SLOTS = 5 };
+template <int DH> struct ForwardShared {
+    enum { GROUPS = DH == 64 ? 3 : 2, ROWS = 64 * GROUPS };
+    bf16 q[DH / ATOM][ROWS][ATOM], ring[SLOTS][DH / ATOM][KEYS][ATOM];
+    uint64_t q_full, full[SLOTS], free[SLOTS];
+};
+template <int DH>
+__global__ void __launch_bounds__(GROUP * (ForwardShared<DH>::GROUPS + 1), 1)
+attention_tile_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
+                      const __grid_constant__ CUtensorMap v_map, bf16 *out, float2 *stats, int T, int H, int G, int d,
+                      int first, float scale) {
+#ifdef HOPPER
+    enum { GROUPS = ForwardShared<DH>::GROUPS, ROWS = 64 * GROUPS };
+    extern __shared__ __align__(1024) unsigned char shared_tiles[];
+    ForwardShared<DH> *s = (ForwardShared<DH> *)shared_tiles;
+    int b = blockIdx.y / H, h = blockIdx.y % H, rows = T - first, r0 = (int)(gridDim.x - 1 - blockIdx.x) * ROWS,
+        group = threadIdx.x / GROUP, tiles = (min(first + r0 + ROWS, T) + KEYS - 1) / KEYS;
+    if (threadIdx.x == 0) {
+        barrier_init(&s->q_full, 1);
+        for (int i = 0; i < SLOTS; i++) { barrier_init(&s->full[i], 1); barrier_init(&s->free[i], GROUPS); }
+    }
+    barriers_ready();
+    if (group == GROUPS) {
+        KEEP_REGISTERS("dec", DH == 64 ? 32 : 40);
+        if (threadIdx.x % GROUP) return;
+        barrier_expect(&s->q_full, sizeof(s->q));
+        for (int c = 0; c < DH / ATOM; c++) copy_tile(s->q[c][0], &q_map, c * ATOM, h, r0, b, &s->q_full);
+        for (int n = 0; n < 2 * tiles; n++) {
+            int slot = n % SLOTS, is_key = n == 0 || (n % 2 && n < 2 * tiles - 1),
+                tile = is_key ? (n + 1) / 2 : n % 2 ? tiles - 1 : n / 2 - 1;
+            if (n >= SLOTS) barrier_wait(&s->free[slot], n / SLOTS - 1);
+            barrier_expect(&s->full[slot], sizeof(s->ring[slot]));
+            for (int c = 0; c < DH / ATOM; c++)
+                copy_tile(s->ring[slot][c][0], is_key ? &k_map : &v_map, c * ATOM, h / (H / G), tile * KEYS, b,
+                          &s->full[slot]);
+        }
+        return;
+    }
+    KEEP_REGISTERS("inc", DH == 64 ? 160 : 232);
+    int lane = threadIdx.x % 32, group_row = r0 + 64 * group, row = group_row + threadIdx.x % GROUP / 32 * 16 + lane / 4,
+        seen = (min(first + group_row + 64, T) + KEYS - 1) / KEYS; // tiles that the group's rows see
+    float sum[DH / 8][4], max[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0}, shrink[2];
+    uint32_t weights[KEYS / 16][4];
+    typedef float Logits[KEYS / 8][4];
+    for (int n = 0; n < DH / 8; n++)
+        for (int e = 0; e < 4; e++) sum[n][e] = 0;
+    auto done_with = [&](int item) {
+        if (threadIdx.x % GROUP == 0) barrier_arrive(&s->free[item % SLOTS]);
+    };
+    auto logits = [&](Logits &w, int tile) {
+        int item = tile ? 2 * tile - 1 : 0;
+        barrier_wait(&s->full[item % SLOTS], item / SLOTS);
+        products_begin();
+        product_transposed<DH, KEYS>(w, s->q[0][64 * group], ROWS * ATOM, s->ring[item % SLOTS][0][0], KEYS * ATOM);
+        products_commit();
+    };
+    // logits to weights with the new maximum; shrink: what that does to what was summed
+    auto softmax = [&](Logits &w, int tile) {
+        int j0 = tile * KEYS;
+        if (j0 + KEYS - 1 > first + group_row)
+            for (int n = 0; n < KEYS / 8; n++)
+                for (int e = 0; e < 4; e++)
+                    if (j0 + n * 8 + lane % 4 * 2 + e % 2 > first + row + e / 2 * 8) w[n][e] = -INFINITY;
+        for (int half = 0; half < 2; half++) {
+            float top = -INFINITY;
+            for (int n = 0; n < KEYS / 8; n++) top = fmaxf(top, fmaxf(w[n][2 * half], w[n][2 * half + 1]));
+            top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+            top = fmaxf(max[half], scale * fmaxf(top, __shfl_xor_sync(~0u, top, 2)));
+            shrink[half] = exp2_fast(max[half] - top);
+            max[half] = top;
+            total[half] *= shrink[half];
+            for (int n = 0; n < KEYS / 8; n++)
+                for (int e = 2 * half; e < 2 * half + 2; e++) {
+                    w[n][e] = exp2_fast(w[n][e] * scale - top);
+                    total[half] += w[n][e];
+                }
+        }
+    };
+    auto read = [&](int item) {
+        barrier_wait(&s->full[item % SLOTS], item / SLOTS);
+        products_begin();
+        product_plain<DH, KEYS>(sum, weights, s->ring[item % SLOTS][0][0]);
+        products_commit();
+    };
+    barrier_wait(&s->q_full, 0);
+    {
+        Logits w;
+        logits(w, 0);
+        products_wait<0>();
+        done_with(0);
+        softmax(w, 0);
+        as_operand<KEYS>(weights, w);
+    }
+    for (int tile = 1; tile < seen; tile++) {
+        Logits w;
+        logits(w, tile);
+        read(2 * tile);
+        products_wait<1>();
+        done_with(2 * tile - 1);
+        softmax(w, tile);
+        products_wait<0>();
+        done_with(2 * tile);
+        for (int n = 0; n < DH / 8; n++)
+            for (int e = 0; e < 4; e++) sum[n][e] *= shrink[e / 2];
+        as_operand<KEYS>(weights, w);
+    }
+    int last = seen == tiles ? 2 * tiles - 1 : 2 * seen;
+    read(last);
+    products_wait<0>();
+    done_with(last);
+    for (int tile = seen; tile < tiles; tile++) // for the other groups
+        for (int value = 0; value < 2; value++) {
+            int item = !value ? 2 * tile - 1 : tile == tiles - 1 ? 2 * tiles - 1 : 2 * tile + 2;
+            barrier_wait(&s->full[item % SLOTS], item / SLOTS);
+            done_with(item);
+        }
+    for (int half = 0; half < 2; half++) {
+        int r = row + half * 8;
+        total[half] += __shfl_xor_sync(~0u, total[half], 1);
+        total[half] += __shfl_xor_sync(~0u, total[half], 2);
+        if (lane % 4 == 0 && r < rows) stats[(int64_t)blockIdx.y * rows + r] = {max[half] + log2f(total[half]), 0};
+    }
+    group_barrier(group);
+    store_rows<DH>(out + ((int64_t)b * rows + group_row) * H * d + h * d, H * d, sum, rows - group_row, d, 1 / total[0],
+                   1 / total[1], s->q[0][64 * group], ROWS * ATOM);
+#endif
+}
+
+// stats' second number: delta_t = do_t·o_t = Σ_j p_tj dp_tj. 8 lanes take row n of one head.
+__global__ static void attention_delta_kernel(float2 *stats, const bf16 *dout, const bf16 *out, int B, int T, int H,
+                                              int d) {
+    int64_t item = (int64_t)blockIdx.x * 32 + threadIdx.x / 8;
+    float sum = 0;
+    if (item < (int64_t)B * T * H)
+        for (int i = threadIdx.x % 8 * 8; i < d; i += 64) {
+            float v[8], w[8];
+            read_some<8>(v, dout + item * d + i);
+            read_some<8>(w, out + item * d + i);
+            for (int e = 0; e < 8; e++) sum += v[e] * w[e];
+        }
+    for (int lane = 4; lane; lane /= 2) sum += __shfl_xor_sync(~0u, sum, lane);
+    int n = (int)(item / H), h = (int)(item % H);
+    if (item < (int64_t)B * T * H && threadIdx.x % 8 == 0) stats[((int64_t)(n / T) * H + h) * T + n % T].y = sum;
+}
+
+// dq: 128 rows stay, the walk is along the keys, WALK at a time; a slot of the ring holds keys and values. The groups
+// take turns by themselves: one computes weights while the other multiplies.
+template <int DH> struct BackwardShared { // dq: own are q and dout, ring keys and values; dk and dv the other way
+    enum { WALK = DH == 64 ? 128 : 64, SLOTS = 3 };
+    bf16 own[2][DH / ATOM][128][ATOM], ring[SLOTS][2][DH / ATOM][WALK][ATOM];
+    float2 stats[SLOTS][WALK];
+    uint64_t own_full, full[SLOTS], free[SLOTS];
+};
+template <int DH>
+__global__ void __launch_bounds__(3 * GROUP, 1)
+attention_dq_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap dout_map,
+                    const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map, bf16 *dq,
+                    const float2 *stats, int ld, int T, int H, int G, int d, float scale, float sigma) {
+#ifdef HOPPER
+    typedef BackwardShared<DH> Shared;
+    enum { WALK = Shared::WALK, SLOTS = Shared::SLOTS, NEXT = WALK * ATOM };
+    extern __shared__ __align__(1024) unsigned char shared_tiles[];
+    Shared *s = (Shared *)shared_tiles;
+    int b = blockIdx.y / H, h = blockIdx.y % H, r0 = (int)(gridDim.x - 1 - blockIdx.x) * 128,
+        group = threadIdx.x / GROUP, tiles = (min(r0 + 128, T) + WALK - 1) / WALK;
+    if (threadIdx.x == 0) {
+        barrier_init(&s->own_full, 1);
+        for (int i = 0; i < SLOTS; i++) { barrier_init(&s->full[i], 1); barrier_init(&s->free[i], 2); }
+    }
+    barriers_ready();
+    if (group == 2) {
+        KEEP_REGISTERS("dec", 40);
+        if (threadIdx.x % GROUP) return;
+        barrier_expect(&s->own_full, sizeof(s->own));
+        for (int c = 0; c < DH / ATOM; c++) {
+            copy_tile(s->own[0][c][0], &q_map, c * ATOM, h, r0, b, &s->own_full);
+            copy_tile(s->own[1][c][0], &dout_map, c * ATOM, h, r0, b, &s->own_full);
+        }
+        for (int n = 0; n < tiles; n++) {
+            int slot = n % SLOTS;
+            if (n >= SLOTS) barrier_wait(&s->free[slot], n / SLOTS - 1);
+            barrier_expect(&s->full[slot], sizeof(s->ring[slot]));
+            for (int c = 0; c < DH / ATOM; c++) {
+                copy_tile(s->ring[slot][0][c][0], &k_map, c * ATOM, h / (H / G), n * WALK, b, &s->full[slot]);
+                copy_tile(s->ring[slot][1][c][0], &v_map, c * ATOM, h / (H / G), n * WALK, b, &s->full[slot]);
+            }
+        }
+        return;
+    }
+    KEEP_REGISTERS("inc", 232);
+    int lane = threadIdx.x % 32, group_row = r0 + 64 * group, row = group_row + threadIdx.x % GROUP / 32 * 16 + lane / 4;
+    float sum[DH / 8][4];
+    uint32_t dlogits[WALK / 16][4];
+    float2 known[2];
+    for (int half = 0; half < 2; half++)
+        known[half] = stats[(int64_t)blockIdx.y * T + min(row + half * 8, T - 1)];
+    for (int n = 0; n < DH / 8; n++)
+        for (int e = 0; e < 4; e++) sum[n][e] = 0;
+    barrier_wait(&s->own_full, 0);
+    for (int tile = 0; tile < tiles; tile++) {
+        int slot = tile % SLOTS, j0 = tile * WALK;
+        barrier_wait(&s->full[slot], tile / SLOTS);
+        const bf16 *keys = s->ring[slot][0][0][0], *values = s->ring[slot][1][0][0];
+        float w[WALK / 8][4], dw[WALK / 8][4];
+        products_begin();
+        product_transposed<DH, WALK>(w, s->own[0][0][64 * group], 128 * ATOM, keys, NEXT);
+        products_commit();
+        product_transposed<DH, WALK>(dw, s->own[1][0][64 * group], 128 * ATOM, values, NEXT);
+        products_commit();
+        products_wait<1>();
+        if (tile && threadIdx.x % GROUP == 0) barrier_arrive(&s->free[(tile - 1) % SLOTS]);
+        int masked = j0 + WALK - 1 > group_row;
+        for (int n = 0; n < WALK / 8; n++)
+            for (int e = 0; e < 4; e++) {
+                w[n][e] = exp2_fast(w[n][e] * scale - known[e / 2].x);
+                if (masked && j0 + n * 8 + lane % 4 * 2 + e % 2 > row + e / 2 * 8) w[n][e] = 0;
+            }
+        products_wait<0>();
+        for (int n = 0; n < WALK / 8; n++)
+            for (int e = 0; e < 4; e++) w[n][e] *= dw[n][e] - known[e / 2].y;
+        as_operand<WALK>(dlogits, w);
+        products_begin();
+        product_plain<DH, WALK>(sum, dlogits, keys);
+        products_commit();
+    }
+    products_wait<0>();
+    group_barrier(group);
+    store_rows<DH>(dq + ((int64_t)b * T + group_row) * ld + h * d, ld, sum, T - group_row, d, sigma, sigma,
+                   s->own[0][0][64 * group], 128 * ATOM);
+#endif
+}
+
+// dk and dv: 128 keys stay, the walk is along the rows of the group's heads that see them. The matrices are those above
+// transposed: keys down, rows across.
+template <int DH>
+__global__ void __launch_bounds__(3 * GROUP, 1)
+attention_dkv_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap dout_map,
+                     const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map, bf16 *dk,
+                     bf16 *dv, const float2 *stats, int ld, int T, int H, int G, int d, float scale, float sigma) {
+#ifdef HOPPER
+    typedef BackwardShared<DH> Shared;
+    enum { WALK = Shared::WALK, SLOTS = Shared::SLOTS, NEXT = WALK * ATOM };
+    extern __shared__ __align__(1024) unsigned char shared_tiles[];
+    Shared *s = (Shared *)shared_tiles;
+    int b = blockIdx.y / G, g = blockIdx.y % G, j0 = (int)blockIdx.x * 128, group = threadIdx.x / GROUP, heads = H / G,
+        tiles = (T - j0 + WALK - 1) / WALK;
+    if (threadIdx.x == 0) {
+        barrier_init(&s->own_full, 1);
+        for (int i = 0; i < SLOTS; i++) { barrier_init(&s->full[i], 32); barrier_init(&s->free[i], 2); }
+    }
+    barriers_ready();
+    if (group == 2) {
+        KEEP_REGISTERS("dec", 40);
+        int lane = threadIdx.x % GROUP;
+        if (lane >= 32) return;
+        if (lane == 0) {
+            barrier_expect(&s->own_full, sizeof(s->own));
+            for (int c = 0; c < DH / ATOM; c++) {
+                copy_tile(s->own[0][c][0], &k_map, c * ATOM, g, j0, b, &s->own_full);
+                copy_tile(s->own[1][c][0], &v_map, c * ATOM, g, j0, b, &s->own_full);
+            }
+        }
+        for (int n = 0; n < heads * tiles; n++) {
+            int slot = n % SLOTS, h = g * heads + n / tiles, r0 = j0 + n % tiles * WALK;
+            if (n >= SLOTS) barrier_wait(&s->free[slot], n / SLOTS - 1);
+            for (int r = lane; r < WALK; r += 32) { // a row past the end has weights of 0
+                float2 known = {INFINITY, 0};
+                s->stats[slot][r] = r0 + r < T ? stats[((int64_t)b * H + h) * T + r0 + r] : known;
+            }
+            if (lane) { barrier_arrive(&s->full[slot]); continue; }
+            barrier_expect(&s->full[slot], sizeof(s->ring[slot]));
+            for (int c = 0; c < DH / ATOM; c++) {
+                copy_tile(s->ring[slot][0][c][0], &q_map, c * ATOM, h, r0, b, &s->full[slot]);
+                copy_tile(s->ring[slot][1][c][0], &dout_map, c * ATOM, h, r0, b, &s->full[slot]);
+            }
+        }
+        return;
+    }
+    KEEP_REGISTERS("inc", 232);
+    int lane = threadIdx.x % 32, key = j0 + 64 * group + threadIdx.x % GROUP / 32 * 16 + lane / 4;
+    float k_sum[DH / 8][4], v_sum[DH / 8][4];
+    uint32_t weights[WALK / 16][4];
+    for (int n = 0; n < DH / 8; n++)
+        for (int e = 0; e < 4; e++) k_sum[n][e] = v_sum[n][e] = 0;
+    barrier_wait(&s->own_full, 0);
+    for (int step = 0; step < heads * tiles; step++) {
+        int slot = step % SLOTS, r0 = j0 + step % tiles * WALK, masked = r0 < j0 + 64 * group + 63;
+        const bf16 *queries = s->ring[slot][0][0][0], *douts = s->ring[slot][1][0][0];
+        float w[WALK / 8][4], dw[WALK / 8][4];
+        barrier_wait(&s->full[slot], step / SLOTS);
+        products_begin();
+        product_transposed<DH, WALK>(w, s->own[0][0][64 * group], 128 * ATOM, queries, NEXT);
+        products_commit();
+        products_wait<1>(); // the last step's are done
+        if (step && threadIdx.x % GROUP == 0) barrier_arrive(&s->free[(step - 1) % SLOTS]);
+        products_begin();
+        product_transposed<DH, WALK>(dw, s->own[1][0][64 * group], 128 * ATOM, douts, NEXT);
+        products_commit();
+        products_wait<1>();
+        for (int n = 0; n < WALK / 8; n++) {
+            float4 rows = *(const float4 *)&s->stats[slot][n * 8 + lane % 4 * 2];
+            for (int e = 0; e < 4; e++) {
+                w[n][e] = exp2_fast(w[n][e] * scale - (e % 2 ? rows.z : rows.x));
+                if (masked && key + e / 2 * 8 > r0 + n * 8 + lane % 4 * 2 + e % 2) w[n][e] = 0;
+            }
+        }
+        as_operand<WALK>(weights, w);
+        products_begin();
+        product_plain<DH, WALK>(v_sum, weights, douts);
+        products_commit();
+        products_wait<0>();
+        for (int n = 0; n < WALK / 8; n++) { // the weights become the gradients of the logits
+            float4 rows = *(const float4 *)&s->stats[slot][n * 8 + lane % 4 * 2];
+            for (int half = 0; half < 2; half++) {
+                uint32_t *two = &weights[n / 2][n % 2 * 2 + half];
+                *two = pack_two(__uint_as_float(*two << 16) * (dw[n][2 * half] - rows.y),
+                                __uint_as_float(*two & 0xFFFF0000u) * (dw[n][2 * half + 1] - rows.w));
+            }
+        }
+        products_begin();
+        product_plain<DH, WALK>(k_sum, weights, queries);
+        products_commit();
+    }
+    products_wait<0>();
+    group_barrier(group);
+    int64_t at = ((int64_t)b * T + j0 + 64 * group) * ld + g * d;
+    store_rows<DH>(dk + at, ld, k_sum, T - j0 - 64 * group, d, sigma, sigma, s->own[0][0][64 * group], 128 * ATOM);
+    store_rows<DH>(dv + at, ld, v_sum, T - j0 - 64 * group, d, 1, 1, s->own[1][0][64 * group], 128 * ATOM);
+#endif
+}
+
+static int in_tiles(const bf16 *q, const bf16 *k, const bf16 *v, int ld, int d) {
+    return gpu.hopper && d <= 128 && wide({d, ld}, {q, k, v});
+}
+static int in_tiles(const float *, const float *, const float *, int, int) { return 0; }
+
 template <int DH>
 static void attention_tiles(bf16 *out, float *stats, const bf16 *q, const bf16 *k, const bf16 *v, int ld, int B, int T,
                             int H, int G, int d, int first, cudaStream_t stream) {
-    enum { M = DH <= 64 ? 2 : 1, BYTES = 4 * TILE * (DH + 8) * (int)sizeof(bf16) };
-    allow_shared(attention_tile_kernel<DH, M>, BYTES);
-    LAUNCH((attention_tile_kernel<DH, M>), dim3((T - first + 64 * M - 1) / (64 * M), B * H), 128, BYTES, stream, out,
-           (float2 *)stats, q, k, v, ld, T, H, G, d, first, 1.44269504f / sqrtf((float)d));
+    typedef ForwardShared<DH> Shared;
+    int64_t rows = T - first, all = (int64_t)T * ld;
+    CUtensorMap q_map = tile_map(q, d, H, rows, ld, rows * ld, B, Shared::ROWS),
+        k_map = tile_map(k, d, G, T, ld, all, B, KEYS), v_map = tile_map(v, d, G, T, ld, all, B, KEYS);
+    allow_shared(attention_tile_kernel<DH>, sizeof(Shared));
+    LAUNCH(attention_tile_kernel<DH>, dim3((unsigned)(rows + Shared::ROWS - 1) / Shared::ROWS, B * H),
+           GROUP * (Shared::GROUPS + 1), sizeof(Shared), stream, q_map, k_map, v_map, out, (float2 *)stats, T, H, G, d,
+           first, 1.44269504f / sqrtf((float)d));
 }
 static void attention_tiles(bf16 *out, float *stats, const bf16 *q, const bf16 *k, const bf16 *v, int ld, int B, int T,
                             int H, int G, int d, int first, cudaStream_t stream) {
-    if (d <= 16) attention_tiles<16>(out, stats, q, k, v, ld, B, T, H, G, d, first, stream);
-    else if (d <= 32) attention_tiles<32>(out, stats, q, k, v, ld, B, T, H, G, d, first, stream);
-    else if (d <= 64) attention_tiles<64>(out, stats, q, k, v, ld, B, T, H, G, d, first, stream);
+    if (d <= 64) attention_tiles<64>(out, stats, q, k, v, ld, B, T, H, G, d, first, stream);
     else attention_tiles<128>(out, stats, q, k, v, ld, B, T, H, G, d, first, stream);
 }
 static void attention_tiles(float *, float *, const float *, const float *, const float *, int, int, int, int, int, int,
                             int, cudaStream_t) {}
 
 template <int DH>
-static void attention_tiles_backward(bf16 *dq, bf16 *dk, bf16 *dv, float *delta, const bf16 *dout, const bf16 *out,
-                                     const float *stats, const bf16 *q, const bf16 *k, const bf16 *v, int ld, int B,
-                                     int T, int H, int G, int d, cudaStream_t stream) {
-    enum { M = DH <= 64 ? 2 : 1, WALK = 32, ROW = (DH + 8) * (int)sizeof(bf16), DQ = 2 * 64 * M * ROW,
-           DKV = (2 * 64 * M + 4 * WALK) * ROW + 6 * WALK * (int)sizeof(float) };
+static void attention_tiles_backward(bf16 *dq, bf16 *dk, bf16 *dv, const bf16 *dout, const bf16 *out, float2 *stats,
+                                     const bf16 *q, const bf16 *k, const bf16 *v, int ld, int B, int T, int H, int G,
+                                     int d, cudaStream_t stream) {
+    typedef BackwardShared<DH> Shared;
     float sigma = 1 / sqrtf((float)d), scale = 1.44269504f * sigma;
-    int blocks = (T + 64 * M - 1) / (64 * M);
-    allow_shared(attention_dq_kernel<DH, M, WALK>, DQ);
-    allow_shared(attention_dkv_kernel<DH, M, WALK>, DKV);
-    LAUNCH(attention_delta_kernel, (unsigned)(((int64_t)B * T * H + 3) / 4), 128, 0, stream, delta, dout, out, B, T, H,
+    int64_t all = (int64_t)T * ld, D = (int64_t)H * d;
+    CUtensorMap maps[2][4]; // q, dout, k, v: those that stay by 128 rows, those that walk by fewer
+    for (int own = 0; own < 2; own++) {
+        int rows = own ? 128 : Shared::WALK, keys = own ? Shared::WALK : 128;
+        maps[own][0] = tile_map(q, d, H, T, ld, all, B, rows);
+        maps[own][1] = tile_map(dout, d, H, T, D, T * D, B, rows);
+        maps[own][2] = tile_map(k, d, G, T, ld, all, B, keys);
+        maps[own][3] = tile_map(v, d, G, T, ld, all, B, keys);
+    }
+    allow_shared(attention_dq_kernel<DH>, sizeof(Shared));
+    allow_shared(attention_dkv_kernel<DH>, sizeof(Shared));
+    LAUNCH(attention_delta_kernel, (unsigned)(((int64_t)B * T * H + 31) / 32), 256, 0, stream, stats, dout, out, B, T, H,
            d);
-    LAUNCH((attention_dq_kernel<DH, M, WALK>), dim3(blocks, B * H), 128, DQ, stream, dq, dout, (const float2 *)stats,
-           delta, q, k, v, ld, T, H, G, d, scale, sigma);
-    LAUNCH((attention_dkv_kernel<DH, M, WALK>), dim3(blocks, B * G), 128, DKV, stream, dk, dv, dout,
-           (const float2 *)stats, delta, q, k, v, ld, T, H, G, d, scale, sigma);
+    LAUNCH(attention_dq_kernel<DH>, dim3((T + 127) / 128, B * H), 3 * GROUP, sizeof(Shared), stream, maps[1][0],
+           maps[1][1], maps[1][2], maps[1][3], dq, stats, ld, T, H, G, d, scale, sigma);
+    LAUNCH(attention_dkv_kernel<DH>, dim3((T + 127) / 128, B * G), 3 * GROUP, sizeof(Shared), stream, maps[0][0],
+           maps[0][1], maps[0][2], maps[0][3], dk, dv, stats, ld, T, H, G, d, scale, sigma);
 }
-static void attention_tiles_backward(bf16 *dq, bf16 *dk, bf16 *dv, float *delta, const bf16 *dout, const bf16 *out,
-                                     const float *stats, const bf16 *q, const bf16 *k, const bf16 *v, int ld, int B,
-                                     int T, int H, int G, int d, cudaStream_t stream) {
-    if (d <= 16) attention_tiles_backward<16>(dq, dk, dv, delta, dout, out, stats, q, k, v, ld, B, T, H, G, d, stream);
-    else if (d <= 32) attention_tiles_backward<32>(dq, dk, dv, delta, dout, out, stats, q, k, v, ld, B, T, H, G, d,
-                                                   stream);
-    else if (d <= 64) attention_tiles_backward<64>(dq, dk, dv, delta, dout, out, stats, q, k, v, ld, B, T, H, G, d,
-                                                   stream);
-    else attention_tiles_backward<128>(dq, dk, dv, delta, dout, out, stats, q, k, v, ld, B, T, H, G, d, stream);
+static void attention_tiles_backward(bf16 *dq, bf16 *dk, bf16 *dv, const bf16 *dout, const bf16 *out, float *stats,
+                                     const bf16 *q, const bf16 *k, const bf16 *v, int ld, int B, int T, int H, int G,
+                                     int d, cudaStream_t stream) {
+    if (d <= 64) attention_tiles_backward<64>(dq, dk, dv, dout, out, (float2 *)stats, q, k, v, ld, B, T, H, G, d, stream);
+    else attention_tiles_backward<128>(dq, dk, dv, dout, out, (float2 *)stats, q, k, v, ld, B, T, H, G, d, stream);
 }
-static void attention_tiles_backward(float *, float *, float *, float *, const float *, const float *, const float *,
-                                     const float *, const float *, const float *, int, int, int, int, int, int,
-                                     cudaStream_t) {}
+static void attention_tiles_backward(float *, float *, float *, const float *, const float *, float *, const float *,
+                                     const float *, const float *, int, int, int, int, int, int, cudaStream_t) {}
 
 // ----------------------------------------------------------------------------
 // attention in panels: float32, and whatever the tiles do not take
@@ -1309,7 +1644,7 @@ static int attention_panel(int P, int batch, int T) {
 }
 static int64_t attention_scratch(int tiles, int B, int T, int H, int G, int P) { // numbers
     Heads heads = heads_of(B, T, H, G);
-    return tiles ? (int64_t)B * H * T : 2 * (int64_t)heads.batch * attention_panel(P, heads.batch, T) * round_up(T, 64);
+    return tiles ? 0 : 2 * (int64_t)heads.batch * attention_panel(P, heads.batch, T) * round_up(T, 64);
 }
 
 template <typename X>
@@ -1366,7 +1701,7 @@ static void attention_group_backward_gpu(X *dq, X *dk, X *dv, float *scratch, co
         softmax_panel_gpu<X>(weights, lw, panel, stats + 2 * i0, stats_step, 1, 1, i0, n, P, 0, batch, stream);
         matmul_gpu(into(dlogits, lw, panel), rows_of_gpu(dout_I, D, dout_step), transpose_gpu(rows_of_gpu(v, ld, step)),
                    n, cols, d, 1, 0, batch, stream);
-        softmax_panel_backward_gpu<X>(dlogits, weights, lw, panel, NULL, {NULL, NULL, 0}, i0, n, P, 0, batch, stream);
+        softmax_panel_backward_gpu<X>(dlogits, weights, lw, panel, i0, n, P, batch, stream);
         matmul_gpu(into(dq + (int64_t)i0 * ld, ld, step), rows_of_gpu(dl, lx, panel_x), rows_of_gpu(k, ld, step), n, d,
                    cols, scale, 0, batch, stream);
         matmul_gpu(into(dk, ld, step), transpose_gpu(rows_of_gpu(dl, lx, panel_x)), rows_of_gpu(q_I, ld, step), cols, d,
@@ -1382,7 +1717,7 @@ static void attention_backward_gpu(X *dq, X *dk, X *dv, float *scratch, const X 
                                    const X *q, const X *k, const X *v, int ld, int B, int T, int H, int G, int d, int P,
                                    cudaStream_t stream) {
     if (in_tiles(q, k, v, ld, d)) {
-        attention_tiles_backward(dq, dk, dv, scratch, dout, out, stats, q, k, v, ld, B, T, H, G, d, stream);
+        attention_tiles_backward(dq, dk, dv, dout, out, stats, q, k, v, ld, B, T, H, G, d, stream);
         return;
     }
     Heads heads = heads_of(B, T, H, G);
@@ -1406,226 +1741,252 @@ static void attention_backward_gpu(X *dq, X *dk, X *dv, float *scratch, const X 
 // rows, whose inverses M = (I - A_II)^-1 turn the row by row step into products. α = e/z is never formed: γ/z is a
 // float32 scale of rows, for in bf16 a γα of 0.999 would be 1. For a block I
 //     g = f + (γ/z) ⊙ (e_{I,<} s_<),   s = M g,   then one refinement: r = g + (γ/z) ⊙ (e_II s) - s,   s += M r
-// so that what rounding does to M and g costs nothing but a smaller step towards the same s.
+// so that what rounding does to M and g costs nothing but a smaller step towards the same s. Kept besides s:
+// c = (e s)/z, for the backward pass' δ_t = λ_t·c_t.
+//
+// With tiles, bf16 on Hopper, each line above is one product that ends in the functions below, and e comes out of the
+// logits' product: e = exp(logit - m) needs no exact maximum, only one within the numbers' range, so m is 0 unless a
+// row's maximum is beyond e^±40; those rows are done again. Without, products are cuBLASLt's, and m is the maximum.
 
-enum { SEED = 64, BLOCK = 2 * SEED };
+enum { SEED = 64, BLOCK = 2 * SEED, REACH = 2048 };
 
-// What scratch holds: where each part begins, in floats, and its shape. T ≤ 2048 is one panel; e has 256 MiB at most.
+// What scratch holds: where each part begins, in floats, and its shape. Without tiles T ≤ 2048 is one panel and e has
+// 256 MiB at most; with them, 512. A panel's rows take what is before it REACH rows at a time.
 typedef struct {
-    int R, P;        // heights of panels and of blocks
-    int64_t ld, ld_m; // of e, of M
-    int64_t e;       // (B,R,ld) logits, then e
-    int64_t second;  // (B,R,ld) their gradient; before, (B,P,D) e_II s or λ, or what merges need
-    int64_t inverse; // (B,R,ld_m) X, the blocks of M on its diagonal
-    int64_t rhs;     // (B,T,D) g; backward λ's right-hand side h
-    int64_t block;   // (B,P,D) X, what M multiplies
-    int64_t dk;      // (B,T,D) dk' while several panels add to it
+    int tiles, march, R, P; // R, P: heights of panels and of blocks; march: all in one kernel
+    int64_t ld, lx;   // from row to row of e: in floats before the softmax (without tiles), in X
+    int64_t e;        // (B,R,ld)
+    int64_t inverse;  // (B,R,P) X, the blocks of M on its diagonal
+    int64_t rhs;      // (B,T,D) the sum e_{I,<} s_<; backward λ's right-hand side h
+    int64_t block;    // (B,P,D) X, what M multiplies
+    int64_t lambda;   // (B,P,D)
+    int64_t merge;    // (B,R/2P,P/2,P/2) X
+    int64_t dk;       // (B,T,D) dk' while several panels add to it
+    int64_t partial;  // tiles: (B,T/128,R) maxima and sums of the tiles' rows, and which 128 rows to do again
+    int64_t product;  // no tiles: (B,P,ld or D), a product before it is passed on
     int64_t total;
 } Panels;
-template <typename X> static Panels feedback_panels(int B, int T, int D, int P) {
+template <typename X> static Panels feedback_panels(int B, int T, int D, int P, int in_eights = 1) {
     Panels p;
+    p.tiles = gpu.hopper && sizeof(X) == 2 && D % 8 == 0 && in_eights && P % 8 == 0;
     p.ld = round_up(T, 64);
-    p.P = P > 0 || T <= BLOCK ? BLOCK : T <= 512 ? 2 * BLOCK : T <= 2048 ? 4 * BLOCK : 8 * BLOCK; // measured
-    p.R = P > 0 ? min_int(P, BLOCK) : 2048;
-    while (P <= 0 && p.R > p.P && (int64_t)B * p.R * p.ld > 1 << 26) p.R /= 2;
-    int64_t x = sizeof(X), rows = min_int(p.R, T), block_rows = min_int(p.P, T), second = rows * p.ld;
-    p.ld_m = round_up(rows, 64);
-    if (block_rows * D > second) second = block_rows * D;
-    for (int64_t h = BLOCK; h < p.P; h *= 2) {
-        int64_t merges = (rows + 2 * h - 1) / (2 * h) * h * h * 2;
-        if (merges > second) second = merges;
-    }
-    int64_t sizes[] = {rows * p.ld, second, rows * p.ld_m * x / 4, (int64_t)T * D, block_rows * D * x / 4,
-                       p.R < T ? (int64_t)T * D : 0};
-    int64_t *places[] = {&p.e, &p.second, &p.inverse, &p.rhs, &p.block, &p.dk};
+    p.lx = p.tiles ? p.ld : p.ld * (int64_t)(sizeof(float) / sizeof(X));
+    p.march = p.tiles && P <= 0 && T <= REACH && (int64_t)B * ((D + 63) / 64) >= 96;
+    p.P = P > 0 || T <= BLOCK || p.march ? BLOCK : T <= 512 ? 2 * BLOCK : T <= 2048 ? 4 * BLOCK : 8 * BLOCK; // measured
+    int kept = 11 * D / p.P * p.P; // rows of e that take what a layer keeps
+    p.R = P > 0 ? min_int(P, BLOCK) : !p.tiles || kept < REACH ? REACH : kept;
+    p.R = min_int(p.R, (int)round_up(T, p.P));
+    while (P <= 0 && p.R > p.P && (int64_t)B * p.R * p.ld > (p.tiles ? 1 << 28 : 1 << 26))
+        p.R = (int)round_up(p.R / 2, p.P);
+    int64_t x = sizeof(X), rows = min_int(p.R, T), block = min_int(p.P, T), wide_ = p.ld > D ? p.ld : D,
+        all = (int64_t)T * D, tiles = (T + BLOCK - 1) / BLOCK;
+    int64_t sizes[] = {p.tiles ? rows * p.ld / 2 : rows * p.ld, rows * p.P * x / 4, all, block * D * x / 4, block * D,
+                       round_up(rows, 2 * p.P) * p.P / 4 * x / 4, p.R < T ? all : 0,
+                       p.tiles ? (2 * tiles + 1) * rows : 0, p.tiles ? 0 : block * wide_};
+    int64_t *places[] = {&p.e, &p.inverse, &p.rhs, &p.block, &p.lambda, &p.merge, &p.dk, &p.partial, &p.product};
     p.total = 0;
-    for (int i = 0; i < 6; i++) {
+    for (int i = 0; i < 9; i++) {
         *places[i] = p.total;
         p.total += round_up(B * sizes[i] + 1, 64);
     }
     return p;
 }
 
-// Blocks of up to 128 rows of M, in float32. A thread block takes one: its first 128 threads a column of one of the two
-// 64×64 halves on the diagonal each, by substitution, 4 rows at a time; then all take 4×4 numbers of M21 = M2 A21 M1
-// each. A[part][c][r] is entry (r, c): the columns of A11, A22, A21.
-enum { SEED_LD = SEED + 4 };
-typedef const float (*SeedRows)[SEED_LD];
-__device__ static inline void multiply_seeds(float sum[4][4], SeedRows a, SeedRows b) { // a: its columns
-    int row = threadIdx.x / 16 * 4, col = threadIdx.x % 16;
-#pragma unroll 8
-    for (int k = 0; k < SEED; k++) {
-        float4 left = *(const float4 *)&a[k][row];
-        for (int j = 0; j < 4; j++) {
-            float right = b[k][col + 16 * j];
-            sum[0][j] += left.x * right;
-            sum[1][j] += left.y * right;
-            sum[2][j] += left.z * right;
-            sum[3][j] += left.w * right;
+// e of the logits v, a row's maximum and sum, and from these m and 1/z. `again`: only rows that need another m.
+struct LogitExp {
+    bf16 *e;
+    const float2 *stats;  // NULL: m is 0
+    const int *flags;     // NULL: all rows
+    float2 *partial;
+    int64_t ld, e_step, stats_step;
+    float scale;          // in units of log2
+    int r0, R, tiles, blocks;
+    __device__ int wanted(int b, int m0) const { return !flags || flags[b * blocks + m0 / BLOCK]; }
+    __device__ float2 run_some(int b, int r, int i, float v[8]) const {
+        float m = stats ? stats[b * stats_step + r].x : 0, top = -INFINITY, sum = 0;
+        for (int c = 0; c < 8; c++) {
+            float logit = v[c] * scale;
+            int seen = i + c < r0 + r;
+            top = seen ? fmaxf(top, logit) : top;
+            v[c] = seen ? get(to<bf16>(exp2_fast(logit - m))) : 0;
+            sum += v[c];
         }
+        write_some<8>(e + b * e_step + r * ld + i, v);
+        return {top, sum};
+    }
+    __device__ void row(int b, int r, int tile, float2 sums) const {
+        if (partial) partial[((int64_t)b * tiles + tile) * R + r] = sums;
+    }
+};
+template <> constexpr int sums_rows<LogitExp> = 1;
+// A thread takes a row, in the order of its tiles.
+__global__ static void feedback_stats_kernel(float2 *stats, int64_t stats_step, const float2 *partial, int *flags,
+                                             int again, int r0, int n, int R, int tiles) {
+    int r = blockIdx.x * BLOCK + threadIdx.x, far = 0, *flag = flags + blockIdx.y * gridDim.x + blockIdx.x;
+    if (again && !*flag) return;
+    if (r < n) {
+        float top = -INFINITY, z = 0;
+        partial += (int64_t)blockIdx.y * tiles * R + r;
+        stats += blockIdx.y * stats_step + r;
+#pragma unroll 4
+        for (int tile = 0; tile * BLOCK < r0 + r; tile++) {
+            float2 sums = partial[(int64_t)tile * R];
+            top = fmaxf(top, sums.x);
+            z += sums.y;
+        }
+        far = !again && r0 + r > 0 && fabsf(top) > 58;
+        *stats = make_float2(again ? stats->x : far ? top : 0, z > 0 ? 1 / z : z); // NaN stays NaN
+    }
+    far = __syncthreads_or(far);
+    if (!again && threadIdx.x == 0) *flag = far;
+}
+
+// Blocks of up to 128 rows of M, in float32; a thread block takes one. A warp takes 16 rows, a lane a column of their
+// inverse by substitution; then neighbours of h rows merge, M21 = M2 (A21 M1), a thread h/16 rows and 4 columns.
+enum { SEED_LD = BLOCK + 4 };
+typedef float SeedRows[SEED_LD];
+template <int H> __device__ inline void multiply_seeds(float sum[H / 16][4], const SeedRows *a, const SeedRows *b) {
+#pragma unroll 4
+    for (int k = 0; k < H; k += 4) { // a: the thread's first row, b: its columns
+        float left[H / 16][4], right[4][4];
+        for (int r = 0; r < H / 16; r++) read_some<4>(left[r], &a[r][k]);
+        for (int i = 0; i < 4; i++) read_some<4>(right[i], &b[k + i][0]);
+        for (int r = 0; r < H / 16; r++)
+            for (int i = 0; i < 4; i++)
+                for (int c = 0; c < 4; c++) sum[r][c] += left[r][i] * right[i][c];
     }
 }
+template <int H> __device__ inline void merge_seeds(SeedRows *A, SeedRows *M) {
+    int at = threadIdx.x / (4 * H) * 2 * H, row = at + H + threadIdx.x % (4 * H) / (H / 4) * (H / 16),
+        col = at + threadIdx.x % (H / 4) * 4;
+    float left[H / 16][4] = {}, below[H / 16][4] = {};
+    multiply_seeds<H>(left, (const SeedRows *)&A[row][at], (const SeedRows *)&M[at][col]);
+    __syncthreads();
+    for (int r = 0; r < H / 16; r++) write_some<4>(&A[row + r][col], left[r]);
+    __syncthreads();
+    multiply_seeds<H>(below, (const SeedRows *)&M[row][at + H], (const SeedRows *)&A[at + H][col]);
+    for (int r = 0; r < H / 16; r++) write_some<4>(&M[row + r][col], below[r]);
+    __syncthreads();
+}
+// e from the panel's own columns on; zeros to the right of a block as far as `zeros` columns of its block of P.
 template <typename X>
 __global__ void __launch_bounds__(256)
-inverse_seed_kernel(X *M, int64_t ld_m, int64_t step_m, const X *e, int64_t ld_e, int64_t step_e, RowScale scale,
-                    int n, int P) {
+inverse_seed_kernel(X *M_out, int P, int64_t step_m, const X *e, int64_t ld_e, int64_t step_e, RowScale scale, int n,
+                    int zeros) {
     extern __shared__ float4 seeds[];
-    float (*A)[SEED][SEED_LD] = (float (*)[SEED][SEED_LD])seeds, (*I)[SEED][SEED_LD] = A + 3; // I: M1, M2 by rows
-    __shared__ float scales[BLOCK];
+    SeedRows *A = (SeedRows *)seeds, *M = A + BLOCK;
     int i0 = blockIdx.x * BLOCK, rows = min(BLOCK, n - i0), b = blockIdx.y;
+    __shared__ float scales[BLOCK];
     e += b * step_e + (int64_t)i0 * ld_e + i0;
-    M += b * step_m + (int64_t)i0 * ld_m + i0;
+    M_out += b * step_m + (int64_t)i0 * P + i0 % P;
     if (threadIdx.x < BLOCK) scales[threadIdx.x] = (int)threadIdx.x < rows ? scale.at(b, i0 + threadIdx.x) : 0;
     __syncthreads();
-#pragma unroll 16
-    for (int at = threadIdx.x; at < 3 * SEED * SEED; at += 256) {
-        int part = at / (SEED * SEED), r = at / SEED % SEED, c = at % SEED, row = r + (part > 0) * SEED,
-            col = c + (part == 1) * SEED;
-        A[part][c][r] = row < rows && col < row ? scales[row] * get(e[row * ld_e + col]) : 0;
+#pragma unroll 32
+    for (int at = threadIdx.x; at < BLOCK * BLOCK; at += 256) {
+        int r = at / BLOCK, c = at % BLOCK;
+        A[r][c] = r < rows && c < r ? scales[r] * get(e[r * ld_e + c]) : 0;
+        M[r][c] = 0;
     }
     __syncthreads();
-    if (threadIdx.x < BLOCK) {
-        int half = threadIdx.x / SEED, c = threadIdx.x % SEED;
-        for (int t = 0; t < SEED; t += 4) {
-            float sum[4];
-            for (int i = 0; i < 4; i++) sum[i] = t + i == c;
-#pragma unroll 8
-            for (int j = c / 32 * 32; j < t; j++) {
-                float4 left = *(const float4 *)&A[half][j][t];
-                float x = I[half][j][c];
-                sum[0] += left.x * x;
-                sum[1] += left.y * x;
-                sum[2] += left.z * x;
-                sum[3] += left.w * x;
-            }
-            for (int i = 1; i < 4; i++)
-                for (int j = 0; j < i; j++) sum[i] += A[half][t + j][t + i] * sum[j];
-            for (int i = 0; i < 4; i++) I[half][t + i][c] = sum[i];
+    if (threadIdx.x % 32 < 16) {
+        int r0 = threadIdx.x / 32 * 16, c = threadIdx.x % 32;
+        float x[16];
+#pragma unroll
+        for (int t = 0; t < 16; t++) {
+            x[t] = t == c;
+#pragma unroll
+            for (int j = 0; j < t; j++) x[t] += A[r0 + t][r0 + j] * x[j];
+            M[r0 + t][r0 + c] = x[t];
         }
     }
     __syncthreads();
-    float left[4][4] = {}, below[4][4] = {};
-    int row = threadIdx.x / 16 * 4, col = threadIdx.x % 16;
-    multiply_seeds(left, A[2], I[0]);
-    // M2 by columns
-    for (int at = threadIdx.x; at < SEED * SEED; at += 256) A[1][at % SEED][at / SEED] = I[1][at / SEED][at % SEED];
-    for (int i = 0; i < 4; i++)
-        for (int j = 0; j < 4; j++) A[0][row + i][col + 16 * j] = left[i][j];
-    __syncthreads();
-    multiply_seeds(below, A[1], A[0]);
-    for (int i = 0; i < 4; i++) // A21 is not read any more
-        for (int j = 0; j < 4; j++) A[2][row + i][col + 16 * j] = below[i][j];
-    __syncthreads();
-    // with the zeros to the right, up to the end of the block of P
-    int pieces = (min(n, (i0 / P + 1) * P) - i0 + 7) / 8;
+    merge_seeds<16>(A, M);
+    merge_seeds<32>(A, M);
+    merge_seeds<64>(A, M);
+    int pieces = max(BLOCK, zeros - i0 % P) / 8;
     for (int at = threadIdx.x; at < rows * pieces; at += 256) {
         int r = at / pieces, c = at % pieces * 8;
-        float v[8];
-        const float *from = r < SEED ? I[0][r] + c : c < SEED ? A[2][r - SEED] + c : I[1][r - SEED] + c - SEED;
-        for (int k = 0; k < 8; k++) v[k] = c + k > r ? 0 : from[k];
-        write_some<8>(M + r * ld_m + c, v);
+        float v[8] = {};
+        if (c < BLOCK) read_some<8>(v, &M[r][c]);
+        write_some<8>(M_out + (int64_t)r * P + c, v);
     }
 }
 
-// out = X((γ/z) ⊙ x): m of each item's h rows. The items are sequences, or pairs of blocks along sequence b; their
-// first row is t, in the next pair t + 2h.
-template <typename X> struct MergeEach {
+// out = scale·v, added if `add`
+template <typename O> struct Store {
+    O *out;
+    int64_t ld, step;
+    float scale;
+    int add;
+    template <int V> __device__ void run(int b, int, int r, int i, float v[V]) const {
+        O *at = out + b * step + r * ld + i;
+        float old[V] = {};
+        if (add) read_some<V>(old, at);
+        for (int e = 0; e < V; e++) v[e] = old[e] + scale * v[e];
+        write_some<V>(at, v);
+    }
+};
+// For the merge of blocks of h rows, pair p: X((γ/z) ⊙ (e21 M1)), and M2 times that into its place in M
+template <typename X> struct MergeScaled {
     X *out;
-    const float *x;
     RowScale scale;
-    int h, m, along, b, t;
-    template <int V> __device__ void run(int row, int i) const {
-        int item = row / h, r = row % h;
-        if (r >= m) return;
-        float v[V], factor = along ? scale.at(b, t + 2 * h * item + r) : scale.at(item, t + r);
-        read_some<V>(v, x + (int64_t)row * h + i);
-        for (int c = 0; c < V; c++) v[c] *= factor;
-        write_some<V>(out + (int64_t)row * h + i, v);
+    int64_t step;
+    int h, n;
+    template <int V> __device__ void run(int b, int p, int r, int i, float v[V]) const {
+        int row = (2 * p + 1) * h + r;
+        float factor = row < n ? scale.at(b, row) : 0;
+        for (int e = 0; e < V; e++) v[e] = row < n ? v[e] * factor : 0;
+        write_some<V>(out + b * step + (int64_t)(p * h + r) * h + i, v);
     }
 };
-
-// The inverses of a panel of n rows; e from the panel's own columns on.
-template <typename X> struct Inverse {
+template <typename X> struct MergeDone {
     X *M;
-    const X *e;
-    int64_t ld_m, step_m, ld_e, step_e;
-    RowScale scale;
-    float *scratch;
-    cudaStream_t stream;
+    int64_t step;
+    int h, n, P;
+    template <int V> __device__ void run(int b, int p, int r, int i, float v[V]) const {
+        int row = (2 * p + 1) * h + r;
+        if (row < n) write_some<V>(M + b * step + (int64_t)row * P + 2 * p * h % P + i, v);
+    }
 };
 
-// M21 = M2 ((γ/z) ⊙ (e21 M1)) for `batch` pairs of neighbours, h and m rows high: the pair at row `at` of all
-// sequences, or, `along`, the pairs of sequence b from there on.
-template <typename X> static void merge_pairs(const Inverse<X> *v, int h, int m, int b, int at, int batch, int along) {
-    int64_t next_e = along ? 2 * h * (v->ld_e + 1) : v->step_e, next_m = along ? 2 * h * (v->ld_m + 1) : v->step_m;
-    int64_t square = (int64_t)h * h;
-    X *M1 = v->M + b * v->step_m + at * (v->ld_m + 1), *M21 = M1 + h * v->ld_m,
-        *scaled = (X *)(v->scratch + batch * square);
-    const X *e21 = v->e + b * v->step_e + (int64_t)(at + h) * v->ld_e + at;
-    MergeEach<X> scale = {scaled, v->scratch, v->scale, h, m, along, b, at + h};
-    matmul_gpu(into(v->scratch, h, square), rows_of_gpu(e21, v->ld_e, next_e), rows_of_gpu(M1, v->ld_m, next_m), m, h,
-               h, 1, 0, batch, v->stream);
-    each(scale, (int64_t)batch * h, h, 1, v->stream);
-    matmul_gpu(into(M21, v->ld_m, next_m), rows_of_gpu(M21 + h, v->ld_m, next_m), rows_of_gpu(scaled, h, square), m, h,
-               m, 1, 0, batch, v->stream);
-}
-
-// Seeds of 128 rows, then neighbours merged until the blocks have P rows.
-template <typename X> static void panel_inverse_gpu(const Inverse<X> *v, int n, int P, int B) {
-    int bytes = 5 * SEED * SEED_LD * (int)sizeof(float);
-    allow_shared(inverse_seed_kernel<X>, bytes);
-    LAUNCH(inverse_seed_kernel<X>, dim3((n + BLOCK - 1) / BLOCK, B), 256, bytes, v->stream, v->M, v->ld_m, v->step_m,
-           v->e, v->ld_e, v->step_e, v->scale, n, P);
-    for (int h = BLOCK; h < P && h < n; h *= 2) {
-        int pairs = (n + h - 1) / (2 * h), full = n / (2 * h); // the last pair's second half may be cut short
-        for (int p = 0; p < pairs && B >= pairs; p++) merge_pairs(v, h, min_int(h, n - 2 * h * p - h), 0, 2 * h * p, B,
-                0);
-        for (int b = 0; b < B && B < pairs; b++) {
-            merge_pairs(v, h, h, b, 0, full, 1);
-            if (full < pairs) merge_pairs(v, h, n - 2 * h * full - h, b, 2 * h * full, 1, 1);
-        }
-    }
-}
-
-// Row r of sequence b of a block, D wide; the parts' places and steps from sequence to sequence.
-// g = f + (γ/z) ⊙ g (known: g holds a product; else g = f) and its copy as X
+// The functions below are given rows of a block: row r of sequence b, D wide.
+// Before the solve: the sum e_{I,<} s_< so far, old + v, and X(g), g = f + (γ/z) ⊙ it.
 template <typename X> struct BlockRhs {
-    float *g;
-    X *copy;
+    float *sum;
+    X *g;
     const X *f;
     RowScale scale;
-    int64_t g_step, f_step;
-    int m, D, known;
-    template <int V> __device__ void run(int row, int i) const {
-        int b = row / m, r = row % m;
+    int64_t all, f_step;
+    int m, D, known; // known: sum holds a part
+    template <int V> __device__ void run(int b, int, int r, int i, float v[V]) const {
         int64_t at = (int64_t)r * D + i;
-        float v[V], old[V], factor = scale.at(b, r);
-        read_some<V>(v, f + b * f_step + at);
-        if (known) {
-            read_some<V>(old, g + b * g_step + at);
-            for (int e = 0; e < V; e++) v[e] += factor * old[e];
-        }
-        write_some<V>(g + b * g_step + at, v);
-        write_some<V>(copy + (int64_t)row * D + i, v);
+        float w[V] = {}, factor = scale.at(b, r);
+        if (known) read_some<V>(w, sum + b * all + at);
+        for (int e = 0; e < V; e++) v[e] += w[e];
+        write_some<V>(sum + b * all + at, v);
+        read_some<V>(w, f + b * f_step + at);
+        for (int e = 0; e < V; e++) v[e] = w[e] + factor * v[e];
+        write_some<V>(g + (int64_t)b * m * D + at, v);
     }
 };
-// r = X(g + (γ/z) ⊙ product - s), without the scale where it is in the product already
+// v = e_II s: r = X(f + (γ/z) ⊙ (sum + v) - s), c = (sum + v)/z. sum NULL: 0; c NULL: not wanted
 template <typename X> struct BlockResidual {
-    X *out;
-    const float *g, *product;
-    const X *s;
-    RowScale scale;
-    int64_t g_step, s_step;
+    X *out, *c;
+    const float *sum;
+    const X *f, *s;
+    RowScale scale, inverse;
+    int64_t all, f_step;
     int m, D;
-    template <int V> __device__ void run(int row, int i) const {
-        int b = row / m, r = row % m;
+    template <int V> __device__ void run(int b, int, int r, int i, float v[V]) const {
         int64_t at = (int64_t)r * D + i;
-        float v[V], p[V], x[V], factor = scale.at(b, r);
-        read_some<V>(v, g + b * g_step + at);
-        read_some<V>(p, product + (int64_t)row * D + i);
-        read_some<V>(x, s + b * s_step + at);
-        for (int e = 0; e < V; e++) v[e] = v[e] + factor * p[e] - x[e];
-        write_some<V>(out + (int64_t)row * D + i, v);
+        float w[V] = {}, x[V], factor = scale.at(b, r), z = inverse.at(b, r);
+        if (sum) read_some<V>(w, sum + b * all + at);
+        for (int e = 0; e < V; e++) { v[e] += w[e]; w[e] = z * v[e]; }
+        if (c) write_some<V>(c + b * all + at, w);
+        read_some<V>(w, f + b * f_step + at);
+        read_some<V>(x, s + b * all + at);
+        for (int e = 0; e < V; e++) v[e] = w[e] + factor * v[e] - x[e];
+        write_some<V>(out + (int64_t)b * m * D + at, v);
     }
 };
 // out = Y(scale ⊙ x)
@@ -1644,109 +2005,342 @@ template <typename Y, typename X> struct BlockCopy {
     }
 };
 
-// e of the panel of rows r0 .. r0+n-1: logits, block by block up to the diagonal, then the softmax. The inverses M.
+template <typename X> static int64_t e_step(const Panels *p, int T) { return min_int(p->R, T) * p->lx; }
+
+// e of the panel of rows r0 .. r0+n-1, with their m and 1/z (known: given), and the inverses M.
 template <typename X>
 static void feedback_panel(float *scratch, const Panels *p, float *stats, int known, const X *q, const X *k, int ld,
                            const float *gamma, int B, int T, int D, int first, int r0, int n, cudaStream_t stream) {
-    int64_t rows = T - first, panel = min_int(p->R, T), row = r0 - first;
-    float *e = scratch + p->e;
-    for (int i0 = r0; i0 < r0 + n; i0 += p->P) {
-        int m = min_int(p->P, r0 + n - i0);
-        matmul_gpu(into(e + (i0 - r0) * p->ld, p->ld, panel * p->ld), rows_of_gpu(q + (i0 - first) * (int64_t)ld, ld,
-                   rows * ld), transpose_gpu(rows_of_gpu(k, ld, (int64_t)T * ld)), m, i0 + m, D, 1 / sqrtf((float)D), 0,
-                   B, stream);
-    }
-    softmax_panel_gpu<X>(e, p->ld, panel * p->ld, stats + 2 * row, 2 * rows, known, 0, r0, n, p->P, 1, B, stream);
+    int64_t rows = T - first, row = r0 - first, step = e_step<X>(p, T), m_step = (int64_t)min_int(p->R, T) * p->P;
+    ProductWay way = {B, 1, p->tiles ? NULL : scratch + p->product, stream};
+    X *e = (X *)(scratch + p->e), *M = (X *)(scratch + p->inverse), *scaled = (X *)(scratch + p->merge);
     RowScale scale = {gamma + row, stats + 2 * row, rows};
-    Inverse<X> inverse = {(X *)(scratch + p->inverse), (const X *)e + r0, p->ld_m, panel * p->ld_m, ld_x<X>(p->ld),
-                          ld_x<X>(panel * p->ld), scale, scratch + p->second, stream};
-    panel_inverse_gpu(&inverse, n, p->P, B);
+    if constexpr (sizeof(X) == sizeof(bf16)) {
+        int tiles = (T + BLOCK - 1) / BLOCK, blocks = (n + BLOCK - 1) / BLOCK,
+            width = min_int((int)round_up(r0 + n + ATOM, BLOCK), (int)p->ld); // a step of K may reach past n
+        float2 *partial = (float2 *)(scratch + p->partial), *known_stats = (float2 *)stats + row;
+        int *flags = (int *)(partial + (int64_t)B * tiles * min_int(p->R, T));
+        LogitExp f = {e, known ? known_stats : NULL, NULL, known ? NULL : partial, p->lx, step, rows,
+                      1.44269504f / sqrtf((float)D), r0, min_int(p->R, T), tiles, blocks};
+        for (int again = 0; p->tiles && again < 2 - known; again++) {
+            if (again) { f.stats = known_stats; f.flags = flags; }
+            product_tiles<0, 0, OUT_LOWER, BLOCK>(f, part_of(q + row * ld, ld, rows * ld, (int)(rows - row), D),
+                                                  part_of(k, ld, (int64_t)T * ld, T, D), n, width, D, r0, 1, B, stream);
+            if (!known) LAUNCH(feedback_stats_kernel, dim3(blocks, B), BLOCK, 0, stream, known_stats, rows, partial, flags,
+                               again, r0, n, f.R, tiles);
+        }
+    }
+    if (!p->tiles) {
+        float *logits = scratch + p->e;
+        int64_t floats = min_int(p->R, T) * p->ld;
+        for (int i0 = r0; i0 < r0 + n; i0 += p->P) {
+            int m = min_int(p->P, r0 + n - i0);
+            matmul_gpu(into(logits + (i0 - r0) * p->ld, p->ld, floats), rows_of_gpu(q + (i0 - first) * (int64_t)ld, ld,
+                       rows * ld), transpose_gpu(rows_of_gpu(k, ld, (int64_t)T * ld)), m, i0 + m, D,
+                       1 / sqrtf((float)D), 0, B, stream);
+        }
+        softmax_panel_gpu<X>(logits, p->ld, floats, stats + 2 * row, 2 * rows, known, 0, r0, n, p->P, 1, B, stream);
+    }
+    int bytes = 2 * BLOCK * SEED_LD * (int)sizeof(float);
+    allow_shared(inverse_seed_kernel<X>, bytes);
+    LAUNCH(inverse_seed_kernel<X>, dim3((n + BLOCK - 1) / BLOCK, B), 256, bytes, stream, M, p->P, m_step, e + r0, p->lx,
+           step, scale, n, p->tiles ? 0 : p->P);
+    for (int h = BLOCK; h < p->P && h < n; h *= 2) { // M21 = M2 ((γ/z) ⊙ (e21 M1))
+        int pairs = (n + h - 1) / (2 * h);
+        int64_t scaled_step = (int64_t)pairs * h * h;
+        Part<X> e21 = {e, p->lx, step, n, (int)p->ld, h, r0, 2 * h, 2 * h, INT_MAX},
+            M1 = {M, p->P, m_step, n, p->P, 0, 0, 2 * h, 2 * h, p->P}, M2 = {M, p->P, m_step, n, p->P, h, h, 2 * h, 2 * h,
+            p->P}, right = {scaled, h, scaled_step, pairs * h, h, 0, 0, h, 0, INT_MAX};
+        MergeScaled<X> f = {scaled, scale, scaled_step, h, n};
+        MergeDone<X> done = {M, m_step, h, n, p->P};
+        product_gpu<0, 1, B_LOWER>(f, e21, M1, h, h, h, 0, pairs, way);
+        product_gpu<0, 1, A_LOWER>(done, M2, right, h, h, h, 0, pairs, way);
+    }
 }
 
+// The solve of many short sequences, or of their adjoint (BACK), in one go: a block has 64 columns of one sequence and
+// walks along its blocks of 128 rows, from the last if BACK, each in the four products that the section begins with (or
+// those of feedback_panel_backward_gpu). Its first and second four warps have 64 rows each; the ninth has the operands
+// copied: e, M, and what the block itself has solved before, written to memory and read back.
+enum { STRIP = 64, MARCH_SLOTS = 3 };
+struct MarchShared {
+    bf16 a[MARCH_SLOTS][2][ATOM][ATOM], b[MARCH_SLOTS][ATOM][STRIP], right[BLOCK][STRIP], solved[BLOCK][STRIP];
+    uint64_t full[MARCH_SLOTS], free[MARCH_SLOTS], written;
+};
+// f (BACK: ds) and c (BACK: df) have T rows of D a sequence; `map` is of s (BACK: of u)
+template <int BACK>
+__global__ void __launch_bounds__(2 * GROUP + 32, 2)
+feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_constant__ CUtensorMap M_map,
+                      const __grid_constant__ CUtensorMap map, const bf16 *f, bf16 *c, RowScale scale, RowScale inverse,
+                      int T, int D) {
+#ifdef HOPPER
+    extern __shared__ __align__(1024) unsigned char shared_tiles[];
+    MarchShared *s = (MarchShared *)shared_tiles;
+    int n0 = (int)blockIdx.x * STRIP, sequence = (int)blockIdx.y, blocks = (T + BLOCK - 1) / BLOCK, item = 0,
+        group = threadIdx.x / GROUP, lane = threadIdx.x % 32, first = threadIdx.x / 32 * 16 + lane / 4;
+    if (threadIdx.x == 0) {
+        barrier_init(&s->written, 1);
+        for (int i = 0; i < MARCH_SLOTS; i++) { barrier_init(&s->full[i], 1); barrier_init(&s->free[i], 2); }
+    }
+    barriers_ready();
+    if (group == 2) {
+        if (lane) return;
+        auto copy = [&](const CUtensorMap *left, int row, int col, int k, int solved) { // 64 of K from k on
+            int slot = item % MARCH_SLOTS;
+            if (item >= MARCH_SLOTS) barrier_wait(&s->free[slot], item / MARCH_SLOTS - 1);
+            barrier_expect(&s->full[slot], sizeof(s->a[0]) + (solved ? sizeof(s->b[0]) : 0));
+            for (int j = 0; j < 2; j++)
+                copy_tile(s->a[slot][j][0], left, col + (BACK ? ATOM * j : k), 0, row + (BACK ? k : ATOM * j), sequence,
+                          &s->full[slot]);
+            if (solved) copy_tile(s->b[slot][0], &map, n0, 0, (BACK ? row : col) + k, sequence, &s->full[slot]);
+            item++;
+        };
+        for (int step = 0; step < blocks; step++) {
+            int I = (BACK ? blocks - 1 - step : step) * BLOCK;
+            for (int before = 0; before < step; before++) {
+                int J = (BACK ? blocks - 1 - before : before) * BLOCK;
+                if (before == step - 1) barrier_wait(&s->written, before);
+                for (int k = 0; k < BLOCK; k += ATOM) copy(&e_map, BACK ? J : I, BACK ? I : J, k, 1);
+            }
+            for (int turn = 0; turn < 3; turn++)
+                for (int k = 0; k < BLOCK; k += ATOM) copy(turn == 1 ? &e_map : &M_map, I, turn == 1 ? I : 0, k, 0);
+        }
+        return;
+    }
+    typedef float Sums[STRIP / 8][4];
+    auto multiply = [&](Sums &sum, const bf16 *right, int items, int keep) { // right NULL: what was copied
+        for (int i = 0; i < items; i++, item++) {
+            int slot = item % MARCH_SLOTS;
+            const bf16 *b = right ? right + i * ATOM * STRIP : s->b[slot][0];
+            barrier_wait(&s->full[slot], item / MARCH_SLOTS);
+            products_begin();
+#pragma unroll
+            for (int k = 0; k < ATOM / 16; k++)
+                tensor_product<STRIP, BACK, 1>(sum, operand(s->a[slot][group][BACK ? k * 16 : 0] + (BACK ? 0 : k * 16)),
+                                               operand(b + k * 16 * STRIP), keep || i > 0 || k > 0);
+            products_commit();
+            products_wait<0>();
+            if (threadIdx.x % GROUP == 0) barrier_arrive(&s->free[slot]);
+        }
+    };
+    auto put = [&](bf16 (*tile)[STRIP], int half, int n, uint32_t two) {
+        int r = first + half * 8;
+        *(uint32_t *)&tile[r][(n ^ r % 8) * 8 + lane % 4 * 2] = two;
+    };
+    auto share = [&] { // what was put is for the products of all
+        asm volatile("fence.proxy.async.shared::cta;\nbar.sync 1, 256;" : : : "memory");
+    };
+    auto low = [](uint32_t two) { return __uint_as_float(two << 16); };
+    auto high = [](uint32_t two) { return __uint_as_float(two & 0xFFFF0000u); };
+    for (int step = 0; step < blocks; step++) {
+        int I = (BACK ? blocks - 1 - step : step) * BLOCK;
+        Sums sum = {}, solved;
+        uint32_t base[STRIP / 8][2]; // s before its refinement, BACK: u, or λ where γ is 0
+        float factor[2], z[2];
+        int64_t at[2];
+        for (int half = 0; half < 2; half++) {
+            int r = I + first + half * 8, inside = r < T;
+            at[half] = inside ? ((int64_t)sequence * T + r) * D + n0 + lane % 4 * 2 : -1;
+            factor[half] = inside ? scale.at(sequence, r) : 0;
+            if (BACK && fabsf(factor[half]) < 1e-30f) factor[half] = 0; // its inverse is a number
+            z[half] = BACK ? (factor[half] != 0 ? 1 / factor[half] : 1) : inside ? inverse.at(sequence, r) : 0;
+        }
+        auto given = [&](int half, int n) {
+            return at[half] >= 0 && n0 + n * 8 < D ? *(const uint32_t *)(f + at[half] + n * 8) : 0;
+        };
+        auto keep = [&](int half, int n, uint32_t two) {
+            if (c && at[half] >= 0 && n0 + n * 8 < D) *(uint32_t *)(c + at[half] + n * 8) = two;
+        };
+        multiply(sum, NULL, 2 * step, 0);
+        for (int n = 0; n < STRIP / 8; n++)
+            for (int half = 0; half < 2; half++) {
+                uint32_t two = given(half, n);
+                float *v = &sum[n][2 * half];
+                if (BACK) { v[0] += low(two); v[1] += high(two); put(s->right, half, n, pack_two(v[0], v[1])); }
+                else put(s->right, half, n, pack_two(low(two) + factor[half] * v[0], high(two) + factor[half] * v[1]));
+            }
+        share();
+        multiply(solved, s->right[0], 2, 0);
+        for (int n = 0; n < STRIP / 8; n++)
+            for (int half = 0; half < 2; half++) {
+                float *v = &solved[n][2 * half];
+                uint32_t two = BACK ? pack_two(factor[half] * v[0], factor[half] * v[1]) : pack_two(v[0], v[1]);
+                base[n][half] = BACK && factor[half] == 0 ? pack_two(v[0], v[1]) : two;
+                put(s->solved, half, n, two);
+            }
+        share();
+        multiply(sum, s->solved[0], 2, 1);
+        for (int n = 0; n < STRIP / 8; n++)
+            for (int half = 0; half < 2; half++) {
+                float *v = &sum[n][2 * half], x = low(base[n][half]), y = high(base[n][half]);
+                if (BACK) { put(s->right, half, n, pack_two(v[0] - x * z[half], v[1] - y * z[half])); continue; }
+                uint32_t two = given(half, n);
+                keep(half, n, pack_two(v[0] * z[half], v[1] * z[half]));
+                put(s->right, half, n, pack_two(low(two) + factor[half] * v[0] - x, high(two) + factor[half] * v[1] - y));
+            }
+        share();
+        Sums refinement;
+        multiply(refinement, s->right[0], 2, 0);
+        for (int n = 0; n < STRIP / 8; n++)
+            for (int half = 0; half < 2; half++) {
+                float x = low(base[n][half]) * (BACK ? z[half] : 1) + refinement[n][2 * half],
+                      y = high(base[n][half]) * (BACK ? z[half] : 1) + refinement[n][2 * half + 1];
+                if (BACK) { keep(half, n, pack_two(x, y)); x *= factor[half]; y *= factor[half]; }
+                put(s->solved, half, n, pack_two(x, y));
+            }
+        share();
+        if (threadIdx.x) continue;
+        for (int j = 0; j < BLOCK; j += ATOM)
+            asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4}], [%5];"
+                         : : "l"(&map), "r"(n0), "r"(0), "r"(I + j), "r"(sequence), "r"(shared_at(s->solved[j]))
+                         : "memory");
+        asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group 0;" : : : "memory");
+        barrier_arrive(&s->written);
+    }
+#endif
+}
+template <int BACK>
+static void feedback_march_gpu(const bf16 *e, int64_t ld, const bf16 *M, const bf16 *out, int64_t ld_out, const bf16 *f,
+                               bf16 *c, RowScale scale, RowScale inverse, int B, int T, int D, cudaStream_t stream) {
+    CUtensorMap e_map = tile_map(e, (int)ld, 1, T, ld, T * ld, B, ATOM),
+        M_map = tile_map(M, BLOCK, 1, T, BLOCK, (int64_t)T * BLOCK, B, ATOM),
+        map = tile_map(out, D, 1, T, ld_out, T * ld_out, B, ATOM);
+    allow_shared(feedback_march_kernel<BACK>, sizeof(MarchShared));
+    LAUNCH(feedback_march_kernel<BACK>, dim3((D + STRIP - 1) / STRIP, B), 2 * GROUP + 32, sizeof(MarchShared), stream,
+           e_map, M_map, map, f, c, scale, inverse, T, D);
+}
+
+// c: (B,T,D) kept for the backward pass, or NULL
 template <typename X>
-static void feedback_forward_gpu(X *s, float *stats, float *scratch, const X *f, const X *q, const X *k, int ld,
+static void feedback_forward_gpu(X *s, X *c, float *stats, float *scratch, const X *f, const X *q, const X *k, int ld,
                                  const float *gamma, int B, int T, int D, int first, int P, cudaStream_t stream) {
-    Panels p = feedback_panels<X>(B, T, D, P);
-    int64_t rows = T - first, panel = min_int(p.R, T), lx = ld_x<X>(p.ld), e_step = ld_x<X>(panel * p.ld),
-        s_step = (int64_t)T * D, g_step = panel * D, m_step = panel * p.ld_m;
-    const X *e = (const X *)(scratch + p.e), *M = (const X *)(scratch + p.inverse), *s_all = s;
-    float *g = scratch + p.rhs, *product = scratch + p.second;
-    X *block = (X *)(scratch + p.block);
+    Panels p = feedback_panels<X>(B, T, D, P, wide({ld, first}, {s, f, q, k, scratch}));
+    int64_t rows = T - first, step = e_step<X>(&p, T), all = (int64_t)T * D, m_step = (int64_t)min_int(p.R, T) * p.P;
+    X *e = (X *)(scratch + p.e), *M = (X *)(scratch + p.inverse), *block = (X *)(scratch + p.block);
+    ProductWay way = {B, wide({D}, {s, c, f, scratch}), p.tiles ? NULL : scratch + p.product, stream};
     for (int r0 = first; r0 < T; r0 += p.R) {
         int n = min_int(p.R, T - r0);
         feedback_panel(scratch, &p, stats, 0, q, k, ld, gamma, B, T, D, first, r0, n, stream);
-        if (r0) matmul_gpu(into(g, D, g_step), rows_of_gpu(e, lx, e_step), rows_of_gpu(s_all, D, s_step), n, D, r0, 1,
-                           0, B, stream);
+        if constexpr (sizeof(X) == sizeof(bf16))
+            if (p.march && n == T) {
+                feedback_march_gpu<0>(e, p.lx, M, s, D, f, c, {gamma, stats, T}, {NULL, stats, T}, B, T, D, stream);
+                return;
+            }
         for (int i0 = r0; i0 < r0 + n; i0 += p.P) {
-            int m = min_int(p.P, r0 + n - i0), in_eights = wide({D}, {s, f, scratch});
-            int64_t row = i0 - first, at = i0 - r0;
-            RowScale scale = {gamma + row, stats + 2 * row, rows};
-            const X *e_I = e + at * lx, *M_I = M + at * (p.ld_m + 1);
+            int m = min_int(p.P, r0 + n - i0), at = i0 - r0, reach = r0 + at / REACH * REACH;
+            int64_t row = i0 - first;
+            float *sum = scratch + p.rhs + row * D;
             X *s_I = s + (int64_t)i0 * D;
-            float *g_I = g + at * D;
-            matmul_gpu(into(g_I, D, g_step), rows_of_gpu(e_I + r0, lx, e_step), rows_of_gpu(s_all + (int64_t)r0 * D, D,
-                       s_step), at ? m : 0, D, (int)at, 1, r0 ? 1 : 0, B, stream);
-            BlockRhs<X> rhs = {g_I, block, f + row * D, scale, g_step, rows * D, m, D, i0 > 0};
-            each(rhs, (int64_t)B * m, D, in_eights, stream);
-            matmul_gpu(into(s_I, D, s_step), rows_of_gpu(M_I, p.ld_m, m_step), rows_of_gpu(block, D, (int64_t)m * D), m,
-                       D, m, 1, 0, B, stream);
-            matmul_gpu(into(product, D, (int64_t)m * D), rows_of_gpu(e_I + i0, lx, e_step), rows_of_gpu(s_I, D, s_step),
-                       m, D, m, 1, 0, B, stream);
-            BlockResidual<X> residual = {block, g_I, product, s_I, scale, g_step, s_step, m, D};
-            each(residual, (int64_t)B * m, D, in_eights, stream);
-            matmul_gpu(into(s_I, D, s_step), rows_of_gpu(M_I, p.ld_m, m_step), rows_of_gpu(block, D, (int64_t)m * D), m,
-                       D, m, 1, 1, B, stream);
+            RowScale scale = {gamma + row, stats + 2 * row, rows}, inverse = {NULL, stats + 2 * row, rows};
+            Part<X> rhs = part_of(i0 ? block : f, D, i0 ? (int64_t)m * D : rows * D, m, D),
+                e_II = part_of(e, p.lx, step, n, (int)p.ld, at, i0),
+                M_I = part_of(M, p.P, m_step, at + m, p.P, at, 0), residual = part_of(block, D, (int64_t)m * D, m, D);
+            if (i0 == reach && i0) matmul_gpu(into(sum, D, all), rows_of_gpu(e + at * p.lx, p.lx, step), rows_of_gpu(s, D,
+                                              all), min_int(REACH, r0 + n - i0), D, i0, 1, 0, B, stream);
+            BlockRhs<X> before = {sum, block, f + row * D, scale, all, rows * D, m, D, reach > 0};
+            if (i0) product_gpu<0, 1, FULL>(before, part_of(e, p.lx, step, n, (int)p.ld, at, reach),
+                                            part_of(s, D, all, i0, D, reach), m, D, i0 - reach, 0, 1, way);
+            Store<X> solve = {s_I, D, all, 1, 0}, refine = {s_I, D, all, 1, 1};
+            BlockResidual<X> after = {block, c ? c + (int64_t)i0 * D : NULL, i0 ? sum : NULL, f + row * D, s_I, scale,
+                                      inverse, all, rows * D, m, D};
+            product_gpu<0, 1, A_LOWER>(solve, M_I, rhs, m, D, m, 0, 1, way);
+            product_gpu<0, 1, A_LOWER>(after, e_II, part_of((const X *)s_I, D, all, m, D), m, D, m, 0, 1, way);
+            product_gpu<0, 1, A_LOWER>(refine, M_I, residual, m, D, m, 0, 1, way);
         }
     }
 }
 
-// u = X((γ/z) ⊙ λ), and λ becomes what u says it is: u/(γ/z), so that the residual is that of a λ whose u is exact
+// What the adjoint's block hears from later ones: h = X'(ds) + old + v, and X(h)
+template <typename X> struct AdjointRhs {
+    float *h;
+    X *out;
+    const X *ds;
+    int64_t all;
+    int m, D, known; // known: h holds what later panels gave
+    template <int V> __device__ void run(int b, int, int r, int i, float v[V]) const {
+        int64_t at = b * all + (int64_t)r * D + i;
+        float w[V], old[V] = {};
+        read_some<V>(w, ds + at);
+        if (known) read_some<V>(old, h + at);
+        for (int e = 0; e < V; e++) v[e] += w[e] + old[e];
+        write_some<V>(h + at, v);
+        write_some<V>(out + ((int64_t)b * m + r) * D + i, v);
+    }
+};
+// v = λ: u = X((γ/z) ⊙ λ), and λ becomes what u says it is: u/(γ/z), so that the residual is that of a λ whose u is exact
 template <typename X> struct AdjointBase {
     X *u;
     float *lambda;
     RowScale scale;
     int64_t u_step;
     int m, D, ld_u;
-    template <int V> __device__ void run(int row, int i) const {
-        int b = row / m, r = row % m;
-        float v[V], w[V], factor = scale.at(b, r);
-        read_some<V>(v, lambda + (int64_t)row * D + i);
+    template <int V> __device__ void run(int b, int, int r, int i, float v[V]) const {
+        float w[V], factor = scale.at(b, r);
         for (int e = 0; e < V; e++) {
             w[e] = get(to<X>(factor * v[e]));
             v[e] = w[e] == 0 ? v[e] : w[e] / factor;
         }
-        write_some<V>(lambda + (int64_t)row * D + i, v);
+        write_some<V>(lambda + ((int64_t)b * m + r) * D + i, v);
         write_some<V>(u + b * u_step + (int64_t)r * ld_u + i, w);
     }
 };
-// r = X(h - λ)
+// v = e_II^T u: r = X(h + v - λ); h NULL: ds
 template <typename X> struct AdjointResidual {
     X *out;
     const float *h, *lambda;
-    int64_t h_step;
+    const X *ds;
+    int64_t all;
     int m, D;
-    template <int V> __device__ void run(int row, int i) const {
-        float v[V], w[V];
-        read_some<V>(v, h + row / m * h_step + (int64_t)(row % m) * D + i);
-        read_some<V>(w, lambda + (int64_t)row * D + i);
-        for (int e = 0; e < V; e++) v[e] -= w[e];
-        write_some<V>(out + (int64_t)row * D + i, v);
+    template <int V> __device__ void run(int b, int, int r, int i, float v[V]) const {
+        int64_t at = b * all + (int64_t)r * D + i, own = ((int64_t)b * m + r) * D + i;
+        float w[V], x[V];
+        if (h) read_some<V>(w, h + at);
+        else read_some<V>(w, ds + at);
+        read_some<V>(x, lambda + own);
+        for (int e = 0; e < V; e++) v[e] += w[e] - x[e];
+        write_some<V>(out + own, v);
     }
 };
-// df = X(λ), u = X((γ/z) ⊙ λ)
+// v = M^T r: λ += v, df = X(λ), u = X((γ/z) ⊙ λ)
 template <typename X> struct AdjointDone {
     X *df, *u;
     const float *lambda;
     RowScale scale;
-    int64_t df_step, u_step;
+    int64_t all, u_step;
     int m, D, ld_u;
-    template <int V> __device__ void run(int row, int i) const {
-        int b = row / m, r = row % m;
-        float v[V], factor = scale.at(b, r);
-        read_some<V>(v, lambda + (int64_t)row * D + i);
-        write_some<V>(df + b * df_step + (int64_t)r * D + i, v);
+    template <int V> __device__ void run(int b, int, int r, int i, float v[V]) const {
+        float w[V], factor = scale.at(b, r);
+        read_some<V>(w, lambda + ((int64_t)b * m + r) * D + i);
+        for (int e = 0; e < V; e++) v[e] += w[e];
+        write_some<V>(df + b * all + (int64_t)r * D + i, v);
         for (int e = 0; e < V; e++) v[e] *= factor;
         write_some<V>(u + b * u_step + (int64_t)r * ld_u + i, v);
+    }
+};
+// δ_t = λ_t·c_t. A warp takes a row.
+template <typename X>
+__global__ void feedback_delta_kernel(float *delta, const X *df, const X *c, int64_t all, int T, int n, int D) {
+    int r = blockIdx.x * 4 + threadIdx.x / 32;
+    if (r >= n) return;
+    int64_t row = blockIdx.y * all + (int64_t)r * D;
+    float dot = 0;
+    for (int i = threadIdx.x % 32; i < D; i += 32) dot += get(df[row + i]) * get(c[row + i]);
+    dot = warp_sum(dot);
+    if (threadIdx.x % 32 == 0) delta[(int64_t)blockIdx.y * T + r] = dot;
+}
+// v = λ_t·s_j: the gradient of the logits, X((γ/z) e (v - δ)), in e's place; row r stands at position r0 + r
+template <typename X> struct LogitGradient {
+    X *e;
+    const float *delta;
+    RowScale scale;
+    int64_t ld, step;
+    int r0, T;
+    template <int V> __device__ void run(int b, int, int r, int i, float v[V]) const {
+        X *at = e + b * step + r * ld + i;
+        float w[V], factor = scale.at(b, r), dot = delta[(int64_t)b * T + r];
+        read_some<V>(w, at);
+        for (int j = 0; j < V; j++) v[j] = i + j < r0 + r ? factor * w[j] * (v[j] - dot) : 0;
+        write_some<V>(at, v);
     }
 };
 
@@ -1755,77 +2349,81 @@ template <typename X> struct AdjointDone {
 // where λ stays float32, for X(γ X(λ)) would be X(λ) and the loop no contraction. Then what the panel gives the rows
 // before it, h_< += e_{R,<}^T u, and the gradients of q' and k'. u lies where dq' will.
 template <typename X>
-static void feedback_sequence_backward_gpu(X *df, X *dq, X *dk, float *dgamma, float *scratch, const Panels *p,
-                                           const X *s, float *stats, const X *q, const X *k, int ld, const float *gamma,
-                                           int B, int T, int D, int r0, cudaStream_t stream) {
-    int n = min_int(p->R, T - r0), in_eights = wide({D, ld}, {df, dq, s, scratch});
-    int64_t panel = min_int(p->R, T), lx = ld_x<X>(p->ld), e_step = ld_x<X>(panel * p->ld), all = (int64_t)T * D,
-        wide_step = (int64_t)T * ld, m_step = panel * p->ld_m;
-    float *h = scratch + p->rhs, *second = scratch + p->second, *dk_sum = scratch + p->dk, sigma = 1 / sqrtf((float)D),
-        *lambda = second;
-    const X *e = (const X *)(scratch + p->e), *M = (const X *)(scratch + p->inverse);
-    X *block = (X *)(scratch + p->block), *u = dq + (int64_t)r0 * ld;
+static void feedback_panel_backward_gpu(X *df, X *dq, X *dk, float *dgamma, float *scratch, const Panels *p, const X *ds,
+                                        const X *s, const X *c, float *stats, const X *q, const X *k, int ld,
+                                        const float *gamma, int B, int T, int D, int r0, cudaStream_t stream) {
+    int n = min_int(p->R, T - r0);
+    int64_t step = e_step<X>(p, T), all = (int64_t)T * D, wide_step = (int64_t)T * ld,
+        m_step = (int64_t)min_int(p->R, T) * p->P;
+    float *lambda = scratch + p->lambda, *dk_sum = scratch + p->dk, sigma = 1 / sqrtf((float)D);
+    ProductWay way = {B, wide({D, ld}, {df, dq, dk, ds, s, scratch}), p->tiles ? NULL : scratch + p->product, stream};
+    X *e = (X *)(scratch + p->e), *M = (X *)(scratch + p->inverse), *block = (X *)(scratch + p->block);
     feedback_panel(scratch, p, stats, 1, q, k, ld, gamma, B, T, D, 0, r0, n, stream);
-    for (int at = (n - 1) / p->P * p->P; at >= 0; at -= p->P) {
-        int m = min_int(p->P, n - at), i0 = r0 + at, later = n - at - m;
-        int64_t block_step = (int64_t)m * D;
+    int march = p->march && n == T;
+    if constexpr (sizeof(X) == sizeof(bf16))
+        if (march) feedback_march_gpu<1>(e, p->lx, M, dq, ld, ds, df, {gamma, stats, T}, {NULL, stats, T}, B, T, D,
+                                         stream);
+    for (int at = march ? -1 : (n - 1) / p->P * p->P; at >= 0; at -= p->P) {
+        int m = min_int(p->P, n - at), i0 = r0 + at, low = at / REACH * REACH, end = min_int(low + REACH, n),
+            later = end - at - m, alone = i0 + m == T, heard = r0 + end < T;
+        float *h = scratch + p->rhs + (int64_t)i0 * D;
+        const X *ds_I = ds + (int64_t)i0 * D;
+        X *u = dq + (int64_t)i0 * ld;
         RowScale scale = {gamma + i0, stats + 2 * i0, T};
-        const X *e_II = e + at * lx + i0, *M_I = M + at * (p->ld_m + 1);
-        X *u_I = u + (int64_t)at * ld;
-        float *h_I = h + (int64_t)i0 * D;
-        MatrixGPU<X> M_t = transpose_gpu(rows_of_gpu(M_I, p->ld_m, m_step)), rhs = rows_of_gpu(block, D, block_step);
-        matmul_gpu(into(h_I, D, all), transpose_gpu(rows_of_gpu(e_II + m * lx, lx, e_step)),
-                   rows_of_gpu(u_I + (int64_t)m * ld, ld, wide_step), later ? m : 0, D, later, 1, 1, B, stream);
-        BlockCopy<X, float> copy = {block, h_I, {NULL, NULL, 0}, block_step, all, m, D, D};
-        each(copy, (int64_t)B * m, D, in_eights, stream);
-        matmul_gpu(into(lambda, D, block_step), M_t, rhs, m, D, m, 1, 0, B, stream);
-        AdjointBase<X> base = {u_I, lambda, scale, wide_step, m, D, ld};
-        each(base, (int64_t)B * m, D, in_eights, stream);
-        matmul_gpu(into(h_I, D, all), transpose_gpu(rows_of_gpu(e_II, lx, e_step)), rows_of_gpu(u_I, ld, wide_step), m,
-                   D, m, 1, 1, B, stream);
-        AdjointResidual<X> residual = {block, h_I, lambda, all, m, D};
-        each(residual, (int64_t)B * m, D, in_eights, stream);
-        matmul_gpu(into(lambda, D, block_step), M_t, rhs, m, D, m, 1, 1, B, stream);
-        AdjointDone<X> done = {df + (int64_t)i0 * D, u_I, lambda, scale, all, wide_step, m, D, ld};
-        each(done, (int64_t)B * m, D, in_eights, stream);
+        Part<X> e_II = part_of(e, p->lx, step, n, (int)p->ld, at, i0),
+            M_I = part_of(M, p->P, m_step, at + m, p->P, at, 0), residual = part_of(block, D, (int64_t)m * D, m, D),
+            rhs = alone ? part_of(ds_I, D, all, m, D) : residual;
+        AdjointRhs<X> before = {h, block, ds_I, all, m, D, heard};
+        AdjointBase<X> base = {u, lambda, scale, wide_step, m, D, ld};
+        AdjointResidual<X> after = {block, alone ? NULL : h, lambda, ds_I, all, m, D};
+        AdjointDone<X> done = {df + (int64_t)i0 * D, u, lambda, scale, all, wide_step, m, D, ld};
+        if (!alone) product_gpu<1, 1, FULL>(before, part_of(e, p->lx, step, n, (int)p->ld, at + m, i0),
+                                            part_of(dq, ld, wide_step, r0 + end, D, i0 + m), m, D, later, 0, 1, way);
+        product_gpu<1, 1, A_UPPER>(base, M_I, rhs, m, D, m, 0, 1, way);
+        product_gpu<1, 1, A_UPPER>(after, e_II, part_of((const X *)u, ld, wide_step, m, D), m, D, m, 0, 1, way);
+        product_gpu<1, 1, A_UPPER>(done, M_I, residual, m, D, m, 0, 1, way);
+        if (at == low) // to all rows before these
+            matmul_gpu(into(scratch + p->rhs, D, all), transpose_gpu(rows_of_gpu(e + low * p->lx, p->lx, step)),
+                       rows_of_gpu(u, ld, wide_step), i0, D, end - low, 1, heard ? 1 : 0, B, stream);
     }
-    matmul_gpu(into(h, D, all), transpose_gpu(rows_of_gpu(e, lx, e_step)), rows_of_gpu(u, ld, wide_step), r0, D, n, 1,
-               1, B, stream);
-    for (int at = 0; at < n; at += p->P) // the gradient of α: λ s^T up to the diagonal
-        matmul_gpu(into(second + at * p->ld, p->ld, panel * p->ld), rows_of_gpu(df + (int64_t)(r0 + at) * D, D, all),
-                   transpose_gpu(rows_of_gpu(s, D, all)), min_int(p->P, n - at), r0 + min_int(at + p->P, n), D, 1, 0, B,
-                   stream);
-    RowScale scale = {gamma + r0, stats + 2 * r0, T};
-    softmax_panel_backward_gpu<X>(second, scratch + p->e, p->ld, panel * p->ld, dgamma + r0, scale, r0, n, p->P, 1, B,
-                                  stream);
-    const X *dl = (const X *)second, *q_R = q + (int64_t)r0 * ld;
-    for (int at = 0; at < n; at += p->P) {
-        int m = min_int(p->P, n - at), i1 = r0 + at + m;
-        MatrixGPU<X> below = transpose_gpu(rows_of_gpu(dl + at * lx + r0 + at, lx, e_step)),
-            q_below = rows_of_gpu(q_R + (int64_t)at * ld, ld, wide_step);
-        matmul_gpu(into(dq + (int64_t)(r0 + at) * ld, ld, wide_step), rows_of_gpu(dl + at * lx, lx, e_step),
-                   rows_of_gpu(k, ld, wide_step), m, D, i1, sigma, 0, B, stream);
-        if (p->R >= T) matmul_gpu(into(dk + (int64_t)at * ld, ld, wide_step), below, q_below, m, D, n - at, sigma, 0, B,
-                                  stream);
-        else matmul_gpu(into(dk_sum + (int64_t)(r0 + at) * D, D, all), below, q_below, m, D, n - at, sigma,
-                        r0 + n < T ? 1 : 0, B, stream);
+    LAUNCH(feedback_delta_kernel<X>, dim3((n + 3) / 4, B), 128, 0, stream, dgamma + r0, df + (int64_t)r0 * D,
+           c + (int64_t)r0 * D, all, T, n, D);
+    int height = p->tiles ? n : p->P;
+    for (int at = 0; at < n; at += height) { // tiles know the triangle, blocks of rows follow it roughly
+        int m = min_int(height, n - at), i0 = r0 + at;
+        int64_t wide_row = (int64_t)i0 * ld;
+        RowScale scale = {gamma + i0, stats + 2 * i0, T};
+        LogitGradient<X> f = {e + at * p->lx, dgamma + i0, scale, p->lx, step, i0, T};
+        Store<X> to_dq = {dq + wide_row, ld, wide_step, sigma, 0};
+        Part<X> lambda_I = part_of((const X *)df, D, all, T, D, i0), dl = part_of((const X *)e, p->lx, step, n, (int)p->ld,
+                                                                                 at, 0);
+        product_gpu<0, 0, OUT_LOWER>(f, lambda_I, part_of(s, D, all, T, D), m,
+                                     p->tiles ? min_int((int)round_up(i0 + m, BLOCK), (int)p->ld) : i0 + m, D, i0, 1, way);
+        product_gpu<0, 1, A_LOWER>(to_dq, dl, part_of(k, ld, wide_step, i0 + m, D), m, D, i0 + m, i0, 1, way);
     }
-    if (p->R < T) matmul_gpu(into(dk_sum, D, all), transpose_gpu(rows_of_gpu(dl, lx, e_step)), rows_of_gpu(q_R, ld,
-                             wide_step), r0, D, n, sigma, r0 + n < T ? 1 : 0, B, stream);
+    for (int at = 0; at < n; at += height) {
+        int m = min_int(height, n - at), last = r0 + n == T;
+        Part<X> dl = part_of((const X *)e, p->lx, step, n, (int)p->ld, at, r0 + at),
+            q_I = part_of(q, ld, wide_step, T, D, r0 + at);
+        Store<X> to_dk = {dk + (int64_t)at * ld, ld, wide_step, sigma, 0};
+        Store<float> to_sum = {dk_sum + (int64_t)(r0 + at) * D, D, all, sigma, !last};
+        if (p->R >= T) product_gpu<1, 1, A_UPPER>(to_dk, dl, q_I, m, D, n - at, 0, 1, way);
+        else product_gpu<1, 1, A_UPPER>(to_sum, dl, q_I, m, D, n - at, 0, 1, way);
+    }
+    if (p->R < T) matmul_gpu(into(dk_sum, D, all), transpose_gpu(rows_of_gpu((const X *)e, p->lx, step)),
+                             rows_of_gpu(q + (int64_t)r0 * ld, ld, wide_step), r0, D, n, sigma, r0 + n < T ? 1 : 0, B,
+                             stream);
 }
 
 template <typename X>
-static void feedback_backward_gpu(X *df, X *dq, X *dk, float *dgamma, float *scratch, const X *ds, const X *s,
+static void feedback_backward_gpu(X *df, X *dq, X *dk, float *dgamma, float *scratch, const X *ds, const X *s, const X *c,
                                   float *stats, const X *q, const X *k, int ld, const float *gamma, int B, int T, int D,
                                   int P, cudaStream_t stream) {
-    Panels p = feedback_panels<X>(B, T, D, P);
-    int64_t all = (int64_t)T * D;
-    RowScale one = {NULL, NULL, 0};
-    BlockCopy<float, X> start = {scratch + p.rhs, ds, one, all, all, T, D, D};
-    each(start, (int64_t)B * T, D, wide({D}, {ds, scratch}), stream);
+    Panels p = feedback_panels<X>(B, T, D, P, wide({ld}, {df, dq, dk, ds, s, q, k, scratch}));
     for (int r0 = (T - 1) / p.R * p.R; r0 >= 0; r0 -= p.R)
-        feedback_sequence_backward_gpu(df, dq, dk, dgamma, scratch, &p, s, stats, q, k, ld, gamma, B, T, D, r0, stream);
-    BlockCopy<X, float> finish = {dk, scratch + p.dk, one, (int64_t)T * ld, all, T, D, ld};
+        feedback_panel_backward_gpu(df, dq, dk, dgamma, scratch, &p, ds, s, c, stats, q, k, ld, gamma, B, T, D, r0,
+                                    stream);
+    BlockCopy<X, float> finish = {dk, scratch + p.dk, {NULL, NULL, 0}, (int64_t)T * ld, (int64_t)T * D, T, D, ld};
     if (p.R < T) each(finish, (int64_t)B * T, D, wide({D, ld}, {dk, scratch}), stream);
 }
 
@@ -2164,8 +2762,8 @@ template <typename X> struct ScanBlock {
 
 // What the chunk adds to the state, and how much of the state before it stays.
 template <typename X> __global__ void scan_fresh_kernel(Scan<X> s) {
-    extern __shared__ float memory[];
-    ScanBlock<X> k(s, memory);
+    extern __shared__ float scan_memory[];
+    ScanBlock<X> k(s, scan_memory);
     __syncthreads();
     if (threadIdx.x == 0) s.decays[k.chunk * s.heads + k.h] = k.decay[k.n - 1];
     block_product<4, 4>(k.S, k.w, k.n, [&](int i, int j) { return k.scale[j] * k.b[j * k.ld_s + i]; },
@@ -2196,8 +2794,8 @@ static void scan_states(float *states, const float *decays, float *carried, int 
 
 // y = (M + skip·I) x + exp(L) ⊙ (c h), M_tj = (c_t·b_j) exp(L_t - L_j) Δ_j
 template <typename X> __global__ void scan_read_kernel(X *y, Scan<X> s) {
-    extern __shared__ float memory[];
-    ScanBlock<X> k(s, memory);
+    extern __shared__ float scan_memory[];
+    ScanBlock<X> k(s, scan_memory);
     k.fetch(k.before, k.ld_w, s.states + k.state, s.E, k.S, k.w);
     k.weights(s.skip[k.h]);
     __syncthreads();
@@ -2232,8 +2830,8 @@ static void scan_forward_gpu(X *y, float *states, float *carried, float *scratch
 
 // Backward: what the chunk's rows give to the gradient of the state before it, c^T (exp(L) ⊙ dy)
 template <typename X> __global__ void scan_pull_kernel(float *dstates, const X *dy, Scan<X> s) {
-    extern __shared__ float memory[];
-    ScanBlock<X> k(s, memory);
+    extern __shared__ float scan_memory[];
+    ScanBlock<X> k(s, scan_memory);
     k.fetch(k.dy, k.ld_w, dy + k.row * s.E + k.h * k.w, s.E, k.n, k.w);
     __syncthreads();
     if (threadIdx.x == 0) s.decays[k.chunk * s.heads + k.h] = k.decay[k.n - 1];
@@ -2246,9 +2844,9 @@ template <typename X> __global__ void scan_pull_kernel(float *dstates, const X *
 // (N,heads,2S): this head's part of db and dc.
 template <typename X>
 __global__ void scan_backward_kernel(X *dxbc, float *dstep, float *partial, const float *dstates, const X *dy_, Scan<X> s) {
-    extern __shared__ float memory[];
+    extern __shared__ float scan_memory[];
     __shared__ float dL[CHUNK], ddelta[CHUNK], shared[32];
-    ScanBlock<X> k(s, memory);
+    ScanBlock<X> k(s, scan_memory);
     k.fetch(k.dy, k.ld_w, dy_ + k.row * s.E + k.h * k.w, s.E, k.n, k.w);
     k.fetch(k.before, k.ld_w, s.states + k.state, s.E, k.S, k.w);
     k.fetch(k.dafter, k.ld_w, dstates + k.state, s.E, k.S, k.w);
@@ -2669,7 +3267,7 @@ static int64_t decode_parts(int D, int H) { return 2 * (int64_t)H * decode_split
 template <typename X> struct LayerActivationsGPU {
     X *x;                       // (N,D)
     float *ln_mean, *ln_rstd;   // (N)
-    X *n, *ag, *abar, *proj, *o, *f, *s, *gated, *branch; // dag takes the place of ag
+    X *n, *ag, *abar, *proj, *o, *f, *s, *c, *gated, *branch; // dag takes the place of ag; c: feedback's (e s)/z
     float *stats, *gamma, *fb_stats;
     X *xbc, *y_scan, *normed, *tail; // mamba2
     float *step, *rms, *states, *carried;
@@ -2777,7 +3375,7 @@ static void sessa_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int first, cu
     LayerActivationsGPU<X> *a = &m->acts.layers[l];
     const X *q = a->proj + (size_t)first * E + E - 2 * D, *k = a->proj + E - D;
     direct_read_forward_gpu(m, l, B, T, first, a->f, stream);
-    feedback_forward_gpu(a->s, a->fb_stats, m->acts.scratch, a->f, q, k, E, a->gamma, B, T, D, first, m->host.P,
+    feedback_forward_gpu(a->s, a->c, a->fb_stats, m->acts.scratch, a->f, q, k, E, a->gamma, B, T, D, first, m->host.P,
                          stream);
 }
 
@@ -2787,7 +3385,7 @@ template <typename X> static void sessa_backward_gpu(ModelGPU<X> *m, int l, int 
     ActivationsGPU<X> *back = &m->acts;
     const X *q = a->proj + E - 2 * D, *k = q + D;
     feedback_backward_gpu(back->ds, back->dproj + E - 2 * D, back->dproj + E - D, back->dgamma, back->scratch, back->ds,
-                          a->s, a->fb_stats, q, k, E, a->gamma, B, T, D, m->host.P, stream);
+                          a->s, a->c, a->fb_stats, q, k, E, a->gamma, B, T, D, m->host.P, stream);
     direct_read_backward_gpu(m, l, B, T, stream);
 }
 
@@ -2923,6 +3521,7 @@ template <typename X> static void carve_activations_gpu(ModelGPU<X> *m, int B, i
             if (H > 1 && !mamba2) a->o = add_activation(t, x, l, "o", 3, B, T, D);
             if (!mamba2) a->stats = add_activation(f, fb, l, "stats", 3, B * H, T, 2);
             if (sessa) a->gamma = add_activation(f, fb, l, "gamma", 2, B, T, 1);
+            a->c = sessa && training ? add_activation(t, x, l, "fb_c", 3, B, T, D) : NULL;
             if (sessa) a->fb_stats = add_activation(f, fb, l, "fb_stats", 3, B, T, 2);
         }
         if (l == 0 || keep_all) {
@@ -2948,9 +3547,9 @@ template <typename X> static void carve_activations_gpu(ModelGPU<X> *m, int B, i
     acts->hits = (char *)add_activation(f, fb, -1, "hits", 1, B * (int64_t)T / 4 + 1, 1, 1);
     acts->cosine = add_activation(f, fb, -1, "cosine", 2, T, d / 2, 1);
     acts->sine = add_activation(f, fb, -1, "sine", 2, T, d / 2, 1);
-    int64_t scratch = mamba2 ? scan_scratch_gpu(B, T, 2 * D, c->state_dim, 2 * D / c->head_dim, CHUNK) : attention_scratch(m->is_bf16 && d % 8 == 0 && d <= 128, B, T, H, c->n_kv_heads, 0);
+    int64_t scratch = mamba2 ? scan_scratch_gpu(B, T, 2 * D, c->state_dim, 2 * D / c->head_dim, CHUNK) : attention_scratch(gpu.hopper && m->is_bf16 && d % 8 == 0 && d <= 128, B, T, H, c->n_kv_heads, 0);
     int64_t feedback = sessa ? feedback_panels<X>(B, T, D, 0).total : 0;
-    int64_t low = sessa && keep_all ? feedback_panels<X>(B, T, D, 1).total : 0; // of tests
+    int64_t low = !sessa || mode == TRAIN ? 0 : feedback_panels<X>(B, T, D, keep_all, 0).total; // of tests, of generation
     scratch = scratch > feedback ? scratch : feedback;
     int64_t decoding = decode_parts(D, H) + c->vocab_size;
     m->decodes = mode == GENERATE && !mamba2 && D <= 8192;
@@ -3212,7 +3811,7 @@ template <typename X> static void model_hits_gpu(ModelGPU<X> *m, char *hits) {
 }
 
 // The launches of the backward pass, down to dx, the gradient of the embedding's output.
-template <typename X> static void hidden_backward_gpu(ModelGPU<X> *m, int B, int T, double dropout,
+template <typename X> static void backward_launches_gpu(ModelGPU<X> *m, int B, int T, double dropout,
         cudaStream_t stream) {
     const Config *c = &m->host.config;
     int D = c->d_model, V = c->vocab_size, N = B * T, last = c->n_layers - 1, ld_logits = (int)m->acts.ld_logits;
@@ -3259,7 +3858,7 @@ template <typename X> static void model_backward_gpu(ModelGPU<X> *m, double dlos
     host->scale[0] = (float)dloss;
     CUDA(cudaMemcpyAsync(m->inputs->scale, host->scale, sizeof(host->scale), cudaMemcpyHostToDevice, stream));
     replay(m, {1, B, T, m->host.P, m->host.drop.probability, 0, NULL},
-           [&] { hidden_backward_gpu(m, B, T, m->host.drop.probability, stream); });
+           [&] { backward_launches_gpu(m, B, T, m->host.drop.probability, stream); });
     TokenLists t = sort_tokens(m->host_lists, m->starts, host->ids, N, m->host.config.vocab_size);
     CUDA(cudaMemcpyAsync(lists, m->host_lists, sizeof(int) * (4 * (size_t)N + 2), cudaMemcpyHostToDevice, stream));
     embedding_backward_gpu(m->grad.wte, (float *)m->acts.dproj, m->acts.residual, lists, t, B, T, D, stream);

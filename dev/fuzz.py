@@ -152,7 +152,7 @@ def main():
     os.makedirs(work, exist_ok=True)
     unpack(work)
     program = build(work, options.what == "replay")
-    environment = dict(os.environ, ASAN_OPTIONS="detect_leaks=1:allocator_may_return_null=1", UBSAN_OPTIONS="print_stacktrace=1")
+    environment = dict(os.environ, ASAN_OPTIONS="detect_leaks=1:allocator_may_return_null=1:malloc_context_size=3:quarantine_size_mb=16", UBSAN_OPTIONS="print_stacktrace=1")
     failed = 0
 
     if options.what == "replay":
