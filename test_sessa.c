@@ -1638,6 +1638,16 @@ static void test_files(void) {
         refused += safetensors_parse(&file, bytes, cut, "cut", error) != 0 && strlen(error) > 10;
     }
     check(refused == tried, "cut at %d places: refused each time", tried);
+    static const char huge[] = "{\"__metadata__\":{\"a\":\"\\u0041\"},\"x\":{\"shape\":[99999999999999999999,3],\"dtype\":\"F32\",\"data_offsets\":[0,9223372036854775808]}}";
+    refused = 0;
+    for (size_t length = 0; length < sizeof(huge); length++) { // a header that ends anywhere: the sanitizers see a read past it
+        unsigned char *bytes = (unsigned char *)malloc(8 + length);
+        uint64_t stored = length;
+        memcpy(bytes, &stored, 8);
+        memcpy(bytes + 8, huge, length);
+        refused += safetensors_parse(&file, bytes, 8 + length, "huge", error) != 0;
+    }
+    check(refused == sizeof(huge), "headers that end at any byte, with numbers that overflow: refused");
     for (int i = 0; i < 3000; i++) { // whatever the answer: no crash, and what is accepted can be freed
         unsigned char *bytes = (unsigned char *)malloc(size);
         memcpy(bytes, good, size);
