@@ -1847,6 +1847,15 @@ static void test_edges(void) {
         ok = ok && !run("--data none.safetensors --val none.safetensors --mixer %s " SMALL "--seq 6 --steps 1 --weight-decay 0 --eval-every 0 --out n.safetensors", name);
         check(ok && same_files("m.best.safetensors", "n.best.safetensors"), "%s: all targets ignored: loss and gradient 0, the weights do not move", name);
     }
+    for (int i = 0; i < N_MIXERS; i++) { // the last sample is what the saved weights generate
+        const char *name = mixers[i].name;
+        int ok = !run("--data text --mixer %s " SMALL "--steps 6 --eval-every 0 --sample-every 2 --out p.safetensors", name);
+        const char *said = (char *)output, *last = said;
+        for (const char *at = said; ok && (at = strstr(at, "---\n")); at += 4) if (strstr(at + 4, "---\n")) last = at + 4;
+        ok = ok && !run("--load p.best.safetensors --generate 200 --seed 1343") && !strncmp(last, (char *)output, output_size) && output_size == 201;
+        ok = ok && !run("--data text --mixer %s " SMALL "--steps 6 --eval-every 0 --out q.safetensors", name) && same_files("p.safetensors", "q.safetensors");
+        check(ok, "%s: samples while training are those of the saved weights, and change no bit of the run", name);
+    }
     chance = before;
     release();
 }

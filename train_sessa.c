@@ -3114,6 +3114,21 @@ static void print_step(const Options *o, double loss, double grad_norm, double r
     fflush(stdout);
 }
 
+// Prints a sample, with a model made for generation: the one that trains keeps no cache of the past.
+static int print_sample(Run *run, Model *sampler, char *error) {
+    const Options *o = &run->settings.values;
+    Model *trained = run->model;
+    real *params = run->backend->read(sampler, PARAMS);
+    memcpy(params, run->backend->read(trained, PARAMS), sizeof(real) * (size_t)run->table.count);
+    run->backend->write(sampler, PARAMS);
+    run->model = sampler;
+    printf("---\n");
+    int result = generate(run, "", 200, (int)o->seq, splitmix64((uint64_t)(o->seed + o->step)), error);
+    printf("---\n");
+    run->model = trained;
+    return result;
+}
+
 static int same_file(const char *a, const char *b) {
     struct stat s, t;
     return a && b && !stat(a, &s) && !stat(b, &t) && s.st_dev == t.st_dev && s.st_ino == t.st_ino;
@@ -3139,7 +3154,12 @@ static int train(Run *run, const char *program, char *error) {
         if (same_file(written[i], o->data) || same_file(written[i], o->val))
             return wrong(error, NULL, "%s is the data: it would be overwritten", written[i]);
     if (safetensors_writable(o->out, error) || safetensors_writable(best_path, error)) return FAILED;
-    if (o->log && !(log = open_log(o->log, o->step, error))) return FAILED;
+    Model *sampler = o->sample_every ? run->backend->create(&run->config, 1, (int)o->seq, GENERATE, error) : NULL;
+    if (o->sample_every && !sampler) return FAILED;
+    if (o->log && !(log = open_log(o->log, o->step, error))) {
+        if (sampler) run->backend->destroy(sampler);
+        return FAILED;
+    }
     while (o->step < o->steps && !interrupted) {
         double begin = seconds(), rate = learning_rate(o, o->step);
         Score score;
@@ -3172,14 +3192,13 @@ static int train(Run *run, const char *program, char *error) {
             if (fflush(log) && (result = fail(error, o->log, "%s", strerror(errno)))) break;
         }
         if (o->sample_every && o->step % o->sample_every == 0) {
-            printf("---\n");
-            result = generate(run, "", 200, (int)o->seq, splitmix64((uint64_t)(o->seed + o->step)), error);
+            result = print_sample(run, sampler, error);
             if (result && !ferror(stdout)) break;
             result = 0; // nobody reads any more: no reason to stop
-            printf("---\n");
         }
     }
     if (log) fclose(log);
+    if (sampler) run->backend->destroy(sampler);
     if (result) {
         size_t used = strlen(error);
         if (saved) snprintf(error + used, ERROR_SIZE - used, "; %.200s holds step %lld", saved, (long long)saved_step);
