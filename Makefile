@@ -23,6 +23,10 @@ test_sessa: test_sessa.c train_sessa.c
 test_sessa64: test_sessa.c train_sessa.c
 	$(CC) $(CFLAGS) $(OPENMP) $(WARNINGS) -DREAL=double $< -o $@ $(LDLIBS)
 
+# how far back a layer reaches (dev/claims.md)
+influence: dev/influence.c train_sessa.c
+	$(CC) $(CFLAGS) $(OPENMP) $(WARNINGS) $< -o $@ $(LDLIBS)
+
 # CUDA: the card's own architecture where there is one
 NVCC ?= nvcc
 CUDA_ARCH ?= $(or $(subst sm_90,sm_90a,$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sed -n '1s/^\([0-9]*\)\.\([0-9]*\).*/sm_\1\2/p')),sm_90a)
@@ -48,4 +52,4 @@ test: test_sessa test_sessa64 train_sessa
 	./test_sessa
 
 clean:
-	rm -f train_sessa test_sessa test_sessa64 train_sessacu test_sessacu
+	rm -f train_sessa test_sessa test_sessa64 influence train_sessacu test_sessacu

@@ -1049,8 +1049,8 @@ static void scan_forward(real *y, real *states, int kept, real *scratch, const r
 //     dM = dy x^T a head,   d(cb) = Σ_heads dM ⊙ fades ⊙ Δ,   dx = (M + skip·I)^T dy + fade_last Δ ⊙ (b dh)
 //     dc = (decay ⊙ dy) h^T + d(cb) b,   db = fresh dh^T + d(cb)^T c,   dh := decay_last dh + c^T (decay ⊙ dy)
 // With L_t the logarithm of decay_t, fade_tj = exp(L_t - L_j): the gradients of fades and decays go to dL, and as L sums
-// -exp(A_log) Δ, the sum of dL from t to the chunk's end gives dΔ_t and dA_log. Head h of it; dstep, of which columns h, heads + h and 2 heads + h are gradients of Δ, A_log
-// and skip, row by row, has rows of 3 heads.
+// -exp(A_log) Δ, the sum of dL from t to the chunk's end gives dΔ_t and dA_log. Head h of it: dstep has rows of 3·heads, of
+// which columns h, heads + h and 2·heads + h are the gradients of Δ, A_log and skip from that row.
 typedef struct { const real *h, *keep, *cb, *x, *step, *dy, *faded, *read, *pulled; real *dh, *dx, *dstep; } ScanChunk;
 
 static void scan_head_backward(int h, const ScanChunk *k, real *dcb, real *M, real A_log, real skip, int n, int E, int S,
@@ -1134,8 +1134,8 @@ static void scan_sequence_backward(int b, real *dxbc, real *dstep, real *scratch
         matmul(db, W, rows_of(fresh, E), transpose(rows_of(dh, E)), n, S, E, 1, 0, NULL);
         ScanChunk chunk = {state, keep, cb, x, step_I, dy_I, faded, read, pulled, dh, dx, dstep + row * 3 * heads};
         FOR_ITEMS(n * E > PARALLEL_WORK / 32, heads,
-                  scan_head_backward(item, &chunk, dcb_heads + item * n * n,
-                                     scratch + own * (size_t)omp_get_thread_num() + M_at, A_log[item], skip[item], n, E, S, heads));
+                  scan_head_backward(item, &chunk, dcb_heads + item * n * n, scratch + own * (size_t)omp_get_thread_num() + M_at,
+                                     A_log[item], skip[item], n, E, S, heads));
         matmul(dh, E, transpose(rows_of(c_I, W)), rows_of(faded, E), S, E, n, 1, 1, NULL);
         memcpy(dcb, dcb_heads, sizeof(real) * (size_t)(n * n));
         for (int h = 1; h < heads; h++)
@@ -1147,9 +1147,9 @@ static void scan_sequence_backward(int b, real *dxbc, real *dstep, real *scratch
 
 // dxbc (B,T,W) is written, dA_log and dskip (heads) are +=, dstep (B,T,3·heads) holds the gradient of step in its first
 // `heads` columns.
-static void scan_backward(real *dxbc, real *dstep, real *dA_log, real *dskip, real *scratch, const real *dy, const real *states,
-                          const real *xbc, const real *step, const real *A_log, const real *skip, int B, int T, int E, int S,
-                          int heads, int P) {
+static void scan_backward(real *dxbc, real *dstep, real *dA_log, real *dskip, real *scratch, const real *dy,
+                          const real *states, const real *xbc, const real *step, const real *A_log, const real *skip, int B,
+                          int T, int E, int S, int heads, int P) {
     P = chunk_height(P);
     FOR_ITEMS(shared_out(B), B,
               scan_sequence_backward(item, dxbc, dstep, scratch, dy, states, xbc, step, A_log, skip, T, E, S, heads, P));
@@ -1163,7 +1163,8 @@ static void scan_backward(real *dxbc, real *dstep, real *dA_log, real *dskip, re
 }
 
 // out = v · rstd ⊙ weight, v = y ⊙ SiLU(z), rstd = 1/sqrt(mean(v²) + 1e-5)     y, out (N,E), z: E of the ld columns
-static void gated_rmsnorm_forward(real *out, real *rstd, const real *y, const real *z, int ld, const real *weight, int N, int E) {
+static void gated_rmsnorm_forward(real *out, real *rstd, const real *y, const real *z, int ld, const real *weight, int N,
+                                  int E) {
     #pragma omp parallel for if (N > 1)
     for (int n = 0; n < N; n++) {
         real *v = out + (size_t)n * E, squares = 0;
@@ -1526,7 +1527,8 @@ static void mamba2_forward(Model *m, int l, int B, int T, int first) {
     linear_forward(a->proj, ld, a->abar, w->in_proj, NULL, N, D, ld);
     conv_forward(a->xbc, a->proj + E, ld, B == 1 ? a->tail : NULL, w->conv_weight, w->conv_bias, B, T, E + 2 * S, first);
     step_forward(a->step, a->proj + ld - heads, ld, w->step_bias, N, heads);
-    scan_forward(a->y_scan, a->states, kept, m->acts.scratch, a->xbc, a->step, w->A_log, w->skip, B, T - first, E, S, heads, 0);
+    scan_forward(a->y_scan, a->states, kept, m->acts.scratch, a->xbc, a->step, w->A_log, w->skip, B, T - first, E, S, heads,
+                 0);
     gated_rmsnorm_forward(a->normed, a->rms, a->y_scan, a->proj, ld, w->norm_weight, N, E);
     linear_forward(a->s + (size_t)first * D, D, a->normed, w->out_proj, NULL, N, E, D);
 }
@@ -1540,7 +1542,8 @@ static void mamba2_backward(Model *m, int l, int B, int T) {
     const real *x = a->proj + E, *step = a->proj + ld - heads;
     gated_rmsnorm_forward(a->normed, a->rms, a->y_scan, a->proj, ld, w->norm_weight, N, E); // again
     linear_backward(back->dy, dw->out_proj, NULL, back->ds, D, a->normed, w->out_proj, N, E, D);
-    gated_rmsnorm_backward(back->dy, back->dproj, dw->norm_weight, back->dy, a->y_scan, a->proj, ld, a->rms, w->norm_weight, N, E);
+    gated_rmsnorm_backward(back->dy, back->dproj, dw->norm_weight, back->dy, a->y_scan, a->proj, ld, a->rms, w->norm_weight, N,
+                           E);
     conv_forward(a->xbc, x, ld, NULL, w->conv_weight, w->conv_bias, B, T, W, 0);            // again
     step_forward(a->step, step, ld, w->step_bias, N, heads);
     scan_backward(back->dxbc, back->dstep, dw->A_log, dw->skip, back->scratch, back->dy, a->states, a->xbc, a->step, w->A_log,
@@ -2510,8 +2513,8 @@ static void copy_sequence(int *inputs, int *targets, const Dataset *set, int64_t
 
 typedef struct {
     const char *data, *val, *mixer, *log, *out, *load, *resume, *prompt, *data_content, *val_content;
-    int64_t vocab, dim, layers, heads, kv_heads, head_dim, state_dim, seq, steps, batch, accum, warmup, decay_steps, seed, eval_every,
-        eval_batches, sample_every, save_every, generate, eval, top_k, window, step;
+    int64_t vocab, dim, layers, heads, kv_heads, head_dim, state_dim, seq, steps, batch, accum, warmup, decay_steps, seed,
+        eval_every, eval_batches, sample_every, save_every, generate, eval, top_k, window, step;
     double gamma_max, lr, min_lr, beta1, beta2, eps, weight_decay, clip, dropout, temperature, top_p, best_val;
 } Options;
 
@@ -2681,7 +2684,8 @@ static int config_of(Config *c, const Options *o, char *error) {
     if (c->mixer < 0) return wrong(error, NULL, "--mixer takes sessa, attention or mamba2, not '%s'", o->mixer);
     if (c->mixer == MAMBA2 && 2 * o->dim % o->head_dim)
         return wrong(error, NULL, "--head-dim %d does not divide twice --dim %d", c->head_dim, c->d_model);
-    if (c->mixer != MAMBA2 && o->head_dim + o->state_dim) return wrong(error, NULL, "--head-dim and --state-dim are for mamba2");
+    if (c->mixer != MAMBA2 && o->head_dim + o->state_dim)
+        return wrong(error, NULL, "--head-dim and --state-dim are for mamba2");
     if (o->dim % o->heads) return wrong(error, NULL, "--heads %d does not divide --dim %d", c->n_heads, c->d_model);
     if (o->dim / o->heads % 2) return wrong(error, NULL, "--dim / --heads must be even, not %d", c->d_model / c->n_heads);
     if (o->heads % o->kv_heads)
@@ -2775,7 +2779,8 @@ static int settings_from_file(Run *run, const char *path, int resume, char *erro
         const char *text = safetensors_meta(&run->file, option->key), *name = option->name;
         int may_differ = resume ? !strcmp(name, "steps") || option->group == DATA : !strcmp(name, "seq");
         Options other = s->values;
-        if (!text && (!strcmp(option->key, "val") || (!strncmp(option->key, "mamba", 5) && strcmp(s->values.mixer, "mamba2")))) continue;
+        int of_mamba2 = !strncmp(option->key, "mamba_", 6);
+        if (!text && (!strcmp(option->key, "val") || (of_mamba2 && strcmp(s->values.mixer, "mamba2")))) continue;
         if (!text || set_option(&other, option, text, problem))
             return fail(error, path, "metadata %s is %s", option->key, text ? "no valid value" : "missing");
         if (!s->given[i]) s->values = other;
@@ -2807,7 +2812,8 @@ static int open_data(Run *run, char *error) {
     for (int i = 0; i < n_sets; i++) {
         if (dataset_read(sets[i], paths[i], error)) return FAILED;
         if (o->resume && strcmp(*contents[i], sets[i]->content))
-            return fail(error, paths[i], "%s; the run being resumed read %.90s", sets[i]->content, **contents[i] ? *contents[i] : "none");
+            return fail(error, paths[i], "%s; the run being resumed read %.90s", sets[i]->content,
+                        **contents[i] ? *contents[i] : "none");
         *contents[i] = sets[i]->content;
         max_id = sets[i]->max_id > max_id ? sets[i]->max_id : max_id;
     }
@@ -2879,14 +2885,16 @@ static Score evaluate(Run *run, int64_t max_batches) {
     const Dataset *set = run->val_set;
     Dropout off = {0, 0, 0};
     int T = (int)o->seq, examples = set->kind == DATA_EXAMPLES;
-    int64_t length = run->val_end - run->val_begin, windows = examples ? length : (length - 1) / T, batches = (windows + o->batch - 1) / o->batch;
-    int64_t taken = max_batches && max_batches < batches ? max_batches : batches, count = 0, hits = 0, of_bin[LAG_BINS] = {0}, hits_of[LAG_BINS] = {0};
+    int64_t length = run->val_end - run->val_begin, windows = examples ? length : (length - 1) / T;
+    int64_t batches = (windows + o->batch - 1) / o->batch, taken = max_batches && max_batches < batches ? max_batches : batches;
+    int64_t count = 0, hits = 0, of_bin[LAG_BINS] = {0}, hits_of[LAG_BINS] = {0};
     double sum = 0;
     for (int64_t i = 0; i < taken && !(interrupted && !max_batches); i++) {
         int64_t first = (batches / taken * i + batches % taken * i / taken) * o->batch; // batches·i/taken, which may overflow
         int B = (int)(windows - first < o->batch ? windows - first : o->batch);
         for (int b = 0; b < B; b++)
-            copy_sequence(run->inputs + b * T, run->targets + b * T, set, run->val_begin + (first + b) * (examples ? 1 : T), T);
+            copy_sequence(run->inputs + b * T, run->targets + b * T, set, run->val_begin + (first + b) * (examples ? 1 : T),
+                          T);
         sum += run->backend->forward(run->model, run->inputs, run->targets, B, T, off);
         if (examples) run->backend->hits(run->model, run->hits);
         for (int n = 0; n < B * T; n++) {
@@ -2911,7 +2919,8 @@ static void print_score(FILE *out, const Score *score) {
     fprintf(out, "\"val_loss\": %.9g", score->loss);
     if (!isnan(score->accuracy)) fprintf(out, ", \"val_accuracy\": %.9g", score->accuracy);
     for (int k = 0; k < LAG_BINS; k++)
-        if (!isnan(score->by_lag[k])) fprintf(out, "%s\"%d\": %.9g", bins++ ? ", " : ", \"accuracy_by_lag\": {", 1 << k, score->by_lag[k]);
+        if (!isnan(score->by_lag[k]))
+            fprintf(out, "%s\"%d\": %.9g", bins++ ? ", " : ", \"accuracy_by_lag\": {", 1 << k, score->by_lag[k]);
     if (bins) fprintf(out, "}");
 }
 
@@ -2959,7 +2968,8 @@ static int sample_token(const real *logits, Candidate *candidates, int V, double
             sum += first.weight;
         }
         if (most < V) total = sum;
-        for (kept = 0, sum = 0; kept < ordered && (kept == 0 || sum < top_p * total); kept++) sum += candidates[V - 1 - kept].weight;
+        for (kept = 0, sum = 0; kept < ordered && (kept == 0 || sum < top_p * total); kept++)
+            sum += candidates[V - 1 - kept].weight;
         total = sum;
     }
     double left = random_uniform(random) * total;
@@ -3188,7 +3198,8 @@ static int train(Run *run, const char *program, char *error) {
         if (log) {
             fprintf(log, "{\"step\": %lld, \"train_loss\": %.9g, ", (long long)o->step, loss);
             if (scored) print_score(log, &score);
-            fprintf(log, "%s\"lr\": %.9g, \"grad_norm\": %.9g, \"tok_per_s\": %.6g}\n", scored ? ", " : "", rate, grad_norm, tokens / elapsed);
+            fprintf(log, "%s\"lr\": %.9g, \"grad_norm\": %.9g, \"tok_per_s\": %.6g}\n", scored ? ", " : "", rate, grad_norm,
+                    tokens / elapsed);
             if (fflush(log) && (result = fail(error, o->log, "%s", strerror(errno)))) break;
         }
         if (o->sample_every && o->step % o->sample_every == 0) {
