@@ -119,6 +119,43 @@ def kills(program, number, rng):
     check(not glob.glob(os.path.join(folder, "*.tmp.*")), "none is left after the next run")
 
 
+# Between the program and the C library: writes down what is flushed and renamed.
+SHIM = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/stat.h>
+static void note(const char *what) {
+    FILE *out = fopen(getenv("TRACE"), "a");
+    fputs(what, out);
+    fclose(out);
+}
+int fsync(int fd) {
+    struct stat info;
+    fstat(fd, &info);
+    note(S_ISDIR(info.st_mode) ? "folder " : "file ");
+    return ((int (*)(int))dlsym(RTLD_NEXT, "fsync"))(fd);
+}
+int rename(const char *from, const char *to) {
+    note("rename ");
+    return ((int (*)(const char *, const char *))dlsym(RTLD_NEXT, "rename"))(from, to);
+}
+"""
+
+
+def power(program, folder):
+    """A power cut cannot be staged here; what makes it harmless can be seen: the order of flushes and renames."""
+    source, shim, trace = folder + "/shim.c", folder + "/shim.so", folder + "/trace"
+    with open(source, "w") as out:
+        out.write(SHIM)
+    subprocess.run(["cc", "-shared", "-fPIC", "-w", source, "-o", shim, "-ldl"], check=True)
+    code, error = program.run(SHAPE + "--steps 14 --save-every 7 --out power.safetensors", env=dict(os.environ, LD_PRELOAD=shim, TRACE=trace))
+    saves = read(trace).decode().strip()  # the best weights and the run, twice each
+    check(code == 0 and saves == " ".join(["file rename folder"] * 4), "each save flushes the file, renames it, then flushes the folder", saves)
+
+
 def full_disk(program, folder):
     disk = os.path.join(folder, "disk")
     os.makedirs(disk)
@@ -274,6 +311,7 @@ def main():
         with open(work + "/text", "wb") as out:
             out.write(bytes(rng.choice(b"abcdefgh \n") for _ in range(5000)))
         kills(program, options.kills, rng)
+        power(program, folder)
         full_disk(program, folder)
         unwritable(program, folder)
         pipes(program)
