@@ -3184,7 +3184,7 @@ static int train(Run *run, const char *program, char *error) {
                 if ((result = save_checkpoint(run, best_path, 0, error))) break;
             }
         }
-        if (last || interrupted || (o->save_every && o->step % o->save_every == 0)) {
+        if (last || (o->save_every && o->step % o->save_every == 0)) {
             if ((result = save_checkpoint(run, o->out, 1, error))) break;
             saved = o->out;
             saved_step = o->step;
@@ -3210,6 +3210,7 @@ static int train(Run *run, const char *program, char *error) {
     }
     if (log) fclose(log);
     if (sampler) run->backend->destroy(sampler);
+    if (!result && interrupted && (saved != o->out || saved_step < o->step)) result = save_checkpoint(run, o->out, 1, error);
     if (result) {
         size_t used = strlen(error);
         if (saved) snprintf(error + used, ERROR_SIZE - used, "; %.200s holds step %lld", saved, (long long)saved_step);
