@@ -1421,6 +1421,8 @@ static void test_threads(void) {
 
 static int by_value(const void *a, const void *b) { return (*(const double *)a > *(const double *)b) - (*(const double *)a < *(const double *)b); }
 
+static int by_size(const void *a, const void *b) { return *(const int *)a - *(const int *)b; }
+
 // With learning rate 0 a step's loss tells which examples it saw, and under which mask.
 static void test_order(void) {
     heading("which data a step sees");
@@ -1439,6 +1441,20 @@ static void test_order(void) {
     write_tensors("one.safetensors", 1, 12, random_ids(12, 9, 0), random_ids(12, 9, 0), NULL);
     ok = !run("%s --data one.safetensors --val one.safetensors --batch 1 --steps 3 --dropout 0.5", still) && read_log("o.log", "train_loss", y, 2 * N) == 3;
     check(ok && y[0] != y[1] && y[1] != y[2], "dropout: every step has a mask of its own");
+    for (int seed = 1; seed < 4; seed++) { // 1000 places, sorted: independent ones have gaps of 7 times the mean
+        Run r;
+        int n = 600000, at[1001], gap = 0;
+        memset(&r, 0, sizeof(r));
+        r.train_end = n + 12;
+        r.settings.values.seq = 12;
+        r.settings.values.seed = seed;
+        for (int i = 0; i < 1000; i++) at[i] = (int)sequence_place(&r, i);
+        int first = at[0];
+        qsort(at, 1000, sizeof(int), by_size);
+        at[1000] = at[0] + n;
+        for (int i = 0; i < 1000; i++) gap = at[i + 1] - at[i] > gap ? at[i + 1] - at[i] : gap;
+        check(at[0] >= 0 && at[999] < n && gap < 3 * n / 1000, "text, seed %d: 1000 places from %d on, the widest gap %.1f times the mean", seed, first, gap * 1000.0 / n);
+    }
     int places = 1; // of 5388 where 12 tokens can start
     ok = !run("--data text --dim 16 --layers 1 --heads 2 --seq 12 --lr 0 --min-lr 0 --eval-every 0 --batch 1 --steps 40 --log o.log");
     ok = ok && read_log("o.log", "train_loss", x, 2 * N) == 2 * N;

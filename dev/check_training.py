@@ -35,10 +35,10 @@ def program_log(program, checkpoint, data):
 
 
 def places(seed, n):
-    """Where the training sequences start, uniform in 0..n-1: the program's generator, a counter through splitmix."""
+    """Where the training sequences start, in 0..n-1: a random start, then steps of the golden ratio."""
     state = splitmix(seed) ^ splitmix(1)
     while True:
-        yield splitmix(state) % n
+        yield int((state >> 11) * 2.0**-53 * n)
         state = (state + GOLDEN) & WORD
 
 
