@@ -341,7 +341,7 @@ static void fuzz_options(const uint8_t *data, size_t size) {
         for (int i = 0; i < N_OPTIONS; i++) { // as a checkpoint stores them
             Options other = *o;
             const char *value = option_text(shown, o, &option_table[i]);
-            if (!value || ((option_table[i].offset == offsetof(Options, min_lr) || option_table[i].offset == offsetof(Options, window)) && !strcmp(value, "-1"))) continue;
+            if (!value || (!option_table[i].fallback && !strcmp(value, "-1"))) continue; // not set
             REQUIRE(!set_option(&other, &option_table[i], value, error));
             REQUIRE(!strcmp(value, option_text(again, &other, &option_table[i])));
         }
@@ -350,6 +350,7 @@ static void fuzz_options(const uint8_t *data, size_t size) {
         if (!o->state_dim && find_mixer(o->mixer) == MAMBA2) o->state_dim = 64;
         if (o->min_lr < 0) o->min_lr = o->lr / 10;
         if (!o->decay_steps) o->decay_steps = o->steps > 0 ? o->steps : 1;
+        if (o->warmup < 0) o->warmup = 100;
         if (!o->vocab) o->vocab = 50257;
         for (int64_t step = o->steps; step > 0; step = step > 20 ? step / 7 : step - 1) {
             double rate = learning_rate(o, step - 1);
