@@ -1740,6 +1740,15 @@ static void test_files(void) {
         "--data text --dim 16 --heads 16", "--data text --heads 4 --kv-heads 3", "--data text --mixer none", "--resume good.safetensors --load good.safetensors", "--generate 5",
         "--eval", "--load good.safetensors --generate 5 --eval", "--resume good.safetensors --dim 32", "--resume good.safetensors --lr 0.5", "--resume good.safetensors --eps 1e-3", "--resume good.safetensors --mixer attention",
         "--data text --out text", "--data text --log text", "--data text --val other --log other", "--load good.safetensors --data text --heads 4", "--load good.safetensors --generate 5 --prompt abZ"};
+    for (int i = 0; i < 4; i++) { // a shard that says what is not so: one token more, one less, another version, none
+        unsigned char *bytes = slurp("tokens.bin", &size);
+        int32_t header[3] = {20240520, i == 2 ? 2 : 1, (int32_t)(i == 3 ? 0 : (int64_t)(size - 1024) / 2 + (i == 0) - (i == 1))};
+        memcpy(bytes, header, sizeof(header));
+        spill("count.bin", bytes, size);
+        reason = "token shard";
+        refuse(1, "--data count.bin --vocab 20");
+    }
+    reason = "";
     spill("empty", "", 0);
     static const char *impossible[] = {"--data absent", "--data empty", "--data text --val empty", "--resume good.safetensors --val other --steps 4", "--data subfolder", "--data short", "--load absent --generate 5", "--load subfolder --generate 5", "--resume absent",
         "--load good.safetensors --data other --eval", "--resume good.safetensors --data other --steps 4", "--data text --out subfolder/no/x.safetensors",

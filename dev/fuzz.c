@@ -273,7 +273,7 @@ static void fuzz_metadata(const uint8_t *data, size_t size) {
 }
 
 // The first byte: which of --data and --val are example sets, whether there is --val, and --seq; the second: where one
-// ends and the other begins. A shard's header is three numbers that stand at the start, so that they are near.
+// ends and the other begins, or --vocab. A shard's header is three numbers that stand at the start, so that they are near.
 static void fuzz_data(const uint8_t *data, size_t size) {
     if (size < 2) return;
     int flags = data[0], has_val = flags & 1, sets = flags >> 1 & 1;
@@ -300,6 +300,7 @@ static void fuzz_data(const uint8_t *data, size_t size) {
     o->val = has_val ? path[1][sets] : NULL;
     o->seq = flags >> 4 ? flags >> 4 : 1;
     o->eval = flags >> 2 & 1;
+    if (!has_val) o->vocab = data[1]; // 0: not set
     if (flags & 8) run.settings.given[find_option("seq", 3) - option_table] = 1;
     if (open_data(&run, error)) require_line();
     else if (o->seq < MAX_NUMBERS) {
