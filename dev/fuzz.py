@@ -101,6 +101,7 @@ def make_seeds(work):
             put("metadata", name, "\n".join("%s=%s" % pair for pair in sorted(meta.items())).encode())
     shard = struct.pack("<3i", 20240520, 1, 30) + struct.pack("<30H", *range(30))
     put("data", "shard", b"\0\0" + shard)
+    put("data", "shard-vocab", b"\x10\5" + shard)
     put("data", "shard-two", b"\x41\x80" + shard + shard)
     put("data", "text", b"\x20\0" + text)
     put("data", "text-two", b"\x21\x80" + text + text)
