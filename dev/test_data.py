@@ -18,13 +18,10 @@ import match
 import mqar
 import sessa
 import symbolsoup
+from runner import Skip, run_tests
 from sessa import read_metadata
 
 PROGRAM = os.path.abspath(sys.argv[sys.argv.index("--program") + 1]) if "--program" in sys.argv else None
-
-
-class Skip(Exception):
-    """What a test needs is not there."""
 
 
 def run(script, *arguments, code=0, output=None):
@@ -230,17 +227,4 @@ def test_plots():
 
 
 if __name__ == "__main__":
-    tests = [(name, test) for name, test in list(globals().items()) if name.startswith("test_")]
-    failed = skipped = 0
-    for name, test in tests:
-        try:
-            test()
-            print("ok   ", name)
-        except Skip as reason:
-            print("skip ", name, reason)
-            skipped += 1
-        except Exception as error:      # report it and go on with the others
-            failed += 1
-            print("FAIL ", name, type(error).__name__, error)
-    print(f"{len(tests) - failed - skipped} passed, {failed} failed, {skipped} skipped")
-    sys.exit(failed > 0)
+    run_tests(globals())

@@ -10,16 +10,13 @@ from safetensors.torch import load_file, save_file
 
 import sessa
 from dump import COMMITTED, HYPER, lively_model, random_batch, write_dump
+from runner import Skip, run_tests
 from sessa import (Config, Sessa, config_of, configure_adamw, dropout, feedback, generate, load_checkpoint, read_metadata, shift,
                    signed, splitmix, splitmix_tensor, strict_past, Cache)
 
 CONFIGS = [Config(23, 16, 2, 4, 2, 40), Config(17, 12, 2, 1, 0, 40, 0.9), Config(19, 16, 2, 2, 1, 40, mixer="attention"),
            Config(11, 24, 3, 3, 3, 40, 0.5), Config(13, 12, 2, 1, 0, 40, mixer="mamba2", mamba_head_dim=8, mamba_state_dim=5)]
 DATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "data")
-
-
-class Skip(Exception):
-    """What a test needs is not there."""
 
 
 def model_of(config, seed=0):
@@ -414,17 +411,4 @@ def test_committed_dumps():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)    # small tensors
-    tests = [(name, test) for name, test in list(globals().items()) if name.startswith("test_")]
-    failed = skipped = 0
-    for name, test in tests:
-        try:
-            test()
-            print("ok   ", name)
-        except Skip as reason:
-            print("skip ", name, reason)
-            skipped += 1
-        except Exception as error:      # report it and go on with the others
-            failed += 1
-            print("FAIL ", name, type(error).__name__, error)
-    print(f"{len(tests) - failed - skipped} passed, {failed} failed, {skipped} skipped")
-    sys.exit(failed > 0)
+    run_tests(globals())
