@@ -2744,7 +2744,7 @@ static int save_checkpoint(Run *run, const char *path, int resume, char *error) 
 }
 
 // Reads one block of the table's tensors, whose names in the file begin with prefix, into the model. While there is no model
-// yet it only checks them.
+// yet it only checks that they are there, with their dtypes and shapes.
 static int load_block(Run *run, const char *path, const char *prefix, Block block, char *error) {
     real *values = run->model ? run->backend->read(run->model, block) : NULL;
     for (int i = 0; i < run->table.n; i++) {
@@ -2756,11 +2756,11 @@ static int load_block(Run *run, const char *path, const char *prefix, Block bloc
         size_t shape_size = sizeof(int64_t) * (size_t)row->n_dims;
         if (strcmp(t->dtype, "F32") || t->n_dims != row->n_dims || memcmp(t->shape, row->shape, shape_size))
             return fail(error, path, "tensor %s has another dtype or shape than the model's", name);
-        for (int64_t k = 0; k < row->count; k++) {
+        for (int64_t k = 0; values && k < row->count; k++) {
             float value;
             memcpy(&value, t->data + k * (int64_t)sizeof(float), sizeof(float));
             if (!isfinite(value)) return fail(error, path, "tensor %s holds a number that is not finite", name);
-            if (values) values[row->offset + k] = (real)value;
+            values[row->offset + k] = (real)value;
         }
     }
     if (values) run->backend->write(run->model, block);
