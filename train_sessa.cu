@@ -54,10 +54,11 @@ static struct {
     CUresult (*encode_map)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
                            const cuuint64_t *, const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave,
                            CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-    cudaStream_t stream;
+    cudaStream_t stream, side; // side: what can wait, beside the stream's launches that wait for each other
+    cudaEvent_t so_far;
     cublasLtHandle_t lt;
-    char *workspace; // for cuBLASLt and for sums over rows, one at a time in the order of the stream
-} gpu = {BF16, 0, 0, 0, NULL, NULL, NULL, NULL};
+    char *workspace; // for cuBLASLt and for sums over rows, one at a time in the order of a stream; one for each
+} gpu = {BF16, 0, 0, 0, NULL, NULL, NULL, NULL, NULL, NULL};
 static Product products[N_PRODUCTS]; // each at its key's hash, until another takes its place
 
 // What fails here is a broken machine or a broken program: one line, exit code 1.
@@ -78,6 +79,26 @@ static void lt_check(cublasStatus_t code, const char *what, int line) {
         cuda_check(cudaGetLastError(), #kernel, __LINE__);      \
     } while (0)
 
+// A kernel that starts while the one before still works, makes ready what does not depend on it, and waits for its results.
+__device__ static inline void wait_for_results(void) {
+    asm volatile("griddepcontrol.launch_dependents;");
+    asm volatile("griddepcontrol.wait;" : : : "memory");
+}
+template <typename... A> static void launch_ahead(void (*kernel)(A...), dim3 blocks, int threads, int shared,
+        cudaStream_t stream, A... arguments) {
+    cudaLaunchAttribute ahead;
+    ahead.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    ahead.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {blocks, dim3(threads), (size_t)shared, stream, &ahead, 1};
+    CUDA(cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+// What `stream` is given from here on waits for all that `other` was given so far.
+static void follow(cudaStream_t stream, cudaStream_t other) {
+    if (stream == other) return;
+    CUDA(cudaEventRecord(gpu.so_far, other));
+    CUDA(cudaStreamWaitEvent(stream, gpu.so_far, 0));
+}
+
 // Its attributes say whether this program holds Hopper's own instructions.
 enum { GROUP = 128 }; // threads of a warp group
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)
@@ -97,12 +118,15 @@ static int gpu_open(char *error) {
     if (code != cudaSuccess || devices == 0)
         return fail(error, NULL, "no CUDA device: %s", code == cudaSuccess
                     ? "none is there" : cudaGetErrorString(code));
-    if ((code = cudaSetDevice(0)) != cudaSuccess || (code = cudaStreamCreate(&gpu.stream)) != cudaSuccess)
+    if ((code = cudaSetDevice(0)) != cudaSuccess
+        || (code = cudaStreamCreateWithPriority(&gpu.stream, cudaStreamDefault, -1)) != cudaSuccess
+        || (code = cudaStreamCreateWithPriority(&gpu.side, cudaStreamDefault, 0)) != cudaSuccess
+        || (code = cudaEventCreateWithFlags(&gpu.so_far, cudaEventDisableTiming)) != cudaSuccess)
         return fail(error, NULL, "the CUDA device cannot be used: %s", cudaGetErrorString(code));
     if (cublasLtCreate(&gpu.lt) != CUBLAS_STATUS_SUCCESS) return fail(error, NULL, "cuBLASLt cannot be started");
-    if ((code = cudaMalloc((void **)&gpu.workspace, WORKSPACE)) != cudaSuccess)
-        return fail(error, NULL, "no %d MiB of workspace: %s", WORKSPACE >> 20, cudaGetErrorString(code));
-    CUDA(cudaMemset(gpu.workspace, 0, WORKSPACE));
+    if ((code = cudaMalloc((void **)&gpu.workspace, 2 * WORKSPACE)) != cudaSuccess)
+        return fail(error, NULL, "no %d MiB of workspace: %s", 2 * WORKSPACE >> 20, cudaGetErrorString(code));
+    CUDA(cudaMemset(gpu.workspace, 0, 2 * WORKSPACE));
     cudaFuncAttributes built;
     cudaDriverEntryPointQueryResult found;
     int major = 0;
@@ -428,7 +452,7 @@ static void matmul_gpu(MatrixOut<O> out, MatrixGPU<X> a, MatrixGPU<X> b, int M, 
     if (bias) LT(cublasLtMatmulDescSetAttribute(p->operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof(bias)));
     const float *alpha_at = scale ? scale : &alpha, *beta_at = scale ? scale + (beta == 0 ? 1 : 2) : &beta;
     LT(cublasLtMatmul(gpu.lt, p->operation, alpha_at, b.at, p->a, a.at, p->b, beta_at, out.at, p->out, out.at, p->out,
-                      &p->algo, gpu.workspace, WORKSPACE, stream));
+                      &p->algo, gpu.workspace + (stream == gpu.side ? WORKSPACE : 0), WORKSPACE, stream));
 }
 
 // ----------------------------------------------------------------------------
@@ -1087,7 +1111,7 @@ template <typename F> constexpr int sums_rows = 0; // 1: f wants a maximum and a
 enum Triangle { FULL, A_LOWER, A_UPPER, B_LOWER, OUT_LOWER };
 
 template <int BN> struct ProductShared {
-    enum { STAGES = 3, PITCH = BN + 8 };
+    enum { STAGES = BN == 64 ? 4 : 3, PITCH = BN + 8 };
     union {
         struct { bf16 a[STAGES][2][ATOM][ATOM], b[STAGES][BN / ATOM][ATOM][ATOM]; };
         float sums[128][PITCH];
@@ -1110,13 +1134,14 @@ product_tiles_kernel(const __grid_constant__ CUtensorMap a_map, const __grid_con
     Shared *s = (Shared *)shared_tiles;
     int m0 = (int)(SHAPE == A_LOWER ? gridDim.y - 1 - blockIdx.y : blockIdx.y) * 128, n0 = (int)blockIdx.x * BN,
         item = (int)blockIdx.z % items, sequence = (int)blockIdx.z / items;
-    if (SHAPE == OUT_LOWER && n0 >= shift + m0 + 128) return;
-    if constexpr (sums_rows<F>) if (!f.wanted(sequence, m0)) return;
     int k0 = SHAPE == A_UPPER ? m0 : SHAPE == B_LOWER ? n0 : 0, k1 = SHAPE == A_LOWER ? min(K, shift + m0 + 128) : K,
         steps = max(0, (k1 - k0 + ATOM - 1) / ATOM);
     if (threadIdx.x == 0)
         for (int i = 0; i < STAGES; i++) { barrier_init(&s->full[i], 1); barrier_init(&s->free[i], 2); }
     barriers_ready();
+    wait_for_results();
+    if (SHAPE == OUT_LOWER && n0 >= shift + m0 + 128) return;
+    if constexpr (sums_rows<F>) if (!f.wanted(sequence, m0)) return;
     if (threadIdx.x >= 2 * GROUP) {
         if (threadIdx.x % 32) return;
         int a_row = a.row + item * a.row_along, a_col = (a.col + item * a.col_along) % a.wrap,
@@ -1193,8 +1218,9 @@ static void product_tiles(F f, Part<bf16> a, Part<bf16> b, int M, int N, int K, 
     PartPlace a_place = {a.row, a.col, a.row_along, a.col_along, a.wrap},
         b_place = {b.row, b.col, b.row_along, b.col_along, b.wrap};
     allow_shared(product_tiles_kernel<BN, A_COLUMNS, B_COLUMNS, SHAPE, F>, sizeof(Shared));
-    LAUNCH((product_tiles_kernel<BN, A_COLUMNS, B_COLUMNS, SHAPE, F>), dim3((N + BN - 1) / BN, (M + 127) / 128,
-           B * items), 2 * GROUP + 32, sizeof(Shared), stream, a_map, b_map, a_place, b_place, f, M, N, K, shift, items);
+    launch_ahead(product_tiles_kernel<BN, A_COLUMNS, B_COLUMNS, SHAPE, F>, dim3((N + BN - 1) / BN, (M + 127) / 128,
+                 B * items), 2 * GROUP + 32, sizeof(Shared), stream, a_map, b_map, a_place, b_place, f, M, N, K, shift,
+                 items);
 }
 // What all products of a layer have in common. scratch: (B,M,N), NULL: there are tiles.
 typedef struct { int B, in_eights; float *scratch; cudaStream_t stream; } ProductWay;
@@ -3014,20 +3040,6 @@ static void gated_rmsnorm_backward_gpu(X *dy, X *dz, float *dweight, const X *do
 // generation: one token behind those that every layer knows, in five launches a layer. Its place is in the device's
 // memory, so that all launches are one recording.
 
-// These kernels start while the one before still works, have their weights fetched, and wait here for its results.
-__device__ static inline void wait_for_results(void) {
-    asm volatile("griddepcontrol.launch_dependents;");
-    asm volatile("griddepcontrol.wait;" : : : "memory");
-}
-template <typename... A> static void launch_ahead(void (*kernel)(A...), int blocks, int threads, int shared,
-        cudaStream_t stream, A... arguments) {
-    cudaLaunchAttribute ahead;
-    ahead.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    ahead.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {dim3(blocks), dim3(threads), (size_t)shared, stream, &ahead, 1};
-    CUDA(cudaLaunchKernelEx(&config, kernel, arguments...));
-}
-
 // A warp takes two neighbouring rows of a matrix times vec, which begin() puts into shared memory once a block.
 template <int V, typename F> __global__ void __launch_bounds__(128) decode_kernel(F f) {
     extern __shared__ float vec[];
@@ -3666,7 +3678,7 @@ template <typename X> static Model *model_create_gpu(const Config *c, int B, int
         model_free_gpu(m);
         return NULL;
     }
-    m->host.bytes = needed + WORKSPACE;
+    m->host.bytes = needed + 2 * WORKSPACE;
     CUDA(cudaMemset(m->memory, 0, (size_t)needed));
     carve_memory(m, m->memory, B, T, mode);
     carve_activations_gpu(m, B, T, mode);
@@ -3718,7 +3730,7 @@ template <typename X, typename F> static void replay(ModelGPU<X> *m, Recording w
         CUDA(cudaStreamBeginCapture(gpu.stream, cudaStreamCaptureModeThreadLocal));
         f();
         CUDA(cudaStreamEndCapture(gpu.stream, &graph));
-        CUDA(cudaGraphInstantiate(&r->graph, graph, 0));
+        CUDA(cudaGraphInstantiate(&r->graph, graph, cudaGraphInstantiateFlagUseNodePriority));
         CUDA(cudaGraphDestroy(graph));
     }
     CUDA(cudaGraphLaunch(r->graph, gpu.stream));
