@@ -54,10 +54,11 @@ static struct {
     CUresult (*encode_map)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
                            const cuuint64_t *, const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave,
                            CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-    cudaStream_t stream;
+    cudaStream_t stream, side; // side: what can wait, beside the stream's launches that wait for each other
+    cudaEvent_t so_far;
     cublasLtHandle_t lt;
     char *workspace; // for cuBLASLt and for sums over rows, one at a time in the order of the stream
-} gpu = {BF16, 0, 0, 0, NULL, NULL, NULL, NULL};
+} gpu = {BF16, 0, 0, 0, NULL, NULL, NULL, NULL, NULL, NULL};
 static Product products[N_PRODUCTS]; // each at its key's hash, until another takes its place
 
 // What fails here is a broken machine or a broken program: one line, exit code 1.
@@ -78,6 +79,26 @@ static void lt_check(cublasStatus_t code, const char *what, int line) {
         cuda_check(cudaGetLastError(), #kernel, __LINE__);      \
     } while (0)
 
+// A kernel that starts while the one before still works, makes ready what does not depend on it, and waits for its results.
+__device__ static inline void wait_for_results(void) {
+    asm volatile("griddepcontrol.launch_dependents;");
+    asm volatile("griddepcontrol.wait;" : : : "memory");
+}
+template <typename... A> static void launch_ahead(void (*kernel)(A...), dim3 blocks, int threads, int shared,
+        cudaStream_t stream, A... arguments) {
+    cudaLaunchAttribute ahead;
+    ahead.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    ahead.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {blocks, dim3(threads), (size_t)shared, stream, &ahead, 1};
+    CUDA(cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+// What `stream` is given from here on waits for all that `other` was given so far.
+static void follow(cudaStream_t stream, cudaStream_t other) {
+    if (stream == other) return;
+    CUDA(cudaEventRecord(gpu.so_far, other));
+    CUDA(cudaStreamWaitEvent(stream, gpu.so_far, 0));
+}
+
 // Its attributes say whether this program holds Hopper's own instructions.
 enum { GROUP = 128 }; // threads of a warp group
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)
@@ -97,7 +118,10 @@ static int gpu_open(char *error) {
     if (code != cudaSuccess || devices == 0)
         return fail(error, NULL, "no CUDA device: %s", code == cudaSuccess
                     ? "none is there" : cudaGetErrorString(code));
-    if ((code = cudaSetDevice(0)) != cudaSuccess || (code = cudaStreamCreate(&gpu.stream)) != cudaSuccess)
+    if ((code = cudaSetDevice(0)) != cudaSuccess
+        || (code = cudaStreamCreateWithPriority(&gpu.stream, cudaStreamDefault, -1)) != cudaSuccess
+        || (code = cudaStreamCreateWithPriority(&gpu.side, cudaStreamDefault, 0)) != cudaSuccess
+        || (code = cudaEventCreateWithFlags(&gpu.so_far, cudaEventDisableTiming)) != cudaSuccess)
         return fail(error, NULL, "the CUDA device cannot be used: %s", cudaGetErrorString(code));
     if (cublasLtCreate(&gpu.lt) != CUBLAS_STATUS_SUCCESS) return fail(error, NULL, "cuBLASLt cannot be started");
     if ((code = cudaMalloc((void **)&gpu.workspace, WORKSPACE)) != cudaSuccess)
@@ -140,6 +164,17 @@ template <int V> __device__ inline void read_some(float v[V], const bf16 *at) {
         union { uint4 whole; unsigned short part[8]; } u;
         u.whole = *(const uint4 *)at;
         for (int i = 0; i < V; i++) v[i] = __uint_as_float((uint32_t)u.part[i] << 16);
+    }
+}
+// The same of what no other thread writes meanwhile: these reads may pass the writes before them, but nothing volatile.
+template <int V, typename X> __device__ inline void read_ahead(float v[V], const X *at) {
+    if constexpr (V == 1) v[0] = get(*at);
+    else {
+        uint4 all[V * sizeof(X) / 16];
+        for (int i = 0; i < V * (int)sizeof(X) / 16; i++)
+            asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(all[i].x), "=r"(all[i].y), "=r"(all[i].z),
+                         "=r"(all[i].w) : "l"((const uint4 *)at + i));
+        read_some<V>(v, (const X *)all);
     }
 }
 template <int V> __device__ inline void write_some(float *at, const float v[V]) {
@@ -1087,7 +1122,7 @@ template <typename F> constexpr int sums_rows = 0; // 1: f wants a maximum and a
 enum Triangle { FULL, A_LOWER, A_UPPER, B_LOWER, OUT_LOWER };
 
 template <int BN> struct ProductShared {
-    enum { STAGES = 3, PITCH = BN + 8 };
+    enum { STAGES = BN == 64 ? 4 : 3, PITCH = BN + 8 };
     union {
         struct { bf16 a[STAGES][2][ATOM][ATOM], b[STAGES][BN / ATOM][ATOM][ATOM]; };
         float sums[128][PITCH];
@@ -1110,13 +1145,14 @@ product_tiles_kernel(const __grid_constant__ CUtensorMap a_map, const __grid_con
     Shared *s = (Shared *)shared_tiles;
     int m0 = (int)(SHAPE == A_LOWER ? gridDim.y - 1 - blockIdx.y : blockIdx.y) * 128, n0 = (int)blockIdx.x * BN,
         item = (int)blockIdx.z % items, sequence = (int)blockIdx.z / items;
-    if (SHAPE == OUT_LOWER && n0 >= shift + m0 + 128) return;
-    if constexpr (sums_rows<F>) if (!f.wanted(sequence, m0)) return;
     int k0 = SHAPE == A_UPPER ? m0 : SHAPE == B_LOWER ? n0 : 0, k1 = SHAPE == A_LOWER ? min(K, shift + m0 + 128) : K,
         steps = max(0, (k1 - k0 + ATOM - 1) / ATOM);
     if (threadIdx.x == 0)
         for (int i = 0; i < STAGES; i++) { barrier_init(&s->full[i], 1); barrier_init(&s->free[i], 2); }
     barriers_ready();
+    wait_for_results();
+    if (SHAPE == OUT_LOWER && n0 >= shift + m0 + 128) return;
+    if constexpr (sums_rows<F>) if (!f.wanted(sequence, m0)) return;
     if (threadIdx.x >= 2 * GROUP) {
         if (threadIdx.x % 32) return;
         int a_row = a.row + item * a.row_along, a_col = (a.col + item * a.col_along) % a.wrap,
@@ -1159,6 +1195,7 @@ product_tiles_kernel(const __grid_constant__ CUtensorMap a_map, const __grid_con
             *(float2 *)&s->sums[first + half * 8 + lane / 4][n * 8 + lane % 4 * 2] =
                 steps ? make_float2(sum[n][2 * half], sum[n][2 * half + 1]) : make_float2(0, 0);
     __syncwarp();
+#pragma unroll 4
     for (int p = lane; p < 16 * BN / 8; p += 32) {
         int r = m0 + first + p / (BN / 8), i = n0 + p % (BN / 8) * 8;
         float v[8];
@@ -1192,9 +1229,13 @@ static void product_tiles(F f, Part<bf16> a, Part<bf16> b, int M, int N, int K, 
         b_map = tile_map(b.at, b.cols, 1, b.rows, b.ld, b.step, B, ATOM);
     PartPlace a_place = {a.row, a.col, a.row_along, a.col_along, a.wrap},
         b_place = {b.row, b.col, b.row_along, b.col_along, b.wrap};
-    allow_shared(product_tiles_kernel<BN, A_COLUMNS, B_COLUMNS, SHAPE, F>, sizeof(Shared));
-    LAUNCH((product_tiles_kernel<BN, A_COLUMNS, B_COLUMNS, SHAPE, F>), dim3((N + BN - 1) / BN, (M + 127) / 128,
-           B * items), 2 * GROUP + 32, sizeof(Shared), stream, a_map, b_map, a_place, b_place, f, M, N, K, shift, items);
+    auto kernel = product_tiles_kernel<BN, A_COLUMNS, B_COLUMNS, SHAPE, F>;
+    dim3 blocks((N + BN - 1) / BN, (M + 127) / 128, B * items);
+    int threads = 2 * GROUP + 32, bytes = sizeof(Shared);
+    allow_shared(kernel, bytes);
+    if (BN == 64) launch_ahead(kernel, blocks, threads, bytes, stream, a_map, b_map, a_place, b_place, f, M, N, K, shift,
+                               items); // few blocks, and the next product waits for this one: measured
+    else LAUNCH(kernel, blocks, threads, bytes, stream, a_map, b_map, a_place, b_place, f, M, N, K, shift, items);
 }
 // What all products of a layer have in common. scratch: (B,M,N), NULL: there are tiles.
 typedef struct { int B, in_eights; float *scratch; cudaStream_t stream; } ProductWay;
@@ -1771,7 +1812,7 @@ template <typename X> static Panels feedback_panels(int B, int T, int D, int P, 
     p.tiles = gpu.hopper && sizeof(X) == 2 && D % 8 == 0 && in_eights && P % 8 == 0;
     p.ld = round_up(T, 64);
     p.lx = p.tiles ? p.ld : p.ld * (int64_t)(sizeof(float) / sizeof(X));
-    p.march = p.tiles && P <= 0 && T <= REACH && (int64_t)B * ((D + 63) / 64) >= 96;
+    p.march = p.tiles && P <= 0 && T <= REACH && (int64_t)B * ((D + 127) / 128) >= 48;
     p.P = P > 0 || T <= BLOCK || p.march ? BLOCK : T <= 512 ? 2 * BLOCK : T <= 2048 ? 4 * BLOCK : 8 * BLOCK; // measured
     int kept = 11 * D / p.P * p.P; // rows of e that take what a layer keeps
     p.R = P > 0 ? min_int(P, BLOCK) : !p.tiles || kept < REACH ? REACH : kept;
@@ -1921,7 +1962,7 @@ template <typename O> struct Store {
     template <int V> __device__ void run(int b, int, int r, int i, float v[V]) const {
         O *at = out + b * step + r * ld + i;
         float old[V] = {};
-        if (add) read_some<V>(old, at);
+        if (add) read_ahead<V>(old, at);
         for (int e = 0; e < V; e++) v[e] = old[e] + scale * v[e];
         write_some<V>(at, v);
     }
@@ -1961,10 +2002,10 @@ template <typename X> struct BlockRhs {
     template <int V> __device__ void run(int b, int, int r, int i, float v[V]) const {
         int64_t at = (int64_t)r * D + i;
         float w[V] = {}, factor = scale.at(b, r);
-        if (known) read_some<V>(w, sum + b * all + at);
+        if (known) read_ahead<V>(w, sum + b * all + at);
         for (int e = 0; e < V; e++) v[e] += w[e];
         write_some<V>(sum + b * all + at, v);
-        read_some<V>(w, f + b * f_step + at);
+        read_ahead<V>(w, f + b * f_step + at);
         for (int e = 0; e < V; e++) v[e] = w[e] + factor * v[e];
         write_some<V>(g + (int64_t)b * m * D + at, v);
     }
@@ -1980,11 +2021,11 @@ template <typename X> struct BlockResidual {
     template <int V> __device__ void run(int b, int, int r, int i, float v[V]) const {
         int64_t at = (int64_t)r * D + i;
         float w[V] = {}, x[V], factor = scale.at(b, r), z = inverse.at(b, r);
-        if (sum) read_some<V>(w, sum + b * all + at);
+        if (sum) read_ahead<V>(w, sum + b * all + at);
         for (int e = 0; e < V; e++) { v[e] += w[e]; w[e] = z * v[e]; }
         if (c) write_some<V>(c + b * all + at, w);
-        read_some<V>(w, f + b * f_step + at);
-        read_some<V>(x, s + b * all + at);
+        read_ahead<V>(w, f + b * f_step + at);
+        read_ahead<V>(x, s + b * all + at);
         for (int e = 0; e < V; e++) v[e] = w[e] + factor * v[e] - x[e];
         write_some<V>(out + (int64_t)b * m * D + at, v);
     }
@@ -2058,18 +2099,18 @@ static void feedback_panel(float *scratch, const Panels *p, float *stats, int kn
     }
 }
 
-// The solve of many short sequences, or of their adjoint (BACK), in one go: a block has 64 columns of one sequence and
+// The solve of many short sequences, or of their adjoint (BACK), in one go: a block has 128 columns of one sequence and
 // walks along its blocks of 128 rows, from the last if BACK, each in the four products that the section begins with (or
-// those of feedback_panel_backward_gpu). Its first and second four warps have 64 rows each; the ninth has the operands
+// those of feedback_panel_backward_gpu). Its first and second four warps have 64 rows each; a thread more has the operands
 // copied: e, M, and what the block itself has solved before, written to memory and read back.
-enum { STRIP = 64, MARCH_SLOTS = 3 };
+enum { STRIP = 128, MARCH_SLOTS = 4 };
 struct MarchShared {
-    bf16 a[MARCH_SLOTS][2][ATOM][ATOM], b[MARCH_SLOTS][ATOM][STRIP], right[BLOCK][STRIP], solved[BLOCK][STRIP];
+    bf16 a[MARCH_SLOTS][2][ATOM][ATOM], b[MARCH_SLOTS][2][ATOM][ATOM], right[2][BLOCK][ATOM], solved[2][BLOCK][ATOM];
     uint64_t full[MARCH_SLOTS], free[MARCH_SLOTS], written;
 };
 // f (BACK: ds) and c (BACK: df) have T rows of D a sequence; `map` is of s (BACK: of u)
 template <int BACK>
-__global__ void __launch_bounds__(2 * GROUP + 32, 2)
+__global__ void __launch_bounds__(3 * GROUP, 1)
 feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_constant__ CUtensorMap M_map,
                       const __grid_constant__ CUtensorMap map, const bf16 *f, bf16 *c, RowScale scale, RowScale inverse,
                       int T, int D) {
@@ -2084,7 +2125,8 @@ feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_co
     }
     barriers_ready();
     if (group == 2) {
-        if (lane) return;
+        KEEP_REGISTERS("dec", 40);
+        if (threadIdx.x % GROUP) return;
         auto copy = [&](const CUtensorMap *left, int row, int col, int k, int solved) { // 64 of K from k on
             int slot = item % MARCH_SLOTS;
             if (item >= MARCH_SLOTS) barrier_wait(&s->free[slot], item / MARCH_SLOTS - 1);
@@ -2092,7 +2134,8 @@ feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_co
             for (int j = 0; j < 2; j++)
                 copy_tile(s->a[slot][j][0], left, col + (BACK ? ATOM * j : k), 0, row + (BACK ? k : ATOM * j), sequence,
                           &s->full[slot]);
-            if (solved) copy_tile(s->b[slot][0], &map, n0, 0, (BACK ? row : col) + k, sequence, &s->full[slot]);
+            for (int j = 0; j < 2 * solved; j++)
+                copy_tile(s->b[slot][j][0], &map, n0 + ATOM * j, 0, (BACK ? row : col) + k, sequence, &s->full[slot]);
             item++;
         };
         for (int step = 0; step < blocks; step++) {
@@ -2107,25 +2150,28 @@ feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_co
         }
         return;
     }
+    KEEP_REGISTERS("inc", 232);
     typedef float Sums[STRIP / 8][4];
     auto multiply = [&](Sums &sum, const bf16 *right, int items, int keep) { // right NULL: what was copied
         for (int i = 0; i < items; i++, item++) {
-            int slot = item % MARCH_SLOTS;
-            const bf16 *b = right ? right + i * ATOM * STRIP : s->b[slot][0];
+            int slot = item % MARCH_SLOTS, across = (right ? BLOCK : ATOM) * ATOM * 2;
+            const bf16 *b = right ? right + i * ATOM * ATOM : s->b[slot][0][0];
             barrier_wait(&s->full[slot], item / MARCH_SLOTS);
             products_begin();
 #pragma unroll
             for (int k = 0; k < ATOM / 16; k++)
                 tensor_product<STRIP, BACK, 1>(sum, operand(s->a[slot][group][BACK ? k * 16 : 0] + (BACK ? 0 : k * 16)),
-                                               operand(b + k * 16 * STRIP), keep || i > 0 || k > 0);
+                                               operand(b + k * 16 * ATOM, across), keep || i > 0 || k > 0);
             products_commit();
-            products_wait<0>();
-            if (threadIdx.x % GROUP == 0) barrier_arrive(&s->free[slot]);
+            products_wait<1>();
+            if (i && threadIdx.x % GROUP == 0) barrier_arrive(&s->free[(item - 1) % MARCH_SLOTS]);
         }
+        products_wait<0>();
+        if (items && threadIdx.x % GROUP == 0) barrier_arrive(&s->free[(item - 1) % MARCH_SLOTS]);
     };
-    auto put = [&](bf16 (*tile)[STRIP], int half, int n, uint32_t two) {
+    auto put = [&](bf16 (*tile)[BLOCK][ATOM], int half, int n, uint32_t two) {
         int r = first + half * 8;
-        *(uint32_t *)&tile[r][(n ^ r % 8) * 8 + lane % 4 * 2] = two;
+        *(uint32_t *)&tile[n / 8][r][(n % 8 ^ r % 8) * 8 + lane % 4 * 2] = two;
     };
     auto share = [&] { // what was put is for the products of all
         asm volatile("fence.proxy.async.shared::cta;\nbar.sync 1, 256;" : : : "memory");
@@ -2145,22 +2191,23 @@ feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_co
             if (BACK && fabsf(factor[half]) < 1e-30f) factor[half] = 0; // its inverse is a number
             z[half] = BACK ? (factor[half] != 0 ? 1 / factor[half] : 1) : inside ? inverse.at(sequence, r) : 0;
         }
-        auto given = [&](int half, int n) {
-            return at[half] >= 0 && n0 + n * 8 < D ? *(const uint32_t *)(f + at[half] + n * 8) : 0;
-        };
+        uint32_t given[STRIP / 8][2];
+        for (int n = 0; n < STRIP / 8; n++)
+            for (int half = 0; half < 2; half++)
+                given[n][half] = at[half] >= 0 && n0 + n * 8 < D ? *(const uint32_t *)(f + at[half] + n * 8) : 0;
         auto keep = [&](int half, int n, uint32_t two) {
             if (c && at[half] >= 0 && n0 + n * 8 < D) *(uint32_t *)(c + at[half] + n * 8) = two;
         };
         multiply(sum, NULL, 2 * step, 0);
         for (int n = 0; n < STRIP / 8; n++)
             for (int half = 0; half < 2; half++) {
-                uint32_t two = given(half, n);
+                uint32_t two = given[n][half];
                 float *v = &sum[n][2 * half];
                 if (BACK) { v[0] += low(two); v[1] += high(two); put(s->right, half, n, pack_two(v[0], v[1])); }
                 else put(s->right, half, n, pack_two(low(two) + factor[half] * v[0], high(two) + factor[half] * v[1]));
             }
         share();
-        multiply(solved, s->right[0], 2, 0);
+        multiply(solved, s->right[0][0], 2, 0);
         for (int n = 0; n < STRIP / 8; n++)
             for (int half = 0; half < 2; half++) {
                 float *v = &solved[n][2 * half];
@@ -2169,18 +2216,18 @@ feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_co
                 put(s->solved, half, n, two);
             }
         share();
-        multiply(sum, s->solved[0], 2, 1);
+        multiply(sum, s->solved[0][0], 2, 1);
         for (int n = 0; n < STRIP / 8; n++)
             for (int half = 0; half < 2; half++) {
                 float *v = &sum[n][2 * half], x = low(base[n][half]), y = high(base[n][half]);
                 if (BACK) { put(s->right, half, n, pack_two(v[0] - x * z[half], v[1] - y * z[half])); continue; }
-                uint32_t two = given(half, n);
+                uint32_t two = given[n][half];
                 keep(half, n, pack_two(v[0] * z[half], v[1] * z[half]));
                 put(s->right, half, n, pack_two(low(two) + factor[half] * v[0] - x, high(two) + factor[half] * v[1] - y));
             }
         share();
         Sums refinement;
-        multiply(refinement, s->right[0], 2, 0);
+        multiply(refinement, s->right[0][0], 2, 0);
         for (int n = 0; n < STRIP / 8; n++)
             for (int half = 0; half < 2; half++) {
                 float x = low(base[n][half]) * (BACK ? z[half] : 1) + refinement[n][2 * half],
@@ -2190,10 +2237,10 @@ feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_co
             }
         share();
         if (threadIdx.x) continue;
-        for (int j = 0; j < BLOCK; j += ATOM)
+        for (int j = 0; j < 4; j++)
             asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4}], [%5];"
-                         : : "l"(&map), "r"(n0), "r"(0), "r"(I + j), "r"(sequence), "r"(shared_at(s->solved[j]))
-                         : "memory");
+                         : : "l"(&map), "r"(n0 + j % 2 * ATOM), "r"(0), "r"(I + j / 2 * ATOM), "r"(sequence),
+                             "r"(shared_at(s->solved[j % 2][j / 2 * ATOM])) : "memory");
         asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group 0;" : : : "memory");
         barrier_arrive(&s->written);
     }
@@ -2206,14 +2253,15 @@ static void feedback_march_gpu(const bf16 *e, int64_t ld, const bf16 *M, const b
         M_map = tile_map(M, BLOCK, 1, T, BLOCK, (int64_t)T * BLOCK, B, ATOM),
         map = tile_map(out, D, 1, T, ld_out, T * ld_out, B, ATOM);
     allow_shared(feedback_march_kernel<BACK>, sizeof(MarchShared));
-    LAUNCH(feedback_march_kernel<BACK>, dim3((D + STRIP - 1) / STRIP, B), 2 * GROUP + 32, sizeof(MarchShared), stream,
+    LAUNCH(feedback_march_kernel<BACK>, dim3((D + STRIP - 1) / STRIP, B), 3 * GROUP, sizeof(MarchShared), stream,
            e_map, M_map, map, f, c, scale, inverse, T, D);
 }
 
-// c: (B,T,D) kept for the backward pass, or NULL
+// c: (B,T,D) kept for the backward pass, or NULL. f comes from `side` if not NULL.
 template <typename X>
 static void feedback_forward_gpu(X *s, X *c, float *stats, float *scratch, const X *f, const X *q, const X *k, int ld,
-                                 const float *gamma, int B, int T, int D, int first, int P, cudaStream_t stream) {
+                                 const float *gamma, int B, int T, int D, int first, int P, cudaStream_t stream,
+                                 cudaStream_t side = NULL) {
     Panels p = feedback_panels<X>(B, T, D, P, wide({ld, first}, {s, f, q, k, scratch}));
     int64_t rows = T - first, step = e_step<X>(&p, T), all = (int64_t)T * D, m_step = (int64_t)min_int(p.R, T) * p.P;
     X *e = (X *)(scratch + p.e), *M = (X *)(scratch + p.inverse), *block = (X *)(scratch + p.block);
@@ -2221,6 +2269,7 @@ static void feedback_forward_gpu(X *s, X *c, float *stats, float *scratch, const
     for (int r0 = first; r0 < T; r0 += p.R) {
         int n = min_int(p.R, T - r0);
         feedback_panel(scratch, &p, stats, 0, q, k, ld, gamma, B, T, D, first, r0, n, stream);
+        if (side) follow(stream, side);
         if constexpr (sizeof(X) == sizeof(bf16))
             if (p.march && n == T) {
                 feedback_march_gpu<0>(e, p.lx, M, s, D, f, c, {gamma, stats, T}, {NULL, stats, T}, B, T, D, stream);
@@ -2260,8 +2309,8 @@ template <typename X> struct AdjointRhs {
     template <int V> __device__ void run(int b, int, int r, int i, float v[V]) const {
         int64_t at = b * all + (int64_t)r * D + i;
         float w[V], old[V] = {};
-        read_some<V>(w, ds + at);
-        if (known) read_some<V>(old, h + at);
+        read_ahead<V>(w, ds + at);
+        if (known) read_ahead<V>(old, h + at);
         for (int e = 0; e < V; e++) v[e] += w[e] + old[e];
         write_some<V>(h + at, v);
         write_some<V>(out + ((int64_t)b * m + r) * D + i, v);
@@ -2294,9 +2343,9 @@ template <typename X> struct AdjointResidual {
     template <int V> __device__ void run(int b, int, int r, int i, float v[V]) const {
         int64_t at = b * all + (int64_t)r * D + i, own = ((int64_t)b * m + r) * D + i;
         float w[V], x[V];
-        if (h) read_some<V>(w, h + at);
-        else read_some<V>(w, ds + at);
-        read_some<V>(x, lambda + own);
+        if (h) read_ahead<V>(w, h + at);
+        else read_ahead<V>(w, ds + at);
+        read_ahead<V>(x, lambda + own);
         for (int e = 0; e < V; e++) v[e] += w[e] - x[e];
         write_some<V>(out + own, v);
     }
@@ -2310,7 +2359,7 @@ template <typename X> struct AdjointDone {
     int m, D, ld_u;
     template <int V> __device__ void run(int b, int, int r, int i, float v[V]) const {
         float w[V], factor = scale.at(b, r);
-        read_some<V>(w, lambda + ((int64_t)b * m + r) * D + i);
+        read_ahead<V>(w, lambda + ((int64_t)b * m + r) * D + i);
         for (int e = 0; e < V; e++) v[e] += w[e];
         write_some<V>(df + b * all + (int64_t)r * D + i, v);
         for (int e = 0; e < V; e++) v[e] *= factor;
@@ -2318,13 +2367,18 @@ template <typename X> struct AdjointDone {
     }
 };
 // δ_t = λ_t·c_t. A warp takes a row.
-template <typename X>
+template <int V, typename X>
 __global__ void feedback_delta_kernel(float *delta, const X *df, const X *c, int64_t all, int T, int n, int D) {
     int r = blockIdx.x * 4 + threadIdx.x / 32;
     if (r >= n) return;
     int64_t row = blockIdx.y * all + (int64_t)r * D;
     float dot = 0;
-    for (int i = threadIdx.x % 32; i < D; i += 32) dot += get(df[row + i]) * get(c[row + i]);
+    for (int i = threadIdx.x % 32 * V; i < D; i += 32 * V) {
+        float v[V], w[V];
+        read_some<V>(v, df + row + i);
+        read_some<V>(w, c + row + i);
+        for (int e = 0; e < V; e++) dot += v[e] * w[e];
+    }
     dot = warp_sum(dot);
     if (threadIdx.x % 32 == 0) delta[(int64_t)blockIdx.y * T + r] = dot;
 }
@@ -2338,7 +2392,7 @@ template <typename X> struct LogitGradient {
     template <int V> __device__ void run(int b, int, int r, int i, float v[V]) const {
         X *at = e + b * step + r * ld + i;
         float w[V], factor = scale.at(b, r), dot = delta[(int64_t)b * T + r];
-        read_some<V>(w, at);
+        read_ahead<V>(w, at);
         for (int j = 0; j < V; j++) v[j] = i + j < r0 + r ? factor * w[j] * (v[j] - dot) : 0;
         write_some<V>(at, v);
     }
@@ -2356,7 +2410,7 @@ static void feedback_panel_backward_gpu(X *df, X *dq, X *dk, float *dgamma, floa
     int64_t step = e_step<X>(p, T), all = (int64_t)T * D, wide_step = (int64_t)T * ld,
         m_step = (int64_t)min_int(p->R, T) * p->P;
     float *lambda = scratch + p->lambda, *dk_sum = scratch + p->dk, sigma = 1 / sqrtf((float)D);
-    ProductWay way = {B, wide({D, ld}, {df, dq, dk, ds, s, scratch}), p->tiles ? NULL : scratch + p->product, stream};
+    ProductWay way = {B, wide({D, ld}, {df, dq, dk, ds, s, c, scratch}), p->tiles ? NULL : scratch + p->product, stream};
     X *e = (X *)(scratch + p->e), *M = (X *)(scratch + p->inverse), *block = (X *)(scratch + p->block);
     feedback_panel(scratch, p, stats, 1, q, k, ld, gamma, B, T, D, 0, r0, n, stream);
     int march = p->march && n == T;
@@ -2386,8 +2440,8 @@ static void feedback_panel_backward_gpu(X *df, X *dq, X *dk, float *dgamma, floa
             matmul_gpu(into(scratch + p->rhs, D, all), transpose_gpu(rows_of_gpu(e + low * p->lx, p->lx, step)),
                        rows_of_gpu(u, ld, wide_step), i0, D, end - low, 1, heard ? 1 : 0, B, stream);
     }
-    LAUNCH(feedback_delta_kernel<X>, dim3((n + 3) / 4, B), 128, 0, stream, dgamma + r0, df + (int64_t)r0 * D,
-           c + (int64_t)r0 * D, all, T, n, D);
+    LAUNCH((way.in_eights ? feedback_delta_kernel<8, X> : feedback_delta_kernel<1, X>), dim3((n + 3) / 4, B), 128, 0,
+           stream, dgamma + r0, df + (int64_t)r0 * D, c + (int64_t)r0 * D, all, T, n, D);
     int height = p->tiles ? n : p->P;
     for (int at = 0; at < n; at += height) { // tiles know the triangle, blocks of rows follow it roughly
         int m = min_int(height, n - at), i0 = r0 + at;
@@ -3014,20 +3068,6 @@ static void gated_rmsnorm_backward_gpu(X *dy, X *dz, float *dweight, const X *do
 // generation: one token behind those that every layer knows, in five launches a layer. Its place is in the device's
 // memory, so that all launches are one recording.
 
-// These kernels start while the one before still works, have their weights fetched, and wait here for its results.
-__device__ static inline void wait_for_results(void) {
-    asm volatile("griddepcontrol.launch_dependents;");
-    asm volatile("griddepcontrol.wait;" : : : "memory");
-}
-template <typename... A> static void launch_ahead(void (*kernel)(A...), int blocks, int threads, int shared,
-        cudaStream_t stream, A... arguments) {
-    cudaLaunchAttribute ahead;
-    ahead.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    ahead.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {dim3(blocks), dim3(threads), (size_t)shared, stream, &ahead, 1};
-    CUDA(cudaLaunchKernelEx(&config, kernel, arguments...));
-}
-
 // A warp takes two neighbouring rows of a matrix times vec, which begin() puts into shared memory once a block.
 template <int V, typename F> __global__ void __launch_bounds__(128) decode_kernel(F f) {
     extern __shared__ float vec[];
@@ -3335,18 +3375,20 @@ template <typename X> static const X *as_x(const ModelGPU<X> *m, const float *we
 // mixers: what stands between GELU and gate, abar → s. The gain γ comes from the GELU's pass over the same numbers, and
 // backward dgamma goes into the GELU's.
 
+// The projections, then on stream `side` what follows from q, k and v.
 template <typename X>
-static void direct_read_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int first, X *f, cudaStream_t stream) {
+static void direct_read_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int first, X *f, cudaStream_t stream,
+                                    cudaStream_t side) {
     const Config *c = &m->host.config;
     int D = c->d_model, H = c->n_heads, G = c->n_kv_heads, d = D / H, E = proj_width(c), N = B * (T - first);
     LayerWeights *w = &m->weights.layers[l];
     LayerActivationsGPU<X> *a = &m->acts.layers[l];
     X *q = a->proj + (size_t)first * E, *k = a->proj + D, *v = k + G * d;
     linear_forward_gpu(q, E, a->abar, as_x(m, w->W_qkv), as_x(m, w->b_qkv), N, D, E, stream);
-    rope_forward_gpu(q, E, m->acts.cosine, m->acts.sine, N, T - first, H + G, d, first, 1, stream);
-    attention_forward_gpu(w->W_o ? a->o : f, a->stats, m->acts.scratch, q, k, v, E, B, T, H, G, d, first, m->host.P,
-                          stream);
-    if (w->W_o) linear_forward_gpu(f, D, a->o, as_x(m, w->W_o), (const X *)NULL, N, D, D, stream);
+    follow(side, stream);
+    rope_forward_gpu(q, E, m->acts.cosine, m->acts.sine, N, T - first, H + G, d, first, 1, side);
+    attention_forward_gpu(w->W_o ? a->o : f, a->stats, m->acts.scratch, q, k, v, E, B, T, H, G, d, first, m->host.P, side);
+    if (w->W_o) linear_forward_gpu(f, D, a->o, as_x(m, w->W_o), (const X *)NULL, N, D, D, side);
 }
 
 template <typename X> static void direct_read_backward_gpu(ModelGPU<X> *m, int l, int B, int T, cudaStream_t stream) {
@@ -3366,17 +3408,23 @@ template <typename X> static void direct_read_backward_gpu(ModelGPU<X> *m, int l
 
 template <typename X>
 static void attention_mixer_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int first, cudaStream_t stream) {
-    direct_read_forward_gpu(m, l, B, T, first, m->acts.layers[l].s + (size_t)first * m->host.config.d_model, stream);
+    direct_read_forward_gpu(m, l, B, T, first, m->acts.layers[l].s + (size_t)first * m->host.config.d_model, stream,
+                            stream);
 }
 
+// With tiles, neither attention nor the feedback's weights and inverses need scratch or workspace of the other's: they go
+// beside each other.
 template <typename X>
 static void sessa_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int first, cudaStream_t stream) {
-    int D = m->host.config.d_model, E = proj_width(&m->host.config);
+    const Config *c = &m->host.config;
+    int D = c->d_model, E = proj_width(c);
     LayerActivationsGPU<X> *a = &m->acts.layers[l];
     const X *q = a->proj + (size_t)first * E + E - 2 * D, *k = a->proj + E - D;
-    direct_read_forward_gpu(m, l, B, T, first, a->f, stream);
+    Panels p = feedback_panels<X>(B, T, D, m->host.P, wide({E, first}, {a->s, a->f, q, k, m->acts.scratch}));
+    cudaStream_t side = p.tiles && in_tiles(a->proj, a->proj, a->proj, E, D / c->n_heads) ? gpu.side : stream;
+    direct_read_forward_gpu(m, l, B, T, first, a->f, stream, side);
     feedback_forward_gpu(a->s, a->c, a->fb_stats, m->acts.scratch, a->f, q, k, E, a->gamma, B, T, D, first, m->host.P,
-                         stream);
+                         stream, side);
 }
 
 template <typename X> static void sessa_backward_gpu(ModelGPU<X> *m, int l, int B, int T, cudaStream_t stream) {
@@ -3718,7 +3766,7 @@ template <typename X, typename F> static void replay(ModelGPU<X> *m, Recording w
         CUDA(cudaStreamBeginCapture(gpu.stream, cudaStreamCaptureModeThreadLocal));
         f();
         CUDA(cudaStreamEndCapture(gpu.stream, &graph));
-        CUDA(cudaGraphInstantiate(&r->graph, graph, 0));
+        CUDA(cudaGraphInstantiate(&r->graph, graph, cudaGraphInstantiateFlagUseNodePriority));
         CUDA(cudaGraphDestroy(graph));
     }
     CUDA(cudaGraphLaunch(r->graph, gpu.stream));
