@@ -249,6 +249,15 @@ def pipes(program):
             check(one_line(code, error) and "standard output" in error, name + " as standard output of %s: " % line.split()[-2 if "gen" in line else -1] + ONE_LINE, error)
 
 
+def ended(child):
+    """What stands on the standard error of a child that was sent a signal; it is killed if it has not ended within a minute."""
+    try:
+        return child.communicate(timeout=60)[1].decode()
+    except subprocess.TimeoutExpired:
+        child.kill()
+        return child.communicate()[1].decode()
+
+
 def signals(program):
     folder = program.folder
     for number, name in ((signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM"), (signal.SIGHUP, "a closed terminal")):
@@ -256,7 +265,7 @@ def signals(program):
         while child.poll() is None and (not os.path.exists(folder + "/signal.log") or read(folder + "/signal.log").count(b"\n") < 5):
             time.sleep(0.002)
         child.send_signal(number)
-        error = child.communicate()[1].decode()
+        error = ended(child)
         steps = read(folder + "/signal.log").count(b"\n")
         saved = step_of(folder + "/signal.safetensors")
         check(child.returncode == 130 and not error and saved == steps, "%s: the step is ended and saved, exit code 130" % name, "%d, step %d of %d: %s" % (child.returncode, saved, steps, error))
@@ -268,7 +277,7 @@ def signals(program):
         while child.stdout.readline() not in (b"---\n", b""):
             pass
         child.send_signal(signal.SIGINT)
-        child.communicate()
+        ended(child)
         whole += child.returncode == 130 and step_of(folder + "/signal.safetensors") == read(folder + "/signal.log").count(b"\n") > 0
         for leftover in glob.glob(folder + "/signal.*"):
             os.unlink(leftover)
@@ -276,7 +285,7 @@ def signals(program):
     child = program.start(SHAPE + "--steps 400 --eval-every 0 --out signal.safetensors", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     time.sleep(0.1)
     child.send_signal(signal.SIGHUP)
-    child.communicate()
+    ended(child)
     check(child.returncode == 0, "under nohup a closed terminal changes nothing")
 
 
@@ -316,6 +325,9 @@ def main():
     parser.add_argument("--program", default=os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "train_sessa"))
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # ignored under nohup or in the background, and then in children too
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
     rng = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as folder:
         work = os.path.join(folder, "work")
