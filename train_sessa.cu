@@ -565,6 +565,15 @@ static void embedding_backward_gpu(float *dwte, float *partial, const float *dou
     LAUNCH(embedding_tokens_kernel, t.tokens, 128, 0, stream, dwte, partial, tokens, first, D);
 }
 
+// x += mask ⊙ branch, V numbers from place `at`
+template <int V, typename X>
+static __device__ inline void residual_forward_gpu(float x[V], const X *branch, const Mask &mask, int64_t at) {
+    float add[V], factor[V];
+    read_some<V>(add, branch + at);
+    read_mask<V>(factor, mask, at);
+    for (int e = 0; e < V; e++) x[e] += factor[e] * add[e];
+}
+
 // residual_forward and layernorm_forward in one pass:
 //     x += mask ⊙ branch (branch NULL: none),   kept = X(x) (NULL: not wanted),   out = LayerNorm(x)
 template <typename X> struct LayernormForward {
@@ -580,13 +589,10 @@ template <typename X> struct LayernormForward {
         if (n >= N) return;
         float v[PIECES][V], sum = 0, squares = 0;
         for (int p = 0, i = threadIdx.x * V; p < PIECES && i < D; p++, i += blockDim.x * V) {
-            float add[V], factor[V];
             int64_t at = (int64_t)n * D + i;
             read_some<V>(v[p], x + at);
             if (branch) {
-                read_some<V>(add, branch + at);
-                read_mask<V>(factor, mask, at);
-                for (int e = 0; e < V; e++) v[p][e] += factor[e] * add[e];
+                residual_forward_gpu<V>(v[p], branch, mask, at);
                 write_some<V>(x + at, v[p]);
             }
             if (kept) write_some<V>(kept + at, v[p]);
@@ -722,6 +728,15 @@ __device__ static inline float normal_cdf_gpu(float x, float gauss) {
 }
 __device__ static inline float gelu_gpu(float x) { return x * normal_cdf_gpu(x, __expf(-x * x / 2)); }
 
+// γ = γ_max tanh(w·ā + b), from the row's w·ā
+static __device__ inline float gain_forward_gpu(float dot, float bias, float gamma_max) {
+    return gamma_max * tanhf(dot + bias);
+}
+// the gradient of w·ā + b: dγ γ_max (1 - ratio²), ratio = γ/γ_max
+static __device__ inline float gain_backward_gpu(float dgamma, float ratio, float gamma_max) {
+    return dgamma * gamma_max * (1 - ratio * ratio);
+}
+
 // gelu_forward and, where there is a gain (weight not NULL), gain_forward of its output, in one pass.
 template <typename X> struct GeluForward {
     X *out;
@@ -747,7 +762,7 @@ template <typename X> struct GeluForward {
         }
         if (!weight) return;
         dot = row_sum(dot, 0, shared).x;
-        if (threadIdx.x == 0) gamma[n] = gamma_max * tanhf(dot + bias[0]);
+        if (threadIdx.x == 0) gamma[n] = gain_forward_gpu(dot, bias[0], gamma_max);
     }
 };
 template <typename X>
@@ -757,7 +772,7 @@ static void gelu_forward_gpu(X *out, float *gamma, const X *inp, int ld, const f
     rows(f, N, D, wide({D, ld}, {out, inp, weight}), 0, stream);
 }
 
-// gain_backward, then gelu_backward: with pre = dgamma γ_max (1 - (γ/γ_max)²)
+// gain_backward, then gelu_backward: with pre the gradient of w·ā + b
 //     dinp = (dout + pre·weight) GELU'(inp),   dweight += Σ_n pre_n GELU(inp_n),   dweight_bias += Σ_n pre_n
 // and dinp_bias += Σ_n dinp_n for the layer before. dinp may be inp.
 template <typename X> struct GeluBackward {
@@ -768,7 +783,7 @@ template <typename X> struct GeluBackward {
     int ld, D;
     template <int V> __device__ void run(int n, int i, float sum[3][V]) const {
         float v[V], g[V], w[V], ratio = weight ? gamma[n] / gamma_max : 0,
-            pre = weight ? dgamma[n] * gamma_max * (1 - ratio * ratio) : 0;
+            pre = weight ? gain_backward_gpu(dgamma[n], ratio, gamma_max) : 0;
         read_some<V>(v, inp + (int64_t)n * ld + i);
         read_some<V>(g, dout + (int64_t)n * D + i);
         if (weight) read_some<V>(w, weight + i);
@@ -2541,17 +2556,12 @@ static void gate_backward_gpu(X *ds, X *dg, float *dg_bias, X *gated, X *abar, c
     each_with_sums<1>(f, sums, {dg_bias}, N, D, wide({D, ld}, {ds, dg, gated, abar, dout, s, a, g}), stream);
 }
 
-// crossentropy_forward and, unless dlogits is NULL, crossentropy_backward with dloss 1: the products behind it scale. A
-// block takes a row of logits, ld apart, a thread every blockDim-th piece, with a running maximum; the second time the
-// row comes from the L2 cache. The piece at the end of the row may reach past V, not past ld; there dlogits is 0.
-// dlogits may be logits.
+// A block takes a row of V logits, a thread every blockDim-th piece, with a running maximum: the row's loss logsumexp -
+// logit of the target (0 if there is none), whether the target is the likeliest, and the logsumexp on all threads.
 template <int V_, typename X>
-__global__ void crossentropy_kernel(float *losses, char *hits, X *dlogits, const X *logits, int64_t ld,
-                                    const int *targets, int V) {
+static __device__ inline float crossentropy_forward_gpu(float *loss, char *hit, const X *row, int target, int V) {
     __shared__ float shared[32];
-    const X *row = logits + blockIdx.x * ld;
-    int target = targets[blockIdx.x];
-    float max = -1e30f, sum = 0, hit = target < 0 ? 0 : get(row[target]), counts = target >= 0;
+    float max = -1e30f, sum = 0, logit = target < 0 ? 0 : get(row[target]), counts = target >= 0;
     for (int i = threadIdx.x * V_; i < V; i += blockDim.x * V_) {
         float v[V_], top = max;
         read_some<V_>(v, row + i);
@@ -2567,15 +2577,31 @@ __global__ void crossentropy_kernel(float *losses, char *hits, X *dlogits, const
     sum = block_sum(sum * __expf(max - top), shared);
     float logsumexp = top + logf(sum);
     if (threadIdx.x == 0) {
-        losses[blockIdx.x] = counts * (logsumexp - hit);
-        hits[blockIdx.x] = target >= 0 && top <= hit && sum == sum;
+        *loss = counts * (logsumexp - logit);
+        *hit = target >= 0 && top <= logit && sum == sum;
     }
-    for (int i = threadIdx.x * V_; i < V && dlogits; i += blockDim.x * V_) {
+    return logsumexp;
+}
+// The row's gradient with dloss 1, softmax - 1 at the target: the products behind it scale. The second reading of the row
+// comes from the L2 cache. The piece at the end of the row may reach past V, not past ld; there drow is 0. drow may be row.
+template <int V_, typename X>
+static __device__ inline void crossentropy_backward_gpu(X *drow, const X *row, float logsumexp, int target, int V) {
+    float counts = target >= 0;
+    for (int i = threadIdx.x * V_; i < V; i += blockDim.x * V_) {
         float v[V_];
         read_some<V_>(v, row + i);
         for (int e = 0; e < V_; e++) v[e] = i + e < V ? counts * (__expf(v[e] - logsumexp) - (i + e == target)) : 0;
-        write_some<V_>(dlogits + blockIdx.x * ld + i, v);
+        write_some<V_>(drow + i, v);
     }
+}
+// Both, the second unless dlogits is NULL. Rows are ld apart.
+template <int V_, typename X>
+__global__ void crossentropy_kernel(float *losses, char *hits, X *dlogits, const X *logits, int64_t ld,
+                                    const int *targets, int V) {
+    int target = targets[blockIdx.x];
+    const X *row = logits + blockIdx.x * ld;
+    float logsumexp = crossentropy_forward_gpu<V_>(losses + blockIdx.x, hits + blockIdx.x, row, target, V);
+    if (dlogits) crossentropy_backward_gpu<V_>(dlogits + blockIdx.x * ld, row, logsumexp, target, V);
 }
 template <typename X>
 static void crossentropy_gpu(float *losses, char *hits, X *dlogits, const X *logits, int64_t ld, const int *targets,
@@ -3137,7 +3163,7 @@ template <typename X> struct DecodeProjections {
             if (gain) dot += vec[i] * gamma_weight[i];
         }
         if (gain) dot = block_sum(dot, shared);
-        if (gain && threadIdx.x == 0) gamma[0] = gamma_max * tanhf(dot + gamma_bias[0]);
+        if (gain && threadIdx.x == 0) gamma[0] = gain_forward_gpu(dot, gamma_bias[0], gamma_max);
     }
     __device__ void end(int row, float2 sum, const float *, const float *) const {
         float v[2] = {get(to<X>(sum.x + get(bias[row]))), get(to<X>(sum.y + get(bias[row + 1])))};
