@@ -2328,7 +2328,7 @@ template <typename X> static void compare_layers(double *worst, int even, int T)
         worst_of(&worst[CROSSENTROPY], gpu_error(logits_d, padded, N, ld_v, ld_v, 0.1 * sqrt((double)N)));
     }
     { // mamba2's layers: E = D channels in H heads, 2 numbers of state or more, W columns of rows ld_w apart
-        int S = random_int(2, 20), W = D + 2 * S, ld_w = W + random_int(0, 3), first = random_int(0, T - 1), P = panel_heights[random_int(0, N_HEIGHTS - 1)];
+        int S = even ? 8 * random_int(1, 16) : random_int(2, 20), W = D + 2 * S, ld_w = W + (even ? 8 : 1) * random_int(0, 3), first = random_int(0, T - 1), P = panel_heights[random_int(0, N_HEIGHTS - 1)];
         int slots = (T + chunk_height(P) - 1) / chunk_height(P);
         int64_t wide_w = (int64_t)N * ld_w, size_w = (int64_t)N * W, states = (int64_t)B * slots * S * D;
         real *inp = noise(wide_w, 1), *taps = noise(W * TAPS, 0.5), *shift = noise(W, 0.5), *xbc = poison(size_w), *dxbc = noise(size_w, 1), *dinp = poison(wide_w), *dtaps = noise(W * TAPS, 1), *dshift = noise(W, 1);
@@ -2358,13 +2358,13 @@ template <typename X> static void compare_layers(double *worst, int even, int T)
         real *A_log = noise(H, 1), *skip = noise(H, 1), *dA = noise(H, 1), *dskip = noise(H, 1), *y_scan = poison(size), *kept = poison(states);
         real *scan = (real *)lend(scan_scratch(D, S, H) * (size_t)omp_get_max_threads() * sizeof(real));
         float *A_d = on_gpu<float>(A_log, H), *skip_d = on_gpu<float>(skip, H), *dA_d = on_gpu<float>(dA, H), *dskip_d = on_gpu<float>(dskip, H), *kept_d = gpu_poison<float>(states);
-        float *carried_d = on_gpu<float>(noise((int64_t)S * D, 0), (int64_t)S * D), *scan_d = gpu_poison<float>(scan_scratch_gpu(B, T, D, S, H, chunk_height(P)));
+        float *carried_d = on_gpu<float>(noise((int64_t)S * D, 0), (int64_t)S * D), *scan_d = gpu_poison<float>(scan_scratch_gpu(B, T, D, S, H));
         X *y_scan_d = gpu_poison<X>(size);
         scan_forward(y_scan, kept, 1, scan, xbc, step, A_log, skip, B, T, D, S, H, P);
-        if (first) scan_forward_gpu(y_scan_d, kept_d, carried_d, scan_d, xbc_d, step_d, A_d, skip_d, 1, first, D, S, H, P, st);
-        scan_forward_gpu(y_scan_d + (int64_t)first * D, kept_d, carried_d, scan_d, xbc_d + (int64_t)first * W, step_d + (int64_t)first * H, A_d, skip_d, 1, T - first, D, S, H, P, st);
+        if (first) scan_forward_gpu(y_scan_d, kept_d, carried_d, xbc_d, step_d, A_d, skip_d, 1, first, D, S, H, P, st);
+        scan_forward_gpu(y_scan_d + (int64_t)first * D, kept_d, carried_d, xbc_d + (int64_t)first * W, step_d + (int64_t)first * H, A_d, skip_d, 1, T - first, D, S, H, P, st);
         worst_of(&worst[SCAN_F], gpu_error(y_scan_d, y_scan, T, D, D, 0));
-        scan_forward_gpu(y_scan_d, kept_d, (float *)NULL, scan_d, xbc_d, step_d, A_d, skip_d, B, T, D, S, H, P, st);
+        scan_forward_gpu(y_scan_d, kept_d, (float *)NULL, xbc_d, step_d, A_d, skip_d, B, T, D, S, H, P, st);
         worst_of(&worst[SCAN_F], gpu_error(y_scan_d, y_scan, N, D, D, 0));
         scan_backward(dxbc, dstep, dA, dskip, scan, dout, kept, xbc, step, A_log, skip, B, T, D, S, H, P);
         scan_backward_gpu(dxbc_d, dstep_d, dA_d, dskip_d, scan_d, dout_d, kept_d, xbc_d, step_d, A_d, skip_d, B, T, D, S, H, P, &sums, st);

@@ -2617,23 +2617,28 @@ static void crossentropy_gpu(float *losses, char *hits, X *dlogits, const X *log
 
 __device__ static inline float sigmoid_gpu(float x) { return 1 / (1 + __expf(-x)); }
 
-// A thread takes one channel of one row, c of n. u: before SiLU.
+// V channels of one row, from c of n on. u: before SiLU.
 template <typename X> struct ConvEach {
     X *out;
     const X *inp, *tail;
     const float *weight, *bias;
     int ld, T, W, first;
-    __device__ float u(int n, int c) const {
+    template <int V> __device__ void u(float sum[V], int n, int c) const {
         int t = first + n % (T - first);
-        float sum = bias[c];
-        for (int lag = 0; lag < TAPS && lag <= t; lag++)
-            sum += weight[c * TAPS + TAPS - 1 - lag] * get(t - lag >= first ? inp[(int64_t)(n - lag) * ld + c]
-                                                           : tail[(t - lag) % (TAPS - 1) * W + c]);
-        return sum;
+        float taps[V][TAPS], row[V];
+        read_some<V>(sum, bias + c);
+        for (int e = 0; e < V; e++) read_some<TAPS>(taps[e], weight + (c + e) * TAPS);
+        for (int lag = 0; lag < TAPS; lag++) {
+            if (lag > t) continue;
+            read_some<V>(row, t - lag >= first ? inp + (int64_t)(n - lag) * ld + c : tail + (t - lag) % (TAPS - 1) * W + c);
+            for (int e = 0; e < V; e++) sum[e] += taps[e][TAPS - 1 - lag] * row[e];
+        }
     }
     template <int V> __device__ void run(int n, int c) const {
-        float x = u(n, c);
-        out[(int64_t)n * W + c] = to<X>(x * sigmoid_gpu(x));
+        float x[V];
+        u<V>(x, n, c);
+        for (int e = 0; e < V; e++) x[e] *= sigmoid_gpu(x[e]);
+        write_some<V>(out + (int64_t)n * W + c, x);
     }
 };
 template <typename X> struct TailEach { // row n of the new ones
@@ -2650,7 +2655,7 @@ static void conv_forward_gpu(X *out, const X *inp, int ld, X *tail, const float 
     int rows = T - first, from = rows > TAPS - 1 ? rows - (TAPS - 1) : 0;
     ConvEach<X> f = {out, inp, tail, weight, bias, ld, T, W, first};
     TailEach<X> keep = {tail, inp, ld, W, first, from};
-    each(f, B * rows, W, 0, stream);
+    each(f, B * rows, W, wide({W, ld}, {out, inp, tail, weight, bias}), stream);
     if (tail) each(keep, rows - from, W, 0, stream);
 }
 
@@ -2658,11 +2663,15 @@ template <typename X> struct ConvGradient { // dout becomes du, whose sums over 
     X *dout;
     ConvEach<X> conv;
     template <int V> __device__ void run(int n, int c, float sum[1][V]) const {
-        float u = conv.u(n, c), s = sigmoid_gpu(u);
         X *at = dout + (int64_t)n * conv.W + c;
-        float du = get(*at) * s * (1 + u * (1 - s));
-        *at = to<X>(du);
-        sum[0][0] += du;
+        float u[V], du[V];
+        conv.template u<V>(u, n, c);
+        read_some<V>(du, at);
+        for (int e = 0; e < V; e++) {
+            float s = sigmoid_gpu(u[e]);
+            sum[0][e] += du[e] *= s * (1 + u[e] * (1 - s));
+        }
+        write_some<V>(at, du);
     }
 };
 template <typename X> struct ConvInput {
@@ -2671,18 +2680,24 @@ template <typename X> struct ConvInput {
     const float *weight;
     int ld, T, W;
     template <int V> __device__ void run(int n, int c) const {
-        float sum = 0;
-        for (int lag = 0; lag < min(TAPS, T - n % T); lag++)
-            sum += weight[c * TAPS + TAPS - 1 - lag] * get(du[(int64_t)(n + lag) * W + c]);
-        dinp[(int64_t)n * ld + c] = to<X>(sum);
+        float sum[V] = {}, taps[V][TAPS], row[V];
+        for (int e = 0; e < V; e++) read_some<TAPS>(taps[e], weight + (c + e) * TAPS);
+        for (int lag = 0; lag < TAPS; lag++) {
+            if (n % T + lag >= T) continue;
+            read_some<V>(row, du + (int64_t)(n + lag) * W + c);
+            for (int e = 0; e < V; e++) sum[e] += taps[e][TAPS - 1 - lag] * row[e];
+        }
+        write_some<V>(dinp + (int64_t)n * ld + c, sum);
     }
 };
 template <typename X> struct ConvColumns { // column i: tap i mod TAPS of channel i / TAPS
     const X *du, *inp;
     int ld, T, W;
     template <int V> __device__ void run(int n, int i, float sum[1][V]) const {
-        int lag = TAPS - 1 - i % TAPS, c = i / TAPS;
-        if (lag <= n % T) sum[0][0] += get(du[(int64_t)n * W + c]) * get(inp[(int64_t)(n - lag) * ld + c]);
+        for (int e = 0; e < V; e++) {
+            int lag = TAPS - 1 - (i + e) % TAPS, c = (i + e) / TAPS;
+            if (lag <= n % T) sum[0][e] += get(du[(int64_t)n * W + c]) * get(inp[(int64_t)(n - lag) * ld + c]);
+        }
     }
 };
 template <typename X>
@@ -2691,9 +2706,10 @@ static void conv_backward_gpu(X *dinp, float *dweight, float *dbias, X *dout, co
     ConvGradient<X> du = {dout, {NULL, inp, NULL, weight, bias, ld, T, W, 0}};
     ConvInput<X> input = {dinp, dout, weight, ld, T, W};
     ConvColumns<X> taps = {dout, inp, ld, T, W};
-    each_with_sums<1>(du, sums, {dbias}, B * T, W, 0, stream);
-    each(input, B * T, W, 0, stream);
-    each_with_sums<1>(taps, sums, {dweight}, B * T, W * TAPS, 0, stream);
+    int eights = wide({W, ld}, {dinp, dout, inp, weight, bias});
+    each_with_sums<1>(du, sums, {dbias}, B * T, W, eights, stream);
+    each(input, B * T, W, eights, stream);
+    each_with_sums<1>(taps, sums, {dweight}, B * T, W * TAPS, eights, stream);
 }
 
 template <typename X> struct StepEach {
@@ -2729,277 +2745,286 @@ static void step_backward_gpu(X *dinp, float *dbias, const float *dstep, int ld_
     each_with_sums<1>(f, sums, {dbias}, N, heads, 0, stream);
 }
 
-// out(i, j, between(i, j, Σ_k a(i, k) b(k, j)) + Σ_l a2(i, l) b2(l, j)) for i < M, j < N, k < K, l < K2: a thread of the
-// block takes R neighbouring rows and C columns.
-template <int R, int C, typename A, typename Q> __device__ inline void add_product(float sum[R][C], const int *rows,
-                                                                                   const int *columns, int K, A a, Q b) {
-    for (int k = 0; k < K; k++) {
-        float y[C];
-        for (int q = 0; q < C; q++) y[q] = b(k, columns[q]);
-        for (int r = 0; r < R; r++) {
-            float x = a(rows[r], k);
-            for (int q = 0; q < C; q++) sum[r][q] += x * y[q];
-        }
-    }
-}
-template <int R, int C, typename A, typename Q, typename Between, typename A2, typename Q2, typename Out>
-__device__ inline void block_products(int M, int N, int K, A a, Q b, Between between, int K2, A2 a2, Q2 b2, Out out) {
-    int wide = (N + C - 1) / C;
-    for (int item = threadIdx.x; item < (M + R - 1) / R * wide; item += blockDim.x) {
-        int rows[R], columns[C];
-        float sum[R][C] = {{0}};
-        for (int r = 0; r < R; r++) rows[r] = min(item / wide * R + r, M - 1);
-        for (int q = 0; q < C; q++) columns[q] = min(item % wide + q * wide, N - 1);
-        add_product<R, C>(sum, rows, columns, K, a, b);
-        for (int r = 0; r < R; r++)
-            for (int q = 0; q < C; q++) sum[r][q] = between(rows[r], columns[q], sum[r][q]);
-        add_product<R, C>(sum, rows, columns, K2, a2, b2);
-        for (int r = 0; r < R; r++) // no bound that varies: sums stay in registers
-            for (int q = 0; q < C; q++)
-                if (item / wide * R + r < M && item % wide + q * wide < N) out(rows[r], columns[q], sum[r][q]);
-    }
-}
-template <int R, int C, typename A, typename Q, typename Out>
-__device__ inline void block_product(int M, int N, int K, A a, Q b, Out out) {
-    auto same = [](int, int, float sum) { return sum; };
-    auto none = [](int, int) { return 0.0f; };
-    block_products<R, C>(M, N, K, a, b, same, 0, none, none, out);
+// A matrix in shared memory, its element (i, j) at[i·ld + j] or, transposed, at[j·ld + i].
+template <typename X> struct SharedMatrix {
+    X *at;
+    int ld, transposed;
+    __device__ X *operator()(int i, int j) const { return at + (transposed ? j * ld + i : i * ld + j); }
+    __device__ SharedMatrix t() const { return {at, ld, !transposed}; }
+};
+
+// 16 rows and columns of it, from (i, j), as mma wants them: a thread has two neighbours in row lane / 4, those 8 rows below,
+// then the same 8 columns further.
+__device__ static inline void fragment(uint32_t part[4], SharedMatrix<bf16> a, int i, int j) {
+    int lane = threadIdx.x % 32, down = lane / 8 % 2 * 8, right = lane / 16 * 8;
+    bf16 *row = a.transposed ? a(i + down, j + right + lane % 8) : a(i + down + lane % 8, j + right);
+    uint32_t at = (uint32_t)__cvta_generic_to_shared(row);
+    if (a.transposed) asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(part[0]),
+                                   "=r"(part[1]), "=r"(part[2]), "=r"(part[3]) : "r"(at) : "memory");
+    else asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(part[0]), "=r"(part[1]),
+                      "=r"(part[2]), "=r"(part[3]) : "r"(at) : "memory");
 }
 
-// The scan. A block takes one chunk of one head of one sequence; only the states pass from chunk to chunk, in a kernel of
-// their own: states (B,chunks,S,E) first holds what each chunk adds, then the state before each.
+// A warp: 16 rows from i and 32 columns from j of a·b are added to sum, where [q][e] stands in row i + lane / 4 + e / 2 · 8 and
+// column j + 8q + lane % 4 · 2 + e % 2.
+__device__ static inline void add_product(float sum[4][4], SharedMatrix<bf16> a, SharedMatrix<bf16> b, int i, int j, int K) {
+    for (int k = 0; k < K; k += 16) {
+        uint32_t x[4], y[2][4];
+        fragment(x, a, i, k);
+        for (int half = 0; half < 2; half++) fragment(y[half], b.t(), j + 16 * half, k);
+        for (int q = 0; q < 4; q++)
+            asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                         "{%0, %1, %2, %3};" : "+f"(sum[q][0]), "+f"(sum[q][1]), "+f"(sum[q][2]), "+f"(sum[q][3]) : "r"(x[0]),
+                         "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(y[q / 2][q % 2]), "r"(y[q / 2][q % 2 + 2]));
+    }
+}
+__device__ static inline void add_product(float sum[4][4], SharedMatrix<float> a, SharedMatrix<float> b, int i, int j, int K) {
+    int row = i + threadIdx.x % 32 / 4, column = j + threadIdx.x % 4 * 2;
+    for (int k = 0; k < K; k++)
+        for (int q = 0; q < 4; q++)
+            for (int e = 0; e < 4; e++) sum[q][e] += *a(row + e / 2 * 8, k) * *b(k, column + q * 8 + e % 2);
+}
+
+// A block: out(r, i, j, v), v = between(a b) + a2 b2 for i < M, j < N with K and K2 numbers in each sum. Each row belongs to two
+// warps of the eight and within them to the four threads that agree in lane / 4; a thread's rows of 64 are r = 0 and 1.
+enum { SCAN_THREADS = 256, SCAN_ROWS = 64 };
+template <typename X, typename Between, typename Out>
+__device__ inline void block_products(int M, int N, int K, SharedMatrix<X> a, SharedMatrix<X> b, Between between, int K2,
+                                      SharedMatrix<X> a2, SharedMatrix<X> b2, Out out) {
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    for (int i0 = warp % 4 * 16; i0 < M; i0 += 64)
+        for (int j0 = warp / 4 * 32; j0 < N; j0 += 64) {
+            float sum[4][4] = {};
+            auto all = [&](auto f) {
+#pragma unroll
+                for (int q = 0; q < 4; q++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++) {
+                        int i = i0 + lane / 4 + e / 2 * 8, j = j0 + q * 8 + lane % 4 * 2 + e % 2;
+                        if (i < M && j < N) f(e / 2, i, j, sum[q][e]);
+                    }
+            };
+            add_product(sum, a, b, i0, j0, K);
+            all(between);
+            add_product(sum, a2, b2, i0, j0, K2);
+            all(out);
+        }
+}
+template <typename X, typename Out>
+__device__ inline void block_product(int M, int N, int K, SharedMatrix<X> a, SharedMatrix<X> b, Out out) {
+    block_products(M, N, 0, a, b, [](int, int, int, float) {}, K, a, b, out);
+}
+
+// The scan. A block takes one head of one sequence and walks along its chunks. What a product reads of a chunk lies in shared
+// memory as X, with zeros up to the next multiple of 32 rows and columns; the state, in float32, in the device's memory.
 template <typename X> struct Scan {
-    const X *xbc;
+    const X *xbc, *dy;
     const float *step, *A_log, *skip;
-    float *states, *decays; // decays (B,chunks,heads): exp(L_last)
-    int T, E, S, heads, P, chunks;
+    int T, E, S, heads, P, rows, in_eights;
+};
+struct ScanRows { // decay = exp(L), scale = fade_last Δ
+    double L[SCAN_ROWS];
+    float delta[SCAN_ROWS], decay[SCAN_ROWS], scale[SCAN_ROWS], sums[2][4][SCAN_ROWS], shared[32];
 };
 
-// What a block of the kernels below works on, in shared memory, rows of w or S numbers one longer than that: banks.
-enum { SCAN_THREADS = 128 };
-static int scan_shared(int S, int w) {
-    return (int)sizeof(float) * (4 * CHUNK + 2 * CHUNK * (S + 1) + 2 * CHUNK * (w + 1) + 2 * S * (w + 1) + 4 * CHUNK * (CHUNK + 1) + 2 * CHUNK * (S + 1));
+static int scan_bytes(int S, int w, int rows, int number, int backward) {
+    int pad = 16 / number, ld_s = (int)round_up(S, 32) + pad, ld_w = (int)round_up(w, 32) + pad;
+    return (int)sizeof(ScanRows) + number * (rows * (2 * ld_s + (2 + backward) * ld_w + (1 + backward) * (rows + pad))
+                                             + (1 + backward) * (int)round_up(S, 32) * ld_w);
 }
+// The most rows of a chunk for which the shared memory suffices. 0: it does not
+static int scan_rows(int S, int w, int number) {
+    int most = 0;
+    CUDA(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
+    for (int rows = SCAN_ROWS; rows; rows -= 32)
+        if (scan_bytes(S, w, rows, number, 1) <= most) return rows;
+    return 0;
+}
+
 template <typename X> struct ScanBlock {
-    int n, h, w, S, ld_s, ld_w;
-    int64_t row, chunk, state;    // its first token; its index among all chunks; where its head's state lies, rows E apart
-    float *L, *delta, *decay, *scale, *b, *c, *x, *dy, *before, *dafter, *square[4], *terms;
-    __device__ ScanBlock(const Scan<X> &s, float *memory) {
-        h = blockIdx.y;
-        w = s.E / s.heads;
-        S = s.S;
-        ld_s = S + 1;
-        ld_w = w + 1;
-        n = min(s.P, s.T - (int)blockIdx.x * s.P);
-        row = (int64_t)blockIdx.z * s.T + blockIdx.x * s.P;
-        chunk = (int64_t)blockIdx.z * s.chunks + blockIdx.x;
-        state = chunk * S * s.E + h * w;
-        L = memory;
-        delta = L + CHUNK;
-        decay = delta + CHUNK;
-        scale = decay + CHUNK;
-        b = scale + CHUNK;
-        c = b + CHUNK * ld_s;
-        x = c + CHUNK * ld_s;
-        dy = x + CHUNK * ld_w;
-        before = dy + CHUNK * ld_w;
-        dafter = before + S * ld_w;
-        square[0] = dafter + S * ld_w;
-        square[1] = square[0] + CHUNK * (CHUNK + 1);
-        square[2] = square[1] + CHUNK * (CHUNK + 1);
-        square[3] = square[2] + CHUNK * (CHUNK + 1);
-        terms = square[3] + CHUNK * (CHUNK + 1);
-        if (threadIdx.x < n) delta[threadIdx.x] = s.step[(row + threadIdx.x) * s.heads + h];
-        const X *xbc = s.xbc + row * (s.E + 2 * S);
-        fetch(b, ld_s, xbc + s.E, s.E + 2 * S, n, S);
-        fetch(c, ld_s, xbc + s.E + S, s.E + 2 * S, n, S);
-        fetch(x, ld_w, xbc + h * w, s.E + 2 * S, n, w);
-        __syncthreads();
-        if (threadIdx.x == 0)
-            for (int t = 0; t < n; t++) L[t] = (t ? L[t - 1] : 0) - expf(s.A_log[h]) * delta[t];
-        __syncthreads();
-        if (threadIdx.x < n) { // exp(L_t), exp(L_last - L_t) Δ_t
-            decay[threadIdx.x] = expf(L[threadIdx.x]);
-            scale[threadIdx.x] = expf(L[n - 1] - L[threadIdx.x]) * delta[threadIdx.x];
+    Scan<X> s;
+    ScanRows *r;
+    SharedMatrix<X> b, c, x, scaled, M, h, dy, dM, dh;
+    int head, w, n;
+    int64_t row; // of the chunk's first token
+    __device__ ScanBlock(const Scan<X> &scan, uint4 *memory, int backward) : s(scan), head(blockIdx.x), w(s.E / s.heads) {
+        r = (ScanRows *)memory;
+        X *at = (X *)(r + 1);
+        auto take = [&](int rows, int width) {
+            SharedMatrix<X> m = {at, (width + 31) / 32 * 32 + 16 / (int)sizeof(X), 0};
+            at += rows * m.ld;
+            return m;
+        };
+        int rows_h = (s.S + 31) / 32 * 32;
+        b = take(s.rows, s.S);
+        c = take(s.rows, s.S);
+        x = take(s.rows, w);
+        scaled = take(s.rows, w);
+        M = take(s.rows, s.rows);
+        h = take(rows_h, w);
+        if (!backward) return;
+        dy = take(s.rows, w);
+        dM = take(s.rows, s.rows);
+        dh = take(rows_h, w);
+    }
+    template <int V, typename Y>
+    __device__ void fetch_pieces(SharedMatrix<X> to, const Y *from, int64_t ld, int rows, int width, int all_rows) const {
+        int pieces = (width + 31) / 32 * 32 / V;
+#pragma unroll 4
+        for (int item = threadIdx.x; item < all_rows * pieces; item += SCAN_THREADS) {
+            int i = item / pieces, j = item % pieces * V, inside = i < rows && j < width;
+            const Y *at = inside ? from + i * ld + j : from;
+            if constexpr (V == 8 && sizeof(X) == 2 && sizeof(Y) == 2)
+                asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" : : "r"((uint32_t)__cvta_generic_to_shared(to(i, j))),
+                             "l"(at), "r"(inside * 16) : "memory");
+            else {
+                float v[V] = {};
+                if (inside) read_some<V>(v, at);
+                write_some<V>(to(i, j), v);
+            }
         }
     }
-    template <typename Y> __device__ void fetch(float *to, int ld_to, const Y *from, int64_t ld, int rows, int width) const {
-        for (int i = threadIdx.x; i < rows * width; i += blockDim.x) to[i / width * ld_to + i % width] = get(from[i / width * ld + i % width]);
+    template <typename Y>
+    __device__ void fetch(SharedMatrix<X> to, const Y *from, int64_t ld, int rows, int width, int all_rows) const {
+        if (s.in_eights) fetch_pieces<8>(to, from, ld, rows, width, all_rows);
+        else fetch_pieces<1>(to, from, ld, rows, width, all_rows);
     }
-    // square[0] = (c b^T) ⊙ fade, square[1] = fade ⊙ Δ, fade = exp(L_t - L_j) for j ≤ t, else 0; square[2] = square[0] ⊙ Δ +
-    // skip·I
-    __device__ void weights(float skip) const {
-        block_product<2, 4>(n, n, S, [&](int t, int i) { return c[t * ld_s + i]; }, [&](int i, int j) { return b[j * ld_s + i]; },
-                            [&](int t, int j, float cb) {
-                                float fade = j <= t ? expf(L[t] - L[j]) : 0;
-                                int at = t * (CHUNK + 1) + j;
-                                square[0][at] = cb * fade;
-                                square[1][at] = fade * delta[j];
-                                square[2][at] = cb * fade * delta[j] + (j == t ? skip : 0);
-                            });
+    // fade_tj Δ_j, also outside of the chunk: 0
+    __device__ float fade(int t, int j) const { return j <= t && t < n ? expf((float)(r->L[t] - r->L[j])) * r->delta[j] : 0; }
+    // The chunk of row t0, with M as in chunk_weights and what the states' product reads: scale ⊙ x, backward decay ⊙ dy.
+    __device__ void begin(int t0, const float *state, const float *dstate) {
+        int rows_h = (s.S + 31) / 32 * 32, W = s.E + 2 * s.S, t = threadIdx.x;
+        n = min(s.P, s.T - t0);
+        row = (int64_t)blockIdx.y * s.T + t0;
+        __syncthreads(); // the chunk before is done
+        const X *xbc = s.xbc + row * W;
+        fetch(b, xbc + s.E, W, n, s.S, s.rows);
+        fetch(c, xbc + s.E + s.S, W, n, s.S, s.rows);
+        fetch(x, xbc + head * w, W, n, w, s.rows);
+        if (dstate) fetch(dy, s.dy + row * s.E + head * w, s.E, n, w, s.rows);
+        fetch(h, state, s.E, s.S, w, rows_h);
+        if (dstate) fetch(dh, dstate, s.E, s.S, w, rows_h);
+        if (t < n) r->delta[t] = s.step[(row + t) * s.heads + head];
+        asm volatile("cp.async.wait_all;" : : : "memory");
+        __syncthreads();
+        if (t < n) {
+            double rate = expf(s.A_log[head]), L = 0, last = 0; // in double: differences of sums that may be large
+            for (int j = 0; j < n; j++) {
+                last -= rate * r->delta[j];
+                if (j == t) L = last;
+            }
+            r->L[t] = L;
+            r->decay[t] = expf((float)L);
+            r->scale[t] = expf((float)(last - L)) * r->delta[t];
+        }
+        __syncthreads();
+        const float *scales = dstate ? r->decay : r->scale;
+        SharedMatrix<X> from = dstate ? dy : x;
+        for (int i = t; i < s.rows * from.ld; i += SCAN_THREADS)
+            scaled.at[i] = to<X>(i / from.ld < n ? scales[i / from.ld] * get(from.at[i]) : 0);
+        block_product(s.rows, s.rows, s.S, c, b.t(), [&](int, int t, int j, float cb) { *M(t, j) = to<X>(cb * fade(t, j)); });
+        if (dstate) block_product(s.rows, s.rows, w, dy, x.t(), [&](int, int t, int j, float sum) { *dM(t, j) = to<X>(sum * fade(t, j)); });
+        __syncthreads();
     }
 };
-
-// What the chunk adds to the state, and how much of the state before it stays.
-template <typename X> __global__ void scan_fresh_kernel(Scan<X> s) {
-    extern __shared__ float scan_memory[];
-    ScanBlock<X> k(s, scan_memory);
-    __syncthreads();
-    if (threadIdx.x == 0) s.decays[k.chunk * s.heads + k.h] = k.decay[k.n - 1];
-    block_product<4, 4>(k.S, k.w, k.n, [&](int i, int j) { return k.scale[j] * k.b[j * k.ld_s + i]; },
-                        [&](int j, int e) { return k.x[j * k.ld_w + e]; },
-                        [&](int i, int e, float sum) { s.states[k.state + (int64_t)i * s.E + e] = sum; });
-}
-
-// A thread takes one number of the state of a sequence through all chunks: forward from `carried` (S,E), or 0, where it
-// leaves the last state; backward from 0 at the end.
-__global__ static void scan_states_kernel(float *states, const float *decays, float *carried, int chunks, int S, int E,
-                                          int heads, int backward) {
-    int64_t size = (int64_t)S * E, i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= size) return;
-    float h = carried ? carried[blockIdx.y * size + i] : 0;
-    for (int step = 0; step < chunks; step++) {
-        int64_t chunk = (int64_t)blockIdx.y * chunks + (backward ? chunks - 1 - step : step);
-        float fresh = states[chunk * size + i];
-        states[chunk * size + i] = h;
-        h = decays[chunk * heads + i % E / (E / heads)] * h + fresh;
-    }
-    if (carried) carried[blockIdx.y * size + i] = h;
-}
-static void scan_states(float *states, const float *decays, float *carried, int B, int chunks, int S, int E, int heads,
-                        int backward, cudaStream_t stream) {
-    LAUNCH(scan_states_kernel, dim3((unsigned)(((int64_t)S * E + 127) / 128), B), 128, 0, stream, states, decays, carried,
-           chunks, S, E, heads, backward);
-}
-
-// y = (M + skip·I) x + exp(L) ⊙ (c h), M_tj = (c_t·b_j) exp(L_t - L_j) Δ_j
-template <typename X> __global__ void scan_read_kernel(X *y, Scan<X> s) {
-    extern __shared__ float scan_memory[];
-    ScanBlock<X> k(s, scan_memory);
-    k.fetch(k.before, k.ld_w, s.states + k.state, s.E, k.S, k.w);
-    k.weights(s.skip[k.h]);
-    __syncthreads();
-    block_products<4, 4>(k.n, k.w, k.S, [&](int t, int i) { return k.c[t * k.ld_s + i]; }, [&](int i, int e) { return k.before[i * k.ld_w + e]; },
-                         [&](int t, int, float sum) { return k.decay[t] * sum; },
-                         k.n, [&](int t, int j) { return k.square[2][t * (CHUNK + 1) + j]; }, [&](int j, int e) { return k.x[j * k.ld_w + e]; },
-                         [&](int t, int e, float sum) { y[(k.row + t) * s.E + k.h * k.w + e] = to<X>(sum); });
-}
-
-// Numbers of scratch: the decays, the gradients of the states, partial gradients of b and c of each head.
-static int64_t scan_scratch_gpu(int B, int T, int E, int S, int heads, int P) {
-    int64_t chunks = (T + P - 1) / P;
-    return B * (round_up(chunks * heads, 4) + chunks * S * E + (int64_t)T * heads * 2 * S);
-}
 
 // carried (B,S,E): the state before position 0 of this call, then after its last; NULL: 0, and nothing is wanted.
-// states (B,chunks,S,E) is kept for the backward pass.
 template <typename X>
-static void scan_forward_gpu(X *y, float *states, float *carried, float *scratch, const X *xbc, const float *step,
-                             const float *A_log, const float *skip, int B, int T, int E, int S, int heads, int P,
-                             cudaStream_t stream) {
-    P = chunk_height(P);
-    int chunks = (T + P - 1) / P, shared = scan_shared(S, E / heads);
-    Scan<X> s = {xbc, step, A_log, skip, states, scratch, T, E, S, heads, P, chunks};
-    dim3 grid(chunks, heads, B);
-    allow_shared(scan_fresh_kernel<X>, shared);
-    allow_shared(scan_read_kernel<X>, shared);
-    LAUNCH(scan_fresh_kernel<X>, grid, SCAN_THREADS, shared, stream, s);
-    scan_states(states, scratch, carried, B, chunks, S, E, heads, 0, stream);
-    LAUNCH(scan_read_kernel<X>, grid, SCAN_THREADS, shared, stream, y, s);
+__global__ void __launch_bounds__(SCAN_THREADS, 3) scan_sequence_kernel(X *y, float *states, float *carried, Scan<X> s) {
+    extern __shared__ uint4 scan_memory[];
+    ScanBlock<X> k(s, scan_memory, 0);
+    int64_t size = (int64_t)s.S * s.E, own = k.head * k.w, chunks = (s.T + s.P - 1) / s.P;
+    float *state = states + blockIdx.y * chunks * size + own, *last = carried ? carried + blockIdx.y * size + own : NULL;
+    for (int i = threadIdx.x; i < s.S * k.w; i += SCAN_THREADS) {
+        int64_t at = (int64_t)(i / k.w) * s.E + i % k.w;
+        state[at] = last ? last[at] : 0;
+    }
+    for (int t0 = 0; t0 < s.T; t0 += s.P) {
+        float *next = t0 + s.P < s.T ? state + size : last, skip = s.skip[k.head];
+        k.begin(t0, state, NULL);
+        block_products(k.n, k.w, s.S, k.c, k.h, [&](int, int t, int, float &sum) { sum *= k.r->decay[t]; },
+                       k.n, k.M, k.x, [&](int, int t, int e, float sum) {
+                           y[(k.row + t) * s.E + own + e] = to<X>(sum + skip * get(*k.x(t, e)));
+                       });
+        if (next) block_products(s.S, k.w, 0, k.b, k.x, [&](int, int i, int e, float &sum) {
+                                     sum = k.r->decay[k.n - 1] * state[(int64_t)i * s.E + e];
+                                 }, k.n, k.b.t(), k.scaled, [&](int, int i, int e, float sum) { next[(int64_t)i * s.E + e] = sum; });
+        state = next;
+    }
 }
 
-// Backward: what the chunk's rows give to the gradient of the state before it, c^T (exp(L) ⊙ dy)
-template <typename X> __global__ void scan_pull_kernel(float *dstates, const X *dy, Scan<X> s) {
-    extern __shared__ float scan_memory[];
-    ScanBlock<X> k(s, scan_memory);
-    k.fetch(k.dy, k.ld_w, dy + k.row * s.E + k.h * k.w, s.E, k.n, k.w);
-    __syncthreads();
-    if (threadIdx.x == 0) s.decays[k.chunk * s.heads + k.h] = k.decay[k.n - 1];
-    block_product<4, 4>(k.S, k.w, k.n, [&](int i, int t) { return k.decay[t] * k.c[t * k.ld_s + i]; },
-                        [&](int t, int e) { return k.dy[t * k.ld_w + e]; },
-                        [&](int i, int e, float sum) { dstates[k.state + (int64_t)i * s.E + e] = sum; });
-}
-
-// All gradients of a chunk's head, as in scan_head_backward; dstates is the gradient of the state after the chunk. partial
-// (N,heads,2S): this head's part of db and dc.
+// All gradients of a head, see scan_head_backward; dstates (B,S,E) is scratch, partial (N,heads,2S) the head's part of db and dc.
+// With y and dx less what skip gives them, dL_t is y_t·dy_t - x_t·dx_t, and ddelta_t is x_t·dx_t / Δ_t: no sums over rows and
+// columns of dM ⊙ M. Of x·dx the part that went by way of the state comes back at the chunk's end, so that the sum of dL from t on
+// has the others' part from t on, the states' part before t, and what was carried.
 template <typename X>
-__global__ void scan_backward_kernel(X *dxbc, float *dstep, float *partial, const float *dstates, const X *dy_, Scan<X> s) {
-    extern __shared__ float scan_memory[];
-    __shared__ float dL[CHUNK], ddelta[CHUNK], shared[32];
-    ScanBlock<X> k(s, scan_memory);
-    k.fetch(k.dy, k.ld_w, dy_ + k.row * s.E + k.h * k.w, s.E, k.n, k.w);
-    k.fetch(k.before, k.ld_w, s.states + k.state, s.E, k.S, k.w);
-    k.fetch(k.dafter, k.ld_w, dstates + k.state, s.E, k.S, k.w);
-    k.weights(s.skip[k.h]);
-    __syncthreads();
-    enum { LD = CHUNK + 1 };
-    int n = k.n, S = k.S, w = k.w, last = n - 1, ld_s = k.ld_s, ld_w = k.ld_w;
-    const float *faded = k.square[0], *Q = k.square[1], *M = k.square[2], *b = k.b, *c = k.c, *x = k.x, *dy = k.dy, *h = k.before,
-        *dh = k.dafter;
-    float *dM = k.square[3], *taken = k.terms, *read = k.terms + CHUNK * ld_s, *part = partial + (k.row * s.heads + k.h) * 2 * S;
-    int64_t next = (int64_t)s.heads * 2 * S; // from row to row of part
-    X *dx = dxbc + k.row * (s.E + 2 * S) + k.h * w;
-    block_products<4, 4>(n, w, // dx = scale ⊙ (b dh) + M^T dy
-                         S, [&](int j, int i) { return b[j * ld_s + i]; }, [&](int i, int e) { return dh[i * ld_w + e]; },
-                         [&](int j, int, float sum) { return k.scale[j] * sum; },
-                         n, [&](int j, int t) { return M[t * LD + j]; }, [&](int t, int e) { return dy[t * ld_w + e]; },
-                         [&](int j, int e, float sum) { dx[(int64_t)j * (s.E + 2 * S) + e] = to<X>(sum); });
-    float own_skip = 0; // thread t: dM_tt
-    block_product<2, 4>(n, n, w, [&](int t, int e) { return dy[t * ld_w + e]; }, [&](int e, int j) { return x[j * ld_w + e]; },
-                        [&](int t, int j, float sum) { dM[t * LD + j] = sum; });
-    __syncthreads();
-    block_products<4, 4>(n, S, // db = scale ⊙ (x dh^T) + d(cb)^T c, d(cb) = dM ⊙ Q; what the state took: b·(x dh^T)
-                         w, [&](int j, int e) { return x[j * ld_w + e]; }, [&](int e, int i) { return dh[i * ld_w + e]; },
-                         [&](int j, int i, float sum) { taken[j * ld_s + i] = b[j * ld_s + i] * sum; return k.scale[j] * sum; },
-                         n, [&](int j, int t) { return dM[t * LD + j] * Q[t * LD + j]; }, [&](int t, int i) { return c[t * ld_s + i]; },
-                         [&](int j, int i, float sum) { part[j * next + i] = sum; });
-    block_products<4, 4>(n, S, // dc = exp(L) ⊙ (dy h^T) + d(cb) b; what was read of the state: c·(dy h^T)
-                         w, [&](int t, int e) { return dy[t * ld_w + e]; }, [&](int e, int i) { return h[i * ld_w + e]; },
-                         [&](int t, int i, float sum) { read[t * ld_s + i] = c[t * ld_s + i] * sum; return k.decay[t] * sum; },
-                         n, [&](int t, int j) { return dM[t * LD + j] * Q[t * LD + j]; }, [&](int j, int i) { return b[j * ld_s + i]; },
-                         [&](int t, int i, float sum) { part[t * next + S + i] = sum; });
-    __syncthreads();
-    float carried = 0;
-    if (threadIdx.x < n) { // thread t: row t and column t of the terms of L_t - L_j
-        int t = threadIdx.x;
-        float of_read = 0, of_taken = 0, own = 0, own_delta = 0;
-        for (int i = 0; i < S; i++) {
-            of_read += read[t * ld_s + i];
-            of_taken += taken[t * ld_s + i];
-        }
-        for (int j = 0; j < n; j++) {
-            if (j < t) own += dM[t * LD + j] * faded[t * LD + j] * k.delta[j];
-            if (j >= t) own_delta += dM[j * LD + t] * faded[j * LD + t];
-            if (j > t) own -= dM[j * LD + t] * faded[j * LD + t] * k.delta[t];
-        }
-        float fade = expf(k.L[last] - k.L[t]) * of_taken;
-        own_skip = dM[t * LD + t];
-        carried = t < last ? k.delta[t] * fade : 0;
-        dL[t] = own + k.decay[t] * of_read - carried;
-        ddelta[t] = own_delta + fade;
+__global__ void __launch_bounds__(SCAN_THREADS, 2) scan_sequence_backward_kernel(X *dxbc, float *dstep, float *partial,
+                                                                                 float *dstates, const float *states, Scan<X> s) {
+    extern __shared__ uint4 scan_memory[];
+    ScanBlock<X> k(s, scan_memory, 1);
+    ScanRows *r = k.r;
+    int S = s.S, w = k.w, W = s.E + 2 * S, t = threadIdx.x, lane = t % 32, chunks = (s.T + s.P - 1) / s.P;
+    int64_t size = (int64_t)S * s.E, own = k.head * w;
+    float *dstate = dstates + blockIdx.y * size + own, skip = s.skip[k.head], rate = expf(s.A_log[k.head]);
+    for (int i = t; i < S * w; i += SCAN_THREADS) dstate[(int64_t)(i / w) * s.E + i % w] = 0;
+    for (int chunk = chunks - 1; chunk >= 0; chunk--) {
+        const float *state = states + ((int64_t)blockIdx.y * chunks + chunk) * size + own;
+        enum { Y, X_ALL, X_STATE, SKIP };
+        float sums[4][2] = {}, carried = 0;
+        k.begin(chunk * s.P, state, dstate);
+        int n = k.n;
+        X *dx = dxbc + k.row * W + own;
+        float *part = partial + (k.row * s.heads + k.head) * 2 * S, decay = r->decay[n - 1];
+        int64_t next = (int64_t)s.heads * 2 * S; // from row to row of part
+        block_products(n, w, S, k.c, k.h, [&](int, int t, int, float &sum) { sum *= r->decay[t]; },
+                       n, k.M, k.x, [&](int i, int t, int e, float sum) { sums[Y][i] += sum * get(*k.dy(t, e)); });
+        block_products(n, w, S, k.b, k.dh, [&](int i, int j, int e, float &sum) {
+                           sums[X_STATE][i] += get(*k.x(j, e)) * (sum *= r->scale[j]);
+                       }, n, k.M.t(), k.dy, [&](int i, int j, int e, float sum) {
+                           float x = get(*k.x(j, e)), dy = get(*k.dy(j, e));
+                           sums[X_ALL][i] += x * sum;
+                           sums[SKIP][i] += x * dy;
+                           dx[(int64_t)j * W + e] = to<X>(sum + skip * dy);
+                       });
+        block_products(n, S, w, k.x, k.dh.t(), [&](int, int j, int, float &sum) { sum *= r->scale[j]; },
+                       n, k.dM.t(), k.c, [&](int, int j, int i, float sum) { part[j * next + i] = sum; });
+        block_products(n, S, w, k.dy, k.h.t(), [&](int, int t, int, float &sum) { sum *= r->decay[t]; },
+                       n, k.dM, k.b, [&](int, int t, int i, float sum) { part[t * next + S + i] = sum; });
+        block_products(S, w, 0, k.c, k.dy, [&](int, int i, int e, float &sum) {
+                           sum = decay * dstate[(int64_t)i * s.E + e];
+                           carried += sum * state[(int64_t)i * s.E + e];
+                       }, n, k.c.t(), k.scaled, [&](int, int i, int e, float sum) { dstate[(int64_t)i * s.E + e] = sum; });
+        for (int q = 0; q < 4; q++)
+            for (int i = 0; i < 2; i++) {
+                float sum = sums[q][i] + __shfl_xor_sync(~0u, sums[q][i], 1);
+                sum += __shfl_xor_sync(~0u, sum, 2);
+                if (lane % 4 == 0) r->sums[t / 128][q][t / 32 % 4 * 16 + lane / 4 + i * 8] = sum;
+            }
+        carried = block_sum(carried, r->shared);
+        if (t < n)
+            for (int q = 0; q < 4; q++) r->sums[0][q][t] += r->sums[1][q][t];
+        __syncthreads();
+        if (t >= n) continue;
+        double sum = carried;
+        for (int j = 0; j < n; j++)
+            sum += j < t ? r->sums[0][X_STATE][j] : r->sums[0][Y][j] - (r->sums[0][X_ALL][j] - r->sums[0][X_STATE][j]);
+        float *row = dstep + (k.row + t) * 3 * s.heads + k.head;
+        row[0] = r->sums[0][X_ALL][t] / fmaxf(r->delta[t], 1e-37f) - rate * (float)sum;
+        row[s.heads] = -rate * r->delta[t] * (float)sum;
+        row[2 * s.heads] = r->sums[0][SKIP][t];
     }
-    for (int i = threadIdx.x; i < S * w; i += SCAN_THREADS) carried += k.decay[last] * h[i / w * ld_w + i % w] * dh[i / w * ld_w + i % w];
-    carried = block_sum(carried, shared);
-    if (threadIdx.x == 0) {
-        float sum = carried;
-        for (int t = last; t >= 0; t--) dL[t] = sum += dL[t];
-    }
-    __syncthreads();
-    if (threadIdx.x >= n) return;
-    int t = threadIdx.x;
-    float rate = expf(s.A_log[k.h]), *row = dstep + (k.row + t) * 3 * s.heads + k.h;
-    row[0] = ddelta[t] - rate * dL[t];
-    row[s.heads] = -rate * k.delta[t] * dL[t];
-    row[2 * s.heads] = own_skip;
 }
 template <typename X> struct ScanHeads { // db and dc: the sum over the heads, in their order
     X *dxbc;
     const float *partial;
     int E, S, heads;
     template <int V> __device__ void run(int n, int i) const {
-        float sum = 0;
-        for (int h = 0; h < heads; h++) sum += partial[((int64_t)n * heads + h) * 2 * S + i];
-        dxbc[(int64_t)n * (E + 2 * S) + E + i] = to<X>(sum);
+        float sum[V] = {}, part[V];
+        for (int h = 0; h < heads; h++) {
+            read_some<V>(part, partial + ((int64_t)n * heads + h) * 2 * S + i);
+            for (int e = 0; e < V; e++) sum[e] += part[e];
+        }
+        write_some<V>(dxbc + (int64_t)n * (E + 2 * S) + E + i, sum);
     }
 };
 struct ScanColumns {
@@ -3011,83 +3036,126 @@ struct ScanColumns {
         sum[1][0] += row[heads];
     }
 };
+
+// Numbers of scratch: the gradients of the states, partial gradients of b and c of each head.
+static int64_t scan_scratch_gpu(int B, int T, int E, int S, int heads) { return (int64_t)B * S * (E + (int64_t)T * heads * 2); }
+
+// states (B,chunks,S,E) is kept for the backward pass. P 0: chunks as large as the shared memory allows
+template <typename X>
+static Scan<X> scan_of(const X *xbc, const X *dy, const float *step, const float *A_log, const float *skip, int T, int E, int S,
+                       int heads, int P) {
+    int w = E / heads, rows = scan_rows(S, w, sizeof(X));
+    return {xbc, dy, step, A_log, skip, T, E, S, heads, P > 0 ? min_int(P, rows) : rows, rows, wide({S, w}, {xbc, dy})};
+}
+template <typename X>
+static void scan_forward_gpu(X *y, float *states, float *carried, const X *xbc, const float *step, const float *A_log,
+                             const float *skip, int B, int T, int E, int S, int heads, int P, cudaStream_t stream) {
+    Scan<X> s = scan_of(xbc, (const X *)NULL, step, A_log, skip, T, E, S, heads, P);
+    int bytes = scan_bytes(S, E / heads, s.rows, sizeof(X), 0);
+    allow_shared(scan_sequence_kernel<X>, bytes);
+    LAUNCH(scan_sequence_kernel<X>, dim3(heads, B), SCAN_THREADS, bytes, stream, y, states, carried, s);
+}
 template <typename X>
 static void scan_backward_gpu(X *dxbc, float *dstep, float *dA_log, float *dskip, float *scratch, const X *dy, const float *states,
                               const X *xbc, const float *step, const float *A_log, const float *skip, int B, int T, int E, int S,
                               int heads, int P, ColumnSums *sums, cudaStream_t stream) {
-    P = chunk_height(P);
-    int chunks = (T + P - 1) / P, shared = scan_shared(S, E / heads);
-    float *dstates = scratch + B * round_up((int64_t)chunks * heads, 4), *partial = dstates + (int64_t)B * chunks * S * E;
-    Scan<X> s = {xbc, step, A_log, skip, (float *)states, scratch, T, E, S, heads, P, chunks};
-    dim3 grid(chunks, heads, B);
+    Scan<X> s = scan_of(xbc, dy, step, A_log, skip, T, E, S, heads, P);
+    int bytes = scan_bytes(S, E / heads, s.rows, sizeof(X), 1);
+    float *partial = scratch + (int64_t)B * S * E;
     ScanHeads<X> of_heads = {dxbc, partial, E, S, heads};
     ScanColumns columns = {dstep, heads};
-    allow_shared(scan_pull_kernel<X>, shared);
-    allow_shared(scan_backward_kernel<X>, shared);
-    LAUNCH(scan_pull_kernel<X>, grid, SCAN_THREADS, shared, stream, dstates, dy, s);
-    scan_states(dstates, scratch, NULL, B, chunks, S, E, heads, 1, stream);
-    LAUNCH(scan_backward_kernel<X>, grid, SCAN_THREADS, shared, stream, dxbc, dstep, partial, dstates, dy, s);
-    each(of_heads, (int64_t)B * T, 2 * S, 0, stream);
+    allow_shared(scan_sequence_backward_kernel<X>, bytes);
+    LAUNCH(scan_sequence_backward_kernel<X>, dim3(heads, B), SCAN_THREADS, bytes, stream, dxbc, dstep, partial, scratch, states, s);
+    each(of_heads, (int64_t)B * T, 2 * S, s.in_eights, stream);
     each_with_sums<2>(columns, sums, {dA_log, dskip}, B * T, heads, 0, stream);
 }
 
-// A warp takes a row.
-template <typename X>
-__global__ void gated_rmsnorm_forward_kernel(X *out, float *rstd, const X *y, const X *z, int ld, const float *weight, int N,
-                                             int E) {
-    int n = blockIdx.x * 4 + threadIdx.x / 32;
-    if (n >= N) return;
-    float squares = 0;
-    for (int i = threadIdx.x % 32; i < E; i += 32) {
-        float gate = get(z[(int64_t)n * ld + i]), v = get(y[(int64_t)n * E + i]) * gate * sigmoid_gpu(gate);
-        squares += v * v;
+template <typename X> struct GatedNorm {
+    X *out;
+    float *rstd;
+    const X *y, *z;
+    const float *weight;
+    int ld, N, E;
+    template <int V, int PIECES> __device__ void run() const {
+        __shared__ float2 shared[ROW_BLOCK / 32];
+        int n = blockIdx.x * blockDim.y + threadIdx.y;
+        if (n >= N) return;
+        float v[PIECES][V], squares = 0;
+        for (int p = 0, i = threadIdx.x * V; p < PIECES && i < E; p++, i += blockDim.x * V) {
+            float gate[V];
+            read_some<V>(v[p], y + (int64_t)n * E + i);
+            read_some<V>(gate, z + (int64_t)n * ld + i);
+            for (int e = 0; e < V; e++) {
+                v[p][e] *= gate[e] * sigmoid_gpu(gate[e]);
+                squares += v[p][e] * v[p][e];
+            }
+        }
+        float r = rsqrtf(row_sum(squares, 0, shared).x / E + 1e-5f);
+        for (int p = 0, i = threadIdx.x * V; p < PIECES && i < E; p++, i += blockDim.x * V) {
+            float w[V];
+            read_some<V>(w, weight + i);
+            for (int e = 0; e < V; e++) v[p][e] *= r * w[e];
+            write_some<V>(out + (int64_t)n * E + i, v[p]);
+        }
+        if (threadIdx.x == 0) rstd[n] = r;
     }
-    float r = rsqrtf(warp_sum(squares) / E + 1e-5f);
-    if (threadIdx.x % 32 == 0) rstd[n] = r;
-    for (int i = threadIdx.x % 32; i < E; i += 32) {
-        float gate = get(z[(int64_t)n * ld + i]), v = get(y[(int64_t)n * E + i]) * gate * sigmoid_gpu(gate);
-        out[(int64_t)n * E + i] = to<X>(v * r * weight[i]);
-    }
-}
+};
 template <typename X>
 static void gated_rmsnorm_forward_gpu(X *out, float *rstd, const X *y, const X *z, int ld, const float *weight, int N, int E,
                                       cudaStream_t stream) {
-    LAUNCH(gated_rmsnorm_forward_kernel<X>, (N + 3) / 4, 128, 0, stream, out, rstd, y, z, ld, weight, N, E);
+    GatedNorm<X> f = {out, rstd, y, z, weight, ld, N, E};
+    rows(f, N, E, wide({E, ld}, {out, y, z, weight}), 0, stream);
 }
 template <typename X> struct NormColumns {
     const X *dout, *y, *z;
     const float *rstd;
     int ld, E;
     template <int V> __device__ void run(int n, int i, float sum[1][V]) const {
-        float gate = get(z[(int64_t)n * ld + i]);
-        sum[0][0] += get(dout[(int64_t)n * E + i]) * get(y[(int64_t)n * E + i]) * gate * sigmoid_gpu(gate) * rstd[n];
+        float g[V], v[V], gate[V];
+        read_some<V>(g, dout + (int64_t)n * E + i);
+        read_some<V>(v, y + (int64_t)n * E + i);
+        read_some<V>(gate, z + (int64_t)n * ld + i);
+        for (int e = 0; e < V; e++) sum[0][e] += g[e] * v[e] * gate[e] * sigmoid_gpu(gate[e]) * rstd[n];
     }
 };
-template <typename X>
-__global__ void gated_rmsnorm_backward_kernel(X *dy, X *dz, const X *dout, const X *y, const X *z, int ld, const float *rstd,
-                                              const float *weight, int N, int E) {
-    int n = blockIdx.x * 4 + threadIdx.x / 32;
-    if (n >= N) return;
-    float dot = 0, r = rstd[n];
-    for (int i = threadIdx.x % 32; i < E; i += 32) {
-        float gate = get(z[(int64_t)n * ld + i]);
-        dot += get(dout[(int64_t)n * E + i]) * weight[i] * get(y[(int64_t)n * E + i]) * gate * sigmoid_gpu(gate);
+template <typename X> struct GatedNormBackward {
+    X *dy, *dz;
+    const X *dout, *y, *z;
+    const float *rstd, *weight;
+    int ld, N, E;
+    template <int V, int PIECES> __device__ void run() const {
+        __shared__ float2 shared[ROW_BLOCK / 32];
+        int n = blockIdx.x * blockDim.y + threadIdx.y;
+        if (n >= N) return;
+        float g[PIECES][V], v[PIECES][V], gate[PIECES][V], dot = 0, r = rstd[n];
+        for (int p = 0, i = threadIdx.x * V; p < PIECES && i < E; p++, i += blockDim.x * V) {
+            float w[V];
+            read_some<V>(w, weight + i);
+            read_some<V>(g[p], dout + (int64_t)n * E + i);
+            read_some<V>(v[p], y + (int64_t)n * E + i);
+            read_some<V>(gate[p], z + (int64_t)n * ld + i);
+            for (int e = 0; e < V; e++) dot += (g[p][e] *= w[e]) * v[p][e] * gate[p][e] * sigmoid_gpu(gate[p][e]);
+        }
+        dot = row_sum(dot, 0, shared).x * r * r / E;
+        for (int p = 0, i = threadIdx.x * V; p < PIECES && i < E; p++, i += blockDim.x * V) {
+            for (int e = 0; e < V; e++) {
+                float s = sigmoid_gpu(gate[p][e]), silu = gate[p][e] * s, dv = r * (g[p][e] - v[p][e] * silu * dot);
+                v[p][e] *= dv * s * (1 + gate[p][e] * (1 - s));
+                g[p][e] = dv * silu;
+            }
+            write_some<V>(dz + (int64_t)n * ld + i, v[p]);
+            write_some<V>(dy + (int64_t)n * E + i, g[p]);
+        }
     }
-    dot = warp_sum(dot) * r * r / E;
-    for (int i = threadIdx.x % 32; i < E; i += 32) {
-        int64_t at = (int64_t)n * E + i;
-        float gate = get(z[(int64_t)n * ld + i]), s = sigmoid_gpu(gate), y_i = get(y[at]);
-        float dv = r * (get(dout[at]) * weight[i] - y_i * gate * s * dot);
-        dz[(int64_t)n * ld + i] = to<X>(dv * y_i * s * (1 + gate * (1 - s)));
-        dy[at] = to<X>(dv * gate * s);
-    }
-}
+};
 template <typename X>
 static void gated_rmsnorm_backward_gpu(X *dy, X *dz, float *dweight, const X *dout, const X *y, const X *z, int ld,
                                        const float *rstd, const float *weight, int N, int E, ColumnSums *sums, cudaStream_t stream) {
     NormColumns<X> columns = {dout, y, z, rstd, ld, E};
-    each_with_sums<1>(columns, sums, {dweight}, N, E, 0, stream);
-    LAUNCH(gated_rmsnorm_backward_kernel<X>, (N + 3) / 4, 128, 0, stream, dy, dz, dout, y, z, ld, rstd, weight, N, E);
+    GatedNormBackward<X> f = {dy, dz, dout, y, z, rstd, weight, ld, N, E};
+    int eights = wide({E, ld}, {dy, dz, dout, y, z, weight});
+    each_with_sums<1>(columns, sums, {dweight}, N, E, eights, stream);
+    rows(f, N, E, eights, 0, stream);
 }
 
 // ----------------------------------------------------------------------------
@@ -3476,8 +3544,7 @@ static void mamba2_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int first, c
     linear_forward_gpu(a->proj, ld, a->abar, as_x(m, w->in_proj), (const X *)NULL, N, D, width, stream);
     conv_forward_gpu(a->xbc, a->proj + E, ld, a->tail, w->conv_weight, w->conv_bias, B, T, E + 2 * S, first, stream);
     step_forward_gpu(a->step, a->proj + width - heads, ld, w->step_bias, N, heads, stream);
-    scan_forward_gpu(a->y_scan, a->states, a->carried, m->acts.scratch, a->xbc, a->step, w->A_log, w->skip, B, T - first, E, S,
-                     heads, 0, stream);
+    scan_forward_gpu(a->y_scan, a->states, a->carried, a->xbc, a->step, w->A_log, w->skip, B, T - first, E, S, heads, 0, stream);
     gated_rmsnorm_forward_gpu(a->normed, a->rms, a->y_scan, a->proj, ld, w->norm_weight, N, E, stream);
     linear_forward_gpu(a->s + (size_t)first * D, D, a->normed, as_x(m, w->out_proj), (const X *)NULL, N, E, D, stream);
 }
@@ -3532,6 +3599,7 @@ static Y *add_activation(Table *table, Y *block, int layer, const char *name, in
 template <typename X> static void mamba2_activations_gpu(ModelGPU<X> *m, int l, int B, int T, Mode mode) {
     const Config *c = &m->host.config;
     int D = c->d_model, E = 2 * D, S = c->state_dim, W = E + 2 * S, heads = E / c->head_dim, training = mode >= TRAIN;
+    int P = scan_rows(S, c->head_dim, sizeof(X));
     LayerActivationsGPU<X> *a = &m->acts.layers[l];
     Table *t = &m->x_table, *f = &m->f_table;
     X *x = m->x_block;
@@ -3542,7 +3610,7 @@ template <typename X> static void mamba2_activations_gpu(ModelGPU<X> *m, int l, 
         a->y_scan = add_activation(t, x, l, "y", 3, B, T, E);
         a->rms = add_activation(f, fb, l, "rms", 2, B, T, 1);
         a->s = add_activation(t, x, l, "s", 3, B, T, D);
-        a->states = add_activation(f, fb, l, "states", 3, (int64_t)B * ((T + CHUNK - 1) / CHUNK), S, E);
+        a->states = add_activation(f, fb, l, "states", 3, (int64_t)B * ((T + P - 1) / P), S, E);
     }
     if (mode == GENERATE) a->carried = add_activation(f, fb, l, "carried", 2, S, E, 1);
     if (mode == GENERATE) a->tail = add_activation(t, x, l, "tail", 2, TAPS - 1, W, 1);
@@ -3621,7 +3689,7 @@ template <typename X> static void carve_activations_gpu(ModelGPU<X> *m, int B, i
     acts->hits = (char *)add_activation(f, fb, -1, "hits", 1, B * (int64_t)T / 4 + 1, 1, 1);
     acts->cosine = add_activation(f, fb, -1, "cosine", 2, T, d / 2, 1);
     acts->sine = add_activation(f, fb, -1, "sine", 2, T, d / 2, 1);
-    int64_t scratch = mamba2 ? scan_scratch_gpu(B, T, 2 * D, c->state_dim, 2 * D / c->head_dim, CHUNK) : attention_scratch(gpu.hopper && m->is_bf16 && d % 8 == 0 && d <= 128, B, T, H, c->n_kv_heads, 0);
+    int64_t scratch = mamba2 ? scan_scratch_gpu(B, T, 2 * D, c->state_dim, 2 * D / c->head_dim) : attention_scratch(gpu.hopper && m->is_bf16 && d % 8 == 0 && d <= 128, B, T, H, c->n_kv_heads, 0);
     int64_t feedback = sessa ? feedback_panels<X>(B, T, D, 0).total : 0;
     int64_t low = !sessa || mode == TRAIN ? 0 : feedback_panels<X>(B, T, D, keep_all, 0).total; // of tests, of generation
     scratch = scratch > feedback ? scratch : feedback;
@@ -3693,9 +3761,8 @@ template <typename X> static int64_t carve_memory(ModelGPU<X> *m, char *memory, 
 
 template <typename X> static Model *model_create_gpu(const Config *c, int B, int T, Mode mode, char *error) {
     if (gpu_open(error)) return NULL;
-    int whole = 1, most = 0;
-    CUDA(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
-    if (c->mixer == MAMBA2 && scan_shared(c->state_dim, c->head_dim) > most - 1024) {
+    int whole = 1;
+    if (c->mixer == MAMBA2 && !scan_rows(c->state_dim, c->head_dim, sizeof(X))) {
         fail(error, NULL, "--head-dim %d with --state-dim %d: too large for the GPU's shared memory", c->head_dim, c->state_dim);
         return NULL;
     }
