@@ -2128,6 +2128,63 @@ static void compare_mixers(double *worst, const real *x, const real *w, const re
     }
 }
 
+// mamba2's convolution, step and scan: E = D channels in H heads, S numbers of state, W columns of rows ld_w apart
+template <typename X>
+static void compare_scan(double *worst, int eights, real *dout, X *dout_d, int B, int T, int D, int H, ColumnSums *sums) {
+    cudaStream_t st = gpu.stream;
+    int S = eights ? 8 * random_int(1, 16) : random_int(2, 20), W = D + 2 * S, ld_w = W + (eights ? 8 : 1) * random_int(0, 3), first = random_int(0, T - 1), P = panel_heights[random_int(0, N_HEIGHTS - 1)];
+    int N = B * T, slots = (T + chunk_height(P) - 1) / chunk_height(P);
+    double floor = 0.1 * sqrt((double)N * D);
+    int64_t size = (int64_t)N * D, wide_w = (int64_t)N * ld_w, size_w = (int64_t)N * W, states = (int64_t)B * slots * S * D;
+    real *inp = noise(wide_w, 1), *taps = noise(W * TAPS, 0.5), *shift = noise(W, 0.5), *xbc = poison(size_w), *dxbc = noise(size_w, 1), *dinp = poison(wide_w), *dtaps = noise(W * TAPS, 1), *dshift = noise(W, 1);
+    X *inp_d = on_gpu<X>(inp, wide_w), *xbc_d = gpu_poison<X>(size_w), *dxbc_d = on_gpu<X>(dxbc, size_w), *dinp_d = gpu_poison<X>(wide_w), *tail_d = on_gpu<X>(noise((TAPS - 1) * W, 0), (TAPS - 1) * W);
+    float *taps_d = on_gpu<float>(taps, W * TAPS), *shift_d = on_gpu<float>(shift, W), *dtaps_d = on_gpu<float>(dtaps, W * TAPS), *dshift_d = on_gpu<float>(dshift, W);
+    conv_forward(xbc, inp, ld_w, NULL, taps, shift, B, T, W, 0);
+    if (first) conv_forward_gpu(xbc_d, inp_d, ld_w, tail_d, taps_d, shift_d, 1, first, W, 0, st); // the first sequence in two calls
+    conv_forward_gpu(xbc_d + (int64_t)first * W, inp_d + (int64_t)first * ld_w, ld_w, tail_d, taps_d, shift_d, 1, T, W, first, st);
+    worst_of(&worst[CONVOLUTION], gpu_error(xbc_d, xbc, T, W, W, 0));
+    conv_forward_gpu(xbc_d, inp_d, ld_w, (X *)NULL, taps_d, shift_d, B, T, W, 0, st);
+    worst_of(&worst[CONVOLUTION], gpu_error(xbc_d, xbc, N, W, W, 0));
+    conv_backward(dinp, dtaps, dshift, dxbc, inp, ld_w, taps, shift, B, T, W);
+    conv_backward_gpu(dinp_d, dtaps_d, dshift_d, dxbc_d, inp_d, ld_w, taps_d, shift_d, B, T, W, sums, st);
+    column_sums_gpu(sums, st);
+    worst_of(&worst[CONVOLUTION], gpu_error(dinp_d, dinp, N, W, ld_w, 0));
+    worst_of(&worst[CONVOLUTION], gpu_error(dtaps_d, dtaps, 1, W * TAPS, W * TAPS, 0.1 * sqrt((double)size_w)));
+    worst_of(&worst[CONVOLUTION], gpu_error(dshift_d, dshift, 1, W, W, 0.1 * sqrt((double)size_w)));
+
+    real *step = poison(N * H), *shifts = noise(H, 1), *dshifts = noise(H, 1), *dstep = poison(N * 3 * H), *dstep_inp = poison(wide_w);
+    float *step_d = gpu_poison<float>(N * H), *shifts_d = on_gpu<float>(shifts, H), *dshifts_d = on_gpu<float>(dshifts, H), *dstep_d = gpu_poison<float>(N * 3 * H);
+    X *dstep_inp_d = gpu_poison<X>(wide_w);
+    step_forward(step, inp, ld_w, shifts, N, H);
+    step_forward_gpu(step_d, inp_d, ld_w, shifts_d, N, H, st);
+    worst_of(&worst[STEP], gpu_error(step_d, step, N, H, H, 0));
+
+    xbc_d = on_gpu<X>(xbc, size_w); // both read the same
+    real *A_log = noise(H, 1), *skip = noise(H, 1), *dA = noise(H, 1), *dskip = noise(H, 1), *y_scan = poison(size), *kept = poison(states);
+    real *scan = (real *)lend(scan_scratch(D, S, H) * (size_t)omp_get_max_threads() * sizeof(real));
+    float *A_d = on_gpu<float>(A_log, H), *skip_d = on_gpu<float>(skip, H), *dA_d = on_gpu<float>(dA, H), *dskip_d = on_gpu<float>(dskip, H), *kept_d = gpu_poison<float>(states);
+    float *carried_d = on_gpu<float>(noise((int64_t)S * D, 0), (int64_t)S * D), *scan_d = gpu_poison<float>(scan_scratch_gpu(B, T, S, H));
+    X *y_scan_d = gpu_poison<X>(size);
+    scan_forward(y_scan, kept, 1, scan, xbc, step, A_log, skip, B, T, D, S, H, P);
+    if (first) scan_forward_gpu(y_scan_d, kept_d, carried_d, xbc_d, step_d, A_d, skip_d, 1, first, D, S, H, P, st);
+    scan_forward_gpu(y_scan_d + (int64_t)first * D, kept_d, carried_d, xbc_d + (int64_t)first * W, step_d + (int64_t)first * H, A_d, skip_d, 1, T - first, D, S, H, P, st);
+    worst_of(&worst[SCAN_F], gpu_error(y_scan_d, y_scan, T, D, D, 0));
+    scan_forward_gpu(y_scan_d, kept_d, (float *)NULL, xbc_d, step_d, A_d, skip_d, B, T, D, S, H, P, st);
+    worst_of(&worst[SCAN_F], gpu_error(y_scan_d, y_scan, N, D, D, 0));
+    scan_backward(dxbc, dstep, dA, dskip, scan, dout, kept, xbc, step, A_log, skip, B, T, D, S, H, P);
+    scan_backward_gpu(dxbc_d, dstep_d, dA_d, dskip_d, scan_d, dout_d, kept_d, xbc_d, step_d, A_d, skip_d, B, T, D, S, H, P, sums, st);
+    column_sums_gpu(sums, st);
+    worst_of(&worst[SCAN_B], gpu_error(dxbc_d, dxbc, N, W, W, 0));
+    worst_of(&worst[SCAN_B], gpu_error(dA_d, dA, 1, H, H, floor));
+    worst_of(&worst[SCAN_B], gpu_error(dskip_d, dskip, 1, H, H, floor));
+    worst_of(&worst[SCAN_B], gpu_error(dstep_d, dstep, N, 3 * H, 3 * H, floor));
+    step_backward(dstep_inp, dshifts, dstep, 3 * H, inp, ld_w, shifts, N, H);
+    step_backward_gpu(dstep_inp_d, dshifts_d, dstep_d, 3 * H, inp_d, ld_w, shifts_d, N, H, sums, st);
+    column_sums_gpu(sums, st);
+    worst_of(&worst[STEP], gpu_error(dstep_inp_d, dstep_inp, N, H, ld_w, floor));
+    worst_of(&worst[STEP], gpu_error(dshifts_d, dshifts, 1, H, H, floor));
+}
+
 // One random shape: every layer on the GPU and in C on the same numbers. `even` shapes take the paths in eights and
 // tiles.
 template <typename X> static void compare_layers(double *worst, int even, int T) {
@@ -2327,58 +2384,13 @@ template <typename X> static void compare_layers(double *worst, int even, int T)
         worst_of(&worst[CROSSENTROPY], gpu_error(losses_d, losses, 1, N, N, sqrt((double)N)));
         worst_of(&worst[CROSSENTROPY], gpu_error(logits_d, padded, N, ld_v, ld_v, 0.1 * sqrt((double)N)));
     }
-    { // mamba2's layers: E = D channels in H heads, 2 numbers of state or more, W columns of rows ld_w apart
-        int S = even ? 8 * random_int(1, 16) : random_int(2, 20), W = D + 2 * S, ld_w = W + (even ? 8 : 1) * random_int(0, 3), first = random_int(0, T - 1), P = panel_heights[random_int(0, N_HEIGHTS - 1)];
-        int slots = (T + chunk_height(P) - 1) / chunk_height(P);
-        int64_t wide_w = (int64_t)N * ld_w, size_w = (int64_t)N * W, states = (int64_t)B * slots * S * D;
-        real *inp = noise(wide_w, 1), *taps = noise(W * TAPS, 0.5), *shift = noise(W, 0.5), *xbc = poison(size_w), *dxbc = noise(size_w, 1), *dinp = poison(wide_w), *dtaps = noise(W * TAPS, 1), *dshift = noise(W, 1);
-        X *inp_d = on_gpu<X>(inp, wide_w), *xbc_d = gpu_poison<X>(size_w), *dxbc_d = on_gpu<X>(dxbc, size_w), *dinp_d = gpu_poison<X>(wide_w), *tail_d = on_gpu<X>(noise((TAPS - 1) * W, 0), (TAPS - 1) * W);
-        float *taps_d = on_gpu<float>(taps, W * TAPS), *shift_d = on_gpu<float>(shift, W), *dtaps_d = on_gpu<float>(dtaps, W * TAPS), *dshift_d = on_gpu<float>(dshift, W);
-        conv_forward(xbc, inp, ld_w, NULL, taps, shift, B, T, W, 0);
-        if (first) conv_forward_gpu(xbc_d, inp_d, ld_w, tail_d, taps_d, shift_d, 1, first, W, 0, st); // the first sequence in two calls
-        conv_forward_gpu(xbc_d + (int64_t)first * W, inp_d + (int64_t)first * ld_w, ld_w, tail_d, taps_d, shift_d, 1, T, W, first, st);
-        worst_of(&worst[CONVOLUTION], gpu_error(xbc_d, xbc, T, W, W, 0));
-        conv_forward_gpu(xbc_d, inp_d, ld_w, (X *)NULL, taps_d, shift_d, B, T, W, 0, st);
-        worst_of(&worst[CONVOLUTION], gpu_error(xbc_d, xbc, N, W, W, 0));
-        conv_backward(dinp, dtaps, dshift, dxbc, inp, ld_w, taps, shift, B, T, W);
-        conv_backward_gpu(dinp_d, dtaps_d, dshift_d, dxbc_d, inp_d, ld_w, taps_d, shift_d, B, T, W, &sums, st);
-        column_sums_gpu(&sums, st);
-        worst_of(&worst[CONVOLUTION], gpu_error(dinp_d, dinp, N, W, ld_w, 0));
-        worst_of(&worst[CONVOLUTION], gpu_error(dtaps_d, dtaps, 1, W * TAPS, W * TAPS, 0.1 * sqrt((double)size_w)));
-        worst_of(&worst[CONVOLUTION], gpu_error(dshift_d, dshift, 1, W, W, 0.1 * sqrt((double)size_w)));
-
-        real *step = poison(N * H), *shifts = noise(H, 1), *dshifts = noise(H, 1), *dstep = poison(N * 3 * H), *dstep_inp = poison(wide_w);
-        float *step_d = gpu_poison<float>(N * H), *shifts_d = on_gpu<float>(shifts, H), *dshifts_d = on_gpu<float>(dshifts, H), *dstep_d = gpu_poison<float>(N * 3 * H);
-        X *dstep_inp_d = gpu_poison<X>(wide_w);
-        step_forward(step, inp, ld_w, shifts, N, H);
-        step_forward_gpu(step_d, inp_d, ld_w, shifts_d, N, H, st);
-        worst_of(&worst[STEP], gpu_error(step_d, step, N, H, H, 0));
-
-        xbc_d = on_gpu<X>(xbc, size_w); // both read the same
-        real *A_log = noise(H, 1), *skip = noise(H, 1), *dA = noise(H, 1), *dskip = noise(H, 1), *y_scan = poison(size), *kept = poison(states);
-        real *scan = (real *)lend(scan_scratch(D, S, H) * (size_t)omp_get_max_threads() * sizeof(real));
-        float *A_d = on_gpu<float>(A_log, H), *skip_d = on_gpu<float>(skip, H), *dA_d = on_gpu<float>(dA, H), *dskip_d = on_gpu<float>(dskip, H), *kept_d = gpu_poison<float>(states);
-        float *carried_d = on_gpu<float>(noise((int64_t)S * D, 0), (int64_t)S * D), *scan_d = gpu_poison<float>(scan_scratch_gpu(B, T, D, S, H));
-        X *y_scan_d = gpu_poison<X>(size);
-        scan_forward(y_scan, kept, 1, scan, xbc, step, A_log, skip, B, T, D, S, H, P);
-        if (first) scan_forward_gpu(y_scan_d, kept_d, carried_d, xbc_d, step_d, A_d, skip_d, 1, first, D, S, H, P, st);
-        scan_forward_gpu(y_scan_d + (int64_t)first * D, kept_d, carried_d, xbc_d + (int64_t)first * W, step_d + (int64_t)first * H, A_d, skip_d, 1, T - first, D, S, H, P, st);
-        worst_of(&worst[SCAN_F], gpu_error(y_scan_d, y_scan, T, D, D, 0));
-        scan_forward_gpu(y_scan_d, kept_d, (float *)NULL, xbc_d, step_d, A_d, skip_d, B, T, D, S, H, P, st);
-        worst_of(&worst[SCAN_F], gpu_error(y_scan_d, y_scan, N, D, D, 0));
-        scan_backward(dxbc, dstep, dA, dskip, scan, dout, kept, xbc, step, A_log, skip, B, T, D, S, H, P);
-        scan_backward_gpu(dxbc_d, dstep_d, dA_d, dskip_d, scan_d, dout_d, kept_d, xbc_d, step_d, A_d, skip_d, B, T, D, S, H, P, &sums, st);
-        column_sums_gpu(&sums, st);
-        worst_of(&worst[SCAN_B], gpu_error(dxbc_d, dxbc, N, W, W, 0));
-        worst_of(&worst[SCAN_B], gpu_error(dA_d, dA, 1, H, H, floor));
-        worst_of(&worst[SCAN_B], gpu_error(dskip_d, dskip, 1, H, H, floor));
-        worst_of(&worst[SCAN_B], gpu_error(dstep_d, dstep, N, 3 * H, 3 * H, floor));
-        step_backward(dstep_inp, dshifts, dstep, 3 * H, inp, ld_w, shifts, N, H);
-        step_backward_gpu(dstep_inp_d, dshifts_d, dstep_d, 3 * H, inp_d, ld_w, shifts_d, N, H, &sums, st);
-        column_sums_gpu(&sums, st);
-        worst_of(&worst[STEP], gpu_error(dstep_inp_d, dstep_inp, N, H, ld_w, floor));
-        worst_of(&worst[STEP], gpu_error(dshifts_d, dshifts, 1, H, H, floor));
-
+    compare_scan<X>(worst, 0, dout, dout_d, B, T, D, H, &sums);
+    if (even) { // again in eights, from numbers that the shapes below do not depend on
+        uint64_t before = chance;
+        compare_scan<X>(worst, 1, dout, dout_d, B, T, D, H, &sums);
+        chance = before;
+    }
+    { // gated norm
         real *o = poison(size), *rms = poison(N), *dy = poison(size), *dz = poison(wide_size), *dweight = noise(D, 1);
         X *o_d = gpu_poison<X>(size), *dy_d = gpu_poison<X>(size), *dz_d = gpu_poison<X>(wide_size);
         float *rms_d = gpu_poison<float>(N), *dweight_d = on_gpu<float>(dweight, D);

@@ -2745,52 +2745,78 @@ static void step_backward_gpu(X *dinp, float *dbias, const float *dstep, int ld_
     each_with_sums<1>(f, sums, {dbias}, N, heads, 0, stream);
 }
 
-// A matrix in shared memory, its element (i, j) at[i·ld + j] or, transposed, at[j·ld + i].
-template <typename X> struct SharedMatrix {
+// A matrix in shared memory, its element (i, j) at[i·ld + j] or, transposed, at[j·ld + i]. With PARTS 2 it is the sum of two, `low`
+// numbers apart, what bf16 keeps of each number and what it keeps of the rest: products of it are as exact as with 16 bits.
+template <typename X, int PARTS = 1> struct SharedMatrix {
     X *at;
-    int ld, transposed;
-    __device__ X *operator()(int i, int j) const { return at + (transposed ? j * ld + i : i * ld + j); }
-    __device__ SharedMatrix t() const { return {at, ld, !transposed}; }
+    int ld, low, transposed;
+    __device__ X *operator()(int i, int j, int part = 0) const { return at + part * low + (transposed ? j * ld + i : i * ld + j); }
+    __device__ SharedMatrix t() const { return {at, ld, low, !transposed}; }
+    __device__ float value(int i, int j) const { return get(*(*this)(i, j)) + (PARTS > 1 ? get(*(*this)(i, j, 1)) : 0); }
+    template <int V> __device__ void set(int i, int j, float v[V]) const {
+        for (int part = 0; part < PARTS; part++) {
+            write_some<V>((*this)(i, j, part), v);
+            for (int e = 0; e < V; e++) v[e] -= get(to<X>(v[e]));
+        }
+    }
 };
 
 // 16 rows and columns of it, from (i, j), as mma wants them: a thread has two neighbours in row lane / 4, those 8 rows below,
 // then the same 8 columns further.
-__device__ static inline void fragment(uint32_t part[4], SharedMatrix<bf16> a, int i, int j) {
+template <int PARTS>
+__device__ static inline void fragment(uint32_t x[4], SharedMatrix<bf16, PARTS> a, int i, int j, int part) {
     int lane = threadIdx.x % 32, down = lane / 8 % 2 * 8, right = lane / 16 * 8;
-    bf16 *row = a.transposed ? a(i + down, j + right + lane % 8) : a(i + down + lane % 8, j + right);
+    bf16 *row = a.transposed ? a(i + down, j + right + lane % 8, part) : a(i + down + lane % 8, j + right, part);
     uint32_t at = (uint32_t)__cvta_generic_to_shared(row);
-    if (a.transposed) asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(part[0]),
-                                   "=r"(part[1]), "=r"(part[2]), "=r"(part[3]) : "r"(at) : "memory");
-    else asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(part[0]), "=r"(part[1]),
-                      "=r"(part[2]), "=r"(part[3]) : "r"(at) : "memory");
+    if (a.transposed) asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(x[0]),
+                                   "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(at) : "memory");
+    else asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(x[0]), "=r"(x[1]),
+                      "=r"(x[2]), "=r"(x[3]) : "r"(at) : "memory");
 }
 
-// A warp: 16 rows from i and 32 columns from j of a·b are added to sum, where [q][e] stands in row i + lane / 4 + e / 2 · 8 and
-// column j + 8q + lane % 4 · 2 + e % 2.
-__device__ static inline void add_product(float sum[4][4], SharedMatrix<bf16> a, SharedMatrix<bf16> b, int i, int j, int K) {
+// A warp: 16 rows from i and 32 columns from j of a·b, or of (a ⊙ scale)·b with a scale for each column of a, are added to sum,
+// where [q][e] stands in row i + lane / 4 + e / 2 · 8 and column j + 8q + lane % 4 · 2 + e % 2.
+template <int SCALED = 0, int A, int B>
+__device__ static inline void add_product(float sum[4][4], SharedMatrix<bf16, A> a, SharedMatrix<bf16, B> b, int i, int j, int K,
+                                          const float *scale = NULL) {
+    constexpr int parts = (SCALED ? 2 : A) * B;
     for (int k = 0; k < K; k += 16) {
-        uint32_t x[4], y[2][4];
-        fragment(x, a, i, k);
-        for (int half = 0; half < 2; half++) fragment(y[half], b.t(), j + 16 * half, k);
-        for (int q = 0; q < 4; q++)
-            asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-                         "{%0, %1, %2, %3};" : "+f"(sum[q][0]), "+f"(sum[q][1]), "+f"(sum[q][2]), "+f"(sum[q][3]) : "r"(x[0]),
-                         "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(y[q / 2][q % 2]), "r"(y[q / 2][q % 2 + 2]));
+        uint32_t x[2][4], y[B][2][4];
+        for (int part = 0; part < A; part++) fragment(x[part], a, i, k, part);
+        for (int part = 0; part < B; part++)
+            for (int half = 0; half < 2; half++) fragment(y[part][half], b.t(), j + 16 * half, k, part);
+        for (int r = 0; r < 4 * SCALED; r++) { // two numbers in each
+            float2 s = *(const float2 *)(scale + k + threadIdx.x % 4 * 2 + r / 2 * 8);
+            float first = __uint_as_float(x[0][r] << 16) * s.x, second = __uint_as_float(x[0][r] & 0xffff0000) * s.y;
+            x[0][r] = pack_two(first, second);
+            x[1][r] = pack_two(first - __uint_as_float(x[0][r] << 16), second - __uint_as_float(x[0][r] & 0xffff0000));
+        }
+        for (int part = 0; part < parts; part++)
+            for (int q = 0; q < 4; q++) {
+                const uint32_t *u = x[part / B], *v = y[part % B][q / 2] + q % 2;
+                asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                             "{%0, %1, %2, %3};" : "+f"(sum[q][0]), "+f"(sum[q][1]), "+f"(sum[q][2]), "+f"(sum[q][3])
+                             : "r"(u[0]), "r"(u[1]), "r"(u[2]), "r"(u[3]), "r"(v[0]), "r"(v[2]));
+            }
     }
 }
-__device__ static inline void add_product(float sum[4][4], SharedMatrix<float> a, SharedMatrix<float> b, int i, int j, int K) {
+template <int SCALED = 0>
+__device__ static inline void add_product(float sum[4][4], SharedMatrix<float> a, SharedMatrix<float> b, int i, int j, int K,
+                                          const float *scale = NULL) {
     int row = i + threadIdx.x % 32 / 4, column = j + threadIdx.x % 4 * 2;
     for (int k = 0; k < K; k++)
-        for (int q = 0; q < 4; q++)
-            for (int e = 0; e < 4; e++) sum[q][e] += *a(row + e / 2 * 8, k) * *b(k, column + q * 8 + e % 2);
+        for (int e = 0; e < 4; e++) {
+            float x = *a(row + e / 2 * 8, k) * (SCALED ? scale[k] : 1);
+            for (int q = 0; q < 4; q++) sum[q][e] += x * *b(k, column + q * 8 + e % 2);
+        }
 }
 
-// A block: out(r, i, j, v), v = between(a b) + a2 b2 for i < M, j < N with K and K2 numbers in each sum. Each row belongs to two
-// warps of the eight and within them to the four threads that agree in lane / 4; a thread's rows of 64 are r = 0 and 1.
+// A block: out(r, i, j, v), v = between(a b) + (a2 ⊙ scale) b2 for i < M, j < N with K and K2 numbers in each sum. Each row belongs
+// to two warps of the eight and within them to the four threads that agree in lane / 4; a thread's rows of 64 are r = 0 and 1.
 enum { SCAN_THREADS = 256, SCAN_ROWS = 64 };
-template <typename X, typename Between, typename Out>
-__device__ inline void block_products(int M, int N, int K, SharedMatrix<X> a, SharedMatrix<X> b, Between between, int K2,
-                                      SharedMatrix<X> a2, SharedMatrix<X> b2, Out out) {
+template <int SCALED = 0, typename A, typename B, typename Between, typename A2, typename B2, typename Out>
+__device__ inline void block_products(int M, int N, int K, A a, B b, Between between, int K2, A2 a2, B2 b2, Out out,
+                                      const float *scale = NULL) {
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     for (int i0 = warp % 4 * 16; i0 < M; i0 += 64)
         for (int j0 = warp / 4 * 32; j0 < N; j0 += 64) {
@@ -2806,31 +2832,29 @@ __device__ inline void block_products(int M, int N, int K, SharedMatrix<X> a, Sh
             };
             add_product(sum, a, b, i0, j0, K);
             all(between);
-            add_product(sum, a2, b2, i0, j0, K2);
+            add_product<SCALED>(sum, a2, b2, i0, j0, K2, scale);
             all(out);
         }
 }
-template <typename X, typename Out>
-__device__ inline void block_product(int M, int N, int K, SharedMatrix<X> a, SharedMatrix<X> b, Out out) {
-    block_products(M, N, 0, a, b, [](int, int, int, float) {}, K, a, b, out);
-}
 
 // The scan. A block takes one head of one sequence and walks along its chunks. What a product reads of a chunk lies in shared
-// memory as X, with zeros up to the next multiple of 32 rows and columns; the state, in float32, in the device's memory.
+// memory as X, with zeros up to the next multiple of 32 rows and columns: inputs as they are, all else in two parts where X is
+// bf16. Sums and gradients of L, decays and what is multiplied by them stay in float32 or more.
 template <typename X> struct Scan {
     const X *xbc, *dy;
     const float *step, *A_log, *skip;
     int T, E, S, heads, P, rows, in_eights;
 };
-struct ScanRows { // decay = exp(L), scale = fade_last Δ
+struct ScanRows { // decay = exp(L), fade = exp(L_last - L), scale = fade Δ; 0 past the chunk's end. Below: parts of sums
     double L[SCAN_ROWS];
-    float delta[SCAN_ROWS], decay[SCAN_ROWS], scale[SCAN_ROWS], sums[2][4][SCAN_ROWS], shared[32];
+    float delta[SCAN_ROWS], decay[SCAN_ROWS], fade[SCAN_ROWS], scale[SCAN_ROWS], diagonal[SCAN_ROWS], skip[SCAN_ROWS];
+    float left[2][SCAN_ROWS], below[4][SCAN_ROWS], read[2][SCAN_ROWS], taken[2][SCAN_ROWS], shared[32];
 };
 
 static int scan_bytes(int S, int w, int rows, int number, int backward) {
-    int pad = 16 / number, ld_s = (int)round_up(S, 32) + pad, ld_w = (int)round_up(w, 32) + pad;
-    return (int)sizeof(ScanRows) + number * (rows * (2 * ld_s + (2 + backward) * ld_w + (1 + backward) * (rows + pad))
-                                             + (1 + backward) * (int)round_up(S, 32) * ld_w);
+    int pad = 16 / number, ld_s = (int)round_up(S, 32) + pad, ld_w = (int)round_up(w, 32) + pad, parts = number == 2 ? 2 : 1;
+    return (int)sizeof(ScanRows) + number * (rows * (2 * ld_s + (1 + backward) * (ld_w + parts * (rows + pad)))
+                                             + (1 + backward) * parts * (int)round_up(S, 32) * ld_w);
 }
 // The most rows of a chunk for which the shared memory suffices. 0: it does not
 static int scan_rows(int S, int w, int number) {
@@ -2841,59 +2865,69 @@ static int scan_rows(int S, int w, int number) {
     return 0;
 }
 
+// The sum of x over the lanes up to this one.
+__device__ static inline double prefix_sum(double x) {
+    for (int down = 1; down < 32; down *= 2) {
+        double before = __shfl_up_sync(~0u, x, down);
+        if ((int)threadIdx.x % 32 >= down) x += before;
+    }
+    return x;
+}
+
 template <typename X> struct ScanBlock {
+    enum { PARTS = sizeof(X) == sizeof(bf16) ? 2 : 1 };
     Scan<X> s;
     ScanRows *r;
-    SharedMatrix<X> b, c, x, scaled, M, h, dy, dM, dh;
-    int head, w, n;
+    SharedMatrix<X> b, c, x, dy;
+    SharedMatrix<X, PARTS> M, h, dM, dh;
+    int head, w, n, rows_h;
     int64_t row; // of the chunk's first token
     __device__ ScanBlock(const Scan<X> &scan, uint4 *memory, int backward) : s(scan), head(blockIdx.x), w(s.E / s.heads) {
         r = (ScanRows *)memory;
         X *at = (X *)(r + 1);
-        auto take = [&](int rows, int width) {
-            SharedMatrix<X> m = {at, (width + 31) / 32 * 32 + 16 / (int)sizeof(X), 0};
-            at += rows * m.ld;
-            return m;
+        rows_h = (s.S + 31) / 32 * 32;
+        auto take = [&](auto matrix, int parts, int rows, int width) {
+            int ld = (width + 31) / 32 * 32 + 16 / (int)sizeof(X);
+            matrix = {at, ld, rows * ld, 0};
+            at += parts * rows * ld;
+            return matrix;
         };
-        int rows_h = (s.S + 31) / 32 * 32;
-        b = take(s.rows, s.S);
-        c = take(s.rows, s.S);
-        x = take(s.rows, w);
-        scaled = take(s.rows, w);
-        M = take(s.rows, s.rows);
-        h = take(rows_h, w);
+        b = take(b, 1, s.rows, s.S);
+        c = take(c, 1, s.rows, s.S);
+        x = take(x, 1, s.rows, w);
+        M = take(M, PARTS, s.rows, s.rows);
+        h = take(h, PARTS, rows_h, w);
         if (!backward) return;
-        dy = take(s.rows, w);
-        dM = take(s.rows, s.rows);
-        dh = take(rows_h, w);
+        dy = take(dy, 1, s.rows, w);
+        dM = take(dM, PARTS, s.rows, s.rows);
+        dh = take(dh, PARTS, rows_h, w);
     }
-    template <int V, typename Y>
-    __device__ void fetch_pieces(SharedMatrix<X> to, const Y *from, int64_t ld, int rows, int width, int all_rows) const {
+    template <int V, int N, typename Y>
+    __device__ void fetch_pieces(SharedMatrix<X, N> m, const Y *from, int64_t ld, int rows, int width, int all_rows) const {
         int pieces = (width + 31) / 32 * 32 / V;
 #pragma unroll 4
         for (int item = threadIdx.x; item < all_rows * pieces; item += SCAN_THREADS) {
             int i = item / pieces, j = item % pieces * V, inside = i < rows && j < width;
             const Y *at = inside ? from + i * ld + j : from;
             if constexpr (V == 8 && sizeof(X) == 2 && sizeof(Y) == 2)
-                asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" : : "r"((uint32_t)__cvta_generic_to_shared(to(i, j))),
+                asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" : : "r"((uint32_t)__cvta_generic_to_shared(m(i, j))),
                              "l"(at), "r"(inside * 16) : "memory");
             else {
                 float v[V] = {};
                 if (inside) read_some<V>(v, at);
-                write_some<V>(to(i, j), v);
+                m.template set<V>(i, j, v);
             }
         }
     }
-    template <typename Y>
-    __device__ void fetch(SharedMatrix<X> to, const Y *from, int64_t ld, int rows, int width, int all_rows) const {
-        if (s.in_eights) fetch_pieces<8>(to, from, ld, rows, width, all_rows);
-        else fetch_pieces<1>(to, from, ld, rows, width, all_rows);
+    template <int N, typename Y>
+    __device__ void fetch(SharedMatrix<X, N> m, const Y *from, int64_t ld, int rows, int width, int all_rows) const {
+        if (s.in_eights) fetch_pieces<8>(m, from, ld, rows, width, all_rows);
+        else fetch_pieces<1>(m, from, ld, rows, width, all_rows);
     }
-    // fade_tj Δ_j, also outside of the chunk: 0
-    __device__ float fade(int t, int j) const { return j <= t && t < n ? expf((float)(r->L[t] - r->L[j])) * r->delta[j] : 0; }
-    // The chunk of row t0, with M as in chunk_weights and what the states' product reads: scale ⊙ x, backward decay ⊙ dy.
-    __device__ void begin(int t0, const float *state, const float *dstate) {
-        int rows_h = (s.S + 31) / 32 * 32, W = s.E + 2 * s.S, t = threadIdx.x;
+    // The chunk of row t0: its inputs and the first six lines of ScanRows, backward with the state before it. Lane l of the
+    // first warp takes rows 2l and 2l + 1.
+    __device__ void begin(int t0, const float *state) {
+        int W = s.E + 2 * s.S;
         n = min(s.P, s.T - t0);
         row = (int64_t)blockIdx.y * s.T + t0;
         __syncthreads(); // the chunk before is done
@@ -2901,29 +2935,64 @@ template <typename X> struct ScanBlock {
         fetch(b, xbc + s.E, W, n, s.S, s.rows);
         fetch(c, xbc + s.E + s.S, W, n, s.S, s.rows);
         fetch(x, xbc + head * w, W, n, w, s.rows);
-        if (dstate) fetch(dy, s.dy + row * s.E + head * w, s.E, n, w, s.rows);
-        fetch(h, state, s.E, s.S, w, rows_h);
-        if (dstate) fetch(dh, dstate, s.E, s.S, w, rows_h);
-        if (t < n) r->delta[t] = s.step[(row + t) * s.heads + head];
+        if (state) fetch(dy, s.dy + row * s.E + head * w, s.E, n, w, s.rows);
+        if (state) fetch(h, state, s.E, s.S, w, rows_h);
+        if (threadIdx.x < 32) { // L in double: differences of sums that may be large
+            int t = 2 * threadIdx.x;
+            double rate = expf(s.A_log[head]), L[2];
+            float delta[2];
+            for (int i = 0; i < 2; i++) delta[i] = t + i < n ? s.step[(row + t + i) * s.heads + head] : 0;
+            L[1] = prefix_sum(-rate * delta[0] - rate * delta[1]);
+            L[0] = L[1] + rate * delta[1];
+            double last = __shfl_sync(~0u, L[1], 31);
+            for (int i = 0; i < 2; i++, t++) {
+                r->L[t] = L[i];
+                r->delta[t] = delta[i];
+                r->decay[t] = t < n ? expf((float)L[i]) : 0;
+                r->fade[t] = t < n ? expf((float)(last - L[i])) : 0;
+                r->scale[t] = r->fade[t] * delta[i];
+            }
+        }
         asm volatile("cp.async.wait_all;" : : : "memory");
         __syncthreads();
-        if (t < n) {
-            double rate = expf(s.A_log[head]), L = 0, last = 0; // in double: differences of sums that may be large
-            for (int j = 0; j < n; j++) {
-                last -= rate * r->delta[j];
-                if (j == t) L = last;
-            }
-            r->L[t] = L;
-            r->decay[t] = expf((float)L);
-            r->scale[t] = expf((float)(last - L)) * r->delta[t];
+    }
+    // Of row t of a product, to[.][t] gets what this warp has of sum.
+    __device__ void row_parts(float (*to)[SCAN_ROWS], const float sum[2]) const {
+        int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+        for (int i = 0; i < 2; i++) {
+            float part = sum[i] + __shfl_xor_sync(~0u, sum[i], 1);
+            part += __shfl_xor_sync(~0u, part, 2);
+            if (lane % 4 == 0) to[warp / 4][warp % 4 * 16 + lane / 4 + i * 8] = part;
         }
-        __syncthreads();
-        const float *scales = dstate ? r->decay : r->scale;
-        SharedMatrix<X> from = dstate ? dy : x;
-        for (int i = t; i < s.rows * from.ld; i += SCAN_THREADS)
-            scaled.at[i] = to<X>(i / from.ld < n ? scales[i / from.ld] * get(from.at[i]) : 0);
-        block_product(s.rows, s.rows, s.S, c, b.t(), [&](int, int t, int j, float cb) { *M(t, j) = to<X>(cb * fade(t, j)); });
-        if (dstate) block_product(s.rows, s.rows, w, dy, x.t(), [&](int, int t, int j, float sum) { *dM(t, j) = to<X>(sum * fade(t, j)); });
+    }
+    // M = (c b^T) ⊙ fades ⊙ Δ + skip·I, backward dM = (dy x^T) ⊙ fades ⊙ Δ; of (c b^T) ⊙ fades ⊙ (dy x^T) the diagonal, what lies
+    // below it in each column, and, times Δ, left of it in each row.
+    __device__ void weights(float skip, int backward) const {
+        int warp = threadIdx.x / 32, lane = threadIdx.x % 32, i0 = warp % 4 * 16, j0 = warp / 4 * 32;
+        float cb[4][4] = {}, product[4][4] = {}, left[2] = {}, below[8] = {};
+        if (i0 < s.rows && j0 < i0 + 16) { // else beside the chunk or above the diagonal
+            add_product(cb, c, b.t(), i0, j0, s.S);
+            if (backward) add_product(product, dy, x.t(), i0, j0, w);
+        }
+        for (int q = 0; q < 4; q++)
+            for (int e = 0; e < 4; e++) {
+                int t = i0 + lane / 4 + e / 2 * 8, j = j0 + q * 8 + lane % 4 * 2 + e % 2;
+                float fade = j <= t && t < n ? expf((float)(r->L[t] - r->L[j])) : 0, delta = r->delta[j];
+                float term = cb[q][e] * fade * product[q][e], m = cb[q][e] * fade * delta + (j == t ? skip : 0), dm = product[q][e] * fade * delta;
+                if (t < s.rows && j < s.rows) M.template set<1>(t, j, &m);
+                if (t < s.rows && j < s.rows && backward) dM.template set<1>(t, j, &dm);
+                left[e / 2] += j < t ? term * delta : 0;
+                below[2 * q + e % 2] += j < t ? term : 0;
+                if (j == t) r->diagonal[t] = term;
+                if (j == t) r->skip[t] = product[q][e];
+            }
+        if (backward) {
+            row_parts(r->left, left);
+            for (int i = 0; i < 8; i++) {
+                for (int down = 4; down < 32; down *= 2) below[i] += __shfl_xor_sync(~0u, below[i], down);
+                if (lane < 4) r->below[warp % 4][j0 + i / 2 * 8 + lane * 2 + i % 2] = below[i];
+            }
+        }
         __syncthreads();
     }
 };
@@ -2939,79 +3008,81 @@ __global__ void __launch_bounds__(SCAN_THREADS, 3) scan_sequence_kernel(X *y, fl
         int64_t at = (int64_t)(i / k.w) * s.E + i % k.w;
         state[at] = last ? last[at] : 0;
     }
+    __syncthreads();
+    k.fetch(k.h, state, s.E, s.S, k.w, k.rows_h);
     for (int t0 = 0; t0 < s.T; t0 += s.P) {
-        float *next = t0 + s.P < s.T ? state + size : last, skip = s.skip[k.head];
-        k.begin(t0, state, NULL);
+        float *next = t0 + s.P < s.T ? state + size : last;
+        k.begin(t0, NULL);
+        k.weights(s.skip[k.head], 0);
         block_products(k.n, k.w, s.S, k.c, k.h, [&](int, int t, int, float &sum) { sum *= k.r->decay[t]; },
-                       k.n, k.M, k.x, [&](int, int t, int e, float sum) {
-                           y[(k.row + t) * s.E + own + e] = to<X>(sum + skip * get(*k.x(t, e)));
-                       });
-        if (next) block_products(s.S, k.w, 0, k.b, k.x, [&](int, int i, int e, float &sum) {
-                                     sum = k.r->decay[k.n - 1] * state[(int64_t)i * s.E + e];
-                                 }, k.n, k.b.t(), k.scaled, [&](int, int i, int e, float sum) { next[(int64_t)i * s.E + e] = sum; });
+                       k.n, k.M, k.x, [&](int, int t, int e, float sum) { y[(k.row + t) * s.E + own + e] = to<X>(sum); });
+        __syncthreads();
+        if (next) block_products<1>(s.S, k.w, 0, k.b, k.x, [&](int, int i, int e, float &sum) {
+                                        sum = k.r->decay[k.n - 1] * k.h.value(i, e);
+                                    }, k.n, k.b.t(), k.x, [&](int, int i, int e, float sum) {
+                                        next[(int64_t)i * s.E + e] = sum;
+                                        k.h.template set<1>(i, e, &sum);
+                                    }, k.r->scale);
         state = next;
     }
 }
 
-// All gradients of a head, see scan_head_backward; dstates (B,S,E) is scratch, partial (N,heads,2S) the head's part of db and dc.
-// With y and dx less what skip gives them, dL_t is y_t·dy_t - x_t·dx_t, and ddelta_t is x_t·dx_t / Δ_t: no sums over rows and
-// columns of dM ⊙ M. Of x·dx the part that went by way of the state comes back at the chunk's end, so that the sum of dL from t on
-// has the others' part from t on, the states' part before t, and what was carried.
+// All gradients of a head, see scan_head_backward; partial (N,heads,2S) is the head's part of db and dc. dL_t - dL_{t+1} + .. + dL_last
+// is a sum over the terms of dM ⊙ M that lie below row t - 1 and left of column t: each row's and each column's sum of what lies
+// below the diagonal, so that nothing that is added in one place and taken away in another is ever rounded in between.
 template <typename X>
 __global__ void __launch_bounds__(SCAN_THREADS, 2) scan_sequence_backward_kernel(X *dxbc, float *dstep, float *partial,
-                                                                                 float *dstates, const float *states, Scan<X> s) {
+                                                                                 const float *states, Scan<X> s) {
     extern __shared__ uint4 scan_memory[];
     ScanBlock<X> k(s, scan_memory, 1);
     ScanRows *r = k.r;
-    int S = s.S, w = k.w, W = s.E + 2 * S, t = threadIdx.x, lane = t % 32, chunks = (s.T + s.P - 1) / s.P;
+    int S = s.S, w = k.w, W = s.E + 2 * S, chunks = (s.T + s.P - 1) / s.P;
     int64_t size = (int64_t)S * s.E, own = k.head * w;
-    float *dstate = dstates + blockIdx.y * size + own, skip = s.skip[k.head], rate = expf(s.A_log[k.head]);
-    for (int i = t; i < S * w; i += SCAN_THREADS) dstate[(int64_t)(i / w) * s.E + i % w] = 0;
+    float rate = expf(s.A_log[k.head]), skip = s.skip[k.head];
+    k.fetch(k.dh, states, 0, 0, w, k.rows_h); // 0
     for (int chunk = chunks - 1; chunk >= 0; chunk--) {
-        const float *state = states + ((int64_t)blockIdx.y * chunks + chunk) * size + own;
-        enum { Y, X_ALL, X_STATE, SKIP };
-        float sums[4][2] = {}, carried = 0;
-        k.begin(chunk * s.P, state, dstate);
+        k.begin(chunk * s.P, states + ((int64_t)blockIdx.y * chunks + chunk) * size + own);
+        k.weights(skip, 1);
         int n = k.n;
         X *dx = dxbc + k.row * W + own;
-        float *part = partial + (k.row * s.heads + k.head) * 2 * S, decay = r->decay[n - 1];
+        float *part = partial + (k.row * s.heads + k.head) * 2 * S, read[2] = {}, taken[2] = {}, carried = 0;
         int64_t next = (int64_t)s.heads * 2 * S; // from row to row of part
-        block_products(n, w, S, k.c, k.h, [&](int, int t, int, float &sum) { sum *= r->decay[t]; },
-                       n, k.M, k.x, [&](int i, int t, int e, float sum) { sums[Y][i] += sum * get(*k.dy(t, e)); });
-        block_products(n, w, S, k.b, k.dh, [&](int i, int j, int e, float &sum) {
-                           sums[X_STATE][i] += get(*k.x(j, e)) * (sum *= r->scale[j]);
-                       }, n, k.M.t(), k.dy, [&](int i, int j, int e, float sum) {
-                           float x = get(*k.x(j, e)), dy = get(*k.dy(j, e));
-                           sums[X_ALL][i] += x * sum;
-                           sums[SKIP][i] += x * dy;
-                           dx[(int64_t)j * W + e] = to<X>(sum + skip * dy);
-                       });
-        block_products(n, S, w, k.x, k.dh.t(), [&](int, int j, int, float &sum) { sum *= r->scale[j]; },
-                       n, k.dM.t(), k.c, [&](int, int j, int i, float sum) { part[j * next + i] = sum; });
-        block_products(n, S, w, k.dy, k.h.t(), [&](int, int t, int, float &sum) { sum *= r->decay[t]; },
-                       n, k.dM, k.b, [&](int, int t, int i, float sum) { part[t * next + S + i] = sum; });
-        block_products(S, w, 0, k.c, k.dy, [&](int, int i, int e, float &sum) {
-                           sum = decay * dstate[(int64_t)i * s.E + e];
-                           carried += sum * state[(int64_t)i * s.E + e];
-                       }, n, k.c.t(), k.scaled, [&](int, int i, int e, float sum) { dstate[(int64_t)i * s.E + e] = sum; });
-        for (int q = 0; q < 4; q++)
-            for (int i = 0; i < 2; i++) {
-                float sum = sums[q][i] + __shfl_xor_sync(~0u, sums[q][i], 1);
-                sum += __shfl_xor_sync(~0u, sum, 2);
-                if (lane % 4 == 0) r->sums[t / 128][q][t / 32 % 4 * 16 + lane / 4 + i * 8] = sum;
-            }
-        carried = block_sum(carried, r->shared);
-        if (t < n)
-            for (int q = 0; q < 4; q++) r->sums[0][q][t] += r->sums[1][q][t];
+        block_products(n, w, S, k.b, k.dh, [&](int, int j, int, float &sum) { sum *= r->scale[j]; },
+                       n, k.M.t(), k.dy, [&](int, int j, int e, float sum) { dx[(int64_t)j * W + e] = to<X>(sum); });
+        block_products(n, S, w, k.x, k.dh.t(), [&](int q, int j, int i, float &sum) {
+                           taken[q] += get(*k.b(j, i)) * sum;
+                           sum *= r->scale[j];
+                       }, n, k.dM.t(), k.c, [&](int, int j, int i, float sum) { part[j * next + i] = sum; });
+        block_products(n, S, w, k.dy, k.h.t(), [&](int q, int t, int i, float &sum) {
+                           read[q] += get(*k.c(t, i)) * (sum *= r->decay[t]);
+                       }, n, k.dM, k.b, [&](int, int t, int i, float sum) { part[t * next + S + i] = sum; });
+        k.row_parts(r->taken, taken);
+        k.row_parts(r->read, read);
         __syncthreads();
-        if (t >= n) continue;
-        double sum = carried;
-        for (int j = 0; j < n; j++)
-            sum += j < t ? r->sums[0][X_STATE][j] : r->sums[0][Y][j] - (r->sums[0][X_ALL][j] - r->sums[0][X_STATE][j]);
-        float *row = dstep + (k.row + t) * 3 * s.heads + k.head;
-        row[0] = r->sums[0][X_ALL][t] / fmaxf(r->delta[t], 1e-37f) - rate * (float)sum;
-        row[s.heads] = -rate * r->delta[t] * (float)sum;
-        row[2 * s.heads] = r->sums[0][SKIP][t];
+        block_products<1>(S, w, 0, k.c, k.dy, [&](int, int i, int e, float &sum) {
+                              sum = r->decay[n - 1] * k.dh.value(i, e);
+                              carried += sum * k.h.value(i, e);
+                          }, n, k.c.t(), k.dy, [&](int, int i, int e, float sum) { k.dh.template set<1>(i, e, &sum); }, r->decay);
+        carried = block_sum(carried, r->shared);
+        if (threadIdx.x >= 32) continue;
+        double of_row[2] = {}, of_taken[2] = {}, ddelta[2] = {}; // of rows 2·lane and 2·lane + 1
+        for (int i = 0, t = 2 * threadIdx.x; i < 2; i++, t++) {
+            if (t >= n) continue;
+            float below = r->below[0][t] + r->below[1][t] + r->below[2][t] + r->below[3][t], taken = r->taken[0][t] + r->taken[1][t];
+            of_row[i] = (double)(r->left[0][t] + r->left[1][t] + r->read[0][t] + r->read[1][t]) - (double)(below * r->delta[t]);
+            of_taken[i] = r->scale[t] * taken;
+            ddelta[i] = below + r->diagonal[t] + r->fade[t] * taken;
+        }
+        double rows = prefix_sum(of_row[0] + of_row[1]), takes = prefix_sum(of_taken[0] + of_taken[1]), all = __shfl_sync(~0u, rows, 31);
+        for (int i = 1, t = 2 * threadIdx.x + 1; i >= 0; i--, t--) {
+            rows -= of_row[i]; // of the rows before t
+            takes -= of_taken[i];
+            if (t >= n) continue;
+            float *row = dstep + (k.row + t) * 3 * s.heads + k.head, sum = (float)(carried + all - rows + takes);
+            row[0] = (float)ddelta[i] - rate * sum;
+            row[s.heads] = -rate * r->delta[t] * sum;
+            row[2 * s.heads] = r->skip[t];
+        }
     }
 }
 template <typename X> struct ScanHeads { // db and dc: the sum over the heads, in their order
@@ -3037,8 +3108,8 @@ struct ScanColumns {
     }
 };
 
-// Numbers of scratch: the gradients of the states, partial gradients of b and c of each head.
-static int64_t scan_scratch_gpu(int B, int T, int E, int S, int heads) { return (int64_t)B * S * (E + (int64_t)T * heads * 2); }
+// Numbers of scratch: partial gradients of b and c of each head.
+static int64_t scan_scratch_gpu(int B, int T, int S, int heads) { return (int64_t)B * T * heads * 2 * S; }
 
 // states (B,chunks,S,E) is kept for the backward pass. P 0: chunks as large as the shared memory allows
 template <typename X>
@@ -3061,11 +3132,10 @@ static void scan_backward_gpu(X *dxbc, float *dstep, float *dA_log, float *dskip
                               int heads, int P, ColumnSums *sums, cudaStream_t stream) {
     Scan<X> s = scan_of(xbc, dy, step, A_log, skip, T, E, S, heads, P);
     int bytes = scan_bytes(S, E / heads, s.rows, sizeof(X), 1);
-    float *partial = scratch + (int64_t)B * S * E;
-    ScanHeads<X> of_heads = {dxbc, partial, E, S, heads};
+    ScanHeads<X> of_heads = {dxbc, scratch, E, S, heads};
     ScanColumns columns = {dstep, heads};
     allow_shared(scan_sequence_backward_kernel<X>, bytes);
-    LAUNCH(scan_sequence_backward_kernel<X>, dim3(heads, B), SCAN_THREADS, bytes, stream, dxbc, dstep, partial, scratch, states, s);
+    LAUNCH(scan_sequence_backward_kernel<X>, dim3(heads, B), SCAN_THREADS, bytes, stream, dxbc, dstep, scratch, states, s);
     each(of_heads, (int64_t)B * T, 2 * S, s.in_eights, stream);
     each_with_sums<2>(columns, sums, {dA_log, dskip}, B * T, heads, 0, stream);
 }
@@ -3689,7 +3759,7 @@ template <typename X> static void carve_activations_gpu(ModelGPU<X> *m, int B, i
     acts->hits = (char *)add_activation(f, fb, -1, "hits", 1, B * (int64_t)T / 4 + 1, 1, 1);
     acts->cosine = add_activation(f, fb, -1, "cosine", 2, T, d / 2, 1);
     acts->sine = add_activation(f, fb, -1, "sine", 2, T, d / 2, 1);
-    int64_t scratch = mamba2 ? scan_scratch_gpu(B, T, 2 * D, c->state_dim, 2 * D / c->head_dim) : attention_scratch(gpu.hopper && m->is_bf16 && d % 8 == 0 && d <= 128, B, T, H, c->n_kv_heads, 0);
+    int64_t scratch = mamba2 ? scan_scratch_gpu(B, T, c->state_dim, 2 * D / c->head_dim) : attention_scratch(gpu.hopper && m->is_bf16 && d % 8 == 0 && d <= 128, B, T, H, c->n_kv_heads, 0);
     int64_t feedback = sessa ? feedback_panels<X>(B, T, D, 0).total : 0;
     int64_t low = !sessa || mode == TRAIN ? 0 : feedback_panels<X>(B, T, D, keep_all, 0).total; // of tests, of generation
     scratch = scratch > feedback ? scratch : feedback;
