@@ -30,7 +30,7 @@ ENTRIES = {
         "metric": "accuracy", "vocab": 43, "real": (256, 4, 4), "quick": (32, 2, 2),
         "make": {"real": ["symbolsoup.py"], "quick": ["symbolsoup.py", "--train", "600", "--val", "100", "--test", "200"]},
         "options": {
-            "real": {"steps": 2808, "batch": 64, "lr": 5e-4, "warmup": 200, "beta2": 0.95, "dropout": 0.1, "eval-every": 312, "eval-batches": 32},
+            "real": {"steps": 4368, "batch": 64, "lr": 3e-4, "warmup": 200, "beta2": 0.95, "dropout": 0.2, "eval-every": 312, "eval-batches": 32},
             "quick": {"steps": 60, "batch": 8, "lr": 1e-3, "warmup": 10, "eval-every": 30, "eval-batches": 4}}},
     "mqar": {
         "metric": "lag", "vocab": 147, "real": (128, 4, 4), "small": (64, 2, 4), "quick": (32, 2, 2),
@@ -40,7 +40,7 @@ ENTRIES = {
                  "quick": ["mqar.py", "--train", "600", "--val", "100", "--test", "100", "--pairs", "4", "--queries", "4", "--lag", "24", "64",
                            "--test-lag", "65", "256"]},
         "options": {
-            "real": {"steps": 12000, "batch": 128, "lr": 1e-3, "warmup": 500, "beta2": 0.99, "eval-every": 1000, "eval-batches": 8},
+            "real": {"steps": 8000, "batch": 128, "lr": 1e-3, "warmup": 500, "beta2": 0.99, "eval-every": 1000, "eval-batches": 8},
             "small": {"steps": 6000, "batch": 32, "lr": 2e-3, "warmup": 200, "eval-every": 500, "eval-batches": 8},
             "quick": {"steps": 100, "batch": 8, "lr": 2e-3, "warmup": 10, "eval-every": 50, "eval-batches": 4}}},
     "simplestories": {

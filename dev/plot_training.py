@@ -72,8 +72,9 @@ def main():
     for axis in axes[0]:
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(frameon=False)
+    handles, labels = axes[0, 0].get_legend_handles_labels()    # one legend for both, where it hides no curve
+    if handles:
+        figure.legend(handles, labels, frameon=False, loc="center left", bbox_to_anchor=(0.91, 0.5))
     figure.suptitle(o.title)
     save(figure, o.out)
 
