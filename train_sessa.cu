@@ -2621,8 +2621,9 @@ static void crossentropy_gpu(float *losses, char *hits, X *dlogits, const X *log
 
 __device__ static inline float sigmoid_gpu(float x) { return 1 / (1 + __expf(-x)); }
 
-// A thread takes one channel of CONV_ROWS positions in turn, the latest inputs in registers: last[lag] is that of `lag` before.
-enum { CONV_ROWS = 32 };
+// A thread takes one channel of CONV_ROWS positions in turn, the latest inputs in registers: last[lag] is that of `lag` before. Reads
+// for CONV_AHEAD positions are on their way at once.
+enum { CONV_AHEAD = 8, CONV_ROWS = 4 * CONV_AHEAD - (TAPS - 1) };
 template <typename X> struct Conv {
     const X *inp, *tail;
     const float *weight, *bias;
@@ -2637,9 +2638,9 @@ template <typename X> struct Conv {
             last[lag] = input(b, t - 1 - lag, c);
         }
     }
-    __device__ float next(float last[TAPS], const float taps[TAPS], int b, int t, int c) const { // u_t, before SiLU
+    __device__ float next(float last[TAPS], const float taps[TAPS], float x, int c) const { // u, before SiLU
         for (int lag = TAPS - 1; lag > 0; lag--) last[lag] = last[lag - 1];
-        last[0] = input(b, t, c);
+        last[0] = x;
         float sum = __ldg(bias + c);
         for (int lag = 0; lag < TAPS; lag++) sum += taps[lag] * last[lag];
         return sum;
@@ -2649,13 +2650,15 @@ template <typename X> struct ConvEach {
     X *out;
     Conv<X> conv;
     template <int V> __device__ void run(int item, int c) const {
-        int b = item / conv.pieces, t0 = conv.first + item % conv.pieces * CONV_ROWS;
-        float taps[TAPS], last[TAPS];
+        int b = item / conv.pieces, t0 = conv.first + item % conv.pieces * CONV_ROWS, end = min(conv.T, t0 + CONV_ROWS);
+        float taps[TAPS], last[TAPS], x[CONV_AHEAD];
         conv.start(taps, last, b, t0, c);
-#pragma unroll 8
-        for (int t = t0; t < min(conv.T, t0 + CONV_ROWS); t++) {
-            float u = conv.next(last, taps, b, t, c);
-            out[((int64_t)b * (conv.T - conv.first) + t - conv.first) * conv.W + c] = to<X>(u * sigmoid_gpu(u));
+        for (int t = t0; t < end; t += CONV_AHEAD) {
+            for (int i = 0; i < CONV_AHEAD; i++) x[i] = conv.input(b, t + i, c);
+            for (int i = 0; i < CONV_AHEAD; i++) {
+                float u = conv.next(last, taps, x[i], c);
+                if (t + i < end) out[((int64_t)b * (conv.T - conv.first) + t + i - conv.first) * conv.W + c] = to<X>(u * sigmoid_gpu(u));
+            }
         }
     }
 };
@@ -2681,26 +2684,32 @@ static void conv_forward_gpu(X *out, const X *inp, int ld, X *tail, const float 
 // dinp, and partial sums of dweight and dbias: the warps of a block take pieces of a sequence, du_t of which is known three
 // positions before dinp_{t-3} can be written.
 template <typename X>
-__global__ void __launch_bounds__(256) conv_backward_kernel(X *dinp, float *partial, const X *dout, Conv<X> f, int items) {
+__global__ void __launch_bounds__(256, 3) conv_backward_kernel(X *dinp, float *partial, const X *dout, Conv<X> f, int items) {
     __shared__ float parts[8][TAPS + 1][32];
     int c = blockIdx.x * 32 + threadIdx.x;
     float sums[TAPS + 1] = {};
     for (int item = blockIdx.y * 8 + threadIdx.y; item < items && c < f.W; item += gridDim.y * 8) {
         int b = item / f.pieces, t0 = item % f.pieces * CONV_ROWS;
-        float taps[TAPS], last[TAPS], du[TAPS] = {};
+        float taps[TAPS], last[TAPS], du[TAPS] = {}, x[CONV_AHEAD], grad[CONV_AHEAD];
         f.start(taps, last, b, t0, c);
-#pragma unroll 5
-        for (int t = t0; t < t0 + CONV_ROWS + TAPS - 1; t++) {
-            float u = f.next(last, taps, b, t, c), s = sigmoid_gpu(u), sum = 0;
-            for (int lag = TAPS - 1; lag > 0; lag--) du[lag] = du[lag - 1];
-            du[0] = t < f.T ? get(__ldg(dout + ((int64_t)b * f.T + t) * f.W + c)) * s * (1 + u * (1 - s)) : 0;
-            for (int lag = 0; lag < TAPS; lag++) {
-                sum += taps[lag] * du[TAPS - 1 - lag];
-                sums[TAPS - 1 - lag] += t < t0 + CONV_ROWS ? du[0] * last[lag] : 0;
+#pragma unroll 1
+        for (int ahead = t0; ahead < min(f.T, t0 + CONV_ROWS) + TAPS - 1; ahead += CONV_AHEAD) {
+            for (int i = 0; i < CONV_AHEAD; i++) {
+                x[i] = f.input(b, ahead + i, c);
+                grad[i] = ahead + i < f.T ? get(__ldg(dout + ((int64_t)b * f.T + ahead + i) * f.W + c)) : 0;
             }
-            sums[TAPS] += t < t0 + CONV_ROWS ? du[0] : 0;
-            int at = t - TAPS + 1;
-            if (at >= t0 && at < f.T) dinp[((int64_t)b * f.T + at) * f.ld + c] = to<X>(sum);
+            for (int i = 0; i < CONV_AHEAD; i++) {
+                int own = ahead + i < t0 + CONV_ROWS, at = ahead + i - (TAPS - 1);
+                float u = f.next(last, taps, x[i], c), s = sigmoid_gpu(u), sum = 0;
+                for (int lag = TAPS - 1; lag > 0; lag--) du[lag] = du[lag - 1];
+                du[0] = grad[i] * s * (1 + u * (1 - s));
+                for (int lag = 0; lag < TAPS; lag++) {
+                    sum += taps[lag] * du[TAPS - 1 - lag];
+                    sums[TAPS - 1 - lag] += own ? du[0] * last[lag] : 0;
+                }
+                sums[TAPS] += own ? du[0] : 0;
+                if (at >= t0 && at < min(f.T, t0 + CONV_ROWS)) dinp[((int64_t)b * f.T + at) * f.ld + c] = to<X>(sum);
+            }
         }
     }
     for (int k = 0; k <= TAPS; k++) parts[threadIdx.y][k][threadIdx.x] = sums[k];
@@ -3805,7 +3814,8 @@ template <typename X> static void carve_activations_gpu(ModelGPU<X> *m, int B, i
     acts->hits = (char *)add_activation(f, fb, -1, "hits", 1, B * (int64_t)T / 4 + 1, 1, 1);
     acts->cosine = add_activation(f, fb, -1, "cosine", 2, T, d / 2, 1);
     acts->sine = add_activation(f, fb, -1, "sine", 2, T, d / 2, 1);
-    int64_t scratch = mamba2 ? scan_scratch_gpu(B, T, c->state_dim, 2 * D / c->head_dim) : attention_scratch(gpu.hopper && m->is_bf16 && d % 8 == 0 && d <= 128, B, T, H, c->n_kv_heads, 0);
+    int64_t scratch = mamba2 ? scan_scratch_gpu(B, T, c->state_dim, 2 * D / c->head_dim)
+        : attention_scratch(gpu.hopper && m->is_bf16 && d % 8 == 0 && d <= 128, B, T, H, c->n_kv_heads, 0);
     int64_t feedback = sessa ? feedback_panels<X>(B, T, D, 0).total : 0;
     int64_t low = !sessa || mode == TRAIN ? 0 : feedback_panels<X>(B, T, D, keep_all, 0).total; // of tests, of generation
     scratch = scratch > feedback ? scratch : feedback;
