@@ -153,6 +153,7 @@ template <> __device__ inline bf16 to<bf16>(float x) { return __float2bfloat16(x
 // V neighbours at once: 8 of them, 16 or 32 bytes, where everything is aligned, else 1.
 template <int V> __device__ inline void read_some(float v[V], const float *at) {
     if constexpr (V == 1) v[0] = *at;
+    else if constexpr (V == 2) *(float2 *)v = *(const float2 *)at;
     else for (int i = 0; i < V; i += 4) {
         float4 four = *(const float4 *)(at + i);
         v[i] = four.x; v[i + 1] = four.y; v[i + 2] = four.z; v[i + 3] = four.w;
@@ -160,6 +161,7 @@ template <int V> __device__ inline void read_some(float v[V], const float *at) {
 }
 template <int V> __device__ inline void read_some(float v[V], const bf16 *at) {
     if constexpr (V == 1) v[0] = get(*at);
+    else if constexpr (V == 2) for (int i = 0; i < 2; i++) v[i] = get(at[i]);
     else {
         union { uint4 whole; unsigned short part[8]; } u;
         u.whole = *(const uint4 *)at;
@@ -179,6 +181,7 @@ template <int V, typename X> __device__ inline void read_ahead(float v[V], const
 }
 template <int V> __device__ inline void write_some(float *at, const float v[V]) {
     if constexpr (V == 1) *at = v[0];
+    else if constexpr (V == 2) *(float2 *)at = make_float2(v[0], v[1]);
     else for (int i = 0; i < V; i += 4) *(float4 *)(at + i) = make_float4(v[i], v[i + 1], v[i + 2], v[i + 3]);
 }
 __device__ static inline uint32_t pack_two(float low, float high) {
@@ -187,6 +190,7 @@ __device__ static inline uint32_t pack_two(float low, float high) {
 }
 template <int V> __device__ inline void write_some(bf16 *at, const float v[V]) {
     if constexpr (V == 1) *at = to<bf16>(v[0]);
+    else if constexpr (V == 2) *(uint32_t *)at = pack_two(v[0], v[1]);
     else *(uint4 *)at = make_uint4(pack_two(v[0], v[1]), pack_two(v[2], v[3]), pack_two(v[4], v[5]),
                                    pack_two(v[6], v[7]));
 }
@@ -2617,28 +2621,45 @@ static void crossentropy_gpu(float *losses, char *hits, X *dlogits, const X *log
 
 __device__ static inline float sigmoid_gpu(float x) { return 1 / (1 + __expf(-x)); }
 
-// V channels of one row, from c of n on. u: before SiLU.
-template <typename X> struct ConvEach {
-    X *out;
+// A thread takes one channel of CONV_ROWS positions in turn, the latest inputs in registers: last[lag] is that of `lag` before. Reads
+// for CONV_AHEAD positions are on their way at once.
+enum { CONV_AHEAD = 8, CONV_ROWS = 4 * CONV_AHEAD - (TAPS - 1) };
+template <typename X> struct Conv {
     const X *inp, *tail;
     const float *weight, *bias;
-    int ld, T, W, first;
-    template <int V> __device__ void u(float sum[V], int n, int c) const {
-        int t = first + n % (T - first);
-        float taps[V][TAPS], row[V];
-        read_some<V>(sum, bias + c);
-        for (int e = 0; e < V; e++) read_some<TAPS>(taps[e], weight + (c + e) * TAPS);
+    int ld, T, W, first, pieces; // of CONV_ROWS positions in a sequence
+    __device__ float input(int b, int t, int c) const {
+        if (t < 0 || t >= T) return 0;
+        return get(t < first ? tail[t % (TAPS - 1) * W + c] : __ldg(inp + ((int64_t)b * (T - first) + t - first) * ld + c));
+    }
+    __device__ void start(float taps[TAPS], float last[TAPS], int b, int t, int c) const {
         for (int lag = 0; lag < TAPS; lag++) {
-            if (lag > t) continue;
-            read_some<V>(row, t - lag >= first ? inp + (int64_t)(n - lag) * ld + c : tail + (t - lag) % (TAPS - 1) * W + c);
-            for (int e = 0; e < V; e++) sum[e] += taps[e][TAPS - 1 - lag] * row[e];
+            taps[lag] = weight[c * TAPS + TAPS - 1 - lag];
+            last[lag] = input(b, t - 1 - lag, c);
         }
     }
-    template <int V> __device__ void run(int n, int c) const {
-        float x[V];
-        u<V>(x, n, c);
-        for (int e = 0; e < V; e++) x[e] *= sigmoid_gpu(x[e]);
-        write_some<V>(out + (int64_t)n * W + c, x);
+    __device__ float next(float last[TAPS], const float taps[TAPS], float x, int c) const { // u, before SiLU
+        for (int lag = TAPS - 1; lag > 0; lag--) last[lag] = last[lag - 1];
+        last[0] = x;
+        float sum = __ldg(bias + c);
+        for (int lag = 0; lag < TAPS; lag++) sum += taps[lag] * last[lag];
+        return sum;
+    }
+};
+template <typename X> struct ConvEach {
+    X *out;
+    Conv<X> conv;
+    template <int V> __device__ void run(int item, int c) const {
+        int b = item / conv.pieces, t0 = conv.first + item % conv.pieces * CONV_ROWS, end = min(conv.T, t0 + CONV_ROWS);
+        float taps[TAPS], last[TAPS], x[CONV_AHEAD];
+        conv.start(taps, last, b, t0, c);
+        for (int t = t0; t < end; t += CONV_AHEAD) {
+            for (int i = 0; i < CONV_AHEAD; i++) x[i] = conv.input(b, t + i, c);
+            for (int i = 0; i < CONV_AHEAD; i++) {
+                float u = conv.next(last, taps, x[i], c);
+                if (t + i < end) out[((int64_t)b * (conv.T - conv.first) + t + i - conv.first) * conv.W + c] = to<X>(u * sigmoid_gpu(u));
+            }
+        }
     }
 };
 template <typename X> struct TailEach { // row n of the new ones
@@ -2653,63 +2674,62 @@ template <typename X>
 static void conv_forward_gpu(X *out, const X *inp, int ld, X *tail, const float *weight, const float *bias, int B, int T,
                              int W, int first, cudaStream_t stream) {
     int rows = T - first, from = rows > TAPS - 1 ? rows - (TAPS - 1) : 0;
-    ConvEach<X> f = {out, inp, tail, weight, bias, ld, T, W, first};
+    int pieces = (rows + CONV_ROWS - 1) / CONV_ROWS;
+    ConvEach<X> f = {out, {inp, tail, weight, bias, ld, T, W, first, pieces}};
     TailEach<X> keep = {tail, inp, ld, W, first, from};
-    each(f, B * rows, W, wide({W, ld}, {out, inp, tail, weight, bias}), stream);
+    each(f, B * pieces, W, 0, stream);
     if (tail) each(keep, rows - from, W, 0, stream);
 }
 
-template <typename X> struct ConvGradient { // dout becomes du, whose sums over the rows are the bias's gradient
-    X *dout;
-    ConvEach<X> conv;
-    template <int V> __device__ void run(int n, int c, float sum[1][V]) const {
-        X *at = dout + (int64_t)n * conv.W + c;
-        float u[V], du[V];
-        conv.template u<V>(u, n, c);
-        read_some<V>(du, at);
-        for (int e = 0; e < V; e++) {
-            float s = sigmoid_gpu(u[e]);
-            sum[0][e] += du[e] *= s * (1 + u[e] * (1 - s));
-        }
-        write_some<V>(at, du);
-    }
-};
-template <typename X> struct ConvInput {
-    X *dinp;
-    const X *du;
-    const float *weight;
-    int ld, T, W;
-    template <int V> __device__ void run(int n, int c) const {
-        float sum[V] = {}, taps[V][TAPS], row[V];
-        for (int e = 0; e < V; e++) read_some<TAPS>(taps[e], weight + (c + e) * TAPS);
-        for (int lag = 0; lag < TAPS; lag++) {
-            if (n % T + lag >= T) continue;
-            read_some<V>(row, du + (int64_t)(n + lag) * W + c);
-            for (int e = 0; e < V; e++) sum[e] += taps[e][TAPS - 1 - lag] * row[e];
-        }
-        write_some<V>(dinp + (int64_t)n * ld + c, sum);
-    }
-};
-template <typename X> struct ConvColumns { // column i: tap i mod TAPS of channel i / TAPS
-    const X *du, *inp;
-    int ld, T, W;
-    template <int V> __device__ void run(int n, int i, float sum[1][V]) const {
-        for (int e = 0; e < V; e++) {
-            int lag = TAPS - 1 - (i + e) % TAPS, c = (i + e) / TAPS;
-            if (lag <= n % T) sum[0][e] += get(du[(int64_t)n * W + c]) * get(inp[(int64_t)(n - lag) * ld + c]);
-        }
-    }
-};
+// dinp, and partial sums of dweight and dbias: the warps of a block take pieces of a sequence, du_t of which is known three
+// positions before dinp_{t-3} can be written.
 template <typename X>
-static void conv_backward_gpu(X *dinp, float *dweight, float *dbias, X *dout, const X *inp, int ld, const float *weight,
+__global__ void __launch_bounds__(256, 3) conv_backward_kernel(X *dinp, float *partial, const X *dout, Conv<X> f, int items) {
+    __shared__ float parts[8][TAPS + 1][32];
+    int c = blockIdx.x * 32 + threadIdx.x;
+    float sums[TAPS + 1] = {};
+    for (int item = blockIdx.y * 8 + threadIdx.y; item < items && c < f.W; item += gridDim.y * 8) {
+        int b = item / f.pieces, t0 = item % f.pieces * CONV_ROWS;
+        float taps[TAPS], last[TAPS], du[TAPS] = {}, x[CONV_AHEAD], grad[CONV_AHEAD];
+        f.start(taps, last, b, t0, c);
+#pragma unroll 1
+        for (int ahead = t0; ahead < min(f.T, t0 + CONV_ROWS) + TAPS - 1; ahead += CONV_AHEAD) {
+            for (int i = 0; i < CONV_AHEAD; i++) {
+                x[i] = f.input(b, ahead + i, c);
+                grad[i] = ahead + i < f.T ? get(__ldg(dout + ((int64_t)b * f.T + ahead + i) * f.W + c)) : 0;
+            }
+            for (int i = 0; i < CONV_AHEAD; i++) {
+                int own = ahead + i < t0 + CONV_ROWS, at = ahead + i - (TAPS - 1);
+                float u = f.next(last, taps, x[i], c), s = sigmoid_gpu(u), sum = 0;
+                for (int lag = TAPS - 1; lag > 0; lag--) du[lag] = du[lag - 1];
+                du[0] = grad[i] * s * (1 + u * (1 - s));
+                for (int lag = 0; lag < TAPS; lag++) {
+                    sum += taps[lag] * du[TAPS - 1 - lag];
+                    sums[TAPS - 1 - lag] += own ? du[0] * last[lag] : 0;
+                }
+                sums[TAPS] += own ? du[0] : 0;
+                if (at >= t0 && at < min(f.T, t0 + CONV_ROWS)) dinp[((int64_t)b * f.T + at) * f.ld + c] = to<X>(sum);
+            }
+        }
+    }
+    for (int k = 0; k <= TAPS; k++) parts[threadIdx.y][k][threadIdx.x] = sums[k];
+    __syncthreads();
+    int k = threadIdx.y;
+    if (k > TAPS || c >= f.W) return;
+    float sum = 0;
+    for (int y = 0; y < 8; y++) sum += parts[y][k][threadIdx.x];
+    partial[(int64_t)blockIdx.y * (TAPS + 1) * f.W + (k < TAPS ? c * TAPS + k : f.W * TAPS + c)] = sum;
+}
+template <typename X>
+static void conv_backward_gpu(X *dinp, float *dweight, float *dbias, const X *dout, const X *inp, int ld, const float *weight,
                               const float *bias, int B, int T, int W, ColumnSums *sums, cudaStream_t stream) {
-    ConvGradient<X> du = {dout, {NULL, inp, NULL, weight, bias, ld, T, W, 0}};
-    ConvInput<X> input = {dinp, dout, weight, ld, T, W};
-    ConvColumns<X> taps = {dout, inp, ld, T, W};
-    int eights = wide({W, ld}, {dinp, dout, inp, weight, bias});
-    each_with_sums<1>(du, sums, {dbias}, B * T, W, eights, stream);
-    each(input, B * T, W, eights, stream);
-    each_with_sums<1>(taps, sums, {dweight}, B * T, W * TAPS, eights, stream);
+    int pieces = (T + CONV_ROWS - 1) / CONV_ROWS, stride = (TAPS + 1) * W;
+    int chunks = min_int((B * pieces + 7) / 8, 1 + BLOCKS_AT_ONCE * GROUP_COLUMNS / W);
+    Conv<X> f = {inp, NULL, weight, bias, ld, T, W, 0, pieces};
+    LAUNCH(conv_backward_kernel<X>, dim3((W + 31) / 32, chunks), dim3(32, 8), 0, stream, dinp, sums->next, dout, f, B * pieces);
+    column_sum(sums, dweight, 0, chunks, stride, TAPS * W);
+    column_sum(sums, dbias, TAPS * W, chunks, stride, W);
+    sums->next += (int64_t)chunks * stride;
 }
 
 template <typename X> struct StepEach {
@@ -2749,16 +2769,24 @@ static void step_backward_gpu(X *dinp, float *dbias, const float *dstep, int ld_
 // numbers apart, what bf16 keeps of each number and what it keeps of the rest: products of it are as exact as with 16 bits.
 template <typename X, int PARTS = 1> struct SharedMatrix {
     X *at;
-    int ld, low, transposed;
+    int ld, low, triangle, transposed;
     __device__ X *operator()(int i, int j, int part = 0) const { return at + part * low + (transposed ? j * ld + i : i * ld + j); }
-    __device__ SharedMatrix t() const { return {at, ld, low, !transposed}; }
-    __device__ float value(int i, int j) const { return get(*(*this)(i, j)) + (PARTS > 1 ? get(*(*this)(i, j, 1)) : 0); }
+    __device__ SharedMatrix t() const { return {at, ld, low, triangle, !transposed}; }
+    template <int V> __device__ void read(int i, int j, float v[V]) const {
+        float more[V] = {};
+        read_some<V>(v, (*this)(i, j));
+        if (PARTS > 1) read_some<V>(more, (*this)(i, j, 1));
+        for (int e = 0; e < V; e++) v[e] += more[e];
+    }
     template <int V> __device__ void set(int i, int j, float v[V]) const {
         for (int part = 0; part < PARTS; part++) {
             write_some<V>((*this)(i, j, part), v);
             for (int e = 0; e < V; e++) v[e] -= get(to<X>(v[e]));
         }
     }
+    // In rows i to i + 15, columns before first and from end on are 0.
+    __device__ int first(int i) const { return triangle && transposed ? i : 0; }
+    __device__ int end(int i, int all) const { return triangle && !transposed ? min(i + 16, all) : all; }
 };
 
 // 16 rows and columns of it, from (i, j), as mma wants them: a thread has two neighbours in row lane / 4, those 8 rows below,
@@ -2780,7 +2808,7 @@ template <int SCALED = 0, int A, int B>
 __device__ static inline void add_product(float sum[4][4], SharedMatrix<bf16, A> a, SharedMatrix<bf16, B> b, int i, int j, int K,
                                           const float *scale = NULL) {
     constexpr int parts = (SCALED ? 2 : A) * B;
-    for (int k = 0; k < K; k += 16) {
+    for (int k = a.first(i); k < a.end(i, K); k += 16) {
         uint32_t x[2][4], y[B][2][4];
         for (int part = 0; part < A; part++) fragment(x[part], a, i, k, part);
         for (int part = 0; part < B; part++)
@@ -2794,9 +2822,9 @@ __device__ static inline void add_product(float sum[4][4], SharedMatrix<bf16, A>
         for (int part = 0; part < parts; part++)
             for (int q = 0; q < 4; q++) {
                 const uint32_t *u = x[part / B], *v = y[part % B][q / 2] + q % 2;
-                asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-                             "{%0, %1, %2, %3};" : "+f"(sum[q][0]), "+f"(sum[q][1]), "+f"(sum[q][2]), "+f"(sum[q][3])
-                             : "r"(u[0]), "r"(u[1]), "r"(u[2]), "r"(u[3]), "r"(v[0]), "r"(v[2]));
+                asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                    "{%0, %1, %2, %3};" : "+f"(sum[q][0]), "+f"(sum[q][1]), "+f"(sum[q][2]), "+f"(sum[q][3])
+                    : "r"(u[0]), "r"(u[1]), "r"(u[2]), "r"(u[3]), "r"(v[0]), "r"(v[2]));
             }
     }
 }
@@ -2804,15 +2832,16 @@ template <int SCALED = 0>
 __device__ static inline void add_product(float sum[4][4], SharedMatrix<float> a, SharedMatrix<float> b, int i, int j, int K,
                                           const float *scale = NULL) {
     int row = i + threadIdx.x % 32 / 4, column = j + threadIdx.x % 4 * 2;
-    for (int k = 0; k < K; k++)
+    for (int k = a.first(i); k < a.end(i, K); k++)
         for (int e = 0; e < 4; e++) {
             float x = *a(row + e / 2 * 8, k) * (SCALED ? scale[k] : 1);
             for (int q = 0; q < 4; q++) sum[q][e] += x * *b(k, column + q * 8 + e % 2);
         }
 }
 
-// A block: out(r, i, j, v), v = between(a b) + (a2 ⊙ scale) b2 for i < M, j < N with K and K2 numbers in each sum. Each row belongs
-// to two warps of the eight and within them to the four threads that agree in lane / 4; a thread's rows of 64 are r = 0 and 1.
+// A block: out of between(a b) + (a2 ⊙ scale) b2, M by N and some rows and columns more, with K and K2 numbers in each sum. Both get
+// (r, i, j, v): v[0] and v[1] are those of row i in columns j and j + 1. Each row belongs to two warps of the eight and within them
+// to the four threads that agree in lane / 4; a thread's rows of 64 are r = 0 and 1.
 enum { SCAN_THREADS = 256, SCAN_ROWS = 64 };
 template <int SCALED = 0, typename A, typename B, typename Between, typename A2, typename B2, typename Out>
 __device__ inline void block_products(int M, int N, int K, A a, B b, Between between, int K2, A2 a2, B2 b2, Out out,
@@ -2825,10 +2854,7 @@ __device__ inline void block_products(int M, int N, int K, A a, B b, Between bet
 #pragma unroll
                 for (int q = 0; q < 4; q++)
 #pragma unroll
-                    for (int e = 0; e < 4; e++) {
-                        int i = i0 + lane / 4 + e / 2 * 8, j = j0 + q * 8 + lane % 4 * 2 + e % 2;
-                        if (i < M && j < N) f(e / 2, i, j, sum[q][e]);
-                    }
+                    for (int r = 0; r < 2; r++) f(r, i0 + lane / 4 + 8 * r, j0 + q * 8 + lane % 4 * 2, sum[q] + 2 * r);
             };
             add_product(sum, a, b, i0, j0, K);
             all(between);
@@ -2844,6 +2870,10 @@ template <typename X> struct Scan {
     const X *xbc, *dy;
     const float *step, *A_log, *skip;
     int T, E, S, heads, P, rows, in_eights;
+    template <typename Y> __device__ void store(Y *at, const float v[2], int columns) const { // those of v that are there
+        if (in_eights && columns > 0) write_some<2>(at, v);
+        else for (int e = 0; e < min(columns, 2); e++) at[e] = to<Y>(v[e]);
+    }
 };
 struct ScanRows { // decay = exp(L), fade = exp(L_last - L), scale = fade Δ; 0 past the chunk's end. Below: parts of sums
     double L[SCAN_ROWS];
@@ -2865,6 +2895,10 @@ static int scan_rows(int S, int w, int number) {
     return 0;
 }
 
+__device__ static inline void scale_pair(float v[2], float factor) {
+    v[0] *= factor;
+    v[1] *= factor;
+}
 // The sum of x over the lanes up to this one.
 __device__ static inline double prefix_sum(double x) {
     for (int down = 1; down < 32; down *= 2) {
@@ -2881,25 +2915,27 @@ template <typename X> struct ScanBlock {
     SharedMatrix<X> b, c, x, dy;
     SharedMatrix<X, PARTS> M, h, dM, dh;
     int head, w, n, rows_h;
+    double rate;
     int64_t row; // of the chunk's first token
     __device__ ScanBlock(const Scan<X> &scan, uint4 *memory, int backward) : s(scan), head(blockIdx.x), w(s.E / s.heads) {
         r = (ScanRows *)memory;
         X *at = (X *)(r + 1);
         rows_h = (s.S + 31) / 32 * 32;
-        auto take = [&](auto matrix, int parts, int rows, int width) {
+        rate = expf(s.A_log[head]);
+        auto take = [&](auto matrix, int parts, int rows, int width, int triangle = 0) {
             int ld = (width + 31) / 32 * 32 + 16 / (int)sizeof(X);
-            matrix = {at, ld, rows * ld, 0};
+            matrix = {at, ld, rows * ld, triangle, 0};
             at += parts * rows * ld;
             return matrix;
         };
         b = take(b, 1, s.rows, s.S);
         c = take(c, 1, s.rows, s.S);
         x = take(x, 1, s.rows, w);
-        M = take(M, PARTS, s.rows, s.rows);
+        M = take(M, PARTS, s.rows, s.rows, 1);
         h = take(h, PARTS, rows_h, w);
         if (!backward) return;
         dy = take(dy, 1, s.rows, w);
-        dM = take(dM, PARTS, s.rows, s.rows);
+        dM = take(dM, PARTS, s.rows, s.rows, 1);
         dh = take(dh, PARTS, rows_h, w);
     }
     template <int V, int N, typename Y>
@@ -2939,7 +2975,7 @@ template <typename X> struct ScanBlock {
         if (state) fetch(h, state, s.E, s.S, w, rows_h);
         if (threadIdx.x < 32) { // L in double: differences of sums that may be large
             int t = 2 * threadIdx.x;
-            double rate = expf(s.A_log[head]), L[2];
+            double L[2];
             float delta[2];
             for (int i = 0; i < 2; i++) delta[i] = t + i < n ? s.step[(row + t + i) * s.heads + head] : 0;
             L[1] = prefix_sum(-rate * delta[0] - rate * delta[1]);
@@ -2948,8 +2984,8 @@ template <typename X> struct ScanBlock {
             for (int i = 0; i < 2; i++, t++) {
                 r->L[t] = L[i];
                 r->delta[t] = delta[i];
-                r->decay[t] = t < n ? expf((float)L[i]) : 0;
-                r->fade[t] = t < n ? expf((float)(last - L[i])) : 0;
+                r->decay[t] = t < n ? __expf((float)L[i]) : 0;
+                r->fade[t] = t < n ? __expf((float)(last - L[i])) : 0;
                 r->scale[t] = r->fade[t] * delta[i];
             }
         }
@@ -2974,18 +3010,25 @@ template <typename X> struct ScanBlock {
             add_product(cb, c, b.t(), i0, j0, s.S);
             if (backward) add_product(product, dy, x.t(), i0, j0, w);
         }
-        for (int q = 0; q < 4; q++)
-            for (int e = 0; e < 4; e++) {
-                int t = i0 + lane / 4 + e / 2 * 8, j = j0 + q * 8 + lane % 4 * 2 + e % 2;
-                float fade = j <= t && t < n ? expf((float)(r->L[t] - r->L[j])) : 0, delta = r->delta[j];
-                float term = cb[q][e] * fade * product[q][e], m = cb[q][e] * fade * delta + (j == t ? skip : 0), dm = product[q][e] * fade * delta;
-                if (t < s.rows && j < s.rows) M.template set<1>(t, j, &m);
-                if (t < s.rows && j < s.rows && backward) dM.template set<1>(t, j, &dm);
-                left[e / 2] += j < t ? term * delta : 0;
-                below[2 * q + e % 2] += j < t ? term : 0;
-                if (j == t) r->diagonal[t] = term;
-                if (j == t) r->skip[t] = product[q][e];
-            }
+        if (i0 < s.rows && j0 < s.rows)
+#pragma unroll
+            for (int q = 0; q < 4; q++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    int t = i0 + lane / 4 + e / 2 * 8, j = j0 + q * 8 + lane % 4 * 2 + e % 2;
+                    float fade = __expf(fminf((float)(r->L[t] - r->L[j]), 0)), delta = r->delta[j];
+                    if (j > t || t >= n) fade = 0;
+                    float term = cb[q][e] * fade * product[q][e];
+                    left[e / 2] += j < t ? term * delta : 0;
+                    below[2 * q + e % 2] += j < t ? term : 0;
+                    if (backward && j == t) r->diagonal[t] = term;
+                    if (backward && j == t) r->skip[t] = product[q][e];
+                    cb[q][e] = cb[q][e] * fade * delta + (j == t ? skip : 0);
+                    product[q][e] *= fade * delta;
+                    if (e % 2 == 0) continue;
+                    M.template set<2>(t, j - 1, cb[q] + e - 1);
+                    if (backward) dM.template set<2>(t, j - 1, product[q] + e - 1);
+                }
         if (backward) {
             row_parts(r->left, left);
             for (int i = 0; i < 8; i++) {
@@ -3014,22 +3057,26 @@ __global__ void __launch_bounds__(SCAN_THREADS, 3) scan_sequence_kernel(X *y, fl
         float *next = t0 + s.P < s.T ? state + size : last;
         k.begin(t0, NULL);
         k.weights(s.skip[k.head], 0);
-        block_products(k.n, k.w, s.S, k.c, k.h, [&](int, int t, int, float &sum) { sum *= k.r->decay[t]; },
-                       k.n, k.M, k.x, [&](int, int t, int e, float sum) { y[(k.row + t) * s.E + own + e] = to<X>(sum); });
+        block_products(k.n, k.w, s.S, k.c, k.h, [&](int, int t, int, float *v) { scale_pair(v, k.r->decay[t]); },
+                       k.n, k.M, k.x, [&](int, int t, int e, float *v) {
+                           s.store(y + (k.row + t) * s.E + own + e, v, t < k.n ? k.w - e : 0);
+                       });
         __syncthreads();
-        if (next) block_products<1>(s.S, k.w, 0, k.b, k.x, [&](int, int i, int e, float &sum) {
-                                        sum = k.r->decay[k.n - 1] * k.h.value(i, e);
-                                    }, k.n, k.b.t(), k.x, [&](int, int i, int e, float sum) {
-                                        next[(int64_t)i * s.E + e] = sum;
-                                        k.h.template set<1>(i, e, &sum);
+        if (next) block_products<1>(s.S, k.w, 0, k.b, k.x, [&](int, int i, int e, float *v) {
+                                        k.h.template read<2>(i, e, v);
+                                        scale_pair(v, k.r->decay[k.n - 1]);
+                                    }, k.n, k.b.t(), k.x, [&](int, int i, int e, float *v) {
+                                        s.store(next + (int64_t)i * s.E + e, v, i < s.S ? k.w - e : 0);
+                                        k.h.template set<2>(i, e, v);
                                     }, k.r->scale);
         state = next;
     }
 }
 
-// All gradients of a head, see scan_head_backward; partial (N,heads,2S) is the head's part of db and dc. dL_t - dL_{t+1} + .. + dL_last
-// is a sum over the terms of dM ⊙ M that lie below row t - 1 and left of column t: each row's and each column's sum of what lies
-// below the diagonal, so that nothing that is added in one place and taken away in another is ever rounded in between.
+// All gradients of a head, see scan_head_backward; partial (N,heads,2S) is the head's part of db and dc. The sum of dL from t to the
+// chunk's end is that of dM ⊙ M over rows from t on and columns before t, with what was read of the state from t on, what it took
+// before t, and what was carried. It is taken from sums of rows and of columns without the diagonal, which is in neither: where
+// states decay at once the rest is small beside it, and rounding the whole would leave little of the rest.
 template <typename X>
 __global__ void __launch_bounds__(SCAN_THREADS, 2) scan_sequence_backward_kernel(X *dxbc, float *dstep, float *partial,
                                                                                  const float *states, Scan<X> s) {
@@ -3047,22 +3094,30 @@ __global__ void __launch_bounds__(SCAN_THREADS, 2) scan_sequence_backward_kernel
         X *dx = dxbc + k.row * W + own;
         float *part = partial + (k.row * s.heads + k.head) * 2 * S, read[2] = {}, taken[2] = {}, carried = 0;
         int64_t next = (int64_t)s.heads * 2 * S; // from row to row of part
-        block_products(n, w, S, k.b, k.dh, [&](int, int j, int, float &sum) { sum *= r->scale[j]; },
-                       n, k.M.t(), k.dy, [&](int, int j, int e, float sum) { dx[(int64_t)j * W + e] = to<X>(sum); });
-        block_products(n, S, w, k.x, k.dh.t(), [&](int q, int j, int i, float &sum) {
-                           taken[q] += get(*k.b(j, i)) * sum;
-                           sum *= r->scale[j];
-                       }, n, k.dM.t(), k.c, [&](int, int j, int i, float sum) { part[j * next + i] = sum; });
-        block_products(n, S, w, k.dy, k.h.t(), [&](int q, int t, int i, float &sum) {
-                           read[q] += get(*k.c(t, i)) * (sum *= r->decay[t]);
-                       }, n, k.dM, k.b, [&](int, int t, int i, float sum) { part[t * next + S + i] = sum; });
+        block_products(n, w, S, k.b, k.dh, [&](int, int j, int, float *v) { scale_pair(v, r->scale[j]); },
+                       n, k.M.t(), k.dy, [&](int, int j, int e, float *v) { s.store(dx + (int64_t)j * W + e, v, j < n ? w - e : 0); });
+        block_products(n, S, w, k.x, k.dh.t(), [&](int q, int j, int i, float *v) {
+                           float b[2];
+                           k.b.template read<2>(j, i, b);
+                           taken[q] += b[0] * v[0] + b[1] * v[1];
+                           scale_pair(v, r->scale[j]);
+                       }, n, k.dM.t(), k.c, [&](int, int j, int i, float *v) { s.store(part + j * next + i, v, j < n ? S - i : 0); });
+        block_products(n, S, w, k.dy, k.h.t(), [&](int q, int t, int i, float *v) {
+                           float c[2];
+                           k.c.template read<2>(t, i, c);
+                           scale_pair(v, r->decay[t]);
+                           read[q] += c[0] * v[0] + c[1] * v[1];
+                       }, n, k.dM, k.b, [&](int, int t, int i, float *v) { s.store(part + t * next + S + i, v, t < n ? S - i : 0); });
         k.row_parts(r->taken, taken);
         k.row_parts(r->read, read);
         __syncthreads();
-        block_products<1>(S, w, 0, k.c, k.dy, [&](int, int i, int e, float &sum) {
-                              sum = r->decay[n - 1] * k.dh.value(i, e);
-                              carried += sum * k.h.value(i, e);
-                          }, n, k.c.t(), k.dy, [&](int, int i, int e, float sum) { k.dh.template set<1>(i, e, &sum); }, r->decay);
+        block_products<1>(S, w, 0, k.c, k.dy, [&](int, int i, int e, float *v) {
+                              float h[2];
+                              k.h.template read<2>(i, e, h);
+                              k.dh.template read<2>(i, e, v);
+                              scale_pair(v, r->decay[n - 1]);
+                              carried += h[0] * v[0] + h[1] * v[1];
+                          }, n, k.c.t(), k.dy, [&](int, int i, int e, float *v) { k.dh.template set<2>(i, e, v); }, r->decay);
         carried = block_sum(carried, r->shared);
         if (threadIdx.x >= 32) continue;
         double of_row[2] = {}, of_taken[2] = {}, ddelta[2] = {}; // of rows 2·lane and 2·lane + 1
@@ -3759,7 +3814,8 @@ template <typename X> static void carve_activations_gpu(ModelGPU<X> *m, int B, i
     acts->hits = (char *)add_activation(f, fb, -1, "hits", 1, B * (int64_t)T / 4 + 1, 1, 1);
     acts->cosine = add_activation(f, fb, -1, "cosine", 2, T, d / 2, 1);
     acts->sine = add_activation(f, fb, -1, "sine", 2, T, d / 2, 1);
-    int64_t scratch = mamba2 ? scan_scratch_gpu(B, T, c->state_dim, 2 * D / c->head_dim) : attention_scratch(gpu.hopper && m->is_bf16 && d % 8 == 0 && d <= 128, B, T, H, c->n_kv_heads, 0);
+    int64_t scratch = mamba2 ? scan_scratch_gpu(B, T, c->state_dim, 2 * D / c->head_dim)
+        : attention_scratch(gpu.hopper && m->is_bf16 && d % 8 == 0 && d <= 128, B, T, H, c->n_kv_heads, 0);
     int64_t feedback = sessa ? feedback_panels<X>(B, T, D, 0).total : 0;
     int64_t low = !sessa || mode == TRAIN ? 0 : feedback_panels<X>(B, T, D, keep_all, 0).total; // of tests, of generation
     scratch = scratch > feedback ? scratch : feedback;
