@@ -197,18 +197,18 @@ static int wide(std::initializer_list<int64_t> strides, std::initializer_list<co
     return ok;
 }
 
-// Element by element: f.run<V>(n, i) does the numbers i .. i+V-1 of row n. A thread takes one such piece.
+// Element by element: f(V, n, i) does the numbers i .. i+V-1 of row n, V a number that the compiler knows. A thread takes
+// one such piece.
+template <int N> struct Known { __host__ __device__ constexpr operator int() const { return N; } };
 template <int V, typename F> __global__ void each_kernel(F f, unsigned rows, unsigned pieces) {
     unsigned item = blockIdx.x * blockDim.x + threadIdx.x; // there are fewer than 2^32 pieces
-    if (item >= rows * pieces) return;
-    f.template run<V>((int)(item / pieces), (int)(item % pieces) * V);
+    if (item < rows * pieces) f(Known<V>(), (int)(item / pieces), (int)(item % pieces) * V);
 }
-template <typename F> static void each(F f, int64_t rows, int width, int in_eights, cudaStream_t stream) {
+template <typename F> static void each(int64_t rows, int width, int in_eights, cudaStream_t stream, F f) {
     int pieces = in_eights ? width / 8 : width;
     unsigned blocks = (unsigned)((rows * pieces + 255) / 256);
-    if (blocks == 0) return;
-    if (in_eights) LAUNCH((each_kernel<8, F>), blocks, 256, 0, stream, f, (unsigned)rows, (unsigned)pieces);
-    else LAUNCH((each_kernel<1, F>), blocks, 256, 0, stream, f, (unsigned)rows, (unsigned)pieces);
+    if (blocks) LAUNCH((in_eights ? each_kernel<8, F> : each_kernel<1, F>), blocks, 256, 0, stream, f, (unsigned)rows,
+                       (unsigned)pieces);
 }
 
 // Sums and maxima over a block, the same on all threads; the order is fixed. shared: 32 numbers.
@@ -277,9 +277,9 @@ static void column_sums_gpu(ColumnSums *sums, cudaStream_t stream) {
     sums->next = sums->room;
 }
 
-// Element by element with SUMS sums over the rows: f.run<V>(n, i, sum) adds to sum[k][..]. A block takes 16 pieces of V
-// columns of a chunk of the rows, 16 rows at a time. outs[k] gets sum k, a third sum its first column alone: one that is
-// the same for all columns.
+// Element by element with sums over the rows: f(V, n, i, sum) adds to sum[k][..]. A block takes 16 pieces of V columns of
+// a chunk of the rows, 16 rows at a time. outs[k] gets sum k, a third sum its first column alone: one that is the same for
+// all columns.
 template <int V, int SUMS, typename F>
 __global__ void __launch_bounds__(256, 4) each_with_sums_kernel(F f, float *partial, int N, int width) {
     __shared__ float parts[16][16 * V];
@@ -287,7 +287,7 @@ __global__ void __launch_bounds__(256, 4) each_with_sums_kernel(F f, float *part
             / gridDim.y);
     float sum[SUMS][V] = {};
     if (i < width)
-        for (int n = (int)((int64_t)N * blockIdx.y / gridDim.y) + y; n < end; n += 16) f.template run<V>(n, i, sum);
+        for (int n = (int)((int64_t)N * blockIdx.y / gridDim.y) + y; n < end; n += 16) f(Known<V>(), n, i, sum);
     for (int k = 0; k < SUMS; k++) {
         for (int e = 0; e < V; e++) parts[y][threadIdx.x % 16 * V + e] = sum[k][e];
         __syncthreads();
@@ -301,29 +301,27 @@ __global__ void __launch_bounds__(256, 4) each_with_sums_kernel(F f, float *part
     }
 }
 template <int SUMS, typename F>
-static void each_with_sums(F f, ColumnSums *sums, const std::initializer_list<float *> outs, int N, int width,
-                           int in_eights, cudaStream_t stream) {
-    int groups = (width + (in_eights ? 127 : 15)) / (in_eights ? 128 : 16), chunks = BLOCKS_AT_ONCE / groups, k = 0;
+static void each_with_sums(float *const (&outs)[SUMS], ColumnSums *sums, int N, int width, int in_eights, cudaStream_t stream,
+                           F f) {
+    int columns = in_eights ? GROUP_COLUMNS : 16, groups = (width + columns - 1) / columns, chunks = BLOCKS_AT_ONCE / groups;
     chunks = chunks < 1 ? 1 : min_int(chunks, (N + 15) / 16);
-    if (in_eights) LAUNCH((each_with_sums_kernel<8, SUMS, F>), dim3(groups, chunks), 256, 0, stream, f, sums->next, N,
-                          width);
-    else LAUNCH((each_with_sums_kernel<1, SUMS, F>), dim3(groups, chunks), 256, 0, stream, f, sums->next, N, width);
-    for (float *out : outs) { column_sum(sums, out, k * width, chunks, SUMS * width, k == 2 ? 1 : width); k++; }
+    LAUNCH((in_eights ? each_with_sums_kernel<8, SUMS, F> : each_with_sums_kernel<1, SUMS, F>), dim3(groups, chunks), 256, 0,
+           stream, f, sums->next, N, width);
+    for (int k = 0; k < SUMS; k++) column_sum(sums, outs[k], k * width, chunks, SUMS * width, k == 2 ? 1 : width);
     sums->next += (int64_t)chunks * SUMS * width;
 }
 
-// Passes with sums along the rows: threadIdx.y takes a row, threadIdx.x a piece of V of its columns (PIECES of them,
-// blockDim.x·V apart, where rows are that long). A row's threads are whole warps and wait for each other alone.
+// Passes with sums along the rows, f(V, PIECES): threadIdx.y takes a row, threadIdx.x a piece of V of its columns (PIECES
+// of them, blockDim.x·V apart, where rows are that long). A row's threads are whole warps and wait for each other alone.
 template <int V, int PIECES, typename F> __global__ void __launch_bounds__(ROW_BLOCK, 2) rows_kernel(F f) {
-    f.template run<V, PIECES>();
+    f(Known<V>(), Known<PIECES>());
 }
-template <typename F> static int rows(F f, int N, int D, int in_eights, int most_blocks, cudaStream_t stream) {
+template <typename F> static int rows(int N, int D, int in_eights, int most_blocks, cudaStream_t stream, F f) {
     int eights = in_eights && D <= 32 * ROW_BLOCK, pieces = eights ? (D + 7) / 8 : D;
     int x = (int)round_up(min_int(pieces, ROW_BLOCK), 32), y = ROW_BLOCK / x, blocks = (N + y - 1) / y;
     if (most_blocks && blocks > most_blocks) blocks = most_blocks;
-    if (eights && pieces <= ROW_BLOCK) LAUNCH((rows_kernel<8, 1, F>), blocks, dim3(x, y), 0, stream, f);
-    else if (eights) LAUNCH((rows_kernel<8, 4, F>), blocks, dim3(x, y), 0, stream, f);
-    else LAUNCH((rows_kernel<1, 64, F>), blocks, dim3(x, y), 0, stream, f);
+    LAUNCH((!eights ? rows_kernel<1, 64, F> : pieces <= ROW_BLOCK ? rows_kernel<8, 1, F> : rows_kernel<8, 4, F>), blocks,
+           dim3(x, y), 0, stream, f);
     return blocks;
 }
 // (Σ x, Σ y) over the row's threads. shared: a number a warp, not the one of the sum before.
@@ -493,26 +491,17 @@ template <int V> __device__ inline void read_mask(float factor[V], const Mask &m
 // ----------------------------------------------------------------------------
 // layers, in the order in which data meets them
 
-struct EmbeddingEach {
-    float *out;
-    const int *inp;
-    const float *wte;
-    Mask mask;
-    int D;
-    template <int V> __device__ void run(int n, int i) const {
+// embedding_forward and dropout in one pass.
+static void embedding_forward_gpu(float *out, const int *inp, const float *wte, Mask mask, int B, int T, int D,
+                                  cudaStream_t stream) {
+    each((int64_t)B * T, D, wide({D}, {out, wte}), stream, [=] __device__ (auto V, int n, int i) {
         float v[V], factor[V];
         int64_t at = (int64_t)n * D + i;
         read_some<V>(v, wte + (int64_t)inp[n] * D + i);
         read_mask<V>(factor, mask, at);
         for (int e = 0; e < V; e++) v[e] *= factor[e];
         write_some<V>(out + at, v);
-    }
-};
-// With dropout.
-static void embedding_forward_gpu(float *out, const int *inp, const float *wte, Mask mask, int B, int T, int D,
-                                  cudaStream_t stream) {
-    EmbeddingEach f = {out, inp, wte, mask, D};
-    each(f, (int64_t)B * T, D, wide({D}, {out, wte}), stream);
+    });
 }
 
 // Which rows a token's gradient sums, sorted by token and cut into segments of at most SEGMENT rows. `lists`, in the
@@ -576,14 +565,10 @@ static __device__ inline void residual_forward_gpu(float x[V], const X *branch, 
 
 // residual_forward and layernorm_forward in one pass:
 //     x += mask ⊙ branch (branch NULL: none),   kept = X(x) (NULL: not wanted),   out = LayerNorm(x)
-template <typename X> struct LayernormForward {
-    X *out, *kept;
-    float *mean, *rstd, *x;
-    const X *branch;
-    Mask mask;
-    const float *weight, *bias;
-    int N, D;
-    template <int V, int PIECES> __device__ void run() const {
+template <typename X>
+static void layernorm_forward_gpu(X *out, X *kept, float *mean, float *rstd, float *x, const X *branch, Mask mask,
+                                  const float *weight, const float *bias, int N, int D, cudaStream_t stream) {
+    rows(N, D, wide({D}, {out, kept, x, branch, weight, bias}), 0, stream, [=] __device__ (auto V, auto PIECES) {
         __shared__ float2 shared[2][ROW_BLOCK / 32];
         int n = blockIdx.x * blockDim.y + threadIdx.y;
         if (n >= N) return;
@@ -610,13 +595,7 @@ template <typename X> struct LayernormForward {
             write_some<V>(out + (int64_t)n * D + i, v[p]);
         }
         if (threadIdx.x == 0) { mean[n] = m; rstd[n] = r; }
-    }
-};
-template <typename X>
-static void layernorm_forward_gpu(X *out, X *kept, float *mean, float *rstd, float *x, const X *branch, Mask mask,
-                                  const float *weight, const float *bias, int N, int D, cudaStream_t stream) {
-    LayernormForward<X> f = {out, kept, mean, rstd, x, branch, mask, weight, bias, N, D};
-    rows(f, N, D, wide({D}, {out, kept, x, branch, weight, bias}), 0, stream);
+    });
 }
 
 // layernorm_backward, and all that wants its operands or its result:
@@ -624,14 +603,13 @@ static void layernorm_forward_gpu(X *out, X *kept, float *mean, float *rstd, flo
 //     dbranch = X(mask ⊙ dx) with its sums dbranch_bias: the gradient of the branch added below; without one (NULL),
 //     dx itself is masked
 // fresh: dx starts from 0. A block keeps the sums of its rows in registers.
-template <typename X> struct LayernormBackward {
-    float *dx, *partial;
-    X *n_again, *dbranch;
-    const X *dout, *x;
-    const float *mean, *rstd, *weight, *bias;
-    Mask mask;
-    int fresh, N, D;
-    template <int V, int PIECES> __device__ void run() const {
+template <typename X>
+static void layernorm_backward_gpu(float *dx, float *dweight, float *dbias, X *n_again, X *dbranch, float *dbranch_bias,
+                                   Mask mask, int fresh, const X *dout, const X *x, const float *mean, const float *rstd,
+                                   const float *weight, const float *bias, int N, int D, ColumnSums *sums, cudaStream_t stream) {
+    float *partial = sums->next;
+    int in_eights = wide({D}, {dx, n_again, dbranch, dout, x, weight, bias});
+    int chunks = rows(N, D, in_eights, BLOCKS_AT_ONCE / 2, stream, [=] __device__ (auto V, auto PIECES) {
         __shared__ float2 shared[2][ROW_BLOCK / 32];
         __shared__ float parts[ROW_BLOCK * V];
         float sums[3][PIECES][V] = {}, v[PIECES][V], g[PIECES][V], d[PIECES][V] = {};
@@ -686,15 +664,7 @@ template <typename X> struct LayernormBackward {
                     partial[(blockIdx.x * 3 + k) * D + i + e] = all;
                 }
             }
-    }
-};
-template <typename X>
-static void layernorm_backward_gpu(float *dx, float *dweight, float *dbias, X *n_again, X *dbranch, float *dbranch_bias,
-                                   Mask mask, int fresh, const X *dout, const X *x, const float *mean,
-                                   const float *rstd, const float *weight, const float *bias, int N, int D,
-                                   ColumnSums *sums, cudaStream_t stream) {
-    LayernormBackward<X> f = {dx, sums->next, n_again, dbranch, dout, x, mean, rstd, weight, bias, mask, fresh, N, D};
-    int chunks = rows(f, N, D, wide({D}, {dx, n_again, dbranch, dout, x, weight, bias}), BLOCKS_AT_ONCE / 2, stream);
+    });
     column_sum(sums, dweight, 0, chunks, 3 * D, D);
     column_sum(sums, dbias, D, chunks, 3 * D, D);
     column_sum(sums, dbranch_bias, 2 * D, chunks, 3 * D, D);
@@ -738,14 +708,10 @@ static __device__ inline float gain_backward_gpu(float dgamma, float ratio, floa
 }
 
 // gelu_forward and, where there is a gain (weight not NULL), gain_forward of its output, in one pass.
-template <typename X> struct GeluForward {
-    X *out;
-    float *gamma;
-    const X *inp;
-    const float *weight, *bias;
-    float gamma_max;
-    int ld, N, D;
-    template <int V, int PIECES> __device__ void run() const {
+template <typename X>
+static void gelu_forward_gpu(X *out, float *gamma, const X *inp, int ld, const float *weight, const float *bias,
+                             float gamma_max, int N, int D, cudaStream_t stream) {
+    rows(N, D, wide({D, ld}, {out, inp, weight}), 0, stream, [=] __device__ (auto V, auto PIECES) {
         __shared__ float2 shared[ROW_BLOCK / 32];
         int n = blockIdx.x * blockDim.y + threadIdx.y;
         if (n >= N) return;
@@ -763,25 +729,19 @@ template <typename X> struct GeluForward {
         if (!weight) return;
         dot = row_sum(dot, 0, shared).x;
         if (threadIdx.x == 0) gamma[n] = gain_forward_gpu(dot, bias[0], gamma_max);
-    }
-};
-template <typename X>
-static void gelu_forward_gpu(X *out, float *gamma, const X *inp, int ld, const float *weight, const float *bias,
-                             float gamma_max, int N, int D, cudaStream_t stream) {
-    GeluForward<X> f = {out, gamma, inp, weight, bias, gamma_max, ld, N, D};
-    rows(f, N, D, wide({D, ld}, {out, inp, weight}), 0, stream);
+    });
 }
 
 // gain_backward, then gelu_backward: with pre the gradient of w·ā + b
 //     dinp = (dout + pre·weight) GELU'(inp),   dweight += Σ_n pre_n GELU(inp_n),   dweight_bias += Σ_n pre_n
 // and dinp_bias += Σ_n dinp_n for the layer before. dinp may be inp.
-template <typename X> struct GeluBackward {
-    X *dinp;
-    const X *dout, *inp;
-    const float *dgamma, *gamma, *weight;
-    float gamma_max;
-    int ld, D;
-    template <int V> __device__ void run(int n, int i, float sum[3][V]) const {
+template <typename X>
+static void gelu_backward_gpu(X *dinp, float *dinp_bias, float *dweight, float *dweight_bias, const X *dout, const X *inp,
+                              int ld, const float *dgamma, const float *gamma, const float *weight, float gamma_max, int N,
+                              int D, ColumnSums *sums, cudaStream_t stream) {
+    int in_eights = wide({D, ld}, {dinp, dout, inp, weight});
+    each_with_sums({dinp_bias, dweight, dweight_bias}, sums, N, D, in_eights, stream,
+                   [=] __device__ (auto V, int n, int i, auto &sum) {
         float v[V], g[V], w[V], ratio = weight ? gamma[n] / gamma_max : 0,
             pre = weight ? gain_backward_gpu(dgamma[n], ratio, gamma_max) : 0;
         read_some<V>(v, inp + (int64_t)n * ld + i);
@@ -796,15 +756,7 @@ template <typename X> struct GeluBackward {
             sum[2][e] += pre;
         }
         write_some<V>(dinp + (int64_t)n * ld + i, g);
-    }
-};
-template <typename X>
-static void gelu_backward_gpu(X *dinp, float *dinp_bias, float *dweight, float *dweight_bias, const X *dout,
-                              const X *inp, int ld, const float *dgamma, const float *gamma, const float *weight,
-                              float gamma_max, int N, int D, ColumnSums *sums, cudaStream_t stream) {
-    GeluBackward<X> f = {dinp, dout, inp, dgamma, gamma, weight, gamma_max, ld, D};
-    each_with_sums<3>(f, sums, {dinp_bias, dweight, dweight_bias}, N, D, wide({D, ld}, {dinp, dout, inp, weight}),
-                      stream);
+    });
 }
 
 // The pairs among the V numbers v of row n from column i on, turned.
@@ -822,35 +774,31 @@ template <int V> __device__ inline void turn_pairs(float v[V], const Rope &rope,
     }
 }
 // A thread takes 8 numbers, or one pair; i counts numbers, or pairs.
-template <typename X> struct RopeForward {
-    X *x;
-    Rope rope;
-    int ld;
-    template <int V> __device__ void run(int n, int i) const {
-        enum { COUNT = V == 1 ? 2 : V };
+template <typename X>
+static void rope_forward_gpu(X *x, int ld, const float *cosine, const float *sine, int N, int T, int heads, int d, int first,
+                             float direction, cudaStream_t stream) {
+    Rope rope = {cosine, sine, T, d / 2, first, direction};
+    int in_eights = wide({d, ld}, {x, cosine, sine});
+    each(N, heads * (in_eights ? d : d / 2), in_eights, stream, [=] __device__ (auto V, int n, int i) {
+        constexpr int COUNT = V == 1 ? 2 : V;
         X *place = x + (int64_t)n * ld + (V == 1 ? 2 * i : i);
         float v[COUNT];
         for (int e = 0; e < COUNT; e += V) read_some<V>(v + e, place + e);
         turn_pairs<COUNT>(v, rope, n, V == 1 ? 2 * i : i);
         for (int e = 0; e < COUNT; e += V) write_some<V>(place + e, v + e);
-    }
-};
-template <typename X>
-static void rope_forward_gpu(X *x, int ld, const float *cosine, const float *sine, int N, int T, int heads, int d,
-                             int first, float direction, cudaStream_t stream) {
-    RopeForward<X> f = {x, {cosine, sine, T, d / 2, first, direction}, ld};
-    int in_eights = wide({d, ld}, {x, cosine, sine});
-    each(f, N, in_eights ? heads * d : heads * (d / 2), in_eights, stream);
+    });
 }
 
-// rope_backward of the first `turned` columns, and the sums of all ld columns over the rows: the gradient of the
+// rope_backward of the first heads·d columns, and the sums of all ld columns over the rows: the gradient of the
 // projections' bias. Where a thread takes one number, its neighbour has the other of the pair.
-template <typename X> struct RopeBackward {
-    X *dx;
-    Rope rope;
-    int ld, turned;
-    template <int V> __device__ void run(int n, int i, float sum[1][V]) const {
-        enum { COUNT = V == 1 ? 2 : V };
+template <typename X>
+static void rope_backward_gpu(X *dx, float *dbias, int ld, const float *cosine, const float *sine, int N, int T, int heads,
+                              int d, ColumnSums *sums, cudaStream_t stream) {
+    Rope rope = {cosine, sine, T, d / 2, 0, -1};
+    int turned = heads * d;
+    each_with_sums({dbias}, sums, N, ld, wide({d, ld}, {dx, cosine, sine}), stream,
+                   [=] __device__ (auto V, int n, int i, auto &sum) {
+        constexpr int COUNT = V == 1 ? 2 : V;
         float v[COUNT];
         int lane = threadIdx.x % 32, odd = V == 1 && i % 2;
         read_some<V>(v + odd, dx + (int64_t)n * ld + i);
@@ -860,13 +808,7 @@ template <typename X> struct RopeBackward {
             write_some<V>(dx + (int64_t)n * ld + i, v + odd);
         }
         for (int e = 0; e < V; e++) sum[0][e] += v[odd + e];
-    }
-};
-template <typename X>
-static void rope_backward_gpu(X *dx, float *dbias, int ld, const float *cosine, const float *sine, int N, int T,
-                              int heads, int d, ColumnSums *sums, cudaStream_t stream) {
-    RopeBackward<X> f = {dx, {cosine, sine, T, d / 2, 0, -1}, ld, heads * d};
-    each_with_sums<1>(f, sums, {dbias}, N, ld, wide({d, ld}, {dx, cosine, sine}), stream);
+    });
 }
 
 // Softmax over the past. A block takes row r of one item (a sequence, or a head of one), which stands at position i0 +
@@ -2045,21 +1987,15 @@ template <typename X> struct BlockResidual {
         write_some<V>(out + (int64_t)b * m * D + at, v);
     }
 };
-// out = Y(scale ⊙ x)
-template <typename Y, typename X> struct BlockCopy {
-    Y *out;
-    const X *x;
-    RowScale scale;
-    int64_t out_step, x_step;
-    int m, D, ld_out;
-    template <int V> __device__ void run(int row, int i) const {
-        int b = row / m, r = row % m;
-        float v[V], factor = scale.at(b, r);
-        read_some<V>(v, x + b * x_step + (int64_t)r * D + i);
-        for (int e = 0; e < V; e++) v[e] *= factor;
-        write_some<V>(out + b * out_step + (int64_t)r * ld_out + i, v);
-    }
-};
+// out = Y(x)       x (N,D), out: D of the ld columns of each row
+template <typename Y, typename X>
+static void copy_gpu(Y *out, int ld, const X *x, int N, int D, cudaStream_t stream) {
+    each(N, D, wide({D, ld}, {out, x}), stream, [=] __device__ (auto V, int n, int i) {
+        float v[V];
+        read_some<V>(v, x + (int64_t)n * D + i);
+        write_some<V>(out + (int64_t)n * ld + i, v);
+    });
+}
 
 template <typename X> static int64_t e_step(const Panels *p, int T) { return min_int(p->R, T) * p->lx; }
 
@@ -2492,17 +2428,13 @@ static void feedback_backward_gpu(X *df, X *dq, X *dk, float *dgamma, float *scr
     for (int r0 = (T - 1) / p.R * p.R; r0 >= 0; r0 -= p.R)
         feedback_panel_backward_gpu(df, dq, dk, dgamma, scratch, &p, ds, s, c, stats, q, k, ld, gamma, B, T, D, r0,
                                     stream);
-    BlockCopy<X, float> finish = {dk, scratch + p.dk, {NULL, NULL, 0}, (int64_t)T * ld, (int64_t)T * D, T, D, ld};
-    if (p.R < T) each(finish, (int64_t)B * T, D, wide({D, ld}, {dk, scratch}), stream);
+    if (p.R < T) copy_gpu(dk, ld, scratch + p.dk, B * T, D, stream);
 }
 
-// gate_forward, with dropout
-template <typename X> struct GateForward {
-    X *out;
-    const X *s, *g;
-    Mask mask;
-    int ld, D;
-    template <int V> __device__ void run(int n, int i) const {
+// gate_forward and dropout in one pass.
+template <typename X>
+static void gate_forward_gpu(X *out, const X *s, const X *g, int ld, Mask mask, int N, int D, cudaStream_t stream) {
+    each(N, D, wide({D, ld}, {out, s, g}), stream, [=] __device__ (auto V, int n, int i) {
         float v[V], w[V], factor[V];
         int64_t at = (int64_t)n * D + i;
         read_some<V>(v, s + at);
@@ -2510,23 +2442,17 @@ template <typename X> struct GateForward {
         read_mask<V>(factor, mask, at);
         for (int e = 0; e < V; e++) v[e] *= w[e] * factor[e];
         write_some<V>(out + at, v);
-    }
-};
-template <typename X>
-static void gate_forward_gpu(X *out, const X *s, const X *g, int ld, Mask mask, int N, int D, cudaStream_t stream) {
-    GateForward<X> f = {out, s, g, mask, ld, D};
-    each(f, N, D, wide({D, ld}, {out, s, g}), stream);
+    });
 }
 
 // gate_backward, with dropout, and what the layer's backward pass computes again from the same numbers:
 //     ds = mask ⊙ dout ⊙ g,   dg = mask ⊙ dout ⊙ s with its sums dg_bias,   gated = mask ⊙ s ⊙ g,   abar = GELU(a)
 // ds may be dout, and dg may be g.
-template <typename X> struct GateBackward {
-    X *ds, *dg, *gated, *abar;
-    const X *dout, *s, *a, *g;
-    Mask mask;
-    int ld, D;
-    template <int V> __device__ void run(int n, int i, float sum[1][V]) const {
+template <typename X>
+static void gate_backward_gpu(X *ds, X *dg, float *dg_bias, X *gated, X *abar, const X *dout, const X *s, const X *a,
+                              const X *g, int ld, Mask mask, int N, int D, ColumnSums *sums, cudaStream_t stream) {
+    each_with_sums({dg_bias}, sums, N, D, wide({D, ld}, {ds, dg, gated, abar, dout, s, a, g}), stream,
+                   [=] __device__ (auto V, int n, int i, auto &sum) {
         float grad[V], v[V], w[V], factor[V];
         int64_t at = (int64_t)n * D + i, at_wide = (int64_t)n * ld + i;
         read_some<V>(v, a + at_wide);
@@ -2547,13 +2473,7 @@ template <typename X> struct GateBackward {
         write_some<V>(gated + at, factor);
         write_some<V>(dg + at_wide, v);
         write_some<V>(ds + at, w);
-    }
-};
-template <typename X>
-static void gate_backward_gpu(X *ds, X *dg, float *dg_bias, X *gated, X *abar, const X *dout, const X *s, const X *a,
-                              const X *g, int ld, Mask mask, int N, int D, ColumnSums *sums, cudaStream_t stream) {
-    GateBackward<X> f = {ds, dg, gated, abar, dout, s, a, g, mask, ld, D};
-    each_with_sums<1>(f, sums, {dg_bias}, N, D, wide({D, ld}, {ds, dg, gated, abar, dout, s, a, g}), stream);
+    });
 }
 
 // A block takes a row of V logits, a thread every blockDim-th piece, with a running maximum: the row's loss logsumexp -
@@ -2617,116 +2537,71 @@ static void crossentropy_gpu(float *losses, char *hits, X *dlogits, const X *log
 
 __device__ static inline float sigmoid_gpu(float x) { return 1 / (1 + __expf(-x)); }
 
-// A thread takes one channel of one row, c of n. u: before SiLU.
-template <typename X> struct ConvEach {
-    X *out;
-    const X *inp, *tail;
-    const float *weight, *bias;
-    int ld, T, W, first;
-    __device__ float u(int n, int c) const {
-        int t = first + n % (T - first);
-        float sum = bias[c];
-        for (int lag = 0; lag < TAPS && lag <= t; lag++)
-            sum += weight[c * TAPS + TAPS - 1 - lag] * get(t - lag >= first ? inp[(int64_t)(n - lag) * ld + c]
-                                                           : tail[(t - lag) % (TAPS - 1) * W + c]);
-        return sum;
-    }
-    template <int V> __device__ void run(int n, int c) const {
-        float x = u(n, c);
-        out[(int64_t)n * W + c] = to<X>(x * sigmoid_gpu(x));
-    }
-};
-template <typename X> struct TailEach { // row n of the new ones
-    X *tail;
-    const X *inp;
-    int ld, W, first, from;
-    template <int V> __device__ void run(int n, int c) const {
-        tail[(first + from + n) % (TAPS - 1) * W + c] = inp[(int64_t)(from + n) * ld + c];
-    }
-};
+// conv_row of one channel c: u_n, before SiLU
+template <typename X>
+static __device__ inline float conv_row_gpu(const X *inp, int ld, const X *tail, const float *weight, const float *bias,
+                                            int n, int c, int T, int W, int first) {
+    int t = first + n % (T - first);
+    float sum = bias[c];
+    for (int lag = 0; lag < TAPS && lag <= t; lag++)
+        sum += weight[c * TAPS + TAPS - 1 - lag] * get(t - lag >= first ? inp[(int64_t)(n - lag) * ld + c]
+                                                       : tail[(t - lag) % (TAPS - 1) * W + c]);
+    return sum;
+}
+
+// A thread takes one channel of one row, c of n.
 template <typename X>
 static void conv_forward_gpu(X *out, const X *inp, int ld, X *tail, const float *weight, const float *bias, int B, int T,
                              int W, int first, cudaStream_t stream) {
     int rows = T - first, from = rows > TAPS - 1 ? rows - (TAPS - 1) : 0;
-    ConvEach<X> f = {out, inp, tail, weight, bias, ld, T, W, first};
-    TailEach<X> keep = {tail, inp, ld, W, first, from};
-    each(f, B * rows, W, 0, stream);
-    if (tail) each(keep, rows - from, W, 0, stream);
+    each(B * rows, W, 0, stream, [=] __device__ (auto, int n, int c) {
+        float u = conv_row_gpu(inp, ld, tail, weight, bias, n, c, T, W, first);
+        out[(int64_t)n * W + c] = to<X>(u * sigmoid_gpu(u));
+    });
+    if (tail) each(rows - from, W, 0, stream, [=] __device__ (auto, int n, int c) { // row n of those to remember
+        tail[(first + from + n) % (TAPS - 1) * W + c] = inp[(int64_t)(from + n) * ld + c];
+    });
 }
 
-template <typename X> struct ConvGradient { // dout becomes du, whose sums over the rows are the bias's gradient
-    X *dout;
-    ConvEach<X> conv;
-    template <int V> __device__ void run(int n, int c, float sum[1][V]) const {
-        float u = conv.u(n, c), s = sigmoid_gpu(u);
-        X *at = dout + (int64_t)n * conv.W + c;
-        float du = get(*at) * s * (1 + u * (1 - s));
-        *at = to<X>(du);
-        sum[0][0] += du;
-    }
-};
-template <typename X> struct ConvInput {
-    X *dinp;
-    const X *du;
-    const float *weight;
-    int ld, T, W;
-    template <int V> __device__ void run(int n, int c) const {
-        float sum = 0;
-        for (int lag = 0; lag < min(TAPS, T - n % T); lag++)
-            sum += weight[c * TAPS + TAPS - 1 - lag] * get(du[(int64_t)(n + lag) * W + c]);
-        dinp[(int64_t)n * ld + c] = to<X>(sum);
-    }
-};
-template <typename X> struct ConvColumns { // column i: tap i mod TAPS of channel i / TAPS
-    const X *du, *inp;
-    int ld, T, W;
-    template <int V> __device__ void run(int n, int i, float sum[1][V]) const {
-        int lag = TAPS - 1 - i % TAPS, c = i / TAPS;
-        if (lag <= n % T) sum[0][0] += get(du[(int64_t)n * W + c]) * get(inp[(int64_t)(n - lag) * ld + c]);
-    }
-};
+// In three passes: dout becomes du, with its sums dbias; dinp; dweight, whose column i is tap i mod TAPS of channel i/TAPS.
 template <typename X>
 static void conv_backward_gpu(X *dinp, float *dweight, float *dbias, X *dout, const X *inp, int ld, const float *weight,
                               const float *bias, int B, int T, int W, ColumnSums *sums, cudaStream_t stream) {
-    ConvGradient<X> du = {dout, {NULL, inp, NULL, weight, bias, ld, T, W, 0}};
-    ConvInput<X> input = {dinp, dout, weight, ld, T, W};
-    ConvColumns<X> taps = {dout, inp, ld, T, W};
-    each_with_sums<1>(du, sums, {dbias}, B * T, W, 0, stream);
-    each(input, B * T, W, 0, stream);
-    each_with_sums<1>(taps, sums, {dweight}, B * T, W * TAPS, 0, stream);
+    each_with_sums({dbias}, sums, B * T, W, 0, stream, [=] __device__ (auto, int n, int c, auto &sum) {
+        float u = conv_row_gpu(inp, ld, (const X *)NULL, weight, bias, n, c, T, W, 0), s = sigmoid_gpu(u);
+        X *at = dout + (int64_t)n * W + c;
+        float du = get(*at) * s * (1 + u * (1 - s));
+        *at = to<X>(du);
+        sum[0][0] += du;
+    });
+    each(B * T, W, 0, stream, [=] __device__ (auto, int n, int c) {
+        float sum = 0;
+        for (int lag = 0; lag < min(TAPS, T - n % T); lag++)
+            sum += weight[c * TAPS + TAPS - 1 - lag] * get(dout[(int64_t)(n + lag) * W + c]);
+        dinp[(int64_t)n * ld + c] = to<X>(sum);
+    });
+    each_with_sums({dweight}, sums, B * T, W * TAPS, 0, stream, [=] __device__ (auto, int n, int i, auto &sum) {
+        int lag = TAPS - 1 - i % TAPS, c = i / TAPS;
+        if (lag <= n % T) sum[0][0] += get(dout[(int64_t)n * W + c]) * get(inp[(int64_t)(n - lag) * ld + c]);
+    });
 }
 
-template <typename X> struct StepEach {
-    float *step;
-    const X *inp;
-    const float *bias;
-    int ld, heads;
-    template <int V> __device__ void run(int n, int h) const {
-        float x = get(inp[(int64_t)n * ld + h]) + bias[h];
-        step[(int64_t)n * heads + h] = x > 30 ? x : log1pf(expf(x));
-    }
-};
 template <typename X>
 static void step_forward_gpu(float *step, const X *inp, int ld, const float *bias, int N, int heads, cudaStream_t stream) {
-    StepEach<X> f = {step, inp, bias, ld, heads};
-    each(f, N, heads, 0, stream);
+    each(N, heads, 0, stream, [=] __device__ (auto, int n, int h) {
+        float x = get(inp[(int64_t)n * ld + h]) + bias[h];
+        step[(int64_t)n * heads + h] = x > 30 ? x : log1pf(expf(x));
+    });
 }
-template <typename X> struct StepBackward {
-    X *dinp;
-    const float *dstep, *bias;
-    const X *inp;
-    int ld_dstep, ld;
-    template <int V> __device__ void run(int n, int h, float sum[1][V]) const {
-        float grad = dstep[(int64_t)n * ld_dstep + h] * sigmoid_gpu(get(inp[(int64_t)n * ld + h]) + bias[h]);
-        dinp[(int64_t)n * ld + h] = to<X>(grad);
-        sum[0][0] += grad;
-    }
-};
+
 template <typename X>
 static void step_backward_gpu(X *dinp, float *dbias, const float *dstep, int ld_dstep, const X *inp, int ld, const float *bias,
                               int N, int heads, ColumnSums *sums, cudaStream_t stream) {
-    StepBackward<X> f = {dinp, dstep, bias, inp, ld_dstep, ld};
-    each_with_sums<1>(f, sums, {dbias}, N, heads, 0, stream);
+    each_with_sums({dbias}, sums, N, heads, 0, stream, [=] __device__ (auto, int n, int h, auto &sum) {
+        float grad = dstep[(int64_t)n * ld_dstep + h] * sigmoid_gpu(get(inp[(int64_t)n * ld + h]) + bias[h]);
+        dinp[(int64_t)n * ld + h] = to<X>(grad);
+        sum[0][0] += grad;
+    });
 }
 
 // out(i, j, between(i, j, Σ_k a(i, k) b(k, j)) + Σ_l a2(i, l) b2(l, j)) for i < M, j < N, k < K, l < K2: a thread of the
@@ -2996,7 +2871,7 @@ template <typename X> struct ScanHeads { // db and dc: the sum over the heads, i
     X *dxbc;
     const float *partial;
     int E, S, heads;
-    template <int V> __device__ void run(int n, int i) const {
+    template <typename Width> __device__ void operator()(Width, int n, int i) const {
         float sum = 0;
         for (int h = 0; h < heads; h++) sum += partial[((int64_t)n * heads + h) * 2 * S + i];
         dxbc[(int64_t)n * (E + 2 * S) + E + i] = to<X>(sum);
@@ -3005,7 +2880,7 @@ template <typename X> struct ScanHeads { // db and dc: the sum over the heads, i
 struct ScanColumns {
     const float *dstep;
     int heads;
-    template <int V> __device__ void run(int n, int h, float sum[2][V]) const {
+    template <typename Width, typename Sums> __device__ void operator()(Width, int n, int h, Sums &sum) const {
         const float *row = dstep + (int64_t)n * 3 * heads + heads + h;
         sum[0][0] += row[0];
         sum[1][0] += row[heads];
@@ -3027,8 +2902,8 @@ static void scan_backward_gpu(X *dxbc, float *dstep, float *dA_log, float *dskip
     LAUNCH(scan_pull_kernel<X>, grid, SCAN_THREADS, shared, stream, dstates, dy, s);
     scan_states(dstates, scratch, NULL, B, chunks, S, E, heads, 1, stream);
     LAUNCH(scan_backward_kernel<X>, grid, SCAN_THREADS, shared, stream, dxbc, dstep, partial, dstates, dy, s);
-    each(of_heads, (int64_t)B * T, 2 * S, 0, stream);
-    each_with_sums<2>(columns, sums, {dA_log, dskip}, B * T, heads, 0, stream);
+    each((int64_t)B * T, 2 * S, 0, stream, of_heads);
+    each_with_sums({dA_log, dskip}, sums, B * T, heads, 0, stream, columns);
 }
 
 // A warp takes a row.
@@ -3054,15 +2929,6 @@ static void gated_rmsnorm_forward_gpu(X *out, float *rstd, const X *y, const X *
                                       cudaStream_t stream) {
     LAUNCH(gated_rmsnorm_forward_kernel<X>, (N + 3) / 4, 128, 0, stream, out, rstd, y, z, ld, weight, N, E);
 }
-template <typename X> struct NormColumns {
-    const X *dout, *y, *z;
-    const float *rstd;
-    int ld, E;
-    template <int V> __device__ void run(int n, int i, float sum[1][V]) const {
-        float gate = get(z[(int64_t)n * ld + i]);
-        sum[0][0] += get(dout[(int64_t)n * E + i]) * get(y[(int64_t)n * E + i]) * gate * sigmoid_gpu(gate) * rstd[n];
-    }
-};
 template <typename X>
 __global__ void gated_rmsnorm_backward_kernel(X *dy, X *dz, const X *dout, const X *y, const X *z, int ld, const float *rstd,
                                               const float *weight, int N, int E) {
@@ -3085,8 +2951,10 @@ __global__ void gated_rmsnorm_backward_kernel(X *dy, X *dz, const X *dout, const
 template <typename X>
 static void gated_rmsnorm_backward_gpu(X *dy, X *dz, float *dweight, const X *dout, const X *y, const X *z, int ld,
                                        const float *rstd, const float *weight, int N, int E, ColumnSums *sums, cudaStream_t stream) {
-    NormColumns<X> columns = {dout, y, z, rstd, ld, E};
-    each_with_sums<1>(columns, sums, {dweight}, N, E, 0, stream);
+    each_with_sums({dweight}, sums, N, E, 0, stream, [=] __device__ (auto, int n, int i, auto &sum) {
+        float gate = get(z[(int64_t)n * ld + i]);
+        sum[0][0] += get(dout[(int64_t)n * E + i]) * get(y[(int64_t)n * E + i]) * gate * sigmoid_gpu(gate) * rstd[n];
+    });
     LAUNCH(gated_rmsnorm_backward_kernel<X>, (N + 3) / 4, 128, 0, stream, dy, dz, dout, y, z, ld, rstd, weight, N, E);
 }
 
@@ -4053,8 +3921,7 @@ template <typename X> static void write_gpu(ModelGPU<X> *m, Block block) {
     for (int i = 0; i < m->host.table.n; i++)
         CUDA(cudaMemcpyAsync(device + m->places[i], host + m->host.table.rows[i].offset,
              sizeof(real) * (size_t)m->host.table.rows[i].count, cudaMemcpyHostToDevice, gpu.stream));
-    BlockCopy<X, float> copy = {m->copy, m->params, {NULL, NULL, 0}, 0, 0, INT_MAX, 64, 64};
-    if (block == PARAMS && m->is_bf16) each(copy, m->count / 64, 64, 1, gpu.stream);
+    if (block == PARAMS && m->is_bf16) copy_gpu(m->copy, 64, m->params, (int)(m->count / 64), 64, gpu.stream);
     CUDA(cudaStreamSynchronize(gpu.stream));
 }
 
