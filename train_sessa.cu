@@ -3242,7 +3242,6 @@ enum { N_RECORDINGS = 8 };
 // `places`: at multiples of 64 numbers, but for those that follow another within one product.
 template <typename X> struct ModelGPU {
     Model host;
-    int is_bf16;
     char *memory;                                // all of the model, one allocation
     int64_t count, *places;                      // numbers in a block; (rows of the table)
     float *params, *grads, *exp_avg, *exp_avg_sq;
@@ -3310,15 +3309,12 @@ static void attention_mixer_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int
 // beside each other.
 template <typename X>
 static void sessa_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int first, cudaStream_t stream) {
-    const Config *c = &m->host.config;
-    int D = c->d_model, E = proj_width(c);
+    int D = m->host.config.d_model, E = proj_width(&m->host.config), d = D / m->host.config.n_heads, P = m->host.P;
     LayerActivationsGPU<X> *a = &m->acts.layers[l];
     const X *q = a->proj + (size_t)first * E + E - 2 * D, *k = a->proj + E - D;
-    Panels p = feedback_panels<X>(B, T, D, m->host.P, wide({E, first}, {a->s, a->f, q, k, m->acts.scratch}));
-    cudaStream_t side = p.tiles && in_tiles(a->proj, a->proj, a->proj, E, D / c->n_heads) ? gpu.side : stream;
+    cudaStream_t side = in_tiles(a->proj, a->proj, a->proj, E, d) && P % 8 == 0 && first % 8 == 0 ? gpu.side : stream;
     direct_read_forward_gpu(m, l, B, T, first, a->f, stream, side);
-    feedback_forward_gpu(a->s, a->c, a->fb_stats, m->acts.scratch, a->f, q, k, E, a->gamma, B, T, D, first, m->host.P,
-                         stream, side);
+    feedback_forward_gpu(a->s, a->c, a->fb_stats, m->acts.scratch, a->f, q, k, E, a->gamma, B, T, D, first, P, stream, side);
 }
 
 template <typename X> static void sessa_backward_gpu(ModelGPU<X> *m, int l, int B, int T, cudaStream_t stream) {
@@ -3489,13 +3485,13 @@ template <typename X> static void carve_activations_gpu(ModelGPU<X> *m, int B, i
     acts->hits = (char *)add_activation(f, fb, -1, "hits", 1, B * (int64_t)T / 4 + 1, 1, 1);
     acts->cosine = add_activation(f, fb, -1, "cosine", 2, T, d / 2, 1);
     acts->sine = add_activation(f, fb, -1, "sine", 2, T, d / 2, 1);
-    int64_t scratch = mamba2 ? scan_scratch_gpu(B, T, 2 * D, c->state_dim, 2 * D / c->head_dim, CHUNK) : attention_scratch(gpu.hopper && m->is_bf16 && d % 8 == 0 && d <= 128, B, T, H, c->n_kv_heads, 0);
+    int64_t scratch = mamba2 ? scan_scratch_gpu(B, T, 2 * D, c->state_dim, 2 * D / c->head_dim, CHUNK) : attention_scratch(gpu.hopper && sizeof(X) == sizeof(bf16) && d % 8 == 0 && d <= 128, B, T, H, c->n_kv_heads, 0);
     int64_t feedback = sessa ? feedback_panels<X>(B, T, D, 0).total : 0;
     int64_t low = !sessa || mode == TRAIN ? 0 : feedback_panels<X>(B, T, D, keep_all, 0).total; // of tests, of generation
     scratch = scratch > feedback ? scratch : feedback;
-    int64_t decoding = decode_parts(D, H) + c->vocab_size;
+    int64_t decoding = mode == GENERATE ? decode_parts(D, H) + c->vocab_size : 0;
     m->decodes = mode == GENERATE && !mamba2 && D <= 8192;
-    if (m->decodes && decoding > scratch) scratch = decoding;
+    if (decoding > scratch) scratch = decoding;
     acts->scratch = add_activation(f, fb, -1, "scratch", 1, scratch > low ? scratch : low, 1, 1);
     if (!training) return;
     acts->dout = acts->layers[0].n; // free by then
@@ -3526,7 +3522,8 @@ template <typename X> static void device_weights(const ModelGPU<X> *m, Weights *
     w->ln_f_bias = device_place(m, block, w->ln_f_bias);
 }
 
-template <typename X> static void model_free_gpu(ModelGPU<X> *m) {
+template <typename X> static void model_free_gpu(Model *model) {
+    ModelGPU<X> *m = (ModelGPU<X> *)model;
     if (gpu.ready) cudaStreamSynchronize(gpu.stream);
     cudaFree(m->memory);
     cudaFreeHost(m->host_inputs);
@@ -3539,29 +3536,27 @@ template <typename X> static void model_free_gpu(ModelGPU<X> *m) {
 }
 
 // The parts of the model's memory, one after the other; memory NULL: only their sizes.
-static char *take(char **memory, int64_t bytes) {
+template <typename Y> static Y *take(char **memory, int64_t count) {
     char *at = *memory;
-    *memory += round_up(bytes, 256);
-    return at;
+    *memory += round_up(count * (int64_t)sizeof(Y), 256);
+    return (Y *)at;
 }
 template <typename X> static int64_t carve_memory(ModelGPU<X> *m, char *memory, int B, int T, Mode mode) {
     char *at = memory;
-    int64_t block = m->count * (int64_t)sizeof(float), tokens = (int64_t)B * T;
-    m->params = (float *)take(&at, block);
-    m->grads = (float *)take(&at, mode >= TRAIN ? block : 0);
-    m->exp_avg = (float *)take(&at, mode >= TRAIN ? block : 0);
-    m->exp_avg_sq = (float *)take(&at, mode >= TRAIN ? block : 0);
-    m->copy = m->is_bf16 ? (X *)take(&at, m->count * (int64_t)sizeof(X)) : (X *)m->params;
-    m->decayed = (unsigned char *)take(&at, m->count / 64);
-    m->inputs = (Inputs *)take(&at, (int64_t)sizeof(Inputs) + (6 * tokens + 2) * (int64_t)sizeof(int));
-    m->x_block = (X *)take(&at, m->x_table.count * (int64_t)sizeof(X));
-    m->f_block = (float *)take(&at, m->f_table.count * (int64_t)sizeof(float));
+    int64_t tokens = (int64_t)B * T;
+    float **blocks[] = {&m->params, &m->grads, &m->exp_avg, &m->exp_avg_sq};
+    for (int i = 0; i < 4; i++) *blocks[i] = take<float>(&at, i == PARAMS || mode >= TRAIN ? m->count : 0);
+    m->copy = sizeof(X) == sizeof(bf16) ? take<X>(&at, m->count) : (X *)m->params;
+    m->decayed = take<unsigned char>(&at, m->count / 64);
+    m->inputs = (Inputs *)take<char>(&at, (int64_t)sizeof(Inputs) + (6 * tokens + 2) * (int64_t)sizeof(int));
+    m->x_block = take<X>(&at, m->x_table.count);
+    m->f_block = take<float>(&at, m->f_table.count);
     return at - memory;
 }
 
 template <typename X> static Model *model_create_gpu(const Config *c, int B, int T, Mode mode, char *error) {
     if (gpu_open(error)) return NULL;
-    int whole = 1, most = 0;
+    int whole = 1, most = 0, d = c->d_model / c->n_heads;
     CUDA(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
     if (c->mixer == MAMBA2 && scan_shared(c->state_dim, c->head_dim) > most - 1024) {
         fail(error, NULL, "--head-dim %d with --state-dim %d: too large for the GPU's shared memory", c->head_dim, c->state_dim);
@@ -3572,8 +3567,9 @@ template <typename X> static Model *model_create_gpu(const Config *c, int B, int
     m->host.config = *c;
     m->host.B = B;
     m->host.T = T;
-    m->is_bf16 = sizeof(X) == sizeof(bf16);
     m->dlogits_ready = mode == TRAIN;
+    int64_t tokens = (int64_t)B * T, ids = (6 * tokens + 2) * (int64_t)sizeof(int), pairs = (int64_t)T * (d / 2);
+    real *tables = (real *)allocate(2 * pairs, sizeof(real), &whole); // cosine and sine
     m->host.weights.layers = (LayerWeights *)allocate(c->n_layers, sizeof(LayerWeights), &whole);
     m->weights.layers = (LayerWeights *)allocate(c->n_layers, sizeof(LayerWeights), &whole);
     m->grad.layers = (LayerWeights *)allocate(c->n_layers, sizeof(LayerWeights), &whole);
@@ -3581,7 +3577,7 @@ template <typename X> static Model *model_create_gpu(const Config *c, int B, int
     m->starts = (int *)allocate((int64_t)c->vocab_size + 1, sizeof(int), &whole);
     if (whole) carve_weights(&m->host.weights, &m->host.table, NULL, c);
     m->places = (int64_t *)allocate(m->host.table.n, sizeof(int64_t), &whole);
-    if (!whole) { fail(error, NULL, "out of memory"); model_free_gpu(m); return NULL; }
+    if (!whole) { fail(error, NULL, "out of memory"); free(tables); model_free_gpu<X>(&m->host); return NULL; }
     for (int i = 0; i < m->host.table.n; i++) { // the projections stay together: they are one product
         const Tensor *row = &m->host.table.rows[i];
         int follows = strstr(row->name, ".k_proj.") || strstr(row->name, ".v_proj.") || strstr(row->name, ".proj_fb.");
@@ -3593,45 +3589,38 @@ template <typename X> static Model *model_create_gpu(const Config *c, int B, int
     carve_activations_gpu(m, B, T, mode);
     double needed = INFINITY;
     size_t present = 0, all = 0;
-    if (m->host.table.count >= 0 && m->x_table.count >= 0 && m->f_table.count >= 0
-        && m->host.table.count < PTRDIFF_MAX / 64)
+    if (m->host.table.count >= 0 && m->x_table.count >= 0 && m->f_table.count >= 0 && m->host.table.count < PTRDIFF_MAX / 64)
         needed = (double)carve_memory(m, NULL, B, T, mode);
     CUDA(cudaMemGetInfo(&present, &all));
-    size_t tokens = (size_t)B * (size_t)T, ids = (6 * tokens + 2) * sizeof(int);
     cudaError_t code = cudaErrorMemoryAllocation;
     if (needed <= (double)present) code = cudaMalloc((void **)&m->memory, (size_t)needed);
-    if (code == cudaSuccess) code = cudaMallocHost((void **)&m->host_inputs, sizeof(Inputs) + ids + 2 * sizeof(double));
+    if (code == cudaSuccess) code = cudaMallocHost((void **)&m->host_inputs, sizeof(Inputs) + (size_t)ids + 2 * sizeof(double));
     if (code != cudaSuccess) {
         cudaGetLastError();
-        fail(error, NULL, "the model does not fit: it needs %.2f GiB of the GPU's memory, "
-             "of whose %.1f GiB %.2f are free", needed / 0x1p30, (double)all / 0x1p30, (double)present / 0x1p30);
-        model_free_gpu(m);
+        fail(error, NULL, "the model does not fit: it needs %.2f GiB of the GPU's memory, of whose %.1f GiB %.2f are free",
+             needed / 0x1p30, (double)all / 0x1p30, (double)present / 0x1p30);
+        free(tables);
+        model_free_gpu<X>(&m->host);
         return NULL;
     }
     m->host.bytes = needed + WORKSPACE;
     CUDA(cudaMemset(m->memory, 0, (size_t)needed));
     carve_memory(m, m->memory, B, T, mode);
     carve_activations_gpu(m, B, T, mode);
+    device_weights(m, &m->weights, m->params);
+    device_weights(m, &m->grad, m->grads);
     m->host_inputs->scale[1] = 0;
     m->host_inputs->scale[2] = 1;
     m->host_lists = m->host_inputs->ids + 2 * tokens;
-    m->host_sum = (double *)((char *)m->host_inputs + round_up((int64_t)(sizeof(Inputs) + ids), sizeof(double)));
-    device_weights(m, &m->weights, m->params);
-    device_weights(m, &m->grad, m->grads);
-    int64_t pairs = (int64_t)T * (c->d_model / c->n_heads / 2);
-    unsigned char *decayed = (unsigned char *)allocate(m->count / 64, 1, &whole);
-    real *tables = (real *)allocate(2 * pairs, sizeof(real), &whole);
-    if (!whole) { fail(error, NULL, "out of memory"); free(decayed); model_free_gpu(m); return NULL; }
+    m->host_sum = (double *)((char *)m->host_inputs + round_up((int64_t)sizeof(Inputs) + ids, sizeof(double)));
     for (int i = 0; i < m->host.table.n; i++) {
         const Tensor *row = &m->host.table.rows[i];
         int64_t from = m->places[i] / 64, end = (m->places[i] + row->count + 63) / 64;
-        if (row->n_dims >= 2) memset(decayed + from, 1, (size_t)(end - from));
+        if (row->n_dims >= 2) CUDA(cudaMemset(m->decayed + from, 1, (size_t)(end - from)));
     }
-    rope_table(tables, tables + pairs, T, c->d_model / c->n_heads);
-    CUDA(cudaMemcpy(m->decayed, decayed, (size_t)(m->count / 64), cudaMemcpyHostToDevice));
+    rope_table(tables, tables + pairs, T, d);
     CUDA(cudaMemcpy(m->acts.cosine, tables, (size_t)pairs * sizeof(real), cudaMemcpyHostToDevice));
     CUDA(cudaMemcpy(m->acts.sine, tables + pairs, (size_t)pairs * sizeof(real), cudaMemcpyHostToDevice));
-    free(decayed);
     free(tables);
     return &m->host;
 }
@@ -3721,7 +3710,8 @@ template <int SQUARES> static void sum_gpu(double *out, const float *x, int64_t 
 }
 
 template <typename X>
-static double model_forward_gpu(ModelGPU<X> *m, const int *inputs, const int *targets, int B, int T, Dropout drop) {
+static double model_forward_gpu(Model *model, const int *inputs, const int *targets, int B, int T, Dropout drop) {
+    ModelGPU<X> *m = (ModelGPU<X> *)model;
     cudaStream_t stream = gpu.stream;
     int D = m->host.config.d_model, V = m->host.config.vocab_size, N = B * T;
     ActivationsGPU<X> *acts = &m->acts;
@@ -3747,8 +3737,9 @@ static double model_forward_gpu(ModelGPU<X> *m, const int *inputs, const int *ta
     return *m->host_sum;
 }
 
-template <typename X> static void model_hits_gpu(ModelGPU<X> *m, char *hits) {
-    CUDA(cudaMemcpyAsync(hits, m->acts.hits, (size_t)(m->host.batch_B * m->host.batch_T), cudaMemcpyDeviceToHost, gpu.stream));
+template <typename X> static void model_hits_gpu(Model *m, char *hits) {
+    CUDA(cudaMemcpyAsync(hits, ((ModelGPU<X> *)m)->acts.hits, (size_t)(m->batch_B * m->batch_T), cudaMemcpyDeviceToHost,
+                         gpu.stream));
     CUDA(cudaStreamSynchronize(gpu.stream));
 }
 
@@ -3792,7 +3783,8 @@ template <typename X> static void backward_launches_gpu(ModelGPU<X> *m, int B, i
 }
 
 // The host sorts the tokens while the device is on its way back to them.
-template <typename X> static void model_backward_gpu(ModelGPU<X> *m, double dloss) {
+template <typename X> static void model_backward_gpu(Model *model, double dloss) {
+    ModelGPU<X> *m = (ModelGPU<X> *)model;
     cudaStream_t stream = gpu.stream;
     int B = m->host.batch_B, T = m->host.batch_T, N = B * T, D = m->host.config.d_model;
     Inputs *host = m->host_inputs;
@@ -3831,7 +3823,8 @@ __global__ void adamw_kernel(float *w, float *g, float *exp_avg, float *exp_avg_
     write_some<4>(exp_avg_sq + i, v);
     if constexpr (sizeof(X) == 2) *(uint2 *)(copy + i) = make_uint2(pack_two(p[0], p[1]), pack_two(p[2], p[3]));
 }
-template <typename X> static void model_update_gpu(ModelGPU<X> *m, AdamW o, double grad_scale, int64_t step) {
+template <typename X> static void model_update_gpu(Model *model, AdamW o, double grad_scale, int64_t step) {
+    ModelGPU<X> *m = (ModelGPU<X> *)model;
     LAUNCH(adamw_kernel<X>, (unsigned)((m->count / 4 + 255) / 256), 256, 0, gpu.stream, m->params, m->grads, m->exp_avg,
            m->exp_avg_sq, m->copy, m->decayed, m->count, (float)o.beta1, (float)o.beta2, (float)(1 - o.beta1),
            (float)(1 - o.beta2), (float)(1 - o.lr * o.weight_decay), (float)(o.lr / (1 - pow(o.beta1, (double)step))),
@@ -3869,107 +3862,69 @@ template <typename X> static void hidden_decode_gpu(ModelGPU<X> *m, cudaStream_t
     decode(head, 0, stream);
 }
 
-template <typename X> static void model_extend_gpu(ModelGPU<X> *m, const int *tokens, int n, int first, real *logits) {
+template <typename X> static void model_extend_gpu(Model *model, const int *tokens, int n, int first, real *logits) {
+    ModelGPU<X> *m = (ModelGPU<X> *)model;
     cudaStream_t stream = gpu.stream;
     int D = m->host.config.d_model, V = m->host.config.vocab_size;
-    bf16 narrow;
+    float *row = m->acts.scratch + decode_parts(D, m->host.config.n_heads);
     m->host_inputs->first = first;
     memcpy(m->host_inputs->ids, tokens, sizeof(int) * (size_t)n);
-    CUDA(cudaMemcpyAsync(m->inputs, m->host_inputs, sizeof(Inputs) + sizeof(int) * (size_t)n, cudaMemcpyHostToDevice,
-                         stream));
-    if (n == 1 && m->decodes) {
-        replay(m, {2, 0, 0, 0, 0, 0, NULL}, [&] { hidden_decode_gpu(m, stream); });
-        CUDA(cudaMemcpyAsync(logits, m->acts.scratch + decode_parts(D, m->host.config.n_heads), sizeof(float) * (size_t)V,
-                             cudaMemcpyDeviceToHost, stream));
-        CUDA(cudaStreamSynchronize(stream));
-        return;
+    CUDA(cudaMemcpyAsync(m->inputs, m->host_inputs, sizeof(Inputs) + sizeof(int) * (size_t)n, cudaMemcpyHostToDevice, stream));
+    if (n == 1 && m->decodes) replay(m, {2, 0, 0, 0, 0, 0, NULL}, [&] { hidden_decode_gpu(m, stream); });
+    else {
+        hidden_forward_gpu(m, m->inputs->ids, 1, first + n, first, 0, stream);
+        linear_forward_gpu(m->acts.logits, V, m->acts.ln_f + (size_t)(n - 1) * D, as_x(m, m->weights.wte), (const X *)NULL, 1, D,
+                           V, stream);
+        copy_gpu(row, V, m->acts.logits, 1, V, stream);
     }
-    hidden_forward_gpu(m, m->inputs->ids, 1, first + n, first, 0, stream);
-    linear_forward_gpu(m->acts.logits, V, m->acts.ln_f + (size_t)(n - 1) * D, as_x(m, m->weights.wte), (const X *)NULL,
-                       1, D, V, stream);
-    CUDA(cudaMemcpyAsync(logits, m->acts.logits, sizeof(X) * (size_t)V, cudaMemcpyDeviceToHost, stream));
+    CUDA(cudaMemcpyAsync(logits, row, sizeof(float) * (size_t)V, cudaMemcpyDeviceToHost, stream));
     CUDA(cudaStreamSynchronize(stream));
-    for (int i = V - 1; i >= 0 && m->is_bf16; i--) { // from the last: a float takes the place of two
-        memcpy(&narrow, (const char *)logits + i * sizeof(bf16), sizeof(bf16));
-        logits[i] = __bfloat162float(narrow);
-    }
 }
 
 // ----------------------------------------------------------------------------
 // the backend
 
 // Tensor by tensor between the device's block and the host's, which follows the table.
-template <typename X> static real *read_gpu(ModelGPU<X> *m, Block block) {
-    real **host = block == PARAMS ? &m->host.params : block == GRADS ? &m->host.grads : block == EXP_AVG
-        ? &m->host.exp_avg : &m->host.exp_avg_sq;
-    const float *device = block == PARAMS ? m->params : block == GRADS ? m->grads : block == EXP_AVG
-        ? m->exp_avg : m->exp_avg_sq;
-    if (!*host) *host = (real *)calloc((size_t)m->host.table.count + 1, sizeof(real));
-    if (!*host) { fprintf(stderr, "train_sessa: no %.2f GiB of memory for a copy of the parameters\n",
-                  (double)m->host.table.count * sizeof(real) / 0x1p30); exit(1); }
-    for (int i = 0; i < m->host.table.n; i++)
-        CUDA(cudaMemcpyAsync(*host + m->host.table.rows[i].offset, device + m->places[i],
-             sizeof(real) * (size_t)m->host.table.rows[i].count, cudaMemcpyDeviceToHost, gpu.stream));
+template <typename X> static real *copy_block(ModelGPU<X> *m, Block block, cudaMemcpyKind way) {
+    real **hosts[] = {&m->host.params, &m->host.grads, &m->host.exp_avg, &m->host.exp_avg_sq}, *host = *hosts[block];
+    float *blocks[] = {m->params, m->grads, m->exp_avg, m->exp_avg_sq}, *device = blocks[block];
+    if (!host) host = *hosts[block] = (real *)calloc((size_t)m->host.table.count + 1, sizeof(real));
+    if (!host) {
+        fprintf(stderr, "train_sessa: no %.2f GiB of memory for a copy of the parameters\n",
+                (double)m->host.table.count * sizeof(real) / 0x1p30);
+        exit(1);
+    }
+    for (int i = 0; i < m->host.table.n; i++) {
+        void *ends[] = {host + m->host.table.rows[i].offset, device + m->places[i]};
+        int back = way == cudaMemcpyDeviceToHost;
+        CUDA(cudaMemcpyAsync(ends[!back], ends[back], sizeof(real) * (size_t)m->host.table.rows[i].count, way, gpu.stream));
+    }
+    return host;
+}
+template <typename X> static real *read_gpu(Model *model, Block block) {
+    real *host = copy_block((ModelGPU<X> *)model, block, cudaMemcpyDeviceToHost);
     CUDA(cudaStreamSynchronize(gpu.stream));
-    return *host;
+    return host;
 }
-template <typename X> static void write_gpu(ModelGPU<X> *m, Block block) {
-    const real *host = block == PARAMS ? m->host.params : block == GRADS ? m->host.grads : block == EXP_AVG
-        ? m->host.exp_avg : m->host.exp_avg_sq;
-    float *device = block == PARAMS ? m->params : block == GRADS ? m->grads : block == EXP_AVG
-        ? m->exp_avg : m->exp_avg_sq;
-    for (int i = 0; i < m->host.table.n; i++)
-        CUDA(cudaMemcpyAsync(device + m->places[i], host + m->host.table.rows[i].offset,
-             sizeof(real) * (size_t)m->host.table.rows[i].count, cudaMemcpyHostToDevice, gpu.stream));
-    if (block == PARAMS && m->is_bf16) copy_gpu(m->copy, 64, m->params, (int)(m->count / 64), 64, gpu.stream);
+template <typename X> static void write_gpu(Model *model, Block block) {
+    ModelGPU<X> *m = (ModelGPU<X> *)model;
+    copy_block(m, block, cudaMemcpyHostToDevice);
+    if (block == PARAMS && sizeof(X) == sizeof(bf16)) copy_gpu(m->copy, 64, m->params, (int)(m->count / 64), 64, gpu.stream);
     CUDA(cudaStreamSynchronize(gpu.stream));
 }
-
-// The model behind the pointer is a ModelGPU<bf16> or a ModelGPU<float>.
-static ModelGPU<bf16> *bf16_model(Model *m) { return ((ModelGPU<bf16> *)m)->is_bf16 ? (ModelGPU<bf16> *)m : NULL; }
-static ModelGPU<float> *float_model(Model *m) { return (ModelGPU<float> *)m; }
-
-static Model *cuda_create(const Config *c, int B, int T, Mode mode, char *error) {
-    return gpu.precision == BF16 ? model_create_gpu<bf16>(c, B, T, mode, error) : model_create_gpu<float>(c, B, T, mode,
-            error);
-}
-static void cuda_destroy(Model *m) { if (bf16_model(m)) model_free_gpu(bf16_model(m));
-                                     else model_free_gpu(float_model(m)); }
-static double cuda_bytes(const Model *m) { return m->bytes; }
-static real *cuda_read(Model *m, Block block) { return bf16_model(m) ? read_gpu(bf16_model(m),
-                                                block) : read_gpu(float_model(m), block); }
-static void cuda_write(Model *m, Block block) { if (bf16_model(m)) write_gpu(bf16_model(m), block);
-                                                else write_gpu(float_model(m), block); }
-static double cuda_forward(Model *m, const int *inputs, const int *targets, int B, int T, Dropout drop) {
-    return bf16_model(m) ? model_forward_gpu(bf16_model(m), inputs, targets, B, T,
-                                             drop) : model_forward_gpu(float_model(m), inputs, targets, B, T, drop);
-}
-static void cuda_hits(Model *m, char *hits) {
-    if (bf16_model(m)) model_hits_gpu(bf16_model(m), hits);
-    else model_hits_gpu(float_model(m), hits);
-}
-static void cuda_backward(Model *m, double dloss) { if (bf16_model(m)) model_backward_gpu(bf16_model(m), dloss);
-        else model_backward_gpu(float_model(m), dloss); }
-template <typename X> static double grad_norm_gpu(ModelGPU<X> *m) {
+static double bytes_gpu(const Model *m) { return m->bytes; }
+template <typename X> static double grad_norm_gpu(Model *model) {
+    ModelGPU<X> *m = (ModelGPU<X> *)model;
     sum_gpu<1>(m->host_sum + 1, m->grads, m->count, gpu.stream);
     CUDA(cudaStreamSynchronize(gpu.stream));
     return sqrt(m->host_sum[1]);
 }
-static double cuda_grad_norm(Model *m) {
-    return bf16_model(m) ? grad_norm_gpu(bf16_model(m)) : grad_norm_gpu(float_model(m));
-}
-static void cuda_update(Model *m, AdamW o, double grad_scale, int64_t step) {
-    if (bf16_model(m)) model_update_gpu(bf16_model(m), o, grad_scale, step);
-    else model_update_gpu(float_model(m), o, grad_scale, step);
-}
-static void cuda_extend(Model *m, const int *tokens, int n, int first, real *logits) {
-    if (bf16_model(m)) model_extend_gpu(bf16_model(m), tokens, n, first, logits);
-    else model_extend_gpu(float_model(m), tokens, n, first, logits);
-}
 
-static const Backend cuda_backend = {"CUDA", cuda_create, cuda_destroy, cuda_bytes, cuda_read, cuda_write, cuda_forward,
-                                     cuda_hits, cuda_backward, cuda_grad_norm, cuda_update,
-                                     cuda_extend};
+// The Model behind the pointer is a ModelGPU<X>.
+template <typename X> static const Backend backend_of = {
+    "CUDA", model_create_gpu<X>, model_free_gpu<X>, bytes_gpu, read_gpu<X>, write_gpu<X>, model_forward_gpu<X>,
+    model_hits_gpu<X>, model_backward_gpu<X>, grad_norm_gpu<X>, model_update_gpu<X>, model_extend_gpu<X>};
+static const Backend *backend_gpu(void) { return gpu.precision == BF16 ? &backend_of<bf16> : &backend_of<float>; }
 
 // ----------------------------------------------------------------------------
 // the program
@@ -3999,7 +3954,7 @@ static int run_cuda_program(int argc, char **argv) {
     int code = take_precision(&argc, argv), help = 0;
     for (int i = 1; i < argc; i++) help |= !strcmp(argv[i], "--help") || !strcmp(argv[i], "-h");
     static const char *const names[] = {"CUDA fp32", "CUDA tf32", "CUDA bf16"};
-    Backend backend = cuda_backend;
+    Backend backend = *backend_gpu();
     backend.name = names[gpu.precision];
     if (!code) code = run_program(argc, argv, &backend);
     if (!code && help)
