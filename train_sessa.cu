@@ -35,15 +35,14 @@ static const char *const precision_names[] = {"fp32", "tf32", "bf16"};
 
 // A matrix product that has been asked for before: its shape, and how cuBLASLt does it.
 typedef struct {
-    int M, N, K, batch, a_transposed, b_transposed, biased, tf32, in_bytes, out_bytes, a_align, b_align, out_align,
-        scaled;
+    int M, N, K, batch, a_transposed, b_transposed, biased, scaled, tf32, in_bytes, out_bytes, a_align, b_align, out_align;
     int64_t a_ld, b_ld, out_ld, a_step, b_step, out_step;
 } ProductKey;
 typedef struct {
     ProductKey key;
     int known, plain; // plain: cuBLASLt has nothing for it
-    cublasLtMatmulDesc_t operation;
-    cublasLtMatrixLayout_t a, b, out;
+    cublasLtMatmulDescOpaque_t operation;
+    cublasLtMatrixLayoutOpaque_t a, b, out;
     cublasLtMatmulAlgo_t algo;
 } Product;
 
@@ -370,66 +369,45 @@ static int alignment(const void *pointer, int64_t step_bytes) {
     return (int)(bits & (~bits + 1));
 }
 
-static cublasLtMatrixLayout_t layout_of(int bytes, int64_t rows, int64_t cols, int64_t ld, int batch, int64_t step) {
-    cublasLtMatrixLayout_t layout;
-    LT(cublasLtMatrixLayoutCreate(&layout, bytes == 2 ? CUDA_R_16BF : CUDA_R_32F, (uint64_t)rows, (uint64_t)cols, ld));
+static void describe(cublasLtMatrixLayout_t layout, int bytes, int64_t rows, int64_t cols, int64_t ld, int batch, int64_t step) {
+    LT(cublasLtMatrixLayoutInit(layout, bytes == 2 ? CUDA_R_16BF : CUDA_R_32F, (uint64_t)rows, (uint64_t)cols, ld));
     LT(cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &batch, sizeof(batch)));
     LT(cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &step, sizeof(step)));
-    return layout;
+}
+static void describe(cublasLtMatmulDesc_t operation, cublasLtMatmulDescAttributes_t what, int32_t value) {
+    LT(cublasLtMatmulDescSetAttribute(operation, what, &value, sizeof(value)));
 }
 
 // The first algorithm of cuBLASLt's heuristic for this shape. It thinks in columns, out^T = B^T·A^T: its A is our B.
-static void product_forget(Product *p) {
-    if (!p->known || p->plain) return;
-    LT(cublasLtMatrixLayoutDestroy(p->a));
-    LT(cublasLtMatrixLayoutDestroy(p->b));
-    LT(cublasLtMatrixLayoutDestroy(p->out));
-    LT(cublasLtMatmulDescDestroy(p->operation));
-}
-static void describe(Product *p, cublasLtMatmulDescAttributes_t what, const void *value, size_t size) {
-    LT(cublasLtMatmulDescSetAttribute(p->operation, what, value, size));
-}
-static void prefer(cublasLtMatmulPreference_t preference, cublasLtMatmulPreferenceAttributes_t what, uint64_t value) {
-    uint32_t narrow = (uint32_t)value;
-    if (what == CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES)
-        LT(cublasLtMatmulPreferenceSetAttribute(preference, what, &value, sizeof(value)));
-    else LT(cublasLtMatmulPreferenceSetAttribute(preference, what, &narrow, sizeof(narrow)));
-}
 static void product_prepare(Product *p, const ProductKey *k) {
     int left_t = k->b_transposed, right_t = k->a_transposed, found = 0;
-    cublasOperation_t left = left_t ? CUBLAS_OP_T : CUBLAS_OP_N, right = right_t ? CUBLAS_OP_T : CUBLAS_OP_N;
-    cublasLtEpilogue_t epilogue = k->biased ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
-    cublasComputeType_t compute = k->tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F;
-    cublasLtPointerMode_t from_device = CUBLASLT_POINTER_MODE_DEVICE;
-    cublasLtMatmulPreference_t preference;
+    uint64_t workspace = WORKSPACE;
+    struct { cublasLtMatmulPreferenceAttributes_t what; uint32_t value; } wanted[] = {
+        {CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE},
+        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, (uint32_t)k->b_align},
+        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, (uint32_t)k->a_align},
+        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, (uint32_t)k->out_align},
+        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, (uint32_t)k->out_align}};
+    cublasLtMatmulPreferenceOpaque_t preference;
     cublasLtMatmulHeuristicResult_t result;
-    product_forget(p);
     memset(p, 0, sizeof(*p));
     p->key = *k;
     p->known = 1;
-    LT(cublasLtMatmulDescCreate(&p->operation, compute, CUDA_R_32F));
-    describe(p, CUBLASLT_MATMUL_DESC_TRANSA, &left, sizeof(left));
-    describe(p, CUBLASLT_MATMUL_DESC_TRANSB, &right, sizeof(right));
-    describe(p, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof(epilogue));
-    if (k->scaled) describe(p, CUBLASLT_MATMUL_DESC_POINTER_MODE, &from_device, sizeof(from_device));
-    p->a = layout_of(k->in_bytes, left_t ? k->K : k->N, left_t ? k->N : k->K, k->b_ld, k->batch, k->b_step);
-    p->b = layout_of(k->in_bytes, right_t ? k->M : k->K, right_t ? k->K : k->M, k->a_ld, k->batch, k->a_step);
-    p->out = layout_of(k->out_bytes, k->N, k->M, k->out_ld, k->batch, k->out_step);
-    LT(cublasLtMatmulPreferenceCreate(&preference));
-    prefer(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, WORKSPACE);
-    prefer(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE);
-    prefer(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, (uint64_t)k->b_align);
-    prefer(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, (uint64_t)k->a_align);
-    prefer(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, (uint64_t)k->out_align);
-    prefer(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, (uint64_t)k->out_align);
-    cublasStatus_t code = cublasLtMatmulAlgoGetHeuristic(gpu.lt, p->operation, p->a, p->b, p->out, p->out, preference,
-                                                         1, &result, &found);
-    LT(cublasLtMatmulPreferenceDestroy(preference));
-    if (code == CUBLAS_STATUS_SUCCESS && found) p->algo = result.algo;
-    else {
-        product_forget(p);
-        p->plain = 1;
-    }
+    LT(cublasLtMatmulDescInit(&p->operation, k->tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F, CUDA_R_32F));
+    describe(&p->operation, CUBLASLT_MATMUL_DESC_TRANSA, left_t ? CUBLAS_OP_T : CUBLAS_OP_N);
+    describe(&p->operation, CUBLASLT_MATMUL_DESC_TRANSB, right_t ? CUBLAS_OP_T : CUBLAS_OP_N);
+    describe(&p->operation, CUBLASLT_MATMUL_DESC_EPILOGUE, k->biased ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT);
+    if (k->scaled) describe(&p->operation, CUBLASLT_MATMUL_DESC_POINTER_MODE, CUBLASLT_POINTER_MODE_DEVICE);
+    describe(&p->a, k->in_bytes, left_t ? k->K : k->N, left_t ? k->N : k->K, k->b_ld, k->batch, k->b_step);
+    describe(&p->b, k->in_bytes, right_t ? k->M : k->K, right_t ? k->K : k->M, k->a_ld, k->batch, k->a_step);
+    describe(&p->out, k->out_bytes, k->N, k->M, k->out_ld, k->batch, k->out_step);
+    LT(cublasLtMatmulPreferenceInit(&preference));
+    LT(cublasLtMatmulPreferenceSetAttribute(&preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof(workspace)));
+    for (auto &one : wanted) LT(cublasLtMatmulPreferenceSetAttribute(&preference, one.what, &one.value, sizeof(one.value)));
+    cublasStatus_t code = cublasLtMatmulAlgoGetHeuristic(gpu.lt, &p->operation, &p->a, &p->b, &p->out, &p->out, &preference, 1,
+                                                         &result, &found);
+    p->plain = code != CUBLAS_STATUS_SUCCESS || !found;
+    if (!p->plain) p->algo = result.algo;
 }
 
 // out = alpha·A·B + beta·out + bias for each of `batch` matrices: A (M,K), B (K,N), out (M,N), bias (N) or NULL.
@@ -438,17 +416,12 @@ template <typename O, typename X>
 static void matmul_gpu(MatrixOut<O> out, MatrixGPU<X> a, MatrixGPU<X> b, int M, int N, int K, float alpha, float beta,
                        int batch, cudaStream_t stream, const O *bias = NULL, const float *scale = NULL) {
     if (M <= 0 || N <= 0 || batch <= 0) return;
-    ProductKey key;
-    memset(&key, 0, sizeof(key));
-    key.M = M; key.N = N; key.K = K; key.batch = batch;
-    key.a_transposed = a.col != 1; key.b_transposed = b.col != 1;
-    key.biased = bias != NULL; key.scaled = scale != NULL; key.tf32 = gpu.precision == TF32;
-    key.in_bytes = sizeof(X); key.out_bytes = sizeof(O);
-    key.a_ld = a.col == 1 ? a.row : a.col; key.b_ld = b.col == 1 ? b.row : b.col; key.out_ld = out.row;
-    if (batch > 1) { key.a_step = a.step; key.b_step = b.step; key.out_step = out.step; }
-    key.a_align = alignment(a.at, key.a_step * (int64_t)sizeof(X));
-    key.b_align = alignment(b.at, key.b_step * (int64_t)sizeof(X));
-    key.out_align = alignment(out.at, key.out_step * (int64_t)sizeof(O));
+    int64_t a_step = batch > 1 ? a.step : 0, b_step = batch > 1 ? b.step : 0, out_step = batch > 1 ? out.step : 0,
+        in_bytes = sizeof(X), out_bytes = sizeof(O);
+    ProductKey key = {M, N, K, batch, a.col != 1, b.col != 1, bias != NULL, scale != NULL, gpu.precision == TF32, (int)in_bytes,
+                      (int)out_bytes, alignment(a.at, a_step * in_bytes), alignment(b.at, b_step * in_bytes),
+                      alignment(out.at, out_step * out_bytes), a.col == 1 ? a.row : a.col, b.col == 1 ? b.row : b.col, out.row,
+                      a_step, b_step, out_step};
     uint64_t hash = 0;
     for (size_t i = 0; i < sizeof(key) / 8; i++) hash = splitmix64(hash ^ ((const uint64_t *)(const void *)&key)[i]);
     Product *p = &products[hash % N_PRODUCTS];
@@ -458,9 +431,9 @@ static void matmul_gpu(MatrixOut<O> out, MatrixGPU<X> a, MatrixGPU<X> b, int M, 
                out, a, b, M, N, K, alpha, beta, bias, scale);
         return;
     }
-    if (bias) LT(cublasLtMatmulDescSetAttribute(p->operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof(bias)));
+    if (bias) LT(cublasLtMatmulDescSetAttribute(&p->operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof(bias)));
     const float *alpha_at = scale ? scale : &alpha, *beta_at = scale ? scale + (beta == 0 ? 1 : 2) : &beta;
-    LT(cublasLtMatmul(gpu.lt, p->operation, alpha_at, b.at, p->a, a.at, p->b, beta_at, out.at, p->out, out.at, p->out,
+    LT(cublasLtMatmul(gpu.lt, &p->operation, alpha_at, b.at, &p->a, a.at, &p->b, beta_at, out.at, &p->out, out.at, &p->out,
                       &p->algo, gpu.workspace, WORKSPACE, stream));
 }
 
@@ -1064,14 +1037,19 @@ __device__ static inline void group_barrier(int group) { // of the 128 threads o
 
 // Numbers that a product reads: row r, column i of item p of sequence b is
 // at[b·step + (row + p·row_along + r)·ld + (col + p·col_along) % wrap + i]; rows and cols are those of the whole.
+struct PartPlace { int row, col, row_along, col_along, wrap; };
 template <typename X> struct Part {
     const X *at;
     int64_t ld, step;
-    int rows, cols, row, col, row_along, col_along, wrap;
+    int rows, cols;
+    PartPlace place;
+    MatrixGPU<X> item(int p) const {
+        return {at + (place.row + p * place.row_along) * ld + (place.col + p * place.col_along) % place.wrap, ld, 1, step};
+    }
 };
 template <typename X>
 static Part<X> part_of(const X *at, int64_t ld, int64_t step, int rows, int cols, int row = 0, int col = 0) {
-    return {at, ld, step, rows, cols, row, col, 0, 0, INT_MAX};
+    return {at, ld, step, rows, cols, {row, col, 0, 0, INT_MAX}};
 }
 template <typename F> constexpr int sums_rows = 0; // 1: f wants a maximum and a sum of each tile's rows besides
 // What is known to be 0: A above the diagonal, A as it is multiplied (transposed) below it, B above it; OUT: nobody wants
@@ -1086,7 +1064,6 @@ template <int BN> struct ProductShared {
     };
     uint64_t full[STAGES], free[STAGES];
 };
-struct PartPlace { int row, col, row_along, col_along, wrap; };
 
 // A block takes 128 rows and BN columns of one item, its first and second four warps 64 rows each; the ninth warp has
 // the operands copied, 64 of K at a time, three steps ahead. Two blocks share a multiprocessor: one multiplies while the
@@ -1184,15 +1161,13 @@ static void product_tiles(F f, Part<bf16> a, Part<bf16> b, int M, int N, int K, 
     typedef ProductShared<BN> Shared;
     CUtensorMap a_map = tile_map(a.at, a.cols, 1, a.rows, a.ld, a.step, B, ATOM),
         b_map = tile_map(b.at, b.cols, 1, b.rows, b.ld, b.step, B, ATOM);
-    PartPlace a_place = {a.row, a.col, a.row_along, a.col_along, a.wrap},
-        b_place = {b.row, b.col, b.row_along, b.col_along, b.wrap};
     auto kernel = product_tiles_kernel<BN, A_COLUMNS, B_COLUMNS, SHAPE, F>;
     dim3 blocks((N + BN - 1) / BN, (M + 127) / 128, B * items);
     int threads = 2 * GROUP + 32, bytes = sizeof(Shared);
     allow_shared(kernel, bytes);
-    if (BN == 64) launch_ahead(kernel, blocks, threads, bytes, stream, a_map, b_map, a_place, b_place, f, M, N, K, shift,
+    if (BN == 64) launch_ahead(kernel, blocks, threads, bytes, stream, a_map, b_map, a.place, b.place, f, M, N, K, shift,
                                items); // few blocks, and the next product waits for this one: measured
-    else LAUNCH(kernel, blocks, threads, bytes, stream, a_map, b_map, a_place, b_place, f, M, N, K, shift, items);
+    else LAUNCH(kernel, blocks, threads, bytes, stream, a_map, b_map, a.place, b.place, f, M, N, K, shift, items);
 }
 // What all products of a layer have in common. scratch: (B,M,N), NULL: there are tiles.
 typedef struct { int B, in_eights; float *scratch; cudaStream_t stream; } ProductWay;
@@ -1200,29 +1175,22 @@ typedef struct { int B, in_eights; float *scratch; cudaStream_t stream; } Produc
 // each of the items of all sequences.
 template <int A_COLUMNS, int B_COLUMNS, int SHAPE, typename F, typename X>
 static void product_gpu(F f, Part<X> a, Part<X> b, int M, int N, int K, int shift, int items, ProductWay way) {
-    int B = way.B;
-    float *scratch = way.scratch;
-    cudaStream_t stream = way.stream;
     if (M <= 0) return;
     if constexpr (sizeof(X) == sizeof(bf16))
-        if (!scratch) {
-            int few = (int64_t)((M + 127) / 128) * ((N + 127) / 128) * B * items <= 80;
-            if (few) product_tiles<A_COLUMNS, B_COLUMNS, SHAPE, 64>(f, a, b, M, N, K, shift, items, B, stream);
-            else product_tiles<A_COLUMNS, B_COLUMNS, SHAPE, 128>(f, a, b, M, N, K, shift, items, B, stream);
+        if (!way.scratch) {
+            int few = (int64_t)((M + 127) / 128) * ((N + 127) / 128) * way.B * items <= 80;
+            auto tiles = few ? product_tiles<A_COLUMNS, B_COLUMNS, SHAPE, 64, F> : product_tiles<A_COLUMNS, B_COLUMNS, SHAPE, 128, F>;
+            tiles(f, a, b, M, N, K, shift, items, way.B, way.stream);
             return;
         }
     for (int p = 0; p < items; p++) {
-        MatrixGPU<X> left = rows_of_gpu(a.at + (a.row + p * a.row_along) * a.ld + (a.col + p * a.col_along) % a.wrap, a.ld,
-                                        a.step),
-            right = rows_of_gpu(b.at + (b.row + p * b.row_along) * b.ld + (b.col + p * b.col_along) % b.wrap, b.ld,
-                                b.step);
-        if (K > 0) matmul_gpu(into(scratch, N, (int64_t)M * N), A_COLUMNS ? transpose_gpu(left) : left,
-                              B_COLUMNS ? right : transpose_gpu(right), M, N, K, 1, 0, B, stream);
+        MatrixGPU<X> left = a.item(p), right = b.item(p);
+        if (K > 0) matmul_gpu(into(way.scratch, N, (int64_t)M * N), A_COLUMNS ? transpose_gpu(left) : left,
+                              B_COLUMNS ? right : transpose_gpu(right), M, N, K, 1, 0, way.B, way.stream);
         int V = N % 8 || !way.in_eights ? 1 : 8;
-        unsigned blocks = (unsigned)(((int64_t)B * M * N / V + 255) / 256);
-        const float *product = K > 0 ? scratch : NULL;
-        if (V == 8) LAUNCH((product_passed_on_kernel<8, F>), blocks, 256, 0, stream, f, product, p, B, M, N);
-        else LAUNCH((product_passed_on_kernel<1, F>), blocks, 256, 0, stream, f, product, p, B, M, N);
+        unsigned blocks = (unsigned)(((int64_t)way.B * M * N / V + 255) / 256);
+        LAUNCH((V == 8 ? product_passed_on_kernel<8, F> : product_passed_on_kernel<1, F>), blocks, 256, 0, way.stream, f,
+               K > 0 ? way.scratch : NULL, p, way.B, M, N);
     }
 }
 
