@@ -336,6 +336,15 @@ __device__ static inline float2 row_sum(float x, float y, float2 *shared) {
     return sum;
 }
 
+// f(n, lane): a warp takes row n.
+template <typename F> __global__ void warps_kernel(F f, int N) {
+    int n = blockIdx.x * 4 + threadIdx.x / 32;
+    if (n < N) f(n, (int)(threadIdx.x % 32));
+}
+template <typename F> static void warps(int N, cudaStream_t stream, F f) {
+    LAUNCH(warps_kernel<F>, (N + 3) / 4, 128, 0, stream, f, N);
+}
+
 // ----------------------------------------------------------------------------
 // the matrix product, the one routine under every layer
 
@@ -1552,13 +1561,6 @@ static void attention_tiles(bf16 *out, float *stats, const bf16 *q, const bf16 *
            GROUP * (Shared::GROUPS + 1), sizeof(Shared), stream, q_map, k_map, v_map, out, (float2 *)stats, T, H, G, d,
            first, 1.44269504f / sqrtf((float)d));
 }
-static void attention_tiles(bf16 *out, float *stats, const bf16 *q, const bf16 *k, const bf16 *v, int ld, int B, int T,
-                            int H, int G, int d, int first, cudaStream_t stream) {
-    if (d <= 64) attention_tiles<64>(out, stats, q, k, v, ld, B, T, H, G, d, first, stream);
-    else attention_tiles<128>(out, stats, q, k, v, ld, B, T, H, G, d, first, stream);
-}
-static void attention_tiles(float *, float *, const float *, const float *, const float *, int, int, int, int, int, int,
-                            int, cudaStream_t) {}
 
 template <int DH>
 static void attention_tiles_backward(bf16 *dq, bf16 *dk, bf16 *dv, const bf16 *dout, const bf16 *out, float2 *stats,
@@ -1584,20 +1586,15 @@ static void attention_tiles_backward(bf16 *dq, bf16 *dk, bf16 *dv, const bf16 *d
     LAUNCH(attention_dkv_kernel<DH>, dim3((T + 127) / 128, B * G), 3 * GROUP, sizeof(Shared), stream, maps[0][0],
            maps[0][1], maps[0][2], maps[0][3], dk, dv, stats, ld, T, H, G, d, scale, sigma);
 }
-static void attention_tiles_backward(bf16 *dq, bf16 *dk, bf16 *dv, const bf16 *dout, const bf16 *out, float *stats,
-                                     const bf16 *q, const bf16 *k, const bf16 *v, int ld, int B, int T, int H, int G,
-                                     int d, cudaStream_t stream) {
-    if (d <= 64) attention_tiles_backward<64>(dq, dk, dv, dout, out, (float2 *)stats, q, k, v, ld, B, T, H, G, d, stream);
-    else attention_tiles_backward<128>(dq, dk, dv, dout, out, (float2 *)stats, q, k, v, ld, B, T, H, G, d, stream);
-}
-static void attention_tiles_backward(float *, float *, float *, const float *, const float *, float *, const float *,
-                                     const float *, const float *, int, int, int, int, int, int, cudaStream_t) {}
 
 // ----------------------------------------------------------------------------
 // attention in panels: float32, and whatever the tiles do not take
 
 // Several heads are one batched product: the same head of all sequences, or all heads of one that is short.
-typedef struct { int outer, batch, by_head; } Heads;
+typedef struct Heads {
+    int items, batch, by_head; // by_head: an item is a head, the batch its sequences; else the other way
+    int64_t step(int64_t sequence, int64_t head) const { return by_head ? sequence : head; }
+} Heads;
 static Heads heads_of(int B, int T, int H, int G) {
     int by_head = B >= H || G != H || T > 1024;
     return {by_head ? H : B, by_head ? B : H, by_head};
@@ -1614,90 +1611,81 @@ static int64_t attention_scratch(int tiles, int B, int T, int H, int G, int P) {
 }
 
 template <typename X>
-static void attention_head_gpu(X *out, int64_t out_step, float *stats, int64_t stats_step, float *weights, const X *q,
-                               int64_t q_step, const X *k, const X *v, int64_t k_step, int ld, int ld_out, int batch,
-                               int T, int d, int first, int P, cudaStream_t stream) {
-    int64_t lw = round_up(T, 64), step = P * lw;
+static void attention_head_gpu(int item, Heads heads, X *out, float *stats, float *weights, const X *q, const X *k, const X *v,
+                               int ld, int T, int H, int G, int d, int first, int P, cudaStream_t stream) {
+    int h = heads.by_head ? item : 0, b = heads.by_head ? 0 : item, D = H * d;
+    int64_t rows = T - first, all = (int64_t)T * ld, kv = b * all + h / (H / G) * d, kv_step = heads.step(all, d),
+        lw = round_up(T, 64), panel = P * lw;
     for (int i0 = first; i0 < T; i0 += P) {
-        int n = min_int(P, T - i0), row = i0 - first;
-        matmul_gpu(into(weights, lw, step), rows_of_gpu(q + (int64_t)row * ld, ld, q_step),
-                   transpose_gpu(rows_of_gpu(k, ld, k_step)), n, i0 + n, d, 1 / sqrtf((float)d), 0, batch, stream);
-        softmax_panel_gpu<X>(weights, lw, step, stats + 2 * row, stats_step, 0, 1, i0, n, P, 0, batch, stream);
-        matmul_gpu(into(out + (int64_t)row * ld_out, ld_out, out_step),
-                   rows_of_gpu((const X *)weights, ld_x<X>(lw), ld_x<X>(step)), rows_of_gpu(v, ld, k_step), n, d,
-                   i0 + n, 1, 0, batch, stream);
+        int n = min_int(P, T - i0);
+        int64_t row = b * rows + i0 - first, of_head = (b * H + h) * rows + i0 - first;
+        matmul_gpu(into(weights, lw, panel), rows_of_gpu(q + row * ld + h * d, ld, heads.step(rows * ld, d)),
+                   transpose_gpu(rows_of_gpu(k + kv, ld, kv_step)), n, i0 + n, d, 1 / sqrtf((float)d), 0, heads.batch, stream);
+        softmax_panel_gpu<X>(weights, lw, panel, stats + 2 * of_head, heads.step(2 * H * rows, 2 * rows), 0, 1, i0, n, P, 0,
+                             heads.batch, stream);
+        matmul_gpu(into(out + row * D + h * d, D, heads.step(rows * D, d)), rows_of_gpu((const X *)weights, ld_x<X>(lw),
+                   ld_x<X>(panel)), rows_of_gpu(v + kv, ld, kv_step), n, d, i0 + n, 1, 0, heads.batch, stream);
     }
 }
 
 template <typename X>
-static void attention_forward_gpu(X *out, float *stats, float *scratch, const X *q, const X *k, const X *v, int ld,
-                                  int B, int T, int H, int G, int d, int first, int P, cudaStream_t stream) {
-    if (in_tiles(q, k, v, ld, d)) {
-        attention_tiles(out, stats, q, k, v, ld, B, T, H, G, d, first, stream);
-        return;
-    }
+static void attention_forward_gpu(X *out, float *stats, float *scratch, const X *q, const X *k, const X *v, int ld, int B, int T,
+                                  int H, int G, int d, int first, int P, cudaStream_t stream) {
+    if constexpr (sizeof(X) == sizeof(bf16))
+        if (in_tiles(q, k, v, ld, d)) {
+            auto tiles = d <= 64 ? attention_tiles<64> : attention_tiles<128>;
+            tiles(out, stats, q, k, v, ld, B, T, H, G, d, first, stream);
+            return;
+        }
     Heads heads = heads_of(B, T, H, G);
-    int64_t rows = T - first, D = H * d;
     P = attention_panel(P, heads.batch, T);
-    for (int o = 0; o < heads.outer; o++) {
-        int h = heads.by_head ? o : 0, b = heads.by_head ? 0 : o;
-        int64_t kv = (int64_t)b * T * ld + h / (H / G) * d;
-        attention_head_gpu(out + b * rows * D + h * d, heads.by_head ? rows * D : d, stats + 2 * (b * H + h) * rows,
-                           heads.by_head ? 2 * H * rows : 2 * rows, scratch, q + b * rows * ld + h * d,
-                           heads.by_head ? rows * ld : d, k + kv, v + kv, heads.by_head ? (int64_t)T * ld : d, ld,
-                           (int)D, heads.batch, T, d, first, P, stream);
-    }
+    for (int item = 0; item < heads.items; item++)
+        attention_head_gpu(item, heads, out, stats, scratch, q, k, v, ld, T, H, G, d, first, P, stream);
 }
 
-// A batch of heads; the first head of a group writes dk and dv, the others add.
+// The first head of a group writes dk and dv, the others add.
 template <typename X>
-static void attention_group_backward_gpu(X *dq, X *dk, X *dv, float *scratch, const X *dout, int64_t dout_step,
-                                         float *stats, int64_t stats_step, const X *q, const X *k, const X *v,
-                                         int64_t step, int ld, int D, int batch, int T, int d, int P, int add,
+static void attention_group_backward_gpu(int item, Heads heads, X *dq, X *dk, X *dv, float *scratch, const X *dout, float *stats,
+                                         const X *q, const X *k, const X *v, int ld, int T, int H, int G, int d, int P,
                                          cudaStream_t stream) {
-    int64_t lw = round_up(T, 64), panel = P * lw, lx = ld_x<X>(lw), panel_x = ld_x<X>(panel);
+    int h = heads.by_head ? item : 0, b = heads.by_head ? 0 : item, D = H * d, batch = heads.batch;
+    int64_t all = (int64_t)T * ld, kv = b * all + h / (H / G) * d, step = heads.step(all, d), lw = round_up(T, 64), panel = P * lw;
     float scale = 1 / sqrtf((float)d), *weights = scratch, *dlogits = scratch + batch * panel;
+    MatrixGPU<X> k_h = rows_of_gpu(k + kv, ld, step), v_h = rows_of_gpu(v + kv, ld, step),
+        w = rows_of_gpu((const X *)weights, ld_x<X>(lw), ld_x<X>(panel)),
+        dl = rows_of_gpu((const X *)dlogits, ld_x<X>(lw), ld_x<X>(panel));
     for (int i0 = (T - 1) / P * P; i0 >= 0; i0 -= P) {
         int n = min_int(P, T - i0), cols = i0 + n;
-        float beta = !add && cols == T ? 0 : 1;
-        const X *q_I = q + (int64_t)i0 * ld, *dout_I = dout + (int64_t)i0 * D, *w = (const X *)weights,
-            *dl = (const X *)dlogits;
-        matmul_gpu(into(weights, lw, panel), rows_of_gpu(q_I, ld, step), transpose_gpu(rows_of_gpu(k, ld, step)), n,
-                   cols, d, scale, 0, batch, stream);
-        softmax_panel_gpu<X>(weights, lw, panel, stats + 2 * i0, stats_step, 1, 1, i0, n, P, 0, batch, stream);
-        matmul_gpu(into(dlogits, lw, panel), rows_of_gpu(dout_I, D, dout_step), transpose_gpu(rows_of_gpu(v, ld, step)),
-                   n, cols, d, 1, 0, batch, stream);
+        float beta = h % (H / G) == 0 && cols == T ? 0 : 1;
+        int64_t row = (int64_t)b * T + i0, of_head = (int64_t)(b * H + h) * T + i0;
+        MatrixGPU<X> q_I = rows_of_gpu(q + row * ld + h * d, ld, step),
+            dout_I = rows_of_gpu(dout + row * D + h * d, D, heads.step((int64_t)T * D, d));
+        matmul_gpu(into(weights, lw, panel), q_I, transpose_gpu(k_h), n, cols, d, scale, 0, batch, stream);
+        softmax_panel_gpu<X>(weights, lw, panel, stats + 2 * of_head, heads.step(2 * (int64_t)H * T, 2 * T), 1, 1, i0, n, P, 0,
+                             batch, stream);
+        matmul_gpu(into(dlogits, lw, panel), dout_I, transpose_gpu(v_h), n, cols, d, 1, 0, batch, stream);
         softmax_panel_backward_gpu<X>(dlogits, weights, lw, panel, i0, n, P, batch, stream);
-        matmul_gpu(into(dq + (int64_t)i0 * ld, ld, step), rows_of_gpu(dl, lx, panel_x), rows_of_gpu(k, ld, step), n, d,
-                   cols, scale, 0, batch, stream);
-        matmul_gpu(into(dk, ld, step), transpose_gpu(rows_of_gpu(dl, lx, panel_x)), rows_of_gpu(q_I, ld, step), cols, d,
-                   n, scale, beta, batch, stream);
-        matmul_gpu(into(dv, ld, step), transpose_gpu(rows_of_gpu(w, lx, panel_x)), rows_of_gpu(dout_I, D, dout_step),
-                   cols, d, n, 1, beta, batch, stream);
+        matmul_gpu(into(dq + row * ld + h * d, ld, step), dl, k_h, n, d, cols, scale, 0, batch, stream);
+        matmul_gpu(into(dk + kv, ld, step), transpose_gpu(dl), q_I, cols, d, n, scale, beta, batch, stream);
+        matmul_gpu(into(dv + kv, ld, step), transpose_gpu(w), dout_I, cols, d, n, 1, beta, batch, stream);
     }
 }
 
 // out: what the forward pass gave, for the tiles' delta
 template <typename X>
-static void attention_backward_gpu(X *dq, X *dk, X *dv, float *scratch, const X *dout, const X *out, float *stats,
-                                   const X *q, const X *k, const X *v, int ld, int B, int T, int H, int G, int d, int P,
+static void attention_backward_gpu(X *dq, X *dk, X *dv, float *scratch, const X *dout, const X *out, float *stats, const X *q,
+                                   const X *k, const X *v, int ld, int B, int T, int H, int G, int d, int P,
                                    cudaStream_t stream) {
-    if (in_tiles(q, k, v, ld, d)) {
-        attention_tiles_backward(dq, dk, dv, dout, out, stats, q, k, v, ld, B, T, H, G, d, stream);
-        return;
-    }
+    if constexpr (sizeof(X) == sizeof(bf16))
+        if (in_tiles(q, k, v, ld, d)) {
+            auto tiles = d <= 64 ? attention_tiles_backward<64> : attention_tiles_backward<128>;
+            tiles(dq, dk, dv, dout, out, (float2 *)stats, q, k, v, ld, B, T, H, G, d, stream);
+            return;
+        }
     Heads heads = heads_of(B, T, H, G);
-    int64_t all = (int64_t)T * ld, D = H * d;
     P = attention_panel(P, heads.batch, T);
-    for (int o = 0; o < heads.outer; o++) {
-        int h = heads.by_head ? o : 0, b = heads.by_head ? 0 : o;
-        int64_t kv = b * all + h / (H / G) * d, at = b * all + h * d;
-        attention_group_backward_gpu(dq + at, dk + kv, dv + kv, scratch, dout + b * T * D + h * d,
-                                     heads.by_head ? T * D : d, stats + 2 * (int64_t)(b * H + h) * T,
-                                     heads.by_head ? 2 * (int64_t)H * T : 2 * T, q + at, k + kv, v + kv,
-                                     heads.by_head ? all : d, ld, (int)D, heads.batch, T, d, P, h % (H / G) != 0,
-                                     stream);
-    }
+    for (int item = 0; item < heads.items; item++)
+        attention_group_backward_gpu(item, heads, dq, dk, dv, scratch, dout, stats, q, k, v, ld, T, H, G, d, P, stream);
 }
 
 // ----------------------------------------------------------------------------
@@ -2495,9 +2483,8 @@ template <typename X>
 static void crossentropy_gpu(float *losses, char *hits, X *dlogits, const X *logits, int64_t ld, const int *targets,
                              int N, int V, cudaStream_t stream) {
     int threads = V > 4096 ? 1024 : V > 1024 ? 256 : 32;
-    if (wide({ld}, {logits})) LAUNCH((crossentropy_kernel<8, X>), N, threads, 0, stream, losses, hits, dlogits, logits,
-                                     ld, targets, V);
-    else LAUNCH((crossentropy_kernel<1, X>), N, threads, 0, stream, losses, hits, dlogits, logits, ld, targets, V);
+    LAUNCH((wide({ld}, {logits}) ? crossentropy_kernel<8, X> : crossentropy_kernel<1, X>), N, threads, 0, stream, losses, hits,
+           dlogits, logits, ld, targets, V);
 }
 
 // ----------------------------------------------------------------------------
@@ -2874,78 +2861,71 @@ static void scan_backward_gpu(X *dxbc, float *dstep, float *dA_log, float *dskip
     each_with_sums({dA_log, dskip}, sums, B * T, heads, 0, stream, columns);
 }
 
-// A warp takes a row.
-template <typename X>
-__global__ void gated_rmsnorm_forward_kernel(X *out, float *rstd, const X *y, const X *z, int ld, const float *weight, int N,
-                                             int E) {
-    int n = blockIdx.x * 4 + threadIdx.x / 32;
-    if (n >= N) return;
-    float squares = 0;
-    for (int i = threadIdx.x % 32; i < E; i += 32) {
-        float gate = get(z[(int64_t)n * ld + i]), v = get(y[(int64_t)n * E + i]) * gate * sigmoid_gpu(gate);
-        squares += v * v;
-    }
-    float r = rsqrtf(warp_sum(squares) / E + 1e-5f);
-    if (threadIdx.x % 32 == 0) rstd[n] = r;
-    for (int i = threadIdx.x % 32; i < E; i += 32) {
-        float gate = get(z[(int64_t)n * ld + i]), v = get(y[(int64_t)n * E + i]) * gate * sigmoid_gpu(gate);
-        out[(int64_t)n * E + i] = to<X>(v * r * weight[i]);
-    }
-}
 template <typename X>
 static void gated_rmsnorm_forward_gpu(X *out, float *rstd, const X *y, const X *z, int ld, const float *weight, int N, int E,
                                       cudaStream_t stream) {
-    LAUNCH(gated_rmsnorm_forward_kernel<X>, (N + 3) / 4, 128, 0, stream, out, rstd, y, z, ld, weight, N, E);
+    warps(N, stream, [=] __device__ (int n, int lane) {
+        float squares = 0;
+        for (int i = lane; i < E; i += 32) {
+            float gate = get(z[(int64_t)n * ld + i]), v = get(y[(int64_t)n * E + i]) * gate * sigmoid_gpu(gate);
+            squares += v * v;
+        }
+        float r = rsqrtf(warp_sum(squares) / E + 1e-5f);
+        if (lane == 0) rstd[n] = r;
+        for (int i = lane; i < E; i += 32) {
+            float gate = get(z[(int64_t)n * ld + i]), v = get(y[(int64_t)n * E + i]) * gate * sigmoid_gpu(gate);
+            out[(int64_t)n * E + i] = to<X>(v * r * weight[i]);
+        }
+    });
 }
-template <typename X>
-__global__ void gated_rmsnorm_backward_kernel(X *dy, X *dz, const X *dout, const X *y, const X *z, int ld, const float *rstd,
-                                              const float *weight, int N, int E) {
-    int n = blockIdx.x * 4 + threadIdx.x / 32;
-    if (n >= N) return;
-    float dot = 0, r = rstd[n];
-    for (int i = threadIdx.x % 32; i < E; i += 32) {
-        float gate = get(z[(int64_t)n * ld + i]);
-        dot += get(dout[(int64_t)n * E + i]) * weight[i] * get(y[(int64_t)n * E + i]) * gate * sigmoid_gpu(gate);
-    }
-    dot = warp_sum(dot) * r * r / E;
-    for (int i = threadIdx.x % 32; i < E; i += 32) {
-        int64_t at = (int64_t)n * E + i;
-        float gate = get(z[(int64_t)n * ld + i]), s = sigmoid_gpu(gate), y_i = get(y[at]);
-        float dv = r * (get(dout[at]) * weight[i] - y_i * gate * s * dot);
-        dz[(int64_t)n * ld + i] = to<X>(dv * y_i * s * (1 + gate * (1 - s)));
-        dy[at] = to<X>(dv * gate * s);
-    }
-}
+
 template <typename X>
 static void gated_rmsnorm_backward_gpu(X *dy, X *dz, float *dweight, const X *dout, const X *y, const X *z, int ld,
-                                       const float *rstd, const float *weight, int N, int E, ColumnSums *sums, cudaStream_t stream) {
+                                       const float *rstd, const float *weight, int N, int E, ColumnSums *sums,
+                                       cudaStream_t stream) {
     each_with_sums({dweight}, sums, N, E, 0, stream, [=] __device__ (auto, int n, int i, auto &sum) {
         float gate = get(z[(int64_t)n * ld + i]);
         sum[0][0] += get(dout[(int64_t)n * E + i]) * get(y[(int64_t)n * E + i]) * gate * sigmoid_gpu(gate) * rstd[n];
     });
-    LAUNCH(gated_rmsnorm_backward_kernel<X>, (N + 3) / 4, 128, 0, stream, dy, dz, dout, y, z, ld, rstd, weight, N, E);
+    warps(N, stream, [=] __device__ (int n, int lane) {
+        float dot = 0, r = rstd[n];
+        for (int i = lane; i < E; i += 32) {
+            float gate = get(z[(int64_t)n * ld + i]);
+            dot += get(dout[(int64_t)n * E + i]) * weight[i] * get(y[(int64_t)n * E + i]) * gate * sigmoid_gpu(gate);
+        }
+        dot = warp_sum(dot) * r * r / E;
+        for (int i = lane; i < E; i += 32) {
+            int64_t at = (int64_t)n * E + i;
+            float gate = get(z[(int64_t)n * ld + i]), s = sigmoid_gpu(gate), y_i = get(y[at]);
+            float dv = r * (get(dout[at]) * weight[i] - y_i * gate * s * dot);
+            dz[(int64_t)n * ld + i] = to<X>(dv * y_i * s * (1 + gate * (1 - s)));
+            dy[at] = to<X>(dv * gate * s);
+        }
+    });
 }
 
 // ----------------------------------------------------------------------------
 // generation: one token behind those that every layer knows, in five launches a layer. Its place is in the device's
 // memory, so that all launches are one recording.
 
-// A warp takes two neighbouring rows of a matrix times vec, which begin() puts into shared memory once a block.
-template <int V, typename F> __global__ void __launch_bounds__(128) decode_kernel(F f) {
+// weight (rows,D) times vec, which begin(vec, shared) puts into shared memory once a block. A warp takes two neighbouring
+// rows; end(row, sum, vec, shared) is given their products. more: bytes behind vec.
+template <int V, typename X, typename Begin, typename End>
+__global__ void __launch_bounds__(128) decode_kernel(const X *weight, int rows, int D, Begin begin, End end) {
     extern __shared__ float vec[];
     __shared__ float shared[32];
     int row = 2 * (blockIdx.x * 4 + threadIdx.x / 32);
-    for (int r = row; r < row + 2 && r < f.rows; r++) // on their way to the L2 cache
-        for (int i = threadIdx.x % 32 * 64; i < f.D; i += 32 * 64)
-            asm volatile("prefetch.global.L2 [%0];" : : "l"(f.weight + (int64_t)r * f.D + i));
+    for (int r = row; r < row + 2 && r < rows; r++) // on their way to the L2 cache
+        for (int i = threadIdx.x % 32 * 64; i < D; i += 32 * 64)
+            asm volatile("prefetch.global.L2 [%0];" : : "l"(weight + (int64_t)r * D + i));
     wait_for_results();
-    f.begin(vec, shared);
+    begin(vec, shared);
     __syncthreads();
-    if (row >= f.rows) return;
+    if (row >= rows) return;
     float2 sum = {0, 0};
-    const auto *first = f.weight + (int64_t)row * f.D, *second = row + 1 < f.rows ? first + f.D : first;
+    const X *first = weight + (int64_t)row * D, *second = row + 1 < rows ? first + D : first;
 #pragma unroll 4
-    for (int i = threadIdx.x % 32 * V; i < f.D; i += 32 * V) {
+    for (int i = threadIdx.x % 32 * V; i < D; i += 32 * V) {
         float a[V], b[V], x[V];
         read_some<V>(a, first + i);
         read_some<V>(b, second + i);
@@ -2953,45 +2933,39 @@ template <int V, typename F> __global__ void __launch_bounds__(128) decode_kerne
         for (int e = 0; e < V; e++) { sum.x += a[e] * x[e]; sum.y += b[e] * x[e]; }
     }
     sum = {warp_sum(sum.x), warp_sum(sum.y)};
-    if (threadIdx.x % 32 == 0) f.end(row, sum, vec, shared);
+    if (threadIdx.x % 32 == 0) end(row, sum, vec, shared);
 }
-template <typename F> static void decode(F f, int extra_blocks, cudaStream_t stream) {
-    int blocks = (f.rows + 7) / 8 + extra_blocks, bytes = f.D * (int)sizeof(float) + f.more;
-    launch_ahead(wide({f.D}, {f.weight}) ? decode_kernel<8, F> : decode_kernel<1, F>, blocks, 128, bytes, stream, f);
+template <typename X, typename Begin, typename End>
+static void decode(const X *weight, int rows, int D, int more, int extra_blocks, cudaStream_t stream, Begin begin, End end) {
+    int blocks = (rows + 7) / 8 + extra_blocks, bytes = D * (int)sizeof(float) + more;
+    launch_ahead(wide({D}, {weight}) ? decode_kernel<8, X, Begin, End> : decode_kernel<1, X, Begin, End>, blocks, 128, bytes,
+                 stream, weight, rows, D, begin, end);
 }
 
 // [9, 10, 11], and the last LayerNorm with the head: out = W LayerNorm(x) + b, and GELU on the first `gelu` rows
-template <typename X, typename O> struct DecodeIn {
-    O *out;
-    const float *x, *ln_weight, *ln_bias;
-    const X *weight, *bias;
-    int rows, D, more, gelu;
-    __device__ void begin(float *vec, float *shared) const {
+template <typename X, typename O>
+static void decode_in_gpu(O *out, const float *x, const float *ln_weight, const float *ln_bias, const X *weight, const X *bias,
+                          int rows, int D, int gelu, cudaStream_t stream) {
+    decode(weight, rows, D, 0, 0, stream, [=] __device__ (float *vec, float *shared) {
         float sum = 0, squares = 0;
         for (int i = threadIdx.x; i < D; i += 128) sum += vec[i] = x[i];
         float m = block_sum(sum, shared) / D;
         for (int i = threadIdx.x; i < D; i += 128) squares += (vec[i] - m) * (vec[i] - m);
         float r = 1 / sqrtf(block_sum(squares, shared) / D + 1e-5f);
         for (int i = threadIdx.x; i < D; i += 128) vec[i] = get(to<X>((vec[i] - m) * r * ln_weight[i] + ln_bias[i]));
-    }
-    __device__ void end(int row, float2 sum, const float *, const float *) const {
+    }, [=] __device__ (int row, float2 sum, const float *, const float *) {
         for (int r = row; r < row + 2 && r < rows; r++) {
             float v = (r == row ? sum.x : sum.y) + (bias ? get(bias[r]) : 0);
             out[r] = to<O>(r < gelu ? gelu_gpu(get(to<X>(v))) : v);
         }
-    }
-};
+    });
+}
 // [14, 18]: the projections of ā, turned by RoPE, to their place in the cache; the block after the last row: the gain
-template <typename X> struct DecodeProjections {
-    X *proj;
-    float *gamma;
-    const X *abar, *weight, *bias;
-    const float *gamma_weight, *gamma_bias;
-    float gamma_max;
-    Rope rope;
-    const int *first;
-    int rows, D, more, turned;
-    __device__ void begin(float *vec, float *shared) const {
+template <typename X>
+static void decode_projections_gpu(X *proj, float *gamma, const X *abar, const X *weight, const X *bias,
+                                   const float *gamma_weight, const float *gamma_bias, float gamma_max, Rope rope,
+                                   const int *first, int rows, int D, int turned, cudaStream_t stream) {
+    decode(weight, rows, D, 0, 1, stream, [=] __device__ (float *vec, float *shared) {
         float dot = 0;
         int gain = blockIdx.x == gridDim.x - 1 && gamma_weight;
         for (int i = threadIdx.x; i < D; i += 128) {
@@ -3000,15 +2974,14 @@ template <typename X> struct DecodeProjections {
         }
         if (gain) dot = block_sum(dot, shared);
         if (gain && threadIdx.x == 0) gamma[0] = gain_forward_gpu(dot, gamma_bias[0], gamma_max);
-    }
-    __device__ void end(int row, float2 sum, const float *, const float *) const {
+    }, [=] __device__ (int row, float2 sum, const float *, const float *) {
         float v[2] = {get(to<X>(sum.x + get(bias[row]))), get(to<X>(sum.y + get(bias[row + 1])))};
         if (row < turned) turn_pairs<2>(v, rope, *first, row);
         X *out = proj + (int64_t)*first * rows + row;
         out[0] = to<X>(v[0]);
         out[1] = to<X>(v[1]);
-    }
-};
+    });
+}
 
 // [15, 16, 17, 19]: the rows are dealt to `splits` blocks a head, and to as many blocks as all heads have for the
 // feedback, a head of its own, D wide, over the strict past, with s for values. A block leaves its maximum, its Σ e and
@@ -3091,15 +3064,22 @@ __global__ void decode_attention_kernel(float *parts, const X *proj, const X *s,
         parts[2 + i] = sum;
     }
 }
+template <typename X>
+static void decode_attention_gpu(float *parts, const X *proj, const X *s, const int *first, int E, int D, int H, int G,
+                                 int feedback, int splits, cudaStream_t stream) {
+    int width = feedback ? D : D / H, floats = width > 8 * DECODE_THREADS ? width : 8 * DECODE_THREADS;
+    launch_ahead(wide({D, D / H, E}, {proj, s}) ? decode_attention_kernel<8, X> : decode_attention_kernel<1, X>,
+                 (1 + feedback) * H * splits, DECODE_THREADS, floats * (int)sizeof(float), stream, parts, proj, s, first, E, D, H,
+                 G, splits);
+}
 
 // The direct read f = W_o o, [19-22] s = f + γ c and the gate: the parts of o, and of c, come together on the way.
-template <typename X> struct DecodeMix {
-    X *s, *gated;
-    const float *parts, *gamma;
-    const X *weight, *g;
-    const int *first;
-    int rows, D, more, H, splits, feedback, plain; // plain: no W_o, f = o
-    __device__ void begin(float *vec, float *shared) const {
+// plain: no W_o, f = o
+template <typename X>
+static void decode_mix_gpu(X *s, X *gated, const float *parts, const float *gamma, const X *weight, const X *g,
+                           const int *first, int D, int H, int splits, int feedback, int plain, cudaStream_t stream) {
+    int more = (1 + feedback) * H * splits * (int)sizeof(float);
+    decode(weight, D, D, more, 0, stream, [=] __device__ (float *vec, float *shared) {
         float *factor = vec + D;
         int d = D / H, all = H * splits;
         for (int head = threadIdx.x / 32; head < H + feedback; head += 4) { // a warp: e^(max - top)/Σ of a head's parts
@@ -3126,15 +3106,14 @@ template <typename X> struct DecodeMix {
         __syncthreads();
         int row = 2 * (blockIdx.x * 4 + threadIdx.x / 32); // c of the warp's rows, to be read by its first lane
         float2 sum = {0, 0};
-        for (int p = all + threadIdx.x % 32; p < 2 * all && feedback && row < rows; p += 32) {
+        for (int p = all + threadIdx.x % 32; p < 2 * all && feedback && row < D; p += 32) {
             const float *part = parts + (int64_t)p * (D + 2) + 2 + row;
             sum.x += factor[p] * part[0];
             sum.y += factor[p] * part[1];
         }
         sum = {warp_sum(sum.x), warp_sum(sum.y)};
         if (threadIdx.x % 32 == 0) ((float2 *)shared)[threadIdx.x / 32] = sum;
-    }
-    __device__ void end(int row, float2 f, const float *vec, const float *shared) const {
+    }, [=] __device__ (int row, float2 f, const float *vec, const float *shared) {
         float2 c = ((const float2 *)shared)[threadIdx.x / 32];
         float both[2] = {plain ? vec[row] : f.x, plain ? vec[row + 1] : f.y}, past[2] = {c.x, c.y};
         for (int e = 0; e < 2; e++) {
@@ -3142,21 +3121,18 @@ template <typename X> struct DecodeMix {
             s[(int64_t)*first * D + row + e] = to<X>(v);
             gated[row + e] = to<X>(get(to<X>(v)) * get(g[row + e]));
         }
-    }
-};
+    });
+}
 // [13]: the residual
-template <typename X> struct DecodeOut {
-    float *x;
-    const X *gated, *weight, *bias;
-    int rows, D, more;
-    __device__ void begin(float *vec, float *) const {
+template <typename X>
+static void decode_out_gpu(float *x, const X *gated, const X *weight, const X *bias, int D, cudaStream_t stream) {
+    decode(weight, D, D, 0, 0, stream, [=] __device__ (float *vec, float *) {
         for (int i = threadIdx.x; i < D; i += 128) vec[i] = get(gated[i]);
-    }
-    __device__ void end(int row, float2 sum, const float *, const float *) const {
+    }, [=] __device__ (int row, float2 sum, const float *, const float *) {
         x[row] += sum.x + get(bias[row]);
         x[row + 1] += sum.y + get(bias[row + 1]);
-    }
-};
+    });
+}
 
 // Numbers of scratch: the parts, then the logits.
 static int64_t decode_parts(int D, int H) { return 2 * (int64_t)H * decode_splits(H) * (D + 2); }
@@ -3198,8 +3174,7 @@ typedef struct {
 
 // The launches of one pass over a batch shape, recorded as a CUDA graph: then they cost the host one launch.
 typedef struct {
-    int pass, B, T, P; // pass 0: forward, 1: backward, 2: a token
-    double probability;
+    struct { int64_t pass, B, T, P; double dropout; } shape; // pass 0: forward, 1: backward, 2: a token
     int runs;
     cudaGraphExec_t graph;
 } Recording;
@@ -3453,14 +3428,16 @@ template <typename X> static void carve_activations_gpu(ModelGPU<X> *m, int B, i
     acts->hits = (char *)add_activation(f, fb, -1, "hits", 1, B * (int64_t)T / 4 + 1, 1, 1);
     acts->cosine = add_activation(f, fb, -1, "cosine", 2, T, d / 2, 1);
     acts->sine = add_activation(f, fb, -1, "sine", 2, T, d / 2, 1);
-    int64_t scratch = mamba2 ? scan_scratch_gpu(B, T, 2 * D, c->state_dim, 2 * D / c->head_dim, CHUNK) : attention_scratch(gpu.hopper && sizeof(X) == sizeof(bf16) && d % 8 == 0 && d <= 128, B, T, H, c->n_kv_heads, 0);
-    int64_t feedback = sessa ? feedback_panels<X>(B, T, D, 0).total : 0;
-    int64_t low = !sessa || mode == TRAIN ? 0 : feedback_panels<X>(B, T, D, keep_all, 0).total; // of tests, of generation
-    scratch = scratch > feedback ? scratch : feedback;
-    int64_t decoding = mode == GENERATE ? decode_parts(D, H) + c->vocab_size : 0;
+    int tiles = gpu.hopper && sizeof(X) == sizeof(bf16) && d % 8 == 0 && d <= 128;
+    int64_t scratch = 0, wanted[] = {
+        mamba2 ? scan_scratch_gpu(B, T, 2 * D, c->state_dim, 2 * D / c->head_dim, CHUNK)
+               : attention_scratch(tiles, B, T, H, c->n_kv_heads, 0),
+        sessa ? feedback_panels<X>(B, T, D, 0).total : 0,
+        sessa && mode != TRAIN ? feedback_panels<X>(B, T, D, keep_all, 0).total : 0, // of tests, of generation
+        mode == GENERATE ? decode_parts(D, H) + c->vocab_size : 0};
+    for (int64_t numbers : wanted) scratch = scratch > numbers ? scratch : numbers;
+    acts->scratch = add_activation(f, fb, -1, "scratch", 1, scratch, 1, 1);
     m->decodes = mode == GENERATE && !mamba2 && D <= 8192;
-    if (decoding > scratch) scratch = decoding;
-    acts->scratch = add_activation(f, fb, -1, "scratch", 1, scratch > low ? scratch : low, 1, 1);
     if (!training) return;
     acts->dout = acts->layers[0].n; // free by then
     acts->ds = add_activation(t, x, -1, "ds", 3, B, T, D);
@@ -3602,8 +3579,7 @@ template <typename X, typename F> static void replay(ModelGPU<X> *m, Recording w
     Recording *r = NULL;
     for (int i = 0; i < N_RECORDINGS && !r; i++) {
         Recording *one = &m->recordings[i];
-        if (one->runs && one->pass == what.pass && one->B == what.B && one->T == what.T && one->P == what.P
-            && one->probability == what.probability) r = one;
+        if (one->runs && !memcmp(&one->shape, &what.shape, sizeof(what.shape))) r = one;
     }
     if (!r) {
         r = &m->recordings[m->oldest];
@@ -3625,35 +3601,27 @@ template <typename X, typename F> static void replay(ModelGPU<X> *m, Recording w
 
 // inputs: in the device's memory
 template <typename X>
-static void hidden_forward_gpu(ModelGPU<X> *m, const int *inputs, int B, int T, int first, double dropout,
-                               cudaStream_t stream) {
+static void hidden_forward_gpu(ModelGPU<X> *m, const int *inputs, int B, int T, int first, double dropout, cudaStream_t stream) {
     const Config *c = &m->host.config;
     int D = c->d_model, N = B * (T - first), last = c->n_layers - 1;
     ActivationsGPU<X> *acts = &m->acts;
-    const uint64_t *key = &m->inputs->dropout_key;
-    embedding_forward_gpu(acts->residual, inputs, m->weights.wte, mask_of(key, dropout, 0), B, T - first, D, stream);
+    auto mask = [&](int place) { return mask_of(&m->inputs->dropout_key, dropout, place); };
+    embedding_forward_gpu(acts->residual, inputs, m->weights.wte, mask(0), B, T - first, D, stream);
     for (int l = 0; l <= last; l++) {
         LayerWeights *w = &m->weights.layers[l];
         LayerActivationsGPU<X> *a = &acts->layers[l];
         const X *branch = l ? acts->layers[l - 1].branch : NULL;
-        // the residual of the layer before, then [9]
-        layernorm_forward_gpu(a->n, a->x, a->ln_mean, a->ln_rstd, acts->residual, branch, mask_of(key, dropout, 2 * l),
-                              w->ln_weight, w->ln_bias, N, D, stream);
-        // [10]
-        linear_forward_gpu(a->ag, 2 * D, a->n, as_x(m, w->W_in), as_x(m, w->b_in), N, D, 2 * D, stream);
-        // [11], with the gain of [18]
+        layernorm_forward_gpu(a->n, a->x, a->ln_mean, a->ln_rstd, acts->residual, branch, mask(2 * l), w->ln_weight, w->ln_bias,
+                              N, D, stream);                                                       // [13] of the layer before, [9]
+        linear_forward_gpu(a->ag, 2 * D, a->n, as_x(m, w->W_in), as_x(m, w->b_in), N, D, 2 * D, stream);                    // [10]
         gelu_forward_gpu(a->abar, a->gamma, a->ag, 2 * D, w->gamma_weight, w->gamma_bias, (float)c->gamma_max, N, D,
-                         stream);
-        // [12]
-        mixer_gpu<X>(c->mixer).forward(m, l, B, T, first, stream);
-        // [13]
-        gate_forward_gpu(a->gated, a->s + (size_t)first * D, a->ag + D, 2 * D, mask_of(key, dropout, 1 + 2 * l), N, D,
-                         stream);
+                         stream);                                                                                     // [11, 18]
+        mixer_gpu<X>(c->mixer).forward(m, l, B, T, first, stream);                                                          // [12]
+        gate_forward_gpu(a->gated, a->s + (size_t)first * D, a->ag + D, 2 * D, mask(1 + 2 * l), N, D, stream);              // [13]
         linear_forward_gpu(a->branch, D, a->gated, as_x(m, w->W_out), as_x(m, w->b_out), N, D, D, stream);
     }
     layernorm_forward_gpu(acts->ln_f, acts->y, acts->ln_mean, acts->ln_rstd, acts->residual, acts->layers[last].branch,
-                          mask_of(key, dropout, 2 + 2 * last), m->weights.ln_f_weight, m->weights.ln_f_bias, N, D,
-                          stream);
+                          mask(2 + 2 * last), m->weights.ln_f_weight, m->weights.ln_f_bias, N, D, stream);
 }
 
 // out = Σ x_i, or Σ x_i², in double: a block takes its share, then one block those of the blocks.
@@ -3692,7 +3660,7 @@ static double model_forward_gpu(Model *model, const int *inputs, const int *targ
     m->host.batch_B = B;
     m->host.batch_T = T;
     m->host.drop = drop;
-    replay(m, {0, B, T, m->host.P, drop.probability, 0, NULL}, [&] {
+    replay(m, {{0, B, T, m->host.P, drop.probability}, 0, NULL}, [&] {
         const int *ids = m->inputs->ids;
         hidden_forward_gpu(m, ids, B, T, 0, drop.probability, stream);
         linear_forward_gpu(acts->logits, (int)acts->ld_logits, acts->ln_f, as_x(m, m->weights.wte), (const X *)NULL, N,
@@ -3712,39 +3680,36 @@ template <typename X> static void model_hits_gpu(Model *m, char *hits) {
 }
 
 // The launches of the backward pass, down to dx, the gradient of the embedding's output.
-template <typename X> static void backward_launches_gpu(ModelGPU<X> *m, int B, int T, double dropout,
-        cudaStream_t stream) {
+template <typename X> static void hidden_backward_gpu(ModelGPU<X> *m, int B, int T, double dropout, cudaStream_t stream) {
     const Config *c = &m->host.config;
     int D = c->d_model, V = c->vocab_size, N = B * T, last = c->n_layers - 1, ld_logits = (int)m->acts.ld_logits;
     ActivationsGPU<X> *acts = &m->acts;
     Weights *w = &m->weights, *dw = &m->grad;
-    const uint64_t *key = &m->inputs->dropout_key;
     float *dx = acts->residual;
+    auto mask = [&](int place) { return mask_of(&m->inputs->dropout_key, dropout, place); };
     if (!m->dlogits_ready)
-        crossentropy_gpu(acts->losses, acts->hits, acts->logits, acts->logits, ld_logits, m->inputs->ids + N, N, V,
-                         stream);
-    linear_backward_gpu(acts->ds, dw->wte, acts->logits, ld_logits, acts->ln_f, as_x(m, w->wte), N, D, V, stream,
-                        m->inputs->scale);
-    layernorm_backward_gpu(dx, dw->ln_f_weight, dw->ln_f_bias, (X *)NULL, acts->dabar, dw->layers[last].b_out,
-                           mask_of(key, dropout, 2 + 2 * last), 1, acts->ds, acts->y, acts->ln_mean, acts->ln_rstd,
-                           w->ln_f_weight, w->ln_f_bias, N, D, &m->sums, stream);
+        crossentropy_gpu(acts->losses, acts->hits, acts->logits, acts->logits, ld_logits, m->inputs->ids + N, N, V, stream);
+    linear_backward_gpu(acts->ds, dw->wte, acts->logits, ld_logits, acts->ln_f, as_x(m, w->wte), N, D, V, stream, m->inputs->scale);
+    layernorm_backward_gpu(dx, dw->ln_f_weight, dw->ln_f_bias, (X *)NULL, acts->dabar, dw->layers[last].b_out, mask(2 + 2 * last),
+                           1, acts->ds, acts->y, acts->ln_mean, acts->ln_rstd, w->ln_f_weight, w->ln_f_bias, N, D, &m->sums,
+                           stream);
     for (int l = last; l >= 0; l--) {
         LayerWeights *wl = &w->layers[l], *dwl = &dw->layers[l];
         LayerActivationsGPU<X> *a = &acts->layers[l];
         // out through W_out and the gate; the gradients of a and g take their place, s ⊙ g and ā come again
         linear_backward_gpu(acts->ds, (float *)NULL, acts->dabar, D, a->gated, as_x(m, wl->W_out), N, D, D, stream);
-        gate_backward_gpu(acts->ds, a->ag + D, dwl->b_in + D, a->gated, a->abar, acts->ds, a->s, a->ag, a->ag + D,
-                          2 * D, mask_of(key, dropout, 1 + 2 * l), N, D, &m->sums, stream);
+        gate_backward_gpu(acts->ds, a->ag + D, dwl->b_in + D, a->gated, a->abar, acts->ds, a->s, a->ag, a->ag + D, 2 * D,
+                          mask(1 + 2 * l), N, D, &m->sums, stream);
         linear_backward_gpu((X *)NULL, dwl->W_out, acts->dabar, D, a->gated, as_x(m, wl->W_out), N, D, D, stream);
         // through the mixer
         mixer_gpu<X>(c->mixer).backward(m, l, B, T, stream);
-        gelu_backward_gpu(a->ag, dwl->b_in, dwl->gamma_weight, dwl->gamma_bias, acts->dabar, a->ag, 2 * D, acts->dgamma,
-                          a->gamma, wl->gamma_weight, (float)c->gamma_max, N, D, &m->sums, stream);
+        gelu_backward_gpu(a->ag, dwl->b_in, dwl->gamma_weight, dwl->gamma_bias, acts->dabar, a->ag, 2 * D, acts->dgamma, a->gamma,
+                          wl->gamma_weight, (float)c->gamma_max, N, D, &m->sums, stream);
         // through W_in and the LayerNorm, whose output comes again in ds; on to the branch of the layer below
         linear_backward_gpu(acts->ds, (float *)NULL, a->ag, 2 * D, acts->ds, as_x(m, wl->W_in), N, D, 2 * D, stream);
         layernorm_backward_gpu(dx, dwl->ln_weight, dwl->ln_bias, acts->ds, l ? acts->dabar : (X *)NULL,
-                               l ? dw->layers[l - 1].b_out : (float *)NULL, mask_of(key, dropout, 2 * l), 0, acts->ds,
-                               a->x, a->ln_mean, a->ln_rstd, wl->ln_weight, wl->ln_bias, N, D, &m->sums, stream);
+                               l ? dw->layers[l - 1].b_out : (float *)NULL, mask(2 * l), 0, acts->ds, a->x, a->ln_mean,
+                               a->ln_rstd, wl->ln_weight, wl->ln_bias, N, D, &m->sums, stream);
         linear_backward_gpu((X *)NULL, dwl->W_in, a->ag, 2 * D, acts->ds, as_x(m, wl->W_in), N, D, 2 * D, stream);
         column_sums_gpu(&m->sums, stream);
     }
@@ -3759,8 +3724,8 @@ template <typename X> static void model_backward_gpu(Model *model, double dloss)
     int *lists = m->inputs->ids + (m->host_lists - host->ids);
     host->scale[0] = (float)dloss;
     CUDA(cudaMemcpyAsync(m->inputs->scale, host->scale, sizeof(host->scale), cudaMemcpyHostToDevice, stream));
-    replay(m, {1, B, T, m->host.P, m->host.drop.probability, 0, NULL},
-           [&] { backward_launches_gpu(m, B, T, m->host.drop.probability, stream); });
+    replay(m, {{1, B, T, m->host.P, m->host.drop.probability}, 0, NULL},
+           [&] { hidden_backward_gpu(m, B, T, m->host.drop.probability, stream); });
     TokenLists t = sort_tokens(m->host_lists, m->starts, host->ids, N, m->host.config.vocab_size);
     CUDA(cudaMemcpyAsync(lists, m->host_lists, sizeof(int) * (4 * (size_t)N + 2), cudaMemcpyHostToDevice, stream));
     embedding_backward_gpu(m->grad.wte, (float *)m->acts.dproj, m->acts.residual, lists, t, B, T, D, stream);
@@ -3802,32 +3767,24 @@ template <typename X> static void model_update_gpu(Model *model, AdamW o, double
 template <typename X> static void hidden_decode_gpu(ModelGPU<X> *m, cudaStream_t stream) {
     const Config *c = &m->host.config;
     int D = c->d_model, H = c->n_heads, G = c->n_kv_heads, d = D / H, E = proj_width(c), feedback = c->mixer == SESSA,
-        splits = decode_splits(H), all = (1 + feedback) * H * splits, width = feedback ? D : d,
-        shared = (width > 8 * DECODE_THREADS ? width : 8 * DECODE_THREADS) * (int)sizeof(float);
+        splits = decode_splits(H);
     const int *first = &m->inputs->first;
     float *x = m->acts.residual, *parts = m->acts.scratch;
+    Rope rope = {m->acts.cosine, m->acts.sine, m->host.T, d / 2, 0, 1};
     embedding_forward_gpu(x, m->inputs->ids, m->weights.wte, mask_of(NULL, 0, 0), 1, 1, D, stream);
     for (int l = 0; l < c->n_layers; l++) {
         LayerWeights *w = &m->weights.layers[l];
         LayerActivationsGPU<X> *a = &m->acts.layers[l];
-        DecodeIn<X, X> in = {a->ag, x, w->ln_weight, w->ln_bias, as_x(m, w->W_in), as_x(m, w->b_in), 2 * D, D, 0, D};
-        decode(in, 0, stream);
-        DecodeProjections<X> projections = {a->proj, a->gamma, a->ag, as_x(m, w->W_qkv), as_x(m, w->b_qkv),
-                                            w->gamma_weight, w->gamma_bias, (float)c->gamma_max,
-                                            {m->acts.cosine, m->acts.sine, m->host.T, d / 2, 0, 1}, first, E, D, 0, (H + G) * d};
-        decode(projections, 1, stream);
-        launch_ahead(wide({D, d, E}, {a->proj, a->s}) ? decode_attention_kernel<8, X> : decode_attention_kernel<1, X>,
-                     all, DECODE_THREADS, shared, stream, parts, (const X *)a->proj, (const X *)a->s, first, E, D, H, G,
-                     splits);
-        DecodeMix<X> mix = {a->s, a->gated, parts, a->gamma, as_x(m, w->W_o ? w->W_o : w->W_out), a->ag + D, first, D, D,
-                            (1 + feedback) * H * splits * (int)sizeof(float), H, splits, feedback, !w->W_o};
-        decode(mix, 0, stream);
-        DecodeOut<X> out = {x, a->gated, as_x(m, w->W_out), as_x(m, w->b_out), D, D, 0};
-        decode(out, 0, stream);
+        decode_in_gpu(a->ag, x, w->ln_weight, w->ln_bias, as_x(m, w->W_in), as_x(m, w->b_in), 2 * D, D, D, stream);
+        decode_projections_gpu(a->proj, a->gamma, a->ag, as_x(m, w->W_qkv), as_x(m, w->b_qkv), w->gamma_weight, w->gamma_bias,
+                               (float)c->gamma_max, rope, first, E, D, (H + G) * d, stream);
+        decode_attention_gpu(parts, a->proj, a->s, first, E, D, H, G, feedback, splits, stream);
+        decode_mix_gpu(a->s, a->gated, parts, a->gamma, as_x(m, w->W_o ? w->W_o : w->W_out), a->ag + D, first, D, H, splits,
+                       feedback, !w->W_o, stream);
+        decode_out_gpu(x, a->gated, as_x(m, w->W_out), as_x(m, w->b_out), D, stream);
     }
-    DecodeIn<X, float> head = {parts + decode_parts(D, H), x, m->weights.ln_f_weight, m->weights.ln_f_bias,
-                               as_x(m, m->weights.wte), (const X *)NULL, c->vocab_size, D, 0, 0};
-    decode(head, 0, stream);
+    decode_in_gpu(parts + decode_parts(D, H), x, m->weights.ln_f_weight, m->weights.ln_f_bias, as_x(m, m->weights.wte),
+                  (const X *)NULL, c->vocab_size, D, 0, stream);
 }
 
 template <typename X> static void model_extend_gpu(Model *model, const int *tokens, int n, int first, real *logits) {
@@ -3838,7 +3795,7 @@ template <typename X> static void model_extend_gpu(Model *model, const int *toke
     m->host_inputs->first = first;
     memcpy(m->host_inputs->ids, tokens, sizeof(int) * (size_t)n);
     CUDA(cudaMemcpyAsync(m->inputs, m->host_inputs, sizeof(Inputs) + sizeof(int) * (size_t)n, cudaMemcpyHostToDevice, stream));
-    if (n == 1 && m->decodes) replay(m, {2, 0, 0, 0, 0, 0, NULL}, [&] { hidden_decode_gpu(m, stream); });
+    if (n == 1 && m->decodes) replay(m, {{2, 0, 0, 0, 0}, 0, NULL}, [&] { hidden_decode_gpu(m, stream); });
     else {
         hidden_forward_gpu(m, m->inputs->ids, 1, first + n, first, 0, stream);
         linear_forward_gpu(m->acts.logits, V, m->acts.ln_f + (size_t)(n - 1) * D, as_x(m, m->weights.wte), (const X *)NULL, 1, D,
