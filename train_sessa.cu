@@ -8,8 +8,11 @@ The CUDA twin of train_sessa.c: the same layers in the same order, name_gpu for 
 
 X is the type of what products read and of the activations kept for the backward pass: bf16, or float. In float32 always:
 the parameters and their moments and gradients, the residual stream, the softmax's statistics, sums within products, the
-right-hand sides of the feedback system. Layers take the arguments of their C functions and a stream; where one pass over
-the data does the work of several C functions, its comment names them. A step's launches are recorded as CUDA graphs.
+right-hand sides of the feedback system. Layers take the arguments of their C functions, and a stream. Their equations and
+shapes stand there, above the function of the same name; here stands what differs: where one pass over the data does the
+work of several C functions, and which part of their loops a block, a warp or a thread takes. Layers that go row by row or
+number by number are a loop's body, given to one of four launchers: each, each_with_sums, rows, warps. A step's launches
+are recorded as CUDA graphs.
 Everything is deterministic: no atomics, every sum in a fixed order, products chosen by cuBLASLt's heuristic and never by
 timing.
 */
@@ -49,7 +52,7 @@ typedef struct {
 enum { WORKSPACE = 32 << 20, N_PRODUCTS = 1 << 13 };
 static struct {
     Precision precision;
-    int ready, hopper, processors; // hopper: bf16 has kernels of its own for this GPU
+    int ready, hopper; // hopper: bf16 has kernels of its own for this GPU
     CUresult (*encode_map)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
                            const cuuint64_t *, const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave,
                            CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
@@ -57,7 +60,7 @@ static struct {
     cudaEvent_t so_far;
     cublasLtHandle_t lt;
     char *workspace; // for cuBLASLt and for sums over rows, one at a time in the order of the stream
-} gpu = {BF16, 0, 0, 0, NULL, NULL, NULL, NULL, NULL, NULL};
+} gpu = {BF16, 0, 0, NULL, NULL, NULL, NULL, NULL, NULL};
 static Product products[N_PRODUCTS]; // each at its key's hash, until another takes its place
 
 // What fails here is a broken machine or a broken program: one line, exit code 1.
@@ -115,22 +118,18 @@ static int gpu_open(char *error) {
     int devices = 0;
     cudaError_t code = cudaGetDeviceCount(&devices);
     if (code != cudaSuccess || devices == 0)
-        return fail(error, NULL, "no CUDA device: %s", code == cudaSuccess
-                    ? "none is there" : cudaGetErrorString(code));
-    if ((code = cudaSetDevice(0)) != cudaSuccess
-        || (code = cudaStreamCreateWithPriority(&gpu.stream, cudaStreamDefault, -1)) != cudaSuccess
-        || (code = cudaStreamCreateWithPriority(&gpu.side, cudaStreamDefault, 0)) != cudaSuccess
-        || (code = cudaEventCreateWithFlags(&gpu.so_far, cudaEventDisableTiming)) != cudaSuccess)
+        return fail(error, NULL, "no CUDA device: %s", code == cudaSuccess ? "none is there" : cudaGetErrorString(code));
+    if ((code = cudaSetDevice(0)) != cudaSuccess || (code = cudaMalloc((void **)&gpu.workspace, WORKSPACE)) != cudaSuccess)
         return fail(error, NULL, "the CUDA device cannot be used: %s", cudaGetErrorString(code));
-    if (cublasLtCreate(&gpu.lt) != CUBLAS_STATUS_SUCCESS) return fail(error, NULL, "cuBLASLt cannot be started");
-    if ((code = cudaMalloc((void **)&gpu.workspace, WORKSPACE)) != cudaSuccess)
-        return fail(error, NULL, "no %d MiB of workspace: %s", WORKSPACE >> 20, cudaGetErrorString(code));
     CUDA(cudaMemset(gpu.workspace, 0, WORKSPACE));
+    CUDA(cudaStreamCreateWithPriority(&gpu.stream, cudaStreamDefault, -1));
+    CUDA(cudaStreamCreateWithPriority(&gpu.side, cudaStreamDefault, 0));
+    CUDA(cudaEventCreateWithFlags(&gpu.so_far, cudaEventDisableTiming));
+    LT(cublasLtCreate(&gpu.lt));
     cudaFuncAttributes built;
     cudaDriverEntryPointQueryResult found;
     int major = 0;
     CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
-    CUDA(cudaDeviceGetAttribute(&gpu.processors, cudaDevAttrMultiProcessorCount, 0));
     CUDA(cudaFuncGetAttributes(&built, built_for_hopper_kernel));
     CUDA(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)&gpu.encode_map, 12000, cudaEnableDefault,
                                           &found));
@@ -186,8 +185,7 @@ __device__ static inline uint32_t pack_two(float low, float high) {
 }
 template <int V> __device__ inline void write_some(bf16 *at, const float v[V]) {
     if constexpr (V == 1) *at = to<bf16>(v[0]);
-    else *(uint4 *)at = make_uint4(pack_two(v[0], v[1]), pack_two(v[2], v[3]), pack_two(v[4], v[5]),
-                                   pack_two(v[6], v[7]));
+    else *(uint4 *)at = make_uint4(pack_two(v[0], v[1]), pack_two(v[2], v[3]), pack_two(v[4], v[5]), pack_two(v[6], v[7]));
 }
 static int wide(std::initializer_list<int64_t> strides, std::initializer_list<const void *> pointers) {
     int ok = 1;
@@ -196,8 +194,8 @@ static int wide(std::initializer_list<int64_t> strides, std::initializer_list<co
     return ok;
 }
 
-// Element by element: f(V, n, i) does the numbers i .. i+V-1 of row n, V a number that the compiler knows. A thread takes
-// one such piece.
+// for n < rows: for i < width, in steps of V: f(V, n, i), which does the numbers i .. i+V-1 of row n, V a number that the
+// compiler knows: 8, or 1. A thread takes one such piece.
 template <int N> struct Known { __host__ __device__ constexpr operator int() const { return N; } };
 template <int V, typename F> __global__ void each_kernel(F f, unsigned rows, unsigned pieces) {
     unsigned item = blockIdx.x * blockDim.x + threadIdx.x; // there are fewer than 2^32 pieces
@@ -276,9 +274,9 @@ static void column_sums_gpu(ColumnSums *sums, cudaStream_t stream) {
     sums->next = sums->room;
 }
 
-// Element by element with sums over the rows: f(V, n, i, sum) adds to sum[k][..]. A block takes 16 pieces of V columns of
-// a chunk of the rows, 16 rows at a time. outs[k] gets sum k, a third sum its first column alone: one that is the same for
-// all columns.
+// The same loops with sums over the rows: f(V, n, i, sum) adds to sum[k][0 .. V-1]. A block takes 16 pieces of V columns of
+// a chunk of the rows, 16 rows at a time, a thread a piece of every 16th. outs[k] gets sum k, a third sum its first column
+// alone: one that is the same for all columns.
 template <int V, int SUMS, typename F>
 __global__ void __launch_bounds__(256, 4) each_with_sums_kernel(F f, float *partial, int N, int width) {
     __shared__ float parts[16][16 * V];
@@ -310,8 +308,9 @@ static void each_with_sums(float *const (&outs)[SUMS], ColumnSums *sums, int N, 
     sums->next += (int64_t)chunks * SUMS * width;
 }
 
-// Passes with sums along the rows, f(V, PIECES): threadIdx.y takes a row, threadIdx.x a piece of V of its columns (PIECES
-// of them, blockDim.x·V apart, where rows are that long). A row's threads are whole warps and wait for each other alone.
+// for n < N: f(V, PIECES), a pass with sums along row n: threadIdx.y takes a row, threadIdx.x a piece of V of its columns
+// (PIECES of them, blockDim.x·V apart, where rows are that long). A row's threads are whole warps and wait for each other
+// alone.
 template <int V, int PIECES, typename F> __global__ void __launch_bounds__(ROW_BLOCK, 2) rows_kernel(F f) {
     f(Known<V>(), Known<PIECES>());
 }
@@ -336,7 +335,7 @@ __device__ static inline float2 row_sum(float x, float y, float2 *shared) {
     return sum;
 }
 
-// f(n, lane): a warp takes row n.
+// for n < N: f(n, lane): a warp takes a row.
 template <typename F> __global__ void warps_kernel(F f, int N) {
     int n = blockIdx.x * 4 + threadIdx.x / 32;
     if (n < N) f(n, (int)(threadIdx.x % 32));
@@ -486,9 +485,8 @@ static void embedding_forward_gpu(float *out, const int *inp, const float *wte, 
     });
 }
 
-// Which rows a token's gradient sums, sorted by token and cut into segments of at most SEGMENT rows. `lists`, in the
-// host's memory, holds 4N + 2 numbers: order (N), the segments' beginnings in it, the tokens, each token's first
-// segment.
+// Which rows a token's gradient sums, sorted by token and cut into segments of at most SEGMENT rows. `lists`, in the host's
+// memory, holds 4N + 2 numbers: order (N), the segments' beginnings in it, the tokens, each token's first segment.
 enum { SEGMENT = 32 };
 typedef struct { int segments, tokens; } TokenLists;
 static TokenLists sort_tokens(int *lists, int *starts, const int *inp, int N, int V) { // starts: scratch (V+1)
@@ -510,30 +508,21 @@ static TokenLists sort_tokens(int *lists, int *starts, const int *inp, int N, in
     return t;
 }
 
-// A block takes a segment and sums its rows, then a block takes a token and sums its segments; a thread takes columns.
-__global__ static void embedding_segments_kernel(float *partial, const float *dout, const int *order, const int *begins,
-        int D) {
-    for (int i = threadIdx.x; i < D; i += blockDim.x) {
+// embedding_backward: a thread takes a column of a segment and sums its rows, then a column of a token and sums its
+// segments. lists: those of sort_tokens in the device's memory. partial: scratch (segments,D)
+static void embedding_backward_gpu(float *dwte, float *partial, const float *dout, const int *lists, TokenLists t, int B, int T,
+                                   int D, cudaStream_t stream) {
+    const int *begins = lists + B * T, *tokens = begins + B * T + 1, *first = tokens + B * T;
+    each(t.segments, D, 0, stream, [=] __device__ (auto, int segment, int i) {
         float sum = 0;
-        for (int n = begins[blockIdx.x]; n < begins[blockIdx.x + 1]; n++) sum += dout[(int64_t)order[n] * D + i];
-        partial[(int64_t)blockIdx.x * D + i] = sum;
-    }
-}
-__global__ static void embedding_tokens_kernel(float *dwte, const float *partial, const int *tokens, const int *first,
-                                               int D) {
-    for (int i = threadIdx.x; i < D; i += blockDim.x) {
+        for (int n = begins[segment]; n < begins[segment + 1]; n++) sum += dout[(int64_t)lists[n] * D + i];
+        partial[(int64_t)segment * D + i] = sum;
+    });
+    each(t.tokens, D, 0, stream, [=] __device__ (auto, int token, int i) {
         float sum = 0;
-        for (int s = first[blockIdx.x]; s < first[blockIdx.x + 1]; s++) sum += partial[(int64_t)s * D + i];
-        dwte[(int64_t)tokens[blockIdx.x] * D + i] += sum;
-    }
-}
-// lists: those of sort_tokens in the device's memory. partial: scratch (segments,D)
-static void embedding_backward_gpu(float *dwte, float *partial, const float *dout, const int *lists, TokenLists t,
-                                   int B, int T, int D, cudaStream_t stream) {
-    int N = B * T;
-    const int *begins = lists + N, *tokens = begins + N + 1, *first = tokens + N;
-    LAUNCH(embedding_segments_kernel, t.segments, 128, 0, stream, partial, dout, lists, begins, D);
-    LAUNCH(embedding_tokens_kernel, t.tokens, 128, 0, stream, dwte, partial, tokens, first, D);
+        for (int segment = first[token]; segment < first[token + 1]; segment++) sum += partial[(int64_t)segment * D + i];
+        dwte[(int64_t)tokens[token] * D + i] += sum;
+    });
 }
 
 // x += mask ⊙ branch, V numbers from place `at`
@@ -653,6 +642,7 @@ static void layernorm_backward_gpu(float *dx, float *dweight, float *dbias, X *n
     sums->next += (int64_t)chunks * 3 * D;
 }
 
+// One product of cuBLASLt.
 template <typename X>
 static void linear_forward_gpu(X *out, int ld_out, const X *inp, const X *weight, const X *bias, int N, int in,
                                int out_width, cudaStream_t stream) {
@@ -793,13 +783,11 @@ static void rope_backward_gpu(X *dx, float *dbias, int ld, const float *cosine, 
     });
 }
 
-// Softmax over the past. A block takes row r of one item (a sequence, or a head of one), which stands at position i0 +
-// r and sees the keys below seen = i0 + r + !strict. Its logits are float32; e takes their place as X, ld_x<X>(ld)
-// apart: what is written never passes what is still to be read. In the columns seen .. the end of the row's block of P
-// rows, e is 0.
+// Softmax over the past. A block takes row r of one item (a sequence, or a head of one), which stands at position i0 + r and
+// sees the keys below seen = i0 + r + !strict. Its logits are float32; e takes their place as X, ld_x<X>(ld) apart: what is
+// written never passes what is still to be read. In the columns seen .. the end of the row's block of P rows, e is 0.
 //     e_rj = X(exp(logit_rj - max_r)),   stats_r = (max_r, 1/Σ_j e_rj) with the sum of the rounded e
-// known: stats are given and the same e follows. normalised: e/Σe is written instead. A row that sees nothing: 1/sum is
-// 0.
+// known: stats are given and the same e follows. normalised: e/Σe is written instead. A row that sees nothing: 1/sum is 0.
 template <typename X> static inline int64_t ld_x(int64_t ld) { return ld * (int64_t)(sizeof(float) / sizeof(X)); }
 __device__ static inline float round_tf32(float x) {
     uint32_t bits;
@@ -940,8 +928,7 @@ __device__ static inline void barriers_ready() { // after their init
     __syncthreads();
 }
 // The tile of `map` at column col of head h, row `row` of sequence b; its bytes count for the barrier.
-__device__ static inline void copy_tile(bf16 *tile, const CUtensorMap *map, int col, int h, int row, int b,
-                                        uint64_t *barrier) {
+__device__ static inline void copy_tile(bf16 *tile, const CUtensorMap *map, int col, int h, int row, int b, uint64_t *barrier) {
     asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
                  "[%0], [%1, {%2, %3, %4, %5}], [%6];"
                  : : "r"(shared_at(tile)), "l"(map), "r"(col), "r"(h), "r"(row), "r"(b), "r"(shared_at(barrier))
@@ -1123,8 +1110,7 @@ product_tiles_kernel(const __grid_constant__ CUtensorMap a_map, const __grid_con
         for (int k = 0; k < ATOM / 16; k++)
             tensor_product<BN, A_COLUMNS, B_COLUMNS>(
                 sum, operand(s->a[slot][group][A_COLUMNS ? k * 16 : 0] + (A_COLUMNS ? 0 : k * 16)),
-                operand(s->b[slot][0][B_COLUMNS ? k * 16 : 0] + (B_COLUMNS ? 0 : k * 16), ATOM * ATOM * 2),
-                i > 0 || k > 0);
+                operand(s->b[slot][0][B_COLUMNS ? k * 16 : 0] + (B_COLUMNS ? 0 : k * 16), ATOM * ATOM * 2), i > 0 || k > 0);
         products_commit();
         products_wait<1>();
         if (i && threadIdx.x % GROUP == 0) barrier_arrive(&s->free[(i - 1) % STAGES]);
@@ -1610,6 +1596,7 @@ static int64_t attention_scratch(int tiles, int B, int T, int H, int G, int P) {
     return tiles ? 0 : 2 * (int64_t)heads.batch * attention_panel(P, heads.batch, T) * round_up(T, 64);
 }
 
+// attention_head of a batch of heads.
 template <typename X>
 static void attention_head_gpu(int item, Heads heads, X *out, float *stats, float *weights, const X *q, const X *k, const X *v,
                                int ld, int T, int H, int G, int d, int first, int P, cudaStream_t stream) {
@@ -1643,7 +1630,7 @@ static void attention_forward_gpu(X *out, float *stats, float *scratch, const X 
         attention_head_gpu(item, heads, out, stats, scratch, q, k, v, ld, T, H, G, d, first, P, stream);
 }
 
-// The first head of a group writes dk and dv, the others add.
+// attention_group_backward of a batch of heads: the first head of a group writes dk and dv, the others add.
 template <typename X>
 static void attention_group_backward_gpu(int item, Heads heads, X *dq, X *dk, X *dv, float *scratch, const X *dout, float *stats,
                                          const X *q, const X *k, const X *v, int ld, int T, int H, int G, int d, int P,
@@ -2008,7 +1995,7 @@ static void feedback_panel(float *scratch, const Panels *p, float *stats, int kn
 
 // The solve of many short sequences, or of their adjoint (BACK), in one go: a block has 128 columns of one sequence and
 // walks along its blocks of 128 rows, from the last if BACK, each in the four products that the section begins with (or
-// those of feedback_panel_backward_gpu). Its first and second four warps have 64 rows each; a thread more has the operands
+// those of feedback_sequence_backward_gpu). Its first and second four warps have 64 rows each; a thread more has the operands
 // copied: e, M, and what the block itself has solved before, written to memory and read back.
 enum { STRIP = 128, MARCH_SLOTS = 4 };
 struct MarchShared {
@@ -2305,14 +2292,15 @@ template <typename X> struct LogitGradient {
     }
 };
 
-// One panel of the adjoint: λ of its rows from the last block to the first, each solving with M^T and one refinement,
+// One panel of the adjoint, of all sequences: λ of its rows from the last block to the first, each solving with M^T and one
+// refinement,
 //     λ = M^T h,   r = h + e_II^T u - λ with u = (γ/z) ⊙ λ,   λ += M^T r
 // where λ stays float32, for X(γ X(λ)) would be X(λ) and the loop no contraction. Then what the panel gives the rows
 // before it, h_< += e_{R,<}^T u, and the gradients of q' and k'. u lies where dq' will.
 template <typename X>
-static void feedback_panel_backward_gpu(X *df, X *dq, X *dk, float *dgamma, float *scratch, const Panels *p, const X *ds,
-                                        const X *s, const X *c, float *stats, const X *q, const X *k, int ld,
-                                        const float *gamma, int B, int T, int D, int r0, cudaStream_t stream) {
+static void feedback_sequence_backward_gpu(X *df, X *dq, X *dk, float *dgamma, float *scratch, const Panels *p, const X *ds,
+                                           const X *s, const X *c, float *stats, const X *q, const X *k, int ld,
+                                           const float *gamma, int B, int T, int D, int r0, cudaStream_t stream) {
     int n = min_int(p->R, T - r0);
     int64_t step = e_step<X>(p, T), all = (int64_t)T * D, wide_step = (int64_t)T * ld,
         m_step = (int64_t)min_int(p->R, T) * p->P;
@@ -2382,8 +2370,7 @@ static void feedback_backward_gpu(X *df, X *dq, X *dk, float *dgamma, float *scr
                                   int P, cudaStream_t stream) {
     Panels p = feedback_panels<X>(B, T, D, P, wide({ld}, {df, dq, dk, ds, s, q, k, scratch}));
     for (int r0 = (T - 1) / p.R * p.R; r0 >= 0; r0 -= p.R)
-        feedback_panel_backward_gpu(df, dq, dk, dgamma, scratch, &p, ds, s, c, stats, q, k, ld, gamma, B, T, D, r0,
-                                    stream);
+        feedback_sequence_backward_gpu(df, dq, dk, dgamma, scratch, &p, ds, s, c, stats, q, k, ld, gamma, B, T, D, r0, stream);
     if (p.R < T) copy_gpu(dk, ld, scratch + p.dk, B * T, D, stream);
 }
 
@@ -2541,6 +2528,7 @@ static void conv_backward_gpu(X *dinp, float *dweight, float *dbias, X *dout, co
     });
 }
 
+// A thread takes one head of one row, forward and backward.
 template <typename X>
 static void step_forward_gpu(float *step, const X *inp, int ld, const float *bias, int N, int heads, cudaStream_t stream) {
     each(N, heads, 0, stream, [=] __device__ (auto, int n, int h) {
@@ -2861,6 +2849,7 @@ static void scan_backward_gpu(X *dxbc, float *dstep, float *dA_log, float *dskip
     each_with_sums({dA_log, dskip}, sums, B * T, heads, 0, stream, columns);
 }
 
+// A warp takes a row, a lane every 32nd of its numbers: once for the sum of squares, once for out.
 template <typename X>
 static void gated_rmsnorm_forward_gpu(X *out, float *rstd, const X *y, const X *z, int ld, const float *weight, int N, int E,
                                       cudaStream_t stream) {
@@ -2879,6 +2868,7 @@ static void gated_rmsnorm_forward_gpu(X *out, float *rstd, const X *y, const X *
     });
 }
 
+// First dweight, then a warp takes a row, as above.
 template <typename X>
 static void gated_rmsnorm_backward_gpu(X *dy, X *dz, float *dweight, const X *dout, const X *y, const X *z, int ld,
                                        const float *rstd, const float *weight, int N, int E, ColumnSums *sums,
@@ -3140,8 +3130,7 @@ static int64_t decode_parts(int D, int H) { return 2 * (int64_t)H * decode_split
 // ----------------------------------------------------------------------------
 // the model
 
-// As in train_sessa.c. x, rounded to X, is what the layer read from the residual stream, kept for the backward pass
-// only.
+// As in train_sessa.c. x, rounded to X, is what the layer read from the residual stream, kept for the backward pass only.
 template <typename X> struct LayerActivationsGPU {
     X *x;                       // (N,D)
     float *ln_mean, *ln_rstd;   // (N)
@@ -3244,8 +3233,7 @@ template <typename X> static void direct_read_backward_gpu(ModelGPU<X> *m, int l
 
 template <typename X>
 static void attention_mixer_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int first, cudaStream_t stream) {
-    direct_read_forward_gpu(m, l, B, T, first, m->acts.layers[l].s + (size_t)first * m->host.config.d_model, stream,
-                            stream);
+    direct_read_forward_gpu(m, l, B, T, first, m->acts.layers[l].s + (size_t)first * m->host.config.d_model, stream, stream);
 }
 
 // With tiles, neither attention nor the feedback's weights and inverses need scratch or workspace of the other's: they go
@@ -3316,21 +3304,17 @@ template <typename X> struct MixerGPU {
     void (*forward)(ModelGPU<X> *model, int layer, int B, int T, int first, cudaStream_t stream);
     void (*backward)(ModelGPU<X> *model, int layer, int B, int T, cudaStream_t stream);
 };
-template <typename X> static MixerGPU<X> mixer_gpu(int mixer) {
-    static const MixerGPU<X> mixers_gpu[N_MIXERS] = {
-        {sessa_forward_gpu<X>, sessa_backward_gpu<X>},
-        {attention_mixer_forward_gpu<X>, direct_read_backward_gpu<X>},
-        {mamba2_forward_gpu<X>, mamba2_backward_gpu<X>},
-    };
-    return mixers_gpu[mixer];
-}
+template <typename X> static const MixerGPU<X> mixers_gpu[N_MIXERS] = {
+    {sessa_forward_gpu<X>, sessa_backward_gpu<X>},
+    {attention_mixer_forward_gpu<X>, direct_read_backward_gpu<X>},
+    {mamba2_forward_gpu<X>, mamba2_backward_gpu<X>},
+};
 
 // ----------------------------------------------------------------------------
 // the model's memory
 
 template <typename Y>
-static Y *add_activation(Table *table, Y *block, int layer, const char *name, int n_dims, int64_t d0, int64_t d1,
-                         int64_t d2) {
+static Y *add_activation(Table *table, Y *block, int layer, const char *name, int n_dims, int64_t d0, int64_t d1, int64_t d2) {
     if (table->count >= 0) table->count = round_up(table->count, 64);
     add_tensor(table, NULL, layer, name, n_dims, d0, d1, d2);
     return block ? block + table->rows[table->n - 1].offset : NULL;
@@ -3375,13 +3359,11 @@ template <typename X> static void carve_activations_gpu(ModelGPU<X> *m, int B, i
     float *fb = m->f_block;
     t->n = f->n = 0;
     t->count = f->count = 0;
+    X *read = training ? add_activation(t, x, -1, "encoded", 3, B, T, D) : NULL; // by the next layer
     for (int l = 0; l < c->n_layers; l++) {
         LayerActivationsGPU<X> *a = &acts->layers[l];
         if (l > 0) *a = acts->layers[0];
-        else a->x = NULL;
-        char name[32];
-        snprintf(name, sizeof(name), "layers.%d.residual", l - 1);
-        if (training) a->x = add_activation(t, x, -1, l ? name : "encoded", 3, B, T, D);
+        a->x = read;
         if (mamba2) mamba2_activations_gpu(m, l, B, T, mode);
         else {
             a->proj = add_activation(t, x, l, "proj", 3, B, T, E);
@@ -3413,10 +3395,9 @@ template <typename X> static void carve_activations_gpu(ModelGPU<X> *m, int B, i
         if (sessa && (keep_all || (H == 1 && training))) a->f = add_activation(t, x, l, "f", 3, B, T, D);
         if (!sessa && H == 1) a->f = a->s;
         if (keep_all) a->gated = add_activation(t, x, l, "gated", 3, B, T, D);
+        if (training) read = add_activation(t, x, l, "residual", 3, B, T, D);
     }
-    char name[32];
-    snprintf(name, sizeof(name), "layers.%d.residual", c->n_layers - 1);
-    acts->y = training ? add_activation(t, x, -1, name, 3, B, T, D) : NULL;
+    acts->y = read;
     acts->residual = add_activation(f, fb, -1, "stream", 3, B, T, D);
     acts->ln_mean = add_activation(f, fb, -1, "ln_f_mean", 2, B, T, 1);
     acts->ln_rstd = add_activation(f, fb, -1, "ln_f_rstd", 2, B, T, 1);
@@ -3616,7 +3597,7 @@ static void hidden_forward_gpu(ModelGPU<X> *m, const int *inputs, int B, int T, 
         linear_forward_gpu(a->ag, 2 * D, a->n, as_x(m, w->W_in), as_x(m, w->b_in), N, D, 2 * D, stream);                    // [10]
         gelu_forward_gpu(a->abar, a->gamma, a->ag, 2 * D, w->gamma_weight, w->gamma_bias, (float)c->gamma_max, N, D,
                          stream);                                                                                     // [11, 18]
-        mixer_gpu<X>(c->mixer).forward(m, l, B, T, first, stream);                                                          // [12]
+        mixers_gpu<X>[c->mixer].forward(m, l, B, T, first, stream);                                                         // [12]
         gate_forward_gpu(a->gated, a->s + (size_t)first * D, a->ag + D, 2 * D, mask(1 + 2 * l), N, D, stream);              // [13]
         linear_forward_gpu(a->branch, D, a->gated, as_x(m, w->W_out), as_x(m, w->b_out), N, D, D, stream);
     }
@@ -3655,8 +3636,7 @@ static double model_forward_gpu(Model *model, const int *inputs, const int *targ
     host->dropout_key = dropout_key(drop);
     memcpy(host->ids, inputs, sizeof(int) * (size_t)N);
     memcpy(host->ids + N, targets, sizeof(int) * (size_t)N);
-    CUDA(cudaMemcpyAsync(m->inputs, host, sizeof(Inputs) + sizeof(int) * 2 * (size_t)N, cudaMemcpyHostToDevice,
-                         stream));
+    CUDA(cudaMemcpyAsync(m->inputs, host, sizeof(Inputs) + sizeof(int) * 2 * (size_t)N, cudaMemcpyHostToDevice, stream));
     m->host.batch_B = B;
     m->host.batch_T = T;
     m->host.drop = drop;
@@ -3679,8 +3659,8 @@ template <typename X> static void model_hits_gpu(Model *m, char *hits) {
     CUDA(cudaStreamSynchronize(gpu.stream));
 }
 
-// The launches of the backward pass, down to dx, the gradient of the embedding's output.
-template <typename X> static void hidden_backward_gpu(ModelGPU<X> *m, int B, int T, double dropout, cudaStream_t stream) {
+// model_backward, all but its last line: down to dx, the gradient of the embedding's output.
+template <typename X> static void backward_launches_gpu(ModelGPU<X> *m, int B, int T, double dropout, cudaStream_t stream) {
     const Config *c = &m->host.config;
     int D = c->d_model, V = c->vocab_size, N = B * T, last = c->n_layers - 1, ld_logits = (int)m->acts.ld_logits;
     ActivationsGPU<X> *acts = &m->acts;
@@ -3702,7 +3682,7 @@ template <typename X> static void hidden_backward_gpu(ModelGPU<X> *m, int B, int
                           mask(1 + 2 * l), N, D, &m->sums, stream);
         linear_backward_gpu((X *)NULL, dwl->W_out, acts->dabar, D, a->gated, as_x(m, wl->W_out), N, D, D, stream);
         // through the mixer
-        mixer_gpu<X>(c->mixer).backward(m, l, B, T, stream);
+        mixers_gpu<X>[c->mixer].backward(m, l, B, T, stream);
         gelu_backward_gpu(a->ag, dwl->b_in, dwl->gamma_weight, dwl->gamma_bias, acts->dabar, a->ag, 2 * D, acts->dgamma, a->gamma,
                           wl->gamma_weight, (float)c->gamma_max, N, D, &m->sums, stream);
         // through W_in and the LayerNorm, whose output comes again in ds; on to the branch of the layer below
@@ -3725,13 +3705,13 @@ template <typename X> static void model_backward_gpu(Model *model, double dloss)
     host->scale[0] = (float)dloss;
     CUDA(cudaMemcpyAsync(m->inputs->scale, host->scale, sizeof(host->scale), cudaMemcpyHostToDevice, stream));
     replay(m, {{1, B, T, m->host.P, m->host.drop.probability}, 0, NULL},
-           [&] { hidden_backward_gpu(m, B, T, m->host.drop.probability, stream); });
+           [&] { backward_launches_gpu(m, B, T, m->host.drop.probability, stream); });
     TokenLists t = sort_tokens(m->host_lists, m->starts, host->ids, N, m->host.config.vocab_size);
     CUDA(cudaMemcpyAsync(lists, m->host_lists, sizeof(int) * (4 * (size_t)N + 2), cudaMemcpyHostToDevice, stream));
     embedding_backward_gpu(m->grad.wte, (float *)m->acts.dproj, m->acts.residual, lists, t, B, T, D, stream);
 }
 
-// A thread takes 4 numbers; all parameters in one launch, the tensors' ends rounded up hold zeros that stay zeros.
+// adamw: a thread takes 4 numbers; all parameters in one launch, the tensors' ends rounded up hold zeros that stay zeros.
 template <typename X>
 __global__ void adamw_kernel(float *w, float *g, float *exp_avg, float *exp_avg_sq, X *copy,
                              const unsigned char *decayed, int64_t n, float beta1, float beta2, float rate1,
@@ -3856,16 +3836,15 @@ static const Backend *backend_gpu(void) { return gpu.precision == BF16 ? &backen
 
 // Takes --precision out of the command line. Returns 0, or 2 after a line on standard error.
 static int take_precision(int *argc, char **argv) {
-    static const char name[] = "--precision";
     int kept = 1;
     for (int i = 1; i < *argc; i++) {
-        int same = !strncmp(argv[i], name, sizeof(name) - 1), joined = same && argv[i][sizeof(name) - 1] == '=';
-        if (!joined && (!same || argv[i][sizeof(name) - 1])) { argv[kept++] = argv[i]; continue; }
-        const char *value = joined ? argv[i] + sizeof(name) : i + 1 < *argc ? argv[++i] : "";
-        int found = -1;
-        for (int p = FP32; p <= BF16; p++)
-            if (!strcmp(value, precision_names[p])) found = p;
-        if (found < 0) {
+        const char *value;
+        if (!strcmp(argv[i], "--precision")) value = i + 1 < *argc ? argv[++i] : "";
+        else if (!strncmp(argv[i], "--precision=", 12)) value = argv[i] + 12;
+        else { argv[kept++] = argv[i]; continue; }
+        int found = FP32;
+        while (found <= BF16 && strcmp(value, precision_names[found])) found++;
+        if (found > BF16) {
             fprintf(stderr, "train_sessa: --precision takes fp32, tf32 or bf16, not '%.100s'\n", value);
             return 2;
         }
