@@ -30,7 +30,7 @@ influence: dev/influence.c train_sessa.c
 # CUDA: the card's own architecture where there is one
 NVCC ?= nvcc
 CUDA_ARCH ?= $(or $(subst sm_90,sm_90a,$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sed -n '1s/^\([0-9]*\)\.\([0-9]*\).*/sm_\1\2/p')),sm_90a)
-NVCCFLAGS ?= -O3 -gencode arch=$(subst sm_,compute_,$(CUDA_ARCH)),code=$(CUDA_ARCH) -diag-suppress 1675 -Xcompiler "$(CFLAGS) $(OPENMP) $(WARNINGS)"
+NVCCFLAGS ?= -O3 --extended-lambda -gencode arch=$(subst sm_,compute_,$(CUDA_ARCH)),code=$(CUDA_ARCH) -diag-suppress 1675 -Xcompiler "$(CFLAGS) $(OPENMP) $(WARNINGS)"
 
 train_sessacu: train_sessa.cu train_sessa.c
 	$(NVCC) $(NVCCFLAGS) $< -o $@ -lcublasLt

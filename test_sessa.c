@@ -13,7 +13,7 @@ binary again as `test_sessa --run OPTIONS`, in a folder of its own, so that thre
 #define SESSA_NO_MAIN
 #ifdef TEST_CUDA
 #include "train_sessa.cu"
-#define TESTED_BACKEND cuda_backend
+#define TESTED_BACKEND (*backend_gpu())
 enum { ON_GPU = 1 };
 static Model *tested_create(const Config *config, int B, int T, Mode mode, char *error); // above main: the GPU's, and the
 static void tested_free(Model *model);                                                   // CPU's Model to look at it
@@ -1965,40 +1965,40 @@ template <typename X> static void fetch_activations(ModelGPU<X> *g, Model *m) {
             for (int64_t i = 0; i < width; i++) {
                 int64_t at = n * from->stride + i;
                 m->acts_block[to_row->offset + n * to_row->stride + i] =
-                    in_x && g->is_bf16 ? __bfloat162float(((const bf16 *)(const void *)bytes)[at]) : ((const float *)(const void *)bytes)[at];
+                    in_x && sizeof(X) == sizeof(bf16) ? __bfloat162float(((const bf16 *)(const void *)bytes)[at]) : ((const float *)(const void *)bytes)[at];
             }
         free(bytes);
     }
 }
 
 static Model *tested_create(const Config *c, int B, int T, Mode mode, char *error) {
-    tested_gpu = cuda_create(c, B, T, mode, error);
+    tested_gpu = backend_gpu()->create(c, B, T, mode, error);
     return tested_gpu ? model_create(c, B, T, mode, error) : NULL;
 }
 static void tested_free(Model *m) {
-    cuda_destroy(tested_gpu);
+    backend_gpu()->destroy(tested_gpu);
     model_free(m);
 }
 static void hand_over(Model *m, Block block, const real *from) {
-    memcpy(cuda_read(tested_gpu, block), from, sizeof(real) * (size_t)m->table.count);
-    cuda_write(tested_gpu, block);
+    memcpy(backend_gpu()->read(tested_gpu, block), from, sizeof(real) * (size_t)m->table.count);
+    backend_gpu()->write(tested_gpu, block);
 }
 static double tested_forward(Model *m, const int *inputs, const int *targets, int B, int T, Dropout drop) {
     hand_over(m, PARAMS, m->params);
     tested_gpu->P = m->P;
-    double sum = cuda_forward(tested_gpu, inputs, targets, B, T, drop);
-    if (bf16_model(tested_gpu)) fetch_activations(bf16_model(tested_gpu), m);
-    else fetch_activations(float_model(tested_gpu), m);
+    double sum = backend_gpu()->forward(tested_gpu, inputs, targets, B, T, drop);
+    if (gpu.precision == BF16) fetch_activations((ModelGPU<bf16> *)tested_gpu, m);
+    else fetch_activations((ModelGPU<float> *)tested_gpu, m);
     return sum;
 }
 static void tested_backward(Model *m, double dloss) {
     hand_over(m, GRADS, m->grads);
-    cuda_backward(tested_gpu, dloss);
-    memcpy(m->grads, cuda_read(tested_gpu, GRADS), sizeof(real) * (size_t)m->table.count);
+    backend_gpu()->backward(tested_gpu, dloss);
+    memcpy(m->grads, backend_gpu()->read(tested_gpu, GRADS), sizeof(real) * (size_t)m->table.count);
 }
 static void tested_update(Model *m, AdamW o, double grad_scale, int64_t step) {
-    cuda_update(tested_gpu, o, grad_scale, step);
-    memcpy(m->params, cuda_read(tested_gpu, PARAMS), sizeof(real) * (size_t)m->table.count);
+    backend_gpu()->update(tested_gpu, o, grad_scale, step);
+    memcpy(m->params, backend_gpu()->read(tested_gpu, PARAMS), sizeof(real) * (size_t)m->table.count);
     memset(m->grads, 0, sizeof(real) * (size_t)m->table.count);
 }
 
@@ -2496,7 +2496,7 @@ static void test_gpu_training(void) {
     static const Precision precisions[] = {FP32, FP32, TF32, BF16, BF16};
     for (int way = 0; way < 6; way++) { // CPU, then the GPU: float32, again, TF32, bf16, again
         gpu.precision = way ? precisions[way - 1] : FP32;
-        const Backend *backend = way ? &cuda_backend : &cpu_backend;
+        const Backend *backend = way ? backend_gpu() : &cpu_backend;
         Model *m = backend->create(&c, B, T, TRAIN, error);
         if (!m) { check(0, "%s", error); return; }
         initialise(backend->read(m, PARAMS), &m->table, 3);
@@ -2541,14 +2541,14 @@ static void test_gpu_training(void) {
     double bytes[3];
     for (int i = 0; i < 3; i++) {
         Config long_one = config_with(SESSA, 256, 128, 2, 4, 4, 1024 << i);
-        Model *m = cuda_create(&long_one, 1, 1024 << i, TRAIN, error);
+        Model *m = backend_gpu()->create(&long_one, 1, 1024 << i, TRAIN, error);
         bytes[i] = m ? m->bytes - WORKSPACE : NAN;
-        if (m) cuda_destroy(m);
+        if (m) backend_gpu()->destroy(m);
     }
     printf("  MiB at T 1024, 2048, 4096: %.1f %.1f %.1f\n", bytes[0] / 0x1p20, bytes[1] / 0x1p20, bytes[2] / 0x1p20);
     check(bytes[2] <= 2 * bytes[1], "T doubled from 2048: memory at most doubled");
     Config huge = config_with(SESSA, 50000, 4096, 200, 4, 4, 8192);
-    check(!cuda_create(&huge, 512, 8192, TRAIN, error) && strstr(error, "GiB"), "too large: %.90s", error);
+    check(!backend_gpu()->create(&huge, 512, 8192, TRAIN, error) && strstr(error, "GiB"), "too large: %.90s", error);
     free(text);
     release();
 }
@@ -2561,26 +2561,26 @@ static void test_gpu_decode(void) {
                         config_with(SESSA, V, 64, 2, 1, 1, T), config_with(ATTENTION, V, 96, 2, 4, 1, T)};
     for (int i = 0; i < 4; i++) {
         char error[ERROR_SIZE];
-        Model *whole = create(&configs[i], 1, T, EVALUATE), *stepwise = cuda_create(&configs[i], 1, T, GENERATE, error);
+        Model *whole = create(&configs[i], 1, T, EVALUATE), *stepwise = backend_gpu()->create(&configs[i], 1, T, GENERATE, error);
         if (!stepwise) { check(0, "%s", error); return; }
         int *ids = random_ids(T, V, 0);
         shake_weights(whole, 0.05);
-        memcpy(cuda_read(stepwise, PARAMS), whole->params, sizeof(real) * (size_t)whole->table.count);
-        cuda_write(stepwise, PARAMS);
+        memcpy(backend_gpu()->read(stepwise, PARAMS), whole->params, sizeof(real) * (size_t)whole->table.count);
+        backend_gpu()->write(stepwise, PARAMS);
         model_forward(whole, ids, ids, 1, T, {0, 0, 0});
         double worst = 0, *ref = zeros(V);
         real *logits = poison(V);
         for (int t = 0; t < T; t++) {
             if (t < PROMPT_LENGTH - 1) continue;
-            if (t == PROMPT_LENGTH - 1) cuda_extend(stepwise, ids, PROMPT_LENGTH, 0, logits);
-            else cuda_extend(stepwise, ids + t, 1, t, logits);
+            if (t == PROMPT_LENGTH - 1) backend_gpu()->extend(stepwise, ids, PROMPT_LENGTH, 0, logits);
+            else backend_gpu()->extend(stepwise, ids + t, 1, t, logits);
             for (int n = 0; n < V; n++) ref[n] = (double)whole->acts.logits[t * V + n];
             worst_of(&worst, error_of(logits, ref, V, 0));
         }
         check_error(worst, 0x1p-8 * (8 * 2 + 2), "D %d, H %d, G %d: logits of %d tokens, worst", configs[i].d_model,
                     configs[i].n_heads, configs[i].n_kv_heads, T - PROMPT_LENGTH);
         model_free(whole);
-        cuda_destroy(stepwise);
+        backend_gpu()->destroy(stepwise);
         release();
     }
 }

@@ -8,8 +8,11 @@ The CUDA twin of train_sessa.c: the same layers in the same order, name_gpu for 
 
 X is the type of what products read and of the activations kept for the backward pass: bf16, or float. In float32 always:
 the parameters and their moments and gradients, the residual stream, the softmax's statistics, sums within products, the
-right-hand sides of the feedback system. Layers take the arguments of their C functions and a stream; where one pass over
-the data does the work of several C functions, its comment names them. A step's launches are recorded as CUDA graphs.
+right-hand sides of the feedback system. Layers take the arguments of their C functions, and a stream. Their equations and
+shapes stand there, above the function of the same name; here stands what differs: where one pass over the data does the
+work of several C functions, and which part of their loops a block, a warp or a thread takes. Layers that go row by row or
+number by number are a loop's body, given to one of three launchers: each, each_with_sums, rows. A step's launches
+are recorded as CUDA graphs.
 Everything is deterministic: no atomics, every sum in a fixed order, products chosen by cuBLASLt's heuristic and never by
 timing.
 */
@@ -35,22 +38,21 @@ static const char *const precision_names[] = {"fp32", "tf32", "bf16"};
 
 // A matrix product that has been asked for before: its shape, and how cuBLASLt does it.
 typedef struct {
-    int M, N, K, batch, a_transposed, b_transposed, biased, tf32, in_bytes, out_bytes, a_align, b_align, out_align,
-        scaled;
+    int M, N, K, batch, a_transposed, b_transposed, biased, scaled, tf32, in_bytes, out_bytes, a_align, b_align, out_align;
     int64_t a_ld, b_ld, out_ld, a_step, b_step, out_step;
 } ProductKey;
 typedef struct {
     ProductKey key;
     int known, plain; // plain: cuBLASLt has nothing for it
-    cublasLtMatmulDesc_t operation;
-    cublasLtMatrixLayout_t a, b, out;
+    cublasLtMatmulDescOpaque_t operation;
+    cublasLtMatrixLayoutOpaque_t a, b, out;
     cublasLtMatmulAlgo_t algo;
 } Product;
 
 enum { WORKSPACE = 32 << 20, N_PRODUCTS = 1 << 13 };
 static struct {
     Precision precision;
-    int ready, hopper, processors; // hopper: bf16 has kernels of its own for this GPU
+    int ready, hopper; // hopper: bf16 has kernels of its own for this GPU
     CUresult (*encode_map)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
                            const cuuint64_t *, const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave,
                            CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
@@ -58,7 +60,7 @@ static struct {
     cudaEvent_t so_far;
     cublasLtHandle_t lt;
     char *workspace; // for cuBLASLt and for sums over rows, one at a time in the order of the stream
-} gpu = {BF16, 0, 0, 0, NULL, NULL, NULL, NULL, NULL, NULL};
+} gpu = {BF16, 0, 0, NULL, NULL, NULL, NULL, NULL, NULL};
 static Product products[N_PRODUCTS]; // each at its key's hash, until another takes its place
 
 // What fails here is a broken machine or a broken program: one line, exit code 1.
@@ -116,22 +118,18 @@ static int gpu_open(char *error) {
     int devices = 0;
     cudaError_t code = cudaGetDeviceCount(&devices);
     if (code != cudaSuccess || devices == 0)
-        return fail(error, NULL, "no CUDA device: %s", code == cudaSuccess
-                    ? "none is there" : cudaGetErrorString(code));
-    if ((code = cudaSetDevice(0)) != cudaSuccess
-        || (code = cudaStreamCreateWithPriority(&gpu.stream, cudaStreamDefault, -1)) != cudaSuccess
-        || (code = cudaStreamCreateWithPriority(&gpu.side, cudaStreamDefault, 0)) != cudaSuccess
-        || (code = cudaEventCreateWithFlags(&gpu.so_far, cudaEventDisableTiming)) != cudaSuccess)
+        return fail(error, NULL, "no CUDA device: %s", code == cudaSuccess ? "none is there" : cudaGetErrorString(code));
+    if ((code = cudaSetDevice(0)) != cudaSuccess || (code = cudaMalloc((void **)&gpu.workspace, WORKSPACE)) != cudaSuccess)
         return fail(error, NULL, "the CUDA device cannot be used: %s", cudaGetErrorString(code));
-    if (cublasLtCreate(&gpu.lt) != CUBLAS_STATUS_SUCCESS) return fail(error, NULL, "cuBLASLt cannot be started");
-    if ((code = cudaMalloc((void **)&gpu.workspace, WORKSPACE)) != cudaSuccess)
-        return fail(error, NULL, "no %d MiB of workspace: %s", WORKSPACE >> 20, cudaGetErrorString(code));
     CUDA(cudaMemset(gpu.workspace, 0, WORKSPACE));
+    CUDA(cudaStreamCreateWithPriority(&gpu.stream, cudaStreamDefault, -1));
+    CUDA(cudaStreamCreateWithPriority(&gpu.side, cudaStreamDefault, 0));
+    CUDA(cudaEventCreateWithFlags(&gpu.so_far, cudaEventDisableTiming));
+    LT(cublasLtCreate(&gpu.lt));
     cudaFuncAttributes built;
     cudaDriverEntryPointQueryResult found;
     int major = 0;
     CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
-    CUDA(cudaDeviceGetAttribute(&gpu.processors, cudaDevAttrMultiProcessorCount, 0));
     CUDA(cudaFuncGetAttributes(&built, built_for_hopper_kernel));
     CUDA(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)&gpu.encode_map, 12000, cudaEnableDefault,
                                           &found));
@@ -191,8 +189,7 @@ __device__ static inline uint32_t pack_two(float low, float high) {
 template <int V> __device__ inline void write_some(bf16 *at, const float v[V]) {
     if constexpr (V == 1) *at = to<bf16>(v[0]);
     else if constexpr (V == 2) *(uint32_t *)at = pack_two(v[0], v[1]);
-    else *(uint4 *)at = make_uint4(pack_two(v[0], v[1]), pack_two(v[2], v[3]), pack_two(v[4], v[5]),
-                                   pack_two(v[6], v[7]));
+    else *(uint4 *)at = make_uint4(pack_two(v[0], v[1]), pack_two(v[2], v[3]), pack_two(v[4], v[5]), pack_two(v[6], v[7]));
 }
 static int wide(std::initializer_list<int64_t> strides, std::initializer_list<const void *> pointers) {
     int ok = 1;
@@ -201,18 +198,18 @@ static int wide(std::initializer_list<int64_t> strides, std::initializer_list<co
     return ok;
 }
 
-// Element by element: f.run<V>(n, i) does the numbers i .. i+V-1 of row n. A thread takes one such piece.
+// for n < rows: for i < width, in steps of V: f(V, n, i), which does the numbers i .. i+V-1 of row n, V a number that the
+// compiler knows: 8, or 1. A thread takes one such piece.
+template <int N> struct Known { __host__ __device__ constexpr operator int() const { return N; } };
 template <int V, typename F> __global__ void each_kernel(F f, unsigned rows, unsigned pieces) {
     unsigned item = blockIdx.x * blockDim.x + threadIdx.x; // there are fewer than 2^32 pieces
-    if (item >= rows * pieces) return;
-    f.template run<V>((int)(item / pieces), (int)(item % pieces) * V);
+    if (item < rows * pieces) f(Known<V>(), (int)(item / pieces), (int)(item % pieces) * V);
 }
-template <typename F> static void each(F f, int64_t rows, int width, int in_eights, cudaStream_t stream) {
+template <typename F> static void each(int64_t rows, int width, int in_eights, cudaStream_t stream, F f) {
     int pieces = in_eights ? width / 8 : width;
     unsigned blocks = (unsigned)((rows * pieces + 255) / 256);
-    if (blocks == 0) return;
-    if (in_eights) LAUNCH((each_kernel<8, F>), blocks, 256, 0, stream, f, (unsigned)rows, (unsigned)pieces);
-    else LAUNCH((each_kernel<1, F>), blocks, 256, 0, stream, f, (unsigned)rows, (unsigned)pieces);
+    if (blocks) LAUNCH((in_eights ? each_kernel<8, F> : each_kernel<1, F>), blocks, 256, 0, stream, f, (unsigned)rows,
+                       (unsigned)pieces);
 }
 
 // Sums and maxima over a block, the same on all threads; the order is fixed. shared: 32 numbers.
@@ -281,9 +278,9 @@ static void column_sums_gpu(ColumnSums *sums, cudaStream_t stream) {
     sums->next = sums->room;
 }
 
-// Element by element with SUMS sums over the rows: f.run<V>(n, i, sum) adds to sum[k][..]. A block takes 16 pieces of V
-// columns of a chunk of the rows, 16 rows at a time. outs[k] gets sum k, a third sum its first column alone: one that is
-// the same for all columns.
+// The same loops with sums over the rows: f(V, n, i, sum) adds to sum[k][0 .. V-1]. A block takes 16 pieces of V columns of
+// a chunk of the rows, 16 rows at a time, a thread a piece of every 16th. outs[k] gets sum k, a third sum its first column
+// alone: one that is the same for all columns.
 template <int V, int SUMS, typename F>
 __global__ void __launch_bounds__(256, 4) each_with_sums_kernel(F f, float *partial, int N, int width) {
     __shared__ float parts[16][16 * V];
@@ -291,7 +288,7 @@ __global__ void __launch_bounds__(256, 4) each_with_sums_kernel(F f, float *part
             / gridDim.y);
     float sum[SUMS][V] = {};
     if (i < width)
-        for (int n = (int)((int64_t)N * blockIdx.y / gridDim.y) + y; n < end; n += 16) f.template run<V>(n, i, sum);
+        for (int n = (int)((int64_t)N * blockIdx.y / gridDim.y) + y; n < end; n += 16) f(Known<V>(), n, i, sum);
     for (int k = 0; k < SUMS; k++) {
         for (int e = 0; e < V; e++) parts[y][threadIdx.x % 16 * V + e] = sum[k][e];
         __syncthreads();
@@ -305,29 +302,28 @@ __global__ void __launch_bounds__(256, 4) each_with_sums_kernel(F f, float *part
     }
 }
 template <int SUMS, typename F>
-static void each_with_sums(F f, ColumnSums *sums, const std::initializer_list<float *> outs, int N, int width,
-                           int in_eights, cudaStream_t stream) {
-    int groups = (width + (in_eights ? 127 : 15)) / (in_eights ? 128 : 16), chunks = BLOCKS_AT_ONCE / groups, k = 0;
+static void each_with_sums(float *const (&outs)[SUMS], ColumnSums *sums, int N, int width, int in_eights, cudaStream_t stream,
+                           F f) {
+    int columns = in_eights ? GROUP_COLUMNS : 16, groups = (width + columns - 1) / columns, chunks = BLOCKS_AT_ONCE / groups;
     chunks = chunks < 1 ? 1 : min_int(chunks, (N + 15) / 16);
-    if (in_eights) LAUNCH((each_with_sums_kernel<8, SUMS, F>), dim3(groups, chunks), 256, 0, stream, f, sums->next, N,
-                          width);
-    else LAUNCH((each_with_sums_kernel<1, SUMS, F>), dim3(groups, chunks), 256, 0, stream, f, sums->next, N, width);
-    for (float *out : outs) { column_sum(sums, out, k * width, chunks, SUMS * width, k == 2 ? 1 : width); k++; }
+    LAUNCH((in_eights ? each_with_sums_kernel<8, SUMS, F> : each_with_sums_kernel<1, SUMS, F>), dim3(groups, chunks), 256, 0,
+           stream, f, sums->next, N, width);
+    for (int k = 0; k < SUMS; k++) column_sum(sums, outs[k], k * width, chunks, SUMS * width, k == 2 ? 1 : width);
     sums->next += (int64_t)chunks * SUMS * width;
 }
 
-// Passes with sums along the rows: threadIdx.y takes a row, threadIdx.x a piece of V of its columns (PIECES of them,
-// blockDim.x·V apart, where rows are that long). A row's threads are whole warps and wait for each other alone.
+// for n < N: f(V, PIECES), a pass with sums along row n: threadIdx.y takes a row, threadIdx.x a piece of V of its columns
+// (PIECES of them, blockDim.x·V apart, where rows are that long). A row's threads are whole warps and wait for each other
+// alone.
 template <int V, int PIECES, typename F> __global__ void __launch_bounds__(ROW_BLOCK, 2) rows_kernel(F f) {
-    f.template run<V, PIECES>();
+    f(Known<V>(), Known<PIECES>());
 }
-template <typename F> static int rows(F f, int N, int D, int in_eights, int most_blocks, cudaStream_t stream) {
+template <typename F> static int rows(int N, int D, int in_eights, int most_blocks, cudaStream_t stream, F f) {
     int eights = in_eights && D <= 32 * ROW_BLOCK, pieces = eights ? (D + 7) / 8 : D;
     int x = (int)round_up(min_int(pieces, ROW_BLOCK), 32), y = ROW_BLOCK / x, blocks = (N + y - 1) / y;
     if (most_blocks && blocks > most_blocks) blocks = most_blocks;
-    if (eights && pieces <= ROW_BLOCK) LAUNCH((rows_kernel<8, 1, F>), blocks, dim3(x, y), 0, stream, f);
-    else if (eights) LAUNCH((rows_kernel<8, 4, F>), blocks, dim3(x, y), 0, stream, f);
-    else LAUNCH((rows_kernel<1, 64, F>), blocks, dim3(x, y), 0, stream, f);
+    LAUNCH((!eights ? rows_kernel<1, 64, F> : pieces <= ROW_BLOCK ? rows_kernel<8, 1, F> : rows_kernel<8, 4, F>), blocks,
+           dim3(x, y), 0, stream, f);
     return blocks;
 }
 // (Σ x, Σ y) over the row's threads. shared: a number a warp, not the one of the sum before.
@@ -376,66 +372,45 @@ static int alignment(const void *pointer, int64_t step_bytes) {
     return (int)(bits & (~bits + 1));
 }
 
-static cublasLtMatrixLayout_t layout_of(int bytes, int64_t rows, int64_t cols, int64_t ld, int batch, int64_t step) {
-    cublasLtMatrixLayout_t layout;
-    LT(cublasLtMatrixLayoutCreate(&layout, bytes == 2 ? CUDA_R_16BF : CUDA_R_32F, (uint64_t)rows, (uint64_t)cols, ld));
+static void describe(cublasLtMatrixLayout_t layout, int bytes, int64_t rows, int64_t cols, int64_t ld, int batch, int64_t step) {
+    LT(cublasLtMatrixLayoutInit(layout, bytes == 2 ? CUDA_R_16BF : CUDA_R_32F, (uint64_t)rows, (uint64_t)cols, ld));
     LT(cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &batch, sizeof(batch)));
     LT(cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &step, sizeof(step)));
-    return layout;
+}
+static void describe(cublasLtMatmulDesc_t operation, cublasLtMatmulDescAttributes_t what, int32_t value) {
+    LT(cublasLtMatmulDescSetAttribute(operation, what, &value, sizeof(value)));
 }
 
 // The first algorithm of cuBLASLt's heuristic for this shape. It thinks in columns, out^T = B^T·A^T: its A is our B.
-static void product_forget(Product *p) {
-    if (!p->known || p->plain) return;
-    LT(cublasLtMatrixLayoutDestroy(p->a));
-    LT(cublasLtMatrixLayoutDestroy(p->b));
-    LT(cublasLtMatrixLayoutDestroy(p->out));
-    LT(cublasLtMatmulDescDestroy(p->operation));
-}
-static void describe(Product *p, cublasLtMatmulDescAttributes_t what, const void *value, size_t size) {
-    LT(cublasLtMatmulDescSetAttribute(p->operation, what, value, size));
-}
-static void prefer(cublasLtMatmulPreference_t preference, cublasLtMatmulPreferenceAttributes_t what, uint64_t value) {
-    uint32_t narrow = (uint32_t)value;
-    if (what == CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES)
-        LT(cublasLtMatmulPreferenceSetAttribute(preference, what, &value, sizeof(value)));
-    else LT(cublasLtMatmulPreferenceSetAttribute(preference, what, &narrow, sizeof(narrow)));
-}
 static void product_prepare(Product *p, const ProductKey *k) {
     int left_t = k->b_transposed, right_t = k->a_transposed, found = 0;
-    cublasOperation_t left = left_t ? CUBLAS_OP_T : CUBLAS_OP_N, right = right_t ? CUBLAS_OP_T : CUBLAS_OP_N;
-    cublasLtEpilogue_t epilogue = k->biased ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
-    cublasComputeType_t compute = k->tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F;
-    cublasLtPointerMode_t from_device = CUBLASLT_POINTER_MODE_DEVICE;
-    cublasLtMatmulPreference_t preference;
+    uint64_t workspace = WORKSPACE;
+    struct { cublasLtMatmulPreferenceAttributes_t what; uint32_t value; } wanted[] = {
+        {CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE},
+        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, (uint32_t)k->b_align},
+        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, (uint32_t)k->a_align},
+        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, (uint32_t)k->out_align},
+        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, (uint32_t)k->out_align}};
+    cublasLtMatmulPreferenceOpaque_t preference;
     cublasLtMatmulHeuristicResult_t result;
-    product_forget(p);
     memset(p, 0, sizeof(*p));
     p->key = *k;
     p->known = 1;
-    LT(cublasLtMatmulDescCreate(&p->operation, compute, CUDA_R_32F));
-    describe(p, CUBLASLT_MATMUL_DESC_TRANSA, &left, sizeof(left));
-    describe(p, CUBLASLT_MATMUL_DESC_TRANSB, &right, sizeof(right));
-    describe(p, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof(epilogue));
-    if (k->scaled) describe(p, CUBLASLT_MATMUL_DESC_POINTER_MODE, &from_device, sizeof(from_device));
-    p->a = layout_of(k->in_bytes, left_t ? k->K : k->N, left_t ? k->N : k->K, k->b_ld, k->batch, k->b_step);
-    p->b = layout_of(k->in_bytes, right_t ? k->M : k->K, right_t ? k->K : k->M, k->a_ld, k->batch, k->a_step);
-    p->out = layout_of(k->out_bytes, k->N, k->M, k->out_ld, k->batch, k->out_step);
-    LT(cublasLtMatmulPreferenceCreate(&preference));
-    prefer(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, WORKSPACE);
-    prefer(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE);
-    prefer(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, (uint64_t)k->b_align);
-    prefer(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, (uint64_t)k->a_align);
-    prefer(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, (uint64_t)k->out_align);
-    prefer(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, (uint64_t)k->out_align);
-    cublasStatus_t code = cublasLtMatmulAlgoGetHeuristic(gpu.lt, p->operation, p->a, p->b, p->out, p->out, preference,
-                                                         1, &result, &found);
-    LT(cublasLtMatmulPreferenceDestroy(preference));
-    if (code == CUBLAS_STATUS_SUCCESS && found) p->algo = result.algo;
-    else {
-        product_forget(p);
-        p->plain = 1;
-    }
+    LT(cublasLtMatmulDescInit(&p->operation, k->tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F, CUDA_R_32F));
+    describe(&p->operation, CUBLASLT_MATMUL_DESC_TRANSA, left_t ? CUBLAS_OP_T : CUBLAS_OP_N);
+    describe(&p->operation, CUBLASLT_MATMUL_DESC_TRANSB, right_t ? CUBLAS_OP_T : CUBLAS_OP_N);
+    describe(&p->operation, CUBLASLT_MATMUL_DESC_EPILOGUE, k->biased ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT);
+    if (k->scaled) describe(&p->operation, CUBLASLT_MATMUL_DESC_POINTER_MODE, CUBLASLT_POINTER_MODE_DEVICE);
+    describe(&p->a, k->in_bytes, left_t ? k->K : k->N, left_t ? k->N : k->K, k->b_ld, k->batch, k->b_step);
+    describe(&p->b, k->in_bytes, right_t ? k->M : k->K, right_t ? k->K : k->M, k->a_ld, k->batch, k->a_step);
+    describe(&p->out, k->out_bytes, k->N, k->M, k->out_ld, k->batch, k->out_step);
+    LT(cublasLtMatmulPreferenceInit(&preference));
+    LT(cublasLtMatmulPreferenceSetAttribute(&preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof(workspace)));
+    for (auto &one : wanted) LT(cublasLtMatmulPreferenceSetAttribute(&preference, one.what, &one.value, sizeof(one.value)));
+    cublasStatus_t code = cublasLtMatmulAlgoGetHeuristic(gpu.lt, &p->operation, &p->a, &p->b, &p->out, &p->out, &preference, 1,
+                                                         &result, &found);
+    p->plain = code != CUBLAS_STATUS_SUCCESS || !found;
+    if (!p->plain) p->algo = result.algo;
 }
 
 // out = alpha·A·B + beta·out + bias for each of `batch` matrices: A (M,K), B (K,N), out (M,N), bias (N) or NULL.
@@ -444,17 +419,12 @@ template <typename O, typename X>
 static void matmul_gpu(MatrixOut<O> out, MatrixGPU<X> a, MatrixGPU<X> b, int M, int N, int K, float alpha, float beta,
                        int batch, cudaStream_t stream, const O *bias = NULL, const float *scale = NULL) {
     if (M <= 0 || N <= 0 || batch <= 0) return;
-    ProductKey key;
-    memset(&key, 0, sizeof(key));
-    key.M = M; key.N = N; key.K = K; key.batch = batch;
-    key.a_transposed = a.col != 1; key.b_transposed = b.col != 1;
-    key.biased = bias != NULL; key.scaled = scale != NULL; key.tf32 = gpu.precision == TF32;
-    key.in_bytes = sizeof(X); key.out_bytes = sizeof(O);
-    key.a_ld = a.col == 1 ? a.row : a.col; key.b_ld = b.col == 1 ? b.row : b.col; key.out_ld = out.row;
-    if (batch > 1) { key.a_step = a.step; key.b_step = b.step; key.out_step = out.step; }
-    key.a_align = alignment(a.at, key.a_step * (int64_t)sizeof(X));
-    key.b_align = alignment(b.at, key.b_step * (int64_t)sizeof(X));
-    key.out_align = alignment(out.at, key.out_step * (int64_t)sizeof(O));
+    int64_t a_step = batch > 1 ? a.step : 0, b_step = batch > 1 ? b.step : 0, out_step = batch > 1 ? out.step : 0,
+        in_bytes = sizeof(X), out_bytes = sizeof(O);
+    ProductKey key = {M, N, K, batch, a.col != 1, b.col != 1, bias != NULL, scale != NULL, gpu.precision == TF32, (int)in_bytes,
+                      (int)out_bytes, alignment(a.at, a_step * in_bytes), alignment(b.at, b_step * in_bytes),
+                      alignment(out.at, out_step * out_bytes), a.col == 1 ? a.row : a.col, b.col == 1 ? b.row : b.col, out.row,
+                      a_step, b_step, out_step};
     uint64_t hash = 0;
     for (size_t i = 0; i < sizeof(key) / 8; i++) hash = splitmix64(hash ^ ((const uint64_t *)(const void *)&key)[i]);
     Product *p = &products[hash % N_PRODUCTS];
@@ -464,9 +434,9 @@ static void matmul_gpu(MatrixOut<O> out, MatrixGPU<X> a, MatrixGPU<X> b, int M, 
                out, a, b, M, N, K, alpha, beta, bias, scale);
         return;
     }
-    if (bias) LT(cublasLtMatmulDescSetAttribute(p->operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof(bias)));
+    if (bias) LT(cublasLtMatmulDescSetAttribute(&p->operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof(bias)));
     const float *alpha_at = scale ? scale : &alpha, *beta_at = scale ? scale + (beta == 0 ? 1 : 2) : &beta;
-    LT(cublasLtMatmul(gpu.lt, p->operation, alpha_at, b.at, p->a, a.at, p->b, beta_at, out.at, p->out, out.at, p->out,
+    LT(cublasLtMatmul(gpu.lt, &p->operation, alpha_at, b.at, &p->a, a.at, &p->b, beta_at, out.at, &p->out, out.at, &p->out,
                       &p->algo, gpu.workspace, WORKSPACE, stream));
 }
 
@@ -497,31 +467,21 @@ template <int V> __device__ inline void read_mask(float factor[V], const Mask &m
 // ----------------------------------------------------------------------------
 // layers, in the order in which data meets them
 
-struct EmbeddingEach {
-    float *out;
-    const int *inp;
-    const float *wte;
-    Mask mask;
-    int D;
-    template <int V> __device__ void run(int n, int i) const {
+// embedding_forward and dropout in one pass.
+static void embedding_forward_gpu(float *out, const int *inp, const float *wte, Mask mask, int B, int T, int D,
+                                  cudaStream_t stream) {
+    each((int64_t)B * T, D, wide({D}, {out, wte}), stream, [=] __device__ (auto V, int n, int i) {
         float v[V], factor[V];
         int64_t at = (int64_t)n * D + i;
         read_some<V>(v, wte + (int64_t)inp[n] * D + i);
         read_mask<V>(factor, mask, at);
         for (int e = 0; e < V; e++) v[e] *= factor[e];
         write_some<V>(out + at, v);
-    }
-};
-// With dropout.
-static void embedding_forward_gpu(float *out, const int *inp, const float *wte, Mask mask, int B, int T, int D,
-                                  cudaStream_t stream) {
-    EmbeddingEach f = {out, inp, wte, mask, D};
-    each(f, (int64_t)B * T, D, wide({D}, {out, wte}), stream);
+    });
 }
 
-// Which rows a token's gradient sums, sorted by token and cut into segments of at most SEGMENT rows. `lists`, in the
-// host's memory, holds 4N + 2 numbers: order (N), the segments' beginnings in it, the tokens, each token's first
-// segment.
+// Which rows a token's gradient sums, sorted by token and cut into segments of at most SEGMENT rows. `lists`, in the host's
+// memory, holds 4N + 2 numbers: order (N), the segments' beginnings in it, the tokens, each token's first segment.
 enum { SEGMENT = 32 };
 typedef struct { int segments, tokens; } TokenLists;
 static TokenLists sort_tokens(int *lists, int *starts, const int *inp, int N, int V) { // starts: scratch (V+1)
@@ -543,30 +503,21 @@ static TokenLists sort_tokens(int *lists, int *starts, const int *inp, int N, in
     return t;
 }
 
-// A block takes a segment and sums its rows, then a block takes a token and sums its segments; a thread takes columns.
-__global__ static void embedding_segments_kernel(float *partial, const float *dout, const int *order, const int *begins,
-        int D) {
-    for (int i = threadIdx.x; i < D; i += blockDim.x) {
+// embedding_backward: a thread takes a column of a segment and sums its rows, then a column of a token and sums its
+// segments. lists: those of sort_tokens in the device's memory. partial: scratch (segments,D)
+static void embedding_backward_gpu(float *dwte, float *partial, const float *dout, const int *lists, TokenLists t, int B, int T,
+                                   int D, cudaStream_t stream) {
+    const int *begins = lists + B * T, *tokens = begins + B * T + 1, *first = tokens + B * T;
+    each(t.segments, D, 0, stream, [=] __device__ (auto, int segment, int i) {
         float sum = 0;
-        for (int n = begins[blockIdx.x]; n < begins[blockIdx.x + 1]; n++) sum += dout[(int64_t)order[n] * D + i];
-        partial[(int64_t)blockIdx.x * D + i] = sum;
-    }
-}
-__global__ static void embedding_tokens_kernel(float *dwte, const float *partial, const int *tokens, const int *first,
-                                               int D) {
-    for (int i = threadIdx.x; i < D; i += blockDim.x) {
+        for (int n = begins[segment]; n < begins[segment + 1]; n++) sum += dout[(int64_t)lists[n] * D + i];
+        partial[(int64_t)segment * D + i] = sum;
+    });
+    each(t.tokens, D, 0, stream, [=] __device__ (auto, int token, int i) {
         float sum = 0;
-        for (int s = first[blockIdx.x]; s < first[blockIdx.x + 1]; s++) sum += partial[(int64_t)s * D + i];
-        dwte[(int64_t)tokens[blockIdx.x] * D + i] += sum;
-    }
-}
-// lists: those of sort_tokens in the device's memory. partial: scratch (segments,D)
-static void embedding_backward_gpu(float *dwte, float *partial, const float *dout, const int *lists, TokenLists t,
-                                   int B, int T, int D, cudaStream_t stream) {
-    int N = B * T;
-    const int *begins = lists + N, *tokens = begins + N + 1, *first = tokens + N;
-    LAUNCH(embedding_segments_kernel, t.segments, 128, 0, stream, partial, dout, lists, begins, D);
-    LAUNCH(embedding_tokens_kernel, t.tokens, 128, 0, stream, dwte, partial, tokens, first, D);
+        for (int segment = first[token]; segment < first[token + 1]; segment++) sum += partial[(int64_t)segment * D + i];
+        dwte[(int64_t)tokens[token] * D + i] += sum;
+    });
 }
 
 // x += mask ⊙ branch, V numbers from place `at`
@@ -580,14 +531,10 @@ static __device__ inline void residual_forward_gpu(float x[V], const X *branch, 
 
 // residual_forward and layernorm_forward in one pass:
 //     x += mask ⊙ branch (branch NULL: none),   kept = X(x) (NULL: not wanted),   out = LayerNorm(x)
-template <typename X> struct LayernormForward {
-    X *out, *kept;
-    float *mean, *rstd, *x;
-    const X *branch;
-    Mask mask;
-    const float *weight, *bias;
-    int N, D;
-    template <int V, int PIECES> __device__ void run() const {
+template <typename X>
+static void layernorm_forward_gpu(X *out, X *kept, float *mean, float *rstd, float *x, const X *branch, Mask mask,
+                                  const float *weight, const float *bias, int N, int D, cudaStream_t stream) {
+    rows(N, D, wide({D}, {out, kept, x, branch, weight, bias}), 0, stream, [=] __device__ (auto V, auto PIECES) {
         __shared__ float2 shared[2][ROW_BLOCK / 32];
         int n = blockIdx.x * blockDim.y + threadIdx.y;
         if (n >= N) return;
@@ -614,13 +561,7 @@ template <typename X> struct LayernormForward {
             write_some<V>(out + (int64_t)n * D + i, v[p]);
         }
         if (threadIdx.x == 0) { mean[n] = m; rstd[n] = r; }
-    }
-};
-template <typename X>
-static void layernorm_forward_gpu(X *out, X *kept, float *mean, float *rstd, float *x, const X *branch, Mask mask,
-                                  const float *weight, const float *bias, int N, int D, cudaStream_t stream) {
-    LayernormForward<X> f = {out, kept, mean, rstd, x, branch, mask, weight, bias, N, D};
-    rows(f, N, D, wide({D}, {out, kept, x, branch, weight, bias}), 0, stream);
+    });
 }
 
 // layernorm_backward, and all that wants its operands or its result:
@@ -628,14 +569,13 @@ static void layernorm_forward_gpu(X *out, X *kept, float *mean, float *rstd, flo
 //     dbranch = X(mask ⊙ dx) with its sums dbranch_bias: the gradient of the branch added below; without one (NULL),
 //     dx itself is masked
 // fresh: dx starts from 0. A block keeps the sums of its rows in registers.
-template <typename X> struct LayernormBackward {
-    float *dx, *partial;
-    X *n_again, *dbranch;
-    const X *dout, *x;
-    const float *mean, *rstd, *weight, *bias;
-    Mask mask;
-    int fresh, N, D;
-    template <int V, int PIECES> __device__ void run() const {
+template <typename X>
+static void layernorm_backward_gpu(float *dx, float *dweight, float *dbias, X *n_again, X *dbranch, float *dbranch_bias,
+                                   Mask mask, int fresh, const X *dout, const X *x, const float *mean, const float *rstd,
+                                   const float *weight, const float *bias, int N, int D, ColumnSums *sums, cudaStream_t stream) {
+    float *partial = sums->next;
+    int in_eights = wide({D}, {dx, n_again, dbranch, dout, x, weight, bias});
+    int chunks = rows(N, D, in_eights, BLOCKS_AT_ONCE / 2, stream, [=] __device__ (auto V, auto PIECES) {
         __shared__ float2 shared[2][ROW_BLOCK / 32];
         __shared__ float parts[ROW_BLOCK * V];
         float sums[3][PIECES][V] = {}, v[PIECES][V], g[PIECES][V], d[PIECES][V] = {};
@@ -690,21 +630,14 @@ template <typename X> struct LayernormBackward {
                     partial[(blockIdx.x * 3 + k) * D + i + e] = all;
                 }
             }
-    }
-};
-template <typename X>
-static void layernorm_backward_gpu(float *dx, float *dweight, float *dbias, X *n_again, X *dbranch, float *dbranch_bias,
-                                   Mask mask, int fresh, const X *dout, const X *x, const float *mean,
-                                   const float *rstd, const float *weight, const float *bias, int N, int D,
-                                   ColumnSums *sums, cudaStream_t stream) {
-    LayernormBackward<X> f = {dx, sums->next, n_again, dbranch, dout, x, mean, rstd, weight, bias, mask, fresh, N, D};
-    int chunks = rows(f, N, D, wide({D}, {dx, n_again, dbranch, dout, x, weight, bias}), BLOCKS_AT_ONCE / 2, stream);
+    });
     column_sum(sums, dweight, 0, chunks, 3 * D, D);
     column_sum(sums, dbias, D, chunks, 3 * D, D);
     column_sum(sums, dbranch_bias, 2 * D, chunks, 3 * D, D);
     sums->next += (int64_t)chunks * 3 * D;
 }
 
+// One product of cuBLASLt.
 template <typename X>
 static void linear_forward_gpu(X *out, int ld_out, const X *inp, const X *weight, const X *bias, int N, int in,
                                int out_width, cudaStream_t stream) {
@@ -742,14 +675,10 @@ static __device__ inline float gain_backward_gpu(float dgamma, float ratio, floa
 }
 
 // gelu_forward and, where there is a gain (weight not NULL), gain_forward of its output, in one pass.
-template <typename X> struct GeluForward {
-    X *out;
-    float *gamma;
-    const X *inp;
-    const float *weight, *bias;
-    float gamma_max;
-    int ld, N, D;
-    template <int V, int PIECES> __device__ void run() const {
+template <typename X>
+static void gelu_forward_gpu(X *out, float *gamma, const X *inp, int ld, const float *weight, const float *bias,
+                             float gamma_max, int N, int D, cudaStream_t stream) {
+    rows(N, D, wide({D, ld}, {out, inp, weight}), 0, stream, [=] __device__ (auto V, auto PIECES) {
         __shared__ float2 shared[ROW_BLOCK / 32];
         int n = blockIdx.x * blockDim.y + threadIdx.y;
         if (n >= N) return;
@@ -767,25 +696,19 @@ template <typename X> struct GeluForward {
         if (!weight) return;
         dot = row_sum(dot, 0, shared).x;
         if (threadIdx.x == 0) gamma[n] = gain_forward_gpu(dot, bias[0], gamma_max);
-    }
-};
-template <typename X>
-static void gelu_forward_gpu(X *out, float *gamma, const X *inp, int ld, const float *weight, const float *bias,
-                             float gamma_max, int N, int D, cudaStream_t stream) {
-    GeluForward<X> f = {out, gamma, inp, weight, bias, gamma_max, ld, N, D};
-    rows(f, N, D, wide({D, ld}, {out, inp, weight}), 0, stream);
+    });
 }
 
 // gain_backward, then gelu_backward: with pre the gradient of w·ā + b
 //     dinp = (dout + pre·weight) GELU'(inp),   dweight += Σ_n pre_n GELU(inp_n),   dweight_bias += Σ_n pre_n
 // and dinp_bias += Σ_n dinp_n for the layer before. dinp may be inp.
-template <typename X> struct GeluBackward {
-    X *dinp;
-    const X *dout, *inp;
-    const float *dgamma, *gamma, *weight;
-    float gamma_max;
-    int ld, D;
-    template <int V> __device__ void run(int n, int i, float sum[3][V]) const {
+template <typename X>
+static void gelu_backward_gpu(X *dinp, float *dinp_bias, float *dweight, float *dweight_bias, const X *dout, const X *inp,
+                              int ld, const float *dgamma, const float *gamma, const float *weight, float gamma_max, int N,
+                              int D, ColumnSums *sums, cudaStream_t stream) {
+    int in_eights = wide({D, ld}, {dinp, dout, inp, weight});
+    each_with_sums({dinp_bias, dweight, dweight_bias}, sums, N, D, in_eights, stream,
+                   [=] __device__ (auto V, int n, int i, auto &sum) {
         float v[V], g[V], w[V], ratio = weight ? gamma[n] / gamma_max : 0,
             pre = weight ? gain_backward_gpu(dgamma[n], ratio, gamma_max) : 0;
         read_some<V>(v, inp + (int64_t)n * ld + i);
@@ -800,15 +723,7 @@ template <typename X> struct GeluBackward {
             sum[2][e] += pre;
         }
         write_some<V>(dinp + (int64_t)n * ld + i, g);
-    }
-};
-template <typename X>
-static void gelu_backward_gpu(X *dinp, float *dinp_bias, float *dweight, float *dweight_bias, const X *dout,
-                              const X *inp, int ld, const float *dgamma, const float *gamma, const float *weight,
-                              float gamma_max, int N, int D, ColumnSums *sums, cudaStream_t stream) {
-    GeluBackward<X> f = {dinp, dout, inp, dgamma, gamma, weight, gamma_max, ld, D};
-    each_with_sums<3>(f, sums, {dinp_bias, dweight, dweight_bias}, N, D, wide({D, ld}, {dinp, dout, inp, weight}),
-                      stream);
+    });
 }
 
 // The pairs among the V numbers v of row n from column i on, turned.
@@ -826,35 +741,31 @@ template <int V> __device__ inline void turn_pairs(float v[V], const Rope &rope,
     }
 }
 // A thread takes 8 numbers, or one pair; i counts numbers, or pairs.
-template <typename X> struct RopeForward {
-    X *x;
-    Rope rope;
-    int ld;
-    template <int V> __device__ void run(int n, int i) const {
-        enum { COUNT = V == 1 ? 2 : V };
+template <typename X>
+static void rope_forward_gpu(X *x, int ld, const float *cosine, const float *sine, int N, int T, int heads, int d, int first,
+                             float direction, cudaStream_t stream) {
+    Rope rope = {cosine, sine, T, d / 2, first, direction};
+    int in_eights = wide({d, ld}, {x, cosine, sine});
+    each(N, heads * (in_eights ? d : d / 2), in_eights, stream, [=] __device__ (auto V, int n, int i) {
+        constexpr int COUNT = V == 1 ? 2 : V;
         X *place = x + (int64_t)n * ld + (V == 1 ? 2 * i : i);
         float v[COUNT];
         for (int e = 0; e < COUNT; e += V) read_some<V>(v + e, place + e);
         turn_pairs<COUNT>(v, rope, n, V == 1 ? 2 * i : i);
         for (int e = 0; e < COUNT; e += V) write_some<V>(place + e, v + e);
-    }
-};
-template <typename X>
-static void rope_forward_gpu(X *x, int ld, const float *cosine, const float *sine, int N, int T, int heads, int d,
-                             int first, float direction, cudaStream_t stream) {
-    RopeForward<X> f = {x, {cosine, sine, T, d / 2, first, direction}, ld};
-    int in_eights = wide({d, ld}, {x, cosine, sine});
-    each(f, N, in_eights ? heads * d : heads * (d / 2), in_eights, stream);
+    });
 }
 
-// rope_backward of the first `turned` columns, and the sums of all ld columns over the rows: the gradient of the
+// rope_backward of the first heads·d columns, and the sums of all ld columns over the rows: the gradient of the
 // projections' bias. Where a thread takes one number, its neighbour has the other of the pair.
-template <typename X> struct RopeBackward {
-    X *dx;
-    Rope rope;
-    int ld, turned;
-    template <int V> __device__ void run(int n, int i, float sum[1][V]) const {
-        enum { COUNT = V == 1 ? 2 : V };
+template <typename X>
+static void rope_backward_gpu(X *dx, float *dbias, int ld, const float *cosine, const float *sine, int N, int T, int heads,
+                              int d, ColumnSums *sums, cudaStream_t stream) {
+    Rope rope = {cosine, sine, T, d / 2, 0, -1};
+    int turned = heads * d;
+    each_with_sums({dbias}, sums, N, ld, wide({d, ld}, {dx, cosine, sine}), stream,
+                   [=] __device__ (auto V, int n, int i, auto &sum) {
+        constexpr int COUNT = V == 1 ? 2 : V;
         float v[COUNT];
         int lane = threadIdx.x % 32, odd = V == 1 && i % 2;
         read_some<V>(v + odd, dx + (int64_t)n * ld + i);
@@ -864,22 +775,14 @@ template <typename X> struct RopeBackward {
             write_some<V>(dx + (int64_t)n * ld + i, v + odd);
         }
         for (int e = 0; e < V; e++) sum[0][e] += v[odd + e];
-    }
-};
-template <typename X>
-static void rope_backward_gpu(X *dx, float *dbias, int ld, const float *cosine, const float *sine, int N, int T,
-                              int heads, int d, ColumnSums *sums, cudaStream_t stream) {
-    RopeBackward<X> f = {dx, {cosine, sine, T, d / 2, 0, -1}, ld, heads * d};
-    each_with_sums<1>(f, sums, {dbias}, N, ld, wide({d, ld}, {dx, cosine, sine}), stream);
+    });
 }
 
-// Softmax over the past. A block takes row r of one item (a sequence, or a head of one), which stands at position i0 +
-// r and sees the keys below seen = i0 + r + !strict. Its logits are float32; e takes their place as X, ld_x<X>(ld)
-// apart: what is written never passes what is still to be read. In the columns seen .. the end of the row's block of P
-// rows, e is 0.
+// Softmax over the past. A block takes row r of one item (a sequence, or a head of one), which stands at position i0 + r and
+// sees the keys below seen = i0 + r + !strict. Its logits are float32; e takes their place as X, ld_x<X>(ld) apart: what is
+// written never passes what is still to be read. In the columns seen .. the end of the row's block of P rows, e is 0.
 //     e_rj = X(exp(logit_rj - max_r)),   stats_r = (max_r, 1/Σ_j e_rj) with the sum of the rounded e
-// known: stats are given and the same e follows. normalised: e/Σe is written instead. A row that sees nothing: 1/sum is
-// 0.
+// known: stats are given and the same e follows. normalised: e/Σe is written instead. A row that sees nothing: 1/sum is 0.
 template <typename X> static inline int64_t ld_x(int64_t ld) { return ld * (int64_t)(sizeof(float) / sizeof(X)); }
 __device__ static inline float round_tf32(float x) {
     uint32_t bits;
@@ -1020,8 +923,7 @@ __device__ static inline void barriers_ready() { // after their init
     __syncthreads();
 }
 // The tile of `map` at column col of head h, row `row` of sequence b; its bytes count for the barrier.
-__device__ static inline void copy_tile(bf16 *tile, const CUtensorMap *map, int col, int h, int row, int b,
-                                        uint64_t *barrier) {
+__device__ static inline void copy_tile(bf16 *tile, const CUtensorMap *map, int col, int h, int row, int b, uint64_t *barrier) {
     asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
                  "[%0], [%1, {%2, %3, %4, %5}], [%6];"
                  : : "r"(shared_at(tile)), "l"(map), "r"(col), "r"(h), "r"(row), "r"(b), "r"(shared_at(barrier))
@@ -1126,14 +1028,19 @@ __device__ static inline void group_barrier(int group) { // of the 128 threads o
 
 // Numbers that a product reads: row r, column i of item p of sequence b is
 // at[b·step + (row + p·row_along + r)·ld + (col + p·col_along) % wrap + i]; rows and cols are those of the whole.
+struct PartPlace { int row, col, row_along, col_along, wrap; };
 template <typename X> struct Part {
     const X *at;
     int64_t ld, step;
-    int rows, cols, row, col, row_along, col_along, wrap;
+    int rows, cols;
+    PartPlace place;
+    MatrixGPU<X> item(int p) const {
+        return {at + (place.row + p * place.row_along) * ld + (place.col + p * place.col_along) % place.wrap, ld, 1, step};
+    }
 };
 template <typename X>
 static Part<X> part_of(const X *at, int64_t ld, int64_t step, int rows, int cols, int row = 0, int col = 0) {
-    return {at, ld, step, rows, cols, row, col, 0, 0, INT_MAX};
+    return {at, ld, step, rows, cols, {row, col, 0, 0, INT_MAX}};
 }
 template <typename F> constexpr int sums_rows = 0; // 1: f wants a maximum and a sum of each tile's rows besides
 // What is known to be 0: A above the diagonal, A as it is multiplied (transposed) below it, B above it; OUT: nobody wants
@@ -1148,7 +1055,6 @@ template <int BN> struct ProductShared {
     };
     uint64_t full[STAGES], free[STAGES];
 };
-struct PartPlace { int row, col, row_along, col_along, wrap; };
 
 // A block takes 128 rows and BN columns of one item, its first and second four warps 64 rows each; the ninth warp has
 // the operands copied, 64 of K at a time, three steps ahead. Two blocks share a multiprocessor: one multiplies while the
@@ -1199,8 +1105,7 @@ product_tiles_kernel(const __grid_constant__ CUtensorMap a_map, const __grid_con
         for (int k = 0; k < ATOM / 16; k++)
             tensor_product<BN, A_COLUMNS, B_COLUMNS>(
                 sum, operand(s->a[slot][group][A_COLUMNS ? k * 16 : 0] + (A_COLUMNS ? 0 : k * 16)),
-                operand(s->b[slot][0][B_COLUMNS ? k * 16 : 0] + (B_COLUMNS ? 0 : k * 16), ATOM * ATOM * 2),
-                i > 0 || k > 0);
+                operand(s->b[slot][0][B_COLUMNS ? k * 16 : 0] + (B_COLUMNS ? 0 : k * 16), ATOM * ATOM * 2), i > 0 || k > 0);
         products_commit();
         products_wait<1>();
         if (i && threadIdx.x % GROUP == 0) barrier_arrive(&s->free[(i - 1) % STAGES]);
@@ -1246,15 +1151,13 @@ static void product_tiles(F f, Part<bf16> a, Part<bf16> b, int M, int N, int K, 
     typedef ProductShared<BN> Shared;
     CUtensorMap a_map = tile_map(a.at, a.cols, 1, a.rows, a.ld, a.step, B, ATOM),
         b_map = tile_map(b.at, b.cols, 1, b.rows, b.ld, b.step, B, ATOM);
-    PartPlace a_place = {a.row, a.col, a.row_along, a.col_along, a.wrap},
-        b_place = {b.row, b.col, b.row_along, b.col_along, b.wrap};
     auto kernel = product_tiles_kernel<BN, A_COLUMNS, B_COLUMNS, SHAPE, F>;
     dim3 blocks((N + BN - 1) / BN, (M + 127) / 128, B * items);
     int threads = 2 * GROUP + 32, bytes = sizeof(Shared);
     allow_shared(kernel, bytes);
-    if (BN == 64) launch_ahead(kernel, blocks, threads, bytes, stream, a_map, b_map, a_place, b_place, f, M, N, K, shift,
+    if (BN == 64) launch_ahead(kernel, blocks, threads, bytes, stream, a_map, b_map, a.place, b.place, f, M, N, K, shift,
                                items); // few blocks, and the next product waits for this one: measured
-    else LAUNCH(kernel, blocks, threads, bytes, stream, a_map, b_map, a_place, b_place, f, M, N, K, shift, items);
+    else LAUNCH(kernel, blocks, threads, bytes, stream, a_map, b_map, a.place, b.place, f, M, N, K, shift, items);
 }
 // What all products of a layer have in common. scratch: (B,M,N), NULL: there are tiles.
 typedef struct { int B, in_eights; float *scratch; cudaStream_t stream; } ProductWay;
@@ -1262,29 +1165,22 @@ typedef struct { int B, in_eights; float *scratch; cudaStream_t stream; } Produc
 // each of the items of all sequences.
 template <int A_COLUMNS, int B_COLUMNS, int SHAPE, typename F, typename X>
 static void product_gpu(F f, Part<X> a, Part<X> b, int M, int N, int K, int shift, int items, ProductWay way) {
-    int B = way.B;
-    float *scratch = way.scratch;
-    cudaStream_t stream = way.stream;
     if (M <= 0) return;
     if constexpr (sizeof(X) == sizeof(bf16))
-        if (!scratch) {
-            int few = (int64_t)((M + 127) / 128) * ((N + 127) / 128) * B * items <= 80;
-            if (few) product_tiles<A_COLUMNS, B_COLUMNS, SHAPE, 64>(f, a, b, M, N, K, shift, items, B, stream);
-            else product_tiles<A_COLUMNS, B_COLUMNS, SHAPE, 128>(f, a, b, M, N, K, shift, items, B, stream);
+        if (!way.scratch) {
+            int few = (int64_t)((M + 127) / 128) * ((N + 127) / 128) * way.B * items <= 80;
+            auto tiles = few ? product_tiles<A_COLUMNS, B_COLUMNS, SHAPE, 64, F> : product_tiles<A_COLUMNS, B_COLUMNS, SHAPE, 128, F>;
+            tiles(f, a, b, M, N, K, shift, items, way.B, way.stream);
             return;
         }
     for (int p = 0; p < items; p++) {
-        MatrixGPU<X> left = rows_of_gpu(a.at + (a.row + p * a.row_along) * a.ld + (a.col + p * a.col_along) % a.wrap, a.ld,
-                                        a.step),
-            right = rows_of_gpu(b.at + (b.row + p * b.row_along) * b.ld + (b.col + p * b.col_along) % b.wrap, b.ld,
-                                b.step);
-        if (K > 0) matmul_gpu(into(scratch, N, (int64_t)M * N), A_COLUMNS ? transpose_gpu(left) : left,
-                              B_COLUMNS ? right : transpose_gpu(right), M, N, K, 1, 0, B, stream);
+        MatrixGPU<X> left = a.item(p), right = b.item(p);
+        if (K > 0) matmul_gpu(into(way.scratch, N, (int64_t)M * N), A_COLUMNS ? transpose_gpu(left) : left,
+                              B_COLUMNS ? right : transpose_gpu(right), M, N, K, 1, 0, way.B, way.stream);
         int V = N % 8 || !way.in_eights ? 1 : 8;
-        unsigned blocks = (unsigned)(((int64_t)B * M * N / V + 255) / 256);
-        const float *product = K > 0 ? scratch : NULL;
-        if (V == 8) LAUNCH((product_passed_on_kernel<8, F>), blocks, 256, 0, stream, f, product, p, B, M, N);
-        else LAUNCH((product_passed_on_kernel<1, F>), blocks, 256, 0, stream, f, product, p, B, M, N);
+        unsigned blocks = (unsigned)(((int64_t)way.B * M * N / V + 255) / 256);
+        LAUNCH((V == 8 ? product_passed_on_kernel<8, F> : product_passed_on_kernel<1, F>), blocks, 256, 0, way.stream, f,
+               K > 0 ? way.scratch : NULL, p, way.B, M, N);
     }
 }
 
@@ -1646,13 +1542,6 @@ static void attention_tiles(bf16 *out, float *stats, const bf16 *q, const bf16 *
            GROUP * (Shared::GROUPS + 1), sizeof(Shared), stream, q_map, k_map, v_map, out, (float2 *)stats, T, H, G, d,
            first, 1.44269504f / sqrtf((float)d));
 }
-static void attention_tiles(bf16 *out, float *stats, const bf16 *q, const bf16 *k, const bf16 *v, int ld, int B, int T,
-                            int H, int G, int d, int first, cudaStream_t stream) {
-    if (d <= 64) attention_tiles<64>(out, stats, q, k, v, ld, B, T, H, G, d, first, stream);
-    else attention_tiles<128>(out, stats, q, k, v, ld, B, T, H, G, d, first, stream);
-}
-static void attention_tiles(float *, float *, const float *, const float *, const float *, int, int, int, int, int, int,
-                            int, cudaStream_t) {}
 
 template <int DH>
 static void attention_tiles_backward(bf16 *dq, bf16 *dk, bf16 *dv, const bf16 *dout, const bf16 *out, float2 *stats,
@@ -1678,20 +1567,15 @@ static void attention_tiles_backward(bf16 *dq, bf16 *dk, bf16 *dv, const bf16 *d
     LAUNCH(attention_dkv_kernel<DH>, dim3((T + 127) / 128, B * G), 3 * GROUP, sizeof(Shared), stream, maps[0][0],
            maps[0][1], maps[0][2], maps[0][3], dk, dv, stats, ld, T, H, G, d, scale, sigma);
 }
-static void attention_tiles_backward(bf16 *dq, bf16 *dk, bf16 *dv, const bf16 *dout, const bf16 *out, float *stats,
-                                     const bf16 *q, const bf16 *k, const bf16 *v, int ld, int B, int T, int H, int G,
-                                     int d, cudaStream_t stream) {
-    if (d <= 64) attention_tiles_backward<64>(dq, dk, dv, dout, out, (float2 *)stats, q, k, v, ld, B, T, H, G, d, stream);
-    else attention_tiles_backward<128>(dq, dk, dv, dout, out, (float2 *)stats, q, k, v, ld, B, T, H, G, d, stream);
-}
-static void attention_tiles_backward(float *, float *, float *, const float *, const float *, float *, const float *,
-                                     const float *, const float *, int, int, int, int, int, int, cudaStream_t) {}
 
 // ----------------------------------------------------------------------------
 // attention in panels: float32, and whatever the tiles do not take
 
 // Several heads are one batched product: the same head of all sequences, or all heads of one that is short.
-typedef struct { int outer, batch, by_head; } Heads;
+typedef struct Heads {
+    int items, batch, by_head; // by_head: an item is a head, the batch its sequences; else the other way
+    int64_t step(int64_t sequence, int64_t head) const { return by_head ? sequence : head; }
+} Heads;
 static Heads heads_of(int B, int T, int H, int G) {
     int by_head = B >= H || G != H || T > 1024;
     return {by_head ? H : B, by_head ? B : H, by_head};
@@ -1707,91 +1591,83 @@ static int64_t attention_scratch(int tiles, int B, int T, int H, int G, int P) {
     return tiles ? 0 : 2 * (int64_t)heads.batch * attention_panel(P, heads.batch, T) * round_up(T, 64);
 }
 
+// attention_head of a batch of heads.
 template <typename X>
-static void attention_head_gpu(X *out, int64_t out_step, float *stats, int64_t stats_step, float *weights, const X *q,
-                               int64_t q_step, const X *k, const X *v, int64_t k_step, int ld, int ld_out, int batch,
-                               int T, int d, int first, int P, cudaStream_t stream) {
-    int64_t lw = round_up(T, 64), step = P * lw;
+static void attention_head_gpu(int item, Heads heads, X *out, float *stats, float *weights, const X *q, const X *k, const X *v,
+                               int ld, int T, int H, int G, int d, int first, int P, cudaStream_t stream) {
+    int h = heads.by_head ? item : 0, b = heads.by_head ? 0 : item, D = H * d;
+    int64_t rows = T - first, all = (int64_t)T * ld, kv = b * all + h / (H / G) * d, kv_step = heads.step(all, d),
+        lw = round_up(T, 64), panel = P * lw;
     for (int i0 = first; i0 < T; i0 += P) {
-        int n = min_int(P, T - i0), row = i0 - first;
-        matmul_gpu(into(weights, lw, step), rows_of_gpu(q + (int64_t)row * ld, ld, q_step),
-                   transpose_gpu(rows_of_gpu(k, ld, k_step)), n, i0 + n, d, 1 / sqrtf((float)d), 0, batch, stream);
-        softmax_panel_gpu<X>(weights, lw, step, stats + 2 * row, stats_step, 0, 1, i0, n, P, 0, batch, stream);
-        matmul_gpu(into(out + (int64_t)row * ld_out, ld_out, out_step),
-                   rows_of_gpu((const X *)weights, ld_x<X>(lw), ld_x<X>(step)), rows_of_gpu(v, ld, k_step), n, d,
-                   i0 + n, 1, 0, batch, stream);
+        int n = min_int(P, T - i0);
+        int64_t row = b * rows + i0 - first, of_head = (b * H + h) * rows + i0 - first;
+        matmul_gpu(into(weights, lw, panel), rows_of_gpu(q + row * ld + h * d, ld, heads.step(rows * ld, d)),
+                   transpose_gpu(rows_of_gpu(k + kv, ld, kv_step)), n, i0 + n, d, 1 / sqrtf((float)d), 0, heads.batch, stream);
+        softmax_panel_gpu<X>(weights, lw, panel, stats + 2 * of_head, heads.step(2 * H * rows, 2 * rows), 0, 1, i0, n, P, 0,
+                             heads.batch, stream);
+        matmul_gpu(into(out + row * D + h * d, D, heads.step(rows * D, d)), rows_of_gpu((const X *)weights, ld_x<X>(lw),
+                   ld_x<X>(panel)), rows_of_gpu(v + kv, ld, kv_step), n, d, i0 + n, 1, 0, heads.batch, stream);
     }
 }
 
 template <typename X>
-static void attention_forward_gpu(X *out, float *stats, float *scratch, const X *q, const X *k, const X *v, int ld,
-                                  int B, int T, int H, int G, int d, int first, int P, cudaStream_t stream) {
-    if (in_tiles(q, k, v, ld, d)) {
-        attention_tiles(out, stats, q, k, v, ld, B, T, H, G, d, first, stream);
-        return;
-    }
+static void attention_forward_gpu(X *out, float *stats, float *scratch, const X *q, const X *k, const X *v, int ld, int B, int T,
+                                  int H, int G, int d, int first, int P, cudaStream_t stream) {
+    if constexpr (sizeof(X) == sizeof(bf16))
+        if (in_tiles(q, k, v, ld, d)) {
+            auto tiles = d <= 64 ? attention_tiles<64> : attention_tiles<128>;
+            tiles(out, stats, q, k, v, ld, B, T, H, G, d, first, stream);
+            return;
+        }
     Heads heads = heads_of(B, T, H, G);
-    int64_t rows = T - first, D = H * d;
     P = attention_panel(P, heads.batch, T);
-    for (int o = 0; o < heads.outer; o++) {
-        int h = heads.by_head ? o : 0, b = heads.by_head ? 0 : o;
-        int64_t kv = (int64_t)b * T * ld + h / (H / G) * d;
-        attention_head_gpu(out + b * rows * D + h * d, heads.by_head ? rows * D : d, stats + 2 * (b * H + h) * rows,
-                           heads.by_head ? 2 * H * rows : 2 * rows, scratch, q + b * rows * ld + h * d,
-                           heads.by_head ? rows * ld : d, k + kv, v + kv, heads.by_head ? (int64_t)T * ld : d, ld,
-                           (int)D, heads.batch, T, d, first, P, stream);
-    }
+    for (int item = 0; item < heads.items; item++)
+        attention_head_gpu(item, heads, out, stats, scratch, q, k, v, ld, T, H, G, d, first, P, stream);
 }
 
-// A batch of heads; the first head of a group writes dk and dv, the others add.
+// attention_group_backward of a batch of heads: the first head of a group writes dk and dv, the others add.
 template <typename X>
-static void attention_group_backward_gpu(X *dq, X *dk, X *dv, float *scratch, const X *dout, int64_t dout_step,
-                                         float *stats, int64_t stats_step, const X *q, const X *k, const X *v,
-                                         int64_t step, int ld, int D, int batch, int T, int d, int P, int add,
+static void attention_group_backward_gpu(int item, Heads heads, X *dq, X *dk, X *dv, float *scratch, const X *dout, float *stats,
+                                         const X *q, const X *k, const X *v, int ld, int T, int H, int G, int d, int P,
                                          cudaStream_t stream) {
-    int64_t lw = round_up(T, 64), panel = P * lw, lx = ld_x<X>(lw), panel_x = ld_x<X>(panel);
+    int h = heads.by_head ? item : 0, b = heads.by_head ? 0 : item, D = H * d, batch = heads.batch;
+    int64_t all = (int64_t)T * ld, kv = b * all + h / (H / G) * d, step = heads.step(all, d), lw = round_up(T, 64), panel = P * lw;
     float scale = 1 / sqrtf((float)d), *weights = scratch, *dlogits = scratch + batch * panel;
+    MatrixGPU<X> k_h = rows_of_gpu(k + kv, ld, step), v_h = rows_of_gpu(v + kv, ld, step),
+        w = rows_of_gpu((const X *)weights, ld_x<X>(lw), ld_x<X>(panel)),
+        dl = rows_of_gpu((const X *)dlogits, ld_x<X>(lw), ld_x<X>(panel));
     for (int i0 = (T - 1) / P * P; i0 >= 0; i0 -= P) {
         int n = min_int(P, T - i0), cols = i0 + n;
-        float beta = !add && cols == T ? 0 : 1;
-        const X *q_I = q + (int64_t)i0 * ld, *dout_I = dout + (int64_t)i0 * D, *w = (const X *)weights,
-            *dl = (const X *)dlogits;
-        matmul_gpu(into(weights, lw, panel), rows_of_gpu(q_I, ld, step), transpose_gpu(rows_of_gpu(k, ld, step)), n,
-                   cols, d, scale, 0, batch, stream);
-        softmax_panel_gpu<X>(weights, lw, panel, stats + 2 * i0, stats_step, 1, 1, i0, n, P, 0, batch, stream);
-        matmul_gpu(into(dlogits, lw, panel), rows_of_gpu(dout_I, D, dout_step), transpose_gpu(rows_of_gpu(v, ld, step)),
-                   n, cols, d, 1, 0, batch, stream);
+        float beta = h % (H / G) == 0 && cols == T ? 0 : 1;
+        int64_t row = (int64_t)b * T + i0, of_head = (int64_t)(b * H + h) * T + i0;
+        MatrixGPU<X> q_I = rows_of_gpu(q + row * ld + h * d, ld, step),
+            dout_I = rows_of_gpu(dout + row * D + h * d, D, heads.step((int64_t)T * D, d));
+        matmul_gpu(into(weights, lw, panel), q_I, transpose_gpu(k_h), n, cols, d, scale, 0, batch, stream);
+        softmax_panel_gpu<X>(weights, lw, panel, stats + 2 * of_head, heads.step(2 * (int64_t)H * T, 2 * T), 1, 1, i0, n, P, 0,
+                             batch, stream);
+        matmul_gpu(into(dlogits, lw, panel), dout_I, transpose_gpu(v_h), n, cols, d, 1, 0, batch, stream);
         softmax_panel_backward_gpu<X>(dlogits, weights, lw, panel, i0, n, P, batch, stream);
-        matmul_gpu(into(dq + (int64_t)i0 * ld, ld, step), rows_of_gpu(dl, lx, panel_x), rows_of_gpu(k, ld, step), n, d,
-                   cols, scale, 0, batch, stream);
-        matmul_gpu(into(dk, ld, step), transpose_gpu(rows_of_gpu(dl, lx, panel_x)), rows_of_gpu(q_I, ld, step), cols, d,
-                   n, scale, beta, batch, stream);
-        matmul_gpu(into(dv, ld, step), transpose_gpu(rows_of_gpu(w, lx, panel_x)), rows_of_gpu(dout_I, D, dout_step),
-                   cols, d, n, 1, beta, batch, stream);
+        matmul_gpu(into(dq + row * ld + h * d, ld, step), dl, k_h, n, d, cols, scale, 0, batch, stream);
+        matmul_gpu(into(dk + kv, ld, step), transpose_gpu(dl), q_I, cols, d, n, scale, beta, batch, stream);
+        matmul_gpu(into(dv + kv, ld, step), transpose_gpu(w), dout_I, cols, d, n, 1, beta, batch, stream);
     }
 }
 
 // out: what the forward pass gave, for the tiles' delta
 template <typename X>
-static void attention_backward_gpu(X *dq, X *dk, X *dv, float *scratch, const X *dout, const X *out, float *stats,
-                                   const X *q, const X *k, const X *v, int ld, int B, int T, int H, int G, int d, int P,
+static void attention_backward_gpu(X *dq, X *dk, X *dv, float *scratch, const X *dout, const X *out, float *stats, const X *q,
+                                   const X *k, const X *v, int ld, int B, int T, int H, int G, int d, int P,
                                    cudaStream_t stream) {
-    if (in_tiles(q, k, v, ld, d)) {
-        attention_tiles_backward(dq, dk, dv, dout, out, stats, q, k, v, ld, B, T, H, G, d, stream);
-        return;
-    }
+    if constexpr (sizeof(X) == sizeof(bf16))
+        if (in_tiles(q, k, v, ld, d)) {
+            auto tiles = d <= 64 ? attention_tiles_backward<64> : attention_tiles_backward<128>;
+            tiles(dq, dk, dv, dout, out, (float2 *)stats, q, k, v, ld, B, T, H, G, d, stream);
+            return;
+        }
     Heads heads = heads_of(B, T, H, G);
-    int64_t all = (int64_t)T * ld, D = H * d;
     P = attention_panel(P, heads.batch, T);
-    for (int o = 0; o < heads.outer; o++) {
-        int h = heads.by_head ? o : 0, b = heads.by_head ? 0 : o;
-        int64_t kv = b * all + h / (H / G) * d, at = b * all + h * d;
-        attention_group_backward_gpu(dq + at, dk + kv, dv + kv, scratch, dout + b * T * D + h * d,
-                                     heads.by_head ? T * D : d, stats + 2 * (int64_t)(b * H + h) * T,
-                                     heads.by_head ? 2 * (int64_t)H * T : 2 * T, q + at, k + kv, v + kv,
-                                     heads.by_head ? all : d, ld, (int)D, heads.batch, T, d, P, h % (H / G) != 0,
-                                     stream);
-    }
+    for (int item = 0; item < heads.items; item++)
+        attention_group_backward_gpu(item, heads, dq, dk, dv, scratch, dout, stats, q, k, v, ld, T, H, G, d, P, stream);
 }
 
 // ----------------------------------------------------------------------------
@@ -2049,21 +1925,15 @@ template <typename X> struct BlockResidual {
         write_some<V>(out + (int64_t)b * m * D + at, v);
     }
 };
-// out = Y(scale ⊙ x)
-template <typename Y, typename X> struct BlockCopy {
-    Y *out;
-    const X *x;
-    RowScale scale;
-    int64_t out_step, x_step;
-    int m, D, ld_out;
-    template <int V> __device__ void run(int row, int i) const {
-        int b = row / m, r = row % m;
-        float v[V], factor = scale.at(b, r);
-        read_some<V>(v, x + b * x_step + (int64_t)r * D + i);
-        for (int e = 0; e < V; e++) v[e] *= factor;
-        write_some<V>(out + b * out_step + (int64_t)r * ld_out + i, v);
-    }
-};
+// out = Y(x)       x (N,D), out: D of the ld columns of each row
+template <typename Y, typename X>
+static void copy_gpu(Y *out, int ld, const X *x, int N, int D, cudaStream_t stream) {
+    each(N, D, wide({D, ld}, {out, x}), stream, [=] __device__ (auto V, int n, int i) {
+        float v[V];
+        read_some<V>(v, x + (int64_t)n * D + i);
+        write_some<V>(out + (int64_t)n * ld + i, v);
+    });
+}
 
 template <typename X> static int64_t e_step(const Panels *p, int T) { return min_int(p->R, T) * p->lx; }
 
@@ -2120,7 +1990,7 @@ static void feedback_panel(float *scratch, const Panels *p, float *stats, int kn
 
 // The solve of many short sequences, or of their adjoint (BACK), in one go: a block has 128 columns of one sequence and
 // walks along its blocks of 128 rows, from the last if BACK, each in the four products that the section begins with (or
-// those of feedback_panel_backward_gpu). Its first and second four warps have 64 rows each; a thread more has the operands
+// those of feedback_sequence_backward_gpu). Its first and second four warps have 64 rows each; a thread more has the operands
 // copied: e, M, and what the block itself has solved before, written to memory and read back.
 enum { STRIP = 128, MARCH_SLOTS = 4 };
 struct MarchShared {
@@ -2417,14 +2287,15 @@ template <typename X> struct LogitGradient {
     }
 };
 
-// One panel of the adjoint: λ of its rows from the last block to the first, each solving with M^T and one refinement,
+// One panel of the adjoint, of all sequences: λ of its rows from the last block to the first, each solving with M^T and one
+// refinement,
 //     λ = M^T h,   r = h + e_II^T u - λ with u = (γ/z) ⊙ λ,   λ += M^T r
 // where λ stays float32, for X(γ X(λ)) would be X(λ) and the loop no contraction. Then what the panel gives the rows
 // before it, h_< += e_{R,<}^T u, and the gradients of q' and k'. u lies where dq' will.
 template <typename X>
-static void feedback_panel_backward_gpu(X *df, X *dq, X *dk, float *dgamma, float *scratch, const Panels *p, const X *ds,
-                                        const X *s, const X *c, float *stats, const X *q, const X *k, int ld,
-                                        const float *gamma, int B, int T, int D, int r0, cudaStream_t stream) {
+static void feedback_sequence_backward_gpu(X *df, X *dq, X *dk, float *dgamma, float *scratch, const Panels *p, const X *ds,
+                                           const X *s, const X *c, float *stats, const X *q, const X *k, int ld,
+                                           const float *gamma, int B, int T, int D, int r0, cudaStream_t stream) {
     int n = min_int(p->R, T - r0);
     int64_t step = e_step<X>(p, T), all = (int64_t)T * D, wide_step = (int64_t)T * ld,
         m_step = (int64_t)min_int(p->R, T) * p->P;
@@ -2494,19 +2365,14 @@ static void feedback_backward_gpu(X *df, X *dq, X *dk, float *dgamma, float *scr
                                   int P, cudaStream_t stream) {
     Panels p = feedback_panels<X>(B, T, D, P, wide({ld}, {df, dq, dk, ds, s, q, k, scratch}));
     for (int r0 = (T - 1) / p.R * p.R; r0 >= 0; r0 -= p.R)
-        feedback_panel_backward_gpu(df, dq, dk, dgamma, scratch, &p, ds, s, c, stats, q, k, ld, gamma, B, T, D, r0,
-                                    stream);
-    BlockCopy<X, float> finish = {dk, scratch + p.dk, {NULL, NULL, 0}, (int64_t)T * ld, (int64_t)T * D, T, D, ld};
-    if (p.R < T) each(finish, (int64_t)B * T, D, wide({D, ld}, {dk, scratch}), stream);
+        feedback_sequence_backward_gpu(df, dq, dk, dgamma, scratch, &p, ds, s, c, stats, q, k, ld, gamma, B, T, D, r0, stream);
+    if (p.R < T) copy_gpu(dk, ld, scratch + p.dk, B * T, D, stream);
 }
 
-// gate_forward, with dropout
-template <typename X> struct GateForward {
-    X *out;
-    const X *s, *g;
-    Mask mask;
-    int ld, D;
-    template <int V> __device__ void run(int n, int i) const {
+// gate_forward and dropout in one pass.
+template <typename X>
+static void gate_forward_gpu(X *out, const X *s, const X *g, int ld, Mask mask, int N, int D, cudaStream_t stream) {
+    each(N, D, wide({D, ld}, {out, s, g}), stream, [=] __device__ (auto V, int n, int i) {
         float v[V], w[V], factor[V];
         int64_t at = (int64_t)n * D + i;
         read_some<V>(v, s + at);
@@ -2514,23 +2380,17 @@ template <typename X> struct GateForward {
         read_mask<V>(factor, mask, at);
         for (int e = 0; e < V; e++) v[e] *= w[e] * factor[e];
         write_some<V>(out + at, v);
-    }
-};
-template <typename X>
-static void gate_forward_gpu(X *out, const X *s, const X *g, int ld, Mask mask, int N, int D, cudaStream_t stream) {
-    GateForward<X> f = {out, s, g, mask, ld, D};
-    each(f, N, D, wide({D, ld}, {out, s, g}), stream);
+    });
 }
 
 // gate_backward, with dropout, and what the layer's backward pass computes again from the same numbers:
 //     ds = mask ⊙ dout ⊙ g,   dg = mask ⊙ dout ⊙ s with its sums dg_bias,   gated = mask ⊙ s ⊙ g,   abar = GELU(a)
 // ds may be dout, and dg may be g.
-template <typename X> struct GateBackward {
-    X *ds, *dg, *gated, *abar;
-    const X *dout, *s, *a, *g;
-    Mask mask;
-    int ld, D;
-    template <int V> __device__ void run(int n, int i, float sum[1][V]) const {
+template <typename X>
+static void gate_backward_gpu(X *ds, X *dg, float *dg_bias, X *gated, X *abar, const X *dout, const X *s, const X *a,
+                              const X *g, int ld, Mask mask, int N, int D, ColumnSums *sums, cudaStream_t stream) {
+    each_with_sums({dg_bias}, sums, N, D, wide({D, ld}, {ds, dg, gated, abar, dout, s, a, g}), stream,
+                   [=] __device__ (auto V, int n, int i, auto &sum) {
         float grad[V], v[V], w[V], factor[V];
         int64_t at = (int64_t)n * D + i, at_wide = (int64_t)n * ld + i;
         read_some<V>(v, a + at_wide);
@@ -2551,13 +2411,7 @@ template <typename X> struct GateBackward {
         write_some<V>(gated + at, factor);
         write_some<V>(dg + at_wide, v);
         write_some<V>(ds + at, w);
-    }
-};
-template <typename X>
-static void gate_backward_gpu(X *ds, X *dg, float *dg_bias, X *gated, X *abar, const X *dout, const X *s, const X *a,
-                              const X *g, int ld, Mask mask, int N, int D, ColumnSums *sums, cudaStream_t stream) {
-    GateBackward<X> f = {ds, dg, gated, abar, dout, s, a, g, mask, ld, D};
-    each_with_sums<1>(f, sums, {dg_bias}, N, D, wide({D, ld}, {ds, dg, gated, abar, dout, s, a, g}), stream);
+    });
 }
 
 // A block takes a row of V logits, a thread every blockDim-th piece, with a running maximum: the row's loss logsumexp -
@@ -2611,9 +2465,8 @@ template <typename X>
 static void crossentropy_gpu(float *losses, char *hits, X *dlogits, const X *logits, int64_t ld, const int *targets,
                              int N, int V, cudaStream_t stream) {
     int threads = V > 4096 ? 1024 : V > 1024 ? 256 : 32;
-    if (wide({ld}, {logits})) LAUNCH((crossentropy_kernel<8, X>), N, threads, 0, stream, losses, hits, dlogits, logits,
-                                     ld, targets, V);
-    else LAUNCH((crossentropy_kernel<1, X>), N, threads, 0, stream, losses, hits, dlogits, logits, ld, targets, V);
+    LAUNCH((wide({ld}, {logits}) ? crossentropy_kernel<8, X> : crossentropy_kernel<1, X>), N, threads, 0, stream, losses, hits,
+           dlogits, logits, ld, targets, V);
 }
 
 // ----------------------------------------------------------------------------
@@ -2646,39 +2499,26 @@ template <typename X> struct Conv {
         return sum;
     }
 };
-template <typename X> struct ConvEach {
-    X *out;
-    Conv<X> conv;
-    template <int V> __device__ void run(int item, int c) const {
-        int b = item / conv.pieces, t0 = conv.first + item % conv.pieces * CONV_ROWS, end = min(conv.T, t0 + CONV_ROWS);
-        float taps[TAPS], last[TAPS], x[CONV_AHEAD];
-        conv.start(taps, last, b, t0, c);
-        for (int t = t0; t < end; t += CONV_AHEAD) {
-            for (int i = 0; i < CONV_AHEAD; i++) x[i] = conv.input(b, t + i, c);
-            for (int i = 0; i < CONV_AHEAD; i++) {
-                float u = conv.next(last, taps, x[i], c);
-                if (t + i < end) out[((int64_t)b * (conv.T - conv.first) + t + i - conv.first) * conv.W + c] = to<X>(u * sigmoid_gpu(u));
-            }
-        }
-    }
-};
-template <typename X> struct TailEach { // row n of the new ones
-    X *tail;
-    const X *inp;
-    int ld, W, first, from;
-    template <int V> __device__ void run(int n, int c) const {
-        tail[(first + from + n) % (TAPS - 1) * W + c] = inp[(int64_t)(from + n) * ld + c];
-    }
-};
 template <typename X>
 static void conv_forward_gpu(X *out, const X *inp, int ld, X *tail, const float *weight, const float *bias, int B, int T,
                              int W, int first, cudaStream_t stream) {
     int rows = T - first, from = rows > TAPS - 1 ? rows - (TAPS - 1) : 0;
-    int pieces = (rows + CONV_ROWS - 1) / CONV_ROWS;
-    ConvEach<X> f = {out, {inp, tail, weight, bias, ld, T, W, first, pieces}};
-    TailEach<X> keep = {tail, inp, ld, W, first, from};
-    each(f, B * pieces, W, 0, stream);
-    if (tail) each(keep, rows - from, W, 0, stream);
+    Conv<X> f = {inp, tail, weight, bias, ld, T, W, first, (rows + CONV_ROWS - 1) / CONV_ROWS};
+    each((int64_t)B * f.pieces, W, 0, stream, [=] __device__ (auto, int item, int c) {
+        int b = item / f.pieces, t0 = first + item % f.pieces * CONV_ROWS, end = min(T, t0 + CONV_ROWS);
+        float taps[TAPS], last[TAPS], x[CONV_AHEAD];
+        f.start(taps, last, b, t0, c);
+        for (int t = t0; t < end; t += CONV_AHEAD) {
+            for (int i = 0; i < CONV_AHEAD; i++) x[i] = f.input(b, t + i, c);
+            for (int i = 0; i < CONV_AHEAD; i++) {
+                float u = f.next(last, taps, x[i], c);
+                if (t + i < end) out[((int64_t)b * rows + t + i - first) * W + c] = to<X>(u * sigmoid_gpu(u));
+            }
+        }
+    });
+    if (tail) each(rows - from, W, 0, stream, [=] __device__ (auto, int n, int c) { // row n of those to remember
+        tail[(first + from + n) % (TAPS - 1) * W + c] = inp[(int64_t)(from + n) * ld + c];
+    });
 }
 
 // dinp, and partial sums of dweight and dbias: the warps of a block take pieces of a sequence, du_t of which is known three
@@ -2732,37 +2572,23 @@ static void conv_backward_gpu(X *dinp, float *dweight, float *dbias, const X *do
     sums->next += (int64_t)chunks * stride;
 }
 
-template <typename X> struct StepEach {
-    float *step;
-    const X *inp;
-    const float *bias;
-    int ld, heads;
-    template <int V> __device__ void run(int n, int h) const {
-        float x = get(inp[(int64_t)n * ld + h]) + bias[h];
-        step[(int64_t)n * heads + h] = x > 30 ? x : log1pf(expf(x));
-    }
-};
+// A thread takes one head of one row, forward and backward.
 template <typename X>
 static void step_forward_gpu(float *step, const X *inp, int ld, const float *bias, int N, int heads, cudaStream_t stream) {
-    StepEach<X> f = {step, inp, bias, ld, heads};
-    each(f, N, heads, 0, stream);
+    each(N, heads, 0, stream, [=] __device__ (auto, int n, int h) {
+        float x = get(inp[(int64_t)n * ld + h]) + bias[h];
+        step[(int64_t)n * heads + h] = x > 30 ? x : log1pf(expf(x));
+    });
 }
-template <typename X> struct StepBackward {
-    X *dinp;
-    const float *dstep, *bias;
-    const X *inp;
-    int ld_dstep, ld;
-    template <int V> __device__ void run(int n, int h, float sum[1][V]) const {
-        float grad = dstep[(int64_t)n * ld_dstep + h] * sigmoid_gpu(get(inp[(int64_t)n * ld + h]) + bias[h]);
-        dinp[(int64_t)n * ld + h] = to<X>(grad);
-        sum[0][0] += grad;
-    }
-};
+
 template <typename X>
 static void step_backward_gpu(X *dinp, float *dbias, const float *dstep, int ld_dstep, const X *inp, int ld, const float *bias,
                               int N, int heads, ColumnSums *sums, cudaStream_t stream) {
-    StepBackward<X> f = {dinp, dstep, bias, inp, ld_dstep, ld};
-    each_with_sums<1>(f, sums, {dbias}, N, heads, 0, stream);
+    each_with_sums({dbias}, sums, N, heads, 0, stream, [=] __device__ (auto, int n, int h, auto &sum) {
+        float grad = dstep[(int64_t)n * ld_dstep + h] * sigmoid_gpu(get(inp[(int64_t)n * ld + h]) + bias[h]);
+        dinp[(int64_t)n * ld + h] = to<X>(grad);
+        sum[0][0] += grad;
+    });
 }
 
 // A matrix in shared memory, its element (i, j) at[i·ld + j] or, transposed, at[j·ld + i]. With PARTS 2 it is the sum of two, `low`
@@ -3140,29 +2966,6 @@ __global__ void __launch_bounds__(SCAN_THREADS, 2) scan_sequence_backward_kernel
         }
     }
 }
-template <typename X> struct ScanHeads { // db and dc: the sum over the heads, in their order
-    X *dxbc;
-    const float *partial;
-    int E, S, heads;
-    template <int V> __device__ void run(int n, int i) const {
-        float sum[V] = {}, part[V];
-        for (int h = 0; h < heads; h++) {
-            read_some<V>(part, partial + ((int64_t)n * heads + h) * 2 * S + i);
-            for (int e = 0; e < V; e++) sum[e] += part[e];
-        }
-        write_some<V>(dxbc + (int64_t)n * (E + 2 * S) + E + i, sum);
-    }
-};
-struct ScanColumns {
-    const float *dstep;
-    int heads;
-    template <int V> __device__ void run(int n, int h, float sum[2][V]) const {
-        const float *row = dstep + (int64_t)n * 3 * heads + heads + h;
-        sum[0][0] += row[0];
-        sum[1][0] += row[heads];
-    }
-};
-
 // Numbers of scratch: partial gradients of b and c of each head.
 static int64_t scan_scratch_gpu(int B, int T, int S, int heads) { return (int64_t)B * T * heads * 2 * S; }
 
@@ -3187,21 +2990,27 @@ static void scan_backward_gpu(X *dxbc, float *dstep, float *dA_log, float *dskip
                               int heads, int P, ColumnSums *sums, cudaStream_t stream) {
     Scan<X> s = scan_of(xbc, dy, step, A_log, skip, T, E, S, heads, P);
     int bytes = scan_bytes(S, E / heads, s.rows, sizeof(X), 1);
-    ScanHeads<X> of_heads = {dxbc, scratch, E, S, heads};
-    ScanColumns columns = {dstep, heads};
     allow_shared(scan_sequence_backward_kernel<X>, bytes);
     LAUNCH(scan_sequence_backward_kernel<X>, dim3(heads, B), SCAN_THREADS, bytes, stream, dxbc, dstep, scratch, states, s);
-    each(of_heads, (int64_t)B * T, 2 * S, s.in_eights, stream);
-    each_with_sums<2>(columns, sums, {dA_log, dskip}, B * T, heads, 0, stream);
+    each((int64_t)B * T, 2 * S, s.in_eights, stream, [=] __device__ (auto V, int n, int i) { // db and dc: the heads' in their order
+        float sum[V] = {}, part[V];
+        for (int h = 0; h < heads; h++) {
+            read_some<V>(part, scratch + ((int64_t)n * heads + h) * 2 * S + i);
+            for (int e = 0; e < V; e++) sum[e] += part[e];
+        }
+        write_some<V>(dxbc + (int64_t)n * (E + 2 * S) + E + i, sum);
+    });
+    each_with_sums({dA_log, dskip}, sums, B * T, heads, 0, stream, [=] __device__ (auto, int n, int h, auto &sum) {
+        const float *row = dstep + (int64_t)n * 3 * heads + heads + h;
+        sum[0][0] += row[0];
+        sum[1][0] += row[heads];
+    });
 }
 
-template <typename X> struct GatedNorm {
-    X *out;
-    float *rstd;
-    const X *y, *z;
-    const float *weight;
-    int ld, N, E;
-    template <int V, int PIECES> __device__ void run() const {
+template <typename X>
+static void gated_rmsnorm_forward_gpu(X *out, float *rstd, const X *y, const X *z, int ld, const float *weight, int N, int E,
+                                      cudaStream_t stream) {
+    rows(N, E, wide({E, ld}, {out, y, z, weight}), 0, stream, [=] __device__ (auto V, auto PIECES) {
         __shared__ float2 shared[ROW_BLOCK / 32];
         int n = blockIdx.x * blockDim.y + threadIdx.y;
         if (n >= N) return;
@@ -3223,32 +3032,21 @@ template <typename X> struct GatedNorm {
             write_some<V>(out + (int64_t)n * E + i, v[p]);
         }
         if (threadIdx.x == 0) rstd[n] = r;
-    }
-};
-template <typename X>
-static void gated_rmsnorm_forward_gpu(X *out, float *rstd, const X *y, const X *z, int ld, const float *weight, int N, int E,
-                                      cudaStream_t stream) {
-    GatedNorm<X> f = {out, rstd, y, z, weight, ld, N, E};
-    rows(f, N, E, wide({E, ld}, {out, y, z, weight}), 0, stream);
+    });
 }
-template <typename X> struct NormColumns {
-    const X *dout, *y, *z;
-    const float *rstd;
-    int ld, E;
-    template <int V> __device__ void run(int n, int i, float sum[1][V]) const {
+
+template <typename X>
+static void gated_rmsnorm_backward_gpu(X *dy, X *dz, float *dweight, const X *dout, const X *y, const X *z, int ld,
+                                       const float *rstd, const float *weight, int N, int E, ColumnSums *sums, cudaStream_t stream) {
+    int in_eights = wide({E, ld}, {dy, dz, dout, y, z, weight});
+    each_with_sums({dweight}, sums, N, E, in_eights, stream, [=] __device__ (auto V, int n, int i, auto &sum) {
         float g[V], v[V], gate[V];
         read_some<V>(g, dout + (int64_t)n * E + i);
         read_some<V>(v, y + (int64_t)n * E + i);
         read_some<V>(gate, z + (int64_t)n * ld + i);
         for (int e = 0; e < V; e++) sum[0][e] += g[e] * v[e] * gate[e] * sigmoid_gpu(gate[e]) * rstd[n];
-    }
-};
-template <typename X> struct GatedNormBackward {
-    X *dy, *dz;
-    const X *dout, *y, *z;
-    const float *rstd, *weight;
-    int ld, N, E;
-    template <int V, int PIECES> __device__ void run() const {
+    });
+    rows(N, E, in_eights, 0, stream, [=] __device__ (auto V, auto PIECES) {
         __shared__ float2 shared[ROW_BLOCK / 32];
         int n = blockIdx.x * blockDim.y + threadIdx.y;
         if (n >= N) return;
@@ -3271,38 +3069,31 @@ template <typename X> struct GatedNormBackward {
             write_some<V>(dz + (int64_t)n * ld + i, v[p]);
             write_some<V>(dy + (int64_t)n * E + i, g[p]);
         }
-    }
-};
-template <typename X>
-static void gated_rmsnorm_backward_gpu(X *dy, X *dz, float *dweight, const X *dout, const X *y, const X *z, int ld,
-                                       const float *rstd, const float *weight, int N, int E, ColumnSums *sums, cudaStream_t stream) {
-    NormColumns<X> columns = {dout, y, z, rstd, ld, E};
-    GatedNormBackward<X> f = {dy, dz, dout, y, z, rstd, weight, ld, N, E};
-    int eights = wide({E, ld}, {dy, dz, dout, y, z, weight});
-    each_with_sums<1>(columns, sums, {dweight}, N, E, eights, stream);
-    rows(f, N, E, eights, 0, stream);
+    });
 }
 
 // ----------------------------------------------------------------------------
 // generation: one token behind those that every layer knows, in five launches a layer. Its place is in the device's
 // memory, so that all launches are one recording.
 
-// A warp takes two neighbouring rows of a matrix times vec, which begin() puts into shared memory once a block.
-template <int V, typename F> __global__ void __launch_bounds__(128) decode_kernel(F f) {
+// weight (rows,D) times vec, which begin(vec, shared) puts into shared memory once a block. A warp takes two neighbouring
+// rows; end(row, sum, vec, shared) is given their products. more: bytes behind vec.
+template <int V, typename X, typename Begin, typename End>
+__global__ void __launch_bounds__(128) decode_kernel(const X *weight, int rows, int D, Begin begin, End end) {
     extern __shared__ float vec[];
     __shared__ float shared[32];
     int row = 2 * (blockIdx.x * 4 + threadIdx.x / 32);
-    for (int r = row; r < row + 2 && r < f.rows; r++) // on their way to the L2 cache
-        for (int i = threadIdx.x % 32 * 64; i < f.D; i += 32 * 64)
-            asm volatile("prefetch.global.L2 [%0];" : : "l"(f.weight + (int64_t)r * f.D + i));
+    for (int r = row; r < row + 2 && r < rows; r++) // on their way to the L2 cache
+        for (int i = threadIdx.x % 32 * 64; i < D; i += 32 * 64)
+            asm volatile("prefetch.global.L2 [%0];" : : "l"(weight + (int64_t)r * D + i));
     wait_for_results();
-    f.begin(vec, shared);
+    begin(vec, shared);
     __syncthreads();
-    if (row >= f.rows) return;
+    if (row >= rows) return;
     float2 sum = {0, 0};
-    const auto *first = f.weight + (int64_t)row * f.D, *second = row + 1 < f.rows ? first + f.D : first;
+    const X *first = weight + (int64_t)row * D, *second = row + 1 < rows ? first + D : first;
 #pragma unroll 4
-    for (int i = threadIdx.x % 32 * V; i < f.D; i += 32 * V) {
+    for (int i = threadIdx.x % 32 * V; i < D; i += 32 * V) {
         float a[V], b[V], x[V];
         read_some<V>(a, first + i);
         read_some<V>(b, second + i);
@@ -3310,45 +3101,39 @@ template <int V, typename F> __global__ void __launch_bounds__(128) decode_kerne
         for (int e = 0; e < V; e++) { sum.x += a[e] * x[e]; sum.y += b[e] * x[e]; }
     }
     sum = {warp_sum(sum.x), warp_sum(sum.y)};
-    if (threadIdx.x % 32 == 0) f.end(row, sum, vec, shared);
+    if (threadIdx.x % 32 == 0) end(row, sum, vec, shared);
 }
-template <typename F> static void decode(F f, int extra_blocks, cudaStream_t stream) {
-    int blocks = (f.rows + 7) / 8 + extra_blocks, bytes = f.D * (int)sizeof(float) + f.more;
-    launch_ahead(wide({f.D}, {f.weight}) ? decode_kernel<8, F> : decode_kernel<1, F>, blocks, 128, bytes, stream, f);
+template <typename X, typename Begin, typename End>
+static void decode(const X *weight, int rows, int D, int more, int extra_blocks, cudaStream_t stream, Begin begin, End end) {
+    int blocks = (rows + 7) / 8 + extra_blocks, bytes = D * (int)sizeof(float) + more;
+    launch_ahead(wide({D}, {weight}) ? decode_kernel<8, X, Begin, End> : decode_kernel<1, X, Begin, End>, blocks, 128, bytes,
+                 stream, weight, rows, D, begin, end);
 }
 
 // [9, 10, 11], and the last LayerNorm with the head: out = W LayerNorm(x) + b, and GELU on the first `gelu` rows
-template <typename X, typename O> struct DecodeIn {
-    O *out;
-    const float *x, *ln_weight, *ln_bias;
-    const X *weight, *bias;
-    int rows, D, more, gelu;
-    __device__ void begin(float *vec, float *shared) const {
+template <typename X, typename O>
+static void decode_in_gpu(O *out, const float *x, const float *ln_weight, const float *ln_bias, const X *weight, const X *bias,
+                          int rows, int D, int gelu, cudaStream_t stream) {
+    decode(weight, rows, D, 0, 0, stream, [=] __device__ (float *vec, float *shared) {
         float sum = 0, squares = 0;
         for (int i = threadIdx.x; i < D; i += 128) sum += vec[i] = x[i];
         float m = block_sum(sum, shared) / D;
         for (int i = threadIdx.x; i < D; i += 128) squares += (vec[i] - m) * (vec[i] - m);
         float r = 1 / sqrtf(block_sum(squares, shared) / D + 1e-5f);
         for (int i = threadIdx.x; i < D; i += 128) vec[i] = get(to<X>((vec[i] - m) * r * ln_weight[i] + ln_bias[i]));
-    }
-    __device__ void end(int row, float2 sum, const float *, const float *) const {
+    }, [=] __device__ (int row, float2 sum, const float *, const float *) {
         for (int r = row; r < row + 2 && r < rows; r++) {
             float v = (r == row ? sum.x : sum.y) + (bias ? get(bias[r]) : 0);
             out[r] = to<O>(r < gelu ? gelu_gpu(get(to<X>(v))) : v);
         }
-    }
-};
+    });
+}
 // [14, 18]: the projections of ā, turned by RoPE, to their place in the cache; the block after the last row: the gain
-template <typename X> struct DecodeProjections {
-    X *proj;
-    float *gamma;
-    const X *abar, *weight, *bias;
-    const float *gamma_weight, *gamma_bias;
-    float gamma_max;
-    Rope rope;
-    const int *first;
-    int rows, D, more, turned;
-    __device__ void begin(float *vec, float *shared) const {
+template <typename X>
+static void decode_projections_gpu(X *proj, float *gamma, const X *abar, const X *weight, const X *bias,
+                                   const float *gamma_weight, const float *gamma_bias, float gamma_max, Rope rope,
+                                   const int *first, int rows, int D, int turned, cudaStream_t stream) {
+    decode(weight, rows, D, 0, 1, stream, [=] __device__ (float *vec, float *shared) {
         float dot = 0;
         int gain = blockIdx.x == gridDim.x - 1 && gamma_weight;
         for (int i = threadIdx.x; i < D; i += 128) {
@@ -3357,15 +3142,14 @@ template <typename X> struct DecodeProjections {
         }
         if (gain) dot = block_sum(dot, shared);
         if (gain && threadIdx.x == 0) gamma[0] = gain_forward_gpu(dot, gamma_bias[0], gamma_max);
-    }
-    __device__ void end(int row, float2 sum, const float *, const float *) const {
+    }, [=] __device__ (int row, float2 sum, const float *, const float *) {
         float v[2] = {get(to<X>(sum.x + get(bias[row]))), get(to<X>(sum.y + get(bias[row + 1])))};
         if (row < turned) turn_pairs<2>(v, rope, *first, row);
         X *out = proj + (int64_t)*first * rows + row;
         out[0] = to<X>(v[0]);
         out[1] = to<X>(v[1]);
-    }
-};
+    });
+}
 
 // [15, 16, 17, 19]: the rows are dealt to `splits` blocks a head, and to as many blocks as all heads have for the
 // feedback, a head of its own, D wide, over the strict past, with s for values. A block leaves its maximum, its Σ e and
@@ -3448,15 +3232,22 @@ __global__ void decode_attention_kernel(float *parts, const X *proj, const X *s,
         parts[2 + i] = sum;
     }
 }
+template <typename X>
+static void decode_attention_gpu(float *parts, const X *proj, const X *s, const int *first, int E, int D, int H, int G,
+                                 int feedback, int splits, cudaStream_t stream) {
+    int width = feedback ? D : D / H, floats = width > 8 * DECODE_THREADS ? width : 8 * DECODE_THREADS;
+    launch_ahead(wide({D, D / H, E}, {proj, s}) ? decode_attention_kernel<8, X> : decode_attention_kernel<1, X>,
+                 (1 + feedback) * H * splits, DECODE_THREADS, floats * (int)sizeof(float), stream, parts, proj, s, first, E, D, H,
+                 G, splits);
+}
 
 // The direct read f = W_o o, [19-22] s = f + γ c and the gate: the parts of o, and of c, come together on the way.
-template <typename X> struct DecodeMix {
-    X *s, *gated;
-    const float *parts, *gamma;
-    const X *weight, *g;
-    const int *first;
-    int rows, D, more, H, splits, feedback, plain; // plain: no W_o, f = o
-    __device__ void begin(float *vec, float *shared) const {
+// plain: no W_o, f = o
+template <typename X>
+static void decode_mix_gpu(X *s, X *gated, const float *parts, const float *gamma, const X *weight, const X *g,
+                           const int *first, int D, int H, int splits, int feedback, int plain, cudaStream_t stream) {
+    int more = (1 + feedback) * H * splits * (int)sizeof(float);
+    decode(weight, D, D, more, 0, stream, [=] __device__ (float *vec, float *shared) {
         float *factor = vec + D;
         int d = D / H, all = H * splits;
         for (int head = threadIdx.x / 32; head < H + feedback; head += 4) { // a warp: e^(max - top)/Σ of a head's parts
@@ -3483,15 +3274,14 @@ template <typename X> struct DecodeMix {
         __syncthreads();
         int row = 2 * (blockIdx.x * 4 + threadIdx.x / 32); // c of the warp's rows, to be read by its first lane
         float2 sum = {0, 0};
-        for (int p = all + threadIdx.x % 32; p < 2 * all && feedback && row < rows; p += 32) {
+        for (int p = all + threadIdx.x % 32; p < 2 * all && feedback && row < D; p += 32) {
             const float *part = parts + (int64_t)p * (D + 2) + 2 + row;
             sum.x += factor[p] * part[0];
             sum.y += factor[p] * part[1];
         }
         sum = {warp_sum(sum.x), warp_sum(sum.y)};
         if (threadIdx.x % 32 == 0) ((float2 *)shared)[threadIdx.x / 32] = sum;
-    }
-    __device__ void end(int row, float2 f, const float *vec, const float *shared) const {
+    }, [=] __device__ (int row, float2 f, const float *vec, const float *shared) {
         float2 c = ((const float2 *)shared)[threadIdx.x / 32];
         float both[2] = {plain ? vec[row] : f.x, plain ? vec[row + 1] : f.y}, past[2] = {c.x, c.y};
         for (int e = 0; e < 2; e++) {
@@ -3499,21 +3289,18 @@ template <typename X> struct DecodeMix {
             s[(int64_t)*first * D + row + e] = to<X>(v);
             gated[row + e] = to<X>(get(to<X>(v)) * get(g[row + e]));
         }
-    }
-};
+    });
+}
 // [13]: the residual
-template <typename X> struct DecodeOut {
-    float *x;
-    const X *gated, *weight, *bias;
-    int rows, D, more;
-    __device__ void begin(float *vec, float *) const {
+template <typename X>
+static void decode_out_gpu(float *x, const X *gated, const X *weight, const X *bias, int D, cudaStream_t stream) {
+    decode(weight, D, D, 0, 0, stream, [=] __device__ (float *vec, float *) {
         for (int i = threadIdx.x; i < D; i += 128) vec[i] = get(gated[i]);
-    }
-    __device__ void end(int row, float2 sum, const float *, const float *) const {
+    }, [=] __device__ (int row, float2 sum, const float *, const float *) {
         x[row] += sum.x + get(bias[row]);
         x[row + 1] += sum.y + get(bias[row + 1]);
-    }
-};
+    });
+}
 
 // Numbers of scratch: the parts, then the logits.
 static int64_t decode_parts(int D, int H) { return 2 * (int64_t)H * decode_splits(H) * (D + 2); }
@@ -3521,8 +3308,7 @@ static int64_t decode_parts(int D, int H) { return 2 * (int64_t)H * decode_split
 // ----------------------------------------------------------------------------
 // the model
 
-// As in train_sessa.c. x, rounded to X, is what the layer read from the residual stream, kept for the backward pass
-// only.
+// As in train_sessa.c. x, rounded to X, is what the layer read from the residual stream, kept for the backward pass only.
 template <typename X> struct LayerActivationsGPU {
     X *x;                       // (N,D)
     float *ln_mean, *ln_rstd;   // (N)
@@ -3555,8 +3341,7 @@ typedef struct {
 
 // The launches of one pass over a batch shape, recorded as a CUDA graph: then they cost the host one launch.
 typedef struct {
-    int pass, B, T, P; // pass 0: forward, 1: backward, 2: a token
-    double probability;
+    struct { int64_t pass, B, T, P; double dropout; } shape; // pass 0: forward, 1: backward, 2: a token
     int runs;
     cudaGraphExec_t graph;
 } Recording;
@@ -3567,7 +3352,6 @@ enum { N_RECORDINGS = 8 };
 // `places`: at multiples of 64 numbers, but for those that follow another within one product.
 template <typename X> struct ModelGPU {
     Model host;
-    int is_bf16;
     char *memory;                                // all of the model, one allocation
     int64_t count, *places;                      // numbers in a block; (rows of the table)
     float *params, *grads, *exp_avg, *exp_avg_sq;
@@ -3627,23 +3411,19 @@ template <typename X> static void direct_read_backward_gpu(ModelGPU<X> *m, int l
 
 template <typename X>
 static void attention_mixer_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int first, cudaStream_t stream) {
-    direct_read_forward_gpu(m, l, B, T, first, m->acts.layers[l].s + (size_t)first * m->host.config.d_model, stream,
-                            stream);
+    direct_read_forward_gpu(m, l, B, T, first, m->acts.layers[l].s + (size_t)first * m->host.config.d_model, stream, stream);
 }
 
 // With tiles, neither attention nor the feedback's weights and inverses need scratch or workspace of the other's: they go
 // beside each other.
 template <typename X>
 static void sessa_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int first, cudaStream_t stream) {
-    const Config *c = &m->host.config;
-    int D = c->d_model, E = proj_width(c);
+    int D = m->host.config.d_model, E = proj_width(&m->host.config), d = D / m->host.config.n_heads, P = m->host.P;
     LayerActivationsGPU<X> *a = &m->acts.layers[l];
     const X *q = a->proj + (size_t)first * E + E - 2 * D, *k = a->proj + E - D;
-    Panels p = feedback_panels<X>(B, T, D, m->host.P, wide({E, first}, {a->s, a->f, q, k, m->acts.scratch}));
-    cudaStream_t side = p.tiles && in_tiles(a->proj, a->proj, a->proj, E, D / c->n_heads) ? gpu.side : stream;
+    cudaStream_t side = in_tiles(a->proj, a->proj, a->proj, E, d) && P % 8 == 0 && first % 8 == 0 ? gpu.side : stream;
     direct_read_forward_gpu(m, l, B, T, first, a->f, stream, side);
-    feedback_forward_gpu(a->s, a->c, a->fb_stats, m->acts.scratch, a->f, q, k, E, a->gamma, B, T, D, first, m->host.P,
-                         stream, side);
+    feedback_forward_gpu(a->s, a->c, a->fb_stats, m->acts.scratch, a->f, q, k, E, a->gamma, B, T, D, first, P, stream, side);
 }
 
 template <typename X> static void sessa_backward_gpu(ModelGPU<X> *m, int l, int B, int T, cudaStream_t stream) {
@@ -3701,21 +3481,17 @@ template <typename X> struct MixerGPU {
     void (*forward)(ModelGPU<X> *model, int layer, int B, int T, int first, cudaStream_t stream);
     void (*backward)(ModelGPU<X> *model, int layer, int B, int T, cudaStream_t stream);
 };
-template <typename X> static MixerGPU<X> mixer_gpu(int mixer) {
-    static const MixerGPU<X> mixers_gpu[N_MIXERS] = {
-        {sessa_forward_gpu<X>, sessa_backward_gpu<X>},
-        {attention_mixer_forward_gpu<X>, direct_read_backward_gpu<X>},
-        {mamba2_forward_gpu<X>, mamba2_backward_gpu<X>},
-    };
-    return mixers_gpu[mixer];
-}
+template <typename X> static const MixerGPU<X> mixers_gpu[N_MIXERS] = {
+    {sessa_forward_gpu<X>, sessa_backward_gpu<X>},
+    {attention_mixer_forward_gpu<X>, direct_read_backward_gpu<X>},
+    {mamba2_forward_gpu<X>, mamba2_backward_gpu<X>},
+};
 
 // ----------------------------------------------------------------------------
 // the model's memory
 
 template <typename Y>
-static Y *add_activation(Table *table, Y *block, int layer, const char *name, int n_dims, int64_t d0, int64_t d1,
-                         int64_t d2) {
+static Y *add_activation(Table *table, Y *block, int layer, const char *name, int n_dims, int64_t d0, int64_t d1, int64_t d2) {
     if (table->count >= 0) table->count = round_up(table->count, 64);
     add_tensor(table, NULL, layer, name, n_dims, d0, d1, d2);
     return block ? block + table->rows[table->n - 1].offset : NULL;
@@ -3761,13 +3537,11 @@ template <typename X> static void carve_activations_gpu(ModelGPU<X> *m, int B, i
     float *fb = m->f_block;
     t->n = f->n = 0;
     t->count = f->count = 0;
+    X *read = training ? add_activation(t, x, -1, "encoded", 3, B, T, D) : NULL; // by the next layer
     for (int l = 0; l < c->n_layers; l++) {
         LayerActivationsGPU<X> *a = &acts->layers[l];
         if (l > 0) *a = acts->layers[0];
-        else a->x = NULL;
-        char name[32];
-        snprintf(name, sizeof(name), "layers.%d.residual", l - 1);
-        if (training) a->x = add_activation(t, x, -1, l ? name : "encoded", 3, B, T, D);
+        a->x = read;
         if (mamba2) mamba2_activations_gpu(m, l, B, T, mode);
         else {
             a->proj = add_activation(t, x, l, "proj", 3, B, T, E);
@@ -3799,10 +3573,9 @@ template <typename X> static void carve_activations_gpu(ModelGPU<X> *m, int B, i
         if (sessa && (keep_all || (H == 1 && training))) a->f = add_activation(t, x, l, "f", 3, B, T, D);
         if (!sessa && H == 1) a->f = a->s;
         if (keep_all) a->gated = add_activation(t, x, l, "gated", 3, B, T, D);
+        if (training) read = add_activation(t, x, l, "residual", 3, B, T, D);
     }
-    char name[32];
-    snprintf(name, sizeof(name), "layers.%d.residual", c->n_layers - 1);
-    acts->y = training ? add_activation(t, x, -1, name, 3, B, T, D) : NULL;
+    acts->y = read;
     acts->residual = add_activation(f, fb, -1, "stream", 3, B, T, D);
     acts->ln_mean = add_activation(f, fb, -1, "ln_f_mean", 2, B, T, 1);
     acts->ln_rstd = add_activation(f, fb, -1, "ln_f_rstd", 2, B, T, 1);
@@ -3814,15 +3587,16 @@ template <typename X> static void carve_activations_gpu(ModelGPU<X> *m, int B, i
     acts->hits = (char *)add_activation(f, fb, -1, "hits", 1, B * (int64_t)T / 4 + 1, 1, 1);
     acts->cosine = add_activation(f, fb, -1, "cosine", 2, T, d / 2, 1);
     acts->sine = add_activation(f, fb, -1, "sine", 2, T, d / 2, 1);
-    int64_t scratch = mamba2 ? scan_scratch_gpu(B, T, c->state_dim, 2 * D / c->head_dim)
-        : attention_scratch(gpu.hopper && m->is_bf16 && d % 8 == 0 && d <= 128, B, T, H, c->n_kv_heads, 0);
-    int64_t feedback = sessa ? feedback_panels<X>(B, T, D, 0).total : 0;
-    int64_t low = !sessa || mode == TRAIN ? 0 : feedback_panels<X>(B, T, D, keep_all, 0).total; // of tests, of generation
-    scratch = scratch > feedback ? scratch : feedback;
-    int64_t decoding = decode_parts(D, H) + c->vocab_size;
+    int tiles = gpu.hopper && sizeof(X) == sizeof(bf16) && d % 8 == 0 && d <= 128;
+    int64_t scratch = 0, wanted[] = {
+        mamba2 ? scan_scratch_gpu(B, T, c->state_dim, 2 * D / c->head_dim)
+               : attention_scratch(tiles, B, T, H, c->n_kv_heads, 0),
+        sessa ? feedback_panels<X>(B, T, D, 0).total : 0,
+        sessa && mode != TRAIN ? feedback_panels<X>(B, T, D, keep_all, 0).total : 0, // of tests, of generation
+        mode == GENERATE ? decode_parts(D, H) + c->vocab_size : 0};
+    for (int64_t numbers : wanted) scratch = scratch > numbers ? scratch : numbers;
+    acts->scratch = add_activation(f, fb, -1, "scratch", 1, scratch, 1, 1);
     m->decodes = mode == GENERATE && !mamba2 && D <= 8192;
-    if (m->decodes && decoding > scratch) scratch = decoding;
-    acts->scratch = add_activation(f, fb, -1, "scratch", 1, scratch > low ? scratch : low, 1, 1);
     if (!training) return;
     acts->dout = acts->layers[0].n; // free by then
     acts->ds = add_activation(t, x, -1, "ds", 3, B, T, D);
@@ -3852,7 +3626,8 @@ template <typename X> static void device_weights(const ModelGPU<X> *m, Weights *
     w->ln_f_bias = device_place(m, block, w->ln_f_bias);
 }
 
-template <typename X> static void model_free_gpu(ModelGPU<X> *m) {
+template <typename X> static void model_free_gpu(Model *model) {
+    ModelGPU<X> *m = (ModelGPU<X> *)model;
     if (gpu.ready) cudaStreamSynchronize(gpu.stream);
     cudaFree(m->memory);
     cudaFreeHost(m->host_inputs);
@@ -3865,29 +3640,27 @@ template <typename X> static void model_free_gpu(ModelGPU<X> *m) {
 }
 
 // The parts of the model's memory, one after the other; memory NULL: only their sizes.
-static char *take(char **memory, int64_t bytes) {
+template <typename Y> static Y *take(char **memory, int64_t count) {
     char *at = *memory;
-    *memory += round_up(bytes, 256);
-    return at;
+    *memory += round_up(count * (int64_t)sizeof(Y), 256);
+    return (Y *)at;
 }
 template <typename X> static int64_t carve_memory(ModelGPU<X> *m, char *memory, int B, int T, Mode mode) {
     char *at = memory;
-    int64_t block = m->count * (int64_t)sizeof(float), tokens = (int64_t)B * T;
-    m->params = (float *)take(&at, block);
-    m->grads = (float *)take(&at, mode >= TRAIN ? block : 0);
-    m->exp_avg = (float *)take(&at, mode >= TRAIN ? block : 0);
-    m->exp_avg_sq = (float *)take(&at, mode >= TRAIN ? block : 0);
-    m->copy = m->is_bf16 ? (X *)take(&at, m->count * (int64_t)sizeof(X)) : (X *)m->params;
-    m->decayed = (unsigned char *)take(&at, m->count / 64);
-    m->inputs = (Inputs *)take(&at, (int64_t)sizeof(Inputs) + (6 * tokens + 2) * (int64_t)sizeof(int));
-    m->x_block = (X *)take(&at, m->x_table.count * (int64_t)sizeof(X));
-    m->f_block = (float *)take(&at, m->f_table.count * (int64_t)sizeof(float));
+    int64_t tokens = (int64_t)B * T;
+    float **blocks[] = {&m->params, &m->grads, &m->exp_avg, &m->exp_avg_sq};
+    for (int i = 0; i < 4; i++) *blocks[i] = take<float>(&at, i == PARAMS || mode >= TRAIN ? m->count : 0);
+    m->copy = sizeof(X) == sizeof(bf16) ? take<X>(&at, m->count) : (X *)m->params;
+    m->decayed = take<unsigned char>(&at, m->count / 64);
+    m->inputs = (Inputs *)take<char>(&at, (int64_t)sizeof(Inputs) + (6 * tokens + 2) * (int64_t)sizeof(int));
+    m->x_block = take<X>(&at, m->x_table.count);
+    m->f_block = take<float>(&at, m->f_table.count);
     return at - memory;
 }
 
 template <typename X> static Model *model_create_gpu(const Config *c, int B, int T, Mode mode, char *error) {
     if (gpu_open(error)) return NULL;
-    int whole = 1;
+    int whole = 1, d = c->d_model / c->n_heads;
     if (c->mixer == MAMBA2 && !scan_rows(c->state_dim, c->head_dim, sizeof(X))) {
         fail(error, NULL, "--head-dim %d with --state-dim %d: too large for the GPU's shared memory", c->head_dim, c->state_dim);
         return NULL;
@@ -3897,8 +3670,9 @@ template <typename X> static Model *model_create_gpu(const Config *c, int B, int
     m->host.config = *c;
     m->host.B = B;
     m->host.T = T;
-    m->is_bf16 = sizeof(X) == sizeof(bf16);
     m->dlogits_ready = mode == TRAIN;
+    int64_t tokens = (int64_t)B * T, ids = (6 * tokens + 2) * (int64_t)sizeof(int), pairs = (int64_t)T * (d / 2);
+    real *tables = (real *)allocate(2 * pairs, sizeof(real), &whole); // cosine and sine
     m->host.weights.layers = (LayerWeights *)allocate(c->n_layers, sizeof(LayerWeights), &whole);
     m->weights.layers = (LayerWeights *)allocate(c->n_layers, sizeof(LayerWeights), &whole);
     m->grad.layers = (LayerWeights *)allocate(c->n_layers, sizeof(LayerWeights), &whole);
@@ -3906,7 +3680,7 @@ template <typename X> static Model *model_create_gpu(const Config *c, int B, int
     m->starts = (int *)allocate((int64_t)c->vocab_size + 1, sizeof(int), &whole);
     if (whole) carve_weights(&m->host.weights, &m->host.table, NULL, c);
     m->places = (int64_t *)allocate(m->host.table.n, sizeof(int64_t), &whole);
-    if (!whole) { fail(error, NULL, "out of memory"); model_free_gpu(m); return NULL; }
+    if (!whole) { fail(error, NULL, "out of memory"); free(tables); model_free_gpu<X>(&m->host); return NULL; }
     for (int i = 0; i < m->host.table.n; i++) { // the projections stay together: they are one product
         const Tensor *row = &m->host.table.rows[i];
         int follows = strstr(row->name, ".k_proj.") || strstr(row->name, ".v_proj.") || strstr(row->name, ".proj_fb.");
@@ -3918,45 +3692,38 @@ template <typename X> static Model *model_create_gpu(const Config *c, int B, int
     carve_activations_gpu(m, B, T, mode);
     double needed = INFINITY;
     size_t present = 0, all = 0;
-    if (m->host.table.count >= 0 && m->x_table.count >= 0 && m->f_table.count >= 0
-        && m->host.table.count < PTRDIFF_MAX / 64)
+    if (m->host.table.count >= 0 && m->x_table.count >= 0 && m->f_table.count >= 0 && m->host.table.count < PTRDIFF_MAX / 64)
         needed = (double)carve_memory(m, NULL, B, T, mode);
     CUDA(cudaMemGetInfo(&present, &all));
-    size_t tokens = (size_t)B * (size_t)T, ids = (6 * tokens + 2) * sizeof(int);
     cudaError_t code = cudaErrorMemoryAllocation;
     if (needed <= (double)present) code = cudaMalloc((void **)&m->memory, (size_t)needed);
-    if (code == cudaSuccess) code = cudaMallocHost((void **)&m->host_inputs, sizeof(Inputs) + ids + 2 * sizeof(double));
+    if (code == cudaSuccess) code = cudaMallocHost((void **)&m->host_inputs, sizeof(Inputs) + (size_t)ids + 2 * sizeof(double));
     if (code != cudaSuccess) {
         cudaGetLastError();
-        fail(error, NULL, "the model does not fit: it needs %.2f GiB of the GPU's memory, "
-             "of whose %.1f GiB %.2f are free", needed / 0x1p30, (double)all / 0x1p30, (double)present / 0x1p30);
-        model_free_gpu(m);
+        fail(error, NULL, "the model does not fit: it needs %.2f GiB of the GPU's memory, of whose %.1f GiB %.2f are free",
+             needed / 0x1p30, (double)all / 0x1p30, (double)present / 0x1p30);
+        free(tables);
+        model_free_gpu<X>(&m->host);
         return NULL;
     }
     m->host.bytes = needed + WORKSPACE;
     CUDA(cudaMemset(m->memory, 0, (size_t)needed));
     carve_memory(m, m->memory, B, T, mode);
     carve_activations_gpu(m, B, T, mode);
+    device_weights(m, &m->weights, m->params);
+    device_weights(m, &m->grad, m->grads);
     m->host_inputs->scale[1] = 0;
     m->host_inputs->scale[2] = 1;
     m->host_lists = m->host_inputs->ids + 2 * tokens;
-    m->host_sum = (double *)((char *)m->host_inputs + round_up((int64_t)(sizeof(Inputs) + ids), sizeof(double)));
-    device_weights(m, &m->weights, m->params);
-    device_weights(m, &m->grad, m->grads);
-    int64_t pairs = (int64_t)T * (c->d_model / c->n_heads / 2);
-    unsigned char *decayed = (unsigned char *)allocate(m->count / 64, 1, &whole);
-    real *tables = (real *)allocate(2 * pairs, sizeof(real), &whole);
-    if (!whole) { fail(error, NULL, "out of memory"); free(decayed); model_free_gpu(m); return NULL; }
+    m->host_sum = (double *)((char *)m->host_inputs + round_up((int64_t)sizeof(Inputs) + ids, sizeof(double)));
     for (int i = 0; i < m->host.table.n; i++) {
         const Tensor *row = &m->host.table.rows[i];
         int64_t from = m->places[i] / 64, end = (m->places[i] + row->count + 63) / 64;
-        if (row->n_dims >= 2) memset(decayed + from, 1, (size_t)(end - from));
+        if (row->n_dims >= 2) CUDA(cudaMemset(m->decayed + from, 1, (size_t)(end - from)));
     }
-    rope_table(tables, tables + pairs, T, c->d_model / c->n_heads);
-    CUDA(cudaMemcpy(m->decayed, decayed, (size_t)(m->count / 64), cudaMemcpyHostToDevice));
+    rope_table(tables, tables + pairs, T, d);
     CUDA(cudaMemcpy(m->acts.cosine, tables, (size_t)pairs * sizeof(real), cudaMemcpyHostToDevice));
     CUDA(cudaMemcpy(m->acts.sine, tables + pairs, (size_t)pairs * sizeof(real), cudaMemcpyHostToDevice));
-    free(decayed);
     free(tables);
     return &m->host;
 }
@@ -3970,8 +3737,7 @@ template <typename X, typename F> static void replay(ModelGPU<X> *m, Recording w
     Recording *r = NULL;
     for (int i = 0; i < N_RECORDINGS && !r; i++) {
         Recording *one = &m->recordings[i];
-        if (one->runs && one->pass == what.pass && one->B == what.B && one->T == what.T && one->P == what.P
-            && one->probability == what.probability) r = one;
+        if (one->runs && !memcmp(&one->shape, &what.shape, sizeof(what.shape))) r = one;
     }
     if (!r) {
         r = &m->recordings[m->oldest];
@@ -3993,35 +3759,27 @@ template <typename X, typename F> static void replay(ModelGPU<X> *m, Recording w
 
 // inputs: in the device's memory
 template <typename X>
-static void hidden_forward_gpu(ModelGPU<X> *m, const int *inputs, int B, int T, int first, double dropout,
-                               cudaStream_t stream) {
+static void hidden_forward_gpu(ModelGPU<X> *m, const int *inputs, int B, int T, int first, double dropout, cudaStream_t stream) {
     const Config *c = &m->host.config;
     int D = c->d_model, N = B * (T - first), last = c->n_layers - 1;
     ActivationsGPU<X> *acts = &m->acts;
-    const uint64_t *key = &m->inputs->dropout_key;
-    embedding_forward_gpu(acts->residual, inputs, m->weights.wte, mask_of(key, dropout, 0), B, T - first, D, stream);
+    auto mask = [&](int place) { return mask_of(&m->inputs->dropout_key, dropout, place); };
+    embedding_forward_gpu(acts->residual, inputs, m->weights.wte, mask(0), B, T - first, D, stream);
     for (int l = 0; l <= last; l++) {
         LayerWeights *w = &m->weights.layers[l];
         LayerActivationsGPU<X> *a = &acts->layers[l];
         const X *branch = l ? acts->layers[l - 1].branch : NULL;
-        // the residual of the layer before, then [9]
-        layernorm_forward_gpu(a->n, a->x, a->ln_mean, a->ln_rstd, acts->residual, branch, mask_of(key, dropout, 2 * l),
-                              w->ln_weight, w->ln_bias, N, D, stream);
-        // [10]
-        linear_forward_gpu(a->ag, 2 * D, a->n, as_x(m, w->W_in), as_x(m, w->b_in), N, D, 2 * D, stream);
-        // [11], with the gain of [18]
+        layernorm_forward_gpu(a->n, a->x, a->ln_mean, a->ln_rstd, acts->residual, branch, mask(2 * l), w->ln_weight, w->ln_bias,
+                              N, D, stream);                                                       // [13] of the layer before, [9]
+        linear_forward_gpu(a->ag, 2 * D, a->n, as_x(m, w->W_in), as_x(m, w->b_in), N, D, 2 * D, stream);                    // [10]
         gelu_forward_gpu(a->abar, a->gamma, a->ag, 2 * D, w->gamma_weight, w->gamma_bias, (float)c->gamma_max, N, D,
-                         stream);
-        // [12]
-        mixer_gpu<X>(c->mixer).forward(m, l, B, T, first, stream);
-        // [13]
-        gate_forward_gpu(a->gated, a->s + (size_t)first * D, a->ag + D, 2 * D, mask_of(key, dropout, 1 + 2 * l), N, D,
-                         stream);
+                         stream);                                                                                     // [11, 18]
+        mixers_gpu<X>[c->mixer].forward(m, l, B, T, first, stream);                                                         // [12]
+        gate_forward_gpu(a->gated, a->s + (size_t)first * D, a->ag + D, 2 * D, mask(1 + 2 * l), N, D, stream);              // [13]
         linear_forward_gpu(a->branch, D, a->gated, as_x(m, w->W_out), as_x(m, w->b_out), N, D, D, stream);
     }
     layernorm_forward_gpu(acts->ln_f, acts->y, acts->ln_mean, acts->ln_rstd, acts->residual, acts->layers[last].branch,
-                          mask_of(key, dropout, 2 + 2 * last), m->weights.ln_f_weight, m->weights.ln_f_bias, N, D,
-                          stream);
+                          mask(2 + 2 * last), m->weights.ln_f_weight, m->weights.ln_f_bias, N, D, stream);
 }
 
 // out = Σ x_i, or Σ x_i², in double: a block takes its share, then one block those of the blocks.
@@ -4046,7 +3804,8 @@ template <int SQUARES> static void sum_gpu(double *out, const float *x, int64_t 
 }
 
 template <typename X>
-static double model_forward_gpu(ModelGPU<X> *m, const int *inputs, const int *targets, int B, int T, Dropout drop) {
+static double model_forward_gpu(Model *model, const int *inputs, const int *targets, int B, int T, Dropout drop) {
+    ModelGPU<X> *m = (ModelGPU<X> *)model;
     cudaStream_t stream = gpu.stream;
     int D = m->host.config.d_model, V = m->host.config.vocab_size, N = B * T;
     ActivationsGPU<X> *acts = &m->acts;
@@ -4054,12 +3813,11 @@ static double model_forward_gpu(ModelGPU<X> *m, const int *inputs, const int *ta
     host->dropout_key = dropout_key(drop);
     memcpy(host->ids, inputs, sizeof(int) * (size_t)N);
     memcpy(host->ids + N, targets, sizeof(int) * (size_t)N);
-    CUDA(cudaMemcpyAsync(m->inputs, host, sizeof(Inputs) + sizeof(int) * 2 * (size_t)N, cudaMemcpyHostToDevice,
-                         stream));
+    CUDA(cudaMemcpyAsync(m->inputs, host, sizeof(Inputs) + sizeof(int) * 2 * (size_t)N, cudaMemcpyHostToDevice, stream));
     m->host.batch_B = B;
     m->host.batch_T = T;
     m->host.drop = drop;
-    replay(m, {0, B, T, m->host.P, drop.probability, 0, NULL}, [&] {
+    replay(m, {{0, B, T, m->host.P, drop.probability}, 0, NULL}, [&] {
         const int *ids = m->inputs->ids;
         hidden_forward_gpu(m, ids, B, T, 0, drop.probability, stream);
         linear_forward_gpu(acts->logits, (int)acts->ld_logits, acts->ln_f, as_x(m, m->weights.wte), (const X *)NULL, N,
@@ -4072,66 +3830,65 @@ static double model_forward_gpu(ModelGPU<X> *m, const int *inputs, const int *ta
     return *m->host_sum;
 }
 
-template <typename X> static void model_hits_gpu(ModelGPU<X> *m, char *hits) {
-    CUDA(cudaMemcpyAsync(hits, m->acts.hits, (size_t)(m->host.batch_B * m->host.batch_T), cudaMemcpyDeviceToHost, gpu.stream));
+template <typename X> static void model_hits_gpu(Model *m, char *hits) {
+    CUDA(cudaMemcpyAsync(hits, ((ModelGPU<X> *)m)->acts.hits, (size_t)(m->batch_B * m->batch_T), cudaMemcpyDeviceToHost,
+                         gpu.stream));
     CUDA(cudaStreamSynchronize(gpu.stream));
 }
 
-// The launches of the backward pass, down to dx, the gradient of the embedding's output.
-template <typename X> static void backward_launches_gpu(ModelGPU<X> *m, int B, int T, double dropout,
-        cudaStream_t stream) {
+// model_backward, all but its last line: down to dx, the gradient of the embedding's output.
+template <typename X> static void backward_launches_gpu(ModelGPU<X> *m, int B, int T, double dropout, cudaStream_t stream) {
     const Config *c = &m->host.config;
     int D = c->d_model, V = c->vocab_size, N = B * T, last = c->n_layers - 1, ld_logits = (int)m->acts.ld_logits;
     ActivationsGPU<X> *acts = &m->acts;
     Weights *w = &m->weights, *dw = &m->grad;
-    const uint64_t *key = &m->inputs->dropout_key;
     float *dx = acts->residual;
+    auto mask = [&](int place) { return mask_of(&m->inputs->dropout_key, dropout, place); };
     if (!m->dlogits_ready)
-        crossentropy_gpu(acts->losses, acts->hits, acts->logits, acts->logits, ld_logits, m->inputs->ids + N, N, V,
-                         stream);
-    linear_backward_gpu(acts->ds, dw->wte, acts->logits, ld_logits, acts->ln_f, as_x(m, w->wte), N, D, V, stream,
-                        m->inputs->scale);
-    layernorm_backward_gpu(dx, dw->ln_f_weight, dw->ln_f_bias, (X *)NULL, acts->dabar, dw->layers[last].b_out,
-                           mask_of(key, dropout, 2 + 2 * last), 1, acts->ds, acts->y, acts->ln_mean, acts->ln_rstd,
-                           w->ln_f_weight, w->ln_f_bias, N, D, &m->sums, stream);
+        crossentropy_gpu(acts->losses, acts->hits, acts->logits, acts->logits, ld_logits, m->inputs->ids + N, N, V, stream);
+    linear_backward_gpu(acts->ds, dw->wte, acts->logits, ld_logits, acts->ln_f, as_x(m, w->wte), N, D, V, stream, m->inputs->scale);
+    layernorm_backward_gpu(dx, dw->ln_f_weight, dw->ln_f_bias, (X *)NULL, acts->dabar, dw->layers[last].b_out, mask(2 + 2 * last),
+                           1, acts->ds, acts->y, acts->ln_mean, acts->ln_rstd, w->ln_f_weight, w->ln_f_bias, N, D, &m->sums,
+                           stream);
     for (int l = last; l >= 0; l--) {
         LayerWeights *wl = &w->layers[l], *dwl = &dw->layers[l];
         LayerActivationsGPU<X> *a = &acts->layers[l];
         // out through W_out and the gate; the gradients of a and g take their place, s ⊙ g and ā come again
         linear_backward_gpu(acts->ds, (float *)NULL, acts->dabar, D, a->gated, as_x(m, wl->W_out), N, D, D, stream);
-        gate_backward_gpu(acts->ds, a->ag + D, dwl->b_in + D, a->gated, a->abar, acts->ds, a->s, a->ag, a->ag + D,
-                          2 * D, mask_of(key, dropout, 1 + 2 * l), N, D, &m->sums, stream);
+        gate_backward_gpu(acts->ds, a->ag + D, dwl->b_in + D, a->gated, a->abar, acts->ds, a->s, a->ag, a->ag + D, 2 * D,
+                          mask(1 + 2 * l), N, D, &m->sums, stream);
         linear_backward_gpu((X *)NULL, dwl->W_out, acts->dabar, D, a->gated, as_x(m, wl->W_out), N, D, D, stream);
         // through the mixer
-        mixer_gpu<X>(c->mixer).backward(m, l, B, T, stream);
-        gelu_backward_gpu(a->ag, dwl->b_in, dwl->gamma_weight, dwl->gamma_bias, acts->dabar, a->ag, 2 * D, acts->dgamma,
-                          a->gamma, wl->gamma_weight, (float)c->gamma_max, N, D, &m->sums, stream);
+        mixers_gpu<X>[c->mixer].backward(m, l, B, T, stream);
+        gelu_backward_gpu(a->ag, dwl->b_in, dwl->gamma_weight, dwl->gamma_bias, acts->dabar, a->ag, 2 * D, acts->dgamma, a->gamma,
+                          wl->gamma_weight, (float)c->gamma_max, N, D, &m->sums, stream);
         // through W_in and the LayerNorm, whose output comes again in ds; on to the branch of the layer below
         linear_backward_gpu(acts->ds, (float *)NULL, a->ag, 2 * D, acts->ds, as_x(m, wl->W_in), N, D, 2 * D, stream);
         layernorm_backward_gpu(dx, dwl->ln_weight, dwl->ln_bias, acts->ds, l ? acts->dabar : (X *)NULL,
-                               l ? dw->layers[l - 1].b_out : (float *)NULL, mask_of(key, dropout, 2 * l), 0, acts->ds,
-                               a->x, a->ln_mean, a->ln_rstd, wl->ln_weight, wl->ln_bias, N, D, &m->sums, stream);
+                               l ? dw->layers[l - 1].b_out : (float *)NULL, mask(2 * l), 0, acts->ds, a->x, a->ln_mean,
+                               a->ln_rstd, wl->ln_weight, wl->ln_bias, N, D, &m->sums, stream);
         linear_backward_gpu((X *)NULL, dwl->W_in, a->ag, 2 * D, acts->ds, as_x(m, wl->W_in), N, D, 2 * D, stream);
         column_sums_gpu(&m->sums, stream);
     }
 }
 
 // The host sorts the tokens while the device is on its way back to them.
-template <typename X> static void model_backward_gpu(ModelGPU<X> *m, double dloss) {
+template <typename X> static void model_backward_gpu(Model *model, double dloss) {
+    ModelGPU<X> *m = (ModelGPU<X> *)model;
     cudaStream_t stream = gpu.stream;
     int B = m->host.batch_B, T = m->host.batch_T, N = B * T, D = m->host.config.d_model;
     Inputs *host = m->host_inputs;
     int *lists = m->inputs->ids + (m->host_lists - host->ids);
     host->scale[0] = (float)dloss;
     CUDA(cudaMemcpyAsync(m->inputs->scale, host->scale, sizeof(host->scale), cudaMemcpyHostToDevice, stream));
-    replay(m, {1, B, T, m->host.P, m->host.drop.probability, 0, NULL},
+    replay(m, {{1, B, T, m->host.P, m->host.drop.probability}, 0, NULL},
            [&] { backward_launches_gpu(m, B, T, m->host.drop.probability, stream); });
     TokenLists t = sort_tokens(m->host_lists, m->starts, host->ids, N, m->host.config.vocab_size);
     CUDA(cudaMemcpyAsync(lists, m->host_lists, sizeof(int) * (4 * (size_t)N + 2), cudaMemcpyHostToDevice, stream));
     embedding_backward_gpu(m->grad.wte, (float *)m->acts.dproj, m->acts.residual, lists, t, B, T, D, stream);
 }
 
-// A thread takes 4 numbers; all parameters in one launch, the tensors' ends rounded up hold zeros that stay zeros.
+// adamw: a thread takes 4 numbers; all parameters in one launch, the tensors' ends rounded up hold zeros that stay zeros.
 template <typename X>
 __global__ void adamw_kernel(float *w, float *g, float *exp_avg, float *exp_avg_sq, X *copy,
                              const unsigned char *decayed, int64_t n, float beta1, float beta2, float rate1,
@@ -4156,7 +3913,8 @@ __global__ void adamw_kernel(float *w, float *g, float *exp_avg, float *exp_avg_
     write_some<4>(exp_avg_sq + i, v);
     if constexpr (sizeof(X) == 2) *(uint2 *)(copy + i) = make_uint2(pack_two(p[0], p[1]), pack_two(p[2], p[3]));
 }
-template <typename X> static void model_update_gpu(ModelGPU<X> *m, AdamW o, double grad_scale, int64_t step) {
+template <typename X> static void model_update_gpu(Model *model, AdamW o, double grad_scale, int64_t step) {
+    ModelGPU<X> *m = (ModelGPU<X> *)model;
     LAUNCH(adamw_kernel<X>, (unsigned)((m->count / 4 + 255) / 256), 256, 0, gpu.stream, m->params, m->grads, m->exp_avg,
            m->exp_avg_sq, m->copy, m->decayed, m->count, (float)o.beta1, (float)o.beta2, (float)(1 - o.beta1),
            (float)(1 - o.beta2), (float)(1 - o.lr * o.weight_decay), (float)(o.lr / (1 - pow(o.beta1, (double)step))),
@@ -4166,152 +3924,104 @@ template <typename X> static void model_update_gpu(ModelGPU<X> *m, AdamW o, doub
 template <typename X> static void hidden_decode_gpu(ModelGPU<X> *m, cudaStream_t stream) {
     const Config *c = &m->host.config;
     int D = c->d_model, H = c->n_heads, G = c->n_kv_heads, d = D / H, E = proj_width(c), feedback = c->mixer == SESSA,
-        splits = decode_splits(H), all = (1 + feedback) * H * splits, width = feedback ? D : d,
-        shared = (width > 8 * DECODE_THREADS ? width : 8 * DECODE_THREADS) * (int)sizeof(float);
+        splits = decode_splits(H);
     const int *first = &m->inputs->first;
     float *x = m->acts.residual, *parts = m->acts.scratch;
+    Rope rope = {m->acts.cosine, m->acts.sine, m->host.T, d / 2, 0, 1};
     embedding_forward_gpu(x, m->inputs->ids, m->weights.wte, mask_of(NULL, 0, 0), 1, 1, D, stream);
     for (int l = 0; l < c->n_layers; l++) {
         LayerWeights *w = &m->weights.layers[l];
         LayerActivationsGPU<X> *a = &m->acts.layers[l];
-        DecodeIn<X, X> in = {a->ag, x, w->ln_weight, w->ln_bias, as_x(m, w->W_in), as_x(m, w->b_in), 2 * D, D, 0, D};
-        decode(in, 0, stream);
-        DecodeProjections<X> projections = {a->proj, a->gamma, a->ag, as_x(m, w->W_qkv), as_x(m, w->b_qkv),
-                                            w->gamma_weight, w->gamma_bias, (float)c->gamma_max,
-                                            {m->acts.cosine, m->acts.sine, m->host.T, d / 2, 0, 1}, first, E, D, 0, (H + G) * d};
-        decode(projections, 1, stream);
-        launch_ahead(wide({D, d, E}, {a->proj, a->s}) ? decode_attention_kernel<8, X> : decode_attention_kernel<1, X>,
-                     all, DECODE_THREADS, shared, stream, parts, (const X *)a->proj, (const X *)a->s, first, E, D, H, G,
-                     splits);
-        DecodeMix<X> mix = {a->s, a->gated, parts, a->gamma, as_x(m, w->W_o ? w->W_o : w->W_out), a->ag + D, first, D, D,
-                            (1 + feedback) * H * splits * (int)sizeof(float), H, splits, feedback, !w->W_o};
-        decode(mix, 0, stream);
-        DecodeOut<X> out = {x, a->gated, as_x(m, w->W_out), as_x(m, w->b_out), D, D, 0};
-        decode(out, 0, stream);
+        decode_in_gpu(a->ag, x, w->ln_weight, w->ln_bias, as_x(m, w->W_in), as_x(m, w->b_in), 2 * D, D, D, stream);
+        decode_projections_gpu(a->proj, a->gamma, a->ag, as_x(m, w->W_qkv), as_x(m, w->b_qkv), w->gamma_weight, w->gamma_bias,
+                               (float)c->gamma_max, rope, first, E, D, (H + G) * d, stream);
+        decode_attention_gpu(parts, a->proj, a->s, first, E, D, H, G, feedback, splits, stream);
+        decode_mix_gpu(a->s, a->gated, parts, a->gamma, as_x(m, w->W_o ? w->W_o : w->W_out), a->ag + D, first, D, H, splits,
+                       feedback, !w->W_o, stream);
+        decode_out_gpu(x, a->gated, as_x(m, w->W_out), as_x(m, w->b_out), D, stream);
     }
-    DecodeIn<X, float> head = {parts + decode_parts(D, H), x, m->weights.ln_f_weight, m->weights.ln_f_bias,
-                               as_x(m, m->weights.wte), (const X *)NULL, c->vocab_size, D, 0, 0};
-    decode(head, 0, stream);
+    decode_in_gpu(parts + decode_parts(D, H), x, m->weights.ln_f_weight, m->weights.ln_f_bias, as_x(m, m->weights.wte),
+                  (const X *)NULL, c->vocab_size, D, 0, stream);
 }
 
-template <typename X> static void model_extend_gpu(ModelGPU<X> *m, const int *tokens, int n, int first, real *logits) {
+template <typename X> static void model_extend_gpu(Model *model, const int *tokens, int n, int first, real *logits) {
+    ModelGPU<X> *m = (ModelGPU<X> *)model;
     cudaStream_t stream = gpu.stream;
     int D = m->host.config.d_model, V = m->host.config.vocab_size;
-    bf16 narrow;
+    float *row = m->acts.scratch + decode_parts(D, m->host.config.n_heads);
     m->host_inputs->first = first;
     memcpy(m->host_inputs->ids, tokens, sizeof(int) * (size_t)n);
-    CUDA(cudaMemcpyAsync(m->inputs, m->host_inputs, sizeof(Inputs) + sizeof(int) * (size_t)n, cudaMemcpyHostToDevice,
-                         stream));
-    if (n == 1 && m->decodes) {
-        replay(m, {2, 0, 0, 0, 0, 0, NULL}, [&] { hidden_decode_gpu(m, stream); });
-        CUDA(cudaMemcpyAsync(logits, m->acts.scratch + decode_parts(D, m->host.config.n_heads), sizeof(float) * (size_t)V,
-                             cudaMemcpyDeviceToHost, stream));
-        CUDA(cudaStreamSynchronize(stream));
-        return;
+    CUDA(cudaMemcpyAsync(m->inputs, m->host_inputs, sizeof(Inputs) + sizeof(int) * (size_t)n, cudaMemcpyHostToDevice, stream));
+    if (n == 1 && m->decodes) replay(m, {{2, 0, 0, 0, 0}, 0, NULL}, [&] { hidden_decode_gpu(m, stream); });
+    else {
+        hidden_forward_gpu(m, m->inputs->ids, 1, first + n, first, 0, stream);
+        linear_forward_gpu(m->acts.logits, V, m->acts.ln_f + (size_t)(n - 1) * D, as_x(m, m->weights.wte), (const X *)NULL, 1, D,
+                           V, stream);
+        copy_gpu(row, V, m->acts.logits, 1, V, stream);
     }
-    hidden_forward_gpu(m, m->inputs->ids, 1, first + n, first, 0, stream);
-    linear_forward_gpu(m->acts.logits, V, m->acts.ln_f + (size_t)(n - 1) * D, as_x(m, m->weights.wte), (const X *)NULL,
-                       1, D, V, stream);
-    CUDA(cudaMemcpyAsync(logits, m->acts.logits, sizeof(X) * (size_t)V, cudaMemcpyDeviceToHost, stream));
+    CUDA(cudaMemcpyAsync(logits, row, sizeof(float) * (size_t)V, cudaMemcpyDeviceToHost, stream));
     CUDA(cudaStreamSynchronize(stream));
-    for (int i = V - 1; i >= 0 && m->is_bf16; i--) { // from the last: a float takes the place of two
-        memcpy(&narrow, (const char *)logits + i * sizeof(bf16), sizeof(bf16));
-        logits[i] = __bfloat162float(narrow);
-    }
 }
 
 // ----------------------------------------------------------------------------
 // the backend
 
 // Tensor by tensor between the device's block and the host's, which follows the table.
-template <typename X> static real *read_gpu(ModelGPU<X> *m, Block block) {
-    real **host = block == PARAMS ? &m->host.params : block == GRADS ? &m->host.grads : block == EXP_AVG
-        ? &m->host.exp_avg : &m->host.exp_avg_sq;
-    const float *device = block == PARAMS ? m->params : block == GRADS ? m->grads : block == EXP_AVG
-        ? m->exp_avg : m->exp_avg_sq;
-    if (!*host) *host = (real *)calloc((size_t)m->host.table.count + 1, sizeof(real));
-    if (!*host) { fprintf(stderr, "train_sessa: no %.2f GiB of memory for a copy of the parameters\n",
-                  (double)m->host.table.count * sizeof(real) / 0x1p30); exit(1); }
-    for (int i = 0; i < m->host.table.n; i++)
-        CUDA(cudaMemcpyAsync(*host + m->host.table.rows[i].offset, device + m->places[i],
-             sizeof(real) * (size_t)m->host.table.rows[i].count, cudaMemcpyDeviceToHost, gpu.stream));
+template <typename X> static real *copy_block(ModelGPU<X> *m, Block block, cudaMemcpyKind way) {
+    real **hosts[] = {&m->host.params, &m->host.grads, &m->host.exp_avg, &m->host.exp_avg_sq}, *host = *hosts[block];
+    float *blocks[] = {m->params, m->grads, m->exp_avg, m->exp_avg_sq}, *device = blocks[block];
+    if (!host) host = *hosts[block] = (real *)calloc((size_t)m->host.table.count + 1, sizeof(real));
+    if (!host) {
+        fprintf(stderr, "train_sessa: no %.2f GiB of memory for a copy of the parameters\n",
+                (double)m->host.table.count * sizeof(real) / 0x1p30);
+        exit(1);
+    }
+    for (int i = 0; i < m->host.table.n; i++) {
+        void *ends[] = {host + m->host.table.rows[i].offset, device + m->places[i]};
+        int back = way == cudaMemcpyDeviceToHost;
+        CUDA(cudaMemcpyAsync(ends[!back], ends[back], sizeof(real) * (size_t)m->host.table.rows[i].count, way, gpu.stream));
+    }
+    return host;
+}
+template <typename X> static real *read_gpu(Model *model, Block block) {
+    real *host = copy_block((ModelGPU<X> *)model, block, cudaMemcpyDeviceToHost);
     CUDA(cudaStreamSynchronize(gpu.stream));
-    return *host;
+    return host;
 }
-template <typename X> static void write_gpu(ModelGPU<X> *m, Block block) {
-    const real *host = block == PARAMS ? m->host.params : block == GRADS ? m->host.grads : block == EXP_AVG
-        ? m->host.exp_avg : m->host.exp_avg_sq;
-    float *device = block == PARAMS ? m->params : block == GRADS ? m->grads : block == EXP_AVG
-        ? m->exp_avg : m->exp_avg_sq;
-    for (int i = 0; i < m->host.table.n; i++)
-        CUDA(cudaMemcpyAsync(device + m->places[i], host + m->host.table.rows[i].offset,
-             sizeof(real) * (size_t)m->host.table.rows[i].count, cudaMemcpyHostToDevice, gpu.stream));
-    BlockCopy<X, float> copy = {m->copy, m->params, {NULL, NULL, 0}, 0, 0, INT_MAX, 64, 64};
-    if (block == PARAMS && m->is_bf16) each(copy, m->count / 64, 64, 1, gpu.stream);
+template <typename X> static void write_gpu(Model *model, Block block) {
+    ModelGPU<X> *m = (ModelGPU<X> *)model;
+    copy_block(m, block, cudaMemcpyHostToDevice);
+    if (block == PARAMS && sizeof(X) == sizeof(bf16)) copy_gpu(m->copy, 64, m->params, (int)(m->count / 64), 64, gpu.stream);
     CUDA(cudaStreamSynchronize(gpu.stream));
 }
-
-// The model behind the pointer is a ModelGPU<bf16> or a ModelGPU<float>.
-static ModelGPU<bf16> *bf16_model(Model *m) { return ((ModelGPU<bf16> *)m)->is_bf16 ? (ModelGPU<bf16> *)m : NULL; }
-static ModelGPU<float> *float_model(Model *m) { return (ModelGPU<float> *)m; }
-
-static Model *cuda_create(const Config *c, int B, int T, Mode mode, char *error) {
-    return gpu.precision == BF16 ? model_create_gpu<bf16>(c, B, T, mode, error) : model_create_gpu<float>(c, B, T, mode,
-            error);
-}
-static void cuda_destroy(Model *m) { if (bf16_model(m)) model_free_gpu(bf16_model(m));
-                                     else model_free_gpu(float_model(m)); }
-static double cuda_bytes(const Model *m) { return m->bytes; }
-static real *cuda_read(Model *m, Block block) { return bf16_model(m) ? read_gpu(bf16_model(m),
-                                                block) : read_gpu(float_model(m), block); }
-static void cuda_write(Model *m, Block block) { if (bf16_model(m)) write_gpu(bf16_model(m), block);
-                                                else write_gpu(float_model(m), block); }
-static double cuda_forward(Model *m, const int *inputs, const int *targets, int B, int T, Dropout drop) {
-    return bf16_model(m) ? model_forward_gpu(bf16_model(m), inputs, targets, B, T,
-                                             drop) : model_forward_gpu(float_model(m), inputs, targets, B, T, drop);
-}
-static void cuda_hits(Model *m, char *hits) {
-    if (bf16_model(m)) model_hits_gpu(bf16_model(m), hits);
-    else model_hits_gpu(float_model(m), hits);
-}
-static void cuda_backward(Model *m, double dloss) { if (bf16_model(m)) model_backward_gpu(bf16_model(m), dloss);
-        else model_backward_gpu(float_model(m), dloss); }
-template <typename X> static double grad_norm_gpu(ModelGPU<X> *m) {
+static double bytes_gpu(const Model *m) { return m->bytes; }
+template <typename X> static double grad_norm_gpu(Model *model) {
+    ModelGPU<X> *m = (ModelGPU<X> *)model;
     sum_gpu<1>(m->host_sum + 1, m->grads, m->count, gpu.stream);
     CUDA(cudaStreamSynchronize(gpu.stream));
     return sqrt(m->host_sum[1]);
 }
-static double cuda_grad_norm(Model *m) {
-    return bf16_model(m) ? grad_norm_gpu(bf16_model(m)) : grad_norm_gpu(float_model(m));
-}
-static void cuda_update(Model *m, AdamW o, double grad_scale, int64_t step) {
-    if (bf16_model(m)) model_update_gpu(bf16_model(m), o, grad_scale, step);
-    else model_update_gpu(float_model(m), o, grad_scale, step);
-}
-static void cuda_extend(Model *m, const int *tokens, int n, int first, real *logits) {
-    if (bf16_model(m)) model_extend_gpu(bf16_model(m), tokens, n, first, logits);
-    else model_extend_gpu(float_model(m), tokens, n, first, logits);
-}
 
-static const Backend cuda_backend = {"CUDA", cuda_create, cuda_destroy, cuda_bytes, cuda_read, cuda_write, cuda_forward,
-                                     cuda_hits, cuda_backward, cuda_grad_norm, cuda_update,
-                                     cuda_extend};
+// The Model behind the pointer is a ModelGPU<X>.
+template <typename X> static const Backend backend_of = {
+    "CUDA", model_create_gpu<X>, model_free_gpu<X>, bytes_gpu, read_gpu<X>, write_gpu<X>, model_forward_gpu<X>,
+    model_hits_gpu<X>, model_backward_gpu<X>, grad_norm_gpu<X>, model_update_gpu<X>, model_extend_gpu<X>};
+static const Backend *backend_gpu(void) { return gpu.precision == BF16 ? &backend_of<bf16> : &backend_of<float>; }
 
 // ----------------------------------------------------------------------------
 // the program
 
 // Takes --precision out of the command line. Returns 0, or 2 after a line on standard error.
 static int take_precision(int *argc, char **argv) {
-    static const char name[] = "--precision";
     int kept = 1;
     for (int i = 1; i < *argc; i++) {
-        int same = !strncmp(argv[i], name, sizeof(name) - 1), joined = same && argv[i][sizeof(name) - 1] == '=';
-        if (!joined && (!same || argv[i][sizeof(name) - 1])) { argv[kept++] = argv[i]; continue; }
-        const char *value = joined ? argv[i] + sizeof(name) : i + 1 < *argc ? argv[++i] : "";
-        int found = -1;
-        for (int p = FP32; p <= BF16; p++)
-            if (!strcmp(value, precision_names[p])) found = p;
-        if (found < 0) {
+        const char *value;
+        if (!strcmp(argv[i], "--precision")) value = i + 1 < *argc ? argv[++i] : "";
+        else if (!strncmp(argv[i], "--precision=", 12)) value = argv[i] + 12;
+        else { argv[kept++] = argv[i]; continue; }
+        int found = FP32;
+        while (found <= BF16 && strcmp(value, precision_names[found])) found++;
+        if (found > BF16) {
             fprintf(stderr, "train_sessa: --precision takes fp32, tf32 or bf16, not '%.100s'\n", value);
             return 2;
         }
@@ -4325,7 +4035,7 @@ static int run_cuda_program(int argc, char **argv) {
     int code = take_precision(&argc, argv), help = 0;
     for (int i = 1; i < argc; i++) help |= !strcmp(argv[i], "--help") || !strcmp(argv[i], "-h");
     static const char *const names[] = {"CUDA fp32", "CUDA tf32", "CUDA bf16"};
-    Backend backend = cuda_backend;
+    Backend backend = *backend_gpu();
     backend.name = names[gpu.precision];
     if (!code) code = run_program(argc, argv, &backend);
     if (!code && help)
