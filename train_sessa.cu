@@ -52,7 +52,7 @@ typedef struct {
 enum { WORKSPACE = 32 << 20, N_PRODUCTS = 1 << 13 };
 static struct {
     Precision precision;
-    int ready, hopper; // hopper: bf16 has kernels of its own for this GPU
+    int ready, hopper, processors; // hopper: bf16 has kernels of its own for this GPU
     CUresult (*encode_map)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
                            const cuuint64_t *, const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave,
                            CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
@@ -60,7 +60,7 @@ static struct {
     cudaEvent_t so_far;
     cublasLtHandle_t lt;
     char *workspace; // for cuBLASLt and for sums over rows, one at a time in the order of the stream
-} gpu = {BF16, 0, 0, NULL, NULL, NULL, NULL, NULL, NULL};
+} gpu = {BF16, 0, 0, 0, NULL, NULL, NULL, NULL, NULL, NULL};
 static Product products[N_PRODUCTS]; // each at its key's hash, until another takes its place
 
 // What fails here is a broken machine or a broken program: one line, exit code 1.
@@ -130,6 +130,7 @@ static int gpu_open(char *error) {
     cudaDriverEntryPointQueryResult found;
     int major = 0;
     CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
+    CUDA(cudaDeviceGetAttribute(&gpu.processors, cudaDevAttrMultiProcessorCount, 0));
     CUDA(cudaFuncGetAttributes(&built, built_for_hopper_kernel));
     CUDA(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)&gpu.encode_map, 12000, cudaEnableDefault,
                                           &found));
