@@ -52,7 +52,7 @@ typedef struct {
 enum { WORKSPACE = 32 << 20, N_PRODUCTS = 1 << 13 };
 static struct {
     Precision precision;
-    int ready, hopper; // hopper: bf16 has kernels of its own for this GPU
+    int ready, hopper, processors; // hopper: bf16 has kernels of its own for this GPU
     CUresult (*encode_map)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
                            const cuuint64_t *, const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave,
                            CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
@@ -60,7 +60,7 @@ static struct {
     cudaEvent_t so_far;
     cublasLtHandle_t lt;
     char *workspace; // for cuBLASLt and for sums over rows, one at a time in the order of the stream
-} gpu = {BF16, 0, 0, NULL, NULL, NULL, NULL, NULL, NULL};
+} gpu = {BF16, 0, 0, 0, NULL, NULL, NULL, NULL, NULL, NULL};
 static Product products[N_PRODUCTS]; // each at its key's hash, until another takes its place
 
 // What fails here is a broken machine or a broken program: one line, exit code 1.
@@ -130,6 +130,7 @@ static int gpu_open(char *error) {
     cudaDriverEntryPointQueryResult found;
     int major = 0;
     CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
+    CUDA(cudaDeviceGetAttribute(&gpu.processors, cudaDevAttrMultiProcessorCount, 0));
     CUDA(cudaFuncGetAttributes(&built, built_for_hopper_kernel));
     CUDA(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)&gpu.encode_map, 12000, cudaEnableDefault,
                                           &found));
@@ -3606,24 +3607,22 @@ template <typename X> static void carve_activations_gpu(ModelGPU<X> *m, int B, i
     m->sums.room = m->sums.next = add_activation(f, fb, -1, "sums", 1, column_sums_room(D, E), 1, 1);
 }
 
-// Where the device's blocks have a tensor that stands at `from` in a block that follows the table.
-template <typename X> static float *device_place(const ModelGPU<X> *m, float *block, const real *from) {
-    if (!from) return NULL;
-    for (int i = 0; i < m->host.table.n; i++)
-        if (m->host.table.rows[i].offset == from - (const real *)sizeof(real)) return block + m->places[i];
-    return NULL;
-}
+// Points the weights into a block of the device: first to addresses of a block that is nowhere and follows the table, then
+// to the places of the tensors that stand there.
 template <typename X> static void device_weights(const ModelGPU<X> *m, Weights *w, float *block) {
     Table table = {NULL, 0, 0};
-    // addresses of a block that is nowhere, then their places
-    carve_weights(w, &table, (real *)sizeof(real), &m->host.config);
-    free(table.rows);
-    real **fields = (real **)(void *)w->layers;
+    real *nowhere = (real *)sizeof(real), **fields = (real **)(void *)w->layers;
     size_t n = (size_t)m->host.config.n_layers * sizeof(LayerWeights) / sizeof(real *);
-    for (size_t i = 0; i < n; i++) fields[i] = device_place(m, block, fields[i]);
-    w->wte = device_place(m, block, w->wte);
-    w->ln_f_weight = device_place(m, block, w->ln_f_weight);
-    w->ln_f_bias = device_place(m, block, w->ln_f_bias);
+    auto move = [&](real **field) {
+        int i = 0;
+        if (!*field) return;
+        while (m->host.table.rows[i].offset != *field - nowhere) i++;
+        *field = block + m->places[i];
+    };
+    carve_weights(w, &table, nowhere, &m->host.config);
+    free(table.rows);
+    for (size_t i = 0; i < n; i++) move(&fields[i]);
+    for (real **field : {&w->wte, &w->ln_f_weight, &w->ln_f_bias}) move(field);
 }
 
 template <typename X> static void model_free_gpu(Model *model) {
@@ -3673,9 +3672,8 @@ template <typename X> static Model *model_create_gpu(const Config *c, int B, int
     m->dlogits_ready = mode == TRAIN;
     int64_t tokens = (int64_t)B * T, ids = (6 * tokens + 2) * (int64_t)sizeof(int), pairs = (int64_t)T * (d / 2);
     real *tables = (real *)allocate(2 * pairs, sizeof(real), &whole); // cosine and sine
-    m->host.weights.layers = (LayerWeights *)allocate(c->n_layers, sizeof(LayerWeights), &whole);
-    m->weights.layers = (LayerWeights *)allocate(c->n_layers, sizeof(LayerWeights), &whole);
-    m->grad.layers = (LayerWeights *)allocate(c->n_layers, sizeof(LayerWeights), &whole);
+    for (Weights *w : {&m->host.weights, &m->weights, &m->grad})
+        w->layers = (LayerWeights *)allocate(c->n_layers, sizeof(LayerWeights), &whole);
     m->acts.layers = (LayerActivationsGPU<X> *)allocate(c->n_layers, sizeof(LayerActivationsGPU<X>), &whole);
     m->starts = (int *)allocate((int64_t)c->vocab_size + 1, sizeof(int), &whole);
     if (whole) carve_weights(&m->host.weights, &m->host.table, NULL, c);
