@@ -1015,6 +1015,15 @@ __device__ static inline void barriers_ready() { // after their init
     asm volatile("fence.mbarrier_init.release.cluster;" : : : "memory");
     __syncthreads();
 }
+// `at` in the shared memory of the cluster's block number `rank`; an arrival there, after which it sees what was written
+__device__ static inline uint32_t shared_of(const void *at, int rank) {
+    uint32_t there;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_at(at)), "r"(rank));
+    return there;
+}
+__device__ static inline void barrier_arrive_at(uint64_t *barrier, int rank) {
+    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" : : "r"(shared_of(barrier, rank)) : "memory");
+}
 // The tile of `map` at column col of head h, row `row` of sequence b; its bytes count for the barrier.
 __device__ static inline void copy_tile(bf16 *tile, const CUtensorMap *map, int col, int h, int row, int b,
                                         uint64_t *barrier) {
@@ -1804,12 +1813,12 @@ static void attention_backward_gpu(X *dq, X *dk, X *dv, float *scratch, const X 
 // logits' product: e = exp(logit - m) needs no exact maximum, only one within the numbers' range, so m is 0 unless a
 // row's maximum is beyond e^±40; those rows are done again. Without, products are cuBLASLt's, and m is the maximum.
 
-enum { SEED = 64, BLOCK = 2 * SEED, REACH = 2048 };
+enum { SEED = 64, BLOCK = 2 * SEED, REACH = 2048, CLUSTER = 8 };
 
 // What scratch holds: where each part begins, in floats, and its shape. Without tiles T ≤ 2048 is one panel and e has
 // 256 MiB at most; with them, 512. A panel's rows take what is before it REACH rows at a time.
 typedef struct {
-    int tiles, march, R, P; // R, P: heights of panels and of blocks; march: all in one kernel
+    int tiles, march, R, P; // R, P: heights of panels and of blocks; march: solved by one kernel, in clusters of so many blocks
     int64_t ld, lx;   // from row to row of e: in floats before the softmax (without tiles), in X
     int64_t e;        // (B,R,ld)
     int64_t inverse;  // (B,R,P) X, the blocks of M on its diagonal
@@ -1827,8 +1836,10 @@ template <typename X> static Panels feedback_panels(int B, int T, int D, int P, 
     p.tiles = gpu.hopper && sizeof(X) == 2 && D % 8 == 0 && in_eights && P % 8 == 0;
     p.ld = round_up(T, 64);
     p.lx = p.tiles ? p.ld : p.ld * (int64_t)(sizeof(float) / sizeof(X));
-    p.march = p.tiles && P <= 0 && T <= REACH && (int64_t)B * ((D + 127) / 128) >= 48;
-    p.P = P > 0 || T <= BLOCK || p.march ? BLOCK : T <= 512 ? 2 * BLOCK : T <= 2048 ? 4 * BLOCK : 8 * BLOCK; // measured
+    int alone = p.tiles && P <= 0;
+    p.march = alone && (int64_t)B * ((D + 127) / 128) >= 48;
+    if (alone && T > REACH) p.march = CLUSTER;
+    p.P = P > 0 || T <= BLOCK || p.march == 1 ? BLOCK : T <= 512 ? 2 * BLOCK : T <= 2048 ? 4 * BLOCK : 8 * BLOCK; // measured
     int kept = 11 * D / p.P * p.P; // rows of e that take what a layer keeps
     p.R = P > 0 ? min_int(P, BLOCK) : !p.tiles || kept < REACH ? REACH : kept;
     p.R = min_int(p.R, (int)round_up(T, p.P));
@@ -2114,62 +2125,81 @@ static void feedback_panel(float *scratch, const Panels *p, float *stats, int kn
     }
 }
 
-// The solve of many short sequences, or of their adjoint (BACK), in one go: a block has 128 columns of one sequence and
-// walks along its blocks of 128 rows, from the last if BACK, each in the four products that the section begins with (or
-// those of feedback_panel_backward_gpu). Its first and second four warps have 64 rows each; a thread more has the operands
-// copied: e, M, and what the block itself has solved before, written to memory and read back.
-enum { STRIP = 128, MARCH_SLOTS = 4 };
-struct MarchShared {
-    bf16 a[MARCH_SLOTS][2][ATOM][ATOM], b[MARCH_SLOTS][2][ATOM][ATOM], right[2][BLOCK][ATOM], solved[2][BLOCK][ATOM];
-    uint64_t full[MARCH_SLOTS], free[MARCH_SLOTS], written;
+// The solve, or its adjoint (BACK), of positions begin .. end-1 in one go. C blocks, a cluster, have STRIP columns of one
+// sequence and walk along its blocks of C·128 rows, from the last if BACK, each in the four products that the section begins
+// with (or those of feedback_panel_backward_gpu). Block `rank` has two tiles of 64 rows, the first and second four warps one
+// each: tile rank and tile rank from the last, so that all have as much of the triangle. A thread more has the operands
+// copied: e, M, and what was solved before, written to memory and read back. What M and e_II multiply every block hands to
+// those of the cluster whose rows see it.
+enum { MARCH_SLOTS = 4 };
+template <int C> struct MarchShared {
+    enum { STRIP = C == 1 ? 128 : 64, BUFFERS = C == 1 ? 2 : 1 };
+    bf16 a[MARCH_SLOTS][2][ATOM][ATOM], b[MARCH_SLOTS][STRIP / ATOM][ATOM][ATOM], right[BUFFERS][STRIP / ATOM][C * BLOCK][ATOM];
+    uint64_t full[MARCH_SLOTS], free[MARCH_SLOTS], written, handed, done;
 };
-// f (BACK: ds) and c (BACK: df) have T rows of D a sequence; `map` is of s (BACK: of u)
-template <int BACK>
-__global__ void __launch_bounds__(3 * GROUP, 1)
+// f (BACK: ds), c (BACK: df) and known, the sum over rows beyond begin .. end if not NULL, have T rows of D a sequence;
+// e and M begin with row r0; `map` is of s (BACK: of u)
+template <int BACK, int C>
+__global__ void __cluster_dims__(C, 1, 1) __launch_bounds__(3 * GROUP, 1)
 feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_constant__ CUtensorMap M_map,
-                      const __grid_constant__ CUtensorMap map, const bf16 *f, bf16 *c, RowScale scale, RowScale inverse,
-                      int T, int D) {
+                      const __grid_constant__ CUtensorMap map, const bf16 *f, bf16 *c, const float *known, RowScale scale,
+                      RowScale inverse, int T, int D, int r0, int begin, int end) {
 #ifdef HOPPER
+    typedef MarchShared<C> Shared;
+    enum { STRIP = Shared::STRIP, ROWS = C * BLOCK, TILES = 2 * C, ACROSS = STRIP / ATOM };
     extern __shared__ __align__(1024) unsigned char shared_tiles[];
-    MarchShared *s = (MarchShared *)shared_tiles;
-    int n0 = (int)blockIdx.x * STRIP, sequence = (int)blockIdx.y, blocks = (T + BLOCK - 1) / BLOCK, item = 0,
-        group = threadIdx.x / GROUP, lane = threadIdx.x % 32, first = threadIdx.x / 32 * 16 + lane / 4;
+    Shared *s = (Shared *)shared_tiles;
+    int rank = (int)blockIdx.x % C, n0 = (int)blockIdx.x / C * STRIP, sequence = (int)blockIdx.y,
+        blocks = (end - begin + ROWS - 1) / ROWS, item = 0, group = threadIdx.x / GROUP, lane = threadIdx.x % 32;
+    auto tile_of = [&](int group) { return group ? TILES - 1 - rank : rank; };
+    auto place = [&](int step) { return begin + (BACK ? blocks - 1 - step : step) * ROWS; };
     if (threadIdx.x == 0) {
-        barrier_init(&s->written, 1);
-        for (int i = 0; i < MARCH_SLOTS; i++) { barrier_init(&s->full[i], 1); barrier_init(&s->free[i], 2); }
+        barrier_init(&s->written, C);
+        barrier_init(&s->handed, 1);
+        barrier_init(&s->done, 2 * C);
+        for (int i = 0; i < MARCH_SLOTS; i++) { barrier_init(&s->full[i], 1); barrier_init(&s->free[i], 8); }
     }
     barriers_ready();
+    if (C > 1) asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" : : : "memory");
     if (group == 2) {
         KEEP_REGISTERS("dec", 40);
         if (threadIdx.x % GROUP) return;
-        auto copy = [&](const CUtensorMap *left, int row, int col, int k, int solved) { // 64 of K from k on
-            int slot = item % MARCH_SLOTS;
+        auto copy = [&](const CUtensorMap *left, int I, int col0, int K, int solved) { // 64 of K from position K on
+            int slot = item % MARCH_SLOTS, bytes = solved ? sizeof(s->b[0]) : 0, wanted[2];
             if (item >= MARCH_SLOTS) barrier_wait(&s->free[slot], item / MARCH_SLOTS - 1);
-            barrier_expect(&s->full[slot], sizeof(s->a[0]) + (solved ? sizeof(s->b[0]) : 0));
-            for (int j = 0; j < 2; j++)
-                copy_tile(s->a[slot][j][0], left, col + (BACK ? ATOM * j : k), 0, row + (BACK ? k : ATOM * j), sequence,
-                          &s->full[slot]);
-            for (int j = 0; j < 2 * solved; j++)
-                copy_tile(s->b[slot][j][0], &map, n0 + ATOM * j, 0, (BACK ? row : col) + k, sequence, &s->full[slot]);
+            for (int j = 0; j < 2; j++) {
+                wanted[j] = C == 1 || (BACK ? K >= I + ATOM * tile_of(j) : K <= I + ATOM * tile_of(j));
+                bytes += wanted[j] * (int)sizeof(s->a[0][0]);
+            }
+            barrier_expect(&s->full[slot], bytes);
+            for (int j = 0; j < 2; j++) {
+                int row = I + ATOM * tile_of(j);
+                if (wanted[j]) copy_tile(s->a[slot][j][0], left, (BACK ? row : K) - col0, 0, (BACK ? K : row) - r0, sequence,
+                                         &s->full[slot]);
+            }
+            for (int j = 0; j < ACROSS * solved; j++)
+                copy_tile(s->b[slot][j][0], &map, n0 + ATOM * j, 0, K, sequence, &s->full[slot]);
             item++;
         };
         for (int step = 0; step < blocks; step++) {
-            int I = (BACK ? blocks - 1 - step : step) * BLOCK;
+            int I = place(step);
             for (int before = 0; before < step; before++) {
-                int J = (BACK ? blocks - 1 - before : before) * BLOCK;
                 if (before == step - 1) barrier_wait(&s->written, before);
-                for (int k = 0; k < BLOCK; k += ATOM) copy(&e_map, BACK ? J : I, BACK ? I : J, k, 1);
+                if (C > 1 && before == step - 1) asm volatile("fence.acq_rel.cluster;\nfence.proxy.async.global;" : : : "memory");
+                for (int k = 0; k < ROWS; k += ATOM) copy(&e_map, I, 0, place(before) + k, 1);
             }
             for (int turn = 0; turn < 3; turn++)
-                for (int k = 0; k < BLOCK; k += ATOM) copy(turn == 1 ? &e_map : &M_map, I, turn == 1 ? I : 0, k, 0);
+                for (int tile = BACK ? rank : 0; tile < (BACK ? TILES : TILES - rank); tile++)
+                    copy(turn == 1 ? &e_map : &M_map, I, turn == 1 ? 0 : I, I + ATOM * tile, 0);
         }
         return;
     }
     KEEP_REGISTERS("inc", 232);
     typedef float Sums[STRIP / 8][4];
+    int mine = C == 1 ? group : tile_of(group), first = ATOM * (mine - group) + threadIdx.x / 32 * 16 + lane / 4;
     auto multiply = [&](Sums &sum, const bf16 *right, int items, int keep) { // right NULL: what was copied
         for (int i = 0; i < items; i++, item++) {
-            int slot = item % MARCH_SLOTS, across = (right ? BLOCK : ATOM) * ATOM * 2;
+            int slot = item % MARCH_SLOTS, across = (right ? ROWS : ATOM) * ATOM * 2;
             const bf16 *b = right ? right + i * ATOM * ATOM : s->b[slot][0][0];
             barrier_wait(&s->full[slot], item / MARCH_SLOTS);
             products_begin();
@@ -2179,97 +2209,129 @@ feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_co
                                                operand(b + k * 16 * ATOM, across), keep || i > 0 || k > 0);
             products_commit();
             products_wait<1>();
-            if (i && threadIdx.x % GROUP == 0) barrier_arrive(&s->free[(item - 1) % MARCH_SLOTS]);
+            if (i && lane == 0) barrier_arrive(&s->free[(item - 1) % MARCH_SLOTS]);
         }
         products_wait<0>();
-        if (items && threadIdx.x % GROUP == 0) barrier_arrive(&s->free[(item - 1) % MARCH_SLOTS]);
+        if (items && lane == 0) barrier_arrive(&s->free[(item - 1) % MARCH_SLOTS]);
     };
-    auto put = [&](bf16 (*tile)[BLOCK][ATOM], int half, int n, uint32_t two) {
+    auto pass = [&](int items) { // of the other group alone
+        for (; items > 0; items--, item++) {
+            barrier_wait(&s->full[item % MARCH_SLOTS], item / MARCH_SLOTS);
+            if (lane == 0) barrier_arrive(&s->free[item % MARCH_SLOTS]);
+        }
+    };
+    auto put = [&](int turn, int half, int n, uint32_t two) {
         int r = first + half * 8;
-        *(uint32_t *)&tile[n / 8][r][(n % 8 ^ r % 8) * 8 + lane % 4 * 2] = two;
+        *(uint32_t *)&s->right[turn % Shared::BUFFERS][n / 8][r][(n % 8 ^ r % 8) * 8 + lane % 4 * 2] = two;
     };
-    auto share = [&] { // what was put is for the products of all
+    auto share = [&](int turn, int step) { // what was put is for the products of all
         asm volatile("fence.proxy.async.shared::cta;\nbar.sync 1, 256;" : : : "memory");
+        if (C == 1) return;
+        int to = threadIdx.x % GROUP, bytes = sizeof(bf16) * STRIP * ATOM;
+        const bf16 *own = s->right[0][0][ATOM * mine];
+        if (threadIdx.x == 0) barrier_expect(&s->handed, (TILES - rank - 2) * bytes);
+        if (to < C && to != rank && to <= (BACK ? mine : TILES - 1 - mine))
+            asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                         : : "r"(shared_of(own, to)), "r"(shared_at(own)), "r"(bytes), "r"(shared_of(&s->handed, to)) : "memory");
+        barrier_wait(&s->handed, 3 * step + turn);
+    };
+    auto multiply_shared = [&](Sums &sum, int turn, int step, int keep) { // to the end all blocks are done with what was shared
+        const bf16 *right = s->right[turn % Shared::BUFFERS][0][0];
+        if (C == 1) { multiply(sum, right, TILES, keep); return; }
+        if (BACK) pass(mine - rank);
+        multiply(sum, right + (BACK ? mine : 0) * ATOM * ATOM, BACK ? TILES - mine : mine + 1, keep);
+        if (!BACK) pass(TILES - 1 - rank - mine);
+        if (threadIdx.x % GROUP < C) barrier_arrive_at(&s->done, threadIdx.x % GROUP);
+        barrier_wait(&s->done, 3 * step + turn);
     };
     auto low = [](uint32_t two) { return __uint_as_float(two << 16); };
     auto high = [](uint32_t two) { return __uint_as_float(two & 0xFFFF0000u); };
     for (int step = 0; step < blocks; step++) {
-        int I = (BACK ? blocks - 1 - step : step) * BLOCK;
+        int I = place(step);
         Sums sum = {}, solved;
         uint32_t base[STRIP / 8][2]; // s before its refinement, BACK: u, or λ where γ is 0
         float factor[2], z[2];
         int64_t at[2];
         for (int half = 0; half < 2; half++) {
-            int r = I + first + half * 8, inside = r < T;
+            int r = I + first + half * 8, inside = r < end;
             at[half] = inside ? ((int64_t)sequence * T + r) * D + n0 + lane % 4 * 2 : -1;
             factor[half] = inside ? scale.at(sequence, r) : 0;
             if (BACK && fabsf(factor[half]) < 1e-30f) factor[half] = 0; // its inverse is a number
             z[half] = BACK ? (factor[half] != 0 ? 1 / factor[half] : 1) : inside ? inverse.at(sequence, r) : 0;
         }
         uint32_t given[STRIP / 8][2];
+        float2 beyond[STRIP / 8][2];
         for (int n = 0; n < STRIP / 8; n++)
-            for (int half = 0; half < 2; half++)
-                given[n][half] = at[half] >= 0 && n0 + n * 8 < D ? *(const uint32_t *)(f + at[half] + n * 8) : 0;
+            for (int half = 0; half < 2; half++) {
+                int inside = at[half] >= 0 && n0 + n * 8 < D;
+                given[n][half] = inside ? *(const uint32_t *)(f + at[half] + n * 8) : 0;
+                beyond[n][half] = C > 1 && known && inside ? *(const float2 *)(known + at[half] + n * 8) : make_float2(0, 0);
+            }
         auto keep = [&](int half, int n, uint32_t two) {
             if (c && at[half] >= 0 && n0 + n * 8 < D) *(uint32_t *)(c + at[half] + n * 8) = two;
         };
-        multiply(sum, NULL, 2 * step, 0);
+        multiply(sum, NULL, TILES * step, 0);
         for (int n = 0; n < STRIP / 8; n++)
             for (int half = 0; half < 2; half++) {
                 uint32_t two = given[n][half];
                 float *v = &sum[n][2 * half];
-                if (BACK) { v[0] += low(two); v[1] += high(two); put(s->right, half, n, pack_two(v[0], v[1])); }
-                else put(s->right, half, n, pack_two(low(two) + factor[half] * v[0], high(two) + factor[half] * v[1]));
+                if (C > 1) { v[0] += beyond[n][half].x; v[1] += beyond[n][half].y; }
+                if (BACK) { v[0] += low(two); v[1] += high(two); put(0, half, n, pack_two(v[0], v[1])); }
+                else put(0, half, n, pack_two(low(two) + factor[half] * v[0], high(two) + factor[half] * v[1]));
             }
-        share();
-        multiply(solved, s->right[0][0], 2, 0);
+        share(0, step);
+        multiply_shared(solved, 0, step, 0);
         for (int n = 0; n < STRIP / 8; n++)
             for (int half = 0; half < 2; half++) {
                 float *v = &solved[n][2 * half];
                 uint32_t two = BACK ? pack_two(factor[half] * v[0], factor[half] * v[1]) : pack_two(v[0], v[1]);
                 base[n][half] = BACK && factor[half] == 0 ? pack_two(v[0], v[1]) : two;
-                put(s->solved, half, n, two);
+                put(1, half, n, two);
             }
-        share();
-        multiply(sum, s->solved[0][0], 2, 1);
+        share(1, step);
+        multiply_shared(sum, 1, step, 1);
         for (int n = 0; n < STRIP / 8; n++)
             for (int half = 0; half < 2; half++) {
                 float *v = &sum[n][2 * half], x = low(base[n][half]), y = high(base[n][half]);
-                if (BACK) { put(s->right, half, n, pack_two(v[0] - x * z[half], v[1] - y * z[half])); continue; }
+                if (BACK) { put(2, half, n, pack_two(v[0] - x * z[half], v[1] - y * z[half])); continue; }
                 uint32_t two = given[n][half];
                 keep(half, n, pack_two(v[0] * z[half], v[1] * z[half]));
-                put(s->right, half, n, pack_two(low(two) + factor[half] * v[0] - x, high(two) + factor[half] * v[1] - y));
+                put(2, half, n, pack_two(low(two) + factor[half] * v[0] - x, high(two) + factor[half] * v[1] - y));
             }
-        share();
+        share(2, step);
         Sums refinement;
-        multiply(refinement, s->right[0][0], 2, 0);
+        multiply_shared(refinement, 2, step, 0);
         for (int n = 0; n < STRIP / 8; n++)
             for (int half = 0; half < 2; half++) {
                 float x = low(base[n][half]) * (BACK ? z[half] : 1) + refinement[n][2 * half],
                       y = high(base[n][half]) * (BACK ? z[half] : 1) + refinement[n][2 * half + 1];
                 if (BACK) { keep(half, n, pack_two(x, y)); x *= factor[half]; y *= factor[half]; }
-                put(s->solved, half, n, pack_two(x, y));
+                put(3, half, n, pack_two(x, y));
             }
-        share();
+        asm volatile("fence.proxy.async.shared::cta;\nbar.sync 1, 256;" : : : "memory");
         if (threadIdx.x) continue;
-        for (int j = 0; j < 4; j++)
+        for (int j = 0; j < 2 * ACROSS; j++)
             asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4}], [%5];"
-                         : : "l"(&map), "r"(n0 + j % 2 * ATOM), "r"(0), "r"(I + j / 2 * ATOM), "r"(sequence),
-                             "r"(shared_at(s->solved[j % 2][j / 2 * ATOM])) : "memory");
-        asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group 0;" : : : "memory");
-        barrier_arrive(&s->written);
+                         : : "l"(&map), "r"(n0 + j / 2 * ATOM), "r"(0), "r"(I + ATOM * tile_of(j % 2)), "r"(sequence),
+                             "r"(shared_at(s->right[Shared::BUFFERS - 1][j / 2][ATOM * tile_of(j % 2)])) : "memory");
+        asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group 0;\nfence.proxy.async.global;" : : : "memory");
+        for (int to = 0; to < C; to++) barrier_arrive_at(&s->written, to);
     }
+    if (C > 1) barrier_wait(&s->written, blocks - 1); // nobody needs this block's memory any more
 #endif
 }
-template <int BACK>
-static void feedback_march_gpu(const bf16 *e, int64_t ld, const bf16 *M, const bf16 *out, int64_t ld_out, const bf16 *f,
-                               bf16 *c, RowScale scale, RowScale inverse, int B, int T, int D, cudaStream_t stream) {
-    CUtensorMap e_map = tile_map(e, (int)ld, 1, T, ld, T * ld, B, ATOM),
-        M_map = tile_map(M, BLOCK, 1, T, BLOCK, (int64_t)T * BLOCK, B, ATOM),
+template <int BACK, int C>
+static void feedback_march_gpu(float *scratch, const Panels *p, const bf16 *out, int64_t ld_out, const bf16 *f, bf16 *c,
+                               const float *known, RowScale scale, RowScale inverse, int B, int T, int D, int r0, int n,
+                               int begin, int end, cudaStream_t stream) {
+    int64_t rows = min_int(p->R, T);
+    CUtensorMap e_map = tile_map((bf16 *)(scratch + p->e), (int)p->lx, 1, n, p->lx, rows * p->lx, B, ATOM),
+        M_map = tile_map((bf16 *)(scratch + p->inverse), p->P, 1, n, p->P, rows * p->P, B, ATOM),
         map = tile_map(out, D, 1, T, ld_out, T * ld_out, B, ATOM);
-    allow_shared(feedback_march_kernel<BACK>, sizeof(MarchShared));
-    LAUNCH(feedback_march_kernel<BACK>, dim3((D + STRIP - 1) / STRIP, B), 3 * GROUP, sizeof(MarchShared), stream,
-           e_map, M_map, map, f, c, scale, inverse, T, D);
+    int bytes = sizeof(MarchShared<C>), strips = (D + MarchShared<C>::STRIP - 1) / MarchShared<C>::STRIP;
+    allow_shared(feedback_march_kernel<BACK, C>, bytes);
+    LAUNCH((feedback_march_kernel<BACK, C>), dim3(C * strips, B), 3 * GROUP, bytes, stream, e_map, M_map, map, f, c, known,
+           scale, inverse, T, D, r0, begin, end);
 }
 
 // c: (B,T,D) kept for the backward pass, or NULL. f comes from `side` if not NULL.
@@ -2285,31 +2347,37 @@ static void feedback_forward_gpu(X *s, X *c, float *stats, float *scratch, const
         int n = min_int(p.R, T - r0);
         feedback_panel(scratch, &p, stats, 0, q, k, ld, gamma, B, T, D, first, r0, n, stream);
         if (side) follow(stream, side);
-        if constexpr (sizeof(X) == sizeof(bf16))
-            if (p.march && n == T) {
-                feedback_march_gpu<0>(e, p.lx, M, s, D, f, c, {gamma, stats, T}, {NULL, stats, T}, B, T, D, stream);
-                return;
+        for (int reach = r0; reach < r0 + n; reach += REACH) {
+            int end = min_int(reach + REACH, r0 + n);
+            if (reach) matmul_gpu(into(scratch + p.rhs + (int64_t)(reach - first) * D, D, all),
+                                  rows_of_gpu(e + (reach - r0) * p.lx, p.lx, step), rows_of_gpu(s, D, all), end - reach, D, reach,
+                                  1, 0, B, stream);
+            if constexpr (sizeof(X) == sizeof(bf16))
+                if (p.march && !first) {
+                    auto march = p.march == 1 ? feedback_march_gpu<0, 1> : feedback_march_gpu<0, CLUSTER>;
+                    march(scratch, &p, s, D, f, c, reach ? scratch + p.rhs : NULL, {gamma, stats, T}, {NULL, stats, T}, B, T, D,
+                          r0, n, reach, end, stream);
+                    continue;
+                }
+            for (int i0 = reach; i0 < end; i0 += p.P) {
+                int m = min_int(p.P, end - i0), at = i0 - r0;
+                int64_t row = i0 - first;
+                float *sum = scratch + p.rhs + row * D;
+                X *s_I = s + (int64_t)i0 * D;
+                RowScale scale = {gamma + row, stats + 2 * row, rows}, inverse = {NULL, stats + 2 * row, rows};
+                Part<X> rhs = part_of(i0 ? block : f, D, i0 ? (int64_t)m * D : rows * D, m, D),
+                    e_II = part_of(e, p.lx, step, n, (int)p.ld, at, i0),
+                    M_I = part_of(M, p.P, m_step, at + m, p.P, at, 0), residual = part_of(block, D, (int64_t)m * D, m, D);
+                BlockRhs<X> before = {sum, block, f + row * D, scale, all, rows * D, m, D, reach > 0};
+                if (i0) product_gpu<0, 1, FULL>(before, part_of(e, p.lx, step, n, (int)p.ld, at, reach),
+                                                part_of(s, D, all, i0, D, reach), m, D, i0 - reach, 0, 1, way);
+                Store<X> solve = {s_I, D, all, 1, 0}, refine = {s_I, D, all, 1, 1};
+                BlockResidual<X> after = {block, c ? c + (int64_t)i0 * D : NULL, i0 ? sum : NULL, f + row * D, s_I, scale,
+                                          inverse, all, rows * D, m, D};
+                product_gpu<0, 1, A_LOWER>(solve, M_I, rhs, m, D, m, 0, 1, way);
+                product_gpu<0, 1, A_LOWER>(after, e_II, part_of((const X *)s_I, D, all, m, D), m, D, m, 0, 1, way);
+                product_gpu<0, 1, A_LOWER>(refine, M_I, residual, m, D, m, 0, 1, way);
             }
-        for (int i0 = r0; i0 < r0 + n; i0 += p.P) {
-            int m = min_int(p.P, r0 + n - i0), at = i0 - r0, reach = r0 + at / REACH * REACH;
-            int64_t row = i0 - first;
-            float *sum = scratch + p.rhs + row * D;
-            X *s_I = s + (int64_t)i0 * D;
-            RowScale scale = {gamma + row, stats + 2 * row, rows}, inverse = {NULL, stats + 2 * row, rows};
-            Part<X> rhs = part_of(i0 ? block : f, D, i0 ? (int64_t)m * D : rows * D, m, D),
-                e_II = part_of(e, p.lx, step, n, (int)p.ld, at, i0),
-                M_I = part_of(M, p.P, m_step, at + m, p.P, at, 0), residual = part_of(block, D, (int64_t)m * D, m, D);
-            if (i0 == reach && i0) matmul_gpu(into(sum, D, all), rows_of_gpu(e + at * p.lx, p.lx, step), rows_of_gpu(s, D,
-                                              all), min_int(REACH, r0 + n - i0), D, i0, 1, 0, B, stream);
-            BlockRhs<X> before = {sum, block, f + row * D, scale, all, rows * D, m, D, reach > 0};
-            if (i0) product_gpu<0, 1, FULL>(before, part_of(e, p.lx, step, n, (int)p.ld, at, reach),
-                                            part_of(s, D, all, i0, D, reach), m, D, i0 - reach, 0, 1, way);
-            Store<X> solve = {s_I, D, all, 1, 0}, refine = {s_I, D, all, 1, 1};
-            BlockResidual<X> after = {block, c ? c + (int64_t)i0 * D : NULL, i0 ? sum : NULL, f + row * D, s_I, scale,
-                                      inverse, all, rows * D, m, D};
-            product_gpu<0, 1, A_LOWER>(solve, M_I, rhs, m, D, m, 0, 1, way);
-            product_gpu<0, 1, A_LOWER>(after, e_II, part_of((const X *)s_I, D, all, m, D), m, D, m, 0, 1, way);
-            product_gpu<0, 1, A_LOWER>(refine, M_I, residual, m, D, m, 0, 1, way);
         }
     }
 }
@@ -2428,32 +2496,35 @@ static void feedback_panel_backward_gpu(X *df, X *dq, X *dk, float *dgamma, floa
     ProductWay way = {B, wide({D, ld}, {df, dq, dk, ds, s, c, scratch}), p->tiles ? NULL : scratch + p->product, stream};
     X *e = (X *)(scratch + p->e), *M = (X *)(scratch + p->inverse), *block = (X *)(scratch + p->block);
     feedback_panel(scratch, p, stats, 1, q, k, ld, gamma, B, T, D, 0, r0, n, stream);
-    int march = p->march && n == T;
-    if constexpr (sizeof(X) == sizeof(bf16))
-        if (march) feedback_march_gpu<1>(e, p->lx, M, dq, ld, ds, df, {gamma, stats, T}, {NULL, stats, T}, B, T, D,
-                                         stream);
-    for (int at = march ? -1 : (n - 1) / p->P * p->P; at >= 0; at -= p->P) {
-        int m = min_int(p->P, n - at), i0 = r0 + at, low = at / REACH * REACH, end = min_int(low + REACH, n),
-            later = end - at - m, alone = i0 + m == T, heard = r0 + end < T;
-        float *h = scratch + p->rhs + (int64_t)i0 * D;
-        const X *ds_I = ds + (int64_t)i0 * D;
-        X *u = dq + (int64_t)i0 * ld;
-        RowScale scale = {gamma + i0, stats + 2 * i0, T};
-        Part<X> e_II = part_of(e, p->lx, step, n, (int)p->ld, at, i0),
-            M_I = part_of(M, p->P, m_step, at + m, p->P, at, 0), residual = part_of(block, D, (int64_t)m * D, m, D),
-            rhs = alone ? part_of(ds_I, D, all, m, D) : residual;
-        AdjointRhs<X> before = {h, block, ds_I, all, m, D, heard};
-        AdjointBase<X> base = {u, lambda, scale, wide_step, m, D, ld};
-        AdjointResidual<X> after = {block, alone ? NULL : h, lambda, ds_I, all, m, D};
-        AdjointDone<X> done = {df + (int64_t)i0 * D, u, lambda, scale, all, wide_step, m, D, ld};
-        if (!alone) product_gpu<1, 1, FULL>(before, part_of(e, p->lx, step, n, (int)p->ld, at + m, i0),
-                                            part_of(dq, ld, wide_step, r0 + end, D, i0 + m), m, D, later, 0, 1, way);
-        product_gpu<1, 1, A_UPPER>(base, M_I, rhs, m, D, m, 0, 1, way);
-        product_gpu<1, 1, A_UPPER>(after, e_II, part_of((const X *)u, ld, wide_step, m, D), m, D, m, 0, 1, way);
-        product_gpu<1, 1, A_UPPER>(done, M_I, residual, m, D, m, 0, 1, way);
-        if (at == low) // to all rows before these
-            matmul_gpu(into(scratch + p->rhs, D, all), transpose_gpu(rows_of_gpu(e + low * p->lx, p->lx, step)),
-                       rows_of_gpu(u, ld, wide_step), i0, D, end - low, 1, heard ? 1 : 0, B, stream);
+    for (int low = (n - 1) / REACH * REACH; low >= 0; low -= REACH) {
+        int end = min_int(low + REACH, n), heard = r0 + end < T;
+        float *h_all = scratch + p->rhs;
+        if constexpr (sizeof(X) == sizeof(bf16)) {
+            auto march = p->march == 1 ? feedback_march_gpu<1, 1> : feedback_march_gpu<1, CLUSTER>;
+            if (p->march) march(scratch, p, dq, ld, ds, df, heard ? h_all : NULL, {gamma, stats, T}, {NULL, stats, T}, B, T, D, r0,
+                                n, r0 + low, r0 + end, stream);
+        }
+        for (int at = p->march ? -1 : (end - 1) / p->P * p->P; at >= low; at -= p->P) {
+            int m = min_int(p->P, end - at), i0 = r0 + at, alone = i0 + m == T;
+            float *h = h_all + (int64_t)i0 * D;
+            const X *ds_I = ds + (int64_t)i0 * D;
+            X *u = dq + (int64_t)i0 * ld;
+            RowScale scale = {gamma + i0, stats + 2 * i0, T};
+            Part<X> e_II = part_of(e, p->lx, step, n, (int)p->ld, at, i0),
+                M_I = part_of(M, p->P, m_step, at + m, p->P, at, 0), residual = part_of(block, D, (int64_t)m * D, m, D),
+                rhs = alone ? part_of(ds_I, D, all, m, D) : residual;
+            AdjointRhs<X> before = {h, block, ds_I, all, m, D, heard};
+            AdjointBase<X> base = {u, lambda, scale, wide_step, m, D, ld};
+            AdjointResidual<X> after = {block, alone ? NULL : h, lambda, ds_I, all, m, D};
+            AdjointDone<X> done = {df + (int64_t)i0 * D, u, lambda, scale, all, wide_step, m, D, ld};
+            if (!alone) product_gpu<1, 1, FULL>(before, part_of(e, p->lx, step, n, (int)p->ld, at + m, i0),
+                                                part_of(dq, ld, wide_step, r0 + end, D, i0 + m), m, D, end - at - m, 0, 1, way);
+            product_gpu<1, 1, A_UPPER>(base, M_I, rhs, m, D, m, 0, 1, way);
+            product_gpu<1, 1, A_UPPER>(after, e_II, part_of((const X *)u, ld, wide_step, m, D), m, D, m, 0, 1, way);
+            product_gpu<1, 1, A_UPPER>(done, M_I, residual, m, D, m, 0, 1, way);
+        }
+        matmul_gpu(into(h_all, D, all), transpose_gpu(rows_of_gpu(e + low * p->lx, p->lx, step)), // to all rows before these
+                   rows_of_gpu(dq + (int64_t)(r0 + low) * ld, ld, wide_step), r0 + low, D, end - low, 1, heard ? 1 : 0, B, stream);
     }
     LAUNCH((way.in_eights ? feedback_delta_kernel<8, X> : feedback_delta_kernel<1, X>), dim3((n + 3) / 4, B), 128, 0,
            stream, dgamma + r0, df + (int64_t)r0 * D, c + (int64_t)r0 * D, all, T, n, D);
