@@ -1120,6 +1120,12 @@ __device__ inline void store_rows(bf16 *at, int64_t ld, const float (&c)[DH / 8]
     }
     __syncwarp();
 }
+// A warp has done with the tile that it stored its rows from: something else may be copied there.
+__device__ static inline void rows_stored(uint64_t *barrier) {
+    asm volatile("fence.proxy.async.shared::cta;" : : : "memory");
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
+}
 __device__ static inline void group_barrier(int group) { // of the 128 threads of a warp group
     asm volatile("bar.sync %0, 128;" : : "r"(group + 1) : "memory");
 }
@@ -1298,7 +1304,15 @@ static void product_gpu(F f, Part<X> a, Part<X> b, int M, int N, int K, int shif
 // computes them again from the row's log-sum-exp, once for dq and once for dk and dv, so that each sum has one owner.
 //
 // A block keeps 64 rows of one side for each of its groups of warps but the last, which has one thread at work: it has
-// the other side's tiles copied into a ring of SLOTS, each as soon as all groups have done with what was there.
+// the other side's tiles copied into a ring of SLOTS, each as soon as all groups have done with what was there. A block a
+// multiprocessor stays for many such pieces of work; the rows of the next one arrive, in the other of two places, while
+// groups still work on this one.
+
+// The number of a block's piece in turn `turn`, pieces in order of length from the longest: there and back, so that all
+// blocks get as much. Too large a number: no more.
+__device__ static inline int piece_of_work(int turn) {
+    return turn * (int)gridDim.x + (int)(turn % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+}
 
 // The rows stay, the walk is along the keys, 128 at a time; the ring holds K0 K1 V0 K2 V1 ..., for a group starts on the
 // next tile's logits before it multiplies this tile's weights with the values, and works on the softmax meanwhile.
@@ -1306,57 +1320,59 @@ static void product_gpu(F f, Part<X> a, Part<X> b, int M, int N, int K, int shif
 enum { KEYS = 128, SLOTS = 5 };
 template <int DH> struct ForwardShared {
     enum { GROUPS = DH == 64 ? 3 : 2, ROWS = 64 * GROUPS };
-    bf16 q[DH / ATOM][ROWS][ATOM], ring[SLOTS][DH / ATOM][KEYS][ATOM];
-    uint64_t q_full, full[SLOTS], free[SLOTS];
+    bf16 q[2][DH / ATOM][ROWS][ATOM], ring[SLOTS][DH / ATOM][KEYS][ATOM];
+    uint64_t q_full[2], q_free[2], full[SLOTS], free[SLOTS];
 };
 template <int DH>
 __global__ void __launch_bounds__(GROUP * (ForwardShared<DH>::GROUPS + 1), 1)
 attention_tile_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
-                      const __grid_constant__ CUtensorMap v_map, bf16 *out, float2 *stats, int T, int H, int G, int d,
+                      const __grid_constant__ CUtensorMap v_map, bf16 *out, float2 *stats, int B, int T, int H, int G, int d,
                       int first, float scale) {
 #ifdef HOPPER
     enum { GROUPS = ForwardShared<DH>::GROUPS, ROWS = 64 * GROUPS };
     extern __shared__ __align__(1024) unsigned char shared_tiles[];
     ForwardShared<DH> *s = (ForwardShared<DH> *)shared_tiles;
-    int b = blockIdx.y / H, h = blockIdx.y % H, rows = T - first, r0 = (int)(gridDim.x - 1 - blockIdx.x) * ROWS,
-        group = threadIdx.x / GROUP, tiles = (min(first + r0 + ROWS, T) + KEYS - 1) / KEYS;
+    int rows = T - first, group = threadIdx.x / GROUP, pieces = (rows + ROWS - 1) / ROWS * B * H, begun = 0, piece;
     if (threadIdx.x == 0) {
-        barrier_init(&s->q_full, 1);
+        for (int i = 0; i < 2; i++) { barrier_init(&s->q_full[i], 1); barrier_init(&s->q_free[i], 4 * GROUPS); }
         for (int i = 0; i < SLOTS; i++) { barrier_init(&s->full[i], 1); barrier_init(&s->free[i], GROUPS); }
     }
     barriers_ready();
+    auto first_row = [&](int piece) { return ((rows + ROWS - 1) / ROWS - 1 - piece / (B * H)) * ROWS; };
+    auto tiles_of = [&](int r0) { return (min(first + r0 + ROWS, T) + KEYS - 1) / KEYS; };
     if (group == GROUPS) {
         KEEP_REGISTERS("dec", DH == 64 ? 32 : 40);
         if (threadIdx.x % GROUP) return;
-        barrier_expect(&s->q_full, sizeof(s->q));
-        for (int c = 0; c < DH / ATOM; c++) copy_tile(s->q[c][0], &q_map, c * ATOM, h, r0, b, &s->q_full);
-        for (int n = 0; n < 2 * tiles; n++) {
-            int slot = n % SLOTS, is_key = n == 0 || (n % 2 && n < 2 * tiles - 1),
-                tile = is_key ? (n + 1) / 2 : n % 2 ? tiles - 1 : n / 2 - 1;
-            if (n >= SLOTS) barrier_wait(&s->free[slot], n / SLOTS - 1);
-            barrier_expect(&s->full[slot], sizeof(s->ring[slot]));
-            for (int c = 0; c < DH / ATOM; c++)
-                copy_tile(s->ring[slot][c][0], is_key ? &k_map : &v_map, c * ATOM, h / (H / G), tile * KEYS, b,
-                          &s->full[slot]);
+        for (int turn = 0; (piece = piece_of_work(turn)) < pieces; turn++) {
+            int r0 = first_row(piece), b = piece % (B * H) / H, h = piece % H, tiles = tiles_of(r0), own = turn % 2;
+            if (turn > 1) barrier_wait(&s->q_free[own], turn / 2 - 1);
+            barrier_expect(&s->q_full[own], sizeof(s->q[0]));
+            for (int c = 0; c < DH / ATOM; c++) copy_tile(s->q[own][c][0], &q_map, c * ATOM, h, r0, b, &s->q_full[own]);
+            for (int n = 0; n < 2 * tiles; n++, begun++) {
+                int slot = begun % SLOTS, is_key = n == 0 || (n % 2 && n < 2 * tiles - 1),
+                    tile = is_key ? (n + 1) / 2 : n % 2 ? tiles - 1 : n / 2 - 1;
+                if (begun >= SLOTS) barrier_wait(&s->free[slot], begun / SLOTS - 1);
+                barrier_expect(&s->full[slot], sizeof(s->ring[slot]));
+                for (int c = 0; c < DH / ATOM; c++)
+                    copy_tile(s->ring[slot][c][0], is_key ? &k_map : &v_map, c * ATOM, h / (H / G), tile * KEYS, b,
+                              &s->full[slot]);
+            }
         }
         return;
     }
     KEEP_REGISTERS("inc", DH == 64 ? 160 : 232);
-    int lane = threadIdx.x % 32, group_row = r0 + 64 * group, row = group_row + threadIdx.x % GROUP / 32 * 16 + lane / 4,
-        seen = (min(first + group_row + 64, T) + KEYS - 1) / KEYS; // tiles that the group's rows see
-    float sum[DH / 8][4], max[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0}, shrink[2];
+    int lane = threadIdx.x % 32, turn = 0, r0, group_row, row;
+    float sum[DH / 8][4], max[2], total[2], shrink[2];
     uint32_t weights[KEYS / 16][4];
     typedef float Logits[KEYS / 8][4];
-    for (int n = 0; n < DH / 8; n++)
-        for (int e = 0; e < 4; e++) sum[n][e] = 0;
     auto done_with = [&](int item) {
-        if (threadIdx.x % GROUP == 0) barrier_arrive(&s->free[item % SLOTS]);
+        if (threadIdx.x % GROUP == 0) barrier_arrive(&s->free[(begun + item) % SLOTS]);
     };
     auto logits = [&](Logits &w, int tile) {
-        int item = tile ? 2 * tile - 1 : 0;
+        int item = begun + (tile ? 2 * tile - 1 : 0);
         barrier_wait(&s->full[item % SLOTS], item / SLOTS);
         products_begin();
-        product_transposed<DH, KEYS>(w, s->q[0][64 * group], ROWS * ATOM, s->ring[item % SLOTS][0][0], KEYS * ATOM);
+        product_transposed<DH, KEYS>(w, s->q[turn % 2][0][64 * group], ROWS * ATOM, s->ring[item % SLOTS][0][0], KEYS * ATOM);
         products_commit();
     };
     // logits to weights with the new maximum; shrink: what that does to what was summed
@@ -1381,53 +1397,66 @@ attention_tile_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_co
                 }
         }
     };
-    auto read = [&](int item) {
+    auto read = [&](int number) {
+        int item = begun + number;
         barrier_wait(&s->full[item % SLOTS], item / SLOTS);
         products_begin();
         product_plain<DH, KEYS>(sum, weights, s->ring[item % SLOTS][0][0]);
         products_commit();
     };
-    barrier_wait(&s->q_full, 0);
-    {
-        Logits w;
-        logits(w, 0);
-        products_wait<0>();
-        done_with(0);
-        softmax(w, 0);
-        as_operand<KEYS>(weights, w);
-    }
-    for (int tile = 1; tile < seen; tile++) {
-        Logits w;
-        logits(w, tile);
-        read(2 * tile);
-        products_wait<1>();
-        done_with(2 * tile - 1);
-        softmax(w, tile);
-        products_wait<0>();
-        done_with(2 * tile);
+    for (; (piece = piece_of_work(turn)) < pieces; turn++) {
+        int head = piece % (B * H);
+        r0 = first_row(piece);
+        group_row = r0 + 64 * group;
+        row = group_row + threadIdx.x % GROUP / 32 * 16 + lane / 4;
+        int tiles = tiles_of(r0), seen = (min(first + group_row + 64, T) + KEYS - 1) / KEYS; // tiles that the group's rows see
+        for (int half = 0; half < 2; half++) { max[half] = -INFINITY; total[half] = 0; }
         for (int n = 0; n < DH / 8; n++)
-            for (int e = 0; e < 4; e++) sum[n][e] *= shrink[e / 2];
-        as_operand<KEYS>(weights, w);
-    }
-    int last = seen == tiles ? 2 * tiles - 1 : 2 * seen;
-    read(last);
-    products_wait<0>();
-    done_with(last);
-    for (int tile = seen; tile < tiles; tile++) // for the other groups
-        for (int value = 0; value < 2; value++) {
-            int item = !value ? 2 * tile - 1 : tile == tiles - 1 ? 2 * tiles - 1 : 2 * tile + 2;
-            barrier_wait(&s->full[item % SLOTS], item / SLOTS);
-            done_with(item);
+            for (int e = 0; e < 4; e++) sum[n][e] = 0;
+        barrier_wait(&s->q_full[turn % 2], turn / 2);
+        {
+            Logits w;
+            logits(w, 0);
+            products_wait<0>();
+            done_with(0);
+            softmax(w, 0);
+            as_operand<KEYS>(weights, w);
         }
-    for (int half = 0; half < 2; half++) {
-        int r = row + half * 8;
-        total[half] += __shfl_xor_sync(~0u, total[half], 1);
-        total[half] += __shfl_xor_sync(~0u, total[half], 2);
-        if (lane % 4 == 0 && r < rows) stats[(int64_t)blockIdx.y * rows + r] = {max[half] + log2f(total[half]), 0};
+        for (int tile = 1; tile < seen; tile++) {
+            Logits w;
+            logits(w, tile);
+            read(2 * tile);
+            products_wait<1>();
+            done_with(2 * tile - 1);
+            softmax(w, tile);
+            products_wait<0>();
+            done_with(2 * tile);
+            for (int n = 0; n < DH / 8; n++)
+                for (int e = 0; e < 4; e++) sum[n][e] *= shrink[e / 2];
+            as_operand<KEYS>(weights, w);
+        }
+        int last = seen == tiles ? 2 * tiles - 1 : 2 * seen;
+        read(last);
+        products_wait<0>();
+        done_with(last);
+        for (int tile = seen; tile < tiles; tile++) // for the other groups
+            for (int value = 0; value < 2; value++) {
+                int item = !value ? 2 * tile - 1 : tile == tiles - 1 ? 2 * tiles - 1 : 2 * tile + 2;
+                barrier_wait(&s->full[(begun + item) % SLOTS], (begun + item) / SLOTS);
+                done_with(item);
+            }
+        for (int half = 0; half < 2; half++) {
+            int r = row + half * 8;
+            total[half] += __shfl_xor_sync(~0u, total[half], 1);
+            total[half] += __shfl_xor_sync(~0u, total[half], 2);
+            if (lane % 4 == 0 && r < rows) stats[(int64_t)head * rows + r] = {max[half] + log2f(total[half]), 0};
+        }
+        group_barrier(group);
+        store_rows<DH>(out + ((int64_t)(head / H) * rows + group_row) * H * d + head % H * d, H * d, sum, rows - group_row, d,
+                       1 / total[0], 1 / total[1], s->q[turn % 2][0][64 * group], ROWS * ATOM);
+        rows_stored(&s->q_free[turn % 2]);
+        begun += 2 * tiles;
     }
-    group_barrier(group);
-    store_rows<DH>(out + ((int64_t)b * rows + group_row) * H * d + h * d, H * d, sum, rows - group_row, d, 1 / total[0],
-                   1 / total[1], s->q[0][64 * group], ROWS * ATOM);
 #endif
 }
 
@@ -1452,86 +1481,97 @@ __global__ static void attention_delta_kernel(float2 *stats, const bf16 *dout, c
 // take turns by themselves: one computes weights while the other multiplies.
 template <int DH> struct BackwardShared { // dq: own are q and dout, ring keys and values; dk and dv the other way
     enum { WALK = DH == 64 ? 128 : 64, SLOTS = 3 };
-    bf16 own[2][DH / ATOM][128][ATOM], ring[SLOTS][2][DH / ATOM][WALK][ATOM];
+    bf16 own[2][2][DH / ATOM][128][ATOM], ring[SLOTS][2][DH / ATOM][WALK][ATOM];
     float2 stats[SLOTS][WALK];
-    uint64_t own_full, full[SLOTS], free[SLOTS];
+    uint64_t own_full[2], own_free[2], full[SLOTS], free[SLOTS];
 };
 template <int DH>
 __global__ void __launch_bounds__(3 * GROUP, 1)
 attention_dq_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap dout_map,
                     const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map, bf16 *dq,
-                    const float2 *stats, int ld, int T, int H, int G, int d, float scale, float sigma) {
+                    const float2 *stats, int ld, int B, int T, int H, int G, int d, float scale, float sigma) {
 #ifdef HOPPER
     typedef BackwardShared<DH> Shared;
     enum { WALK = Shared::WALK, SLOTS = Shared::SLOTS, NEXT = WALK * ATOM };
     extern __shared__ __align__(1024) unsigned char shared_tiles[];
     Shared *s = (Shared *)shared_tiles;
-    int b = blockIdx.y / H, h = blockIdx.y % H, r0 = (int)(gridDim.x - 1 - blockIdx.x) * 128,
-        group = threadIdx.x / GROUP, tiles = (min(r0 + 128, T) + WALK - 1) / WALK;
+    int group = threadIdx.x / GROUP, pieces = (T + 127) / 128 * B * H, begun = 0, piece;
     if (threadIdx.x == 0) {
-        barrier_init(&s->own_full, 1);
+        for (int i = 0; i < 2; i++) { barrier_init(&s->own_full[i], 1); barrier_init(&s->own_free[i], 8); }
         for (int i = 0; i < SLOTS; i++) { barrier_init(&s->full[i], 1); barrier_init(&s->free[i], 2); }
     }
     barriers_ready();
+    auto first_row = [&](int piece) { return ((T + 127) / 128 - 1 - piece / (B * H)) * 128; };
+    auto tiles_of = [&](int r0) { return (min(r0 + 128, T) + WALK - 1) / WALK; };
     if (group == 2) {
         KEEP_REGISTERS("dec", 40);
         if (threadIdx.x % GROUP) return;
-        barrier_expect(&s->own_full, sizeof(s->own));
-        for (int c = 0; c < DH / ATOM; c++) {
-            copy_tile(s->own[0][c][0], &q_map, c * ATOM, h, r0, b, &s->own_full);
-            copy_tile(s->own[1][c][0], &dout_map, c * ATOM, h, r0, b, &s->own_full);
-        }
-        for (int n = 0; n < tiles; n++) {
-            int slot = n % SLOTS;
-            if (n >= SLOTS) barrier_wait(&s->free[slot], n / SLOTS - 1);
-            barrier_expect(&s->full[slot], sizeof(s->ring[slot]));
+        for (int turn = 0; (piece = piece_of_work(turn)) < pieces; turn++) {
+            int r0 = first_row(piece), b = piece % (B * H) / H, h = piece % H, tiles = tiles_of(r0), own = turn % 2;
+            if (turn > 1) barrier_wait(&s->own_free[own], turn / 2 - 1);
+            barrier_expect(&s->own_full[own], sizeof(s->own[0]));
             for (int c = 0; c < DH / ATOM; c++) {
-                copy_tile(s->ring[slot][0][c][0], &k_map, c * ATOM, h / (H / G), n * WALK, b, &s->full[slot]);
-                copy_tile(s->ring[slot][1][c][0], &v_map, c * ATOM, h / (H / G), n * WALK, b, &s->full[slot]);
+                copy_tile(s->own[own][0][c][0], &q_map, c * ATOM, h, r0, b, &s->own_full[own]);
+                copy_tile(s->own[own][1][c][0], &dout_map, c * ATOM, h, r0, b, &s->own_full[own]);
+            }
+            for (int n = 0; n < tiles; n++, begun++) {
+                int slot = begun % SLOTS;
+                if (begun >= SLOTS) barrier_wait(&s->free[slot], begun / SLOTS - 1);
+                barrier_expect(&s->full[slot], sizeof(s->ring[slot]));
+                for (int c = 0; c < DH / ATOM; c++) {
+                    copy_tile(s->ring[slot][0][c][0], &k_map, c * ATOM, h / (H / G), n * WALK, b, &s->full[slot]);
+                    copy_tile(s->ring[slot][1][c][0], &v_map, c * ATOM, h / (H / G), n * WALK, b, &s->full[slot]);
+                }
             }
         }
         return;
     }
     KEEP_REGISTERS("inc", 232);
-    int lane = threadIdx.x % 32, group_row = r0 + 64 * group, row = group_row + threadIdx.x % GROUP / 32 * 16 + lane / 4;
-    float sum[DH / 8][4];
-    uint32_t dlogits[WALK / 16][4];
-    float2 known[2];
-    for (int half = 0; half < 2; half++)
-        known[half] = stats[(int64_t)blockIdx.y * T + min(row + half * 8, T - 1)];
-    for (int n = 0; n < DH / 8; n++)
-        for (int e = 0; e < 4; e++) sum[n][e] = 0;
-    barrier_wait(&s->own_full, 0);
-    for (int tile = 0; tile < tiles; tile++) {
-        int slot = tile % SLOTS, j0 = tile * WALK;
-        barrier_wait(&s->full[slot], tile / SLOTS);
-        const bf16 *keys = s->ring[slot][0][0][0], *values = s->ring[slot][1][0][0];
-        float w[WALK / 8][4], dw[WALK / 8][4];
-        products_begin();
-        product_transposed<DH, WALK>(w, s->own[0][0][64 * group], 128 * ATOM, keys, NEXT);
-        products_commit();
-        product_transposed<DH, WALK>(dw, s->own[1][0][64 * group], 128 * ATOM, values, NEXT);
-        products_commit();
-        products_wait<1>();
-        if (tile && threadIdx.x % GROUP == 0) barrier_arrive(&s->free[(tile - 1) % SLOTS]);
-        int masked = j0 + WALK - 1 > group_row;
-        for (int n = 0; n < WALK / 8; n++)
-            for (int e = 0; e < 4; e++) {
-                w[n][e] = exp2_fast(w[n][e] * scale - known[e / 2].x);
-                if (masked && j0 + n * 8 + lane % 4 * 2 + e % 2 > row + e / 2 * 8) w[n][e] = 0;
-            }
+    int lane = threadIdx.x % 32;
+    for (int turn = 0; (piece = piece_of_work(turn)) < pieces; turn++) {
+        int head = piece % (B * H), r0 = first_row(piece), tiles = tiles_of(r0), group_row = r0 + 64 * group,
+            row = group_row + threadIdx.x % GROUP / 32 * 16 + lane / 4;
+        bf16 *own = s->own[turn % 2][0][0][64 * group], *own_dout = s->own[turn % 2][1][0][64 * group];
+        float sum[DH / 8][4];
+        uint32_t dlogits[WALK / 16][4];
+        float2 known[2];
+        for (int half = 0; half < 2; half++) known[half] = stats[(int64_t)head * T + min(row + half * 8, T - 1)];
+        for (int n = 0; n < DH / 8; n++)
+            for (int e = 0; e < 4; e++) sum[n][e] = 0;
+        barrier_wait(&s->own_full[turn % 2], turn / 2);
+        for (int tile = 0; tile < tiles; tile++, begun++) {
+            int slot = begun % SLOTS, j0 = tile * WALK;
+            barrier_wait(&s->full[slot], begun / SLOTS);
+            const bf16 *keys = s->ring[slot][0][0][0], *values = s->ring[slot][1][0][0];
+            float w[WALK / 8][4], dw[WALK / 8][4];
+            products_begin();
+            product_transposed<DH, WALK>(w, own, 128 * ATOM, keys, NEXT);
+            products_commit();
+            product_transposed<DH, WALK>(dw, own_dout, 128 * ATOM, values, NEXT);
+            products_commit();
+            products_wait<1>();
+            if (tile && threadIdx.x % GROUP == 0) barrier_arrive(&s->free[(begun - 1) % SLOTS]);
+            int masked = j0 + WALK - 1 > group_row;
+            for (int n = 0; n < WALK / 8; n++)
+                for (int e = 0; e < 4; e++) {
+                    w[n][e] = exp2_fast(w[n][e] * scale - known[e / 2].x);
+                    if (masked && j0 + n * 8 + lane % 4 * 2 + e % 2 > row + e / 2 * 8) w[n][e] = 0;
+                }
+            products_wait<0>();
+            for (int n = 0; n < WALK / 8; n++)
+                for (int e = 0; e < 4; e++) w[n][e] *= dw[n][e] - known[e / 2].y;
+            as_operand<WALK>(dlogits, w);
+            products_begin();
+            product_plain<DH, WALK>(sum, dlogits, keys);
+            products_commit();
+        }
         products_wait<0>();
-        for (int n = 0; n < WALK / 8; n++)
-            for (int e = 0; e < 4; e++) w[n][e] *= dw[n][e] - known[e / 2].y;
-        as_operand<WALK>(dlogits, w);
-        products_begin();
-        product_plain<DH, WALK>(sum, dlogits, keys);
-        products_commit();
+        group_barrier(group);
+        if (threadIdx.x % GROUP == 0) barrier_arrive(&s->free[(begun - 1) % SLOTS]);
+        store_rows<DH>(dq + ((int64_t)(head / H) * T + group_row) * ld + head % H * d, ld, sum, T - group_row, d, sigma, sigma, own,
+                       128 * ATOM);
+        rows_stored(&s->own_free[turn % 2]);
     }
-    products_wait<0>();
-    group_barrier(group);
-    store_rows<DH>(dq + ((int64_t)b * T + group_row) * ld + h * d, ld, sum, T - group_row, d, sigma, sigma,
-                   s->own[0][0][64 * group], 128 * ATOM);
 #endif
 }
 
@@ -1541,96 +1581,107 @@ template <int DH>
 __global__ void __launch_bounds__(3 * GROUP, 1)
 attention_dkv_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap dout_map,
                      const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map, bf16 *dk,
-                     bf16 *dv, const float2 *stats, int ld, int T, int H, int G, int d, float scale, float sigma) {
+                     bf16 *dv, const float2 *stats, int ld, int B, int T, int H, int G, int d, float scale, float sigma) {
 #ifdef HOPPER
     typedef BackwardShared<DH> Shared;
     enum { WALK = Shared::WALK, SLOTS = Shared::SLOTS, NEXT = WALK * ATOM };
     extern __shared__ __align__(1024) unsigned char shared_tiles[];
     Shared *s = (Shared *)shared_tiles;
-    int b = blockIdx.y / G, g = blockIdx.y % G, j0 = (int)blockIdx.x * 128, group = threadIdx.x / GROUP, heads = H / G,
-        tiles = (T - j0 + WALK - 1) / WALK;
+    int group = threadIdx.x / GROUP, heads = H / G, pieces = (T + 127) / 128 * B * G, begun = 0, piece;
     if (threadIdx.x == 0) {
-        barrier_init(&s->own_full, 1);
+        for (int i = 0; i < 2; i++) { barrier_init(&s->own_full[i], 1); barrier_init(&s->own_free[i], 8); }
         for (int i = 0; i < SLOTS; i++) { barrier_init(&s->full[i], 32); barrier_init(&s->free[i], 2); }
     }
     barriers_ready();
+    auto tiles_of = [&](int j0) { return (T - j0 + WALK - 1) / WALK; };
     if (group == 2) {
         KEEP_REGISTERS("dec", 40);
         int lane = threadIdx.x % GROUP;
         if (lane >= 32) return;
-        if (lane == 0) {
-            barrier_expect(&s->own_full, sizeof(s->own));
-            for (int c = 0; c < DH / ATOM; c++) {
-                copy_tile(s->own[0][c][0], &k_map, c * ATOM, g, j0, b, &s->own_full);
-                copy_tile(s->own[1][c][0], &v_map, c * ATOM, g, j0, b, &s->own_full);
+        for (int turn = 0; (piece = piece_of_work(turn)) < pieces; turn++) {
+            int j0 = piece / (B * G) * 128, b = piece % (B * G) / G, g = piece % G, tiles = tiles_of(j0), own = turn % 2;
+            if (turn > 1) barrier_wait(&s->own_free[own], turn / 2 - 1);
+            if (lane == 0) {
+                barrier_expect(&s->own_full[own], sizeof(s->own[0]));
+                for (int c = 0; c < DH / ATOM; c++) {
+                    copy_tile(s->own[own][0][c][0], &k_map, c * ATOM, g, j0, b, &s->own_full[own]);
+                    copy_tile(s->own[own][1][c][0], &v_map, c * ATOM, g, j0, b, &s->own_full[own]);
+                }
             }
-        }
-        for (int n = 0; n < heads * tiles; n++) {
-            int slot = n % SLOTS, h = g * heads + n / tiles, r0 = j0 + n % tiles * WALK;
-            if (n >= SLOTS) barrier_wait(&s->free[slot], n / SLOTS - 1);
-            for (int r = lane; r < WALK; r += 32) { // a row past the end has weights of 0
-                float2 known = {INFINITY, 0};
-                s->stats[slot][r] = r0 + r < T ? stats[((int64_t)b * H + h) * T + r0 + r] : known;
-            }
-            if (lane) { barrier_arrive(&s->full[slot]); continue; }
-            barrier_expect(&s->full[slot], sizeof(s->ring[slot]));
-            for (int c = 0; c < DH / ATOM; c++) {
-                copy_tile(s->ring[slot][0][c][0], &q_map, c * ATOM, h, r0, b, &s->full[slot]);
-                copy_tile(s->ring[slot][1][c][0], &dout_map, c * ATOM, h, r0, b, &s->full[slot]);
+            for (int n = 0; n < heads * tiles; n++, begun++) {
+                int slot = begun % SLOTS, h = g * heads + n / tiles, r0 = j0 + n % tiles * WALK;
+                if (begun >= SLOTS) barrier_wait(&s->free[slot], begun / SLOTS - 1);
+                for (int r = lane; r < WALK; r += 32) { // a row past the end has weights of 0
+                    float2 known = {INFINITY, 0};
+                    s->stats[slot][r] = r0 + r < T ? stats[((int64_t)b * H + h) * T + r0 + r] : known;
+                }
+                if (lane) { barrier_arrive(&s->full[slot]); continue; }
+                barrier_expect(&s->full[slot], sizeof(s->ring[slot]));
+                for (int c = 0; c < DH / ATOM; c++) {
+                    copy_tile(s->ring[slot][0][c][0], &q_map, c * ATOM, h, r0, b, &s->full[slot]);
+                    copy_tile(s->ring[slot][1][c][0], &dout_map, c * ATOM, h, r0, b, &s->full[slot]);
+                }
             }
         }
         return;
     }
     KEEP_REGISTERS("inc", 232);
-    int lane = threadIdx.x % 32, key = j0 + 64 * group + threadIdx.x % GROUP / 32 * 16 + lane / 4;
-    float k_sum[DH / 8][4], v_sum[DH / 8][4];
-    uint32_t weights[WALK / 16][4];
-    for (int n = 0; n < DH / 8; n++)
-        for (int e = 0; e < 4; e++) k_sum[n][e] = v_sum[n][e] = 0;
-    barrier_wait(&s->own_full, 0);
-    for (int step = 0; step < heads * tiles; step++) {
-        int slot = step % SLOTS, r0 = j0 + step % tiles * WALK, masked = r0 < j0 + 64 * group + 63;
-        const bf16 *queries = s->ring[slot][0][0][0], *douts = s->ring[slot][1][0][0];
-        float w[WALK / 8][4], dw[WALK / 8][4];
-        barrier_wait(&s->full[slot], step / SLOTS);
-        products_begin();
-        product_transposed<DH, WALK>(w, s->own[0][0][64 * group], 128 * ATOM, queries, NEXT);
-        products_commit();
-        products_wait<1>(); // the last step's are done
-        if (step && threadIdx.x % GROUP == 0) barrier_arrive(&s->free[(step - 1) % SLOTS]);
-        products_begin();
-        product_transposed<DH, WALK>(dw, s->own[1][0][64 * group], 128 * ATOM, douts, NEXT);
-        products_commit();
-        products_wait<1>();
-        for (int n = 0; n < WALK / 8; n++) {
-            float4 rows = *(const float4 *)&s->stats[slot][n * 8 + lane % 4 * 2];
-            for (int e = 0; e < 4; e++) {
-                w[n][e] = exp2_fast(w[n][e] * scale - (e % 2 ? rows.z : rows.x));
-                if (masked && key + e / 2 * 8 > r0 + n * 8 + lane % 4 * 2 + e % 2) w[n][e] = 0;
+    int lane = threadIdx.x % 32;
+    for (int turn = 0; (piece = piece_of_work(turn)) < pieces; turn++) {
+        int j0 = piece / (B * G) * 128, b = piece % (B * G) / G, g = piece % G, tiles = tiles_of(j0),
+            key = j0 + 64 * group + threadIdx.x % GROUP / 32 * 16 + lane / 4;
+        bf16 *own = s->own[turn % 2][0][0][64 * group], *own_v = s->own[turn % 2][1][0][64 * group];
+        float k_sum[DH / 8][4], v_sum[DH / 8][4];
+        uint32_t weights[WALK / 16][4];
+        for (int n = 0; n < DH / 8; n++)
+            for (int e = 0; e < 4; e++) k_sum[n][e] = v_sum[n][e] = 0;
+        barrier_wait(&s->own_full[turn % 2], turn / 2);
+        for (int step = 0; step < heads * tiles; step++, begun++) {
+            int slot = begun % SLOTS, r0 = j0 + step % tiles * WALK, masked = r0 < j0 + 64 * group + 63;
+            const bf16 *queries = s->ring[slot][0][0][0], *douts = s->ring[slot][1][0][0];
+            float w[WALK / 8][4], dw[WALK / 8][4];
+            barrier_wait(&s->full[slot], begun / SLOTS);
+            products_begin();
+            product_transposed<DH, WALK>(w, own, 128 * ATOM, queries, NEXT);
+            products_commit();
+            products_wait<1>(); // the last step's are done
+            if (step && threadIdx.x % GROUP == 0) barrier_arrive(&s->free[(begun - 1) % SLOTS]);
+            products_begin();
+            product_transposed<DH, WALK>(dw, own_v, 128 * ATOM, douts, NEXT);
+            products_commit();
+            products_wait<1>();
+            for (int n = 0; n < WALK / 8; n++) {
+                float4 rows = *(const float4 *)&s->stats[slot][n * 8 + lane % 4 * 2];
+                for (int e = 0; e < 4; e++) {
+                    w[n][e] = exp2_fast(w[n][e] * scale - (e % 2 ? rows.z : rows.x));
+                    if (masked && key + e / 2 * 8 > r0 + n * 8 + lane % 4 * 2 + e % 2) w[n][e] = 0;
+                }
             }
+            as_operand<WALK>(weights, w);
+            products_begin();
+            product_plain<DH, WALK>(v_sum, weights, douts);
+            products_commit();
+            products_wait<0>();
+            for (int n = 0; n < WALK / 8; n++) { // the weights become the gradients of the logits
+                float4 rows = *(const float4 *)&s->stats[slot][n * 8 + lane % 4 * 2];
+                for (int half = 0; half < 2; half++) {
+                    uint32_t *two = &weights[n / 2][n % 2 * 2 + half];
+                    *two = pack_two(__uint_as_float(*two << 16) * (dw[n][2 * half] - rows.y),
+                                    __uint_as_float(*two & 0xFFFF0000u) * (dw[n][2 * half + 1] - rows.w));
+                }
+            }
+            products_begin();
+            product_plain<DH, WALK>(k_sum, weights, queries);
+            products_commit();
         }
-        as_operand<WALK>(weights, w);
-        products_begin();
-        product_plain<DH, WALK>(v_sum, weights, douts);
-        products_commit();
         products_wait<0>();
-        for (int n = 0; n < WALK / 8; n++) { // the weights become the gradients of the logits
-            float4 rows = *(const float4 *)&s->stats[slot][n * 8 + lane % 4 * 2];
-            for (int half = 0; half < 2; half++) {
-                uint32_t *two = &weights[n / 2][n % 2 * 2 + half];
-                *two = pack_two(__uint_as_float(*two << 16) * (dw[n][2 * half] - rows.y),
-                                __uint_as_float(*two & 0xFFFF0000u) * (dw[n][2 * half + 1] - rows.w));
-            }
-        }
-        products_begin();
-        product_plain<DH, WALK>(k_sum, weights, queries);
-        products_commit();
+        group_barrier(group);
+        if (threadIdx.x % GROUP == 0) barrier_arrive(&s->free[(begun - 1) % SLOTS]);
+        int64_t at = ((int64_t)b * T + j0 + 64 * group) * ld + g * d;
+        store_rows<DH>(dk + at, ld, k_sum, T - j0 - 64 * group, d, sigma, sigma, own, 128 * ATOM);
+        store_rows<DH>(dv + at, ld, v_sum, T - j0 - 64 * group, d, 1, 1, own_v, 128 * ATOM);
+        rows_stored(&s->own_free[turn % 2]);
     }
-    products_wait<0>();
-    group_barrier(group);
-    int64_t at = ((int64_t)b * T + j0 + 64 * group) * ld + g * d;
-    store_rows<DH>(dk + at, ld, k_sum, T - j0 - 64 * group, d, sigma, sigma, s->own[0][0][64 * group], 128 * ATOM);
-    store_rows<DH>(dv + at, ld, v_sum, T - j0 - 64 * group, d, 1, 1, s->own[1][0][64 * group], 128 * ATOM);
 #endif
 }
 
@@ -1647,9 +1698,9 @@ static void attention_tiles(bf16 *out, float *stats, const bf16 *q, const bf16 *
     CUtensorMap q_map = tile_map(q, d, H, rows, ld, rows * ld, B, Shared::ROWS),
         k_map = tile_map(k, d, G, T, ld, all, B, KEYS), v_map = tile_map(v, d, G, T, ld, all, B, KEYS);
     allow_shared(attention_tile_kernel<DH>, sizeof(Shared));
-    LAUNCH(attention_tile_kernel<DH>, dim3((unsigned)(rows + Shared::ROWS - 1) / Shared::ROWS, B * H),
-           GROUP * (Shared::GROUPS + 1), sizeof(Shared), stream, q_map, k_map, v_map, out, (float2 *)stats, T, H, G, d,
-           first, 1.44269504f / sqrtf((float)d));
+    int pieces = (int)(rows + Shared::ROWS - 1) / Shared::ROWS * B * H;
+    LAUNCH(attention_tile_kernel<DH>, min_int(pieces, gpu.processors), GROUP * (Shared::GROUPS + 1), sizeof(Shared), stream,
+           q_map, k_map, v_map, out, (float2 *)stats, B, T, H, G, d, first, 1.44269504f / sqrtf((float)d));
 }
 static void attention_tiles(bf16 *out, float *stats, const bf16 *q, const bf16 *k, const bf16 *v, int ld, int B, int T,
                             int H, int G, int d, int first, cudaStream_t stream) {
@@ -1678,10 +1729,10 @@ static void attention_tiles_backward(bf16 *dq, bf16 *dk, bf16 *dv, const bf16 *d
     allow_shared(attention_dkv_kernel<DH>, sizeof(Shared));
     LAUNCH(attention_delta_kernel, (unsigned)(((int64_t)B * T * H + 31) / 32), 256, 0, stream, stats, dout, out, B, T, H,
            d);
-    LAUNCH(attention_dq_kernel<DH>, dim3((T + 127) / 128, B * H), 3 * GROUP, sizeof(Shared), stream, maps[1][0],
-           maps[1][1], maps[1][2], maps[1][3], dq, stats, ld, T, H, G, d, scale, sigma);
-    LAUNCH(attention_dkv_kernel<DH>, dim3((T + 127) / 128, B * G), 3 * GROUP, sizeof(Shared), stream, maps[0][0],
-           maps[0][1], maps[0][2], maps[0][3], dk, dv, stats, ld, T, H, G, d, scale, sigma);
+    LAUNCH(attention_dq_kernel<DH>, min_int((T + 127) / 128 * B * H, gpu.processors), 3 * GROUP, sizeof(Shared), stream,
+           maps[1][0], maps[1][1], maps[1][2], maps[1][3], dq, stats, ld, B, T, H, G, d, scale, sigma);
+    LAUNCH(attention_dkv_kernel<DH>, min_int((T + 127) / 128 * B * G, gpu.processors), 3 * GROUP, sizeof(Shared), stream,
+           maps[0][0], maps[0][1], maps[0][2], maps[0][3], dk, dv, stats, ld, B, T, H, G, d, scale, sigma);
 }
 static void attention_tiles_backward(bf16 *dq, bf16 *dk, bf16 *dv, const bf16 *dout, const bf16 *out, float *stats,
                                      const bf16 *q, const bf16 *k, const bf16 *v, int ld, int B, int T, int H, int G,
