@@ -1015,14 +1015,9 @@ __device__ static inline void barriers_ready() { // after their init
     asm volatile("fence.mbarrier_init.release.cluster;" : : : "memory");
     __syncthreads();
 }
-// `at` in the shared memory of the cluster's block number `rank`; an arrival there, after which it sees what was written
-__device__ static inline uint32_t shared_of(const void *at, int rank) {
-    uint32_t there;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_at(at)), "r"(rank));
-    return there;
-}
-__device__ static inline void barrier_arrive_at(uint64_t *barrier, int rank) {
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" : : "r"(shared_of(barrier, rank)) : "memory");
+__device__ static inline void barrier_arrive_at(uint64_t *barrier, int rank) { // of the cluster's block number `rank`
+    asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+                 "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" : : "r"(shared_at(barrier)), "r"(rank) : "memory");
 }
 // The tile of `map` at column col of head h, row `row` of sequence b; its bytes count for the barrier.
 __device__ static inline void copy_tile(bf16 *tile, const CUtensorMap *map, int col, int h, int row, int b,
@@ -1308,10 +1303,23 @@ static void product_gpu(F f, Part<X> a, Part<X> b, int M, int N, int K, int shif
 // multiprocessor stays for many such pieces of work; the rows of the next one arrive, in the other of two places, while
 // groups still work on this one.
 
-// The number of a block's piece in turn `turn`, pieces in order of length from the longest: there and back, so that all
-// blocks get as much. Too large a number: no more.
-__device__ static inline int piece_of_work(int turn) {
-    return turn * (int)gridDim.x + (int)(turn % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+// The block's next piece: its head, and as result its place among the head's `blocks` pieces, the longest first; -1: no more.
+// Some heads at a time, whose keys and values stay in the L2 cache, take whole turns of all blocks; their pieces are in order
+// of length, there and back, so that all blocks get as much.
+__device__ static inline int next_piece(int &turn, int &head, int blocks, int heads, int at_once) {
+    for (int turns = (blocks * at_once + gridDim.x - 1) / gridDim.x;; turn++) {
+        int group = turn / turns, now = min(at_once, heads - group * at_once), backwards = (group + turn % turns) % 2,
+            piece = turn % turns * gridDim.x + (backwards ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+        if (now <= 0) return -1;
+        if (piece >= blocks * now) continue;
+        turn++;
+        head = group * at_once + piece % now;
+        return piece / now;
+    }
+}
+static int heads_at_once(int heads, int T, int d) { // 24 MiB of keys and values
+    while (heads % 2 == 0 && (int64_t)heads * T * d > 6 << 20) heads /= 2;
+    return heads;
 }
 
 // The rows stay, the walk is along the keys, 128 at a time; the ring holds K0 K1 V0 K2 V1 ..., for a group starts on the
@@ -1327,25 +1335,25 @@ template <int DH>
 __global__ void __launch_bounds__(GROUP * (ForwardShared<DH>::GROUPS + 1), 1)
 attention_tile_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
                       const __grid_constant__ CUtensorMap v_map, bf16 *out, float2 *stats, int B, int T, int H, int G, int d,
-                      int first, float scale) {
+                      int first, int at_once, float scale) {
 #ifdef HOPPER
     enum { GROUPS = ForwardShared<DH>::GROUPS, ROWS = 64 * GROUPS };
     extern __shared__ __align__(1024) unsigned char shared_tiles[];
     ForwardShared<DH> *s = (ForwardShared<DH> *)shared_tiles;
-    int rows = T - first, group = threadIdx.x / GROUP, pieces = (rows + ROWS - 1) / ROWS * B * H, begun = 0, piece;
+    int rows = T - first, group = threadIdx.x / GROUP, blocks = (rows + ROWS - 1) / ROWS, begun = 0, turn = 0, pieces = 0,
+        piece, head;
     if (threadIdx.x == 0) {
         for (int i = 0; i < 2; i++) { barrier_init(&s->q_full[i], 1); barrier_init(&s->q_free[i], 4 * GROUPS); }
         for (int i = 0; i < SLOTS; i++) { barrier_init(&s->full[i], 1); barrier_init(&s->free[i], GROUPS); }
     }
     barriers_ready();
-    auto first_row = [&](int piece) { return ((rows + ROWS - 1) / ROWS - 1 - piece / (B * H)) * ROWS; };
     auto tiles_of = [&](int r0) { return (min(first + r0 + ROWS, T) + KEYS - 1) / KEYS; };
     if (group == GROUPS) {
         KEEP_REGISTERS("dec", DH == 64 ? 32 : 40);
         if (threadIdx.x % GROUP) return;
-        for (int turn = 0; (piece = piece_of_work(turn)) < pieces; turn++) {
-            int r0 = first_row(piece), b = piece % (B * H) / H, h = piece % H, tiles = tiles_of(r0), own = turn % 2;
-            if (turn > 1) barrier_wait(&s->q_free[own], turn / 2 - 1);
+        for (; (piece = next_piece(turn, head, blocks, B * H, at_once)) >= 0; pieces++) {
+            int r0 = (blocks - 1 - piece) * ROWS, b = head / H, h = head % H, tiles = tiles_of(r0), own = pieces % 2;
+            if (pieces > 1) barrier_wait(&s->q_free[own], pieces / 2 - 1);
             barrier_expect(&s->q_full[own], sizeof(s->q[0]));
             for (int c = 0; c < DH / ATOM; c++) copy_tile(s->q[own][c][0], &q_map, c * ATOM, h, r0, b, &s->q_full[own]);
             for (int n = 0; n < 2 * tiles; n++, begun++) {
@@ -1361,7 +1369,7 @@ attention_tile_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_co
         return;
     }
     KEEP_REGISTERS("inc", DH == 64 ? 160 : 232);
-    int lane = threadIdx.x % 32, turn = 0, r0, group_row, row;
+    int lane = threadIdx.x % 32, group_row, row;
     float sum[DH / 8][4], max[2], total[2], shrink[2];
     uint32_t weights[KEYS / 16][4];
     typedef float Logits[KEYS / 8][4];
@@ -1372,7 +1380,7 @@ attention_tile_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_co
         int item = begun + (tile ? 2 * tile - 1 : 0);
         barrier_wait(&s->full[item % SLOTS], item / SLOTS);
         products_begin();
-        product_transposed<DH, KEYS>(w, s->q[turn % 2][0][64 * group], ROWS * ATOM, s->ring[item % SLOTS][0][0], KEYS * ATOM);
+        product_transposed<DH, KEYS>(w, s->q[pieces % 2][0][64 * group], ROWS * ATOM, s->ring[item % SLOTS][0][0], KEYS * ATOM);
         products_commit();
     };
     // logits to weights with the new maximum; shrink: what that does to what was summed
@@ -1404,16 +1412,15 @@ attention_tile_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_co
         product_plain<DH, KEYS>(sum, weights, s->ring[item % SLOTS][0][0]);
         products_commit();
     };
-    for (; (piece = piece_of_work(turn)) < pieces; turn++) {
-        int head = piece % (B * H);
-        r0 = first_row(piece);
+    for (; (piece = next_piece(turn, head, blocks, B * H, at_once)) >= 0; pieces++) {
+        int r0 = (blocks - 1 - piece) * ROWS;
         group_row = r0 + 64 * group;
         row = group_row + threadIdx.x % GROUP / 32 * 16 + lane / 4;
         int tiles = tiles_of(r0), seen = (min(first + group_row + 64, T) + KEYS - 1) / KEYS; // tiles that the group's rows see
         for (int half = 0; half < 2; half++) { max[half] = -INFINITY; total[half] = 0; }
         for (int n = 0; n < DH / 8; n++)
             for (int e = 0; e < 4; e++) sum[n][e] = 0;
-        barrier_wait(&s->q_full[turn % 2], turn / 2);
+        barrier_wait(&s->q_full[pieces % 2], pieces / 2);
         {
             Logits w;
             logits(w, 0);
@@ -1453,8 +1460,8 @@ attention_tile_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_co
         }
         group_barrier(group);
         store_rows<DH>(out + ((int64_t)(head / H) * rows + group_row) * H * d + head % H * d, H * d, sum, rows - group_row, d,
-                       1 / total[0], 1 / total[1], s->q[turn % 2][0][64 * group], ROWS * ATOM);
-        rows_stored(&s->q_free[turn % 2]);
+                       1 / total[0], 1 / total[1], s->q[pieces % 2][0][64 * group], ROWS * ATOM);
+        rows_stored(&s->q_free[pieces % 2]);
         begun += 2 * tiles;
     }
 #endif
@@ -1489,26 +1496,26 @@ template <int DH>
 __global__ void __launch_bounds__(3 * GROUP, 1)
 attention_dq_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap dout_map,
                     const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map, bf16 *dq,
-                    const float2 *stats, int ld, int B, int T, int H, int G, int d, float scale, float sigma) {
+                    const float2 *stats, int ld, int B, int T, int H, int G, int d, int at_once, float scale,
+                    float sigma) {
 #ifdef HOPPER
     typedef BackwardShared<DH> Shared;
     enum { WALK = Shared::WALK, SLOTS = Shared::SLOTS, NEXT = WALK * ATOM };
     extern __shared__ __align__(1024) unsigned char shared_tiles[];
     Shared *s = (Shared *)shared_tiles;
-    int group = threadIdx.x / GROUP, pieces = (T + 127) / 128 * B * H, begun = 0, piece;
+    int group = threadIdx.x / GROUP, blocks = (T + 127) / 128, begun = 0, turn = 0, pieces = 0, piece, head;
     if (threadIdx.x == 0) {
         for (int i = 0; i < 2; i++) { barrier_init(&s->own_full[i], 1); barrier_init(&s->own_free[i], 8); }
         for (int i = 0; i < SLOTS; i++) { barrier_init(&s->full[i], 1); barrier_init(&s->free[i], 2); }
     }
     barriers_ready();
-    auto first_row = [&](int piece) { return ((T + 127) / 128 - 1 - piece / (B * H)) * 128; };
     auto tiles_of = [&](int r0) { return (min(r0 + 128, T) + WALK - 1) / WALK; };
     if (group == 2) {
         KEEP_REGISTERS("dec", 40);
         if (threadIdx.x % GROUP) return;
-        for (int turn = 0; (piece = piece_of_work(turn)) < pieces; turn++) {
-            int r0 = first_row(piece), b = piece % (B * H) / H, h = piece % H, tiles = tiles_of(r0), own = turn % 2;
-            if (turn > 1) barrier_wait(&s->own_free[own], turn / 2 - 1);
+        for (; (piece = next_piece(turn, head, blocks, B * H, at_once)) >= 0; pieces++) {
+            int r0 = (blocks - 1 - piece) * 128, b = head / H, h = head % H, tiles = tiles_of(r0), own = pieces % 2;
+            if (pieces > 1) barrier_wait(&s->own_free[own], pieces / 2 - 1);
             barrier_expect(&s->own_full[own], sizeof(s->own[0]));
             for (int c = 0; c < DH / ATOM; c++) {
                 copy_tile(s->own[own][0][c][0], &q_map, c * ATOM, h, r0, b, &s->own_full[own]);
@@ -1528,17 +1535,17 @@ attention_dq_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_cons
     }
     KEEP_REGISTERS("inc", 232);
     int lane = threadIdx.x % 32;
-    for (int turn = 0; (piece = piece_of_work(turn)) < pieces; turn++) {
-        int head = piece % (B * H), r0 = first_row(piece), tiles = tiles_of(r0), group_row = r0 + 64 * group,
+    for (; (piece = next_piece(turn, head, blocks, B * H, at_once)) >= 0; pieces++) {
+        int r0 = (blocks - 1 - piece) * 128, tiles = tiles_of(r0), group_row = r0 + 64 * group,
             row = group_row + threadIdx.x % GROUP / 32 * 16 + lane / 4;
-        bf16 *own = s->own[turn % 2][0][0][64 * group], *own_dout = s->own[turn % 2][1][0][64 * group];
+        bf16 *own = s->own[pieces % 2][0][0][64 * group], *own_dout = s->own[pieces % 2][1][0][64 * group];
         float sum[DH / 8][4];
         uint32_t dlogits[WALK / 16][4];
         float2 known[2];
         for (int half = 0; half < 2; half++) known[half] = stats[(int64_t)head * T + min(row + half * 8, T - 1)];
         for (int n = 0; n < DH / 8; n++)
             for (int e = 0; e < 4; e++) sum[n][e] = 0;
-        barrier_wait(&s->own_full[turn % 2], turn / 2);
+        barrier_wait(&s->own_full[pieces % 2], pieces / 2);
         for (int tile = 0; tile < tiles; tile++, begun++) {
             int slot = begun % SLOTS, j0 = tile * WALK;
             barrier_wait(&s->full[slot], begun / SLOTS);
@@ -1570,7 +1577,7 @@ attention_dq_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_cons
         if (threadIdx.x % GROUP == 0) barrier_arrive(&s->free[(begun - 1) % SLOTS]);
         store_rows<DH>(dq + ((int64_t)(head / H) * T + group_row) * ld + head % H * d, ld, sum, T - group_row, d, sigma, sigma, own,
                        128 * ATOM);
-        rows_stored(&s->own_free[turn % 2]);
+        rows_stored(&s->own_free[pieces % 2]);
     }
 #endif
 }
@@ -1581,13 +1588,14 @@ template <int DH>
 __global__ void __launch_bounds__(3 * GROUP, 1)
 attention_dkv_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap dout_map,
                      const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map, bf16 *dk,
-                     bf16 *dv, const float2 *stats, int ld, int B, int T, int H, int G, int d, float scale, float sigma) {
+                     bf16 *dv, const float2 *stats, int ld, int B, int T, int H, int G, int d, int at_once, float scale,
+                    float sigma) {
 #ifdef HOPPER
     typedef BackwardShared<DH> Shared;
     enum { WALK = Shared::WALK, SLOTS = Shared::SLOTS, NEXT = WALK * ATOM };
     extern __shared__ __align__(1024) unsigned char shared_tiles[];
     Shared *s = (Shared *)shared_tiles;
-    int group = threadIdx.x / GROUP, heads = H / G, pieces = (T + 127) / 128 * B * G, begun = 0, piece;
+    int group = threadIdx.x / GROUP, heads = H / G, blocks = (T + 127) / 128, begun = 0, turn = 0, pieces = 0, piece, head;
     if (threadIdx.x == 0) {
         for (int i = 0; i < 2; i++) { barrier_init(&s->own_full[i], 1); barrier_init(&s->own_free[i], 8); }
         for (int i = 0; i < SLOTS; i++) { barrier_init(&s->full[i], 32); barrier_init(&s->free[i], 2); }
@@ -1598,9 +1606,9 @@ attention_dkv_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_con
         KEEP_REGISTERS("dec", 40);
         int lane = threadIdx.x % GROUP;
         if (lane >= 32) return;
-        for (int turn = 0; (piece = piece_of_work(turn)) < pieces; turn++) {
-            int j0 = piece / (B * G) * 128, b = piece % (B * G) / G, g = piece % G, tiles = tiles_of(j0), own = turn % 2;
-            if (turn > 1) barrier_wait(&s->own_free[own], turn / 2 - 1);
+        for (; (piece = next_piece(turn, head, blocks, B * G, at_once)) >= 0; pieces++) {
+            int j0 = piece * 128, b = head / G, g = head % G, tiles = tiles_of(j0), own = pieces % 2;
+            if (pieces > 1) barrier_wait(&s->own_free[own], pieces / 2 - 1);
             if (lane == 0) {
                 barrier_expect(&s->own_full[own], sizeof(s->own[0]));
                 for (int c = 0; c < DH / ATOM; c++) {
@@ -1627,15 +1635,15 @@ attention_dkv_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_con
     }
     KEEP_REGISTERS("inc", 232);
     int lane = threadIdx.x % 32;
-    for (int turn = 0; (piece = piece_of_work(turn)) < pieces; turn++) {
-        int j0 = piece / (B * G) * 128, b = piece % (B * G) / G, g = piece % G, tiles = tiles_of(j0),
+    for (; (piece = next_piece(turn, head, blocks, B * G, at_once)) >= 0; pieces++) {
+        int j0 = piece * 128, b = head / G, g = head % G, tiles = tiles_of(j0),
             key = j0 + 64 * group + threadIdx.x % GROUP / 32 * 16 + lane / 4;
-        bf16 *own = s->own[turn % 2][0][0][64 * group], *own_v = s->own[turn % 2][1][0][64 * group];
+        bf16 *own = s->own[pieces % 2][0][0][64 * group], *own_v = s->own[pieces % 2][1][0][64 * group];
         float k_sum[DH / 8][4], v_sum[DH / 8][4];
         uint32_t weights[WALK / 16][4];
         for (int n = 0; n < DH / 8; n++)
             for (int e = 0; e < 4; e++) k_sum[n][e] = v_sum[n][e] = 0;
-        barrier_wait(&s->own_full[turn % 2], turn / 2);
+        barrier_wait(&s->own_full[pieces % 2], pieces / 2);
         for (int step = 0; step < heads * tiles; step++, begun++) {
             int slot = begun % SLOTS, r0 = j0 + step % tiles * WALK, masked = r0 < j0 + 64 * group + 63;
             const bf16 *queries = s->ring[slot][0][0][0], *douts = s->ring[slot][1][0][0];
@@ -1677,10 +1685,10 @@ attention_dkv_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_con
         products_wait<0>();
         group_barrier(group);
         if (threadIdx.x % GROUP == 0) barrier_arrive(&s->free[(begun - 1) % SLOTS]);
-        int64_t at = ((int64_t)b * T + j0 + 64 * group) * ld + g * d;
-        store_rows<DH>(dk + at, ld, k_sum, T - j0 - 64 * group, d, sigma, sigma, own, 128 * ATOM);
-        store_rows<DH>(dv + at, ld, v_sum, T - j0 - 64 * group, d, 1, 1, own_v, 128 * ATOM);
-        rows_stored(&s->own_free[turn % 2]);
+        int64_t place = ((int64_t)b * T + j0 + 64 * group) * ld + g * d;
+        store_rows<DH>(dk + place, ld, k_sum, T - j0 - 64 * group, d, sigma, sigma, own, 128 * ATOM);
+        store_rows<DH>(dv + place, ld, v_sum, T - j0 - 64 * group, d, 1, 1, own_v, 128 * ATOM);
+        rows_stored(&s->own_free[pieces % 2]);
     }
 #endif
 }
@@ -1698,9 +1706,9 @@ static void attention_tiles(bf16 *out, float *stats, const bf16 *q, const bf16 *
     CUtensorMap q_map = tile_map(q, d, H, rows, ld, rows * ld, B, Shared::ROWS),
         k_map = tile_map(k, d, G, T, ld, all, B, KEYS), v_map = tile_map(v, d, G, T, ld, all, B, KEYS);
     allow_shared(attention_tile_kernel<DH>, sizeof(Shared));
-    int pieces = (int)(rows + Shared::ROWS - 1) / Shared::ROWS * B * H;
-    LAUNCH(attention_tile_kernel<DH>, min_int(pieces, gpu.processors), GROUP * (Shared::GROUPS + 1), sizeof(Shared), stream,
-           q_map, k_map, v_map, out, (float2 *)stats, B, T, H, G, d, first, 1.44269504f / sqrtf((float)d));
+    LAUNCH(attention_tile_kernel<DH>, gpu.processors, GROUP * (Shared::GROUPS + 1), sizeof(Shared), stream,
+           q_map, k_map, v_map, out, (float2 *)stats, B, T, H, G, d, first, heads_at_once(B * H, T, DH),
+           1.44269504f / sqrtf((float)d));
 }
 static void attention_tiles(bf16 *out, float *stats, const bf16 *q, const bf16 *k, const bf16 *v, int ld, int B, int T,
                             int H, int G, int d, int first, cudaStream_t stream) {
@@ -1729,10 +1737,10 @@ static void attention_tiles_backward(bf16 *dq, bf16 *dk, bf16 *dv, const bf16 *d
     allow_shared(attention_dkv_kernel<DH>, sizeof(Shared));
     LAUNCH(attention_delta_kernel, (unsigned)(((int64_t)B * T * H + 31) / 32), 256, 0, stream, stats, dout, out, B, T, H,
            d);
-    LAUNCH(attention_dq_kernel<DH>, min_int((T + 127) / 128 * B * H, gpu.processors), 3 * GROUP, sizeof(Shared), stream,
-           maps[1][0], maps[1][1], maps[1][2], maps[1][3], dq, stats, ld, B, T, H, G, d, scale, sigma);
-    LAUNCH(attention_dkv_kernel<DH>, min_int((T + 127) / 128 * B * G, gpu.processors), 3 * GROUP, sizeof(Shared), stream,
-           maps[0][0], maps[0][1], maps[0][2], maps[0][3], dk, dv, stats, ld, B, T, H, G, d, scale, sigma);
+    LAUNCH(attention_dq_kernel<DH>, gpu.processors, 3 * GROUP, sizeof(Shared), stream, maps[1][0], maps[1][1], maps[1][2],
+           maps[1][3], dq, stats, ld, B, T, H, G, d, heads_at_once(B * H, T, DH), scale, sigma);
+    LAUNCH(attention_dkv_kernel<DH>, gpu.processors, 3 * GROUP, sizeof(Shared), stream, maps[0][0], maps[0][1], maps[0][2],
+           maps[0][3], dk, dv, stats, ld, B, T, H, G, d, heads_at_once(B * G, T, DH), scale, sigma);
 }
 static void attention_tiles_backward(bf16 *dq, bf16 *dk, bf16 *dv, const bf16 *dout, const bf16 *out, float *stats,
                                      const bf16 *q, const bf16 *k, const bf16 *v, int ld, int B, int T, int H, int G,
@@ -1875,7 +1883,7 @@ typedef struct {
     int64_t inverse;  // (B,R,P) X, the blocks of M on its diagonal
     int64_t rhs;      // (B,T,D) the sum e_{I,<} s_<; backward λ's right-hand side h
     int64_t block;    // (B,P,D) X, what M multiplies
-    int64_t lambda;   // (B,P,D)
+    int64_t lambda;   // (B,P,D), D rounded up to tiles; the march's tiles on their way round
     int64_t merge;    // (B,R/2P,P/2,P/2) X
     int64_t dk;       // (B,T,D) dk' while several panels add to it
     int64_t partial;  // tiles: (B,T/128,R) maxima and sums of the tiles' rows, and which 128 rows to do again
@@ -1898,7 +1906,7 @@ template <typename X> static Panels feedback_panels(int B, int T, int D, int P, 
         p.R = (int)round_up(p.R / 2, p.P);
     int64_t x = sizeof(X), rows = min_int(p.R, T), block = min_int(p.P, T), wide_ = p.ld > D ? p.ld : D,
         all = (int64_t)T * D, tiles = (T + BLOCK - 1) / BLOCK;
-    int64_t sizes[] = {p.tiles ? rows * p.ld / 2 : rows * p.ld, rows * p.P * x / 4, all, block * D * x / 4, block * D,
+    int64_t sizes[] = {p.tiles ? rows * p.ld / 2 : rows * p.ld, rows * p.P * x / 4, all, block * D * x / 4, block * round_up(D, ATOM),
                        round_up(rows, 2 * p.P) * p.P / 4 * x / 4, p.R < T ? all : 0,
                        p.tiles ? (2 * tiles + 1) * rows : 0, p.tiles ? 0 : block * wide_};
     int64_t *places[] = {&p.e, &p.inverse, &p.rhs, &p.block, &p.lambda, &p.merge, &p.dk, &p.partial, &p.product};
@@ -2180,8 +2188,8 @@ static void feedback_panel(float *scratch, const Panels *p, float *stats, int kn
 // sequence and walk along its blocks of C·128 rows, from the last if BACK, each in the four products that the section begins
 // with (or those of feedback_panel_backward_gpu). Block `rank` has two tiles of 64 rows, the first and second four warps one
 // each: tile rank and tile rank from the last, so that all have as much of the triangle. A thread more has the operands
-// copied: e, M, and what was solved before, written to memory and read back. What M and e_II multiply every block hands to
-// those of the cluster whose rows see it.
+// copied: e, M, and what was solved before, written to memory and read back. What M and e_II multiply goes round: a block
+// writes its tiles to memory and has them copied from there to all blocks of the cluster whose rows see them, at once.
 enum { MARCH_SLOTS = 4 };
 template <int C> struct MarchShared {
     enum { STRIP = C == 1 ? 128 : 64, BUFFERS = C == 1 ? 2 : 1 };
@@ -2189,12 +2197,12 @@ template <int C> struct MarchShared {
     uint64_t full[MARCH_SLOTS], free[MARCH_SLOTS], written, handed, done;
 };
 // f (BACK: ds), c (BACK: df) and known, the sum over rows beyond begin .. end if not NULL, have T rows of D a sequence;
-// e and M begin with row r0; `map` is of s (BACK: of u)
+// e and M begin with row r0; `map` is of s (BACK: of u). round: two places for each tile of a cluster, in turn
 template <int BACK, int C>
 __global__ void __cluster_dims__(C, 1, 1) __launch_bounds__(3 * GROUP, 1)
 feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_constant__ CUtensorMap M_map,
-                      const __grid_constant__ CUtensorMap map, const bf16 *f, bf16 *c, const float *known, RowScale scale,
-                      RowScale inverse, int T, int D, int r0, int begin, int end) {
+                      const __grid_constant__ CUtensorMap map, const bf16 *f, bf16 *c, const float *known, bf16 *round,
+                      RowScale scale, RowScale inverse, int T, int D, int r0, int begin, int end) {
 #ifdef HOPPER
     typedef MarchShared<C> Shared;
     enum { STRIP = Shared::STRIP, ROWS = C * BLOCK, TILES = 2 * C, ACROSS = STRIP / ATOM };
@@ -2278,22 +2286,30 @@ feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_co
     auto share = [&](int turn, int step) { // what was put is for the products of all
         asm volatile("fence.proxy.async.shared::cta;\nbar.sync 1, 256;" : : : "memory");
         if (C == 1) return;
-        int to = threadIdx.x % GROUP, bytes = sizeof(bf16) * STRIP * ATOM;
+        int number = 3 * step + turn, last = BACK ? mine : TILES - 1 - mine, bytes = sizeof(bf16) * STRIP * ATOM,
+            ranks = ((2 << min(last, C - 1)) - 1) & ~(1 << rank);
         const bf16 *own = s->right[0][0][ATOM * mine];
+        bf16 *between = round + ((sequence * (gridDim.x / C) + blockIdx.x / C) * 2 + number % 2) * STRIP * ROWS + mine * STRIP * ATOM;
         if (threadIdx.x == 0) barrier_expect(&s->handed, (TILES - rank - 2) * bytes);
-        if (to < C && to != rank && to <= (BACK ? mine : TILES - 1 - mine))
-            asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                         : : "r"(shared_of(own, to)), "r"(shared_at(own)), "r"(bytes), "r"(shared_of(&s->handed, to)) : "memory");
-        barrier_wait(&s->handed, 3 * step + turn);
+        if (threadIdx.x % GROUP == 0 && ranks) {
+            asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\ncp.async.bulk.commit_group;\n"
+                         "cp.async.bulk.wait_group 0;\nfence.proxy.async.global;"
+                         : : "l"(between), "r"(shared_at(own)), "r"(bytes) : "memory");
+            if (number) barrier_wait(&s->done, number - 1);
+            asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;"
+                         : : "r"(shared_at(own)), "l"(between), "r"(bytes), "r"(shared_at(&s->handed)), "h"((uint16_t)ranks)
+                         : "memory");
+        }
+        barrier_wait(&s->handed, number);
     };
-    auto multiply_shared = [&](Sums &sum, int turn, int step, int keep) { // to the end all blocks are done with what was shared
+    auto multiply_shared = [&](Sums &sum, int turn, int keep) {
         const bf16 *right = s->right[turn % Shared::BUFFERS][0][0];
         if (C == 1) { multiply(sum, right, TILES, keep); return; }
         if (BACK) pass(mine - rank);
         multiply(sum, right + (BACK ? mine : 0) * ATOM * ATOM, BACK ? TILES - mine : mine + 1, keep);
         if (!BACK) pass(TILES - 1 - rank - mine);
         if (threadIdx.x % GROUP < C) barrier_arrive_at(&s->done, threadIdx.x % GROUP);
-        barrier_wait(&s->done, 3 * step + turn);
+        asm volatile("bar.sync 1, 256;" : : : "memory"); // the rows' own places are free
     };
     auto low = [](uint32_t two) { return __uint_as_float(two << 16); };
     auto high = [](uint32_t two) { return __uint_as_float(two & 0xFFFF0000u); };
@@ -2331,7 +2347,7 @@ feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_co
                 else put(0, half, n, pack_two(low(two) + factor[half] * v[0], high(two) + factor[half] * v[1]));
             }
         share(0, step);
-        multiply_shared(solved, 0, step, 0);
+        multiply_shared(solved, 0, 0);
         for (int n = 0; n < STRIP / 8; n++)
             for (int half = 0; half < 2; half++) {
                 float *v = &solved[n][2 * half];
@@ -2340,7 +2356,7 @@ feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_co
                 put(1, half, n, two);
             }
         share(1, step);
-        multiply_shared(sum, 1, step, 1);
+        multiply_shared(sum, 1, 1);
         for (int n = 0; n < STRIP / 8; n++)
             for (int half = 0; half < 2; half++) {
                 float *v = &sum[n][2 * half], x = low(base[n][half]), y = high(base[n][half]);
@@ -2351,7 +2367,7 @@ feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_co
             }
         share(2, step);
         Sums refinement;
-        multiply_shared(refinement, 2, step, 0);
+        multiply_shared(refinement, 2, 0);
         for (int n = 0; n < STRIP / 8; n++)
             for (int half = 0; half < 2; half++) {
                 float x = low(base[n][half]) * (BACK ? z[half] : 1) + refinement[n][2 * half],
@@ -2365,7 +2381,9 @@ feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_co
             asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4}], [%5];"
                          : : "l"(&map), "r"(n0 + j / 2 * ATOM), "r"(0), "r"(I + ATOM * tile_of(j % 2)), "r"(sequence),
                              "r"(shared_at(s->right[Shared::BUFFERS - 1][j / 2][ATOM * tile_of(j % 2)])) : "memory");
-        asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group 0;\nfence.proxy.async.global;" : : : "memory");
+        asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group 0;" : : : "memory");
+        if (C == 1) { barrier_arrive(&s->written); continue; }
+        asm volatile("fence.proxy.async.global;\nfence.acq_rel.cluster;" : : : "memory");
         for (int to = 0; to < C; to++) barrier_arrive_at(&s->written, to);
     }
     if (C > 1) barrier_wait(&s->written, blocks - 1); // nobody needs this block's memory any more
@@ -2382,7 +2400,7 @@ static void feedback_march_gpu(float *scratch, const Panels *p, const bf16 *out,
     int bytes = sizeof(MarchShared<C>), strips = (D + MarchShared<C>::STRIP - 1) / MarchShared<C>::STRIP;
     allow_shared(feedback_march_kernel<BACK, C>, bytes);
     LAUNCH((feedback_march_kernel<BACK, C>), dim3(C * strips, B), 3 * GROUP, bytes, stream, e_map, M_map, map, f, c, known,
-           scale, inverse, T, D, r0, begin, end);
+           (bf16 *)(scratch + p->lambda), scale, inverse, T, D, r0, begin, end);
 }
 
 // c: (B,T,D) kept for the backward pass, or NULL. f comes from `side` if not NULL.
