@@ -923,6 +923,10 @@ __device__ static inline void barriers_ready() { // after their init
     asm volatile("fence.mbarrier_init.release.cluster;" : : : "memory");
     __syncthreads();
 }
+__device__ static inline void barrier_arrive_at(uint64_t *barrier, int rank) { // of the cluster's block number `rank`
+    asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+                 "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" : : "r"(shared_at(barrier)), "r"(rank) : "memory");
+}
 // The tile of `map` at column col of head h, row `row` of sequence b; its bytes count for the barrier.
 __device__ static inline void copy_tile(bf16 *tile, const CUtensorMap *map, int col, int h, int row, int b, uint64_t *barrier) {
     asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
@@ -1017,6 +1021,12 @@ __device__ inline void store_rows(bf16 *at, int64_t ld, const float (&c)[DH / 8]
             *(uint4 *)(at + r * ld + n * 8) = *(const uint4 *)(tile + n / 8 * next + r * ATOM + (n % 8 ^ r % 8) * 8);
     }
     __syncwarp();
+}
+// A warp has done with the tile that it stored its rows from: something else may be copied there.
+__device__ static inline void rows_stored(uint64_t *barrier) {
+    asm volatile("fence.proxy.async.shared::cta;" : : : "memory");
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
 }
 __device__ static inline void group_barrier(int group) { // of the 128 threads of a warp group
     asm volatile("bar.sync %0, 128;" : : "r"(group + 1) : "memory");
@@ -1190,7 +1200,28 @@ static void product_gpu(F f, Part<X> a, Part<X> b, int M, int N, int K, int shif
 // computes them again from the row's log-sum-exp, once for dq and once for dk and dv, so that each sum has one owner.
 //
 // A block keeps 64 rows of one side for each of its groups of warps but the last, which has one thread at work: it has
-// the other side's tiles copied into a ring of SLOTS, each as soon as all groups have done with what was there.
+// the other side's tiles copied into a ring of SLOTS, each as soon as all groups have done with what was there. A block a
+// multiprocessor stays for many such pieces of work; the rows of the next one arrive, in the other of two places, while
+// groups still work on this one.
+
+// The block's next piece: its head, and as result its place among the head's `blocks` pieces, the longest first; -1: no more.
+// Some heads at a time, whose keys and values stay in the L2 cache, take whole turns of all blocks; their pieces are in order
+// of length, there and back, so that all blocks get as much.
+__device__ static inline int next_piece(int &turn, int &head, int blocks, int heads, int at_once) {
+    for (int turns = (blocks * at_once + gridDim.x - 1) / gridDim.x;; turn++) {
+        int group = turn / turns, now = min(at_once, heads - group * at_once), backwards = (group + turn % turns) % 2,
+            piece = turn % turns * gridDim.x + (backwards ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+        if (now <= 0) return -1;
+        if (piece >= blocks * now) continue;
+        turn++;
+        head = group * at_once + piece % now;
+        return piece / now;
+    }
+}
+static int heads_at_once(int heads, int T, int d) { // 24 MiB of keys and values
+    while (heads % 2 == 0 && (int64_t)heads * T * d > 6 << 20) heads /= 2;
+    return heads;
+}
 
 // The rows stay, the walk is along the keys, 128 at a time; the ring holds K0 K1 V0 K2 V1 ..., for a group starts on the
 // next tile's logits before it multiplies this tile's weights with the values, and works on the softmax meanwhile.
@@ -1198,57 +1229,59 @@ static void product_gpu(F f, Part<X> a, Part<X> b, int M, int N, int K, int shif
 enum { KEYS = 128, SLOTS = 5 };
 template <int DH> struct ForwardShared {
     enum { GROUPS = DH == 64 ? 3 : 2, ROWS = 64 * GROUPS };
-    bf16 q[DH / ATOM][ROWS][ATOM], ring[SLOTS][DH / ATOM][KEYS][ATOM];
-    uint64_t q_full, full[SLOTS], free[SLOTS];
+    bf16 q[2][DH / ATOM][ROWS][ATOM], ring[SLOTS][DH / ATOM][KEYS][ATOM];
+    uint64_t q_full[2], q_free[2], full[SLOTS], free[SLOTS];
 };
 template <int DH>
 __global__ void __launch_bounds__(GROUP * (ForwardShared<DH>::GROUPS + 1), 1)
 attention_tile_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
-                      const __grid_constant__ CUtensorMap v_map, bf16 *out, float2 *stats, int T, int H, int G, int d,
-                      int first, float scale) {
+                      const __grid_constant__ CUtensorMap v_map, bf16 *out, float2 *stats, int B, int T, int H, int G, int d,
+                      int first, int at_once, float scale) {
 #ifdef HOPPER
     enum { GROUPS = ForwardShared<DH>::GROUPS, ROWS = 64 * GROUPS };
     extern __shared__ __align__(1024) unsigned char shared_tiles[];
     ForwardShared<DH> *s = (ForwardShared<DH> *)shared_tiles;
-    int b = blockIdx.y / H, h = blockIdx.y % H, rows = T - first, r0 = (int)(gridDim.x - 1 - blockIdx.x) * ROWS,
-        group = threadIdx.x / GROUP, tiles = (min(first + r0 + ROWS, T) + KEYS - 1) / KEYS;
+    int rows = T - first, group = threadIdx.x / GROUP, blocks = (rows + ROWS - 1) / ROWS, begun = 0, turn = 0, pieces = 0,
+        piece, head;
     if (threadIdx.x == 0) {
-        barrier_init(&s->q_full, 1);
+        for (int i = 0; i < 2; i++) { barrier_init(&s->q_full[i], 1); barrier_init(&s->q_free[i], 4 * GROUPS); }
         for (int i = 0; i < SLOTS; i++) { barrier_init(&s->full[i], 1); barrier_init(&s->free[i], GROUPS); }
     }
     barriers_ready();
+    auto tiles_of = [&](int r0) { return (min(first + r0 + ROWS, T) + KEYS - 1) / KEYS; };
     if (group == GROUPS) {
         KEEP_REGISTERS("dec", DH == 64 ? 32 : 40);
         if (threadIdx.x % GROUP) return;
-        barrier_expect(&s->q_full, sizeof(s->q));
-        for (int c = 0; c < DH / ATOM; c++) copy_tile(s->q[c][0], &q_map, c * ATOM, h, r0, b, &s->q_full);
-        for (int n = 0; n < 2 * tiles; n++) {
-            int slot = n % SLOTS, is_key = n == 0 || (n % 2 && n < 2 * tiles - 1),
-                tile = is_key ? (n + 1) / 2 : n % 2 ? tiles - 1 : n / 2 - 1;
-            if (n >= SLOTS) barrier_wait(&s->free[slot], n / SLOTS - 1);
-            barrier_expect(&s->full[slot], sizeof(s->ring[slot]));
-            for (int c = 0; c < DH / ATOM; c++)
-                copy_tile(s->ring[slot][c][0], is_key ? &k_map : &v_map, c * ATOM, h / (H / G), tile * KEYS, b,
-                          &s->full[slot]);
+        for (; (piece = next_piece(turn, head, blocks, B * H, at_once)) >= 0; pieces++) {
+            int r0 = (blocks - 1 - piece) * ROWS, b = head / H, h = head % H, tiles = tiles_of(r0), own = pieces % 2;
+            if (pieces > 1) barrier_wait(&s->q_free[own], pieces / 2 - 1);
+            barrier_expect(&s->q_full[own], sizeof(s->q[0]));
+            for (int c = 0; c < DH / ATOM; c++) copy_tile(s->q[own][c][0], &q_map, c * ATOM, h, r0, b, &s->q_full[own]);
+            for (int n = 0; n < 2 * tiles; n++, begun++) {
+                int slot = begun % SLOTS, is_key = n == 0 || (n % 2 && n < 2 * tiles - 1),
+                    tile = is_key ? (n + 1) / 2 : n % 2 ? tiles - 1 : n / 2 - 1;
+                if (begun >= SLOTS) barrier_wait(&s->free[slot], begun / SLOTS - 1);
+                barrier_expect(&s->full[slot], sizeof(s->ring[slot]));
+                for (int c = 0; c < DH / ATOM; c++)
+                    copy_tile(s->ring[slot][c][0], is_key ? &k_map : &v_map, c * ATOM, h / (H / G), tile * KEYS, b,
+                              &s->full[slot]);
+            }
         }
         return;
     }
     KEEP_REGISTERS("inc", DH == 64 ? 160 : 232);
-    int lane = threadIdx.x % 32, group_row = r0 + 64 * group, row = group_row + threadIdx.x % GROUP / 32 * 16 + lane / 4,
-        seen = (min(first + group_row + 64, T) + KEYS - 1) / KEYS; // tiles that the group's rows see
-    float sum[DH / 8][4], max[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0}, shrink[2];
+    int lane = threadIdx.x % 32, group_row, row;
+    float sum[DH / 8][4], max[2], total[2], shrink[2];
     uint32_t weights[KEYS / 16][4];
     typedef float Logits[KEYS / 8][4];
-    for (int n = 0; n < DH / 8; n++)
-        for (int e = 0; e < 4; e++) sum[n][e] = 0;
     auto done_with = [&](int item) {
-        if (threadIdx.x % GROUP == 0) barrier_arrive(&s->free[item % SLOTS]);
+        if (threadIdx.x % GROUP == 0) barrier_arrive(&s->free[(begun + item) % SLOTS]);
     };
     auto logits = [&](Logits &w, int tile) {
-        int item = tile ? 2 * tile - 1 : 0;
+        int item = begun + (tile ? 2 * tile - 1 : 0);
         barrier_wait(&s->full[item % SLOTS], item / SLOTS);
         products_begin();
-        product_transposed<DH, KEYS>(w, s->q[0][64 * group], ROWS * ATOM, s->ring[item % SLOTS][0][0], KEYS * ATOM);
+        product_transposed<DH, KEYS>(w, s->q[pieces % 2][0][64 * group], ROWS * ATOM, s->ring[item % SLOTS][0][0], KEYS * ATOM);
         products_commit();
     };
     // logits to weights with the new maximum; shrink: what that does to what was summed
@@ -1273,53 +1306,65 @@ attention_tile_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_co
                 }
         }
     };
-    auto read = [&](int item) {
+    auto read = [&](int number) {
+        int item = begun + number;
         barrier_wait(&s->full[item % SLOTS], item / SLOTS);
         products_begin();
         product_plain<DH, KEYS>(sum, weights, s->ring[item % SLOTS][0][0]);
         products_commit();
     };
-    barrier_wait(&s->q_full, 0);
-    {
-        Logits w;
-        logits(w, 0);
-        products_wait<0>();
-        done_with(0);
-        softmax(w, 0);
-        as_operand<KEYS>(weights, w);
-    }
-    for (int tile = 1; tile < seen; tile++) {
-        Logits w;
-        logits(w, tile);
-        read(2 * tile);
-        products_wait<1>();
-        done_with(2 * tile - 1);
-        softmax(w, tile);
-        products_wait<0>();
-        done_with(2 * tile);
+    for (; (piece = next_piece(turn, head, blocks, B * H, at_once)) >= 0; pieces++) {
+        int r0 = (blocks - 1 - piece) * ROWS;
+        group_row = r0 + 64 * group;
+        row = group_row + threadIdx.x % GROUP / 32 * 16 + lane / 4;
+        int tiles = tiles_of(r0), seen = (min(first + group_row + 64, T) + KEYS - 1) / KEYS; // tiles that the group's rows see
+        for (int half = 0; half < 2; half++) { max[half] = -INFINITY; total[half] = 0; }
         for (int n = 0; n < DH / 8; n++)
-            for (int e = 0; e < 4; e++) sum[n][e] *= shrink[e / 2];
-        as_operand<KEYS>(weights, w);
-    }
-    int last = seen == tiles ? 2 * tiles - 1 : 2 * seen;
-    read(last);
-    products_wait<0>();
-    done_with(last);
-    for (int tile = seen; tile < tiles; tile++) // for the other groups
-        for (int value = 0; value < 2; value++) {
-            int item = !value ? 2 * tile - 1 : tile == tiles - 1 ? 2 * tiles - 1 : 2 * tile + 2;
-            barrier_wait(&s->full[item % SLOTS], item / SLOTS);
-            done_with(item);
+            for (int e = 0; e < 4; e++) sum[n][e] = 0;
+        barrier_wait(&s->q_full[pieces % 2], pieces / 2);
+        {
+            Logits w;
+            logits(w, 0);
+            products_wait<0>();
+            done_with(0);
+            softmax(w, 0);
+            as_operand<KEYS>(weights, w);
         }
-    for (int half = 0; half < 2; half++) {
-        int r = row + half * 8;
-        total[half] += __shfl_xor_sync(~0u, total[half], 1);
-        total[half] += __shfl_xor_sync(~0u, total[half], 2);
-        if (lane % 4 == 0 && r < rows) stats[(int64_t)blockIdx.y * rows + r] = {max[half] + log2f(total[half]), 0};
+        for (int tile = 1; tile < seen; tile++) {
+            Logits w;
+            logits(w, tile);
+            read(2 * tile);
+            products_wait<1>();
+            done_with(2 * tile - 1);
+            softmax(w, tile);
+            products_wait<0>();
+            done_with(2 * tile);
+            for (int n = 0; n < DH / 8; n++)
+                for (int e = 0; e < 4; e++) sum[n][e] *= shrink[e / 2];
+            as_operand<KEYS>(weights, w);
+        }
+        int last = seen == tiles ? 2 * tiles - 1 : 2 * seen;
+        read(last);
+        products_wait<0>();
+        done_with(last);
+        for (int tile = seen; tile < tiles; tile++) // for the other groups
+            for (int value = 0; value < 2; value++) {
+                int item = !value ? 2 * tile - 1 : tile == tiles - 1 ? 2 * tiles - 1 : 2 * tile + 2;
+                barrier_wait(&s->full[(begun + item) % SLOTS], (begun + item) / SLOTS);
+                done_with(item);
+            }
+        for (int half = 0; half < 2; half++) {
+            int r = row + half * 8;
+            total[half] += __shfl_xor_sync(~0u, total[half], 1);
+            total[half] += __shfl_xor_sync(~0u, total[half], 2);
+            if (lane % 4 == 0 && r < rows) stats[(int64_t)head * rows + r] = {max[half] + log2f(total[half]), 0};
+        }
+        group_barrier(group);
+        store_rows<DH>(out + ((int64_t)(head / H) * rows + group_row) * H * d + head % H * d, H * d, sum, rows - group_row, d,
+                       1 / total[0], 1 / total[1], s->q[pieces % 2][0][64 * group], ROWS * ATOM);
+        rows_stored(&s->q_free[pieces % 2]);
+        begun += 2 * tiles;
     }
-    group_barrier(group);
-    store_rows<DH>(out + ((int64_t)b * rows + group_row) * H * d + h * d, H * d, sum, rows - group_row, d, 1 / total[0],
-                   1 / total[1], s->q[0][64 * group], ROWS * ATOM);
 #endif
 }
 
@@ -1344,86 +1389,97 @@ __global__ static void attention_delta_kernel(float2 *stats, const bf16 *dout, c
 // take turns by themselves: one computes weights while the other multiplies.
 template <int DH> struct BackwardShared { // dq: own are q and dout, ring keys and values; dk and dv the other way
     enum { WALK = DH == 64 ? 128 : 64, SLOTS = 3 };
-    bf16 own[2][DH / ATOM][128][ATOM], ring[SLOTS][2][DH / ATOM][WALK][ATOM];
+    bf16 own[2][2][DH / ATOM][128][ATOM], ring[SLOTS][2][DH / ATOM][WALK][ATOM];
     float2 stats[SLOTS][WALK];
-    uint64_t own_full, full[SLOTS], free[SLOTS];
+    uint64_t own_full[2], own_free[2], full[SLOTS], free[SLOTS];
 };
 template <int DH>
 __global__ void __launch_bounds__(3 * GROUP, 1)
 attention_dq_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap dout_map,
                     const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map, bf16 *dq,
-                    const float2 *stats, int ld, int T, int H, int G, int d, float scale, float sigma) {
+                    const float2 *stats, int ld, int B, int T, int H, int G, int d, int at_once, float scale,
+                    float sigma) {
 #ifdef HOPPER
     typedef BackwardShared<DH> Shared;
     enum { WALK = Shared::WALK, SLOTS = Shared::SLOTS, NEXT = WALK * ATOM };
     extern __shared__ __align__(1024) unsigned char shared_tiles[];
     Shared *s = (Shared *)shared_tiles;
-    int b = blockIdx.y / H, h = blockIdx.y % H, r0 = (int)(gridDim.x - 1 - blockIdx.x) * 128,
-        group = threadIdx.x / GROUP, tiles = (min(r0 + 128, T) + WALK - 1) / WALK;
+    int group = threadIdx.x / GROUP, blocks = (T + 127) / 128, begun = 0, turn = 0, pieces = 0, piece, head;
     if (threadIdx.x == 0) {
-        barrier_init(&s->own_full, 1);
+        for (int i = 0; i < 2; i++) { barrier_init(&s->own_full[i], 1); barrier_init(&s->own_free[i], 8); }
         for (int i = 0; i < SLOTS; i++) { barrier_init(&s->full[i], 1); barrier_init(&s->free[i], 2); }
     }
     barriers_ready();
+    auto tiles_of = [&](int r0) { return (min(r0 + 128, T) + WALK - 1) / WALK; };
     if (group == 2) {
         KEEP_REGISTERS("dec", 40);
         if (threadIdx.x % GROUP) return;
-        barrier_expect(&s->own_full, sizeof(s->own));
-        for (int c = 0; c < DH / ATOM; c++) {
-            copy_tile(s->own[0][c][0], &q_map, c * ATOM, h, r0, b, &s->own_full);
-            copy_tile(s->own[1][c][0], &dout_map, c * ATOM, h, r0, b, &s->own_full);
-        }
-        for (int n = 0; n < tiles; n++) {
-            int slot = n % SLOTS;
-            if (n >= SLOTS) barrier_wait(&s->free[slot], n / SLOTS - 1);
-            barrier_expect(&s->full[slot], sizeof(s->ring[slot]));
+        for (; (piece = next_piece(turn, head, blocks, B * H, at_once)) >= 0; pieces++) {
+            int r0 = (blocks - 1 - piece) * 128, b = head / H, h = head % H, tiles = tiles_of(r0), own = pieces % 2;
+            if (pieces > 1) barrier_wait(&s->own_free[own], pieces / 2 - 1);
+            barrier_expect(&s->own_full[own], sizeof(s->own[0]));
             for (int c = 0; c < DH / ATOM; c++) {
-                copy_tile(s->ring[slot][0][c][0], &k_map, c * ATOM, h / (H / G), n * WALK, b, &s->full[slot]);
-                copy_tile(s->ring[slot][1][c][0], &v_map, c * ATOM, h / (H / G), n * WALK, b, &s->full[slot]);
+                copy_tile(s->own[own][0][c][0], &q_map, c * ATOM, h, r0, b, &s->own_full[own]);
+                copy_tile(s->own[own][1][c][0], &dout_map, c * ATOM, h, r0, b, &s->own_full[own]);
+            }
+            for (int n = 0; n < tiles; n++, begun++) {
+                int slot = begun % SLOTS;
+                if (begun >= SLOTS) barrier_wait(&s->free[slot], begun / SLOTS - 1);
+                barrier_expect(&s->full[slot], sizeof(s->ring[slot]));
+                for (int c = 0; c < DH / ATOM; c++) {
+                    copy_tile(s->ring[slot][0][c][0], &k_map, c * ATOM, h / (H / G), n * WALK, b, &s->full[slot]);
+                    copy_tile(s->ring[slot][1][c][0], &v_map, c * ATOM, h / (H / G), n * WALK, b, &s->full[slot]);
+                }
             }
         }
         return;
     }
     KEEP_REGISTERS("inc", 232);
-    int lane = threadIdx.x % 32, group_row = r0 + 64 * group, row = group_row + threadIdx.x % GROUP / 32 * 16 + lane / 4;
-    float sum[DH / 8][4];
-    uint32_t dlogits[WALK / 16][4];
-    float2 known[2];
-    for (int half = 0; half < 2; half++)
-        known[half] = stats[(int64_t)blockIdx.y * T + min(row + half * 8, T - 1)];
-    for (int n = 0; n < DH / 8; n++)
-        for (int e = 0; e < 4; e++) sum[n][e] = 0;
-    barrier_wait(&s->own_full, 0);
-    for (int tile = 0; tile < tiles; tile++) {
-        int slot = tile % SLOTS, j0 = tile * WALK;
-        barrier_wait(&s->full[slot], tile / SLOTS);
-        const bf16 *keys = s->ring[slot][0][0][0], *values = s->ring[slot][1][0][0];
-        float w[WALK / 8][4], dw[WALK / 8][4];
-        products_begin();
-        product_transposed<DH, WALK>(w, s->own[0][0][64 * group], 128 * ATOM, keys, NEXT);
-        products_commit();
-        product_transposed<DH, WALK>(dw, s->own[1][0][64 * group], 128 * ATOM, values, NEXT);
-        products_commit();
-        products_wait<1>();
-        if (tile && threadIdx.x % GROUP == 0) barrier_arrive(&s->free[(tile - 1) % SLOTS]);
-        int masked = j0 + WALK - 1 > group_row;
-        for (int n = 0; n < WALK / 8; n++)
-            for (int e = 0; e < 4; e++) {
-                w[n][e] = exp2_fast(w[n][e] * scale - known[e / 2].x);
-                if (masked && j0 + n * 8 + lane % 4 * 2 + e % 2 > row + e / 2 * 8) w[n][e] = 0;
-            }
+    int lane = threadIdx.x % 32;
+    for (; (piece = next_piece(turn, head, blocks, B * H, at_once)) >= 0; pieces++) {
+        int r0 = (blocks - 1 - piece) * 128, tiles = tiles_of(r0), group_row = r0 + 64 * group,
+            row = group_row + threadIdx.x % GROUP / 32 * 16 + lane / 4;
+        bf16 *own = s->own[pieces % 2][0][0][64 * group], *own_dout = s->own[pieces % 2][1][0][64 * group];
+        float sum[DH / 8][4];
+        uint32_t dlogits[WALK / 16][4];
+        float2 known[2];
+        for (int half = 0; half < 2; half++) known[half] = stats[(int64_t)head * T + min(row + half * 8, T - 1)];
+        for (int n = 0; n < DH / 8; n++)
+            for (int e = 0; e < 4; e++) sum[n][e] = 0;
+        barrier_wait(&s->own_full[pieces % 2], pieces / 2);
+        for (int tile = 0; tile < tiles; tile++, begun++) {
+            int slot = begun % SLOTS, j0 = tile * WALK;
+            barrier_wait(&s->full[slot], begun / SLOTS);
+            const bf16 *keys = s->ring[slot][0][0][0], *values = s->ring[slot][1][0][0];
+            float w[WALK / 8][4], dw[WALK / 8][4];
+            products_begin();
+            product_transposed<DH, WALK>(w, own, 128 * ATOM, keys, NEXT);
+            products_commit();
+            product_transposed<DH, WALK>(dw, own_dout, 128 * ATOM, values, NEXT);
+            products_commit();
+            products_wait<1>();
+            if (tile && threadIdx.x % GROUP == 0) barrier_arrive(&s->free[(begun - 1) % SLOTS]);
+            int masked = j0 + WALK - 1 > group_row;
+            for (int n = 0; n < WALK / 8; n++)
+                for (int e = 0; e < 4; e++) {
+                    w[n][e] = exp2_fast(w[n][e] * scale - known[e / 2].x);
+                    if (masked && j0 + n * 8 + lane % 4 * 2 + e % 2 > row + e / 2 * 8) w[n][e] = 0;
+                }
+            products_wait<0>();
+            for (int n = 0; n < WALK / 8; n++)
+                for (int e = 0; e < 4; e++) w[n][e] *= dw[n][e] - known[e / 2].y;
+            as_operand<WALK>(dlogits, w);
+            products_begin();
+            product_plain<DH, WALK>(sum, dlogits, keys);
+            products_commit();
+        }
         products_wait<0>();
-        for (int n = 0; n < WALK / 8; n++)
-            for (int e = 0; e < 4; e++) w[n][e] *= dw[n][e] - known[e / 2].y;
-        as_operand<WALK>(dlogits, w);
-        products_begin();
-        product_plain<DH, WALK>(sum, dlogits, keys);
-        products_commit();
+        group_barrier(group);
+        if (threadIdx.x % GROUP == 0) barrier_arrive(&s->free[(begun - 1) % SLOTS]);
+        store_rows<DH>(dq + ((int64_t)(head / H) * T + group_row) * ld + head % H * d, ld, sum, T - group_row, d, sigma, sigma, own,
+                       128 * ATOM);
+        rows_stored(&s->own_free[pieces % 2]);
     }
-    products_wait<0>();
-    group_barrier(group);
-    store_rows<DH>(dq + ((int64_t)b * T + group_row) * ld + h * d, ld, sum, T - group_row, d, sigma, sigma,
-                   s->own[0][0][64 * group], 128 * ATOM);
 #endif
 }
 
@@ -1433,96 +1489,108 @@ template <int DH>
 __global__ void __launch_bounds__(3 * GROUP, 1)
 attention_dkv_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap dout_map,
                      const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map, bf16 *dk,
-                     bf16 *dv, const float2 *stats, int ld, int T, int H, int G, int d, float scale, float sigma) {
+                     bf16 *dv, const float2 *stats, int ld, int B, int T, int H, int G, int d, int at_once, float scale,
+                    float sigma) {
 #ifdef HOPPER
     typedef BackwardShared<DH> Shared;
     enum { WALK = Shared::WALK, SLOTS = Shared::SLOTS, NEXT = WALK * ATOM };
     extern __shared__ __align__(1024) unsigned char shared_tiles[];
     Shared *s = (Shared *)shared_tiles;
-    int b = blockIdx.y / G, g = blockIdx.y % G, j0 = (int)blockIdx.x * 128, group = threadIdx.x / GROUP, heads = H / G,
-        tiles = (T - j0 + WALK - 1) / WALK;
+    int group = threadIdx.x / GROUP, heads = H / G, blocks = (T + 127) / 128, begun = 0, turn = 0, pieces = 0, piece, head;
     if (threadIdx.x == 0) {
-        barrier_init(&s->own_full, 1);
+        for (int i = 0; i < 2; i++) { barrier_init(&s->own_full[i], 1); barrier_init(&s->own_free[i], 8); }
         for (int i = 0; i < SLOTS; i++) { barrier_init(&s->full[i], 32); barrier_init(&s->free[i], 2); }
     }
     barriers_ready();
+    auto tiles_of = [&](int j0) { return (T - j0 + WALK - 1) / WALK; };
     if (group == 2) {
         KEEP_REGISTERS("dec", 40);
         int lane = threadIdx.x % GROUP;
         if (lane >= 32) return;
-        if (lane == 0) {
-            barrier_expect(&s->own_full, sizeof(s->own));
-            for (int c = 0; c < DH / ATOM; c++) {
-                copy_tile(s->own[0][c][0], &k_map, c * ATOM, g, j0, b, &s->own_full);
-                copy_tile(s->own[1][c][0], &v_map, c * ATOM, g, j0, b, &s->own_full);
+        for (; (piece = next_piece(turn, head, blocks, B * G, at_once)) >= 0; pieces++) {
+            int j0 = piece * 128, b = head / G, g = head % G, tiles = tiles_of(j0), own = pieces % 2;
+            if (pieces > 1) barrier_wait(&s->own_free[own], pieces / 2 - 1);
+            if (lane == 0) {
+                barrier_expect(&s->own_full[own], sizeof(s->own[0]));
+                for (int c = 0; c < DH / ATOM; c++) {
+                    copy_tile(s->own[own][0][c][0], &k_map, c * ATOM, g, j0, b, &s->own_full[own]);
+                    copy_tile(s->own[own][1][c][0], &v_map, c * ATOM, g, j0, b, &s->own_full[own]);
+                }
             }
-        }
-        for (int n = 0; n < heads * tiles; n++) {
-            int slot = n % SLOTS, h = g * heads + n / tiles, r0 = j0 + n % tiles * WALK;
-            if (n >= SLOTS) barrier_wait(&s->free[slot], n / SLOTS - 1);
-            for (int r = lane; r < WALK; r += 32) { // a row past the end has weights of 0
-                float2 known = {INFINITY, 0};
-                s->stats[slot][r] = r0 + r < T ? stats[((int64_t)b * H + h) * T + r0 + r] : known;
-            }
-            if (lane) { barrier_arrive(&s->full[slot]); continue; }
-            barrier_expect(&s->full[slot], sizeof(s->ring[slot]));
-            for (int c = 0; c < DH / ATOM; c++) {
-                copy_tile(s->ring[slot][0][c][0], &q_map, c * ATOM, h, r0, b, &s->full[slot]);
-                copy_tile(s->ring[slot][1][c][0], &dout_map, c * ATOM, h, r0, b, &s->full[slot]);
+            for (int n = 0; n < heads * tiles; n++, begun++) {
+                int slot = begun % SLOTS, h = g * heads + n / tiles, r0 = j0 + n % tiles * WALK;
+                if (begun >= SLOTS) barrier_wait(&s->free[slot], begun / SLOTS - 1);
+                for (int r = lane; r < WALK; r += 32) { // a row past the end has weights of 0
+                    float2 known = {INFINITY, 0};
+                    s->stats[slot][r] = r0 + r < T ? stats[((int64_t)b * H + h) * T + r0 + r] : known;
+                }
+                if (lane) { barrier_arrive(&s->full[slot]); continue; }
+                barrier_expect(&s->full[slot], sizeof(s->ring[slot]));
+                for (int c = 0; c < DH / ATOM; c++) {
+                    copy_tile(s->ring[slot][0][c][0], &q_map, c * ATOM, h, r0, b, &s->full[slot]);
+                    copy_tile(s->ring[slot][1][c][0], &dout_map, c * ATOM, h, r0, b, &s->full[slot]);
+                }
             }
         }
         return;
     }
     KEEP_REGISTERS("inc", 232);
-    int lane = threadIdx.x % 32, key = j0 + 64 * group + threadIdx.x % GROUP / 32 * 16 + lane / 4;
-    float k_sum[DH / 8][4], v_sum[DH / 8][4];
-    uint32_t weights[WALK / 16][4];
-    for (int n = 0; n < DH / 8; n++)
-        for (int e = 0; e < 4; e++) k_sum[n][e] = v_sum[n][e] = 0;
-    barrier_wait(&s->own_full, 0);
-    for (int step = 0; step < heads * tiles; step++) {
-        int slot = step % SLOTS, r0 = j0 + step % tiles * WALK, masked = r0 < j0 + 64 * group + 63;
-        const bf16 *queries = s->ring[slot][0][0][0], *douts = s->ring[slot][1][0][0];
-        float w[WALK / 8][4], dw[WALK / 8][4];
-        barrier_wait(&s->full[slot], step / SLOTS);
-        products_begin();
-        product_transposed<DH, WALK>(w, s->own[0][0][64 * group], 128 * ATOM, queries, NEXT);
-        products_commit();
-        products_wait<1>(); // the last step's are done
-        if (step && threadIdx.x % GROUP == 0) barrier_arrive(&s->free[(step - 1) % SLOTS]);
-        products_begin();
-        product_transposed<DH, WALK>(dw, s->own[1][0][64 * group], 128 * ATOM, douts, NEXT);
-        products_commit();
-        products_wait<1>();
-        for (int n = 0; n < WALK / 8; n++) {
-            float4 rows = *(const float4 *)&s->stats[slot][n * 8 + lane % 4 * 2];
-            for (int e = 0; e < 4; e++) {
-                w[n][e] = exp2_fast(w[n][e] * scale - (e % 2 ? rows.z : rows.x));
-                if (masked && key + e / 2 * 8 > r0 + n * 8 + lane % 4 * 2 + e % 2) w[n][e] = 0;
+    int lane = threadIdx.x % 32;
+    for (; (piece = next_piece(turn, head, blocks, B * G, at_once)) >= 0; pieces++) {
+        int j0 = piece * 128, b = head / G, g = head % G, tiles = tiles_of(j0),
+            key = j0 + 64 * group + threadIdx.x % GROUP / 32 * 16 + lane / 4;
+        bf16 *own = s->own[pieces % 2][0][0][64 * group], *own_v = s->own[pieces % 2][1][0][64 * group];
+        float k_sum[DH / 8][4], v_sum[DH / 8][4];
+        uint32_t weights[WALK / 16][4];
+        for (int n = 0; n < DH / 8; n++)
+            for (int e = 0; e < 4; e++) k_sum[n][e] = v_sum[n][e] = 0;
+        barrier_wait(&s->own_full[pieces % 2], pieces / 2);
+        for (int step = 0; step < heads * tiles; step++, begun++) {
+            int slot = begun % SLOTS, r0 = j0 + step % tiles * WALK, masked = r0 < j0 + 64 * group + 63;
+            const bf16 *queries = s->ring[slot][0][0][0], *douts = s->ring[slot][1][0][0];
+            float w[WALK / 8][4], dw[WALK / 8][4];
+            barrier_wait(&s->full[slot], begun / SLOTS);
+            products_begin();
+            product_transposed<DH, WALK>(w, own, 128 * ATOM, queries, NEXT);
+            products_commit();
+            products_wait<1>(); // the last step's are done
+            if (step && threadIdx.x % GROUP == 0) barrier_arrive(&s->free[(begun - 1) % SLOTS]);
+            products_begin();
+            product_transposed<DH, WALK>(dw, own_v, 128 * ATOM, douts, NEXT);
+            products_commit();
+            products_wait<1>();
+            for (int n = 0; n < WALK / 8; n++) {
+                float4 rows = *(const float4 *)&s->stats[slot][n * 8 + lane % 4 * 2];
+                for (int e = 0; e < 4; e++) {
+                    w[n][e] = exp2_fast(w[n][e] * scale - (e % 2 ? rows.z : rows.x));
+                    if (masked && key + e / 2 * 8 > r0 + n * 8 + lane % 4 * 2 + e % 2) w[n][e] = 0;
+                }
             }
+            as_operand<WALK>(weights, w);
+            products_begin();
+            product_plain<DH, WALK>(v_sum, weights, douts);
+            products_commit();
+            products_wait<0>();
+            for (int n = 0; n < WALK / 8; n++) { // the weights become the gradients of the logits
+                float4 rows = *(const float4 *)&s->stats[slot][n * 8 + lane % 4 * 2];
+                for (int half = 0; half < 2; half++) {
+                    uint32_t *two = &weights[n / 2][n % 2 * 2 + half];
+                    *two = pack_two(__uint_as_float(*two << 16) * (dw[n][2 * half] - rows.y),
+                                    __uint_as_float(*two & 0xFFFF0000u) * (dw[n][2 * half + 1] - rows.w));
+                }
+            }
+            products_begin();
+            product_plain<DH, WALK>(k_sum, weights, queries);
+            products_commit();
         }
-        as_operand<WALK>(weights, w);
-        products_begin();
-        product_plain<DH, WALK>(v_sum, weights, douts);
-        products_commit();
         products_wait<0>();
-        for (int n = 0; n < WALK / 8; n++) { // the weights become the gradients of the logits
-            float4 rows = *(const float4 *)&s->stats[slot][n * 8 + lane % 4 * 2];
-            for (int half = 0; half < 2; half++) {
-                uint32_t *two = &weights[n / 2][n % 2 * 2 + half];
-                *two = pack_two(__uint_as_float(*two << 16) * (dw[n][2 * half] - rows.y),
-                                __uint_as_float(*two & 0xFFFF0000u) * (dw[n][2 * half + 1] - rows.w));
-            }
-        }
-        products_begin();
-        product_plain<DH, WALK>(k_sum, weights, queries);
-        products_commit();
+        group_barrier(group);
+        if (threadIdx.x % GROUP == 0) barrier_arrive(&s->free[(begun - 1) % SLOTS]);
+        int64_t place = ((int64_t)b * T + j0 + 64 * group) * ld + g * d;
+        store_rows<DH>(dk + place, ld, k_sum, T - j0 - 64 * group, d, sigma, sigma, own, 128 * ATOM);
+        store_rows<DH>(dv + place, ld, v_sum, T - j0 - 64 * group, d, 1, 1, own_v, 128 * ATOM);
+        rows_stored(&s->own_free[pieces % 2]);
     }
-    products_wait<0>();
-    group_barrier(group);
-    int64_t at = ((int64_t)b * T + j0 + 64 * group) * ld + g * d;
-    store_rows<DH>(dk + at, ld, k_sum, T - j0 - 64 * group, d, sigma, sigma, s->own[0][0][64 * group], 128 * ATOM);
-    store_rows<DH>(dv + at, ld, v_sum, T - j0 - 64 * group, d, 1, 1, s->own[1][0][64 * group], 128 * ATOM);
 #endif
 }
 
@@ -1539,9 +1607,9 @@ static void attention_tiles(bf16 *out, float *stats, const bf16 *q, const bf16 *
     CUtensorMap q_map = tile_map(q, d, H, rows, ld, rows * ld, B, Shared::ROWS),
         k_map = tile_map(k, d, G, T, ld, all, B, KEYS), v_map = tile_map(v, d, G, T, ld, all, B, KEYS);
     allow_shared(attention_tile_kernel<DH>, sizeof(Shared));
-    LAUNCH(attention_tile_kernel<DH>, dim3((unsigned)(rows + Shared::ROWS - 1) / Shared::ROWS, B * H),
-           GROUP * (Shared::GROUPS + 1), sizeof(Shared), stream, q_map, k_map, v_map, out, (float2 *)stats, T, H, G, d,
-           first, 1.44269504f / sqrtf((float)d));
+    LAUNCH(attention_tile_kernel<DH>, gpu.processors, GROUP * (Shared::GROUPS + 1), sizeof(Shared), stream,
+           q_map, k_map, v_map, out, (float2 *)stats, B, T, H, G, d, first, heads_at_once(B * H, T, DH),
+           1.44269504f / sqrtf((float)d));
 }
 
 template <int DH>
@@ -1563,10 +1631,10 @@ static void attention_tiles_backward(bf16 *dq, bf16 *dk, bf16 *dv, const bf16 *d
     allow_shared(attention_dkv_kernel<DH>, sizeof(Shared));
     LAUNCH(attention_delta_kernel, (unsigned)(((int64_t)B * T * H + 31) / 32), 256, 0, stream, stats, dout, out, B, T, H,
            d);
-    LAUNCH(attention_dq_kernel<DH>, dim3((T + 127) / 128, B * H), 3 * GROUP, sizeof(Shared), stream, maps[1][0],
-           maps[1][1], maps[1][2], maps[1][3], dq, stats, ld, T, H, G, d, scale, sigma);
-    LAUNCH(attention_dkv_kernel<DH>, dim3((T + 127) / 128, B * G), 3 * GROUP, sizeof(Shared), stream, maps[0][0],
-           maps[0][1], maps[0][2], maps[0][3], dk, dv, stats, ld, T, H, G, d, scale, sigma);
+    LAUNCH(attention_dq_kernel<DH>, gpu.processors, 3 * GROUP, sizeof(Shared), stream, maps[1][0], maps[1][1], maps[1][2],
+           maps[1][3], dq, stats, ld, B, T, H, G, d, heads_at_once(B * H, T, DH), scale, sigma);
+    LAUNCH(attention_dkv_kernel<DH>, gpu.processors, 3 * GROUP, sizeof(Shared), stream, maps[0][0], maps[0][1], maps[0][2],
+           maps[0][3], dk, dv, stats, ld, B, T, H, G, d, heads_at_once(B * G, T, DH), scale, sigma);
 }
 
 // ----------------------------------------------------------------------------
@@ -1685,18 +1753,18 @@ static void attention_backward_gpu(X *dq, X *dk, X *dv, float *scratch, const X 
 // logits' product: e = exp(logit - m) needs no exact maximum, only one within the numbers' range, so m is 0 unless a
 // row's maximum is beyond e^±40; those rows are done again. Without, products are cuBLASLt's, and m is the maximum.
 
-enum { SEED = 64, BLOCK = 2 * SEED, REACH = 2048 };
+enum { SEED = 64, BLOCK = 2 * SEED, REACH = 2048, CLUSTER = 8 };
 
 // What scratch holds: where each part begins, in floats, and its shape. Without tiles T ≤ 2048 is one panel and e has
 // 256 MiB at most; with them, 512. A panel's rows take what is before it REACH rows at a time.
 typedef struct {
-    int tiles, march, R, P; // R, P: heights of panels and of blocks; march: all in one kernel
+    int tiles, march, R, P; // R, P: heights of panels and of blocks; march: solved by one kernel, in clusters of so many blocks
     int64_t ld, lx;   // from row to row of e: in floats before the softmax (without tiles), in X
     int64_t e;        // (B,R,ld)
     int64_t inverse;  // (B,R,P) X, the blocks of M on its diagonal
     int64_t rhs;      // (B,T,D) the sum e_{I,<} s_<; backward λ's right-hand side h
     int64_t block;    // (B,P,D) X, what M multiplies
-    int64_t lambda;   // (B,P,D)
+    int64_t lambda;   // (B,P,D), D rounded up to tiles; the march's tiles on their way round
     int64_t merge;    // (B,R/2P,P/2,P/2) X
     int64_t dk;       // (B,T,D) dk' while several panels add to it
     int64_t partial;  // tiles: (B,T/128,R) maxima and sums of the tiles' rows, and which 128 rows to do again
@@ -1708,8 +1776,10 @@ template <typename X> static Panels feedback_panels(int B, int T, int D, int P, 
     p.tiles = gpu.hopper && sizeof(X) == 2 && D % 8 == 0 && in_eights && P % 8 == 0;
     p.ld = round_up(T, 64);
     p.lx = p.tiles ? p.ld : p.ld * (int64_t)(sizeof(float) / sizeof(X));
-    p.march = p.tiles && P <= 0 && T <= REACH && (int64_t)B * ((D + 127) / 128) >= 48;
-    p.P = P > 0 || T <= BLOCK || p.march ? BLOCK : T <= 512 ? 2 * BLOCK : T <= 2048 ? 4 * BLOCK : 8 * BLOCK; // measured
+    int alone = p.tiles && P <= 0;
+    p.march = alone && (int64_t)B * ((D + 127) / 128) >= 48;
+    if (alone && T > REACH) p.march = CLUSTER;
+    p.P = P > 0 || T <= BLOCK || p.march == 1 ? BLOCK : T <= 512 ? 2 * BLOCK : T <= 2048 ? 4 * BLOCK : 8 * BLOCK; // measured
     int kept = 11 * D / p.P * p.P; // rows of e that take what a layer keeps
     p.R = P > 0 ? min_int(P, BLOCK) : !p.tiles || kept < REACH ? REACH : kept;
     p.R = min_int(p.R, (int)round_up(T, p.P));
@@ -1717,7 +1787,7 @@ template <typename X> static Panels feedback_panels(int B, int T, int D, int P, 
         p.R = (int)round_up(p.R / 2, p.P);
     int64_t x = sizeof(X), rows = min_int(p.R, T), block = min_int(p.P, T), wide_ = p.ld > D ? p.ld : D,
         all = (int64_t)T * D, tiles = (T + BLOCK - 1) / BLOCK;
-    int64_t sizes[] = {p.tiles ? rows * p.ld / 2 : rows * p.ld, rows * p.P * x / 4, all, block * D * x / 4, block * D,
+    int64_t sizes[] = {p.tiles ? rows * p.ld / 2 : rows * p.ld, rows * p.P * x / 4, all, block * D * x / 4, block * round_up(D, ATOM),
                        round_up(rows, 2 * p.P) * p.P / 4 * x / 4, p.R < T ? all : 0,
                        p.tiles ? (2 * tiles + 1) * rows : 0, p.tiles ? 0 : block * wide_};
     int64_t *places[] = {&p.e, &p.inverse, &p.rhs, &p.block, &p.lambda, &p.merge, &p.dk, &p.partial, &p.product};
@@ -1989,62 +2059,81 @@ static void feedback_panel(float *scratch, const Panels *p, float *stats, int kn
     }
 }
 
-// The solve of many short sequences, or of their adjoint (BACK), in one go: a block has 128 columns of one sequence and
-// walks along its blocks of 128 rows, from the last if BACK, each in the four products that the section begins with (or
-// those of feedback_sequence_backward_gpu). Its first and second four warps have 64 rows each; a thread more has the operands
-// copied: e, M, and what the block itself has solved before, written to memory and read back.
-enum { STRIP = 128, MARCH_SLOTS = 4 };
-struct MarchShared {
-    bf16 a[MARCH_SLOTS][2][ATOM][ATOM], b[MARCH_SLOTS][2][ATOM][ATOM], right[2][BLOCK][ATOM], solved[2][BLOCK][ATOM];
-    uint64_t full[MARCH_SLOTS], free[MARCH_SLOTS], written;
+// The solve, or its adjoint (BACK), of positions begin .. end-1 in one go. C blocks, a cluster, have STRIP columns of one
+// sequence and walk along its blocks of C·128 rows, from the last if BACK, each in the four products that the section begins
+// with (or those of feedback_sequence_backward_gpu). Block `rank` has two tiles of 64 rows, the first and second four warps one
+// each: tile rank and tile rank from the last, so that all have as much of the triangle. A thread more has the operands
+// copied: e, M, and what was solved before, written to memory and read back. What M and e_II multiply goes round: a block
+// writes its tiles to memory and has them copied from there to all blocks of the cluster whose rows see them, at once.
+enum { MARCH_SLOTS = 4 };
+template <int C> struct MarchShared {
+    enum { STRIP = C == 1 ? 128 : 64, BUFFERS = C == 1 ? 2 : 1 };
+    bf16 a[MARCH_SLOTS][2][ATOM][ATOM], b[MARCH_SLOTS][STRIP / ATOM][ATOM][ATOM], right[BUFFERS][STRIP / ATOM][C * BLOCK][ATOM];
+    uint64_t full[MARCH_SLOTS], free[MARCH_SLOTS], written, handed, done;
 };
-// f (BACK: ds) and c (BACK: df) have T rows of D a sequence; `map` is of s (BACK: of u)
-template <int BACK>
-__global__ void __launch_bounds__(3 * GROUP, 1)
+// f (BACK: ds), c (BACK: df) and known, the sum over rows beyond begin .. end if not NULL, have T rows of D a sequence;
+// e and M begin with row r0; `map` is of s (BACK: of u). round: two places for each tile of a cluster, in turn
+template <int BACK, int C>
+__global__ void __cluster_dims__(C, 1, 1) __launch_bounds__(3 * GROUP, 1)
 feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_constant__ CUtensorMap M_map,
-                      const __grid_constant__ CUtensorMap map, const bf16 *f, bf16 *c, RowScale scale, RowScale inverse,
-                      int T, int D) {
+                      const __grid_constant__ CUtensorMap map, const bf16 *f, bf16 *c, const float *known, bf16 *round,
+                      RowScale scale, RowScale inverse, int T, int D, int r0, int begin, int end) {
 #ifdef HOPPER
+    typedef MarchShared<C> Shared;
+    enum { STRIP = Shared::STRIP, ROWS = C * BLOCK, TILES = 2 * C, ACROSS = STRIP / ATOM };
     extern __shared__ __align__(1024) unsigned char shared_tiles[];
-    MarchShared *s = (MarchShared *)shared_tiles;
-    int n0 = (int)blockIdx.x * STRIP, sequence = (int)blockIdx.y, blocks = (T + BLOCK - 1) / BLOCK, item = 0,
-        group = threadIdx.x / GROUP, lane = threadIdx.x % 32, first = threadIdx.x / 32 * 16 + lane / 4;
+    Shared *s = (Shared *)shared_tiles;
+    int rank = (int)blockIdx.x % C, n0 = (int)blockIdx.x / C * STRIP, sequence = (int)blockIdx.y,
+        blocks = (end - begin + ROWS - 1) / ROWS, item = 0, group = threadIdx.x / GROUP, lane = threadIdx.x % 32;
+    auto tile_of = [&](int group) { return group ? TILES - 1 - rank : rank; };
+    auto place = [&](int step) { return begin + (BACK ? blocks - 1 - step : step) * ROWS; };
     if (threadIdx.x == 0) {
-        barrier_init(&s->written, 1);
-        for (int i = 0; i < MARCH_SLOTS; i++) { barrier_init(&s->full[i], 1); barrier_init(&s->free[i], 2); }
+        barrier_init(&s->written, C);
+        barrier_init(&s->handed, 1);
+        barrier_init(&s->done, 2 * C);
+        for (int i = 0; i < MARCH_SLOTS; i++) { barrier_init(&s->full[i], 1); barrier_init(&s->free[i], 8); }
     }
     barriers_ready();
+    if (C > 1) asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" : : : "memory");
     if (group == 2) {
         KEEP_REGISTERS("dec", 40);
         if (threadIdx.x % GROUP) return;
-        auto copy = [&](const CUtensorMap *left, int row, int col, int k, int solved) { // 64 of K from k on
-            int slot = item % MARCH_SLOTS;
+        auto copy = [&](const CUtensorMap *left, int I, int col0, int K, int solved) { // 64 of K from position K on
+            int slot = item % MARCH_SLOTS, bytes = solved ? sizeof(s->b[0]) : 0, wanted[2];
             if (item >= MARCH_SLOTS) barrier_wait(&s->free[slot], item / MARCH_SLOTS - 1);
-            barrier_expect(&s->full[slot], sizeof(s->a[0]) + (solved ? sizeof(s->b[0]) : 0));
-            for (int j = 0; j < 2; j++)
-                copy_tile(s->a[slot][j][0], left, col + (BACK ? ATOM * j : k), 0, row + (BACK ? k : ATOM * j), sequence,
-                          &s->full[slot]);
-            for (int j = 0; j < 2 * solved; j++)
-                copy_tile(s->b[slot][j][0], &map, n0 + ATOM * j, 0, (BACK ? row : col) + k, sequence, &s->full[slot]);
+            for (int j = 0; j < 2; j++) {
+                wanted[j] = C == 1 || (BACK ? K >= I + ATOM * tile_of(j) : K <= I + ATOM * tile_of(j));
+                bytes += wanted[j] * (int)sizeof(s->a[0][0]);
+            }
+            barrier_expect(&s->full[slot], bytes);
+            for (int j = 0; j < 2; j++) {
+                int row = I + ATOM * tile_of(j);
+                if (wanted[j]) copy_tile(s->a[slot][j][0], left, (BACK ? row : K) - col0, 0, (BACK ? K : row) - r0, sequence,
+                                         &s->full[slot]);
+            }
+            for (int j = 0; j < ACROSS * solved; j++)
+                copy_tile(s->b[slot][j][0], &map, n0 + ATOM * j, 0, K, sequence, &s->full[slot]);
             item++;
         };
         for (int step = 0; step < blocks; step++) {
-            int I = (BACK ? blocks - 1 - step : step) * BLOCK;
+            int I = place(step);
             for (int before = 0; before < step; before++) {
-                int J = (BACK ? blocks - 1 - before : before) * BLOCK;
                 if (before == step - 1) barrier_wait(&s->written, before);
-                for (int k = 0; k < BLOCK; k += ATOM) copy(&e_map, BACK ? J : I, BACK ? I : J, k, 1);
+                if (C > 1 && before == step - 1) asm volatile("fence.acq_rel.cluster;\nfence.proxy.async.global;" : : : "memory");
+                for (int k = 0; k < ROWS; k += ATOM) copy(&e_map, I, 0, place(before) + k, 1);
             }
             for (int turn = 0; turn < 3; turn++)
-                for (int k = 0; k < BLOCK; k += ATOM) copy(turn == 1 ? &e_map : &M_map, I, turn == 1 ? I : 0, k, 0);
+                for (int tile = BACK ? rank : 0; tile < (BACK ? TILES : TILES - rank); tile++)
+                    copy(turn == 1 ? &e_map : &M_map, I, turn == 1 ? 0 : I, I + ATOM * tile, 0);
         }
         return;
     }
     KEEP_REGISTERS("inc", 232);
     typedef float Sums[STRIP / 8][4];
+    int mine = C == 1 ? group : tile_of(group), first = ATOM * (mine - group) + threadIdx.x / 32 * 16 + lane / 4;
     auto multiply = [&](Sums &sum, const bf16 *right, int items, int keep) { // right NULL: what was copied
         for (int i = 0; i < items; i++, item++) {
-            int slot = item % MARCH_SLOTS, across = (right ? BLOCK : ATOM) * ATOM * 2;
+            int slot = item % MARCH_SLOTS, across = (right ? ROWS : ATOM) * ATOM * 2;
             const bf16 *b = right ? right + i * ATOM * ATOM : s->b[slot][0][0];
             barrier_wait(&s->full[slot], item / MARCH_SLOTS);
             products_begin();
@@ -2054,97 +2143,139 @@ feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_co
                                                operand(b + k * 16 * ATOM, across), keep || i > 0 || k > 0);
             products_commit();
             products_wait<1>();
-            if (i && threadIdx.x % GROUP == 0) barrier_arrive(&s->free[(item - 1) % MARCH_SLOTS]);
+            if (i && lane == 0) barrier_arrive(&s->free[(item - 1) % MARCH_SLOTS]);
         }
         products_wait<0>();
-        if (items && threadIdx.x % GROUP == 0) barrier_arrive(&s->free[(item - 1) % MARCH_SLOTS]);
+        if (items && lane == 0) barrier_arrive(&s->free[(item - 1) % MARCH_SLOTS]);
     };
-    auto put = [&](bf16 (*tile)[BLOCK][ATOM], int half, int n, uint32_t two) {
+    auto pass = [&](int items) { // of the other group alone
+        for (; items > 0; items--, item++) {
+            barrier_wait(&s->full[item % MARCH_SLOTS], item / MARCH_SLOTS);
+            if (lane == 0) barrier_arrive(&s->free[item % MARCH_SLOTS]);
+        }
+    };
+    auto put = [&](int turn, int half, int n, uint32_t two) {
         int r = first + half * 8;
-        *(uint32_t *)&tile[n / 8][r][(n % 8 ^ r % 8) * 8 + lane % 4 * 2] = two;
+        *(uint32_t *)&s->right[turn % Shared::BUFFERS][n / 8][r][(n % 8 ^ r % 8) * 8 + lane % 4 * 2] = two;
     };
-    auto share = [&] { // what was put is for the products of all
+    auto share = [&](int turn, int step) { // what was put is for the products of all
         asm volatile("fence.proxy.async.shared::cta;\nbar.sync 1, 256;" : : : "memory");
+        if (C == 1) return;
+        int number = 3 * step + turn, last = BACK ? mine : TILES - 1 - mine, bytes = sizeof(bf16) * STRIP * ATOM,
+            ranks = ((2 << min(last, C - 1)) - 1) & ~(1 << rank);
+        const bf16 *own = s->right[0][0][ATOM * mine];
+        bf16 *between = round + ((sequence * (gridDim.x / C) + blockIdx.x / C) * 2 + number % 2) * STRIP * ROWS + mine * STRIP * ATOM;
+        if (threadIdx.x == 0) barrier_expect(&s->handed, (TILES - rank - 2) * bytes);
+        if (threadIdx.x % GROUP == 0 && ranks) {
+            asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\ncp.async.bulk.commit_group;\n"
+                         "cp.async.bulk.wait_group 0;\nfence.proxy.async.global;"
+                         : : "l"(between), "r"(shared_at(own)), "r"(bytes) : "memory");
+            if (number) barrier_wait(&s->done, number - 1);
+            asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;"
+                         : : "r"(shared_at(own)), "l"(between), "r"(bytes), "r"(shared_at(&s->handed)), "h"((uint16_t)ranks)
+                         : "memory");
+        }
+        barrier_wait(&s->handed, number);
+    };
+    auto multiply_shared = [&](Sums &sum, int turn, int keep) {
+        const bf16 *right = s->right[turn % Shared::BUFFERS][0][0];
+        if (C == 1) { multiply(sum, right, TILES, keep); return; }
+        if (BACK) pass(mine - rank);
+        multiply(sum, right + (BACK ? mine : 0) * ATOM * ATOM, BACK ? TILES - mine : mine + 1, keep);
+        if (!BACK) pass(TILES - 1 - rank - mine);
+        if (threadIdx.x % GROUP < C) barrier_arrive_at(&s->done, threadIdx.x % GROUP);
+        asm volatile("bar.sync 1, 256;" : : : "memory"); // the rows' own places are free
     };
     auto low = [](uint32_t two) { return __uint_as_float(two << 16); };
     auto high = [](uint32_t two) { return __uint_as_float(two & 0xFFFF0000u); };
     for (int step = 0; step < blocks; step++) {
-        int I = (BACK ? blocks - 1 - step : step) * BLOCK;
+        int I = place(step);
         Sums sum = {}, solved;
         uint32_t base[STRIP / 8][2]; // s before its refinement, BACK: u, or λ where γ is 0
         float factor[2], z[2];
         int64_t at[2];
         for (int half = 0; half < 2; half++) {
-            int r = I + first + half * 8, inside = r < T;
+            int r = I + first + half * 8, inside = r < end;
             at[half] = inside ? ((int64_t)sequence * T + r) * D + n0 + lane % 4 * 2 : -1;
             factor[half] = inside ? scale.at(sequence, r) : 0;
             if (BACK && fabsf(factor[half]) < 1e-30f) factor[half] = 0; // its inverse is a number
             z[half] = BACK ? (factor[half] != 0 ? 1 / factor[half] : 1) : inside ? inverse.at(sequence, r) : 0;
         }
         uint32_t given[STRIP / 8][2];
+        float2 beyond[STRIP / 8][2];
         for (int n = 0; n < STRIP / 8; n++)
-            for (int half = 0; half < 2; half++)
-                given[n][half] = at[half] >= 0 && n0 + n * 8 < D ? *(const uint32_t *)(f + at[half] + n * 8) : 0;
+            for (int half = 0; half < 2; half++) {
+                int inside = at[half] >= 0 && n0 + n * 8 < D;
+                given[n][half] = inside ? *(const uint32_t *)(f + at[half] + n * 8) : 0;
+                beyond[n][half] = C > 1 && known && inside ? *(const float2 *)(known + at[half] + n * 8) : make_float2(0, 0);
+            }
         auto keep = [&](int half, int n, uint32_t two) {
             if (c && at[half] >= 0 && n0 + n * 8 < D) *(uint32_t *)(c + at[half] + n * 8) = two;
         };
-        multiply(sum, NULL, 2 * step, 0);
+        multiply(sum, NULL, TILES * step, 0);
         for (int n = 0; n < STRIP / 8; n++)
             for (int half = 0; half < 2; half++) {
                 uint32_t two = given[n][half];
                 float *v = &sum[n][2 * half];
-                if (BACK) { v[0] += low(two); v[1] += high(two); put(s->right, half, n, pack_two(v[0], v[1])); }
-                else put(s->right, half, n, pack_two(low(two) + factor[half] * v[0], high(two) + factor[half] * v[1]));
+                if (C > 1) { v[0] += beyond[n][half].x; v[1] += beyond[n][half].y; }
+                if (BACK) { v[0] += low(two); v[1] += high(two); put(0, half, n, pack_two(v[0], v[1])); }
+                else put(0, half, n, pack_two(low(two) + factor[half] * v[0], high(two) + factor[half] * v[1]));
             }
-        share();
-        multiply(solved, s->right[0][0], 2, 0);
+        share(0, step);
+        multiply_shared(solved, 0, 0);
         for (int n = 0; n < STRIP / 8; n++)
             for (int half = 0; half < 2; half++) {
                 float *v = &solved[n][2 * half];
                 uint32_t two = BACK ? pack_two(factor[half] * v[0], factor[half] * v[1]) : pack_two(v[0], v[1]);
                 base[n][half] = BACK && factor[half] == 0 ? pack_two(v[0], v[1]) : two;
-                put(s->solved, half, n, two);
+                put(1, half, n, two);
             }
-        share();
-        multiply(sum, s->solved[0][0], 2, 1);
+        share(1, step);
+        multiply_shared(sum, 1, 1);
         for (int n = 0; n < STRIP / 8; n++)
             for (int half = 0; half < 2; half++) {
                 float *v = &sum[n][2 * half], x = low(base[n][half]), y = high(base[n][half]);
-                if (BACK) { put(s->right, half, n, pack_two(v[0] - x * z[half], v[1] - y * z[half])); continue; }
+                if (BACK) { put(2, half, n, pack_two(v[0] - x * z[half], v[1] - y * z[half])); continue; }
                 uint32_t two = given[n][half];
                 keep(half, n, pack_two(v[0] * z[half], v[1] * z[half]));
-                put(s->right, half, n, pack_two(low(two) + factor[half] * v[0] - x, high(two) + factor[half] * v[1] - y));
+                put(2, half, n, pack_two(low(two) + factor[half] * v[0] - x, high(two) + factor[half] * v[1] - y));
             }
-        share();
+        share(2, step);
         Sums refinement;
-        multiply(refinement, s->right[0][0], 2, 0);
+        multiply_shared(refinement, 2, 0);
         for (int n = 0; n < STRIP / 8; n++)
             for (int half = 0; half < 2; half++) {
                 float x = low(base[n][half]) * (BACK ? z[half] : 1) + refinement[n][2 * half],
                       y = high(base[n][half]) * (BACK ? z[half] : 1) + refinement[n][2 * half + 1];
                 if (BACK) { keep(half, n, pack_two(x, y)); x *= factor[half]; y *= factor[half]; }
-                put(s->solved, half, n, pack_two(x, y));
+                put(3, half, n, pack_two(x, y));
             }
-        share();
+        asm volatile("fence.proxy.async.shared::cta;\nbar.sync 1, 256;" : : : "memory");
         if (threadIdx.x) continue;
-        for (int j = 0; j < 4; j++)
+        for (int j = 0; j < 2 * ACROSS; j++)
             asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4}], [%5];"
-                         : : "l"(&map), "r"(n0 + j % 2 * ATOM), "r"(0), "r"(I + j / 2 * ATOM), "r"(sequence),
-                             "r"(shared_at(s->solved[j % 2][j / 2 * ATOM])) : "memory");
+                         : : "l"(&map), "r"(n0 + j / 2 * ATOM), "r"(0), "r"(I + ATOM * tile_of(j % 2)), "r"(sequence),
+                             "r"(shared_at(s->right[Shared::BUFFERS - 1][j / 2][ATOM * tile_of(j % 2)])) : "memory");
         asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group 0;" : : : "memory");
-        barrier_arrive(&s->written);
+        if (C == 1) { barrier_arrive(&s->written); continue; }
+        asm volatile("fence.proxy.async.global;\nfence.acq_rel.cluster;" : : : "memory");
+        for (int to = 0; to < C; to++) barrier_arrive_at(&s->written, to);
     }
+    if (C > 1) barrier_wait(&s->written, blocks - 1); // nobody needs this block's memory any more
 #endif
 }
-template <int BACK>
-static void feedback_march_gpu(const bf16 *e, int64_t ld, const bf16 *M, const bf16 *out, int64_t ld_out, const bf16 *f,
-                               bf16 *c, RowScale scale, RowScale inverse, int B, int T, int D, cudaStream_t stream) {
-    CUtensorMap e_map = tile_map(e, (int)ld, 1, T, ld, T * ld, B, ATOM),
-        M_map = tile_map(M, BLOCK, 1, T, BLOCK, (int64_t)T * BLOCK, B, ATOM),
+template <int BACK, int C>
+static void feedback_march_gpu(float *scratch, const Panels *p, const bf16 *out, int64_t ld_out, const bf16 *f, bf16 *c,
+                               const float *known, RowScale scale, RowScale inverse, int B, int T, int D, int r0, int n,
+                               int begin, int end, cudaStream_t stream) {
+    int64_t rows = min_int(p->R, T);
+    CUtensorMap e_map = tile_map((bf16 *)(scratch + p->e), (int)p->lx, 1, n, p->lx, rows * p->lx, B, ATOM),
+        M_map = tile_map((bf16 *)(scratch + p->inverse), p->P, 1, n, p->P, rows * p->P, B, ATOM),
         map = tile_map(out, D, 1, T, ld_out, T * ld_out, B, ATOM);
-    allow_shared(feedback_march_kernel<BACK>, sizeof(MarchShared));
-    LAUNCH(feedback_march_kernel<BACK>, dim3((D + STRIP - 1) / STRIP, B), 3 * GROUP, sizeof(MarchShared), stream,
-           e_map, M_map, map, f, c, scale, inverse, T, D);
+    int bytes = sizeof(MarchShared<C>), strips = (D + MarchShared<C>::STRIP - 1) / MarchShared<C>::STRIP;
+    allow_shared(feedback_march_kernel<BACK, C>, bytes);
+    LAUNCH((feedback_march_kernel<BACK, C>), dim3(C * strips, B), 3 * GROUP, bytes, stream, e_map, M_map, map, f, c, known,
+           (bf16 *)(scratch + p->lambda), scale, inverse, T, D, r0, begin, end);
 }
 
 // c: (B,T,D) kept for the backward pass, or NULL. f comes from `side` if not NULL.
@@ -2160,31 +2291,37 @@ static void feedback_forward_gpu(X *s, X *c, float *stats, float *scratch, const
         int n = min_int(p.R, T - r0);
         feedback_panel(scratch, &p, stats, 0, q, k, ld, gamma, B, T, D, first, r0, n, stream);
         if (side) follow(stream, side);
-        if constexpr (sizeof(X) == sizeof(bf16))
-            if (p.march && n == T) {
-                feedback_march_gpu<0>(e, p.lx, M, s, D, f, c, {gamma, stats, T}, {NULL, stats, T}, B, T, D, stream);
-                return;
+        for (int reach = r0; reach < r0 + n; reach += REACH) {
+            int end = min_int(reach + REACH, r0 + n);
+            if (reach) matmul_gpu(into(scratch + p.rhs + (int64_t)(reach - first) * D, D, all),
+                                  rows_of_gpu(e + (reach - r0) * p.lx, p.lx, step), rows_of_gpu(s, D, all), end - reach, D, reach,
+                                  1, 0, B, stream);
+            if constexpr (sizeof(X) == sizeof(bf16))
+                if (p.march && !first) {
+                    auto march = p.march == 1 ? feedback_march_gpu<0, 1> : feedback_march_gpu<0, CLUSTER>;
+                    march(scratch, &p, s, D, f, c, reach ? scratch + p.rhs : NULL, {gamma, stats, T}, {NULL, stats, T}, B, T, D,
+                          r0, n, reach, end, stream);
+                    continue;
+                }
+            for (int i0 = reach; i0 < end; i0 += p.P) {
+                int m = min_int(p.P, end - i0), at = i0 - r0;
+                int64_t row = i0 - first;
+                float *sum = scratch + p.rhs + row * D;
+                X *s_I = s + (int64_t)i0 * D;
+                RowScale scale = {gamma + row, stats + 2 * row, rows}, inverse = {NULL, stats + 2 * row, rows};
+                Part<X> rhs = part_of(i0 ? block : f, D, i0 ? (int64_t)m * D : rows * D, m, D),
+                    e_II = part_of(e, p.lx, step, n, (int)p.ld, at, i0),
+                    M_I = part_of(M, p.P, m_step, at + m, p.P, at, 0), residual = part_of(block, D, (int64_t)m * D, m, D);
+                BlockRhs<X> before = {sum, block, f + row * D, scale, all, rows * D, m, D, reach > 0};
+                if (i0) product_gpu<0, 1, FULL>(before, part_of(e, p.lx, step, n, (int)p.ld, at, reach),
+                                                part_of(s, D, all, i0, D, reach), m, D, i0 - reach, 0, 1, way);
+                Store<X> solve = {s_I, D, all, 1, 0}, refine = {s_I, D, all, 1, 1};
+                BlockResidual<X> after = {block, c ? c + (int64_t)i0 * D : NULL, i0 ? sum : NULL, f + row * D, s_I, scale,
+                                          inverse, all, rows * D, m, D};
+                product_gpu<0, 1, A_LOWER>(solve, M_I, rhs, m, D, m, 0, 1, way);
+                product_gpu<0, 1, A_LOWER>(after, e_II, part_of((const X *)s_I, D, all, m, D), m, D, m, 0, 1, way);
+                product_gpu<0, 1, A_LOWER>(refine, M_I, residual, m, D, m, 0, 1, way);
             }
-        for (int i0 = r0; i0 < r0 + n; i0 += p.P) {
-            int m = min_int(p.P, r0 + n - i0), at = i0 - r0, reach = r0 + at / REACH * REACH;
-            int64_t row = i0 - first;
-            float *sum = scratch + p.rhs + row * D;
-            X *s_I = s + (int64_t)i0 * D;
-            RowScale scale = {gamma + row, stats + 2 * row, rows}, inverse = {NULL, stats + 2 * row, rows};
-            Part<X> rhs = part_of(i0 ? block : f, D, i0 ? (int64_t)m * D : rows * D, m, D),
-                e_II = part_of(e, p.lx, step, n, (int)p.ld, at, i0),
-                M_I = part_of(M, p.P, m_step, at + m, p.P, at, 0), residual = part_of(block, D, (int64_t)m * D, m, D);
-            if (i0 == reach && i0) matmul_gpu(into(sum, D, all), rows_of_gpu(e + at * p.lx, p.lx, step), rows_of_gpu(s, D,
-                                              all), min_int(REACH, r0 + n - i0), D, i0, 1, 0, B, stream);
-            BlockRhs<X> before = {sum, block, f + row * D, scale, all, rows * D, m, D, reach > 0};
-            if (i0) product_gpu<0, 1, FULL>(before, part_of(e, p.lx, step, n, (int)p.ld, at, reach),
-                                            part_of(s, D, all, i0, D, reach), m, D, i0 - reach, 0, 1, way);
-            Store<X> solve = {s_I, D, all, 1, 0}, refine = {s_I, D, all, 1, 1};
-            BlockResidual<X> after = {block, c ? c + (int64_t)i0 * D : NULL, i0 ? sum : NULL, f + row * D, s_I, scale,
-                                      inverse, all, rows * D, m, D};
-            product_gpu<0, 1, A_LOWER>(solve, M_I, rhs, m, D, m, 0, 1, way);
-            product_gpu<0, 1, A_LOWER>(after, e_II, part_of((const X *)s_I, D, all, m, D), m, D, m, 0, 1, way);
-            product_gpu<0, 1, A_LOWER>(refine, M_I, residual, m, D, m, 0, 1, way);
         }
     }
 }
@@ -2304,32 +2441,35 @@ static void feedback_sequence_backward_gpu(X *df, X *dq, X *dk, float *dgamma, f
     ProductWay way = {B, wide({D, ld}, {df, dq, dk, ds, s, c, scratch}), p->tiles ? NULL : scratch + p->product, stream};
     X *e = (X *)(scratch + p->e), *M = (X *)(scratch + p->inverse), *block = (X *)(scratch + p->block);
     feedback_panel(scratch, p, stats, 1, q, k, ld, gamma, B, T, D, 0, r0, n, stream);
-    int march = p->march && n == T;
-    if constexpr (sizeof(X) == sizeof(bf16))
-        if (march) feedback_march_gpu<1>(e, p->lx, M, dq, ld, ds, df, {gamma, stats, T}, {NULL, stats, T}, B, T, D,
-                                         stream);
-    for (int at = march ? -1 : (n - 1) / p->P * p->P; at >= 0; at -= p->P) {
-        int m = min_int(p->P, n - at), i0 = r0 + at, low = at / REACH * REACH, end = min_int(low + REACH, n),
-            later = end - at - m, alone = i0 + m == T, heard = r0 + end < T;
-        float *h = scratch + p->rhs + (int64_t)i0 * D;
-        const X *ds_I = ds + (int64_t)i0 * D;
-        X *u = dq + (int64_t)i0 * ld;
-        RowScale scale = {gamma + i0, stats + 2 * i0, T};
-        Part<X> e_II = part_of(e, p->lx, step, n, (int)p->ld, at, i0),
-            M_I = part_of(M, p->P, m_step, at + m, p->P, at, 0), residual = part_of(block, D, (int64_t)m * D, m, D),
-            rhs = alone ? part_of(ds_I, D, all, m, D) : residual;
-        AdjointRhs<X> before = {h, block, ds_I, all, m, D, heard};
-        AdjointBase<X> base = {u, lambda, scale, wide_step, m, D, ld};
-        AdjointResidual<X> after = {block, alone ? NULL : h, lambda, ds_I, all, m, D};
-        AdjointDone<X> done = {df + (int64_t)i0 * D, u, lambda, scale, all, wide_step, m, D, ld};
-        if (!alone) product_gpu<1, 1, FULL>(before, part_of(e, p->lx, step, n, (int)p->ld, at + m, i0),
-                                            part_of(dq, ld, wide_step, r0 + end, D, i0 + m), m, D, later, 0, 1, way);
-        product_gpu<1, 1, A_UPPER>(base, M_I, rhs, m, D, m, 0, 1, way);
-        product_gpu<1, 1, A_UPPER>(after, e_II, part_of((const X *)u, ld, wide_step, m, D), m, D, m, 0, 1, way);
-        product_gpu<1, 1, A_UPPER>(done, M_I, residual, m, D, m, 0, 1, way);
-        if (at == low) // to all rows before these
-            matmul_gpu(into(scratch + p->rhs, D, all), transpose_gpu(rows_of_gpu(e + low * p->lx, p->lx, step)),
-                       rows_of_gpu(u, ld, wide_step), i0, D, end - low, 1, heard ? 1 : 0, B, stream);
+    for (int low = (n - 1) / REACH * REACH; low >= 0; low -= REACH) {
+        int end = min_int(low + REACH, n), heard = r0 + end < T;
+        float *h_all = scratch + p->rhs;
+        if constexpr (sizeof(X) == sizeof(bf16)) {
+            auto march = p->march == 1 ? feedback_march_gpu<1, 1> : feedback_march_gpu<1, CLUSTER>;
+            if (p->march) march(scratch, p, dq, ld, ds, df, heard ? h_all : NULL, {gamma, stats, T}, {NULL, stats, T}, B, T, D, r0,
+                                n, r0 + low, r0 + end, stream);
+        }
+        for (int at = p->march ? -1 : (end - 1) / p->P * p->P; at >= low; at -= p->P) {
+            int m = min_int(p->P, end - at), i0 = r0 + at, alone = i0 + m == T;
+            float *h = h_all + (int64_t)i0 * D;
+            const X *ds_I = ds + (int64_t)i0 * D;
+            X *u = dq + (int64_t)i0 * ld;
+            RowScale scale = {gamma + i0, stats + 2 * i0, T};
+            Part<X> e_II = part_of(e, p->lx, step, n, (int)p->ld, at, i0),
+                M_I = part_of(M, p->P, m_step, at + m, p->P, at, 0), residual = part_of(block, D, (int64_t)m * D, m, D),
+                rhs = alone ? part_of(ds_I, D, all, m, D) : residual;
+            AdjointRhs<X> before = {h, block, ds_I, all, m, D, heard};
+            AdjointBase<X> base = {u, lambda, scale, wide_step, m, D, ld};
+            AdjointResidual<X> after = {block, alone ? NULL : h, lambda, ds_I, all, m, D};
+            AdjointDone<X> done = {df + (int64_t)i0 * D, u, lambda, scale, all, wide_step, m, D, ld};
+            if (!alone) product_gpu<1, 1, FULL>(before, part_of(e, p->lx, step, n, (int)p->ld, at + m, i0),
+                                                part_of(dq, ld, wide_step, r0 + end, D, i0 + m), m, D, end - at - m, 0, 1, way);
+            product_gpu<1, 1, A_UPPER>(base, M_I, rhs, m, D, m, 0, 1, way);
+            product_gpu<1, 1, A_UPPER>(after, e_II, part_of((const X *)u, ld, wide_step, m, D), m, D, m, 0, 1, way);
+            product_gpu<1, 1, A_UPPER>(done, M_I, residual, m, D, m, 0, 1, way);
+        }
+        matmul_gpu(into(h_all, D, all), transpose_gpu(rows_of_gpu(e + low * p->lx, p->lx, step)), // to all rows before these
+                   rows_of_gpu(dq + (int64_t)(r0 + low) * ld, ld, wide_step), r0 + low, D, end - low, 1, heard ? 1 : 0, B, stream);
     }
     LAUNCH((way.in_eights ? feedback_delta_kernel<8, X> : feedback_delta_kernel<1, X>), dim3((n + 3) / 4, B), 128, 0,
            stream, dgamma + r0, df + (int64_t)r0 * D, c + (int64_t)r0 * D, all, T, n, D);
