@@ -1397,8 +1397,7 @@ template <int DH>
 __global__ void __launch_bounds__(3 * GROUP, 1)
 attention_dq_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap dout_map,
                     const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map, bf16 *dq,
-                    const float2 *stats, int ld, int B, int T, int H, int G, int d, int at_once, float scale,
-                    float sigma) {
+                    const float2 *stats, int ld, int B, int T, int H, int G, int d, int at_once, float scale, float sigma) {
 #ifdef HOPPER
     typedef BackwardShared<DH> Shared;
     enum { WALK = Shared::WALK, SLOTS = Shared::SLOTS, NEXT = WALK * ATOM };
@@ -1489,8 +1488,7 @@ template <int DH>
 __global__ void __launch_bounds__(3 * GROUP, 1)
 attention_dkv_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap dout_map,
                      const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map, bf16 *dk,
-                     bf16 *dv, const float2 *stats, int ld, int B, int T, int H, int G, int d, int at_once, float scale,
-                    float sigma) {
+                     bf16 *dv, const float2 *stats, int ld, int B, int T, int H, int G, int d, int at_once, float scale, float sigma) {
 #ifdef HOPPER
     typedef BackwardShared<DH> Shared;
     enum { WALK = Shared::WALK, SLOTS = Shared::SLOTS, NEXT = WALK * ATOM };
