@@ -2,15 +2,33 @@
 Sessa (Selective State Space Attention, arXiv 2604.18580) on the CPU: every layer's forward and backward pass, the
 model, its files, its data, the training loop and the command line, in one file that reads from top to bottom.
 
-A Sessa layer reads the past by attention, f = Attention(x), and then feeds its own past outputs back through a second
-attention: s_t = f_t + gamma_t Σ_{j<t} alpha_tj s_j. Stacked over t this is a triangular system (I - diag(gamma) alpha)
-s = f, whose inverse sums the paths of every number of hops from j to t: the memory fades as a power of the lag.
+The model is an embedding, L layers, a LayerNorm and the embedding again as the head. One layer makes y of x, (B,T,D):
+
+    n       = LayerNorm(x)                               [9]
+    a, g    = n W_in^T + b_in                            [10]
+    ā       = GELU(a)                                    [11]      `abar`
+    q, k, v = ā W_q^T + b_q, ā W_k^T + b_k, ā W_v^T + b_v  [14]    then q, k = RoPE(q), RoPE(k)
+    o_t     = Σ_{j≤t} softmax_j(σ(d) q_t·k_j) v_j        [15, 16]  in each head
+    f       = o W_o^T                                              one hop: the direct read of the past
+    q', k'  = ā W_fb^T + b_fb                            [14]      `fb_q`, `fb_k`: one head, D wide, no RoPE
+    α_tj    = softmax_{j<t}(σ(D) q'_t·k'_j)              [17]      a second attention, over the strict past
+    γ_t     = γ_max tanh(ā_t·w_γ + b_γ)                  [18]      `gamma`: how much of it comes back
+    s_t     = f_t + γ_t Σ_{j<t} α_tj s_j                 [19-22]   many hops: the layer reads its own outputs
+    y       = x + (s ⊙ g) W_out^T + b_out                [13]
+
+The line for s, over all t, is a triangular system, (I - A) s = f with A = diag(γ) α. Its inverse, I + A + A² + ..., sums the
+paths of every number of hops from j to t: the memory fades as a power of the lag. From ā to s it is the mixer, [12], in the
+place of which two others can stand. hidden_forward is this list, sessa_forward its middle, feedback_forward the line for s.
 
 Letters: B sequences, T tokens each, D model width, H query heads, G key/value heads, d = D/H head width, L layers,
-V vocabulary, P panel height. Arrays are row-major, (B,T,D) means index (b·T + t)·D + i; a linear layer's weight is
-(out, in); σ(n) = 1/sqrt(n). Numbers in [ ] are the paper's equations. Gradients of parameters are accumulated (+=);
-gradients of activations are written (=) unless the comment says +=. No layer allocates: scratch comes from the caller.
-What can fail takes a `char *error` and returns 0, or FAILED (WRONG_OPTION for what the user typed) with one line there.
+V vocabulary, P panel height, σ(n) = 1/sqrt(n); `ld` is the number of elements from one row of a matrix to the next, where
+it may be some columns of a wider one. Generation calls the same forward passes with the positions before `first` known
+and the rows first..T-1 new; in training first is 0.
+
+Arrays are row-major, (B,T,D) means index (b·T + t)·D + i; a linear layer's weight is (out, in). Numbers in [ ] are the
+paper's equations. Gradients of parameters are accumulated (+=); gradients of activations are written (=) unless the comment
+says +=. A layer checks nothing and cannot fail, and none allocates: scratch comes from the caller. What can fail takes
+a `char *error` and returns 0, or FAILED (WRONG_OPTION for what the user typed) with one line there.
 */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -137,7 +155,8 @@ static inline real normal_cdf(real x, real gauss) {
 }
 
 // ----------------------------------------------------------------------------
-// the matrix product, the one routine under every layer
+// the matrix product, the one routine under every layer: matmul and triangular_solve, at the end of this section, with the
+// plain loops that they equal; the rest makes them fast
 
 // Element (i, j) of a matrix is at[i·row + j·col]: a transpose swaps the strides and costs nothing.
 typedef struct { const real *at; ptrdiff_t row, col; } Matrix;
@@ -282,16 +301,14 @@ static void matmul_share(real *out, ptrdiff_t ld, Matrix a, Matrix b, int M, int
                 }
                 const real *strip = packed + j0 * block_k, *add = bias && k0 == 0 ? bias + n0 + j0 : zeros;
                 real *tile_out = out + i0 * ld + n0 + j0, keep = k0 ? 1 : beta;
-                if (is_high && n == TILE_COLS) tile_product(tile_out, ld, rows, strip, block_k, alpha, keep, add, TILE_ROWS);
-                else if (m == LOW_ROWS && n == TILE_COLS)
-                    tile_product(tile_out, ld, rows, strip, block_k, alpha, keep, add, LOW_ROWS);
-                else { // a tile that reaches over the edge, by way of a whole one
-                    if (is_high) tile_product(sum, TILE_COLS, rows, strip, block_k, alpha, 0, NULL, TILE_ROWS);
-                    else tile_product(sum, TILE_COLS, rows, strip, block_k, alpha, 0, NULL, LOW_ROWS);
-                    for (int i = 0; i < m; i++)
-                        for (int j = 0; j < n; j++)
-                            tile_out[i * ld + j] = sum[i * TILE_COLS + j] + add[j] + (keep == 0 ? 0 : keep * tile_out[i * ld + j]);
-                }
+                int over = n < TILE_COLS || m < LOW_ROWS; // it reaches over the edge: by way of a whole tile
+                real *to = over ? sum : tile_out, to_keep = over ? 0 : keep;
+                ptrdiff_t to_ld = over ? TILE_COLS : ld;
+                if (is_high) tile_product(to, to_ld, rows, strip, block_k, alpha, to_keep, over ? NULL : add, TILE_ROWS);
+                else tile_product(to, to_ld, rows, strip, block_k, alpha, to_keep, over ? NULL : add, LOW_ROWS);
+                for (int i = 0; over && i < m; i++)
+                    for (int j = 0; j < n; j++)
+                        tile_out[i * ld + j] = sum[i * TILE_COLS + j] + add[j] + (keep == 0 ? 0 : keep * tile_out[i * ld + j]);
             }
             if (threads > 1) {
                 #pragma omp barrier
@@ -317,9 +334,6 @@ static inline void row_product(real *out, Matrix a, Matrix b, int N, int K, real
     if (b.row == 1 && a.col == 1) {
         for (int j = 0; j < N; j++)
             for (int k = 0; k < K; k++) sum[j] += a.at[k] * b.at[j * b.col + k];
-    } else if (b.col == 1) {
-        for (int k = 0; k < K; k++)
-            for (int j = 0; j < N; j++) sum[j] += a.at[k * a.col] * b.at[k * b.row + j];
     } else {
         for (int k = 0; k < K; k++)
             for (int j = 0; j < N; j++) sum[j] += a.at[k * a.col] * b.at[k * b.row + j * b.col];
@@ -359,28 +373,29 @@ static void matmul(real *out, ptrdiff_t ld, Matrix a, Matrix b, int M, int N, in
     matmul_share(out, ld, a, b, M, N, K, alpha, beta, bias, packed, omp_get_thread_num(), omp_get_num_threads());
 }
 
-// Solves (I - N) x = b for a strictly lower-triangular N (n,n), n ≤ PANEL_MAX: x (n,D) holds b before and x after, `ld`
+// Solves (I - A) x = b for a strictly lower-triangular A (n,n), n ≤ PANEL_MAX: x (n,D) holds b before and x after, `ld`
 // elements from row to row. It equals
-//     for t < n: for j < t: x[t] += N[t][j] · x[j]
+//     for t = 0 .. n-1: for j < t: x[t] += A[t][j] · x[j]
 // in strips of TILE_COLS columns, which do not depend on each other: LOW_ROWS rows at a time take what the rows before
 // them give as one tile product (the strip of x is the packed B), then what they give each other row by row.
-// With negative strides it runs from the last row to the first: so the transposed system is solved.
+// The transposed system, an upper triangle, is the same loop from the last row to the first: A and x are then given from
+// their last element on, with negative strides.
 enum { PANEL_MAX = 96 };
-static void solve_strip(real *x, ptrdiff_t ld, Matrix N, int n, int width) {
+static void solve_strip(real *x, ptrdiff_t ld, Matrix A, int n, int width) {
     real strip[PANEL_MAX * TILE_COLS] __attribute__((aligned(64)));
     for (int t = 0; t < n; t++)
         for (int i = 0; i < TILE_COLS; i++) strip[t * TILE_COLS + i] = i < width ? x[t * ld + i] : 0;
     for (int t0 = 0; t0 < n; t0 += LOW_ROWS) {
         int rows = min_int(LOW_ROWS, n - t0);
-        Matrix earlier = {N.at + t0 * N.row, N.row, N.col};
+        Matrix earlier = {A.at + t0 * A.row, A.row, A.col};
         real *row = strip + t0 * TILE_COLS;
         if (rows == LOW_ROWS) tile_product(row, TILE_COLS, earlier, strip, t0, 1, 1, NULL, LOW_ROWS);
-        else for (int r = 0; r < rows; r++, earlier.at += N.row)
+        else for (int r = 0; r < rows; r++, earlier.at += A.row)
             tile_product(row + r * TILE_COLS, TILE_COLS, earlier, strip, t0, 1, 1, NULL, 1);
         for (int r = 1; r < rows; r++) {
             row += TILE_COLS;
             for (int q = 0; q < r; q++) {
-                real weight = N.at[(t0 + r) * N.row + (t0 + q) * N.col];
+                real weight = A.at[(t0 + r) * A.row + (t0 + q) * A.col];
                 for (int i = 0; i < TILE_COLS; i++) row[i] += weight * strip[(t0 + q) * TILE_COLS + i];
             }
         }
@@ -389,9 +404,9 @@ static void solve_strip(real *x, ptrdiff_t ld, Matrix N, int n, int width) {
         for (int i = 0; i < width; i++) x[t * ld + i] = strip[t * TILE_COLS + i];
 }
 
-static void triangular_solve(real *x, ptrdiff_t ld, Matrix N, int n, int D) {
+static void triangular_solve(real *x, ptrdiff_t ld, Matrix A, int n, int D) {
     FOR_ITEMS(n * n * D > PARALLEL_WORK / 4, (D + TILE_COLS - 1) / TILE_COLS,
-              solve_strip(x + item * TILE_COLS, ld, N, n, min_int(TILE_COLS, D - item * TILE_COLS)));
+              solve_strip(x + item * TILE_COLS, ld, A, n, min_int(TILE_COLS, D - item * TILE_COLS)));
 }
 
 // ----------------------------------------------------------------------------
@@ -585,13 +600,13 @@ static void rope_backward(real *dx, int ld, const real *cosine, const real *sine
     rope_forward(dx, ld, cosine, sine, N, T, heads, d, 0, -1);
 }
 
-// Attention and feedback work on panels of P rows, so that no buffer grows as T². P 0 chooses: low panels waste less
-// above the diagonal, high ones make larger products. A panel's weights are stored transposed, the weight of row r for
-// key j at [j·n + r] in a panel of n rows: a vector holds one key for many rows, and the softmax runs without a sum
-// across lanes.
+// Attention and feedback compute a softmax over the past for every row, T×T weights. They work on panels of P rows, so that
+// no more than P×T of them exist at once. P 0 chooses: low panels waste less above the diagonal, high ones make larger
+// products. A panel's weights are stored transposed, the weight of row r for key j at [j·n + r] in a panel of n rows: a
+// vector holds one key for many rows, and the softmax runs without a sum across lanes.
 static int panel_height(int P, int T) { return P > 0 ? min_int(P, PANEL_MAX) : T <= 256 ? 32 : T <= 1024 ? 64 : PANEL_MAX; }
 
-// Numbers of scratch that a thread needs: weights of a panel, their gradient, and those of the panel for itself.
+// Numbers of scratch that a thread needs: weights of a panel, their gradient, and the weights inside the panel.
 static size_t panel_scratch(int T) { return PANEL_MAX * (2 * (size_t)T + PANEL_MAX); }
 
 // Heads and sequences do not depend on each other: where they can be shared out evenly a thread takes whole ones, else
@@ -669,9 +684,10 @@ static void softmax_panel_backward(real *dweights, real *weights, real *delta, c
 }
 
 // [15, 16]  o_t = Σ_{j≤t} softmax_j(σ(d) q_t·k_j) v_j, head h with the keys and values of group h/(H/G)
-// q: H heads of d columns for the positions first..T-1; k, v: G heads for the positions 0..T-1, the ones before first
-// known from earlier calls; rows ld apart. out (B,T-first,H·d); stats (B,H,T-first,2) is kept for the backward pass,
-// which computes the weights again panel by panel: nothing of size T×T exists. Item b·H + h, one head of one sequence:
+// q: H heads of d columns for the positions first..T-1; k, v: G heads for the positions 0..T-1; rows ld apart. out
+// (B,T-first,H·d). stats (B,H,T-first,2) is kept for the backward pass, which computes the weights again, panel by panel.
+// Item b·H + h is head h of sequence b. Of its panel, the rows i0..i0+n-1, it computes
+//     weights = softmax_panel(q_I, k),   out_I = weights · v
 static void attention_head(int item, real *out, real *stats, real *scratch, const real *q, const real *k, const real *v,
                            int ld, int T, int H, int G, int d, int first, int P) {
     size_t b = (size_t)(item / H), rows = (size_t)(T - first), kv = b * (size_t)T * ld + item % H / (H / G) * d;
@@ -691,10 +707,11 @@ static void attention_forward(real *out, real *stats, real *scratch, const real 
     FOR_ITEMS(shared_out(B * H), B * H, attention_head(item, out, stats, scratch, q, k, v, ld, T, H, G, d, first, P));
 }
 
-// With p the weights:  dv_j = Σ_t p_tj do_t,   dp_tj = do_t·v_j,   dlogit from it as above,
+// With p_tj the weights:
+//     dv_j = Σ_t p_tj do_t,   dp_tj = do_t·v_j,   dlogit_tj = p_tj (dp_tj - Σ_i p_ti dp_ti),
 //     dq_t = σ(d) Σ_j dlogit_tj k_j,   dk_j = σ(d) Σ_t dlogit_tj q_t
-// dq, dk, dv have the layout of q, k, v. Item b·G + g, the heads of one group. Panels run from the last: it sees all
-// keys, so it writes what the others add to.
+// each line a matrix product for a panel of rows t. dq, dk, dv have the layout of q, k, v. Item b·G + g is the heads of one
+// group: they add to the same dk and dv. Panels run from the last: it sees all keys, so it writes what the others add to.
 static void attention_group_backward(int item, real *dq, real *dk, real *dv, real *scratch, const real *dout, real *stats,
                                      const real *q, const real *k, const real *v, int ld, int T, int H, int G, int d, int P) {
     real *weights = scratch + panel_scratch(T) * (size_t)omp_get_thread_num(), *dlogits = weights + PANEL_MAX * (size_t)T;
@@ -751,13 +768,19 @@ static void gain_backward(real *dx, real *dweight, real *dbias, real *dgamma, co
     matmul(dweight, D, rows_of(dgamma, N), rows_of(x, D), 1, D, N, 1, 1, NULL);
 }
 
-// [17, 19-22]  The feedback path: with the weights α_t = softmax_{j<t}(σ(D) q'_t·k'_j), one head, the strict past only,
+// [17, 19-22]  The feedback path. With α_tj = softmax_{j<t}(σ(D) q'_t·k'_j), one head over the strict past,
 //     s_t = f_t + gamma_t Σ_{j<t} α_tj s_j,       that is (I - A) s = f with A = diag(gamma) α
+// A is strictly lower-triangular, so each row needs only the rows of s above it. It equals
+//     for t = 0 .. T-1:
+//         s[t] = f[t]
+//         for j < t: s[t] += A[t][j] · s[j]
+// Panel I, the rows i0..i0+n-1, is done in three steps, all but the last of them matrix products:
+//     A_I = softmax_panel(q'_I, k'), its rows times gamma
+//     s_I = f_I + A_I,before s_before        what all rows before the panel give
+//     (I - A_I,inside) s_I = s_I             what its rows give each other, in place
 // f (B,T-first,D); q', k': D columns of rows ld apart, q' for the positions first..T-1 and k' for 0..T-1; gamma
-// (B,T-first), stats (B,T-first,2); s (B,T,D), its rows before first known from earlier calls. It equals
-//     for t: s[t] = f[t];  for j < t: s[t] += A[t][j] · s[j]
-// In panels: rows i0..i0+n-1 first take what all earlier panels give, A_{I,<i0} s_{<i0}, as one matrix product; what is
-// left is a small triangular system. Kept for the backward pass: q', k', gamma, stats and s, all O(T). Sequence b:
+// (B,T-first), stats (B,T-first,2); s (B,T,D), its rows before first known. Kept for the backward pass: q', k', gamma,
+// stats and s, all O(T). |gamma| < 1 keeps it bounded: |s| ≤ max|f| / (1 - max|gamma|). Sequence b:
 static void feedback_sequence(int b, real *s, real *stats, real *scratch, const real *f, const real *q, const real *k, int ld,
                               const real *gamma, int T, int D, int first, int P) {
     real *A = scratch + panel_scratch(T) * (size_t)omp_get_thread_num(), *s_b = s + (size_t)b * T * D;
@@ -765,7 +788,7 @@ static void feedback_sequence(int b, real *s, real *stats, real *scratch, const 
         int n = min_int(P, T - i0);
         size_t row = (size_t)b * (T - first) + (size_t)(i0 - first); // of f, q', gamma and stats
         real *s_I = s_b + (size_t)i0 * D;
-        Matrix before = {A, 1, n}, inside = {A + (size_t)i0 * n, 1, n};
+        Matrix before = {A, 1, n}, inside = {A + (size_t)i0 * n, 1, n}; // the columns j < i0, and those of the panel
         softmax_panel(A, stats + 2 * row, 0, gamma + row, q + row * ld, k + (size_t)b * T * ld, ld, i0, n, D, 1);
         memcpy(s_I, f + row * D, sizeof(real) * (size_t)n * (size_t)D);
         matmul(s_I, D, before, rows_of(s_b, D), n, D, i0, 1, 1, NULL);
@@ -779,29 +802,34 @@ static void feedback_forward(real *s, real *stats, real *scratch, const real *f,
     FOR_ITEMS(shared_out(B), B, feedback_sequence(item, s, stats, scratch, f, q, k, ld, gamma, T, D, first, P));
 }
 
-// The adjoint λ solves the transposed system (I - A)^T λ = ds: from the last row to the first,
-//     λ[t] = ds[t];  for j < t: ds[j] += A[t][j] · λ[t]
-// in panels from the last, and with it every gradient follows without a second solve:
-//     df_t = λ_t,   δ_t = λ_t·(Σ_j α_tj s_j) = Σ_j α_tj (λ_t·s_j),   dgamma_t = δ_t,
-//     dlogit_tj = gamma_t α_tj (λ_t·s_j - δ_t),   dq'_t = σ(D) Σ_j dlogit_tj k'_j,   dk'_j = σ(D) Σ_t dlogit_tj q'_t
-// δ does two jobs, because the softmax's backward pass needs the same sum as dgamma.
+// The gradient of f is λ with (I - A)^T λ = ds, for s = (I - A)^-1 f: the same system transposed, solved from the last row
+// to the first, where each row hands to the rows above it what it took from them. It equals
+//     λ = ds
+//     for t = T-1 .. 0: for j < t: λ[j] += A[t][j] · λ[t]
+// With it every gradient follows without a second solve, from dA_tj = λ_t·s_j and A_tj = gamma_t α_tj:
+//     df_t       = λ_t
+//     dgamma_t   = Σ_j α_tj dA_tj = δ_t
+//     dlogit_tj  = gamma_t α_tj (dA_tj - δ_t)      the softmax's backward pass needs the same sum δ_t
+//     dq'_t      = σ(D) Σ_j dlogit_tj k'_j,   dk'_j = σ(D) Σ_t dlogit_tj q'_t
+// Panels from the last: α_I once more, A_I,inside, which the transposed triangle of the panel is solved with, dA_I, then
+// dlogit_I in its place and A_I in that of α_I, and A_I^T λ_I for the rows before the panel.
 // df, ds, s (B,T,D), df may be ds itself; dgamma (B,T); dq', dk' with the layout of q', k'. Sequence b, its λ being ds
 // before and df after:
 static void feedback_sequence_backward(int b, real *df, real *dq, real *dk, real *dgamma, real *scratch, const real *s,
                                        real *stats, const real *q, const real *k, int ld, const real *gamma, int T, int D,
                                        int P) {
-    real *A = scratch + panel_scratch(T) * (size_t)omp_get_thread_num();        // α until gamma is multiplied in
-    real *dlogits = A + PANEL_MAX * (size_t)T, *N = dlogits + PANEL_MAX * (size_t)T, scale = 1 / (real)sqrt((double)D);
+    real *A = scratch + panel_scratch(T) * (size_t)omp_get_thread_num(), scale = 1 / (real)sqrt((double)D);
+    real *dlogits = A + PANEL_MAX * (size_t)T, *inside = dlogits + PANEL_MAX * (size_t)T;
     real *lambda = df + (size_t)b * T * D;
     const real *s_b = s + (size_t)b * T * D, *k_b = k + (size_t)b * T * ld;
     for (int i0 = (T - 1) / P * P; i0 >= 0; i0 -= P) {
         int n = min_int(P, T - i0), cols = i0 + n;
         size_t row = (size_t)b * T + i0;
         real *lambda_I = lambda + (size_t)i0 * D;
-        Matrix dlogits_I = {dlogits, 1, n}, reversed = {N + n * n - 1, -n, -1}; // N^T, rows and columns from the last
-        softmax_panel(A, stats + 2 * row, 1, NULL, q + row * ld, k_b, ld, i0, n, D, 1);
+        Matrix dlogits_I = {dlogits, 1, n}, reversed = {inside + n * n - 1, -n, -1}; // transposed, from its last element
+        softmax_panel(A, stats + 2 * row, 1, NULL, q + row * ld, k_b, ld, i0, n, D, 1); // α, until gamma is multiplied in
         for (int j = 0; j < n; j++)
-            for (int r = 0; r < n; r++) N[j * n + r] = gamma[row + r] * A[(size_t)(i0 + j) * n + r];
+            for (int r = 0; r < n; r++) inside[j * n + r] = gamma[row + r] * A[(size_t)(i0 + j) * n + r];
         triangular_solve(lambda_I + (size_t)(n - 1) * D, -D, reversed, n, D);
         matmul(dlogits, n, rows_of(s_b, D), transpose(rows_of(lambda_I, D)), cols, n, D, 1, 0, NULL);
         softmax_panel_backward(dlogits, A, dgamma + row, gamma + row, n, cols);
