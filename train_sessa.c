@@ -1316,11 +1316,11 @@ typedef struct {
 } Config;
 
 // One layer's parameters. The projections stand next to each other, so that one product computes all of them:
-// W_qkv holds q_proj (D,D), k_proj (G·d,D), v_proj (G·d,D) and, in a Sessa layer, proj_fb (2D,D): q' rows, then k' rows.
+// W_proj holds q_proj (D,D), k_proj (G·d,D), v_proj (G·d,D) and, in a Sessa layer, proj_fb (2D,D): q' rows, then k' rows.
 typedef struct {
     real *ln_weight, *ln_bias;       // (D)
     real *W_in, *b_in;               // (2D,D), (2D): a, then g
-    real *W_qkv, *b_qkv;             // (E,D), (E)
+    real *W_proj, *b_proj;           // (proj_width,D), (proj_width)
     real *W_o;                       // (D,D), NULL with one head
     real *gamma_weight, *gamma_bias; // (1,D), ()
     real *W_out, *b_out;             // (D,D), (D)
@@ -1398,15 +1398,15 @@ static int proj_width(const Config *c) {
     return c->d_model + 2 * kv_width + (c->mixer == SESSA ? 2 * c->d_model : 0);
 }
 
-// The rows of W_qkv and b_qkv lie next to each other, whatever their names.
+// The rows of W_proj and b_proj lie next to each other, whatever their names.
 static void attention_weights(Table *t, real *block, const Config *c, int l, LayerWeights *w) {
     int D = c->d_model, kv_width = c->n_kv_heads * (D / c->n_heads), feedback = c->mixer == SESSA;
     double bound = 1 / sqrt((double)D);
-    w->W_qkv = add_parameter(t, block, l, "mixer.q_proj.weight", 2, D, D, INIT_UNIFORM, bound);
+    w->W_proj = add_parameter(t, block, l, "mixer.q_proj.weight", 2, D, D, INIT_UNIFORM, bound);
     add_parameter(t, block, l, "mixer.k_proj.weight", 2, kv_width, D, INIT_UNIFORM, bound);
     add_parameter(t, block, l, "mixer.v_proj.weight", 2, kv_width, D, INIT_UNIFORM, bound);
     if (feedback) add_parameter(t, block, l, "mixer.proj_fb.weight", 2, 2 * D, D, INIT_UNIFORM, bound);
-    w->b_qkv = add_parameter(t, block, l, "mixer.q_proj.bias", 1, D, 1, INIT_UNIFORM, bound);
+    w->b_proj = add_parameter(t, block, l, "mixer.q_proj.bias", 1, D, 1, INIT_UNIFORM, bound);
     add_parameter(t, block, l, "mixer.k_proj.bias", 1, kv_width, 1, INIT_UNIFORM, bound);
     add_parameter(t, block, l, "mixer.v_proj.bias", 1, kv_width, 1, INIT_UNIFORM, bound);
     if (feedback) add_parameter(t, block, l, "mixer.proj_fb.bias", 1, 2 * D, 1, INIT_UNIFORM, bound);
@@ -1454,7 +1454,7 @@ static void direct_read_forward(Model *m, int l, int B, int T, int first, real *
     LayerWeights *w = &m->weights.layers[l];
     LayerActivations *a = &m->acts.layers[l];
     real *q = a->proj + (size_t)first * E, *k = a->proj + D, *v = k + G * d;
-    linear_forward(q, E, a->abar, w->W_qkv, w->b_qkv, N, D, E);
+    linear_forward(q, E, a->abar, w->W_proj, w->b_proj, N, D, E);
     rope_forward(q, E, m->acts.cosine, m->acts.sine, N, T - first, H + G, d, first, 1);
     attention_forward(w->W_o ? a->o : f, a->stats, m->acts.scratch, q, k, v, E, B, T, H, G, d, first, m->P);
     if (w->W_o) linear_forward(f, D, a->o, w->W_o, NULL, N, D, D);
@@ -1472,7 +1472,7 @@ static void direct_read_backward(Model *m, int l, int B, int T) {
     if (w->W_o) linear_backward(dout, dw->W_o, NULL, back->ds, D, a->o, w->W_o, N, D, D);
     attention_backward(back->dproj, dk, dv, back->scratch, dout, a->stats, a->proj, k, v, E, B, T, H, G, d, m->P);
     rope_backward(back->dproj, E, back->cosine, back->sine, N, T, H + G, d);
-    linear_backward(back->dabar, dw->W_qkv, dw->b_qkv, back->dproj, E, a->abar, w->W_qkv, N, D, E);
+    linear_backward(back->dabar, dw->W_proj, dw->b_proj, back->dproj, E, a->abar, w->W_proj, N, D, E);
 }
 
 // Without the feedback path s is f.
