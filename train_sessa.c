@@ -1345,7 +1345,7 @@ typedef struct {
     real *n;                    // (N,D) *1 LayerNorm(x)
     real *ag;                   // (N,2D) a before GELU, then g
     real *abar;                 // (N,D) *2 GELU(a)
-    real *proj;                 // (N,E) q, k (after RoPE), v, q', k'; mamba2: z, x, b, c, step
+    real *proj;                 // (N,proj_width) q, k (after RoPE), v, q', k'; mamba2: z, x, b, c, step
     real *o, *stats;            // (N,D), (B,H,T,2) the direct read; no o with one head, where it is f
     real *f;                    // (N,D) *1 o W_o^T
     real *gamma, *fb_stats;     // (N), (N,2)
@@ -1363,7 +1363,7 @@ typedef struct {
     real *losses, *loss_logsumexp;  // (N)
     real *dx;                       // (N,D) gradient on the residual path; the rest is scratch of the backward pass
     real *ds, *dout, *dabar;        // (N,D) gradients of s and then f; of o; of abar
-    real *dag, *dproj, *dgamma;     // (N,2D), (N,E), (N)
+    real *dag, *dproj, *dgamma;     // (N,2D), (N,proj_width), (N)
     real *dy, *dxbc, *dstep;        // mamba2: (N,E), (N,W), (N,3·heads)
     real *cosine, *sine;            // (T,d/2)
     real *scratch;                  // of attention and feedback, or of the scan, for each thread
@@ -1391,7 +1391,7 @@ typedef struct {
 
 enum { SESSA, ATTENTION, MAMBA2, N_MIXERS };
 
-// E, the width of the projections of abar: q, k, v and, in a Sessa layer, q', k'; z, x, b, c, step in a mamba2 layer
+// The width of the projections of abar: q, k, v and, in a Sessa layer, q', k'; z, x, b, c, step in a mamba2 layer
 static int proj_width(const Config *c) {
     int kv_width = c->n_kv_heads * (c->d_model / c->n_heads);
     if (c->mixer == MAMBA2) return 4 * c->d_model + 2 * c->state_dim + 2 * c->d_model / c->head_dim;
@@ -1423,14 +1423,14 @@ static void sessa_weights(Table *t, real *block, const Config *c, int l, LayerWe
 
 // q, k and v of every layer are kept: for the backward pass, and in generation as the cache.
 static void attention_activations(Table *t, real *block, const Config *c, int l, Activations *acts, int B, int T, Mode mode) {
-    int D = c->d_model, H = c->n_heads, kv_width = c->n_kv_heads * (D / H), E = proj_width(c), sessa = c->mixer == SESSA;
+    int D = c->d_model, H = c->n_heads, kv_width = c->n_kv_heads * (D / H), ld = proj_width(c), sessa = c->mixer == SESSA;
     LayerActivations *a = &acts->layers[l];
-    a->proj = add_tensor(t, block, l, "proj", 3, B, T, E);
+    a->proj = add_tensor(t, block, l, "proj", 3, B, T, ld);
     add_view(t, l, "q", "proj", 0, D);
     add_view(t, l, "k", "proj", D, kv_width);
     add_view(t, l, "v", "proj", D + kv_width, kv_width);
-    if (sessa) add_view(t, l, "fb_q", "proj", E - 2 * D, D);
-    if (sessa) add_view(t, l, "fb_k", "proj", E - D, D);
+    if (sessa) add_view(t, l, "fb_q", "proj", ld - 2 * D, D);
+    if (sessa) add_view(t, l, "fb_k", "proj", ld - D, D);
     a->s = add_tensor(t, block, l, "s", 3, B, T, D);
     if (!sessa) add_view(t, l, "f", "s", 0, D);
     if (sessa && mode == KEEP_ALL) a->f = add_tensor(t, block, l, "f", 3, B, T, D);
@@ -1443,36 +1443,36 @@ static void attention_activations(Table *t, real *block, const Config *c, int l,
     if (l) return;
     acts->scratch = add_tensor(t, block, -1, "scratch", 2, omp_get_max_threads(), (int64_t)panel_scratch(T), 1);
     if (mode < TRAIN) return;
-    acts->dproj = add_tensor(t, block, -1, "dproj", 3, B, T, E);
+    acts->dproj = add_tensor(t, block, -1, "dproj", 3, B, T, ld);
     if (sessa) acts->dgamma = add_tensor(t, block, -1, "dgamma", 2, B, T, 1);
 }
 
 // [14-16]  abar → f: projections, RoPE, attention, W_o
 static void direct_read_forward(Model *m, int l, int B, int T, int first, real *f) {
     const Config *c = &m->config;
-    int D = c->d_model, H = c->n_heads, G = c->n_kv_heads, d = D / H, E = proj_width(c), N = B * (T - first);
+    int D = c->d_model, H = c->n_heads, G = c->n_kv_heads, d = D / H, ld = proj_width(c), N = B * (T - first);
     LayerWeights *w = &m->weights.layers[l];
     LayerActivations *a = &m->acts.layers[l];
-    real *q = a->proj + (size_t)first * E, *k = a->proj + D, *v = k + G * d;
-    linear_forward(q, E, a->abar, w->W_proj, w->b_proj, N, D, E);
-    rope_forward(q, E, m->acts.cosine, m->acts.sine, N, T - first, H + G, d, first, 1);
-    attention_forward(w->W_o ? a->o : f, a->stats, m->acts.scratch, q, k, v, E, B, T, H, G, d, first, m->P);
+    real *q = a->proj + (size_t)first * ld, *k = a->proj + D, *v = k + G * d;
+    linear_forward(q, ld, a->abar, w->W_proj, w->b_proj, N, D, ld);
+    rope_forward(q, ld, m->acts.cosine, m->acts.sine, N, T - first, H + G, d, first, 1);
+    attention_forward(w->W_o ? a->o : f, a->stats, m->acts.scratch, q, k, v, ld, B, T, H, G, d, first, m->P);
     if (w->W_o) linear_forward(f, D, a->o, w->W_o, NULL, N, D, D);
 }
 
 // df (in acts.ds) → dabar, through W_o, attention, RoPE and the projections; q' and k' have left theirs in dproj before
 static void direct_read_backward(Model *m, int l, int B, int T) {
     const Config *c = &m->config;
-    int D = c->d_model, H = c->n_heads, G = c->n_kv_heads, d = D / H, E = proj_width(c), N = B * T;
+    int D = c->d_model, H = c->n_heads, G = c->n_kv_heads, d = D / H, ld = proj_width(c), N = B * T;
     LayerWeights *w = &m->weights.layers[l], *dw = &m->grad.layers[l];
     LayerActivations *a = &m->acts.layers[l];
-    Activations *back = &m->acts;
+    Activations *acts = &m->acts;
     const real *k = a->proj + D, *v = k + G * d;
-    real *dk = back->dproj + D, *dv = dk + G * d, *dout = w->W_o ? back->dout : back->ds;
-    if (w->W_o) linear_backward(dout, dw->W_o, NULL, back->ds, D, a->o, w->W_o, N, D, D);
-    attention_backward(back->dproj, dk, dv, back->scratch, dout, a->stats, a->proj, k, v, E, B, T, H, G, d, m->P);
-    rope_backward(back->dproj, E, back->cosine, back->sine, N, T, H + G, d);
-    linear_backward(back->dabar, dw->W_proj, dw->b_proj, back->dproj, E, a->abar, w->W_proj, N, D, E);
+    real *dk = acts->dproj + D, *dv = dk + G * d, *dout = w->W_o ? acts->dout : acts->ds;
+    if (w->W_o) linear_backward(dout, dw->W_o, NULL, acts->ds, D, a->o, w->W_o, N, D, D);
+    attention_backward(acts->dproj, dk, dv, acts->scratch, dout, a->stats, a->proj, k, v, ld, B, T, H, G, d, m->P);
+    rope_backward(acts->dproj, ld, acts->cosine, acts->sine, N, T, H + G, d);
+    linear_backward(acts->dabar, dw->W_proj, dw->b_proj, acts->dproj, ld, a->abar, w->W_proj, N, D, ld);
 }
 
 // Without the feedback path s is f.
@@ -1482,25 +1482,25 @@ static void attention_mixer_forward(Model *m, int l, int B, int T, int first) {
 
 // [14-22]  abar → s: the direct read, the gain, the feedback path
 static void sessa_forward(Model *m, int l, int B, int T, int first) {
-    int D = m->config.d_model, E = proj_width(&m->config);
+    int D = m->config.d_model, ld = proj_width(&m->config);
     LayerWeights *w = &m->weights.layers[l];
     LayerActivations *a = &m->acts.layers[l];
-    const real *q = a->proj + (size_t)first * E + E - 2 * D, *k = a->proj + E - D;
+    const real *q = a->proj + (size_t)first * ld + ld - 2 * D, *k = a->proj + ld - D;
     direct_read_forward(m, l, B, T, first, a->f);
     gain_forward(a->gamma, a->abar, w->gamma_weight, w->gamma_bias, (real)m->config.gamma_max, B * (T - first), D);
-    feedback_forward(a->s, a->fb_stats, m->acts.scratch, a->f, q, k, E, a->gamma, B, T, D, first, m->P);
+    feedback_forward(a->s, a->fb_stats, m->acts.scratch, a->f, q, k, ld, a->gamma, B, T, D, first, m->P);
 }
 
 static void sessa_backward(Model *m, int l, int B, int T) {
-    int D = m->config.d_model, E = proj_width(&m->config);
+    int D = m->config.d_model, ld = proj_width(&m->config);
     LayerWeights *w = &m->weights.layers[l], *dw = &m->grad.layers[l];
     LayerActivations *a = &m->acts.layers[l];
-    Activations *back = &m->acts;
-    const real *q = a->proj + E - 2 * D, *k = q + D;
-    feedback_backward(back->ds, back->dproj + E - 2 * D, back->dproj + E - D, back->dgamma, back->scratch, back->ds, a->s,
-                      a->fb_stats, q, k, E, a->gamma, B, T, D, m->P);
+    Activations *acts = &m->acts;
+    const real *q = a->proj + ld - 2 * D, *k = q + D;
+    feedback_backward(acts->ds, acts->dproj + ld - 2 * D, acts->dproj + ld - D, acts->dgamma, acts->scratch, acts->ds, a->s,
+                      a->fb_stats, q, k, ld, a->gamma, B, T, D, m->P);
     direct_read_backward(m, l, B, T);
-    gain_backward(back->dabar, dw->gamma_weight, dw->gamma_bias, back->dgamma, a->gamma, a->abar, w->gamma_weight,
+    gain_backward(acts->dabar, dw->gamma_weight, dw->gamma_bias, acts->dgamma, a->gamma, a->abar, w->gamma_weight,
                   (real)m->config.gamma_max, B * T, D);
 }
 
@@ -1566,19 +1566,19 @@ static void mamba2_backward(Model *m, int l, int B, int T) {
     int D = c->d_model, E = 2 * D, S = c->state_dim, W = E + 2 * S, heads = E / c->head_dim, ld = proj_width(c), N = B * T;
     LayerWeights *w = &m->weights.layers[l], *dw = &m->grad.layers[l];
     LayerActivations *a = &m->acts.layers[l];
-    Activations *back = &m->acts;
+    Activations *acts = &m->acts;
     const real *x = a->proj + E, *step = a->proj + ld - heads;
     gated_rmsnorm_forward(a->normed, a->rms, a->y_scan, a->proj, ld, w->norm_weight, N, E); // again
-    linear_backward(back->dy, dw->out_proj, NULL, back->ds, D, a->normed, w->out_proj, N, E, D);
-    gated_rmsnorm_backward(back->dy, back->dproj, dw->norm_weight, back->dy, a->y_scan, a->proj, ld, a->rms, w->norm_weight, N,
+    linear_backward(acts->dy, dw->out_proj, NULL, acts->ds, D, a->normed, w->out_proj, N, E, D);
+    gated_rmsnorm_backward(acts->dy, acts->dproj, dw->norm_weight, acts->dy, a->y_scan, a->proj, ld, a->rms, w->norm_weight, N,
                            E);
     conv_forward(a->xbc, x, ld, NULL, w->conv_weight, w->conv_bias, B, T, W, 0);            // again
     step_forward(a->step, step, ld, w->step_bias, N, heads);
-    scan_backward(back->dxbc, back->dstep, dw->A_log, dw->skip, back->scratch, back->dy, a->states, a->xbc, a->step, w->A_log,
+    scan_backward(acts->dxbc, acts->dstep, dw->A_log, dw->skip, acts->scratch, acts->dy, a->states, a->xbc, a->step, w->A_log,
                   w->skip, B, T, E, S, heads, 0);
-    conv_backward(back->dproj + E, dw->conv_weight, dw->conv_bias, back->dxbc, x, ld, w->conv_weight, w->conv_bias, B, T, W);
-    step_backward(back->dproj + ld - heads, dw->step_bias, back->dstep, 3 * heads, step, ld, w->step_bias, N, heads);
-    linear_backward(back->dabar, dw->in_proj, NULL, back->dproj, ld, a->abar, w->in_proj, N, D, ld);
+    conv_backward(acts->dproj + E, dw->conv_weight, dw->conv_bias, acts->dxbc, x, ld, w->conv_weight, w->conv_bias, B, T, W);
+    step_backward(acts->dproj + ld - heads, dw->step_bias, acts->dstep, 3 * heads, step, ld, w->step_bias, N, heads);
+    linear_backward(acts->dabar, dw->in_proj, NULL, acts->dproj, ld, a->abar, w->in_proj, N, D, ld);
 }
 
 // A mixer is its rows in the tables of parameters and activations, a forward pass over the new positions first..T-1, which
