@@ -645,6 +645,7 @@ static inline void softmax_columns(real *w, real *stats, int known, const real *
         for (int r = 0; r < m; r++) w[(size_t)j * n + r] *= sum[r];
 }
 
+__attribute__((noinline)) // one copy for threads and for one thread alone: a compiler may round them differently
 static void softmax_block(real *w, real *stats, int known, const real *gain, int n, int seen, int cols, int m) {
     if (m == TILE_COLS) softmax_columns(w, stats, known, gain, n, seen, cols, TILE_COLS);
     else if (n == 1) softmax_columns(w, stats, known, gain, 1, seen, cols, 1); // generation: one row, vectors along it
