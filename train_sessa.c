@@ -1399,7 +1399,8 @@ static int proj_width(const Config *c) {
     return c->d_model + 2 * kv_width + (c->mixer == SESSA ? 2 * c->d_model : 0);
 }
 
-// The rows of W_proj and b_proj lie next to each other, whatever their names.
+// Of Sessa, and of attention, which lacks the rows of the feedback path. The rows of W_proj and b_proj lie next to each
+// other, whatever their names.
 static void attention_weights(Table *t, real *block, const Config *c, int l, LayerWeights *w) {
     int D = c->d_model, kv_width = c->n_kv_heads * (D / c->n_heads), feedback = c->mixer == SESSA;
     double bound = 1 / sqrt((double)D);
@@ -1413,13 +1414,9 @@ static void attention_weights(Table *t, real *block, const Config *c, int l, Lay
     if (feedback) add_parameter(t, block, l, "mixer.proj_fb.bias", 1, 2 * D, 1, INIT_UNIFORM, bound);
     w->W_o = NULL;
     if (c->n_heads > 1) w->W_o = add_parameter(t, block, l, "mixer.out_proj.weight", 2, D, D, INIT_UNIFORM, bound);
-}
-
-static void sessa_weights(Table *t, real *block, const Config *c, int l, LayerWeights *w) {
-    double bound = 1 / sqrt((double)c->d_model);
-    attention_weights(t, block, c, l, w);
+    if (!feedback) return;
     w->gamma_bias = add_parameter(t, block, l, "mixer.gamma_bias", 0, 1, 1, INIT_CONSTANT, 1);
-    w->gamma_weight = add_parameter(t, block, l, "mixer.gamma_ctx.weight", 2, 1, c->d_model, INIT_UNIFORM, bound);
+    w->gamma_weight = add_parameter(t, block, l, "mixer.gamma_ctx.weight", 2, 1, D, INIT_UNIFORM, bound);
 }
 
 // q, k and v of every layer are kept: for the backward pass, and in generation as the cache.
@@ -1448,17 +1445,17 @@ static void attention_activations(Table *t, real *block, const Config *c, int l,
     if (sessa) acts->dgamma = add_tensor(t, block, -1, "dgamma", 2, B, T, 1);
 }
 
-// [14-16]  abar → f: projections, RoPE, attention, W_o
+// [14-16]  abar → f: projections, RoPE, attention, W_o. In a Sessa layer the same product gives q' and k'.
 static void direct_read_forward(Model *m, int l, int B, int T, int first, real *f) {
     const Config *c = &m->config;
     int D = c->d_model, H = c->n_heads, G = c->n_kv_heads, d = D / H, ld = proj_width(c), N = B * (T - first);
     LayerWeights *w = &m->weights.layers[l];
     LayerActivations *a = &m->acts.layers[l];
     real *q = a->proj + (size_t)first * ld, *k = a->proj + D, *v = k + G * d;
-    linear_forward(q, ld, a->abar, w->W_proj, w->b_proj, N, D, ld);
-    rope_forward(q, ld, m->acts.cosine, m->acts.sine, N, T - first, H + G, d, first, 1);
-    attention_forward(w->W_o ? a->o : f, a->stats, m->acts.scratch, q, k, v, ld, B, T, H, G, d, first, m->P);
-    if (w->W_o) linear_forward(f, D, a->o, w->W_o, NULL, N, D, D);
+    linear_forward(q, ld, a->abar, w->W_proj, w->b_proj, N, D, ld);                      // [14] q, k, v, q', k'
+    rope_forward(q, ld, m->acts.cosine, m->acts.sine, N, T - first, H + G, d, first, 1); // of q and k, which lie side by side
+    attention_forward(w->W_o ? a->o : f, a->stats, m->acts.scratch, q, k, v, ld, B, T, H, G, d, first, m->P); // [15, 16] o
+    if (w->W_o) linear_forward(f, D, a->o, w->W_o, NULL, N, D, D);                       // f
 }
 
 // df (in acts.ds) → dabar, through W_o, attention, RoPE and the projections; q' and k' have left theirs in dproj before
@@ -1487,9 +1484,9 @@ static void sessa_forward(Model *m, int l, int B, int T, int first) {
     LayerWeights *w = &m->weights.layers[l];
     LayerActivations *a = &m->acts.layers[l];
     const real *q = a->proj + (size_t)first * ld + ld - 2 * D, *k = a->proj + ld - D;
-    direct_read_forward(m, l, B, T, first, a->f);
-    gain_forward(a->gamma, a->abar, w->gamma_weight, w->gamma_bias, (real)m->config.gamma_max, B * (T - first), D);
-    feedback_forward(a->s, a->fb_stats, m->acts.scratch, a->f, q, k, ld, a->gamma, B, T, D, first, m->P);
+    direct_read_forward(m, l, B, T, first, a->f);                                                                 // [14-16]
+    gain_forward(a->gamma, a->abar, w->gamma_weight, w->gamma_bias, (real)m->config.gamma_max, B * (T - first), D); // [18]
+    feedback_forward(a->s, a->fb_stats, m->acts.scratch, a->f, q, k, ld, a->gamma, B, T, D, first, m->P);         // [17, 19-22]
 }
 
 static void sessa_backward(Model *m, int l, int B, int T) {
@@ -1593,7 +1590,7 @@ typedef struct {
 } Mixer;
 
 static const Mixer mixers[N_MIXERS] = {
-    {"sessa", sessa_weights, attention_activations, sessa_forward, sessa_backward},
+    {"sessa", attention_weights, attention_activations, sessa_forward, sessa_backward},
     {"attention", attention_weights, attention_activations, attention_mixer_forward, direct_read_backward},
     {"mamba2", mamba2_weights, mamba2_activations, mamba2_forward, mamba2_backward},
 };
@@ -1901,7 +1898,8 @@ static void model_extend(Model *m, const int *tokens, int n, int first, real *lo
 // the backend: all that the training loop and the command line know of the layers. The CUDA twin brings its own, with a
 // Model of its own behind the pointer.
 
-typedef enum { PARAMS, GRADS, EXP_AVG, EXP_AVG_SQ } Block;
+typedef enum { PARAMS, EXP_AVG, EXP_AVG_SQ, GRADS } Block;
+static const char *block_prefixes[] = {"", "exp_avg.", "exp_avg_sq."}; // of names in files, which hold no gradients
 
 typedef struct {
     const char *name;
@@ -2726,8 +2724,6 @@ static int config_of(Config *c, const Options *o, char *error) {
 
 // Writes the weights, and with `resume` all that a run needs to go on, to path.
 static int save_checkpoint(Run *run, const char *path, int resume, char *error) {
-    static const char *prefixes[] = {"", "exp_avg.", "exp_avg_sq."};
-    static const Block blocks[] = {PARAMS, EXP_AVG, EXP_AVG_SQ};
     const Options *o = &run->settings.values;
     int n_blocks = resume ? 3 : 1, n = 0, n_meta = 0, n_rows = run->table.n;
     FileTensor *tensors = (FileTensor *)calloc((size_t)(n_blocks * n_rows + 1), sizeof(FileTensor));
@@ -2737,7 +2733,7 @@ static int save_checkpoint(Run *run, const char *path, int resume, char *error) 
     Meta meta[N_OPTIONS];
     int result = tensors && names && numbers ? 0 : fail(error, path, "cannot be written: out of memory");
     for (int block = 0; !result && block < n_blocks; block++) {
-        const real *values = run->backend->read(run->model, blocks[block]);
+        const real *values = run->backend->read(run->model, (Block)block);
         const void *data = values; // written from where they are, unless they must be rounded first
         if (!isfinite(norm(values, run->table.count)))
             result = fail(error, path, "not written: %s", block ? "a moment is not finite" : "a weight is not finite");
@@ -2749,7 +2745,7 @@ static int save_checkpoint(Run *run, const char *path, int resume, char *error) 
             const Tensor *row = &run->table.rows[i];
             FileTensor t = {names[n], "F32", row->n_dims, {0}, row->count, (size_t)row->count * 4,
                             (const unsigned char *)data + row->offset * 4};
-            snprintf(names[n], 96, "%s%s", prefixes[block], row->name);
+            snprintf(names[n], 96, "%s%s", block_prefixes[block], row->name);
             memcpy(t.shape, row->shape, sizeof(row->shape));
             tensors[n] = t;
         }
@@ -2772,14 +2768,14 @@ static int save_checkpoint(Run *run, const char *path, int resume, char *error) 
     return result;
 }
 
-// Reads one block of the table's tensors, whose names in the file begin with prefix, into the model. While there is no model
-// yet it only checks that they are there, with their dtypes and shapes.
-static int load_block(Run *run, const char *path, const char *prefix, Block block, char *error) {
+// Reads one block of the table's tensors from the run's file into the model. While there is no model yet it only checks that
+// they are there, with their dtypes and shapes.
+static int load_block(Run *run, const char *path, Block block, char *error) {
     real *values = run->model ? run->backend->read(run->model, block) : NULL;
     for (int i = 0; i < run->table.n; i++) {
         const Tensor *row = &run->table.rows[i];
         char name[96];
-        snprintf(name, sizeof(name), "%s%s", prefix, row->name);
+        snprintf(name, sizeof(name), "%s%s", block_prefixes[block], row->name);
         const FileTensor *t = safetensors_find(&run->file, name);
         if (!t) return fail(error, path, "tensor %s is missing", name);
         size_t shape_size = sizeof(int64_t) * (size_t)row->n_dims;
@@ -3285,16 +3281,14 @@ static int prepare(Run *run, char *error) {
     if (config_of(&run->config, o, error)) return WRONG_OPTION; // now with the data's T and V
 
     // the parameters' names and shapes alone: memory is taken only for what the file really holds
-    static const char *prefixes[] = {"", "exp_avg.", "exp_avg_sq."};
-    static const Block blocks[] = {PARAMS, EXP_AVG, EXP_AVG_SQ};
     int n_blocks = !path ? 0 : o->resume ? 3 : 1;
     Weights weights;
     weights.layers = (LayerWeights *)calloc((size_t)o->layers, sizeof(LayerWeights));
     if (!weights.layers) return fail(error, NULL, "out of memory");
     carve_weights(&weights, &run->table, NULL, &run->config);
     free(weights.layers);
-    for (int i = 0; i < n_blocks; i++)
-        if (load_block(run, path, prefixes[i], blocks[i], error)) return FAILED;
+    for (int block = 0; block < n_blocks; block++)
+        if (load_block(run, path, (Block)block, error)) return FAILED;
 
     int64_t window = o->window < 0 ? o->seq : o->window, needed = (int64_t)strlen(o->prompt) + 1 + o->generate;
     int B = o->generate ? 1 : (int)o->batch;
@@ -3308,8 +3302,8 @@ static int prepare(Run *run, char *error) {
     size_t examples = run->train.kind == DATA_EXAMPLES ? (size_t)run->train_end : 1;
     run->order = (int32_t *)malloc(examples * sizeof(int32_t));
     if (!run->inputs || !run->targets || !run->hits || !run->order) return fail(error, NULL, "out of memory");
-    for (int i = 0; i < n_blocks; i++)
-        if (load_block(run, path, prefixes[i], blocks[i], error)) return FAILED;
+    for (int block = 0; block < n_blocks; block++)
+        if (load_block(run, path, (Block)block, error)) return FAILED;
     if (!path) {
         initialise(backend->read(run->model, PARAMS), &run->table, (uint64_t)o->seed);
         backend->write(run->model, PARAMS);
@@ -3317,7 +3311,8 @@ static int prepare(Run *run, char *error) {
     return 0;
 }
 
-static int act(Run *run, const char *program, char *error) {
+// Generates, evaluates or trains, as the options say. Returns 0, the exit code 130 after Ctrl-C, or an error.
+static int perform(Run *run, const char *program, char *error) {
     const Options *o = &run->settings.values;
     const Config *c = &run->config;
     int64_t window = o->window < 0 ? o->seq : o->window ? o->window : INT_MAX;
@@ -3361,7 +3356,7 @@ static int run_program(int argc, char **argv, const Backend *backend) {
     int help = result == 1;
     if (help) print_help(argv[0]);
     else if (!result) result = prepare(&run, error);
-    if (!result) result = act(&run, argv[0], error);
+    if (!result) result = perform(&run, argv[0], error);
     if (help) result = 0;
     if (!result && (fflush(stdout) || ferror(stdout))) result = fail(error, "standard output", "closed, or on a full disk");
     if (result < 0) fprintf(stderr, "train_sessa: %s\n", error);
