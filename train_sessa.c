@@ -991,8 +991,9 @@ static void step_backward(real *dinp, real *dbias, const real *dstep, int ld_dst
     }
 }
 
-// The scan. Each head has a state h (S,w) that decays and takes in one outer product a token; with Δ = step:
-//     h_t = keep_t h_{t-1} + Δ_t b_t x_t^T,     y_t = c_t^T h_t + skip · x_t,     keep_t = exp(-exp(A_log) Δ_t)
+// The scan. Each head has a state h (S,w) that decays and takes in one outer product a token; with Δ = step it equals
+//     for t = 0 .. T-1:
+//         keep_t = exp(-exp(A_log) Δ_t),   h = keep_t h + Δ_t b_t x_t^T,   y_t = c_t^T h + skip · x_t
 // In chunks of P rows, with fade_tj the product of keep from j+1 to t, decay_t that from the chunk's first row to t, and h the
 // state before the chunk:
 //     y_t = decay_t c_t^T h + Σ_{j≤t} (c_t·b_j) fade_tj Δ_j x_j + skip · x_t
@@ -1005,7 +1006,7 @@ static int chunk_height(int P) { return P > 0 ? min_int(P, CHUNK) : CHUNK; }
 
 // Numbers of scratch that a thread needs.
 static size_t scan_scratch(int E, int S, int heads) {
-    return (size_t)CHUNK * ((size_t)heads * (CHUNK + 1) + 5 * CHUNK + 4 * (size_t)E) + (size_t)S * (size_t)E;
+    return (size_t)CHUNK * ((size_t)heads * (CHUNK + 1) + 2 * CHUNK + 4 * (size_t)E) + (size_t)S * (size_t)E;
 }
 
 static void scan_keep(real *keep, const real *step, const real *A_log, int n, int heads) {
@@ -1026,10 +1027,10 @@ static void chunk_weights(real *M, real *fades, real *delta, const real *cb, con
 
 // Head h of a chunk: y = decay ⊙ y + (M + skip·I) x, and what it adds to the state: fresh (n,E), with next =
 // decay_last · state.
-static void scan_head(int h, real *y, real *next, real *fresh, real *M, const real *state, const real *cb, const real *keep,
+static void scan_head(int h, real *y, real *next, real *fresh, const real *state, const real *cb, const real *keep,
                       const real *x, const real *step, real skip, int n, int E, int S, int heads) {
     int w = E / heads, W = E + 2 * S;
-    real fades[CHUNK * CHUNK], delta[CHUNK], decay = 1;
+    real M[CHUNK * CHUNK], fades[CHUNK * CHUNK], delta[CHUNK], decay = 1;
     chunk_weights(M, fades, delta, cb, keep, step, n, heads, h);
     for (int t = 0; t < n; t++) {
         real scale = fades[(n - 1) * n + t] * delta[t];
@@ -1047,10 +1048,11 @@ static void scan_head(int h, real *y, real *next, real *fresh, real *M, const re
 
 static void scan_sequence(int b, real *y, real *states, int kept, real *scratch, const real *xbc, const real *step,
                           const real *A_log, const real *skip, int T, int E, int S, int heads, int P) {
-    size_t size = (size_t)S * (size_t)E, own = scan_scratch(E, S, heads);
-    real *keep = scratch + own * (size_t)omp_get_thread_num(), *cb = keep + CHUNK * heads, *fresh = cb + CHUNK * CHUNK;
+    size_t size = (size_t)S * (size_t)E;
+    real *keep = scratch + scan_scratch(E, S, heads) * (size_t)omp_get_thread_num(), *cb = keep + CHUNK * heads;
+    real *fresh = cb + CHUNK * CHUNK;
     real *state = states + (kept ? (size_t)b * (size_t)((T + P - 1) / P) : (size_t)b) * size;
-    int W = E + 2 * S, M_at = CHUNK * heads + CHUNK * CHUNK + CHUNK * E; // each thread's own
+    int W = E + 2 * S;
     if (kept) memset(state, 0, sizeof(real) * size);
     for (int i0 = 0; i0 < T; i0 += P) {
         int n = min_int(P, T - i0);
@@ -1061,8 +1063,7 @@ static void scan_sequence(int b, real *y, real *states, int kept, real *scratch,
         matmul(cb, n, rows_of(c_I, W), transpose(rows_of(b_I, W)), n, n, S, 1, 0, NULL);
         matmul(y_I, E, rows_of(c_I, W), rows_of(state, E), n, E, S, 1, 0, NULL);
         FOR_ITEMS(n * E > PARALLEL_WORK / 32, heads,
-                  scan_head(item, y_I, next, fresh, scratch + own * (size_t)omp_get_thread_num() + M_at, state, cb, keep, x,
-                            step_I, skip[item], n, E, S, heads));
+                  scan_head(item, y_I, next, fresh, state, cb, keep, x, step_I, skip[item], n, E, S, heads));
         if (next) matmul(next, E, transpose(rows_of(b_I, W)), rows_of(fresh, E), S, E, n, 1, 1, NULL);
         state += kept ? size : 0;
     }
@@ -1074,18 +1075,18 @@ static void scan_forward(real *y, real *states, int kept, real *scratch, const r
     FOR_ITEMS(shared_out(B), B, scan_sequence(item, y, states, kept, scratch, xbc, step, A_log, skip, T, E, S, heads, P));
 }
 
-// Backward, chunks from the last, with dh (S,E) the gradient of the state after the chunk:
-//     dM = dy x^T a head,   d(cb) = Σ_heads dM ⊙ fades ⊙ Δ,   dx = (M + skip·I)^T dy + fade_last Δ ⊙ (b dh)
-//     dc = (decay ⊙ dy) h^T + d(cb) b,   db = fresh dh^T + d(cb)^T c,   dh := decay_last dh + c^T (decay ⊙ dy)
+// Backward, chunks from the last. With M = (c b^T) ⊙ fades ⊙ Δ as above, dh (S,E) the gradient of the state after the chunk
+// and faded = decay ⊙ dy, fresh = fade_last Δ ⊙ x, read = c h, pulled = b dh:
+//     dM = dy x^T a head,   d(cb) = Σ_heads dM ⊙ fades ⊙ Δ,   dx = (M + skip·I)^T dy + fade_last Δ ⊙ pulled
+//     dc = faded h^T + d(cb) b,   db = fresh dh^T + d(cb)^T c,   dh := decay_last dh + c^T faded
 // With L_t the logarithm of decay_t, fade_tj = exp(L_t - L_j): the gradients of fades and decays go to dL, and as L sums
 // -exp(A_log) Δ, the sum of dL from t to the chunk's end gives dΔ_t and dA_log. Head h of it: dstep has rows of 3·heads, of
 // which columns h, heads + h and 2·heads + h are the gradients of Δ, A_log and skip from that row.
-typedef struct { const real *h, *keep, *cb, *x, *step, *dy, *faded, *read, *pulled; real *dh, *dx, *dstep; } ScanChunk;
+typedef struct { const real *state, *keep, *cb, *x, *step, *dy, *faded, *read, *pulled; real *dh, *dx, *dstep; } ScanChunk;
 
-static void scan_head_backward(int h, const ScanChunk *k, real *dcb, real *M, real A_log, real skip, int n, int E, int S,
-                               int heads) {
+static void scan_head_backward(int h, const ScanChunk *k, real *dcb, real A_log, real skip, int n, int E, int S, int heads) {
     int w = E / heads, W = E + 2 * S, last = n - 1;
-    real *fades = M + CHUNK * CHUNK, *dM = fades + CHUNK * CHUNK, ddelta[CHUNK] = {0}, delta[CHUNK];
+    real M[CHUNK * CHUNK], fades[CHUNK * CHUNK], dM[CHUNK * CHUNK], ddelta[CHUNK] = {0}, delta[CHUNK];
     double dL[CHUNK] = {0}; // in double what is added here is taken away there without a trace
     chunk_weights(M, fades, delta, k->cb, k->keep, k->step, n, heads, h);
     matmul(dM, n, rows_of(k->dy + h * w, E), transpose(rows_of(k->x + h * w, W)), n, n, w, 1, 0, NULL);
@@ -1118,7 +1119,7 @@ static void scan_head_backward(int h, const ScanChunk *k, real *dcb, real *M, re
     real carried = 0;
     for (int s = 0; s < S; s++)
         for (int i = h * w; i < (h + 1) * w; i++) {
-            carried += decay * k->h[(size_t)s * E + i] * k->dh[(size_t)s * E + i];
+            carried += decay * k->state[(size_t)s * E + i] * k->dh[(size_t)s * E + i];
             k->dh[(size_t)s * E + i] *= decay;
         }
     double sum = (double)carried;
@@ -1133,10 +1134,10 @@ static void scan_head_backward(int h, const ScanChunk *k, real *dcb, real *M, re
 static void scan_sequence_backward(int b, real *dxbc, real *dstep, real *scratch, const real *dy, const real *states,
                                    const real *xbc, const real *step, const real *A_log, const real *skip, int T, int E, int S,
                                    int heads, int P) {
-    size_t size = (size_t)S * (size_t)E, own = scan_scratch(E, S, heads);
-    int w = E / heads, W = E + 2 * S, M_at = CHUNK * (heads * (CHUNK + 1) + 2 * CHUNK + 4 * E) + S * E;
-    real *keep = scratch + own * (size_t)omp_get_thread_num(), *cb = keep + CHUNK * heads, *dcb = cb + CHUNK * CHUNK;
-    real *dcb_heads = dcb + CHUNK * CHUNK, *faded = dcb_heads + CHUNK * CHUNK * heads, *read = faded + CHUNK * E;
+    size_t size = (size_t)S * (size_t)E;
+    int w = E / heads, W = E + 2 * S;
+    real *keep = scratch + scan_scratch(E, S, heads) * (size_t)omp_get_thread_num(), *cb = keep + CHUNK * heads;
+    real *dcb = cb + CHUNK * CHUNK, *dcb_heads = dcb + CHUNK * CHUNK, *faded = dcb_heads + CHUNK * CHUNK * heads, *read = faded + CHUNK * E;
     real *pulled = read + CHUNK * E, *fresh = pulled + CHUNK * E, *dh = fresh + CHUNK * E;
     memset(dh, 0, sizeof(real) * size);
     for (int i0 = (T - 1) / P * P; i0 >= 0; i0 -= P) {
@@ -1163,8 +1164,7 @@ static void scan_sequence_backward(int b, real *dxbc, real *dstep, real *scratch
         matmul(db, W, rows_of(fresh, E), transpose(rows_of(dh, E)), n, S, E, 1, 0, NULL);
         ScanChunk chunk = {state, keep, cb, x, step_I, dy_I, faded, read, pulled, dh, dx, dstep + row * 3 * heads};
         FOR_ITEMS(n * E > PARALLEL_WORK / 32, heads,
-                  scan_head_backward(item, &chunk, dcb_heads + item * n * n, scratch + own * (size_t)omp_get_thread_num() + M_at,
-                                     A_log[item], skip[item], n, E, S, heads));
+                  scan_head_backward(item, &chunk, dcb_heads + item * n * n, A_log[item], skip[item], n, E, S, heads));
         matmul(dh, E, transpose(rows_of(c_I, W)), rows_of(faded, E), S, E, n, 1, 1, NULL);
         memcpy(dcb, dcb_heads, sizeof(real) * (size_t)(n * n));
         for (int h = 1; h < heads; h++)
