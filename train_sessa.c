@@ -33,7 +33,6 @@ a `char *error` and returns 0, or FAILED (WRONG_OPTION for what the user typed) 
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
-#include <ctype.h>
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -352,8 +351,7 @@ static void row_strip(real *out, Matrix a, Matrix b, int N, int K, real alpha, r
 // beta 0 overwrites. It equals
 //     for i < M: for j < N: out[i][j] = alpha · Σ_k A[i][k]·B[k][j] + beta · out[i][j] + bias[j]
 // All threads share the work, unless they are at work already: then the calling thread does all of it.
-static void matmul(real *out, ptrdiff_t ld, Matrix a, Matrix b, int M, int N, int K, real alpha, real beta,
-                   const real *bias) {
+static void matmul(real *out, ptrdiff_t ld, Matrix a, Matrix b, int M, int N, int K, real alpha, real beta, const real *bias) {
     real packed[BLOCK_K * BLOCK_N] __attribute__((aligned(64)));
     if (K == 0 && beta == 1 && !bias) return;
     if (M > 1 && N == 1 && ld == 1 && !bias) {
@@ -436,6 +434,7 @@ static double random_normal(uint64_t *state) { // Box and Muller
 // A dropout mask is a function of (seed, micro-batch, place, index), not stored: the backward pass asks it again.
 // probability 0 is off.
 typedef struct { double probability; uint64_t seed, micro_step; } Dropout;
+static const Dropout no_dropout = {0, 0, 0};
 
 // x_i *= mask_i, mask_i = 0 with the given probability p, else 1/(1-p). x (n). Its own backward pass, on the gradient.
 static void dropout(real *x, int64_t n, Dropout drop, int place) {
@@ -470,8 +469,7 @@ static void embedding_backward(real *dwte, const real *dout, const int *inp, int
 
 // [9]  out = (x - mean)·rstd ⊙ weight + bias, rstd = 1/sqrt(variance + 1e-5), over the D numbers of each row
 // x, out (N,D), mean and rstd (N): kept for the backward pass, which needs no more than x beside them.
-static void layernorm_forward(real *out, real *mean, real *rstd, const real *x, const real *weight, const real *bias,
-                              int N, int D) {
+static void layernorm_forward(real *out, real *mean, real *rstd, const real *x, const real *weight, const real *bias, int N, int D) {
     #pragma omp parallel for if (N > 1)
     for (int n = 0; n < N; n++) {
         const real *row = x + (size_t)n * D;
@@ -524,8 +522,7 @@ static void layernorm_backward(real *dx, real *dweight, real *dbias, const real 
 
 // out = inp·weight^T + bias     inp (N,in), weight (out_width,in), bias (out_width) or NULL, out (N,out_width)
 // ld_out: elements from row to row of out, which may be some columns of a wider matrix.
-static void linear_forward(real *out, int ld_out, const real *inp, const real *weight, const real *bias, int N, int in,
-                           int out_width) {
+static void linear_forward(real *out, int ld_out, const real *inp, const real *weight, const real *bias, int N, int in, int out_width) {
     matmul(out, ld_out, rows_of(inp, in), transpose(rows_of(weight, in)), N, out_width, in, 1, 0, bias);
 }
 
@@ -817,8 +814,7 @@ static void feedback_forward(real *s, real *stats, real *scratch, const real *f,
 // df, ds, s (B,T,D), df may be ds itself; dgamma (B,T); dq', dk' with the layout of q', k'. Sequence b, its λ being ds
 // before and df after:
 static void feedback_sequence_backward(int b, real *df, real *dq, real *dk, real *dgamma, real *scratch, const real *s,
-                                       real *stats, const real *q, const real *k, int ld, const real *gamma, int T, int D,
-                                       int P) {
+                                       real *stats, const real *q, const real *k, int ld, const real *gamma, int T, int D, int P) {
     real *A = scratch + panel_scratch(T) * (size_t)omp_get_thread_num(), scale = 1 / (real)sqrt((double)D);
     real *dlogits = A + PANEL_MAX * (size_t)T, *inside = dlogits + PANEL_MAX * (size_t)T;
     real *lambda = df + (size_t)b * T * D;
@@ -836,14 +832,12 @@ static void feedback_sequence_backward(int b, real *df, real *dq, real *dk, real
         softmax_panel_backward(dlogits, A, dgamma + row, gamma + row, n, cols);
         matmul(lambda, D, rows_of(A, n), rows_of(lambda_I, D), i0, D, n, 1, 1, NULL);
         matmul(dq + row * ld, ld, dlogits_I, rows_of(k_b, ld), n, D, cols, scale, 0, NULL);
-        matmul(dk + (size_t)b * T * ld, ld, rows_of(dlogits, n), rows_of(q + row * ld, ld), cols, D, n, scale,
-               cols == T ? 0 : 1, NULL);
+        matmul(dk + (size_t)b * T * ld, ld, rows_of(dlogits, n), rows_of(q + row * ld, ld), cols, D, n, scale, cols == T ? 0 : 1, NULL);
     }
 }
 
 static void feedback_backward(real *df, real *dq, real *dk, real *dgamma, real *scratch, const real *ds, const real *s,
-                              real *stats, const real *q, const real *k, int ld, const real *gamma, int B, int T, int D,
-                              int P) {
+                              real *stats, const real *q, const real *k, int ld, const real *gamma, int B, int T, int D, int P) {
     if (df != ds) memcpy(df, ds, sizeof(real) * (size_t)B * (size_t)T * (size_t)D);
     P = panel_height(P, T);
     FOR_ITEMS(shared_out(B), B,
@@ -1192,8 +1186,7 @@ static void scan_backward(real *dxbc, real *dstep, real *dA_log, real *dskip, re
 }
 
 // out = v · rstd ⊙ weight, v = y ⊙ SiLU(z), rstd = 1/sqrt(mean(v²) + 1e-5)     y, out (N,E), z: E of the ld columns
-static void gated_rmsnorm_forward(real *out, real *rstd, const real *y, const real *z, int ld, const real *weight, int N,
-                                  int E) {
+static void gated_rmsnorm_forward(real *out, real *rstd, const real *y, const real *z, int ld, const real *weight, int N, int E) {
     #pragma omp parallel for if (N > 1)
     for (int n = 0; n < N; n++) {
         real *v = out + (size_t)n * E, squares = 0;
@@ -1268,8 +1261,7 @@ static Tensor *new_row(Table *table, const char *name, int layer) {
 
 // Adds a tensor (layer -1: of the whole model) and returns its place in the block, or NULL while block is NULL and only
 // names and sizes are wanted.
-static real *add_tensor(Table *table, real *block, int layer, const char *name, int n_dims, int64_t d0, int64_t d1,
-                        int64_t d2) {
+static real *add_tensor(Table *table, real *block, int layer, const char *name, int n_dims, int64_t d0, int64_t d1, int64_t d2) {
     Tensor *row = new_row(table, name, layer);
     int64_t shape[3] = {d0, d1, d2};
     double size = 1;
@@ -1553,8 +1545,7 @@ static void mamba2_forward(Model *m, int l, int B, int T, int first) {
     linear_forward(a->proj, ld, a->abar, w->in_proj, NULL, N, D, ld);
     conv_forward(a->xbc, a->proj + E, ld, B == 1 ? a->tail : NULL, w->conv_weight, w->conv_bias, B, T, E + 2 * S, first);
     step_forward(a->step, a->proj + ld - heads, ld, w->step_bias, N, heads);
-    scan_forward(a->y_scan, a->states, kept, m->acts.scratch, a->xbc, a->step, w->A_log, w->skip, B, T - first, E, S, heads,
-                 0);
+    scan_forward(a->y_scan, a->states, kept, m->acts.scratch, a->xbc, a->step, w->A_log, w->skip, B, T - first, E, S, heads, 0);
     gated_rmsnorm_forward(a->normed, a->rms, a->y_scan, a->proj, ld, w->norm_weight, N, E);
     linear_forward(a->s + (size_t)first * D, D, a->normed, w->out_proj, NULL, N, E, D);
 }
@@ -1568,8 +1559,7 @@ static void mamba2_backward(Model *m, int l, int B, int T) {
     const real *x = a->proj + E, *step = a->proj + ld - heads;
     gated_rmsnorm_forward(a->normed, a->rms, a->y_scan, a->proj, ld, w->norm_weight, N, E); // again
     linear_backward(acts->dy, dw->out_proj, NULL, acts->ds, D, a->normed, w->out_proj, N, E, D);
-    gated_rmsnorm_backward(acts->dy, acts->dproj, dw->norm_weight, acts->dy, a->y_scan, a->proj, ld, a->rms, w->norm_weight, N,
-                           E);
+    gated_rmsnorm_backward(acts->dy, acts->dproj, dw->norm_weight, acts->dy, a->y_scan, a->proj, ld, a->rms, w->norm_weight, N, E);
     conv_forward(a->xbc, x, ld, NULL, w->conv_weight, w->conv_bias, B, T, W, 0);            // again
     step_forward(a->step, step, ld, w->step_bias, N, heads);
     scan_backward(acts->dxbc, acts->dstep, dw->A_log, dw->skip, acts->scratch, acts->dy, a->states, a->xbc, a->step, w->A_log,
@@ -1712,8 +1702,7 @@ static Model *model_create(const Config *c, int B, int T, Mode mode, char *error
     real **blocks[] = {&m->params, &m->grads, &m->exp_avg, &m->exp_avg_sq};
     for (int i = 0; i < (training ? 4 : 1); i++) *blocks[i] = (real *)allocate(n, sizeof(real), &whole);
     if (!whole) {
-        fail(error, NULL, "the model does not fit: it needs %.1f GiB of memory, this machine has %.1f", m->bytes / gib,
-             present / gib);
+        fail(error, NULL, "the model does not fit: it needs %.1f GiB of memory, this machine has %.1f", m->bytes / gib, present / gib);
         model_free(m);
         return NULL;
     }
@@ -1813,8 +1802,7 @@ static void model_backward(Model *m, double dloss) {
         // through W_in and the LayerNorm; its output is computed again
         layernorm_forward(a->n, a->ln_mean, a->ln_rstd, a->x, wl->ln_weight, wl->ln_bias, N, D);
         linear_backward(acts->ds, dwl->W_in, dwl->b_in, acts->dag, 2 * D, a->n, wl->W_in, N, D, 2 * D);
-        layernorm_backward(acts->dx, dwl->ln_weight, dwl->ln_bias, acts->ds, a->x, a->ln_mean, a->ln_rstd, wl->ln_weight,
-                           N, D);
+        layernorm_backward(acts->dx, dwl->ln_weight, dwl->ln_bias, acts->ds, a->x, a->ln_mean, a->ln_rstd, wl->ln_weight, N, D);
     }
     dropout(acts->dx, (int64_t)N * D, m->drop, 0);
     embedding_backward(dw->wte, acts->dx, m->inputs, B, T, D);
@@ -1888,9 +1876,8 @@ static void initialise(real *params, const Table *table, uint64_t seed) {
 // Generation is the same forward pass over n new tokens behind `first` known ones, first + n ≤ T: logits (V) of the last.
 // O((first + n)·D) for each token and layer, for nothing that is known is computed again.
 static void model_extend(Model *m, const int *tokens, int n, int first, real *logits) {
-    Dropout off = {0, 0, 0};
     int D = m->config.d_model, V = m->config.vocab_size;
-    hidden_forward(m, tokens, 1, first + n, first, off);
+    hidden_forward(m, tokens, 1, first + n, first, no_dropout);
     linear_forward(logits, V, m->acts.ln_f + (size_t)(n - 1) * D, m->weights.wte, NULL, 1, D, V);
 }
 
@@ -2105,7 +2092,7 @@ static int json_integers(Json *j, int64_t *list, int room, int64_t *product) {
         int64_t number = 0;
         json_space(j);
         const unsigned char *start = j->at;
-        for (; j->at < j->end && isdigit(*j->at); j->at++)
+        for (; j->at < j->end && *j->at >= '0' && *j->at <= '9'; j->at++)
             if (__builtin_mul_overflow(number, 10, &number) || __builtin_add_overflow(number, *j->at - '0', &number)) {
                 json_fail(j, "a number above 2^63-1");
                 return n;
@@ -2340,8 +2327,7 @@ static int safetensors_writable(const char *path, char *error) {
 
 // Writes a safetensors file with the tensors in the order given: into a temporary file, which is flushed to the disk and
 // only then gets its name, so that there is at any moment the old file or the new one, whole.
-static int safetensors_write(const char *path, const FileTensor *tensors, int n_tensors, const Meta *meta, int n_meta,
-                             char *error) {
+static int safetensors_write(const char *path, const FileTensor *tensors, int n_tensors, const Meta *meta, int n_meta, char *error) {
     char target[PATH_MAX + 32], temporary[PATH_MAX + 32], *header = NULL;
     size_t size = 0;
     for (int i = 0; i < n_meta; i++)
@@ -2426,8 +2412,7 @@ static int shard_read(Dataset *data, size_t size, const char *path, char *error)
     data->count = header[2];
     if (header[1] != 1) return fail(error, path, "a token shard of version %d; only 1 is known", header[1]);
     if (header[2] < 1 || (uint64_t)header[2] * 2 != size - 1024)
-        return fail(error, path, "a token shard whose header says %d tokens; the file holds %zu bytes of them", header[2],
-                    size - 1024);
+        return fail(error, path, "a token shard whose header says %d tokens; the file holds %zu bytes of them", header[2], size - 1024);
     for (int64_t i = 0; i < data->count; i++)
         if (data->tokens[i] > data->max_id) data->max_id = data->tokens[i];
     return 0;
@@ -2519,8 +2504,7 @@ static int dataset_encode(Dataset *data, const unsigned char *vocab, int vocab_s
     for (int64_t i = 0; i < data->count; i++) {
         int byte = data->bytes[i];
         if (ids[byte] < 0)
-            return fail(error, path, "the vocabulary lacks '%c', 0x%02X, the byte at offset %lld", byte, (unsigned)byte,
-                        (long long)i);
+            return fail(error, path, "the vocabulary lacks '%c', 0x%02X, the byte at offset %lld", byte, (unsigned)byte, (long long)i);
         data->bytes[i] = (unsigned char)ids[byte];
     }
     return 0;
@@ -2911,7 +2895,6 @@ typedef struct { double loss, accuracy, by_lag[LAG_BINS]; } Score;
 static Score evaluate(Run *run, int64_t max_batches) {
     const Options *o = &run->settings.values;
     const Dataset *set = run->val_set;
-    Dropout off = {0, 0, 0};
     int T = (int)o->seq, examples = set->kind == DATA_EXAMPLES;
     int64_t length = run->val_end - run->val_begin, windows = examples ? length : (length - 1) / T;
     int64_t batches = (windows + o->batch - 1) / o->batch, taken = max_batches && max_batches < batches ? max_batches : batches;
@@ -2921,9 +2904,8 @@ static Score evaluate(Run *run, int64_t max_batches) {
         int64_t first = (batches / taken * i + batches % taken * i / taken) * o->batch; // batches·i/taken, which may overflow
         int B = (int)(windows - first < o->batch ? windows - first : o->batch);
         for (int b = 0; b < B; b++)
-            copy_sequence(run->inputs + b * T, run->targets + b * T, set, run->val_begin + (first + b) * (examples ? 1 : T),
-                          T);
-        sum += run->backend->forward(run->model, run->inputs, run->targets, B, T, off);
+            copy_sequence(run->inputs + b * T, run->targets + b * T, set, run->val_begin + (first + b) * (examples ? 1 : T), T);
+        sum += run->backend->forward(run->model, run->inputs, run->targets, B, T, no_dropout);
         if (examples) run->backend->hits(run->model, run->hits);
         for (int n = 0; n < B * T; n++) {
             if (run->targets[n] < 0) continue;
@@ -3139,8 +3121,7 @@ static void print_resume_command(const Run *run, const char *program) {
 }
 
 // The line that a step writes to the terminal, over the one before, or to a file.
-static void print_step(const Options *o, double loss, double grad_norm, double rate, double elapsed, double left,
-                       const Score *score) {
+static void print_step(const Options *o, double loss, double grad_norm, double rate, double elapsed, double left, const Score *score) {
     int last = o->step == o->steps, terminal = isatty(STDOUT_FILENO);
     printf("%sstep %lld/%lld | loss %.4f | norm %.3f | lr %.2e | %.1f ms | %.0f tok/s | %lld:%02d left", terminal ? "\r" : "",
            (long long)o->step, (long long)o->steps, loss, grad_norm, rate, elapsed * 1e3,
@@ -3353,11 +3334,12 @@ static int run_program(int argc, char **argv, const Backend *backend) {
     run.backend = backend;
     run.order_epoch = -1;
     int result = parse_options(&run.settings, argc, argv, error);
-    int help = result == 1;
-    if (help) print_help(argv[0]);
-    else if (!result) result = prepare(&run, error);
-    if (!result) result = perform(&run, argv[0], error);
-    if (help) result = 0;
+    if (result == 1) {
+        print_help(argv[0]);
+        result = 0;
+    } else if (!result && !(result = prepare(&run, error))) {
+        result = perform(&run, argv[0], error);
+    }
     if (!result && (fflush(stdout) || ferror(stdout))) result = fail(error, "standard output", "closed, or on a full disk");
     if (result < 0) fprintf(stderr, "train_sessa: %s\n", error);
     if (run.model) backend->destroy(run.model);
