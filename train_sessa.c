@@ -2442,16 +2442,17 @@ static int32_t *ids_read(const FileTensor *tensor, int low, int *max_id, const c
 
 // Fills data from a safetensors file of examples.
 static int examples_read(Dataset *data, const Safetensors *file, const char *path, char *error) {
-    const FileTensor *inputs = safetensors_find(file, "inputs"), *targets = safetensors_find(file, "targets");
-    const FileTensor *lags = safetensors_find(file, "lags");
+    static const char *names[] = {"inputs", "targets", "lags"};
+    const FileTensor *tensors[3], *inputs = safetensors_find(file, "inputs");
     const char *vocab_size = safetensors_meta(file, "vocab_size");
     int64_t vocab = 0;
     int longest = 0;
-    if (!inputs || !targets) return fail(error, path, "not an example set: it has no '%s'", inputs ? "targets" : "inputs");
-    if (inputs->n_dims != 2 || targets->n_dims != 2 || memcmp(inputs->shape, targets->shape, 2 * sizeof(int64_t)))
-        return fail(error, path, "'inputs' and 'targets' must have the same shape (N,T)");
-    if (lags && (lags->n_dims != 2 || memcmp(inputs->shape, lags->shape, 2 * sizeof(int64_t))))
-        return fail(error, path, "'lags' must have the shape of 'inputs'");
+    for (int i = 0; i < 3; i++) {
+        const FileTensor *t = tensors[i] = safetensors_find(file, names[i]);
+        if (!t && i < 2) return fail(error, path, "not an example set: it has no '%s'", names[i]);
+        if (t && (t->n_dims != 2 || memcmp(t->shape, inputs->shape, 2 * sizeof(int64_t))))
+            return fail(error, path, "'%s' must have two dimensions, (N,T), and the shape of 'inputs'", names[i]);
+    }
     if (!inputs->count || inputs->shape[1] > 1 << 24 || inputs->shape[0] > INT_MAX)
         return fail(error, path, "the example set is empty, or too large");
     if (vocab_size && parse_integer(vocab_size, 1, 1 << 24, &vocab))
@@ -2460,9 +2461,9 @@ static int examples_read(Dataset *data, const Safetensors *file, const char *pat
     data->width = (int)inputs->shape[1];
     data->vocab_hint = (int)vocab;
     data->inputs = ids_read(inputs, 0, &data->max_id, path, error);
-    if (data->inputs) data->targets = ids_read(targets, -1, &data->max_id, path, error);
-    if (data->targets && lags) data->lags = ids_read(lags, 0, &longest, path, error);
-    return data->targets && (!lags || data->lags) ? 0 : FAILED;
+    if (data->inputs) data->targets = ids_read(tensors[1], -1, &data->max_id, path, error);
+    if (data->targets && tensors[2]) data->lags = ids_read(tensors[2], 0, &longest, path, error);
+    return data->targets && (!tensors[2] || data->lags) ? 0 : FAILED;
 }
 
 // Reads a file of any of the three kinds: named *.safetensors it is an example set, with a shard's magic number at its
@@ -2680,6 +2681,7 @@ typedef struct {
     const Dataset *val_set;
     int64_t train_end, val_begin, val_end; // tokens or examples of the two splits
     Model *model;
+    int model_T;              // its longest sequence: of a training batch, or what generation remembers
     Table table;              // of the parameters
     int *inputs, *targets;    // (accum·batch, seq)
     char *hits;               // (batch, seq)
@@ -3007,11 +3009,11 @@ static int encode_prompt(const Run *run, const char *prompt, int *ids, char *err
     return n;
 }
 
-// Writes the prompt and n sampled tokens to standard output as they are made. The model remembers model_T positions; when
-// they are full, the last half is read afresh.
-static int generate(Run *run, const char *prompt, int64_t n, int model_T, uint64_t random, char *error) {
+// Writes the prompt and n sampled tokens to standard output as they are made. When the positions that the model
+// remembers are full, the last half is read afresh.
+static int generate(Run *run, const char *prompt, int64_t n, uint64_t random, char *error) {
     const Options *o = &run->settings.values;
-    int V = run->config.vocab_size, result = 0, fed = 0, begin = 0; // fed: tokens that the model has seen, from `begin` on
+    int V = run->config.vocab_size, T = run->model_T, result = 0, fed = 0, begin = 0; // fed: tokens that the model has seen, from `begin` on
     real *logits = (real *)malloc((size_t)V * sizeof(real));
     Candidate *candidates = (Candidate *)malloc((size_t)V * sizeof(Candidate));
     int *tokens = (int *)malloc((strlen(prompt) + 2 + (size_t)n) * sizeof(int));
@@ -3024,8 +3026,8 @@ static int generate(Run *run, const char *prompt, int64_t n, int model_T, uint64
         tokens[count++] = newline ? (int)(newline - run->vocab) : 0;
     }
     for (int64_t made = 0; made < n && !result && !interrupted; made++) {
-        if (count - begin > model_T) {
-            int keep = !made ? model_T : model_T > 1 ? model_T / 2 : 1;
+        if (count - begin > T) {
+            int keep = !made ? T : T > 1 ? T / 2 : 1;
             fed = begin = count - keep;
         }
         run->backend->extend(run->model, tokens + fed, count - fed, fed - begin, logits);
@@ -3142,7 +3144,7 @@ static int print_sample(Run *run, Model *sampler, char *error) {
     run->backend->write(sampler, PARAMS);
     run->model = sampler;
     printf("---\n");
-    int result = generate(run, "", 200, (int)o->seq, splitmix64((uint64_t)(o->seed + o->step)), error);
+    int result = generate(run, "", 200, splitmix64((uint64_t)(o->seed + o->step)), error);
     printf("---\n");
     run->model = trained;
     return result;
@@ -3273,7 +3275,7 @@ static int prepare(Run *run, char *error) {
 
     int64_t window = o->window < 0 ? o->seq : o->window, needed = (int64_t)strlen(o->prompt) + 1 + o->generate;
     int B = o->generate ? 1 : (int)o->batch;
-    int T = !o->generate ? (int)o->seq : (int)(window && window < needed ? window : needed);
+    int T = run->model_T = !o->generate ? (int)o->seq : (int)(window && window < needed ? window : needed);
     run->model = backend->create(&run->config, B, T, training ? TRAIN : o->eval ? EVALUATE : GENERATE, error);
     if (!run->model) return FAILED;
     size_t tokens = (size_t)B * (size_t)T * (size_t)(training ? o->accum : 1);
@@ -3296,7 +3298,6 @@ static int prepare(Run *run, char *error) {
 static int perform(Run *run, const char *program, char *error) {
     const Options *o = &run->settings.values;
     const Config *c = &run->config;
-    int64_t window = o->window < 0 ? o->seq : o->window ? o->window : INT_MAX;
     struct sigaction action;
     memset(&action, 0, sizeof(action));
     action.sa_handler = on_interrupt;
@@ -3307,7 +3308,7 @@ static int perform(Run *run, const char *program, char *error) {
     signal(SIGPIPE, SIG_IGN); // a closed pipe and a file size beyond its limit are errors of the write
     signal(SIGXFSZ, SIG_IGN);
     if (o->generate) {
-        int result = generate(run, o->prompt, o->generate, (int)window, splitmix64((uint64_t)o->seed), error);
+        int result = generate(run, o->prompt, o->generate, splitmix64((uint64_t)o->seed), error);
         return result ? result : interrupted ? 130 : 0;
     }
     if (o->eval) {
