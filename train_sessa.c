@@ -302,7 +302,7 @@ static void matmul_share(real *out, ptrdiff_t ld, Matrix a, Matrix b, int M, int
                 real *tile_out = out + i0 * ld + n0 + j0, keep = k0 ? 1 : beta;
                 int over = n < TILE_COLS || m < LOW_ROWS; // it reaches over the edge: by way of a whole tile
                 real *to = over ? sum : tile_out, to_keep = over ? 0 : keep;
-                ptrdiff_t to_ld = over ? TILE_COLS : ld;
+                ptrdiff_t to_ld = over ? (ptrdiff_t)TILE_COLS : ld;
                 if (is_high) tile_product(to, to_ld, rows, strip, block_k, alpha, to_keep, over ? NULL : add, TILE_ROWS);
                 else tile_product(to, to_ld, rows, strip, block_k, alpha, to_keep, over ? NULL : add, LOW_ROWS);
                 for (int i = 0; over && i < m; i++)
@@ -772,10 +772,10 @@ static void gain_backward(real *dx, real *dweight, real *dbias, real *dgamma, co
 //     for t = 0 .. T-1:
 //         s[t] = f[t]
 //         for j < t: s[t] += A[t][j] · s[j]
-// Panel I, the rows i0..i0+n-1, is done in three steps, all but the last of them matrix products:
+// Panel I, the rows i0..i0+n-1, is done in three steps, the first two of them matrix products:
 //     A_I = softmax_panel(q'_I, k'), its rows times gamma
 //     s_I = f_I + A_I,before s_before        what all rows before the panel give
-//     (I - A_I,inside) s_I = s_I             what its rows give each other, in place
+//     s_I := (I - A_I,inside)^-1 s_I         what its rows give each other: a small triangle, row by row
 // f (B,T-first,D); q', k': D columns of rows ld apart, q' for the positions first..T-1 and k' for 0..T-1; gamma
 // (B,T-first), stats (B,T-first,2); s (B,T,D), its rows before first known. Kept for the backward pass: q', k', gamma,
 // stats and s, all O(T). |gamma| < 1 keeps it bounded: |s| ≤ max|f| / (1 - max|gamma|). Sequence b:
@@ -809,8 +809,7 @@ static void feedback_forward(real *s, real *stats, real *scratch, const real *f,
 //     dgamma_t   = Σ_j α_tj dA_tj = δ_t
 //     dlogit_tj  = gamma_t α_tj (dA_tj - δ_t)      the softmax's backward pass needs the same sum δ_t
 //     dq'_t      = σ(D) Σ_j dlogit_tj k'_j,   dk'_j = σ(D) Σ_t dlogit_tj q'_t
-// Panels from the last: α_I once more, A_I,inside, which the transposed triangle of the panel is solved with, dA_I, then
-// dlogit_I in its place and A_I in that of α_I, and A_I^T λ_I for the rows before the panel.
+// Panels from the last, in which α is computed again.
 // df, ds, s (B,T,D), df may be ds itself; dgamma (B,T); dq', dk' with the layout of q', k'. Sequence b, its λ being ds
 // before and df after:
 static void feedback_sequence_backward(int b, real *df, real *dq, real *dk, real *dgamma, real *scratch, const real *s,
@@ -824,13 +823,13 @@ static void feedback_sequence_backward(int b, real *df, real *dq, real *dk, real
         size_t row = (size_t)b * T + i0;
         real *lambda_I = lambda + (size_t)i0 * D;
         Matrix dlogits_I = {dlogits, 1, n}, reversed = {inside + n * n - 1, -n, -1}; // transposed, from its last element
-        softmax_panel(A, stats + 2 * row, 1, NULL, q + row * ld, k_b, ld, i0, n, D, 1); // α, until gamma is multiplied in
+        softmax_panel(A, stats + 2 * row, 1, NULL, q + row * ld, k_b, ld, i0, n, D, 1);                // α_I
         for (int j = 0; j < n; j++)
             for (int r = 0; r < n; r++) inside[j * n + r] = gamma[row + r] * A[(size_t)(i0 + j) * n + r];
-        triangular_solve(lambda_I + (size_t)(n - 1) * D, -D, reversed, n, D);
-        matmul(dlogits, n, rows_of(s_b, D), transpose(rows_of(lambda_I, D)), cols, n, D, 1, 0, NULL);
-        softmax_panel_backward(dlogits, A, dgamma + row, gamma + row, n, cols);
-        matmul(lambda, D, rows_of(A, n), rows_of(lambda_I, D), i0, D, n, 1, 1, NULL);
+        triangular_solve(lambda_I + (size_t)(n - 1) * D, -D, reversed, n, D);                          // λ_I, now whole
+        matmul(dlogits, n, rows_of(s_b, D), transpose(rows_of(lambda_I, D)), cols, n, D, 1, 0, NULL);  // dA_I
+        softmax_panel_backward(dlogits, A, dgamma + row, gamma + row, n, cols);                        // dlogit_I, δ_I; A_I
+        matmul(lambda, D, rows_of(A, n), rows_of(lambda_I, D), i0, D, n, 1, 1, NULL);                  // λ_before += A_I^T λ_I
         matmul(dq + row * ld, ld, dlogits_I, rows_of(k_b, ld), n, D, cols, scale, 0, NULL);
         matmul(dk + (size_t)b * T * ld, ld, rows_of(dlogits, n), rows_of(q + row * ld, ld), cols, D, n, scale, cols == T ? 0 : 1, NULL);
     }
@@ -896,6 +895,7 @@ static void crossentropy_backward(real *dlogits, const real *logits, const real 
 // ----------------------------------------------------------------------------
 // layers of the Mamba-2 mixer, which the paper compares with: one chain of states, many hops
 //
+// Sessa itself needs none of this section: it goes on at "tables of tensors".
 // Dao and Gu: Transformers are SSMs, ICML 2024. Letters besides: E = 2D, the inner width, in heads of width w; S numbers
 // of state for each of its channels; W = E + 2S, the width of [x, b, c].
 
