@@ -3013,7 +3013,8 @@ static int encode_prompt(const Run *run, const char *prompt, int *ids, char *err
 // remembers are full, the last half is read afresh.
 static int generate(Run *run, const char *prompt, int64_t n, uint64_t random, char *error) {
     const Options *o = &run->settings.values;
-    int V = run->config.vocab_size, T = run->model_T, result = 0, fed = 0, begin = 0; // fed: tokens that the model has seen, from `begin` on
+    int V = run->config.vocab_size, T = run->model_T, result = 0;
+    int fed = 0, begin = 0; // the model has seen `fed` tokens and remembers them from `begin` on
     real *logits = (real *)malloc((size_t)V * sizeof(real));
     Candidate *candidates = (Candidate *)malloc((size_t)V * sizeof(Candidate));
     int *tokens = (int *)malloc((strlen(prompt) + 2 + (size_t)n) * sizeof(int));
