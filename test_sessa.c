@@ -535,7 +535,7 @@ static void test_scan(void) {
         }
         static const char *names[] = {"y", "the state carried to a second call", "y of both calls", "dx, db, dc", "dstep", "dA_log", "dskip"};
         for (int n = 0; n < 7; n++) // dA_log sums numbers of both signs over all tokens, far larger than their sum
-            check_error(worst[n], (n == 5 ? 10 : 1) * bound_of(3e-6, 1e-14), "scan, P %d, %s", panel_heights[i], names[n]);
+            check_error(worst[n], (n == 5 ? 10 : 1) * bound_of(3e-6, 2e-14), "scan, P %d, %s", panel_heights[i], names[n]);
     }
 }
 
@@ -1397,9 +1397,9 @@ static void test_resume(void) {
 static void test_threads(void) {
     heading("threads and micro-batches");
     static const char *shapes[] = {"--seq 150 --batch 1 --steps 3", "--seq 33 --batch 3 --steps 3 --accum 2 --mixer attention", "--seq 70 --batch 2 --steps 2 --kv-heads 1",
-                                   "--seq 90 --batch 1 --steps 3 --mixer mamba2 --head-dim 24", "--seq 40 --batch 3 --steps 2 --mixer mamba2 --head-dim 96"};
+                                   "--seq 300 --batch 3 --steps 2 --kv-heads 1", "--seq 90 --batch 1 --steps 3 --mixer mamba2 --head-dim 24", "--seq 40 --batch 3 --steps 2 --mixer mamba2 --head-dim 96"};
     static const char *counts[] = {"1", "2", "3"};
-    for (int i = 0; i < 5; i++) {
+    for (int i = 0; i < 6; i++) {
         int ok = 1;
         for (int t = 0; t < 3; t++) {
             n_threads = counts[t];

@@ -2,20 +2,37 @@
 Sessa (Selective State Space Attention, arXiv 2604.18580) on the CPU: every layer's forward and backward pass, the
 model, its files, its data, the training loop and the command line, in one file that reads from top to bottom.
 
-A Sessa layer reads the past by attention, f = Attention(x), and then feeds its own past outputs back through a second
-attention: s_t = f_t + gamma_t Σ_{j<t} alpha_tj s_j. Stacked over t this is a triangular system (I - diag(gamma) alpha)
-s = f, whose inverse sums the paths of every number of hops from j to t: the memory fades as a power of the lag.
+The model is an embedding, L layers, a LayerNorm and the embedding again as the head. One layer makes y of x, (B,T,D):
+
+    n       = LayerNorm(x)                               [9]
+    a, g    = n W_in^T + b_in                            [10]
+    ā       = GELU(a)                                    [11]      `abar`
+    q, k, v = ā W_q^T + b_q, ā W_k^T + b_k, ā W_v^T + b_v  [14]    then q, k = RoPE(q), RoPE(k)
+    o_t     = Σ_{j≤t} softmax_j(σ(d) q_t·k_j) v_j        [15, 16]  in each head
+    f       = o W_o^T                                              one hop: the direct read of the past
+    q', k'  = ā W_fb^T + b_fb                            [14]      `fb_q`, `fb_k`: one head, D wide, no RoPE
+    α_tj    = softmax_{j<t}(σ(D) q'_t·k'_j)              [17]      a second attention, over the strict past
+    γ_t     = γ_max tanh(ā_t·w_γ + b_γ)                  [18]      `gamma`: how much of it comes back
+    s_t     = f_t + γ_t Σ_{j<t} α_tj s_j                 [19-22]   many hops: the layer reads its own outputs
+    y       = x + (s ⊙ g) W_out^T + b_out                [13]
+
+The line for s, over all t, is a triangular system, (I - A) s = f with A = diag(γ) α. Its inverse, I + A + A² + ..., sums the
+paths of every number of hops from j to t: the memory fades as a power of the lag. From ā to s it is the mixer, [12], in the
+place of which two others can stand. hidden_forward is this list, sessa_forward its middle, feedback_forward the line for s.
 
 Letters: B sequences, T tokens each, D model width, H query heads, G key/value heads, d = D/H head width, L layers,
-V vocabulary, P panel height. Arrays are row-major, (B,T,D) means index (b·T + t)·D + i; a linear layer's weight is
-(out, in); σ(n) = 1/sqrt(n). Numbers in [ ] are the paper's equations. Gradients of parameters are accumulated (+=);
-gradients of activations are written (=) unless the comment says +=. No layer allocates: scratch comes from the caller.
-What can fail takes a `char *error` and returns 0, or FAILED (WRONG_OPTION for what the user typed) with one line there.
+V vocabulary, P panel height, σ(n) = 1/sqrt(n); `ld` is the number of elements from one row of a matrix to the next, where
+it may be some columns of a wider one. Generation calls the same forward passes with the positions before `first` known
+and the rows first..T-1 new; in training first is 0.
+
+Arrays are row-major, (B,T,D) means index (b·T + t)·D + i; a linear layer's weight is (out, in). Numbers in [ ] are the
+paper's equations. Gradients of parameters are accumulated (+=); gradients of activations are written (=) unless the comment
+says +=. A layer checks nothing and cannot fail, and none allocates: scratch comes from the caller. What can fail takes
+a `char *error` and returns 0, or FAILED (WRONG_OPTION for what the user typed) with one line there.
 */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
-#include <ctype.h>
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -137,7 +154,8 @@ static inline real normal_cdf(real x, real gauss) {
 }
 
 // ----------------------------------------------------------------------------
-// the matrix product, the one routine under every layer
+// the matrix product, the one routine under every layer: matmul and triangular_solve, at the end of this section, with the
+// plain loops that they equal; the rest makes them fast
 
 // Element (i, j) of a matrix is at[i·row + j·col]: a transpose swaps the strides and costs nothing.
 typedef struct { const real *at; ptrdiff_t row, col; } Matrix;
@@ -282,16 +300,14 @@ static void matmul_share(real *out, ptrdiff_t ld, Matrix a, Matrix b, int M, int
                 }
                 const real *strip = packed + j0 * block_k, *add = bias && k0 == 0 ? bias + n0 + j0 : zeros;
                 real *tile_out = out + i0 * ld + n0 + j0, keep = k0 ? 1 : beta;
-                if (is_high && n == TILE_COLS) tile_product(tile_out, ld, rows, strip, block_k, alpha, keep, add, TILE_ROWS);
-                else if (m == LOW_ROWS && n == TILE_COLS)
-                    tile_product(tile_out, ld, rows, strip, block_k, alpha, keep, add, LOW_ROWS);
-                else { // a tile that reaches over the edge, by way of a whole one
-                    if (is_high) tile_product(sum, TILE_COLS, rows, strip, block_k, alpha, 0, NULL, TILE_ROWS);
-                    else tile_product(sum, TILE_COLS, rows, strip, block_k, alpha, 0, NULL, LOW_ROWS);
-                    for (int i = 0; i < m; i++)
-                        for (int j = 0; j < n; j++)
-                            tile_out[i * ld + j] = sum[i * TILE_COLS + j] + add[j] + (keep == 0 ? 0 : keep * tile_out[i * ld + j]);
-                }
+                int over = n < TILE_COLS || m < LOW_ROWS; // it reaches over the edge: by way of a whole tile
+                real *to = over ? sum : tile_out, to_keep = over ? 0 : keep;
+                ptrdiff_t to_ld = over ? (ptrdiff_t)TILE_COLS : ld;
+                if (is_high) tile_product(to, to_ld, rows, strip, block_k, alpha, to_keep, over ? NULL : add, TILE_ROWS);
+                else tile_product(to, to_ld, rows, strip, block_k, alpha, to_keep, over ? NULL : add, LOW_ROWS);
+                for (int i = 0; over && i < m; i++)
+                    for (int j = 0; j < n; j++)
+                        tile_out[i * ld + j] = sum[i * TILE_COLS + j] + add[j] + (keep == 0 ? 0 : keep * tile_out[i * ld + j]);
             }
             if (threads > 1) {
                 #pragma omp barrier
@@ -317,9 +333,6 @@ static inline void row_product(real *out, Matrix a, Matrix b, int N, int K, real
     if (b.row == 1 && a.col == 1) {
         for (int j = 0; j < N; j++)
             for (int k = 0; k < K; k++) sum[j] += a.at[k] * b.at[j * b.col + k];
-    } else if (b.col == 1) {
-        for (int k = 0; k < K; k++)
-            for (int j = 0; j < N; j++) sum[j] += a.at[k * a.col] * b.at[k * b.row + j];
     } else {
         for (int k = 0; k < K; k++)
             for (int j = 0; j < N; j++) sum[j] += a.at[k * a.col] * b.at[k * b.row + j * b.col];
@@ -338,8 +351,7 @@ static void row_strip(real *out, Matrix a, Matrix b, int N, int K, real alpha, r
 // beta 0 overwrites. It equals
 //     for i < M: for j < N: out[i][j] = alpha · Σ_k A[i][k]·B[k][j] + beta · out[i][j] + bias[j]
 // All threads share the work, unless they are at work already: then the calling thread does all of it.
-static void matmul(real *out, ptrdiff_t ld, Matrix a, Matrix b, int M, int N, int K, real alpha, real beta,
-                   const real *bias) {
+static void matmul(real *out, ptrdiff_t ld, Matrix a, Matrix b, int M, int N, int K, real alpha, real beta, const real *bias) {
     real packed[BLOCK_K * BLOCK_N] __attribute__((aligned(64)));
     if (K == 0 && beta == 1 && !bias) return;
     if (M > 1 && N == 1 && ld == 1 && !bias) {
@@ -359,28 +371,29 @@ static void matmul(real *out, ptrdiff_t ld, Matrix a, Matrix b, int M, int N, in
     matmul_share(out, ld, a, b, M, N, K, alpha, beta, bias, packed, omp_get_thread_num(), omp_get_num_threads());
 }
 
-// Solves (I - N) x = b for a strictly lower-triangular N (n,n), n ≤ PANEL_MAX: x (n,D) holds b before and x after, `ld`
+// Solves (I - A) x = b for a strictly lower-triangular A (n,n), n ≤ PANEL_MAX: x (n,D) holds b before and x after, `ld`
 // elements from row to row. It equals
-//     for t < n: for j < t: x[t] += N[t][j] · x[j]
+//     for t = 0 .. n-1: for j < t: x[t] += A[t][j] · x[j]
 // in strips of TILE_COLS columns, which do not depend on each other: LOW_ROWS rows at a time take what the rows before
 // them give as one tile product (the strip of x is the packed B), then what they give each other row by row.
-// With negative strides it runs from the last row to the first: so the transposed system is solved.
+// The transposed system, an upper triangle, is the same loop from the last row to the first: A and x are then given from
+// their last element on, with negative strides.
 enum { PANEL_MAX = 96 };
-static void solve_strip(real *x, ptrdiff_t ld, Matrix N, int n, int width) {
+static void solve_strip(real *x, ptrdiff_t ld, Matrix A, int n, int width) {
     real strip[PANEL_MAX * TILE_COLS] __attribute__((aligned(64)));
     for (int t = 0; t < n; t++)
         for (int i = 0; i < TILE_COLS; i++) strip[t * TILE_COLS + i] = i < width ? x[t * ld + i] : 0;
     for (int t0 = 0; t0 < n; t0 += LOW_ROWS) {
         int rows = min_int(LOW_ROWS, n - t0);
-        Matrix earlier = {N.at + t0 * N.row, N.row, N.col};
+        Matrix earlier = {A.at + t0 * A.row, A.row, A.col};
         real *row = strip + t0 * TILE_COLS;
         if (rows == LOW_ROWS) tile_product(row, TILE_COLS, earlier, strip, t0, 1, 1, NULL, LOW_ROWS);
-        else for (int r = 0; r < rows; r++, earlier.at += N.row)
+        else for (int r = 0; r < rows; r++, earlier.at += A.row)
             tile_product(row + r * TILE_COLS, TILE_COLS, earlier, strip, t0, 1, 1, NULL, 1);
         for (int r = 1; r < rows; r++) {
             row += TILE_COLS;
             for (int q = 0; q < r; q++) {
-                real weight = N.at[(t0 + r) * N.row + (t0 + q) * N.col];
+                real weight = A.at[(t0 + r) * A.row + (t0 + q) * A.col];
                 for (int i = 0; i < TILE_COLS; i++) row[i] += weight * strip[(t0 + q) * TILE_COLS + i];
             }
         }
@@ -389,9 +402,9 @@ static void solve_strip(real *x, ptrdiff_t ld, Matrix N, int n, int width) {
         for (int i = 0; i < width; i++) x[t * ld + i] = strip[t * TILE_COLS + i];
 }
 
-static void triangular_solve(real *x, ptrdiff_t ld, Matrix N, int n, int D) {
+static void triangular_solve(real *x, ptrdiff_t ld, Matrix A, int n, int D) {
     FOR_ITEMS(n * n * D > PARALLEL_WORK / 4, (D + TILE_COLS - 1) / TILE_COLS,
-              solve_strip(x + item * TILE_COLS, ld, N, n, min_int(TILE_COLS, D - item * TILE_COLS)));
+              solve_strip(x + item * TILE_COLS, ld, A, n, min_int(TILE_COLS, D - item * TILE_COLS)));
 }
 
 // ----------------------------------------------------------------------------
@@ -421,6 +434,7 @@ static double random_normal(uint64_t *state) { // Box and Muller
 // A dropout mask is a function of (seed, micro-batch, place, index), not stored: the backward pass asks it again.
 // probability 0 is off.
 typedef struct { double probability; uint64_t seed, micro_step; } Dropout;
+static const Dropout no_dropout = {0, 0, 0};
 
 // x_i *= mask_i, mask_i = 0 with the given probability p, else 1/(1-p). x (n). Its own backward pass, on the gradient.
 static void dropout(real *x, int64_t n, Dropout drop, int place) {
@@ -455,8 +469,7 @@ static void embedding_backward(real *dwte, const real *dout, const int *inp, int
 
 // [9]  out = (x - mean)·rstd ⊙ weight + bias, rstd = 1/sqrt(variance + 1e-5), over the D numbers of each row
 // x, out (N,D), mean and rstd (N): kept for the backward pass, which needs no more than x beside them.
-static void layernorm_forward(real *out, real *mean, real *rstd, const real *x, const real *weight, const real *bias,
-                              int N, int D) {
+static void layernorm_forward(real *out, real *mean, real *rstd, const real *x, const real *weight, const real *bias, int N, int D) {
     #pragma omp parallel for if (N > 1)
     for (int n = 0; n < N; n++) {
         const real *row = x + (size_t)n * D;
@@ -509,8 +522,7 @@ static void layernorm_backward(real *dx, real *dweight, real *dbias, const real 
 
 // out = inp·weight^T + bias     inp (N,in), weight (out_width,in), bias (out_width) or NULL, out (N,out_width)
 // ld_out: elements from row to row of out, which may be some columns of a wider matrix.
-static void linear_forward(real *out, int ld_out, const real *inp, const real *weight, const real *bias, int N, int in,
-                           int out_width) {
+static void linear_forward(real *out, int ld_out, const real *inp, const real *weight, const real *bias, int N, int in, int out_width) {
     matmul(out, ld_out, rows_of(inp, in), transpose(rows_of(weight, in)), N, out_width, in, 1, 0, bias);
 }
 
@@ -585,13 +597,13 @@ static void rope_backward(real *dx, int ld, const real *cosine, const real *sine
     rope_forward(dx, ld, cosine, sine, N, T, heads, d, 0, -1);
 }
 
-// Attention and feedback work on panels of P rows, so that no buffer grows as T². P 0 chooses: low panels waste less
-// above the diagonal, high ones make larger products. A panel's weights are stored transposed, the weight of row r for
-// key j at [j·n + r] in a panel of n rows: a vector holds one key for many rows, and the softmax runs without a sum
-// across lanes.
+// Attention and feedback compute a softmax over the past for every row, T×T weights. They work on panels of P rows, so that
+// no more than P×T of them exist at once. P 0 chooses: low panels waste less above the diagonal, high ones make larger
+// products. A panel's weights are stored transposed, the weight of row r for key j at [j·n + r] in a panel of n rows: a
+// vector holds one key for many rows, and the softmax runs without a sum across lanes.
 static int panel_height(int P, int T) { return P > 0 ? min_int(P, PANEL_MAX) : T <= 256 ? 32 : T <= 1024 ? 64 : PANEL_MAX; }
 
-// Numbers of scratch that a thread needs: weights of a panel, their gradient, and those of the panel for itself.
+// Numbers of scratch that a thread needs: weights of a panel, their gradient, and the weights inside the panel.
 static size_t panel_scratch(int T) { return PANEL_MAX * (2 * (size_t)T + PANEL_MAX); }
 
 // Heads and sequences do not depend on each other: where they can be shared out evenly a thread takes whole ones, else
@@ -630,6 +642,7 @@ static inline void softmax_columns(real *w, real *stats, int known, const real *
         for (int r = 0; r < m; r++) w[(size_t)j * n + r] *= sum[r];
 }
 
+__attribute__((noinline)) // one copy for threads and for one thread alone: a compiler may round them differently
 static void softmax_block(real *w, real *stats, int known, const real *gain, int n, int seen, int cols, int m) {
     if (m == TILE_COLS) softmax_columns(w, stats, known, gain, n, seen, cols, TILE_COLS);
     else if (n == 1) softmax_columns(w, stats, known, gain, 1, seen, cols, 1); // generation: one row, vectors along it
@@ -669,9 +682,10 @@ static void softmax_panel_backward(real *dweights, real *weights, real *delta, c
 }
 
 // [15, 16]  o_t = Σ_{j≤t} softmax_j(σ(d) q_t·k_j) v_j, head h with the keys and values of group h/(H/G)
-// q: H heads of d columns for the positions first..T-1; k, v: G heads for the positions 0..T-1, the ones before first
-// known from earlier calls; rows ld apart. out (B,T-first,H·d); stats (B,H,T-first,2) is kept for the backward pass,
-// which computes the weights again panel by panel: nothing of size T×T exists. Item b·H + h, one head of one sequence:
+// q: H heads of d columns for the positions first..T-1; k, v: G heads for the positions 0..T-1; rows ld apart. out
+// (B,T-first,H·d). stats (B,H,T-first,2) is kept for the backward pass, which computes the weights again, panel by panel.
+// Item b·H + h is head h of sequence b. Of its panel, the rows i0..i0+n-1, it computes
+//     weights = softmax_panel(q_I, k),   out_I = weights · v
 static void attention_head(int item, real *out, real *stats, real *scratch, const real *q, const real *k, const real *v,
                            int ld, int T, int H, int G, int d, int first, int P) {
     size_t b = (size_t)(item / H), rows = (size_t)(T - first), kv = b * (size_t)T * ld + item % H / (H / G) * d;
@@ -691,10 +705,11 @@ static void attention_forward(real *out, real *stats, real *scratch, const real 
     FOR_ITEMS(shared_out(B * H), B * H, attention_head(item, out, stats, scratch, q, k, v, ld, T, H, G, d, first, P));
 }
 
-// With p the weights:  dv_j = Σ_t p_tj do_t,   dp_tj = do_t·v_j,   dlogit from it as above,
+// With p_tj the weights:
+//     dv_j = Σ_t p_tj do_t,   dp_tj = do_t·v_j,   dlogit_tj = p_tj (dp_tj - Σ_i p_ti dp_ti),
 //     dq_t = σ(d) Σ_j dlogit_tj k_j,   dk_j = σ(d) Σ_t dlogit_tj q_t
-// dq, dk, dv have the layout of q, k, v. Item b·G + g, the heads of one group. Panels run from the last: it sees all
-// keys, so it writes what the others add to.
+// each line a matrix product for a panel of rows t. dq, dk, dv have the layout of q, k, v. Item b·G + g is the heads of one
+// group: they add to the same dk and dv. Panels run from the last: it sees all keys, so it writes what the others add to.
 static void attention_group_backward(int item, real *dq, real *dk, real *dv, real *scratch, const real *dout, real *stats,
                                      const real *q, const real *k, const real *v, int ld, int T, int H, int G, int d, int P) {
     real *weights = scratch + panel_scratch(T) * (size_t)omp_get_thread_num(), *dlogits = weights + PANEL_MAX * (size_t)T;
@@ -751,13 +766,19 @@ static void gain_backward(real *dx, real *dweight, real *dbias, real *dgamma, co
     matmul(dweight, D, rows_of(dgamma, N), rows_of(x, D), 1, D, N, 1, 1, NULL);
 }
 
-// [17, 19-22]  The feedback path: with the weights α_t = softmax_{j<t}(σ(D) q'_t·k'_j), one head, the strict past only,
+// [17, 19-22]  The feedback path. With α_tj = softmax_{j<t}(σ(D) q'_t·k'_j), one head over the strict past,
 //     s_t = f_t + gamma_t Σ_{j<t} α_tj s_j,       that is (I - A) s = f with A = diag(gamma) α
+// A is strictly lower-triangular, so each row needs only the rows of s above it. It equals
+//     for t = 0 .. T-1:
+//         s[t] = f[t]
+//         for j < t: s[t] += A[t][j] · s[j]
+// Panel I, the rows i0..i0+n-1, is done in three steps, the first two of them matrix products:
+//     A_I = softmax_panel(q'_I, k'), its rows times gamma
+//     s_I = f_I + A_I,before s_before        what all rows before the panel give
+//     s_I := (I - A_I,inside)^-1 s_I         what its rows give each other: a small triangle, row by row
 // f (B,T-first,D); q', k': D columns of rows ld apart, q' for the positions first..T-1 and k' for 0..T-1; gamma
-// (B,T-first), stats (B,T-first,2); s (B,T,D), its rows before first known from earlier calls. It equals
-//     for t: s[t] = f[t];  for j < t: s[t] += A[t][j] · s[j]
-// In panels: rows i0..i0+n-1 first take what all earlier panels give, A_{I,<i0} s_{<i0}, as one matrix product; what is
-// left is a small triangular system. Kept for the backward pass: q', k', gamma, stats and s, all O(T). Sequence b:
+// (B,T-first), stats (B,T-first,2); s (B,T,D), its rows before first known. Kept for the backward pass: q', k', gamma,
+// stats and s, all O(T). |gamma| < 1 keeps it bounded: |s| ≤ max|f| / (1 - max|gamma|). Sequence b:
 static void feedback_sequence(int b, real *s, real *stats, real *scratch, const real *f, const real *q, const real *k, int ld,
                               const real *gamma, int T, int D, int first, int P) {
     real *A = scratch + panel_scratch(T) * (size_t)omp_get_thread_num(), *s_b = s + (size_t)b * T * D;
@@ -765,7 +786,7 @@ static void feedback_sequence(int b, real *s, real *stats, real *scratch, const 
         int n = min_int(P, T - i0);
         size_t row = (size_t)b * (T - first) + (size_t)(i0 - first); // of f, q', gamma and stats
         real *s_I = s_b + (size_t)i0 * D;
-        Matrix before = {A, 1, n}, inside = {A + (size_t)i0 * n, 1, n};
+        Matrix before = {A, 1, n}, inside = {A + (size_t)i0 * n, 1, n}; // the columns j < i0, and those of the panel
         softmax_panel(A, stats + 2 * row, 0, gamma + row, q + row * ld, k + (size_t)b * T * ld, ld, i0, n, D, 1);
         memcpy(s_I, f + row * D, sizeof(real) * (size_t)n * (size_t)D);
         matmul(s_I, D, before, rows_of(s_b, D), n, D, i0, 1, 1, NULL);
@@ -779,42 +800,43 @@ static void feedback_forward(real *s, real *stats, real *scratch, const real *f,
     FOR_ITEMS(shared_out(B), B, feedback_sequence(item, s, stats, scratch, f, q, k, ld, gamma, T, D, first, P));
 }
 
-// The adjoint λ solves the transposed system (I - A)^T λ = ds: from the last row to the first,
-//     λ[t] = ds[t];  for j < t: ds[j] += A[t][j] · λ[t]
-// in panels from the last, and with it every gradient follows without a second solve:
-//     df_t = λ_t,   δ_t = λ_t·(Σ_j α_tj s_j) = Σ_j α_tj (λ_t·s_j),   dgamma_t = δ_t,
-//     dlogit_tj = gamma_t α_tj (λ_t·s_j - δ_t),   dq'_t = σ(D) Σ_j dlogit_tj k'_j,   dk'_j = σ(D) Σ_t dlogit_tj q'_t
-// δ does two jobs, because the softmax's backward pass needs the same sum as dgamma.
+// The gradient of f is λ with (I - A)^T λ = ds, for s = (I - A)^-1 f: the same system transposed, solved from the last row
+// to the first, where each row hands to the rows above it what it took from them. It equals
+//     λ = ds
+//     for t = T-1 .. 0: for j < t: λ[j] += A[t][j] · λ[t]
+// With it every gradient follows without a second solve, from dA_tj = λ_t·s_j and A_tj = gamma_t α_tj:
+//     df_t       = λ_t
+//     dgamma_t   = Σ_j α_tj dA_tj = δ_t
+//     dlogit_tj  = gamma_t α_tj (dA_tj - δ_t)      the softmax's backward pass needs the same sum δ_t
+//     dq'_t      = σ(D) Σ_j dlogit_tj k'_j,   dk'_j = σ(D) Σ_t dlogit_tj q'_t
+// Panels from the last, in which α is computed again.
 // df, ds, s (B,T,D), df may be ds itself; dgamma (B,T); dq', dk' with the layout of q', k'. Sequence b, its λ being ds
 // before and df after:
 static void feedback_sequence_backward(int b, real *df, real *dq, real *dk, real *dgamma, real *scratch, const real *s,
-                                       real *stats, const real *q, const real *k, int ld, const real *gamma, int T, int D,
-                                       int P) {
-    real *A = scratch + panel_scratch(T) * (size_t)omp_get_thread_num();        // α until gamma is multiplied in
-    real *dlogits = A + PANEL_MAX * (size_t)T, *N = dlogits + PANEL_MAX * (size_t)T, scale = 1 / (real)sqrt((double)D);
+                                       real *stats, const real *q, const real *k, int ld, const real *gamma, int T, int D, int P) {
+    real *A = scratch + panel_scratch(T) * (size_t)omp_get_thread_num(), scale = 1 / (real)sqrt((double)D);
+    real *dlogits = A + PANEL_MAX * (size_t)T, *inside = dlogits + PANEL_MAX * (size_t)T;
     real *lambda = df + (size_t)b * T * D;
     const real *s_b = s + (size_t)b * T * D, *k_b = k + (size_t)b * T * ld;
     for (int i0 = (T - 1) / P * P; i0 >= 0; i0 -= P) {
         int n = min_int(P, T - i0), cols = i0 + n;
         size_t row = (size_t)b * T + i0;
         real *lambda_I = lambda + (size_t)i0 * D;
-        Matrix dlogits_I = {dlogits, 1, n}, reversed = {N + n * n - 1, -n, -1}; // N^T, rows and columns from the last
-        softmax_panel(A, stats + 2 * row, 1, NULL, q + row * ld, k_b, ld, i0, n, D, 1);
+        Matrix dlogits_I = {dlogits, 1, n}, reversed = {inside + n * n - 1, -n, -1}; // transposed, from its last element
+        softmax_panel(A, stats + 2 * row, 1, NULL, q + row * ld, k_b, ld, i0, n, D, 1);                // α_I
         for (int j = 0; j < n; j++)
-            for (int r = 0; r < n; r++) N[j * n + r] = gamma[row + r] * A[(size_t)(i0 + j) * n + r];
-        triangular_solve(lambda_I + (size_t)(n - 1) * D, -D, reversed, n, D);
-        matmul(dlogits, n, rows_of(s_b, D), transpose(rows_of(lambda_I, D)), cols, n, D, 1, 0, NULL);
-        softmax_panel_backward(dlogits, A, dgamma + row, gamma + row, n, cols);
-        matmul(lambda, D, rows_of(A, n), rows_of(lambda_I, D), i0, D, n, 1, 1, NULL);
+            for (int r = 0; r < n; r++) inside[j * n + r] = gamma[row + r] * A[(size_t)(i0 + j) * n + r];
+        triangular_solve(lambda_I + (size_t)(n - 1) * D, -D, reversed, n, D);                          // λ_I, now whole
+        matmul(dlogits, n, rows_of(s_b, D), transpose(rows_of(lambda_I, D)), cols, n, D, 1, 0, NULL);  // dA_I
+        softmax_panel_backward(dlogits, A, dgamma + row, gamma + row, n, cols);                        // dlogit_I, δ_I; A_I
+        matmul(lambda, D, rows_of(A, n), rows_of(lambda_I, D), i0, D, n, 1, 1, NULL);                  // λ_before += A_I^T λ_I
         matmul(dq + row * ld, ld, dlogits_I, rows_of(k_b, ld), n, D, cols, scale, 0, NULL);
-        matmul(dk + (size_t)b * T * ld, ld, rows_of(dlogits, n), rows_of(q + row * ld, ld), cols, D, n, scale,
-               cols == T ? 0 : 1, NULL);
+        matmul(dk + (size_t)b * T * ld, ld, rows_of(dlogits, n), rows_of(q + row * ld, ld), cols, D, n, scale, cols == T ? 0 : 1, NULL);
     }
 }
 
 static void feedback_backward(real *df, real *dq, real *dk, real *dgamma, real *scratch, const real *ds, const real *s,
-                              real *stats, const real *q, const real *k, int ld, const real *gamma, int B, int T, int D,
-                              int P) {
+                              real *stats, const real *q, const real *k, int ld, const real *gamma, int B, int T, int D, int P) {
     if (df != ds) memcpy(df, ds, sizeof(real) * (size_t)B * (size_t)T * (size_t)D);
     P = panel_height(P, T);
     FOR_ITEMS(shared_out(B), B,
@@ -873,6 +895,7 @@ static void crossentropy_backward(real *dlogits, const real *logits, const real 
 // ----------------------------------------------------------------------------
 // layers of the Mamba-2 mixer, which the paper compares with: one chain of states, many hops
 //
+// Sessa itself needs none of this section: it goes on at "tables of tensors".
 // Dao and Gu: Transformers are SSMs, ICML 2024. Letters besides: E = 2D, the inner width, in heads of width w; S numbers
 // of state for each of its channels; W = E + 2S, the width of [x, b, c].
 
@@ -962,8 +985,9 @@ static void step_backward(real *dinp, real *dbias, const real *dstep, int ld_dst
     }
 }
 
-// The scan. Each head has a state h (S,w) that decays and takes in one outer product a token; with Δ = step:
-//     h_t = keep_t h_{t-1} + Δ_t b_t x_t^T,     y_t = c_t^T h_t + skip · x_t,     keep_t = exp(-exp(A_log) Δ_t)
+// The scan. Each head has a state h (S,w) that decays and takes in one outer product a token; with Δ = step it equals
+//     for t = 0 .. T-1:
+//         keep_t = exp(-exp(A_log) Δ_t),   h = keep_t h + Δ_t b_t x_t^T,   y_t = c_t^T h + skip · x_t
 // In chunks of P rows, with fade_tj the product of keep from j+1 to t, decay_t that from the chunk's first row to t, and h the
 // state before the chunk:
 //     y_t = decay_t c_t^T h + Σ_{j≤t} (c_t·b_j) fade_tj Δ_j x_j + skip · x_t
@@ -976,7 +1000,7 @@ static int chunk_height(int P) { return P > 0 ? min_int(P, CHUNK) : CHUNK; }
 
 // Numbers of scratch that a thread needs.
 static size_t scan_scratch(int E, int S, int heads) {
-    return (size_t)CHUNK * ((size_t)heads * (CHUNK + 1) + 5 * CHUNK + 4 * (size_t)E) + (size_t)S * (size_t)E;
+    return (size_t)CHUNK * ((size_t)heads * (CHUNK + 1) + 2 * CHUNK + 4 * (size_t)E) + (size_t)S * (size_t)E;
 }
 
 static void scan_keep(real *keep, const real *step, const real *A_log, int n, int heads) {
@@ -997,10 +1021,10 @@ static void chunk_weights(real *M, real *fades, real *delta, const real *cb, con
 
 // Head h of a chunk: y = decay ⊙ y + (M + skip·I) x, and what it adds to the state: fresh (n,E), with next =
 // decay_last · state.
-static void scan_head(int h, real *y, real *next, real *fresh, real *M, const real *state, const real *cb, const real *keep,
+static void scan_head(int h, real *y, real *next, real *fresh, const real *state, const real *cb, const real *keep,
                       const real *x, const real *step, real skip, int n, int E, int S, int heads) {
     int w = E / heads, W = E + 2 * S;
-    real fades[CHUNK * CHUNK], delta[CHUNK], decay = 1;
+    real M[CHUNK * CHUNK], fades[CHUNK * CHUNK], delta[CHUNK], decay = 1;
     chunk_weights(M, fades, delta, cb, keep, step, n, heads, h);
     for (int t = 0; t < n; t++) {
         real scale = fades[(n - 1) * n + t] * delta[t];
@@ -1018,10 +1042,11 @@ static void scan_head(int h, real *y, real *next, real *fresh, real *M, const re
 
 static void scan_sequence(int b, real *y, real *states, int kept, real *scratch, const real *xbc, const real *step,
                           const real *A_log, const real *skip, int T, int E, int S, int heads, int P) {
-    size_t size = (size_t)S * (size_t)E, own = scan_scratch(E, S, heads);
-    real *keep = scratch + own * (size_t)omp_get_thread_num(), *cb = keep + CHUNK * heads, *fresh = cb + CHUNK * CHUNK;
+    size_t size = (size_t)S * (size_t)E;
+    real *keep = scratch + scan_scratch(E, S, heads) * (size_t)omp_get_thread_num(), *cb = keep + CHUNK * heads;
+    real *fresh = cb + CHUNK * CHUNK;
     real *state = states + (kept ? (size_t)b * (size_t)((T + P - 1) / P) : (size_t)b) * size;
-    int W = E + 2 * S, M_at = CHUNK * heads + CHUNK * CHUNK + CHUNK * E; // each thread's own
+    int W = E + 2 * S;
     if (kept) memset(state, 0, sizeof(real) * size);
     for (int i0 = 0; i0 < T; i0 += P) {
         int n = min_int(P, T - i0);
@@ -1032,8 +1057,7 @@ static void scan_sequence(int b, real *y, real *states, int kept, real *scratch,
         matmul(cb, n, rows_of(c_I, W), transpose(rows_of(b_I, W)), n, n, S, 1, 0, NULL);
         matmul(y_I, E, rows_of(c_I, W), rows_of(state, E), n, E, S, 1, 0, NULL);
         FOR_ITEMS(n * E > PARALLEL_WORK / 32, heads,
-                  scan_head(item, y_I, next, fresh, scratch + own * (size_t)omp_get_thread_num() + M_at, state, cb, keep, x,
-                            step_I, skip[item], n, E, S, heads));
+                  scan_head(item, y_I, next, fresh, state, cb, keep, x, step_I, skip[item], n, E, S, heads));
         if (next) matmul(next, E, transpose(rows_of(b_I, W)), rows_of(fresh, E), S, E, n, 1, 1, NULL);
         state += kept ? size : 0;
     }
@@ -1045,18 +1069,18 @@ static void scan_forward(real *y, real *states, int kept, real *scratch, const r
     FOR_ITEMS(shared_out(B), B, scan_sequence(item, y, states, kept, scratch, xbc, step, A_log, skip, T, E, S, heads, P));
 }
 
-// Backward, chunks from the last, with dh (S,E) the gradient of the state after the chunk:
-//     dM = dy x^T a head,   d(cb) = Σ_heads dM ⊙ fades ⊙ Δ,   dx = (M + skip·I)^T dy + fade_last Δ ⊙ (b dh)
-//     dc = (decay ⊙ dy) h^T + d(cb) b,   db = fresh dh^T + d(cb)^T c,   dh := decay_last dh + c^T (decay ⊙ dy)
+// Backward, chunks from the last. With M = (c b^T) ⊙ fades ⊙ Δ as above, dh (S,E) the gradient of the state after the chunk
+// and faded = decay ⊙ dy, fresh = fade_last Δ ⊙ x, read = c h, pulled = b dh:
+//     dM = dy x^T a head,   d(cb) = Σ_heads dM ⊙ fades ⊙ Δ,   dx = (M + skip·I)^T dy + fade_last Δ ⊙ pulled
+//     dc = faded h^T + d(cb) b,   db = fresh dh^T + d(cb)^T c,   dh := decay_last dh + c^T faded
 // With L_t the logarithm of decay_t, fade_tj = exp(L_t - L_j): the gradients of fades and decays go to dL, and as L sums
 // -exp(A_log) Δ, the sum of dL from t to the chunk's end gives dΔ_t and dA_log. Head h of it: dstep has rows of 3·heads, of
 // which columns h, heads + h and 2·heads + h are the gradients of Δ, A_log and skip from that row.
-typedef struct { const real *h, *keep, *cb, *x, *step, *dy, *faded, *read, *pulled; real *dh, *dx, *dstep; } ScanChunk;
+typedef struct { const real *state, *keep, *cb, *x, *step, *dy, *faded, *read, *pulled; real *dh, *dx, *dstep; } ScanChunk;
 
-static void scan_head_backward(int h, const ScanChunk *k, real *dcb, real *M, real A_log, real skip, int n, int E, int S,
-                               int heads) {
+static void scan_head_backward(int h, const ScanChunk *k, real *dcb, real A_log, real skip, int n, int E, int S, int heads) {
     int w = E / heads, W = E + 2 * S, last = n - 1;
-    real *fades = M + CHUNK * CHUNK, *dM = fades + CHUNK * CHUNK, ddelta[CHUNK] = {0}, delta[CHUNK];
+    real M[CHUNK * CHUNK], fades[CHUNK * CHUNK], dM[CHUNK * CHUNK], ddelta[CHUNK] = {0}, delta[CHUNK];
     double dL[CHUNK] = {0}; // in double what is added here is taken away there without a trace
     chunk_weights(M, fades, delta, k->cb, k->keep, k->step, n, heads, h);
     matmul(dM, n, rows_of(k->dy + h * w, E), transpose(rows_of(k->x + h * w, W)), n, n, w, 1, 0, NULL);
@@ -1089,7 +1113,7 @@ static void scan_head_backward(int h, const ScanChunk *k, real *dcb, real *M, re
     real carried = 0;
     for (int s = 0; s < S; s++)
         for (int i = h * w; i < (h + 1) * w; i++) {
-            carried += decay * k->h[(size_t)s * E + i] * k->dh[(size_t)s * E + i];
+            carried += decay * k->state[(size_t)s * E + i] * k->dh[(size_t)s * E + i];
             k->dh[(size_t)s * E + i] *= decay;
         }
     double sum = (double)carried;
@@ -1104,10 +1128,10 @@ static void scan_head_backward(int h, const ScanChunk *k, real *dcb, real *M, re
 static void scan_sequence_backward(int b, real *dxbc, real *dstep, real *scratch, const real *dy, const real *states,
                                    const real *xbc, const real *step, const real *A_log, const real *skip, int T, int E, int S,
                                    int heads, int P) {
-    size_t size = (size_t)S * (size_t)E, own = scan_scratch(E, S, heads);
-    int w = E / heads, W = E + 2 * S, M_at = CHUNK * (heads * (CHUNK + 1) + 2 * CHUNK + 4 * E) + S * E;
-    real *keep = scratch + own * (size_t)omp_get_thread_num(), *cb = keep + CHUNK * heads, *dcb = cb + CHUNK * CHUNK;
-    real *dcb_heads = dcb + CHUNK * CHUNK, *faded = dcb_heads + CHUNK * CHUNK * heads, *read = faded + CHUNK * E;
+    size_t size = (size_t)S * (size_t)E;
+    int w = E / heads, W = E + 2 * S;
+    real *keep = scratch + scan_scratch(E, S, heads) * (size_t)omp_get_thread_num(), *cb = keep + CHUNK * heads;
+    real *dcb = cb + CHUNK * CHUNK, *dcb_heads = dcb + CHUNK * CHUNK, *faded = dcb_heads + CHUNK * CHUNK * heads, *read = faded + CHUNK * E;
     real *pulled = read + CHUNK * E, *fresh = pulled + CHUNK * E, *dh = fresh + CHUNK * E;
     memset(dh, 0, sizeof(real) * size);
     for (int i0 = (T - 1) / P * P; i0 >= 0; i0 -= P) {
@@ -1134,8 +1158,7 @@ static void scan_sequence_backward(int b, real *dxbc, real *dstep, real *scratch
         matmul(db, W, rows_of(fresh, E), transpose(rows_of(dh, E)), n, S, E, 1, 0, NULL);
         ScanChunk chunk = {state, keep, cb, x, step_I, dy_I, faded, read, pulled, dh, dx, dstep + row * 3 * heads};
         FOR_ITEMS(n * E > PARALLEL_WORK / 32, heads,
-                  scan_head_backward(item, &chunk, dcb_heads + item * n * n, scratch + own * (size_t)omp_get_thread_num() + M_at,
-                                     A_log[item], skip[item], n, E, S, heads));
+                  scan_head_backward(item, &chunk, dcb_heads + item * n * n, A_log[item], skip[item], n, E, S, heads));
         matmul(dh, E, transpose(rows_of(c_I, W)), rows_of(faded, E), S, E, n, 1, 1, NULL);
         memcpy(dcb, dcb_heads, sizeof(real) * (size_t)(n * n));
         for (int h = 1; h < heads; h++)
@@ -1163,8 +1186,7 @@ static void scan_backward(real *dxbc, real *dstep, real *dA_log, real *dskip, re
 }
 
 // out = v · rstd ⊙ weight, v = y ⊙ SiLU(z), rstd = 1/sqrt(mean(v²) + 1e-5)     y, out (N,E), z: E of the ld columns
-static void gated_rmsnorm_forward(real *out, real *rstd, const real *y, const real *z, int ld, const real *weight, int N,
-                                  int E) {
+static void gated_rmsnorm_forward(real *out, real *rstd, const real *y, const real *z, int ld, const real *weight, int N, int E) {
     #pragma omp parallel for if (N > 1)
     for (int n = 0; n < N; n++) {
         real *v = out + (size_t)n * E, squares = 0;
@@ -1239,8 +1261,7 @@ static Tensor *new_row(Table *table, const char *name, int layer) {
 
 // Adds a tensor (layer -1: of the whole model) and returns its place in the block, or NULL while block is NULL and only
 // names and sizes are wanted.
-static real *add_tensor(Table *table, real *block, int layer, const char *name, int n_dims, int64_t d0, int64_t d1,
-                        int64_t d2) {
+static real *add_tensor(Table *table, real *block, int layer, const char *name, int n_dims, int64_t d0, int64_t d1, int64_t d2) {
     Tensor *row = new_row(table, name, layer);
     int64_t shape[3] = {d0, d1, d2};
     double size = 1;
@@ -1288,11 +1309,11 @@ typedef struct {
 } Config;
 
 // One layer's parameters. The projections stand next to each other, so that one product computes all of them:
-// W_qkv holds q_proj (D,D), k_proj (G·d,D), v_proj (G·d,D) and, in a Sessa layer, proj_fb (2D,D): q' rows, then k' rows.
+// W_proj holds q_proj (D,D), k_proj (G·d,D), v_proj (G·d,D) and, in a Sessa layer, proj_fb (2D,D): q' rows, then k' rows.
 typedef struct {
     real *ln_weight, *ln_bias;       // (D)
     real *W_in, *b_in;               // (2D,D), (2D): a, then g
-    real *W_qkv, *b_qkv;             // (E,D), (E)
+    real *W_proj, *b_proj;           // (proj_width,D), (proj_width)
     real *W_o;                       // (D,D), NULL with one head
     real *gamma_weight, *gamma_bias; // (1,D), ()
     real *W_out, *b_out;             // (D,D), (D)
@@ -1317,7 +1338,7 @@ typedef struct {
     real *n;                    // (N,D) *1 LayerNorm(x)
     real *ag;                   // (N,2D) a before GELU, then g
     real *abar;                 // (N,D) *2 GELU(a)
-    real *proj;                 // (N,E) q, k (after RoPE), v, q', k'; mamba2: z, x, b, c, step
+    real *proj;                 // (N,proj_width) q, k (after RoPE), v, q', k'; mamba2: z, x, b, c, step
     real *o, *stats;            // (N,D), (B,H,T,2) the direct read; no o with one head, where it is f
     real *f;                    // (N,D) *1 o W_o^T
     real *gamma, *fb_stats;     // (N), (N,2)
@@ -1335,7 +1356,7 @@ typedef struct {
     real *losses, *loss_logsumexp;  // (N)
     real *dx;                       // (N,D) gradient on the residual path; the rest is scratch of the backward pass
     real *ds, *dout, *dabar;        // (N,D) gradients of s and then f; of o; of abar
-    real *dag, *dproj, *dgamma;     // (N,2D), (N,E), (N)
+    real *dag, *dproj, *dgamma;     // (N,2D), (N,proj_width), (N)
     real *dy, *dxbc, *dstep;        // mamba2: (N,E), (N,W), (N,3·heads)
     real *cosine, *sine;            // (T,d/2)
     real *scratch;                  // of attention and feedback, or of the scan, for each thread
@@ -1363,46 +1384,43 @@ typedef struct {
 
 enum { SESSA, ATTENTION, MAMBA2, N_MIXERS };
 
-// E, the width of the projections of abar: q, k, v and, in a Sessa layer, q', k'; z, x, b, c, step in a mamba2 layer
+// The width of the projections of abar: q, k, v and, in a Sessa layer, q', k'; z, x, b, c, step in a mamba2 layer
 static int proj_width(const Config *c) {
     int kv_width = c->n_kv_heads * (c->d_model / c->n_heads);
     if (c->mixer == MAMBA2) return 4 * c->d_model + 2 * c->state_dim + 2 * c->d_model / c->head_dim;
     return c->d_model + 2 * kv_width + (c->mixer == SESSA ? 2 * c->d_model : 0);
 }
 
-// The rows of W_qkv and b_qkv lie next to each other, whatever their names.
+// Of Sessa, and of attention, which lacks the rows of the feedback path. The rows of W_proj and b_proj lie next to each
+// other, whatever their names.
 static void attention_weights(Table *t, real *block, const Config *c, int l, LayerWeights *w) {
     int D = c->d_model, kv_width = c->n_kv_heads * (D / c->n_heads), feedback = c->mixer == SESSA;
     double bound = 1 / sqrt((double)D);
-    w->W_qkv = add_parameter(t, block, l, "mixer.q_proj.weight", 2, D, D, INIT_UNIFORM, bound);
+    w->W_proj = add_parameter(t, block, l, "mixer.q_proj.weight", 2, D, D, INIT_UNIFORM, bound);
     add_parameter(t, block, l, "mixer.k_proj.weight", 2, kv_width, D, INIT_UNIFORM, bound);
     add_parameter(t, block, l, "mixer.v_proj.weight", 2, kv_width, D, INIT_UNIFORM, bound);
     if (feedback) add_parameter(t, block, l, "mixer.proj_fb.weight", 2, 2 * D, D, INIT_UNIFORM, bound);
-    w->b_qkv = add_parameter(t, block, l, "mixer.q_proj.bias", 1, D, 1, INIT_UNIFORM, bound);
+    w->b_proj = add_parameter(t, block, l, "mixer.q_proj.bias", 1, D, 1, INIT_UNIFORM, bound);
     add_parameter(t, block, l, "mixer.k_proj.bias", 1, kv_width, 1, INIT_UNIFORM, bound);
     add_parameter(t, block, l, "mixer.v_proj.bias", 1, kv_width, 1, INIT_UNIFORM, bound);
     if (feedback) add_parameter(t, block, l, "mixer.proj_fb.bias", 1, 2 * D, 1, INIT_UNIFORM, bound);
     w->W_o = NULL;
     if (c->n_heads > 1) w->W_o = add_parameter(t, block, l, "mixer.out_proj.weight", 2, D, D, INIT_UNIFORM, bound);
-}
-
-static void sessa_weights(Table *t, real *block, const Config *c, int l, LayerWeights *w) {
-    double bound = 1 / sqrt((double)c->d_model);
-    attention_weights(t, block, c, l, w);
+    if (!feedback) return;
     w->gamma_bias = add_parameter(t, block, l, "mixer.gamma_bias", 0, 1, 1, INIT_CONSTANT, 1);
-    w->gamma_weight = add_parameter(t, block, l, "mixer.gamma_ctx.weight", 2, 1, c->d_model, INIT_UNIFORM, bound);
+    w->gamma_weight = add_parameter(t, block, l, "mixer.gamma_ctx.weight", 2, 1, D, INIT_UNIFORM, bound);
 }
 
 // q, k and v of every layer are kept: for the backward pass, and in generation as the cache.
 static void attention_activations(Table *t, real *block, const Config *c, int l, Activations *acts, int B, int T, Mode mode) {
-    int D = c->d_model, H = c->n_heads, kv_width = c->n_kv_heads * (D / H), E = proj_width(c), sessa = c->mixer == SESSA;
+    int D = c->d_model, H = c->n_heads, kv_width = c->n_kv_heads * (D / H), ld = proj_width(c), sessa = c->mixer == SESSA;
     LayerActivations *a = &acts->layers[l];
-    a->proj = add_tensor(t, block, l, "proj", 3, B, T, E);
+    a->proj = add_tensor(t, block, l, "proj", 3, B, T, ld);
     add_view(t, l, "q", "proj", 0, D);
     add_view(t, l, "k", "proj", D, kv_width);
     add_view(t, l, "v", "proj", D + kv_width, kv_width);
-    if (sessa) add_view(t, l, "fb_q", "proj", E - 2 * D, D);
-    if (sessa) add_view(t, l, "fb_k", "proj", E - D, D);
+    if (sessa) add_view(t, l, "fb_q", "proj", ld - 2 * D, D);
+    if (sessa) add_view(t, l, "fb_k", "proj", ld - D, D);
     a->s = add_tensor(t, block, l, "s", 3, B, T, D);
     if (!sessa) add_view(t, l, "f", "s", 0, D);
     if (sessa && mode == KEEP_ALL) a->f = add_tensor(t, block, l, "f", 3, B, T, D);
@@ -1415,36 +1433,36 @@ static void attention_activations(Table *t, real *block, const Config *c, int l,
     if (l) return;
     acts->scratch = add_tensor(t, block, -1, "scratch", 2, omp_get_max_threads(), (int64_t)panel_scratch(T), 1);
     if (mode < TRAIN) return;
-    acts->dproj = add_tensor(t, block, -1, "dproj", 3, B, T, E);
+    acts->dproj = add_tensor(t, block, -1, "dproj", 3, B, T, ld);
     if (sessa) acts->dgamma = add_tensor(t, block, -1, "dgamma", 2, B, T, 1);
 }
 
-// [14-16]  abar → f: projections, RoPE, attention, W_o
+// [14-16]  abar → f: projections, RoPE, attention, W_o. In a Sessa layer the same product gives q' and k'.
 static void direct_read_forward(Model *m, int l, int B, int T, int first, real *f) {
     const Config *c = &m->config;
-    int D = c->d_model, H = c->n_heads, G = c->n_kv_heads, d = D / H, E = proj_width(c), N = B * (T - first);
+    int D = c->d_model, H = c->n_heads, G = c->n_kv_heads, d = D / H, ld = proj_width(c), N = B * (T - first);
     LayerWeights *w = &m->weights.layers[l];
     LayerActivations *a = &m->acts.layers[l];
-    real *q = a->proj + (size_t)first * E, *k = a->proj + D, *v = k + G * d;
-    linear_forward(q, E, a->abar, w->W_qkv, w->b_qkv, N, D, E);
-    rope_forward(q, E, m->acts.cosine, m->acts.sine, N, T - first, H + G, d, first, 1);
-    attention_forward(w->W_o ? a->o : f, a->stats, m->acts.scratch, q, k, v, E, B, T, H, G, d, first, m->P);
-    if (w->W_o) linear_forward(f, D, a->o, w->W_o, NULL, N, D, D);
+    real *q = a->proj + (size_t)first * ld, *k = a->proj + D, *v = k + G * d;
+    linear_forward(q, ld, a->abar, w->W_proj, w->b_proj, N, D, ld);                      // [14] q, k, v, q', k'
+    rope_forward(q, ld, m->acts.cosine, m->acts.sine, N, T - first, H + G, d, first, 1); // of q and k, which lie side by side
+    attention_forward(w->W_o ? a->o : f, a->stats, m->acts.scratch, q, k, v, ld, B, T, H, G, d, first, m->P); // [15, 16] o
+    if (w->W_o) linear_forward(f, D, a->o, w->W_o, NULL, N, D, D);                       // f
 }
 
 // df (in acts.ds) → dabar, through W_o, attention, RoPE and the projections; q' and k' have left theirs in dproj before
 static void direct_read_backward(Model *m, int l, int B, int T) {
     const Config *c = &m->config;
-    int D = c->d_model, H = c->n_heads, G = c->n_kv_heads, d = D / H, E = proj_width(c), N = B * T;
+    int D = c->d_model, H = c->n_heads, G = c->n_kv_heads, d = D / H, ld = proj_width(c), N = B * T;
     LayerWeights *w = &m->weights.layers[l], *dw = &m->grad.layers[l];
     LayerActivations *a = &m->acts.layers[l];
-    Activations *back = &m->acts;
+    Activations *acts = &m->acts;
     const real *k = a->proj + D, *v = k + G * d;
-    real *dk = back->dproj + D, *dv = dk + G * d, *dout = w->W_o ? back->dout : back->ds;
-    if (w->W_o) linear_backward(dout, dw->W_o, NULL, back->ds, D, a->o, w->W_o, N, D, D);
-    attention_backward(back->dproj, dk, dv, back->scratch, dout, a->stats, a->proj, k, v, E, B, T, H, G, d, m->P);
-    rope_backward(back->dproj, E, back->cosine, back->sine, N, T, H + G, d);
-    linear_backward(back->dabar, dw->W_qkv, dw->b_qkv, back->dproj, E, a->abar, w->W_qkv, N, D, E);
+    real *dk = acts->dproj + D, *dv = dk + G * d, *dout = w->W_o ? acts->dout : acts->ds;
+    if (w->W_o) linear_backward(dout, dw->W_o, NULL, acts->ds, D, a->o, w->W_o, N, D, D);
+    attention_backward(acts->dproj, dk, dv, acts->scratch, dout, a->stats, a->proj, k, v, ld, B, T, H, G, d, m->P);
+    rope_backward(acts->dproj, ld, acts->cosine, acts->sine, N, T, H + G, d);
+    linear_backward(acts->dabar, dw->W_proj, dw->b_proj, acts->dproj, ld, a->abar, w->W_proj, N, D, ld);
 }
 
 // Without the feedback path s is f.
@@ -1454,25 +1472,25 @@ static void attention_mixer_forward(Model *m, int l, int B, int T, int first) {
 
 // [14-22]  abar → s: the direct read, the gain, the feedback path
 static void sessa_forward(Model *m, int l, int B, int T, int first) {
-    int D = m->config.d_model, E = proj_width(&m->config);
+    int D = m->config.d_model, ld = proj_width(&m->config);
     LayerWeights *w = &m->weights.layers[l];
     LayerActivations *a = &m->acts.layers[l];
-    const real *q = a->proj + (size_t)first * E + E - 2 * D, *k = a->proj + E - D;
-    direct_read_forward(m, l, B, T, first, a->f);
-    gain_forward(a->gamma, a->abar, w->gamma_weight, w->gamma_bias, (real)m->config.gamma_max, B * (T - first), D);
-    feedback_forward(a->s, a->fb_stats, m->acts.scratch, a->f, q, k, E, a->gamma, B, T, D, first, m->P);
+    const real *q = a->proj + (size_t)first * ld + ld - 2 * D, *k = a->proj + ld - D;
+    direct_read_forward(m, l, B, T, first, a->f);                                                                 // [14-16]
+    gain_forward(a->gamma, a->abar, w->gamma_weight, w->gamma_bias, (real)m->config.gamma_max, B * (T - first), D); // [18]
+    feedback_forward(a->s, a->fb_stats, m->acts.scratch, a->f, q, k, ld, a->gamma, B, T, D, first, m->P);         // [17, 19-22]
 }
 
 static void sessa_backward(Model *m, int l, int B, int T) {
-    int D = m->config.d_model, E = proj_width(&m->config);
+    int D = m->config.d_model, ld = proj_width(&m->config);
     LayerWeights *w = &m->weights.layers[l], *dw = &m->grad.layers[l];
     LayerActivations *a = &m->acts.layers[l];
-    Activations *back = &m->acts;
-    const real *q = a->proj + E - 2 * D, *k = q + D;
-    feedback_backward(back->ds, back->dproj + E - 2 * D, back->dproj + E - D, back->dgamma, back->scratch, back->ds, a->s,
-                      a->fb_stats, q, k, E, a->gamma, B, T, D, m->P);
+    Activations *acts = &m->acts;
+    const real *q = a->proj + ld - 2 * D, *k = q + D;
+    feedback_backward(acts->ds, acts->dproj + ld - 2 * D, acts->dproj + ld - D, acts->dgamma, acts->scratch, acts->ds, a->s,
+                      a->fb_stats, q, k, ld, a->gamma, B, T, D, m->P);
     direct_read_backward(m, l, B, T);
-    gain_backward(back->dabar, dw->gamma_weight, dw->gamma_bias, back->dgamma, a->gamma, a->abar, w->gamma_weight,
+    gain_backward(acts->dabar, dw->gamma_weight, dw->gamma_bias, acts->dgamma, a->gamma, a->abar, w->gamma_weight,
                   (real)m->config.gamma_max, B * T, D);
 }
 
@@ -1527,8 +1545,7 @@ static void mamba2_forward(Model *m, int l, int B, int T, int first) {
     linear_forward(a->proj, ld, a->abar, w->in_proj, NULL, N, D, ld);
     conv_forward(a->xbc, a->proj + E, ld, B == 1 ? a->tail : NULL, w->conv_weight, w->conv_bias, B, T, E + 2 * S, first);
     step_forward(a->step, a->proj + ld - heads, ld, w->step_bias, N, heads);
-    scan_forward(a->y_scan, a->states, kept, m->acts.scratch, a->xbc, a->step, w->A_log, w->skip, B, T - first, E, S, heads,
-                 0);
+    scan_forward(a->y_scan, a->states, kept, m->acts.scratch, a->xbc, a->step, w->A_log, w->skip, B, T - first, E, S, heads, 0);
     gated_rmsnorm_forward(a->normed, a->rms, a->y_scan, a->proj, ld, w->norm_weight, N, E);
     linear_forward(a->s + (size_t)first * D, D, a->normed, w->out_proj, NULL, N, E, D);
 }
@@ -1538,19 +1555,18 @@ static void mamba2_backward(Model *m, int l, int B, int T) {
     int D = c->d_model, E = 2 * D, S = c->state_dim, W = E + 2 * S, heads = E / c->head_dim, ld = proj_width(c), N = B * T;
     LayerWeights *w = &m->weights.layers[l], *dw = &m->grad.layers[l];
     LayerActivations *a = &m->acts.layers[l];
-    Activations *back = &m->acts;
+    Activations *acts = &m->acts;
     const real *x = a->proj + E, *step = a->proj + ld - heads;
     gated_rmsnorm_forward(a->normed, a->rms, a->y_scan, a->proj, ld, w->norm_weight, N, E); // again
-    linear_backward(back->dy, dw->out_proj, NULL, back->ds, D, a->normed, w->out_proj, N, E, D);
-    gated_rmsnorm_backward(back->dy, back->dproj, dw->norm_weight, back->dy, a->y_scan, a->proj, ld, a->rms, w->norm_weight, N,
-                           E);
+    linear_backward(acts->dy, dw->out_proj, NULL, acts->ds, D, a->normed, w->out_proj, N, E, D);
+    gated_rmsnorm_backward(acts->dy, acts->dproj, dw->norm_weight, acts->dy, a->y_scan, a->proj, ld, a->rms, w->norm_weight, N, E);
     conv_forward(a->xbc, x, ld, NULL, w->conv_weight, w->conv_bias, B, T, W, 0);            // again
     step_forward(a->step, step, ld, w->step_bias, N, heads);
-    scan_backward(back->dxbc, back->dstep, dw->A_log, dw->skip, back->scratch, back->dy, a->states, a->xbc, a->step, w->A_log,
+    scan_backward(acts->dxbc, acts->dstep, dw->A_log, dw->skip, acts->scratch, acts->dy, a->states, a->xbc, a->step, w->A_log,
                   w->skip, B, T, E, S, heads, 0);
-    conv_backward(back->dproj + E, dw->conv_weight, dw->conv_bias, back->dxbc, x, ld, w->conv_weight, w->conv_bias, B, T, W);
-    step_backward(back->dproj + ld - heads, dw->step_bias, back->dstep, 3 * heads, step, ld, w->step_bias, N, heads);
-    linear_backward(back->dabar, dw->in_proj, NULL, back->dproj, ld, a->abar, w->in_proj, N, D, ld);
+    conv_backward(acts->dproj + E, dw->conv_weight, dw->conv_bias, acts->dxbc, x, ld, w->conv_weight, w->conv_bias, B, T, W);
+    step_backward(acts->dproj + ld - heads, dw->step_bias, acts->dstep, 3 * heads, step, ld, w->step_bias, N, heads);
+    linear_backward(acts->dabar, dw->in_proj, NULL, acts->dproj, ld, a->abar, w->in_proj, N, D, ld);
 }
 
 // A mixer is its rows in the tables of parameters and activations, a forward pass over the new positions first..T-1, which
@@ -1564,7 +1580,7 @@ typedef struct {
 } Mixer;
 
 static const Mixer mixers[N_MIXERS] = {
-    {"sessa", sessa_weights, attention_activations, sessa_forward, sessa_backward},
+    {"sessa", attention_weights, attention_activations, sessa_forward, sessa_backward},
     {"attention", attention_weights, attention_activations, attention_mixer_forward, direct_read_backward},
     {"mamba2", mamba2_weights, mamba2_activations, mamba2_forward, mamba2_backward},
 };
@@ -1686,8 +1702,7 @@ static Model *model_create(const Config *c, int B, int T, Mode mode, char *error
     real **blocks[] = {&m->params, &m->grads, &m->exp_avg, &m->exp_avg_sq};
     for (int i = 0; i < (training ? 4 : 1); i++) *blocks[i] = (real *)allocate(n, sizeof(real), &whole);
     if (!whole) {
-        fail(error, NULL, "the model does not fit: it needs %.1f GiB of memory, this machine has %.1f", m->bytes / gib,
-             present / gib);
+        fail(error, NULL, "the model does not fit: it needs %.1f GiB of memory, this machine has %.1f", m->bytes / gib, present / gib);
         model_free(m);
         return NULL;
     }
@@ -1787,8 +1802,7 @@ static void model_backward(Model *m, double dloss) {
         // through W_in and the LayerNorm; its output is computed again
         layernorm_forward(a->n, a->ln_mean, a->ln_rstd, a->x, wl->ln_weight, wl->ln_bias, N, D);
         linear_backward(acts->ds, dwl->W_in, dwl->b_in, acts->dag, 2 * D, a->n, wl->W_in, N, D, 2 * D);
-        layernorm_backward(acts->dx, dwl->ln_weight, dwl->ln_bias, acts->ds, a->x, a->ln_mean, a->ln_rstd, wl->ln_weight,
-                           N, D);
+        layernorm_backward(acts->dx, dwl->ln_weight, dwl->ln_bias, acts->ds, a->x, a->ln_mean, a->ln_rstd, wl->ln_weight, N, D);
     }
     dropout(acts->dx, (int64_t)N * D, m->drop, 0);
     embedding_backward(dw->wte, acts->dx, m->inputs, B, T, D);
@@ -1862,9 +1876,8 @@ static void initialise(real *params, const Table *table, uint64_t seed) {
 // Generation is the same forward pass over n new tokens behind `first` known ones, first + n ≤ T: logits (V) of the last.
 // O((first + n)·D) for each token and layer, for nothing that is known is computed again.
 static void model_extend(Model *m, const int *tokens, int n, int first, real *logits) {
-    Dropout off = {0, 0, 0};
     int D = m->config.d_model, V = m->config.vocab_size;
-    hidden_forward(m, tokens, 1, first + n, first, off);
+    hidden_forward(m, tokens, 1, first + n, first, no_dropout);
     linear_forward(logits, V, m->acts.ln_f + (size_t)(n - 1) * D, m->weights.wte, NULL, 1, D, V);
 }
 
@@ -1872,7 +1885,8 @@ static void model_extend(Model *m, const int *tokens, int n, int first, real *lo
 // the backend: all that the training loop and the command line know of the layers. The CUDA twin brings its own, with a
 // Model of its own behind the pointer.
 
-typedef enum { PARAMS, GRADS, EXP_AVG, EXP_AVG_SQ } Block;
+typedef enum { PARAMS, EXP_AVG, EXP_AVG_SQ, GRADS } Block;
+static const char *block_prefixes[] = {"", "exp_avg.", "exp_avg_sq."}; // of names in files, which hold no gradients
 
 typedef struct {
     const char *name;
@@ -2078,7 +2092,7 @@ static int json_integers(Json *j, int64_t *list, int room, int64_t *product) {
         int64_t number = 0;
         json_space(j);
         const unsigned char *start = j->at;
-        for (; j->at < j->end && isdigit(*j->at); j->at++)
+        for (; j->at < j->end && *j->at >= '0' && *j->at <= '9'; j->at++)
             if (__builtin_mul_overflow(number, 10, &number) || __builtin_add_overflow(number, *j->at - '0', &number)) {
                 json_fail(j, "a number above 2^63-1");
                 return n;
@@ -2313,8 +2327,7 @@ static int safetensors_writable(const char *path, char *error) {
 
 // Writes a safetensors file with the tensors in the order given: into a temporary file, which is flushed to the disk and
 // only then gets its name, so that there is at any moment the old file or the new one, whole.
-static int safetensors_write(const char *path, const FileTensor *tensors, int n_tensors, const Meta *meta, int n_meta,
-                             char *error) {
+static int safetensors_write(const char *path, const FileTensor *tensors, int n_tensors, const Meta *meta, int n_meta, char *error) {
     char target[PATH_MAX + 32], temporary[PATH_MAX + 32], *header = NULL;
     size_t size = 0;
     for (int i = 0; i < n_meta; i++)
@@ -2399,8 +2412,7 @@ static int shard_read(Dataset *data, size_t size, const char *path, char *error)
     data->count = header[2];
     if (header[1] != 1) return fail(error, path, "a token shard of version %d; only 1 is known", header[1]);
     if (header[2] < 1 || (uint64_t)header[2] * 2 != size - 1024)
-        return fail(error, path, "a token shard whose header says %d tokens; the file holds %zu bytes of them", header[2],
-                    size - 1024);
+        return fail(error, path, "a token shard whose header says %d tokens; the file holds %zu bytes of them", header[2], size - 1024);
     for (int64_t i = 0; i < data->count; i++)
         if (data->tokens[i] > data->max_id) data->max_id = data->tokens[i];
     return 0;
@@ -2430,16 +2442,17 @@ static int32_t *ids_read(const FileTensor *tensor, int low, int *max_id, const c
 
 // Fills data from a safetensors file of examples.
 static int examples_read(Dataset *data, const Safetensors *file, const char *path, char *error) {
-    const FileTensor *inputs = safetensors_find(file, "inputs"), *targets = safetensors_find(file, "targets");
-    const FileTensor *lags = safetensors_find(file, "lags");
+    static const char *names[] = {"inputs", "targets", "lags"};
+    const FileTensor *tensors[3], *inputs = safetensors_find(file, "inputs");
     const char *vocab_size = safetensors_meta(file, "vocab_size");
     int64_t vocab = 0;
     int longest = 0;
-    if (!inputs || !targets) return fail(error, path, "not an example set: it has no '%s'", inputs ? "targets" : "inputs");
-    if (inputs->n_dims != 2 || targets->n_dims != 2 || memcmp(inputs->shape, targets->shape, 2 * sizeof(int64_t)))
-        return fail(error, path, "'inputs' and 'targets' must have the same shape (N,T)");
-    if (lags && (lags->n_dims != 2 || memcmp(inputs->shape, lags->shape, 2 * sizeof(int64_t))))
-        return fail(error, path, "'lags' must have the shape of 'inputs'");
+    for (int i = 0; i < 3; i++) {
+        const FileTensor *t = tensors[i] = safetensors_find(file, names[i]);
+        if (!t && i < 2) return fail(error, path, "not an example set: it has no '%s'", names[i]);
+        if (t && (t->n_dims != 2 || memcmp(t->shape, inputs->shape, 2 * sizeof(int64_t))))
+            return fail(error, path, "'%s' must have two dimensions, (N,T), and the shape of 'inputs'", names[i]);
+    }
     if (!inputs->count || inputs->shape[1] > 1 << 24 || inputs->shape[0] > INT_MAX)
         return fail(error, path, "the example set is empty, or too large");
     if (vocab_size && parse_integer(vocab_size, 1, 1 << 24, &vocab))
@@ -2448,9 +2461,9 @@ static int examples_read(Dataset *data, const Safetensors *file, const char *pat
     data->width = (int)inputs->shape[1];
     data->vocab_hint = (int)vocab;
     data->inputs = ids_read(inputs, 0, &data->max_id, path, error);
-    if (data->inputs) data->targets = ids_read(targets, -1, &data->max_id, path, error);
-    if (data->targets && lags) data->lags = ids_read(lags, 0, &longest, path, error);
-    return data->targets && (!lags || data->lags) ? 0 : FAILED;
+    if (data->inputs) data->targets = ids_read(tensors[1], -1, &data->max_id, path, error);
+    if (data->targets && tensors[2]) data->lags = ids_read(tensors[2], 0, &longest, path, error);
+    return data->targets && (!tensors[2] || data->lags) ? 0 : FAILED;
 }
 
 // Reads a file of any of the three kinds: named *.safetensors it is an example set, with a shard's magic number at its
@@ -2492,8 +2505,7 @@ static int dataset_encode(Dataset *data, const unsigned char *vocab, int vocab_s
     for (int64_t i = 0; i < data->count; i++) {
         int byte = data->bytes[i];
         if (ids[byte] < 0)
-            return fail(error, path, "the vocabulary lacks '%c', 0x%02X, the byte at offset %lld", byte, (unsigned)byte,
-                        (long long)i);
+            return fail(error, path, "the vocabulary lacks '%c', 0x%02X, the byte at offset %lld", byte, (unsigned)byte, (long long)i);
         data->bytes[i] = (unsigned char)ids[byte];
     }
     return 0;
@@ -2669,6 +2681,7 @@ typedef struct {
     const Dataset *val_set;
     int64_t train_end, val_begin, val_end; // tokens or examples of the two splits
     Model *model;
+    int model_T;              // its longest sequence: of a training batch, or what generation remembers
     Table table;              // of the parameters
     int *inputs, *targets;    // (accum·batch, seq)
     char *hits;               // (batch, seq)
@@ -2697,8 +2710,6 @@ static int config_of(Config *c, const Options *o, char *error) {
 
 // Writes the weights, and with `resume` all that a run needs to go on, to path.
 static int save_checkpoint(Run *run, const char *path, int resume, char *error) {
-    static const char *prefixes[] = {"", "exp_avg.", "exp_avg_sq."};
-    static const Block blocks[] = {PARAMS, EXP_AVG, EXP_AVG_SQ};
     const Options *o = &run->settings.values;
     int n_blocks = resume ? 3 : 1, n = 0, n_meta = 0, n_rows = run->table.n;
     FileTensor *tensors = (FileTensor *)calloc((size_t)(n_blocks * n_rows + 1), sizeof(FileTensor));
@@ -2708,7 +2719,7 @@ static int save_checkpoint(Run *run, const char *path, int resume, char *error) 
     Meta meta[N_OPTIONS];
     int result = tensors && names && numbers ? 0 : fail(error, path, "cannot be written: out of memory");
     for (int block = 0; !result && block < n_blocks; block++) {
-        const real *values = run->backend->read(run->model, blocks[block]);
+        const real *values = run->backend->read(run->model, (Block)block);
         const void *data = values; // written from where they are, unless they must be rounded first
         if (!isfinite(norm(values, run->table.count)))
             result = fail(error, path, "not written: %s", block ? "a moment is not finite" : "a weight is not finite");
@@ -2720,7 +2731,7 @@ static int save_checkpoint(Run *run, const char *path, int resume, char *error) 
             const Tensor *row = &run->table.rows[i];
             FileTensor t = {names[n], "F32", row->n_dims, {0}, row->count, (size_t)row->count * 4,
                             (const unsigned char *)data + row->offset * 4};
-            snprintf(names[n], 96, "%s%s", prefixes[block], row->name);
+            snprintf(names[n], 96, "%s%s", block_prefixes[block], row->name);
             memcpy(t.shape, row->shape, sizeof(row->shape));
             tensors[n] = t;
         }
@@ -2743,14 +2754,14 @@ static int save_checkpoint(Run *run, const char *path, int resume, char *error) 
     return result;
 }
 
-// Reads one block of the table's tensors, whose names in the file begin with prefix, into the model. While there is no model
-// yet it only checks that they are there, with their dtypes and shapes.
-static int load_block(Run *run, const char *path, const char *prefix, Block block, char *error) {
+// Reads one block of the table's tensors from the run's file into the model. While there is no model yet it only checks that
+// they are there, with their dtypes and shapes.
+static int load_block(Run *run, const char *path, Block block, char *error) {
     real *values = run->model ? run->backend->read(run->model, block) : NULL;
     for (int i = 0; i < run->table.n; i++) {
         const Tensor *row = &run->table.rows[i];
         char name[96];
-        snprintf(name, sizeof(name), "%s%s", prefix, row->name);
+        snprintf(name, sizeof(name), "%s%s", block_prefixes[block], row->name);
         const FileTensor *t = safetensors_find(&run->file, name);
         if (!t) return fail(error, path, "tensor %s is missing", name);
         size_t shape_size = sizeof(int64_t) * (size_t)row->n_dims;
@@ -2886,7 +2897,6 @@ typedef struct { double loss, accuracy, by_lag[LAG_BINS]; } Score;
 static Score evaluate(Run *run, int64_t max_batches) {
     const Options *o = &run->settings.values;
     const Dataset *set = run->val_set;
-    Dropout off = {0, 0, 0};
     int T = (int)o->seq, examples = set->kind == DATA_EXAMPLES;
     int64_t length = run->val_end - run->val_begin, windows = examples ? length : (length - 1) / T;
     int64_t batches = (windows + o->batch - 1) / o->batch, taken = max_batches && max_batches < batches ? max_batches : batches;
@@ -2896,9 +2906,8 @@ static Score evaluate(Run *run, int64_t max_batches) {
         int64_t first = (batches / taken * i + batches % taken * i / taken) * o->batch; // batches·i/taken, which may overflow
         int B = (int)(windows - first < o->batch ? windows - first : o->batch);
         for (int b = 0; b < B; b++)
-            copy_sequence(run->inputs + b * T, run->targets + b * T, set, run->val_begin + (first + b) * (examples ? 1 : T),
-                          T);
-        sum += run->backend->forward(run->model, run->inputs, run->targets, B, T, off);
+            copy_sequence(run->inputs + b * T, run->targets + b * T, set, run->val_begin + (first + b) * (examples ? 1 : T), T);
+        sum += run->backend->forward(run->model, run->inputs, run->targets, B, T, no_dropout);
         if (examples) run->backend->hits(run->model, run->hits);
         for (int n = 0; n < B * T; n++) {
             if (run->targets[n] < 0) continue;
@@ -3000,11 +3009,12 @@ static int encode_prompt(const Run *run, const char *prompt, int *ids, char *err
     return n;
 }
 
-// Writes the prompt and n sampled tokens to standard output as they are made. The model remembers model_T positions; when
-// they are full, the last half is read afresh.
-static int generate(Run *run, const char *prompt, int64_t n, int model_T, uint64_t random, char *error) {
+// Writes the prompt and n sampled tokens to standard output as they are made. When the positions that the model
+// remembers are full, the last half is read afresh.
+static int generate(Run *run, const char *prompt, int64_t n, uint64_t random, char *error) {
     const Options *o = &run->settings.values;
-    int V = run->config.vocab_size, result = 0, fed = 0, begin = 0; // fed: tokens that the model has seen, from `begin` on
+    int V = run->config.vocab_size, T = run->model_T, result = 0;
+    int fed = 0, begin = 0; // the model has seen `fed` tokens and remembers them from `begin` on
     real *logits = (real *)malloc((size_t)V * sizeof(real));
     Candidate *candidates = (Candidate *)malloc((size_t)V * sizeof(Candidate));
     int *tokens = (int *)malloc((strlen(prompt) + 2 + (size_t)n) * sizeof(int));
@@ -3017,8 +3027,8 @@ static int generate(Run *run, const char *prompt, int64_t n, int model_T, uint64
         tokens[count++] = newline ? (int)(newline - run->vocab) : 0;
     }
     for (int64_t made = 0; made < n && !result && !interrupted; made++) {
-        if (count - begin > model_T) {
-            int keep = !made ? model_T : model_T > 1 ? model_T / 2 : 1;
+        if (count - begin > T) {
+            int keep = !made ? T : T > 1 ? T / 2 : 1;
             fed = begin = count - keep;
         }
         run->backend->extend(run->model, tokens + fed, count - fed, fed - begin, logits);
@@ -3114,8 +3124,7 @@ static void print_resume_command(const Run *run, const char *program) {
 }
 
 // The line that a step writes to the terminal, over the one before, or to a file.
-static void print_step(const Options *o, double loss, double grad_norm, double rate, double elapsed, double left,
-                       const Score *score) {
+static void print_step(const Options *o, double loss, double grad_norm, double rate, double elapsed, double left, const Score *score) {
     int last = o->step == o->steps, terminal = isatty(STDOUT_FILENO);
     printf("%sstep %lld/%lld | loss %.4f | norm %.3f | lr %.2e | %.1f ms | %.0f tok/s | %lld:%02d left", terminal ? "\r" : "",
            (long long)o->step, (long long)o->steps, loss, grad_norm, rate, elapsed * 1e3,
@@ -3136,7 +3145,7 @@ static int print_sample(Run *run, Model *sampler, char *error) {
     run->backend->write(sampler, PARAMS);
     run->model = sampler;
     printf("---\n");
-    int result = generate(run, "", 200, (int)o->seq, splitmix64((uint64_t)(o->seed + o->step)), error);
+    int result = generate(run, "", 200, splitmix64((uint64_t)(o->seed + o->step)), error);
     printf("---\n");
     run->model = trained;
     return result;
@@ -3256,20 +3265,18 @@ static int prepare(Run *run, char *error) {
     if (config_of(&run->config, o, error)) return WRONG_OPTION; // now with the data's T and V
 
     // the parameters' names and shapes alone: memory is taken only for what the file really holds
-    static const char *prefixes[] = {"", "exp_avg.", "exp_avg_sq."};
-    static const Block blocks[] = {PARAMS, EXP_AVG, EXP_AVG_SQ};
     int n_blocks = !path ? 0 : o->resume ? 3 : 1;
     Weights weights;
     weights.layers = (LayerWeights *)calloc((size_t)o->layers, sizeof(LayerWeights));
     if (!weights.layers) return fail(error, NULL, "out of memory");
     carve_weights(&weights, &run->table, NULL, &run->config);
     free(weights.layers);
-    for (int i = 0; i < n_blocks; i++)
-        if (load_block(run, path, prefixes[i], blocks[i], error)) return FAILED;
+    for (int block = 0; block < n_blocks; block++)
+        if (load_block(run, path, (Block)block, error)) return FAILED;
 
     int64_t window = o->window < 0 ? o->seq : o->window, needed = (int64_t)strlen(o->prompt) + 1 + o->generate;
     int B = o->generate ? 1 : (int)o->batch;
-    int T = !o->generate ? (int)o->seq : (int)(window && window < needed ? window : needed);
+    int T = run->model_T = !o->generate ? (int)o->seq : (int)(window && window < needed ? window : needed);
     run->model = backend->create(&run->config, B, T, training ? TRAIN : o->eval ? EVALUATE : GENERATE, error);
     if (!run->model) return FAILED;
     size_t tokens = (size_t)B * (size_t)T * (size_t)(training ? o->accum : 1);
@@ -3279,8 +3286,8 @@ static int prepare(Run *run, char *error) {
     size_t examples = run->train.kind == DATA_EXAMPLES ? (size_t)run->train_end : 1;
     run->order = (int32_t *)malloc(examples * sizeof(int32_t));
     if (!run->inputs || !run->targets || !run->hits || !run->order) return fail(error, NULL, "out of memory");
-    for (int i = 0; i < n_blocks; i++)
-        if (load_block(run, path, prefixes[i], blocks[i], error)) return FAILED;
+    for (int block = 0; block < n_blocks; block++)
+        if (load_block(run, path, (Block)block, error)) return FAILED;
     if (!path) {
         initialise(backend->read(run->model, PARAMS), &run->table, (uint64_t)o->seed);
         backend->write(run->model, PARAMS);
@@ -3288,10 +3295,10 @@ static int prepare(Run *run, char *error) {
     return 0;
 }
 
-static int act(Run *run, const char *program, char *error) {
+// Generates, evaluates or trains, as the options say. Returns 0, the exit code 130 after Ctrl-C, or an error.
+static int perform(Run *run, const char *program, char *error) {
     const Options *o = &run->settings.values;
     const Config *c = &run->config;
-    int64_t window = o->window < 0 ? o->seq : o->window ? o->window : INT_MAX;
     struct sigaction action;
     memset(&action, 0, sizeof(action));
     action.sa_handler = on_interrupt;
@@ -3302,7 +3309,7 @@ static int act(Run *run, const char *program, char *error) {
     signal(SIGPIPE, SIG_IGN); // a closed pipe and a file size beyond its limit are errors of the write
     signal(SIGXFSZ, SIG_IGN);
     if (o->generate) {
-        int result = generate(run, o->prompt, o->generate, (int)window, splitmix64((uint64_t)o->seed), error);
+        int result = generate(run, o->prompt, o->generate, splitmix64((uint64_t)o->seed), error);
         return result ? result : interrupted ? 130 : 0;
     }
     if (o->eval) {
@@ -3329,11 +3336,12 @@ static int run_program(int argc, char **argv, const Backend *backend) {
     run.backend = backend;
     run.order_epoch = -1;
     int result = parse_options(&run.settings, argc, argv, error);
-    int help = result == 1;
-    if (help) print_help(argv[0]);
-    else if (!result) result = prepare(&run, error);
-    if (!result) result = act(&run, argv[0], error);
-    if (help) result = 0;
+    if (result == 1) {
+        print_help(argv[0]);
+        result = 0;
+    } else if (!result && !(result = prepare(&run, error))) {
+        result = perform(&run, argv[0], error);
+    }
     if (!result && (fflush(stdout) || ferror(stdout))) result = fail(error, "standard output", "closed, or on a full disk");
     if (result < 0) fprintf(stderr, "train_sessa: %s\n", error);
     if (run.model) backend->destroy(run.model);

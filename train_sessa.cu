@@ -3526,7 +3526,7 @@ static void direct_read_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int fir
     LayerWeights *w = &m->weights.layers[l];
     LayerActivationsGPU<X> *a = &m->acts.layers[l];
     X *q = a->proj + (size_t)first * E, *k = a->proj + D, *v = k + G * d;
-    linear_forward_gpu(q, E, a->abar, as_x(m, w->W_qkv), as_x(m, w->b_qkv), N, D, E, stream);
+    linear_forward_gpu(q, E, a->abar, as_x(m, w->W_proj), as_x(m, w->b_proj), N, D, E, stream);
     follow(side, stream);
     rope_forward_gpu(q, E, m->acts.cosine, m->acts.sine, N, T - first, H + G, d, first, 1, side);
     attention_forward_gpu(w->W_o ? a->o : f, a->stats, m->acts.scratch, q, k, v, E, B, T, H, G, d, first, m->host.P, side);
@@ -3544,8 +3544,8 @@ template <typename X> static void direct_read_backward_gpu(ModelGPU<X> *m, int l
     if (w->W_o) linear_backward_gpu(dout, dw->W_o, back->ds, D, a->o, as_x(m, w->W_o), N, D, D, stream);
     attention_backward_gpu(back->dproj, dk, dv, back->scratch, dout, out, a->stats, a->proj, k, v, E, B, T, H, G, d,
                            m->host.P, stream);
-    rope_backward_gpu(back->dproj, dw->b_qkv, E, back->cosine, back->sine, N, T, H + G, d, &m->sums, stream);
-    linear_backward_gpu(back->dabar, dw->W_qkv, back->dproj, E, a->abar, as_x(m, w->W_qkv), N, D, E, stream);
+    rope_backward_gpu(back->dproj, dw->b_proj, E, back->cosine, back->sine, N, T, H + G, d, &m->sums, stream);
+    linear_backward_gpu(back->dabar, dw->W_proj, back->dproj, E, a->abar, as_x(m, w->W_proj), N, D, E, stream);
 }
 
 template <typename X>
@@ -4069,7 +4069,7 @@ template <typename X> static void hidden_decode_gpu(ModelGPU<X> *m, cudaStream_t
         LayerWeights *w = &m->weights.layers[l];
         LayerActivationsGPU<X> *a = &m->acts.layers[l];
         decode_in_gpu(a->ag, x, w->ln_weight, w->ln_bias, as_x(m, w->W_in), as_x(m, w->b_in), 2 * D, D, D, stream);
-        decode_projections_gpu(a->proj, a->gamma, a->ag, as_x(m, w->W_qkv), as_x(m, w->b_qkv), w->gamma_weight, w->gamma_bias,
+        decode_projections_gpu(a->proj, a->gamma, a->ag, as_x(m, w->W_proj), as_x(m, w->b_proj), w->gamma_weight, w->gamma_bias,
                                (float)c->gamma_max, rope, first, E, D, (H + G) * d, stream);
         decode_attention_gpu(parts, a->proj, a->s, first, E, D, H, G, feedback, splits, stream);
         decode_mix_gpu(a->s, a->gated, parts, a->gamma, as_x(m, w->W_o ? w->W_o : w->W_out), a->ag + D, first, D, H, splits,

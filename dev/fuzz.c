@@ -94,14 +94,13 @@ static void walk_model(Run *run, int resume) {
     REQUIRE(table.count < 0 ? size > 0x1p57 : (double)table.count == size);
     REQUIRE(acts_table.count != 0);
     if (table.count >= 0 && table.count < MAX_NUMBERS) {
-        static const char *prefixes[] = {"", "exp_avg.", "exp_avg_sq."};
         run->table = table;
         static Model model;
         int whole = 1;
         numbers = (real *)malloc((size_t)table.count * sizeof(real));
         for (int i = 0; i < (resume ? 6 : 2); i++) { // first the check, then the numbers
             run->model = i >= (resume ? 3 : 1) ? &model : NULL;
-            int k = resume ? i % 3 : 0, result = load_block(run, "fuzz", prefixes[k], (Block)(k ? EXP_AVG + k - 1 : PARAMS), error);
+            int result = load_block(run, "fuzz", (Block)(resume ? i % 3 : PARAMS), error);
             REQUIRE(!run->model || !result);
             if (result) { require_line(); whole = 0; break; }
         }

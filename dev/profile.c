@@ -73,7 +73,7 @@ int main(int argc, char **argv) {
     LAYER("layernorm_forward", 2 * L + 1, 0, 2 * ND, layernorm_forward(a->n, a->ln_mean, a->ln_rstd, a->x, w->ln_weight, w->ln_bias, N, D));
     LAYER("linear_forward, W_in", L, 4 * ND * D, 3 * ND, linear_forward(a->ag, 2 * D, a->n, w->W_in, w->b_in, N, D, 2 * D));
     LAYER("gelu_forward", 2 * L, 0, 2 * ND, gelu_forward(a->abar, a->ag, 2 * D, N, D));
-    LAYER("linear_forward, q k v q' k'", L, 10 * ND * D, 6 * ND, linear_forward(a->proj, E, a->abar, w->W_qkv, w->b_qkv, N, D, E));
+    LAYER("linear_forward, q k v q' k'", L, 10 * ND * D, 6 * ND, linear_forward(a->proj, E, a->abar, w->W_proj, w->b_proj, N, D, E));
     LAYER("rope_forward", L, 0, 4 * ND, rope_forward(a->proj, E, acts->cosine, acts->sine, N, T, 2 * H, d, 0, 1));
     LAYER("attention_forward", L, 4 * half * D, 4 * ND, attention_forward(a->o, a->stats, scratch, a->proj, a->proj + D, a->proj + 2 * D, E, B, T, H, H, d, 0, 0));
     LAYER("linear_forward, W_o", L, 2 * ND * D, 2 * ND, linear_forward(a->f, D, a->o, w->W_o, NULL, N, D, D));
@@ -93,7 +93,7 @@ int main(int argc, char **argv) {
     LAYER("linear_backward, W_o", L, 4 * ND * D, 3 * ND, linear_backward(acts->dout, dw->W_o, NULL, acts->ds, D, a->o, w->W_o, N, D, D));
     LAYER("attention_backward", L, 10 * half * D, 7 * ND, attention_backward(acts->dproj, acts->dproj + D, acts->dproj + 2 * D, scratch, acts->dout, a->stats, a->proj, a->proj + D, a->proj + 2 * D, E, B, T, H, H, d, 0));
     LAYER("rope_backward", L, 0, 4 * ND, rope_backward(acts->dproj, E, acts->cosine, acts->sine, N, T, 2 * H, d));
-    LAYER("linear_backward, q k v q' k'", L, 20 * ND * D, 7 * ND, linear_backward(acts->dabar, dw->W_qkv, dw->b_qkv, acts->dproj, E, a->abar, w->W_qkv, N, D, E));
+    LAYER("linear_backward, q k v q' k'", L, 20 * ND * D, 7 * ND, linear_backward(acts->dabar, dw->W_proj, dw->b_proj, acts->dproj, E, a->abar, w->W_proj, N, D, E));
     LAYER("gain_backward", L, 0, 3 * ND, gain_backward(acts->dabar, dw->gamma_weight, dw->gamma_bias, acts->dgamma, a->gamma, a->abar, w->gamma_weight, (real)0.999, N, D));
     LAYER("gelu_backward", L, 0, 3 * ND, gelu_backward(acts->dag, acts->dabar, a->ag, 2 * D, N, D));
     LAYER("linear_backward, W_in", L, 8 * ND * D, 4 * ND, linear_backward(acts->ds, dw->W_in, dw->b_in, acts->dag, 2 * D, a->n, w->W_in, N, D, 2 * D));
