@@ -3493,7 +3493,7 @@ template <typename X> struct ModelGPU {
     Model host;
     char *memory;                                // all of the model, one allocation
     int64_t count, *places;                      // numbers in a block; (rows of the table)
-    float *params, *grads, *exp_avg, *exp_avg_sq;
+    float *params, *exp_avg, *exp_avg_sq, *grads; // in the order of Block
     X *copy;                                     // the parameters as X: products read them; float: params itself
     unsigned char *decayed;                      // for each 64 numbers
     Weights weights, grad;                       // in the device's memory
@@ -3785,7 +3785,7 @@ template <typename Y> static Y *take(char **memory, int64_t count) {
 template <typename X> static int64_t carve_memory(ModelGPU<X> *m, char *memory, int B, int T, Mode mode) {
     char *at = memory;
     int64_t tokens = (int64_t)B * T;
-    float **blocks[] = {&m->params, &m->grads, &m->exp_avg, &m->exp_avg_sq};
+    float **blocks[] = {&m->params, &m->exp_avg, &m->exp_avg_sq, &m->grads};
     for (int i = 0; i < 4; i++) *blocks[i] = take<float>(&at, i == PARAMS || mode >= TRAIN ? m->count : 0);
     m->copy = sizeof(X) == sizeof(bf16) ? take<X>(&at, m->count) : (X *)m->params;
     m->decayed = take<unsigned char>(&at, m->count / 64);
@@ -4104,8 +4104,8 @@ template <typename X> static void model_extend_gpu(Model *model, const int *toke
 
 // Tensor by tensor between the device's block and the host's, which follows the table.
 template <typename X> static real *copy_block(ModelGPU<X> *m, Block block, cudaMemcpyKind way) {
-    real **hosts[] = {&m->host.params, &m->host.grads, &m->host.exp_avg, &m->host.exp_avg_sq}, *host = *hosts[block];
-    float *blocks[] = {m->params, m->grads, m->exp_avg, m->exp_avg_sq}, *device = blocks[block];
+    real **hosts[] = {&m->host.params, &m->host.exp_avg, &m->host.exp_avg_sq, &m->host.grads}, *host = *hosts[block];
+    float *blocks[] = {m->params, m->exp_avg, m->exp_avg_sq, m->grads}, *device = blocks[block];
     if (!host) host = *hosts[block] = (real *)calloc((size_t)m->host.table.count + 1, sizeof(real));
     if (!host) {
         fprintf(stderr, "train_sessa: no %.2f GiB of memory for a copy of the parameters\n",
