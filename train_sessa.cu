@@ -1034,8 +1034,8 @@ __device__ static inline void group_barrier(int group) { // of the 128 threads o
 #endif
 
 // ----------------------------------------------------------------------------
-// a product whose result goes through a function of its own on the way to memory: f.run<V>(b, p, r, i, v) is given the
-// V sums v of row r, columns i .. i+V-1, of item p of sequence b, and writes what it makes of them.
+// a product whose result goes through a function of its own on the way to memory: f(V, b, p, r, i, v) is given the V sums v
+// of row r, columns i .. i+V-1, of item p of sequence b, and writes what it makes of them.
 
 // Numbers that a product reads: row r, column i of item p of sequence b is
 // at[b·step + (row + p·row_along + r)·ld + (col + p·col_along) % wrap + i]; rows and cols are those of the whole.
@@ -1142,7 +1142,7 @@ product_tiles_kernel(const __grid_constant__ CUtensorMap a_map, const __grid_con
                 row.y += __shfl_xor_sync(~0u, row.y, other);
             }
             if (lane % (BN / 8) == 0 && r < M) f.row(sequence, r, n0 / BN, row);
-        } else if (r < M && i < N) f.template run<8>(sequence, item, r, i, v);
+        } else if (r < M && i < N) f(Known<8>(), sequence, item, r, i, v);
     }
 #endif
 }
@@ -1153,7 +1153,7 @@ template <int V, typename F> __global__ void product_passed_on_kernel(F f, const
     if (at >= (int64_t)B * M * N) return;
     float v[V] = {};
     if (product) read_some<V>(v, product + at);
-    f.template run<V>((int)(at / N / M), item, (int)(at / N % M), (int)(at % N), v);
+    f(Known<V>(), (int)(at / N / M), item, (int)(at / N % M), (int)(at % N), v);
 }
 
 template <int A_COLUMNS, int B_COLUMNS, int SHAPE, int BN, typename F>
@@ -1917,81 +1917,18 @@ inverse_seed_kernel(X *M_out, int P, int64_t step_m, const X *e, int64_t ld_e, i
     }
 }
 
-// out = scale·v, added if `add`
+// What a product goes through: out = scale·v, added if `add`
 template <typename O> struct Store {
     O *out;
     int64_t ld, step;
     float scale;
     int add;
-    template <int V> __device__ void run(int b, int, int r, int i, float v[V]) const {
+    template <int V> __device__ void operator()(Known<V>, int b, int, int r, int i, float *v) const {
         O *at = out + b * step + r * ld + i;
         float old[V] = {};
         if (add) read_ahead<V>(old, at);
         for (int e = 0; e < V; e++) v[e] = old[e] + scale * v[e];
         write_some<V>(at, v);
-    }
-};
-// For the merge of blocks of h rows, pair p: X((γ/z) ⊙ (e21 M1)), and M2 times that into its place in M
-template <typename X> struct MergeScaled {
-    X *out;
-    RowScale scale;
-    int64_t step;
-    int h, n;
-    template <int V> __device__ void run(int b, int p, int r, int i, float v[V]) const {
-        int row = (2 * p + 1) * h + r;
-        float factor = row < n ? scale.at(b, row) : 0;
-        for (int e = 0; e < V; e++) v[e] = row < n ? v[e] * factor : 0;
-        write_some<V>(out + b * step + (int64_t)(p * h + r) * h + i, v);
-    }
-};
-template <typename X> struct MergeDone {
-    X *M;
-    int64_t step;
-    int h, n, P;
-    template <int V> __device__ void run(int b, int p, int r, int i, float v[V]) const {
-        int row = (2 * p + 1) * h + r;
-        if (row < n) write_some<V>(M + b * step + (int64_t)row * P + 2 * p * h % P + i, v);
-    }
-};
-
-// The functions below are given rows of a block: row r of sequence b, D wide.
-// Before the solve: the sum e_{I,<} s_< so far, old + v, and X(g), g = f + (γ/z) ⊙ it.
-template <typename X> struct BlockRhs {
-    float *sum;
-    X *g;
-    const X *f;
-    RowScale scale;
-    int64_t all, f_step;
-    int m, D, known; // known: sum holds a part
-    template <int V> __device__ void run(int b, int, int r, int i, float v[V]) const {
-        int64_t at = (int64_t)r * D + i;
-        float w[V] = {}, factor = scale.at(b, r);
-        if (known) read_ahead<V>(w, sum + b * all + at);
-        for (int e = 0; e < V; e++) v[e] += w[e];
-        write_some<V>(sum + b * all + at, v);
-        read_ahead<V>(w, f + b * f_step + at);
-        for (int e = 0; e < V; e++) v[e] = w[e] + factor * v[e];
-        write_some<V>(g + (int64_t)b * m * D + at, v);
-    }
-};
-// v = e_II s: r = X(f + (γ/z) ⊙ (sum + v) - s), c = (sum + v)/z. sum NULL: 0; c NULL: not wanted
-template <typename X> struct BlockResidual {
-    X *out, *c;
-    const float *sum;
-    const X *f, *s;
-    RowScale scale, inverse;
-    int64_t all, f_step;
-    int m, D;
-    template <int V> __device__ void run(int b, int, int r, int i, float v[V]) const {
-        int64_t at = (int64_t)r * D + i;
-        float w[V] = {}, x[V], factor = scale.at(b, r), z = inverse.at(b, r);
-        if (sum) read_ahead<V>(w, sum + b * all + at);
-        for (int e = 0; e < V; e++) { v[e] += w[e]; w[e] = z * v[e]; }
-        if (c) write_some<V>(c + b * all + at, w);
-        read_ahead<V>(w, f + b * f_step + at);
-        read_ahead<V>(x, s + b * all + at);
-        for (int e = 0; e < V; e++) v[e] = w[e] + factor * v[e] - x[e];
-        write_some<V>(out + (int64_t)b * m * D + at, v);
     }
 };
 // out = Y(x)       x (N,D), out: D of the ld columns of each row
@@ -2045,15 +1982,23 @@ static void feedback_panel(float *scratch, const Panels *p, float *stats, int kn
     LAUNCH(inverse_seed_kernel<X>, dim3((n + BLOCK - 1) / BLOCK, B), 256, bytes, stream, M, p->P, m_step, e + r0, p->lx,
            step, scale, n, p->tiles ? 0 : p->P);
     for (int h = BLOCK; h < p->P && h < n; h *= 2) { // M21 = M2 ((γ/z) ⊙ (e21 M1))
-        int pairs = (n + h - 1) / (2 * h);
+        int pairs = (n + h - 1) / (2 * h), P = p->P;
         int64_t scaled_step = (int64_t)pairs * h * h;
         Part<X> e21 = {e, p->lx, step, n, (int)p->ld, h, r0, 2 * h, 2 * h, INT_MAX},
             M1 = {M, p->P, m_step, n, p->P, 0, 0, 2 * h, 2 * h, p->P}, M2 = {M, p->P, m_step, n, p->P, h, h, 2 * h, 2 * h,
             p->P}, right = {scaled, h, scaled_step, pairs * h, h, 0, 0, h, 0, INT_MAX};
-        MergeScaled<X> f = {scaled, scale, scaled_step, h, n};
-        MergeDone<X> done = {M, m_step, h, n, p->P};
-        product_gpu<0, 1, B_LOWER>(f, e21, M1, h, h, h, 0, pairs, way);
-        product_gpu<0, 1, A_LOWER>(done, M2, right, h, h, h, 0, pairs, way);
+        auto to_scaled = [=] __device__ (auto V, int b, int pair, int r, int i, float *v) { // X((γ/z) ⊙ (e21 M1))
+            int row = (2 * pair + 1) * h + r;
+            float factor = row < n ? scale.at(b, row) : 0;
+            for (int j = 0; j < V; j++) v[j] = row < n ? v[j] * factor : 0;
+            write_some<V>(scaled + b * scaled_step + (int64_t)(pair * h + r) * h + i, v);
+        };
+        auto to_M21 = [=] __device__ (auto V, int b, int pair, int r, int i, float *v) {
+            int row = (2 * pair + 1) * h + r;
+            if (row < n) write_some<V>(M + b * m_step + (int64_t)row * P + 2 * pair * h % P + i, v);
+        };
+        product_gpu<0, 1, B_LOWER>(to_scaled, e21, M1, h, h, h, 0, pairs, way);
+        product_gpu<0, 1, A_LOWER>(to_M21, M2, right, h, h, h, 0, pairs, way);
     }
 }
 
@@ -2303,94 +2248,49 @@ static void feedback_forward_gpu(X *s, X *c, float *stats, float *scratch, const
                 }
             for (int i0 = reach; i0 < end; i0 += p.P) {
                 int m = min_int(p.P, end - i0), at = i0 - r0;
-                int64_t row = i0 - first;
-                float *sum = scratch + p.rhs + row * D;
-                X *s_I = s + (int64_t)i0 * D;
+                int64_t row = i0 - first, f_step = rows * D;
+                float *sum = i0 ? scratch + p.rhs + row * D : NULL;
+                X *s_I = s + (int64_t)i0 * D, *c_I = c ? c + (int64_t)i0 * D : NULL;
+                const X *f_I = f + row * D;
                 RowScale scale = {gamma + row, stats + 2 * row, rows}, inverse = {NULL, stats + 2 * row, rows};
                 Part<X> rhs = part_of(i0 ? block : f, D, i0 ? (int64_t)m * D : rows * D, m, D),
                     e_II = part_of(e, p.lx, step, n, (int)p.ld, at, i0),
                     M_I = part_of(M, p.P, m_step, at + m, p.P, at, 0), residual = part_of(block, D, (int64_t)m * D, m, D);
-                BlockRhs<X> before = {sum, block, f + row * D, scale, all, rows * D, m, D, reach > 0};
-                if (i0) product_gpu<0, 1, FULL>(before, part_of(e, p.lx, step, n, (int)p.ld, at, reach),
+                // the sum e_{I,<} s_<, and X(g)
+                auto to_g = [sum, block, f_I, scale, all, f_step, m, D, reach] __device__ (auto V, int b, int, int r, int i, float *v) {
+                    int64_t at = (int64_t)r * D + i;
+                    float w[V] = {}, factor = scale.at(b, r);
+                    if (reach) read_ahead<V>(w, sum + b * all + at);
+                    for (int j = 0; j < V; j++) v[j] += w[j];
+                    write_some<V>(sum + b * all + at, v);
+                    read_ahead<V>(w, f_I + b * f_step + at);
+                    for (int j = 0; j < V; j++) v[j] = w[j] + factor * v[j];
+                    write_some<V>(block + (int64_t)b * m * D + at, v);
+                };
+                if (i0) product_gpu<0, 1, FULL>(to_g, part_of(e, p.lx, step, n, (int)p.ld, at, reach),
                                                 part_of(s, D, all, i0, D, reach), m, D, i0 - reach, 0, 1, way);
+                // X(r), and c = (e s)/z
+                auto to_r = [block, c_I, sum, f_I, s_I, scale, inverse, all, f_step, m, D] __device__ (auto V, int b, int, int r, int i,
+                                                                                                       float *v) {
+                    int64_t at = (int64_t)r * D + i;
+                    float w[V] = {}, x[V], factor = scale.at(b, r), z = inverse.at(b, r);
+                    if (sum) read_ahead<V>(w, sum + b * all + at);
+                    for (int j = 0; j < V; j++) { v[j] += w[j]; w[j] = z * v[j]; }
+                    if (c_I) write_some<V>(c_I + b * all + at, w);
+                    read_ahead<V>(w, f_I + b * f_step + at);
+                    read_ahead<V>(x, s_I + b * all + at);
+                    for (int j = 0; j < V; j++) v[j] = w[j] + factor * v[j] - x[j];
+                    write_some<V>(block + (int64_t)b * m * D + at, v);
+                };
                 Store<X> solve = {s_I, D, all, 1, 0}, refine = {s_I, D, all, 1, 1};
-                BlockResidual<X> after = {block, c ? c + (int64_t)i0 * D : NULL, i0 ? sum : NULL, f + row * D, s_I, scale,
-                                          inverse, all, rows * D, m, D};
                 product_gpu<0, 1, A_LOWER>(solve, M_I, rhs, m, D, m, 0, 1, way);
-                product_gpu<0, 1, A_LOWER>(after, e_II, part_of((const X *)s_I, D, all, m, D), m, D, m, 0, 1, way);
+                product_gpu<0, 1, A_LOWER>(to_r, e_II, part_of((const X *)s_I, D, all, m, D), m, D, m, 0, 1, way);
                 product_gpu<0, 1, A_LOWER>(refine, M_I, residual, m, D, m, 0, 1, way);
             }
         }
     }
 }
 
-// What the adjoint's block hears from later ones: h = X'(ds) + old + v, and X(h)
-template <typename X> struct AdjointRhs {
-    float *h;
-    X *out;
-    const X *ds;
-    int64_t all;
-    int m, D, known; // known: h holds what later panels gave
-    template <int V> __device__ void run(int b, int, int r, int i, float v[V]) const {
-        int64_t at = b * all + (int64_t)r * D + i;
-        float w[V], old[V] = {};
-        read_ahead<V>(w, ds + at);
-        if (known) read_ahead<V>(old, h + at);
-        for (int e = 0; e < V; e++) v[e] += w[e] + old[e];
-        write_some<V>(h + at, v);
-        write_some<V>(out + ((int64_t)b * m + r) * D + i, v);
-    }
-};
-// v = λ: u = X((γ/z) ⊙ λ), and λ becomes what u says it is: u/(γ/z), so that the residual is that of a λ whose u is exact
-template <typename X> struct AdjointBase {
-    X *u;
-    float *lambda;
-    RowScale scale;
-    int64_t u_step;
-    int m, D, ld_u;
-    template <int V> __device__ void run(int b, int, int r, int i, float v[V]) const {
-        float w[V], factor = scale.at(b, r);
-        for (int e = 0; e < V; e++) {
-            w[e] = get(to<X>(factor * v[e]));
-            v[e] = w[e] == 0 ? v[e] : w[e] / factor;
-        }
-        write_some<V>(lambda + ((int64_t)b * m + r) * D + i, v);
-        write_some<V>(u + b * u_step + (int64_t)r * ld_u + i, w);
-    }
-};
-// v = e_II^T u: r = X(h + v - λ); h NULL: ds
-template <typename X> struct AdjointResidual {
-    X *out;
-    const float *h, *lambda;
-    const X *ds;
-    int64_t all;
-    int m, D;
-    template <int V> __device__ void run(int b, int, int r, int i, float v[V]) const {
-        int64_t at = b * all + (int64_t)r * D + i, own = ((int64_t)b * m + r) * D + i;
-        float w[V], x[V];
-        if (h) read_ahead<V>(w, h + at);
-        else read_ahead<V>(w, ds + at);
-        read_ahead<V>(x, lambda + own);
-        for (int e = 0; e < V; e++) v[e] += w[e] - x[e];
-        write_some<V>(out + own, v);
-    }
-};
-// v = M^T r: λ += v, df = X(λ), u = X((γ/z) ⊙ λ)
-template <typename X> struct AdjointDone {
-    X *df, *u;
-    const float *lambda;
-    RowScale scale;
-    int64_t all, u_step;
-    int m, D, ld_u;
-    template <int V> __device__ void run(int b, int, int r, int i, float v[V]) const {
-        float w[V], factor = scale.at(b, r);
-        read_ahead<V>(w, lambda + ((int64_t)b * m + r) * D + i);
-        for (int e = 0; e < V; e++) v[e] += w[e];
-        write_some<V>(df + b * all + (int64_t)r * D + i, v);
-        for (int e = 0; e < V; e++) v[e] *= factor;
-        write_some<V>(u + b * u_step + (int64_t)r * ld_u + i, v);
-    }
-};
 // δ_t = λ_t·c_t. A warp takes a row.
 template <int V, typename X>
 __global__ void feedback_delta_kernel(float *delta, const X *df, const X *c, int64_t all, int T, int n, int D) {
@@ -2407,21 +2307,6 @@ __global__ void feedback_delta_kernel(float *delta, const X *df, const X *c, int
     dot = warp_sum(dot);
     if (threadIdx.x % 32 == 0) delta[(int64_t)blockIdx.y * T + r] = dot;
 }
-// v = λ_t·s_j: the gradient of the logits, X((γ/z) e (v - δ)), in e's place; row r stands at position r0 + r
-template <typename X> struct LogitGradient {
-    X *e;
-    const float *delta;
-    RowScale scale;
-    int64_t ld, step;
-    int r0, T;
-    template <int V> __device__ void run(int b, int, int r, int i, float v[V]) const {
-        X *at = e + b * step + r * ld + i;
-        float w[V], factor = scale.at(b, r), dot = delta[(int64_t)b * T + r];
-        read_ahead<V>(w, at);
-        for (int j = 0; j < V; j++) v[j] = i + j < r0 + r ? factor * w[j] * (v[j] - dot) : 0;
-        write_some<V>(at, v);
-    }
-};
 
 // One panel of the adjoint, of all sequences: λ of its rows from the last block to the first, each solving with M^T and one
 // refinement,
@@ -2449,22 +2334,57 @@ static void feedback_sequence_backward_gpu(X *df, X *dq, X *dk, float *dgamma, f
         }
         for (int at = p->march ? -1 : (end - 1) / p->P * p->P; at >= low; at -= p->P) {
             int m = min_int(p->P, end - at), i0 = r0 + at, alone = i0 + m == T;
-            float *h = h_all + (int64_t)i0 * D;
+            float *h = alone ? NULL : h_all + (int64_t)i0 * D;
             const X *ds_I = ds + (int64_t)i0 * D;
-            X *u = dq + (int64_t)i0 * ld;
+            X *u = dq + (int64_t)i0 * ld, *df_I = df + (int64_t)i0 * D;
             RowScale scale = {gamma + i0, stats + 2 * i0, T};
             Part<X> e_II = part_of(e, p->lx, step, n, (int)p->ld, at, i0),
                 M_I = part_of(M, p->P, m_step, at + m, p->P, at, 0), residual = part_of(block, D, (int64_t)m * D, m, D),
                 rhs = alone ? part_of(ds_I, D, all, m, D) : residual;
-            AdjointRhs<X> before = {h, block, ds_I, all, m, D, heard};
-            AdjointBase<X> base = {u, lambda, scale, wide_step, m, D, ld};
-            AdjointResidual<X> after = {block, alone ? NULL : h, lambda, ds_I, all, m, D};
-            AdjointDone<X> done = {df + (int64_t)i0 * D, u, lambda, scale, all, wide_step, m, D, ld};
-            if (!alone) product_gpu<1, 1, FULL>(before, part_of(e, p->lx, step, n, (int)p->ld, at + m, i0),
+            // h = X'(ds) + what later rows give, and X(h)
+            auto to_h = [=] __device__ (auto V, int b, int, int r, int i, float *v) {
+                int64_t at = b * all + (int64_t)r * D + i;
+                float w[V], old[V] = {};
+                read_ahead<V>(w, ds_I + at);
+                if (heard) read_ahead<V>(old, h + at);
+                for (int j = 0; j < V; j++) v[j] += w[j] + old[j];
+                write_some<V>(h + at, v);
+                write_some<V>(block + ((int64_t)b * m + r) * D + i, v);
+            };
+            // v = λ: u = X((γ/z) ⊙ λ), and λ becomes u/(γ/z), so that the residual is that of a λ whose u is exact
+            auto to_u = [=] __device__ (auto V, int b, int, int r, int i, float *v) {
+                float w[V], factor = scale.at(b, r);
+                for (int j = 0; j < V; j++) {
+                    w[j] = get(to<X>(factor * v[j]));
+                    v[j] = w[j] == 0 ? v[j] : w[j] / factor;
+                }
+                write_some<V>(lambda + ((int64_t)b * m + r) * D + i, v);
+                write_some<V>(u + b * wide_step + (int64_t)r * ld + i, w);
+            };
+            // v = e_II^T u: X(r)
+            auto to_r = [block, h, lambda, ds_I, all, m, D] __device__ (auto V, int b, int, int r, int i, float *v) {
+                int64_t at = b * all + (int64_t)r * D + i, own = ((int64_t)b * m + r) * D + i;
+                float w[V], x[V];
+                if (h) read_ahead<V>(w, h + at);
+                else read_ahead<V>(w, ds_I + at);
+                read_ahead<V>(x, lambda + own);
+                for (int j = 0; j < V; j++) v[j] += w[j] - x[j];
+                write_some<V>(block + own, v);
+            };
+            // v = M^T r: λ += v, df = X(λ), u = X((γ/z) ⊙ λ)
+            auto to_df = [=] __device__ (auto V, int b, int, int r, int i, float *v) {
+                float w[V], factor = scale.at(b, r);
+                read_ahead<V>(w, lambda + ((int64_t)b * m + r) * D + i);
+                for (int j = 0; j < V; j++) v[j] += w[j];
+                write_some<V>(df_I + b * all + (int64_t)r * D + i, v);
+                for (int j = 0; j < V; j++) v[j] *= factor;
+                write_some<V>(u + b * wide_step + (int64_t)r * ld + i, v);
+            };
+            if (!alone) product_gpu<1, 1, FULL>(to_h, part_of(e, p->lx, step, n, (int)p->ld, at + m, i0),
                                                 part_of(dq, ld, wide_step, r0 + end, D, i0 + m), m, D, end - at - m, 0, 1, way);
-            product_gpu<1, 1, A_UPPER>(base, M_I, rhs, m, D, m, 0, 1, way);
-            product_gpu<1, 1, A_UPPER>(after, e_II, part_of((const X *)u, ld, wide_step, m, D), m, D, m, 0, 1, way);
-            product_gpu<1, 1, A_UPPER>(done, M_I, residual, m, D, m, 0, 1, way);
+            product_gpu<1, 1, A_UPPER>(to_u, M_I, rhs, m, D, m, 0, 1, way);
+            product_gpu<1, 1, A_UPPER>(to_r, e_II, part_of((const X *)u, ld, wide_step, m, D), m, D, m, 0, 1, way);
+            product_gpu<1, 1, A_UPPER>(to_df, M_I, residual, m, D, m, 0, 1, way);
         }
         matmul_gpu(into(h_all, D, all), transpose_gpu(rows_of_gpu(e + low * p->lx, p->lx, step)), // to all rows before these
                    rows_of_gpu(dq + (int64_t)(r0 + low) * ld, ld, wide_step), r0 + low, D, end - low, 1, heard ? 1 : 0, B, stream);
@@ -2474,13 +2394,22 @@ static void feedback_sequence_backward_gpu(X *df, X *dq, X *dk, float *dgamma, f
     int height = p->tiles ? n : p->P;
     for (int at = 0; at < n; at += height) { // tiles know the triangle, blocks of rows follow it roughly
         int m = min_int(height, n - at), i0 = r0 + at;
-        int64_t wide_row = (int64_t)i0 * ld;
+        int64_t wide_row = (int64_t)i0 * ld, lx = p->lx;
         RowScale scale = {gamma + i0, stats + 2 * i0, T};
-        LogitGradient<X> f = {e + at * p->lx, dgamma + i0, scale, p->lx, step, i0, T};
+        X *e_I = e + at * p->lx;
+        const float *delta = dgamma + i0;
+        // v = λ_t·s_j: the gradient of the logits, X((γ/z) e (v - δ)), in e's place
+        auto to_logits = [e_I, delta, scale, lx, step, i0, T] __device__ (auto V, int b, int, int r, int i, float *v) {
+            X *place = e_I + b * step + r * lx + i;
+            float w[V], factor = scale.at(b, r), dot = delta[(int64_t)b * T + r];
+            read_ahead<V>(w, place);
+            for (int j = 0; j < V; j++) v[j] = i + j < i0 + r ? factor * w[j] * (v[j] - dot) : 0;
+            write_some<V>(place, v);
+        };
         Store<X> to_dq = {dq + wide_row, ld, wide_step, sigma, 0};
         Part<X> lambda_I = part_of((const X *)df, D, all, T, D, i0), dl = part_of((const X *)e, p->lx, step, n, (int)p->ld,
                                                                                  at, 0);
-        product_gpu<0, 0, OUT_LOWER>(f, lambda_I, part_of(s, D, all, T, D), m,
+        product_gpu<0, 0, OUT_LOWER>(to_logits, lambda_I, part_of(s, D, all, T, D), m,
                                      p->tiles ? min_int((int)round_up(i0 + m, BLOCK), (int)p->ld) : i0 + m, D, i0, 1, way);
         product_gpu<0, 1, A_LOWER>(to_dq, dl, part_of(k, ld, wide_step, i0 + m, D), m, D, i0 + m, i0, 1, way);
     }
