@@ -4031,6 +4031,7 @@ template <typename X> static void model_extend_gpu(Model *model, const int *toke
 // ----------------------------------------------------------------------------
 // the backend
 
+static_assert(PARAMS == 0 && EXP_AVG == 1 && EXP_AVG_SQ == 2 && GRADS == 3, "the lists here and in carve_memory follow Block");
 // Tensor by tensor between the device's block and the host's, which follows the table.
 template <typename X> static real *copy_block(ModelGPU<X> *m, Block block, cudaMemcpyKind way) {
     real **hosts[] = {&m->host.params, &m->host.exp_avg, &m->host.exp_avg_sq, &m->host.grads}, *host = *hosts[block];
