@@ -2102,26 +2102,27 @@ static void compare_mixers(double *worst, const real *x, const real *w, const re
             *stats = poison(2 * N), *scratch = scratch_for(T), *df = poison(size);
         real *dq = poison(wide_size), *dk = poison(wide_size), *dgamma = poison(N);
         for (int n = 0; n < N; n++) gamma[n] = (real)(0.999 * tanh((double)gamma[n]));
-        int64_t floats = 0;
+        int64_t floats = 0, of_weights = 0;
         for (int way = 0; way < 4; way++) {
-            int64_t total = feedback_panels<X>(B, T, D, way / 2 ? P : 0, way % 2).total;
-            floats = total > floats ? total : floats;
+            Panels p = feedback_panels<X>(B, T, D, way / 2 ? P : 0, way % 2);
+            floats = p.total > floats ? p.total : floats;
+            of_weights = p.weights > of_weights ? p.weights : of_weights;
         }
         float *gamma_d = on_gpu<float>(gamma, N), *stats_d = gpu_poison<float>(2 * N),
-            *scratch_d = gpu_poison<float>(floats), *dgamma_d = gpu_poison<float>(N);
+            *scratch_d = gpu_poison<float>(floats), *weights_d = gpu_poison<float>(of_weights), *dgamma_d = gpu_poison<float>(N);
         X *f_d = on_gpu<X>(f, size), *s_d = gpu_poison<X>(size), *late_d = on_gpu<X>(late, size),
             *df_d = gpu_poison<X>(size), *dq_d = gpu_poison<X>(wide_size), *dk_d = gpu_poison<X>(wide_size),
           *c_d = gpu_poison<X>(size);
         if (B == 1) {
             feedback_forward(late, stats, scratch, f, x, w, ld, gamma, B, T, D, first, 0);
-            feedback_forward_gpu(late_d, (X *)NULL, stats_d, scratch_d, f_d, x_d, w_d, ld, gamma_d, B, T, D, first, P, st);
+            feedback_forward_gpu(late_d, (X *)NULL, stats_d, weights_d, scratch_d, f_d, x_d, w_d, ld, gamma_d, B, T, D, first, P, st);
             worst_of(&worst[FEEDBACK_F], gpu_error(late_d, late, N, D, D, 0));
         }
         feedback_forward(s, stats, scratch, f, x, w, ld, gamma, B, T, D, 0, 0);
-        feedback_forward_gpu(s_d, c_d, stats_d, scratch_d, f_d, x_d, w_d, ld, gamma_d, B, T, D, 0, P, st);
+        feedback_forward_gpu(s_d, c_d, stats_d, weights_d, scratch_d, f_d, x_d, w_d, ld, gamma_d, B, T, D, 0, P, st);
         worst_of(&worst[FEEDBACK_F], gpu_error(s_d, s, N, D, D, 0));
         feedback_backward(df, dq, dk, dgamma, scratch, dout, s, stats, x, w, ld, gamma, B, T, D, 0);
-        feedback_backward_gpu(df_d, dq_d, dk_d, dgamma_d, scratch_d, dout_d, s_d, c_d, stats_d, x_d, w_d, ld, gamma_d, B, T,
+        feedback_backward_gpu(df_d, dq_d, dk_d, dgamma_d, weights_d, scratch_d, dout_d, s_d, c_d, stats_d, x_d, w_d, ld, gamma_d, B, T,
                               D, P, st);
         worst_of(&worst[FEEDBACK_B], gpu_error(df_d, df, N, D, D, 0));
         worst_of(&worst[FEEDBACK_B], gpu_error(dq_d, dq, N, D, ld, floor));
@@ -2242,24 +2243,22 @@ template <typename X> static void compare_layers(double *worst, int even, int T)
         worst_of(&worst[LAYERNORM], gpu_error(o_d, o, N, D, D, 0));
         worst_of(&worst[LAYERNORM], gpu_error(mean_d, mean, 1, N, N, sqrt((double)N)));
         worst_of(&worst[LAYERNORM], gpu_error(rstd_d, rstd, 1, N, N, 0));
-        // backward, on to a branch or to the embedding; n takes the place of dout
+        // backward, on to a branch or to the embedding
         layernorm_forward(o, mean, rstd, y, weight, bias, N, D);
         for (int fresh = 0; fresh < 2; fresh++) {
             int on = random_int(0, 1);
             real *dx = noise(size, !fresh), *dweight = noise(D, 1), *dbias = noise(D, 1), *dadd = noise(D, 1), *dbranch;
-            X *n_d = on_gpu<X>(dout, size), *dbranch_d = gpu_poison<X>(size);
+            X *dbranch_d = gpu_poison<X>(size);
             float *dx_d = fresh ? gpu_poison<float>(size) : on_gpu<float>(dx, size), *dweight_d = on_gpu<float>(dweight, D),
                 *dbias_d = on_gpu<float>(dbias, D), *dadd_d = on_gpu<float>(dadd, D);
             layernorm_backward(dx, dweight, dbias, dout, y, mean, rstd, weight, N, D);
-            layernorm_backward_gpu(dx_d, dweight_d, dbias_d, fresh ? (X *)NULL : n_d, on ? dbranch_d : (X *)NULL, dadd_d,
-                                   mask, fresh, n_d, y_d, on_gpu<float>(mean, N), on_gpu<float>(rstd, N), weight_d, bias_d,
-                                   N, D, &sums, st);
+            layernorm_backward_gpu(dx_d, dweight_d, dbias_d, on ? dbranch_d : (X *)NULL, dadd_d, mask, fresh, dout_d, y_d,
+                                   on_gpu<float>(mean, N), on_gpu<float>(rstd, N), weight_d, N, D, &sums, st);
             column_sums_gpu(&sums, st);
             dropout(dbranch = copy_of(dx, size), size, drop, 3);
             add_rows(dadd, dbranch, N, D, D);
             if (on) worst_of(&worst[LAYERNORM], gpu_error(dbranch_d, dbranch, N, D, D, 0));
             worst_of(&worst[LAYERNORM], gpu_error(dx_d, on ? dx : dbranch, N, D, D, 0));
-            worst_of(&worst[LAYERNORM], gpu_error(n_d, fresh ? dout : o, N, D, D, 0));
             worst_of(&worst[SUMS], gpu_error(dweight_d, dweight, 1, D, D, floor));
             worst_of(&worst[SUMS], gpu_error(dbias_d, dbias, 1, D, D, floor));
             worst_of(&worst[SUMS], gpu_error(dadd_d, dadd, 1, D, D, floor));
@@ -2316,9 +2315,8 @@ template <typename X> static void compare_layers(double *worst, int even, int T)
     }
     { // gate with dropout, and what its way back computes again
         real *gated = poison(size), *ds = poison(size), *dg = poison(wide_size), *dg_bias = noise(D, 1),
-            *dgated = copy_of(dout, size), *abar = poison(size);
-        X *gated_d = gpu_poison<X>(size), *ds_d = gpu_poison<X>(size), *dg_d = gpu_poison<X>(wide_size),
-            *again_d = gpu_poison<X>(size), *abar_d = gpu_poison<X>(size);
+            *dgated = copy_of(dout, size);
+        X *gated_d = gpu_poison<X>(size), *ds_d = gpu_poison<X>(size), *dg_d = gpu_poison<X>(wide_size);
         float *dg_bias_d = on_gpu<float>(dg_bias, D);
         Mask mask = mask_on_gpu(drop, 5);
         gate_forward(gated, y, g, ld, N, D);
@@ -2328,13 +2326,10 @@ template <typename X> static void compare_layers(double *worst, int even, int T)
         dropout(dgated, size, drop, 5);
         gate_backward(ds, dg, dgated, y, g, ld, N, D);
         add_rows(dg_bias, dg, N, D, ld);
-        gelu_forward(abar, x, ld, N, D);
-        gate_backward_gpu(ds_d, dg_d, dg_bias_d, again_d, abar_d, dout_d, y_d, x_d, g_d, ld, mask, N, D, &sums, st);
+        gate_backward_gpu(ds_d, dg_d, dg_bias_d, dout_d, y_d, g_d, ld, mask, N, D, &sums, st);
         column_sums_gpu(&sums, st);
         worst_of(&worst[GATE], gpu_error(ds_d, ds, N, D, D, 0));
         worst_of(&worst[GATE], gpu_error(dg_d, dg, N, D, ld, 0));
-        worst_of(&worst[GATE], gpu_error(again_d, gated, N, D, D, 0));
-        worst_of(&worst[GATE], gpu_error(abar_d, abar, N, D, D, 0));
         worst_of(&worst[SUMS], gpu_error(dg_bias_d, dg_bias, 1, D, D, floor));
     }
     { // rope: in place
@@ -2468,6 +2463,7 @@ static void test_peaked(void) {
     bf16 *dq_d = gpu_poison<bf16>((int64_t)T * D), *dk_d = gpu_poison<bf16>((int64_t)T * D),
          *c_d = gpu_poison<bf16>((int64_t)T * D);
     float *gamma_d = on_gpu<float>(gamma, T), *stats_d = gpu_poison<float>(2 * T), *dgamma_d = gpu_poison<float>(T),
+        *weights_d = gpu_poison<float>(feedback_panels<bf16>(1, T, D, 0).weights),
         *scratch_d = gpu_poison<float>(feedback_panels<bf16>(1, T, D, 0).total);
     double last[D] = {0};
     for (int t = 0; t < T; t++)
@@ -2476,9 +2472,9 @@ static void test_peaked(void) {
     for (int t = T - 1; t >= 0; t--)
         for (int i = 0; i < D; i++) lambda[t * D + i] = (real)(last[i] = (double)ds[t * D + i]
                 + (t < T - 1 ? 0.999 * last[i] : 0));
-    feedback_forward_gpu(s_d, c_d, stats_d, scratch_d, f_d, q_d, k_d, D, gamma_d, 1, T, D, 0, 0, gpu.stream);
+    feedback_forward_gpu(s_d, c_d, stats_d, weights_d, scratch_d, f_d, q_d, k_d, D, gamma_d, 1, T, D, 0, 0, gpu.stream);
     check_error(gpu_error(s_d, s, T, D, D, 0), 0x1p-8, "s of a chain of 3000 rows: one rounding at most");
-    feedback_backward_gpu(ds_d, dq_d, dk_d, dgamma_d, scratch_d, ds_d, s_d, c_d, stats_d, q_d, k_d, D, gamma_d, 1, T, D, 0,
+    feedback_backward_gpu(ds_d, dq_d, dk_d, dgamma_d, weights_d, scratch_d, ds_d, s_d, c_d, stats_d, q_d, k_d, D, gamma_d, 1, T, D, 0,
                           gpu.stream);
     check_error(gpu_error(ds_d, lambda, T, D, D, 0), 0x1p-7, "its adjoint: two, of u and of the result");
     gpu_release();

@@ -59,7 +59,7 @@ static struct {
     cudaStream_t stream, side; // side: what can wait, beside the stream's launches that wait for each other
     cudaEvent_t so_far;
     cublasLtHandle_t lt;
-    char *workspace; // for cuBLASLt and for sums over rows, one at a time in the order of the stream
+    char *workspace; // of each stream, for cuBLASLt and for sums over rows, one at a time in the order of the stream
 } gpu = {BF16, 0, 0, 0, NULL, NULL, NULL, NULL, NULL, NULL};
 static Product products[N_PRODUCTS]; // each at its key's hash, until another takes its place
 
@@ -119,9 +119,9 @@ static int gpu_open(char *error) {
     cudaError_t code = cudaGetDeviceCount(&devices);
     if (code != cudaSuccess || devices == 0)
         return fail(error, NULL, "no CUDA device: %s", code == cudaSuccess ? "none is there" : cudaGetErrorString(code));
-    if ((code = cudaSetDevice(0)) != cudaSuccess || (code = cudaMalloc((void **)&gpu.workspace, WORKSPACE)) != cudaSuccess)
+    if ((code = cudaSetDevice(0)) != cudaSuccess || (code = cudaMalloc((void **)&gpu.workspace, 2 * WORKSPACE)) != cudaSuccess)
         return fail(error, NULL, "the CUDA device cannot be used: %s", cudaGetErrorString(code));
-    CUDA(cudaMemset(gpu.workspace, 0, WORKSPACE));
+    CUDA(cudaMemset(gpu.workspace, 0, 2 * WORKSPACE));
     CUDA(cudaStreamCreateWithPriority(&gpu.stream, cudaStreamDefault, -1));
     CUDA(cudaStreamCreateWithPriority(&gpu.side, cudaStreamDefault, 0));
     CUDA(cudaEventCreateWithFlags(&gpu.so_far, cudaEventDisableTiming));
@@ -438,7 +438,7 @@ static void matmul_gpu(MatrixOut<O> out, MatrixGPU<X> a, MatrixGPU<X> b, int M, 
     if (bias) LT(cublasLtMatmulDescSetAttribute(&p->operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof(bias)));
     const float *alpha_at = scale ? scale : &alpha, *beta_at = scale ? scale + (beta == 0 ? 1 : 2) : &beta;
     LT(cublasLtMatmul(gpu.lt, &p->operation, alpha_at, b.at, &p->a, a.at, &p->b, beta_at, out.at, &p->out, out.at, &p->out,
-                      &p->algo, gpu.workspace, WORKSPACE, stream));
+                      &p->algo, gpu.workspace + (stream == gpu.side ? WORKSPACE : 0), WORKSPACE, stream));
 }
 
 // ----------------------------------------------------------------------------
@@ -504,20 +504,28 @@ static TokenLists sort_tokens(int *lists, int *starts, const int *inp, int N, in
     return t;
 }
 
-// embedding_backward: a thread takes a column of a segment and sums its rows, then a column of a token and sums its
+// embedding_backward: a thread takes 8 columns of a segment and sums its rows, then 8 columns of a token and sums its
 // segments. lists: those of sort_tokens in the device's memory. partial: scratch (segments,D)
 static void embedding_backward_gpu(float *dwte, float *partial, const float *dout, const int *lists, TokenLists t, int B, int T,
                                    int D, cudaStream_t stream) {
     const int *begins = lists + B * T, *tokens = begins + B * T + 1, *first = tokens + B * T;
-    each(t.segments, D, 0, stream, [=] __device__ (auto, int segment, int i) {
-        float sum = 0;
-        for (int n = begins[segment]; n < begins[segment + 1]; n++) sum += dout[(int64_t)lists[n] * D + i];
-        partial[(int64_t)segment * D + i] = sum;
+    int in_eights = wide({D}, {dwte, partial, dout});
+    auto add_row = [=] __device__ (auto V, float *sum, const float *row) {
+        float v[V];
+        read_some<V>(v, row);
+        for (int e = 0; e < V; e++) sum[e] += v[e];
+    };
+    each(t.segments, D, in_eights, stream, [=] __device__ (auto V, int segment, int i) {
+        float sum[V] = {};
+        for (int n = begins[segment]; n < begins[segment + 1]; n++) add_row(V, sum, dout + (int64_t)lists[n] * D + i);
+        write_some<V>(partial + (int64_t)segment * D + i, sum);
     });
-    each(t.tokens, D, 0, stream, [=] __device__ (auto, int token, int i) {
-        float sum = 0;
-        for (int segment = first[token]; segment < first[token + 1]; segment++) sum += partial[(int64_t)segment * D + i];
-        dwte[(int64_t)tokens[token] * D + i] += sum;
+    each(t.tokens, D, in_eights, stream, [=] __device__ (auto V, int token, int i) {
+        float sum[V] = {}, *out = dwte + (int64_t)tokens[token] * D + i;
+        for (int segment = first[token]; segment < first[token + 1]; segment++)
+            add_row(V, sum, partial + (int64_t)segment * D + i);
+        add_row(V, sum, out);
+        write_some<V>(out, sum);
     });
 }
 
@@ -566,16 +574,16 @@ static void layernorm_forward_gpu(X *out, X *kept, float *mean, float *rstd, flo
 }
 
 // layernorm_backward, and all that wants its operands or its result:
-//     dx += ..., the sums dweight and dbias over the rows,   n = LayerNorm(x) again (NULL: not wanted; may be dout),
+//     dx += ..., the sums dweight and dbias over the rows,
 //     dbranch = X(mask ⊙ dx) with its sums dbranch_bias: the gradient of the branch added below; without one (NULL),
 //     dx itself is masked
 // fresh: dx starts from 0. A block keeps the sums of its rows in registers.
 template <typename X>
-static void layernorm_backward_gpu(float *dx, float *dweight, float *dbias, X *n_again, X *dbranch, float *dbranch_bias,
+static void layernorm_backward_gpu(float *dx, float *dweight, float *dbias, X *dbranch, float *dbranch_bias,
                                    Mask mask, int fresh, const X *dout, const X *x, const float *mean, const float *rstd,
-                                   const float *weight, const float *bias, int N, int D, ColumnSums *sums, cudaStream_t stream) {
+                                   const float *weight, int N, int D, ColumnSums *sums, cudaStream_t stream) {
     float *partial = sums->next;
-    int in_eights = wide({D}, {dx, n_again, dbranch, dout, x, weight, bias});
+    int in_eights = wide({D}, {dx, dbranch, dout, x, weight});
     int chunks = rows(N, D, in_eights, BLOCKS_AT_ONCE / 2, stream, [=] __device__ (auto V, auto PIECES) {
         __shared__ float2 shared[2][ROW_BLOCK / 32];
         __shared__ float parts[ROW_BLOCK * V];
@@ -584,13 +592,12 @@ static void layernorm_backward_gpu(float *dx, float *dweight, float *dbias, X *n
         for (int n = blockIdx.x * blockDim.y + threadIdx.y; n < N; n += gridDim.x * blockDim.y) {
             float m = mean[n], r = rstd[n], sum = 0, dot = 0;
             for (int p = 0, i = threadIdx.x * V; p < PIECES && i < D; p++, i += blockDim.x * V) {
-                float w[V], b[V];
+                float w[V];
                 int64_t at = (int64_t)n * D + i;
                 read_some<V>(v[p], x + at);
                 read_some<V>(g[p], dout + at);
                 if (!fresh) read_some<V>(d[p], dx + at);
                 read_some<V>(w, weight + i);
-                if (n_again) read_some<V>(b, bias + i);
                 for (int e = 0; e < V; e++) {
                     v[p][e] = (v[p][e] - m) * r;
                     sums[0][p][e] += g[p][e] * v[p][e];
@@ -598,9 +605,7 @@ static void layernorm_backward_gpu(float *dx, float *dweight, float *dbias, X *n
                     g[p][e] *= w[e];
                     sum += g[p][e];
                     dot += g[p][e] * v[p][e];
-                    b[e] = v[p][e] * w[e] + b[e];
                 }
-                if (n_again) write_some<V>(n_again + at, b);
             }
             float2 both = row_sum(sum / D, dot / D, shared[turn]);
             turn = !turn;
@@ -1753,14 +1758,16 @@ static void attention_backward_gpu(X *dq, X *dk, X *dv, float *scratch, const X 
 
 enum { SEED = 64, BLOCK = 2 * SEED, REACH = 2048, CLUSTER = 8 };
 
-// What scratch holds: where each part begins, in floats, and its shape. Without tiles T ≤ 2048 is one panel and e has
-// 256 MiB at most; with them, 512. A panel's rows take what is before it REACH rows at a time.
+// What `weights` and scratch hold: where each part begins, in floats, and its shape. Without tiles T ≤ 2048 is one panel
+// and e has 256 MiB at most; with them, 512. A panel's rows take what is before it REACH rows at a time.
 typedef struct {
     int tiles, march, R, P; // R, P: heights of panels and of blocks; march: solved by one kernel, in clusters of so many blocks
+    int kept;         // one panel, no larger than what a layer keeps besides: weights stay as they are for the backward pass
     int64_t ld, lx;   // from row to row of e: in floats before the softmax (without tiles), in X
-    int64_t e;        // (B,R,ld)
+    int64_t e;        // weights: (B,R,ld)
     int64_t inverse;  // (B,R,P) X, the blocks of M on its diagonal
-    int64_t rhs;      // (B,T,D) the sum e_{I,<} s_<; backward λ's right-hand side h
+    int64_t weights;  // both
+    int64_t rhs;      // scratch: (B,T,D) the sum e_{I,<} s_<; backward λ's right-hand side h
     int64_t block;    // (B,P,D) X, what M multiplies
     int64_t lambda;   // (B,P,D), D rounded up to tiles; the march's tiles on their way round
     int64_t merge;    // (B,R/2P,P/2,P/2) X
@@ -1783,16 +1790,18 @@ template <typename X> static Panels feedback_panels(int B, int T, int D, int P, 
     p.R = min_int(p.R, (int)round_up(T, p.P));
     while (P <= 0 && p.R > p.P && (int64_t)B * p.R * p.ld > (p.tiles ? 1 << 28 : 1 << 26))
         p.R = (int)round_up(p.R / 2, p.P);
+    p.kept = alone && p.R >= T && T <= kept;
     int64_t x = sizeof(X), rows = min_int(p.R, T), block = min_int(p.P, T), wide_ = p.ld > D ? p.ld : D,
         all = (int64_t)T * D, tiles = (T + BLOCK - 1) / BLOCK;
     int64_t sizes[] = {p.tiles ? rows * p.ld / 2 : rows * p.ld, rows * p.P * x / 4, all, block * D * x / 4, block * round_up(D, ATOM),
                        round_up(rows, 2 * p.P) * p.P / 4 * x / 4, p.R < T ? all : 0,
                        p.tiles ? (2 * tiles + 1) * rows : 0, p.tiles ? 0 : block * wide_};
     int64_t *places[] = {&p.e, &p.inverse, &p.rhs, &p.block, &p.lambda, &p.merge, &p.dk, &p.partial, &p.product};
-    p.total = 0;
+    p.weights = p.total = 0;
     for (int i = 0; i < 9; i++) {
-        *places[i] = p.total;
-        p.total += round_up(B * sizes[i] + 1, 64);
+        int64_t *end = i < 2 ? &p.weights : &p.total;
+        *places[i] = *end;
+        *end += round_up(B * sizes[i] + 1, 64);
     }
     return p;
 }
@@ -1945,11 +1954,11 @@ template <typename X> static int64_t e_step(const Panels *p, int T) { return min
 
 // e of the panel of rows r0 .. r0+n-1, with their m and 1/z (known: given), and the inverses M.
 template <typename X>
-static void feedback_panel(float *scratch, const Panels *p, float *stats, int known, const X *q, const X *k, int ld,
+static void feedback_panel(float *weights, float *scratch, const Panels *p, float *stats, int known, const X *q, const X *k, int ld,
                            const float *gamma, int B, int T, int D, int first, int r0, int n, cudaStream_t stream) {
     int64_t rows = T - first, row = r0 - first, step = e_step<X>(p, T), m_step = (int64_t)min_int(p->R, T) * p->P;
     ProductWay way = {B, 1, p->tiles ? NULL : scratch + p->product, stream};
-    X *e = (X *)(scratch + p->e), *M = (X *)(scratch + p->inverse), *scaled = (X *)(scratch + p->merge);
+    X *e = (X *)(weights + p->e), *M = (X *)(weights + p->inverse), *scaled = (X *)(scratch + p->merge);
     RowScale scale = {gamma + row, stats + 2 * row, rows};
     if constexpr (sizeof(X) == sizeof(bf16)) {
         int tiles = (T + BLOCK - 1) / BLOCK, blocks = (n + BLOCK - 1) / BLOCK,
@@ -1967,7 +1976,7 @@ static void feedback_panel(float *scratch, const Panels *p, float *stats, int kn
         }
     }
     if (!p->tiles) {
-        float *logits = scratch + p->e;
+        float *logits = weights + p->e;
         int64_t floats = min_int(p->R, T) * p->ld;
         for (int i0 = r0; i0 < r0 + n; i0 += p->P) {
             int m = min_int(p->P, r0 + n - i0);
@@ -2208,12 +2217,12 @@ feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_co
 #endif
 }
 template <int BACK, int C>
-static void feedback_march_gpu(float *scratch, const Panels *p, const bf16 *out, int64_t ld_out, const bf16 *f, bf16 *c,
+static void feedback_march_gpu(float *weights, float *scratch, const Panels *p, const bf16 *out, int64_t ld_out, const bf16 *f, bf16 *c,
                                const float *known, RowScale scale, RowScale inverse, int B, int T, int D, int r0, int n,
                                int begin, int end, cudaStream_t stream) {
     int64_t rows = min_int(p->R, T);
-    CUtensorMap e_map = tile_map((bf16 *)(scratch + p->e), (int)p->lx, 1, n, p->lx, rows * p->lx, B, ATOM),
-        M_map = tile_map((bf16 *)(scratch + p->inverse), p->P, 1, n, p->P, rows * p->P, B, ATOM),
+    CUtensorMap e_map = tile_map((bf16 *)(weights + p->e), (int)p->lx, 1, n, p->lx, rows * p->lx, B, ATOM),
+        M_map = tile_map((bf16 *)(weights + p->inverse), p->P, 1, n, p->P, rows * p->P, B, ATOM),
         map = tile_map(out, D, 1, T, ld_out, T * ld_out, B, ATOM);
     int bytes = sizeof(MarchShared<C>), strips = (D + MarchShared<C>::STRIP - 1) / MarchShared<C>::STRIP;
     allow_shared(feedback_march_kernel<BACK, C>, bytes);
@@ -2221,18 +2230,18 @@ static void feedback_march_gpu(float *scratch, const Panels *p, const bf16 *out,
            (bf16 *)(scratch + p->lambda), scale, inverse, T, D, r0, begin, end);
 }
 
-// c: (B,T,D) kept for the backward pass, or NULL. f comes from `side` if not NULL.
+// c: (B,T,D) kept for the backward pass, or NULL; weights: for it too, if Panels says so. f comes from `side` if not NULL.
 template <typename X>
-static void feedback_forward_gpu(X *s, X *c, float *stats, float *scratch, const X *f, const X *q, const X *k, int ld,
+static void feedback_forward_gpu(X *s, X *c, float *stats, float *weights, float *scratch, const X *f, const X *q, const X *k, int ld,
                                  const float *gamma, int B, int T, int D, int first, int P, cudaStream_t stream,
                                  cudaStream_t side = NULL) {
     Panels p = feedback_panels<X>(B, T, D, P, wide({ld, first}, {s, f, q, k, scratch}));
     int64_t rows = T - first, step = e_step<X>(&p, T), all = (int64_t)T * D, m_step = (int64_t)min_int(p.R, T) * p.P;
-    X *e = (X *)(scratch + p.e), *M = (X *)(scratch + p.inverse), *block = (X *)(scratch + p.block);
+    X *e = (X *)(weights + p.e), *M = (X *)(weights + p.inverse), *block = (X *)(scratch + p.block);
     ProductWay way = {B, wide({D}, {s, c, f, scratch}), p.tiles ? NULL : scratch + p.product, stream};
     for (int r0 = first; r0 < T; r0 += p.R) {
         int n = min_int(p.R, T - r0);
-        feedback_panel(scratch, &p, stats, 0, q, k, ld, gamma, B, T, D, first, r0, n, stream);
+        feedback_panel(weights, scratch, &p, stats, 0, q, k, ld, gamma, B, T, D, first, r0, n, stream);
         if (side) follow(stream, side);
         for (int reach = r0; reach < r0 + n; reach += REACH) {
             int end = min_int(reach + REACH, r0 + n);
@@ -2242,7 +2251,7 @@ static void feedback_forward_gpu(X *s, X *c, float *stats, float *scratch, const
             if constexpr (sizeof(X) == sizeof(bf16))
                 if (p.march && !first) {
                     auto march = p.march == 1 ? feedback_march_gpu<0, 1> : feedback_march_gpu<0, CLUSTER>;
-                    march(scratch, &p, s, D, f, c, reach ? scratch + p.rhs : NULL, {gamma, stats, T}, {NULL, stats, T}, B, T, D,
+                    march(weights, scratch, &p, s, D, f, c, reach ? scratch + p.rhs : NULL, {gamma, stats, T}, {NULL, stats, T}, B, T, D,
                           r0, n, reach, end, stream);
                     continue;
                 }
@@ -2314,7 +2323,7 @@ __global__ void feedback_delta_kernel(float *delta, const X *df, const X *c, int
 // where λ stays float32, for X(γ X(λ)) would be X(λ) and the loop no contraction. Then what the panel gives the rows
 // before it, h_< += e_{R,<}^T u, and the gradients of q' and k'. u lies where dq' will.
 template <typename X>
-static void feedback_sequence_backward_gpu(X *df, X *dq, X *dk, float *dgamma, float *scratch, const Panels *p, const X *ds,
+static void feedback_sequence_backward_gpu(X *df, X *dq, X *dk, float *dgamma, float *weights, float *scratch, const Panels *p, const X *ds,
                                            const X *s, const X *c, float *stats, const X *q, const X *k, int ld,
                                            const float *gamma, int B, int T, int D, int r0, cudaStream_t stream) {
     int n = min_int(p->R, T - r0);
@@ -2322,14 +2331,14 @@ static void feedback_sequence_backward_gpu(X *df, X *dq, X *dk, float *dgamma, f
         m_step = (int64_t)min_int(p->R, T) * p->P;
     float *lambda = scratch + p->lambda, *dk_sum = scratch + p->dk, sigma = 1 / sqrtf((float)D);
     ProductWay way = {B, wide({D, ld}, {df, dq, dk, ds, s, c, scratch}), p->tiles ? NULL : scratch + p->product, stream};
-    X *e = (X *)(scratch + p->e), *M = (X *)(scratch + p->inverse), *block = (X *)(scratch + p->block);
-    feedback_panel(scratch, p, stats, 1, q, k, ld, gamma, B, T, D, 0, r0, n, stream);
+    X *e = (X *)(weights + p->e), *M = (X *)(weights + p->inverse), *block = (X *)(scratch + p->block);
+    if (!p->kept) feedback_panel(weights, scratch, p, stats, 1, q, k, ld, gamma, B, T, D, 0, r0, n, stream);
     for (int low = (n - 1) / REACH * REACH; low >= 0; low -= REACH) {
         int end = min_int(low + REACH, n), heard = r0 + end < T;
         float *h_all = scratch + p->rhs;
         if constexpr (sizeof(X) == sizeof(bf16)) {
             auto march = p->march == 1 ? feedback_march_gpu<1, 1> : feedback_march_gpu<1, CLUSTER>;
-            if (p->march) march(scratch, p, dq, ld, ds, df, heard ? h_all : NULL, {gamma, stats, T}, {NULL, stats, T}, B, T, D, r0,
+            if (p->march) march(weights, scratch, p, dq, ld, ds, df, heard ? h_all : NULL, {gamma, stats, T}, {NULL, stats, T}, B, T, D, r0,
                                 n, r0 + low, r0 + end, stream);
         }
         for (int at = p->march ? -1 : (end - 1) / p->P * p->P; at >= low; at -= p->P) {
@@ -2428,12 +2437,12 @@ static void feedback_sequence_backward_gpu(X *df, X *dq, X *dk, float *dgamma, f
 }
 
 template <typename X>
-static void feedback_backward_gpu(X *df, X *dq, X *dk, float *dgamma, float *scratch, const X *ds, const X *s, const X *c,
+static void feedback_backward_gpu(X *df, X *dq, X *dk, float *dgamma, float *weights, float *scratch, const X *ds, const X *s, const X *c,
                                   float *stats, const X *q, const X *k, int ld, const float *gamma, int B, int T, int D,
                                   int P, cudaStream_t stream) {
     Panels p = feedback_panels<X>(B, T, D, P, wide({ld}, {df, dq, dk, ds, s, q, k, scratch}));
     for (int r0 = (T - 1) / p.R * p.R; r0 >= 0; r0 -= p.R)
-        feedback_sequence_backward_gpu(df, dq, dk, dgamma, scratch, &p, ds, s, c, stats, q, k, ld, gamma, B, T, D, r0, stream);
+        feedback_sequence_backward_gpu(df, dq, dk, dgamma, weights, scratch, &p, ds, s, c, stats, q, k, ld, gamma, B, T, D, r0, stream);
     if (p.R < T) copy_gpu(dk, ld, scratch + p.dk, B * T, D, stream);
 }
 
@@ -2451,32 +2460,25 @@ static void gate_forward_gpu(X *out, const X *s, const X *g, int ld, Mask mask, 
     });
 }
 
-// gate_backward, with dropout, and what the layer's backward pass computes again from the same numbers:
-//     ds = mask ⊙ dout ⊙ g,   dg = mask ⊙ dout ⊙ s with its sums dg_bias,   gated = mask ⊙ s ⊙ g,   abar = GELU(a)
+// gate_backward, with dropout: ds = mask ⊙ dout ⊙ g,   dg = mask ⊙ dout ⊙ s with its sums dg_bias
 // ds may be dout, and dg may be g.
 template <typename X>
-static void gate_backward_gpu(X *ds, X *dg, float *dg_bias, X *gated, X *abar, const X *dout, const X *s, const X *a,
-                              const X *g, int ld, Mask mask, int N, int D, ColumnSums *sums, cudaStream_t stream) {
-    each_with_sums({dg_bias}, sums, N, D, wide({D, ld}, {ds, dg, gated, abar, dout, s, a, g}), stream,
+static void gate_backward_gpu(X *ds, X *dg, float *dg_bias, const X *dout, const X *s, const X *g, int ld, Mask mask, int N, int D,
+                              ColumnSums *sums, cudaStream_t stream) {
+    each_with_sums({dg_bias}, sums, N, D, wide({D, ld}, {ds, dg, dout, s, g}), stream,
                    [=] __device__ (auto V, int n, int i, auto &sum) {
         float grad[V], v[V], w[V], factor[V];
         int64_t at = (int64_t)n * D + i, at_wide = (int64_t)n * ld + i;
-        read_some<V>(v, a + at_wide);
-        for (int e = 0; e < V; e++) v[e] = gelu_gpu(v[e]);
-        write_some<V>(abar + at, v);
         read_some<V>(grad, dout + at);
         read_some<V>(v, s + at);
         read_some<V>(w, g + at_wide);
         read_mask<V>(factor, mask, at);
         for (int e = 0; e < V; e++) {
-            float product = v[e] * w[e] * factor[e];
             grad[e] *= factor[e];
             v[e] *= grad[e];
             w[e] *= grad[e];
             sum[0][e] += v[e];
-            factor[e] = product;
         }
-        write_some<V>(gated + at, factor);
         write_some<V>(dg + at_wide, v);
         write_some<V>(ds + at, w);
     });
@@ -3381,7 +3383,7 @@ template <typename X> struct LayerActivationsGPU {
     X *x;                       // (N,D)
     float *ln_mean, *ln_rstd;   // (N)
     X *n, *ag, *abar, *proj, *o, *f, *s, *c, *gated, *branch; // dag takes the place of ag; c: feedback's (e s)/z
-    float *stats, *gamma, *fb_stats;
+    float *stats, *gamma, *fb_stats, *fb_weights;
     X *xbc, *y_scan, *normed, *tail; // mamba2
     float *step, *rms, *states, *carried;
 };
@@ -3394,7 +3396,7 @@ template <typename X> struct ActivationsGPU {
     int64_t ld_logits;
     float *losses;                  // (N)
     char *hits;                     // (N) 1: no other logit was larger than the target's
-    X *ds, *dout, *dabar, *dproj, *dy, *dxbc;
+    X *ds, *dout, *dbranch, *dabar, *dproj, *dy, *dxbc;
     float *dgamma, *dstep, *cosine, *sine, *scratch;
 };
 
@@ -3491,7 +3493,7 @@ static void sessa_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int first, cu
     const X *q = a->proj + (size_t)first * E + E - 2 * D, *k = a->proj + E - D;
     cudaStream_t side = in_tiles(a->proj, a->proj, a->proj, E, d) && P % 8 == 0 && first % 8 == 0 ? gpu.side : stream;
     direct_read_forward_gpu(m, l, B, T, first, a->f, stream, side);
-    feedback_forward_gpu(a->s, a->c, a->fb_stats, m->acts.scratch, a->f, q, k, E, a->gamma, B, T, D, first, P, stream, side);
+    feedback_forward_gpu(a->s, a->c, a->fb_stats, a->fb_weights, m->acts.scratch, a->f, q, k, E, a->gamma, B, T, D, first, P, stream, side);
 }
 
 template <typename X> static void sessa_backward_gpu(ModelGPU<X> *m, int l, int B, int T, cudaStream_t stream) {
@@ -3499,7 +3501,7 @@ template <typename X> static void sessa_backward_gpu(ModelGPU<X> *m, int l, int 
     LayerActivationsGPU<X> *a = &m->acts.layers[l];
     ActivationsGPU<X> *back = &m->acts;
     const X *q = a->proj + E - 2 * D, *k = q + D;
-    feedback_backward_gpu(back->ds, back->dproj + E - 2 * D, back->dproj + E - D, back->dgamma, back->scratch, back->ds,
+    feedback_backward_gpu(back->ds, back->dproj + E - 2 * D, back->dproj + E - D, back->dgamma, a->fb_weights, back->scratch, back->ds,
                           a->s, a->c, a->fb_stats, q, k, E, a->gamma, B, T, D, m->host.P, stream);
     direct_read_backward_gpu(m, l, B, T, stream);
 }
@@ -3605,6 +3607,13 @@ template <typename X> static void carve_activations_gpu(ModelGPU<X> *m, int B, i
     float *fb = m->f_block;
     t->n = f->n = 0;
     t->count = f->count = 0;
+    Panels panels = feedback_panels<X>(B, T, D, 0, E % 8 == 0), others[] = { // of tests, of generation
+        feedback_panels<X>(B, T, D, keep_all, 0), feedback_panels<X>(B, T, D, keep_all, 1)};
+    auto most = [&](int64_t Panels::*size) {
+        int64_t numbers = panels.*size;
+        for (Panels &p : others) if (mode != TRAIN && p.*size > numbers) numbers = p.*size;
+        return numbers;
+    };
     X *read = training ? add_activation(t, x, -1, "encoded", 3, B, T, D) : NULL; // by the next layer
     for (int l = 0; l < c->n_layers; l++) {
         LayerActivationsGPU<X> *a = &acts->layers[l];
@@ -3632,15 +3641,15 @@ template <typename X> static void carve_activations_gpu(ModelGPU<X> *m, int B, i
             if (sessa) a->gamma = add_activation(f, fb, l, "gamma", 2, B, T, 1);
             a->c = sessa && training ? add_activation(t, x, l, "fb_c", 3, B, T, D) : NULL;
             if (sessa) a->fb_stats = add_activation(f, fb, l, "fb_stats", 3, B, T, 2);
+            if (sessa && (l == 0 || panels.kept)) a->fb_weights = add_activation(f, fb, l, "fb_weights", 1, most(&Panels::weights), 1, 1);
+            a->n = add_activation(t, x, l, "ln", 3, B, T, D);
+            a->abar = add_activation(t, x, l, "abar", 3, B, T, D);
+            a->gated = add_activation(t, x, l, "gated", 3, B, T, D);
         }
-        if (l == 0 || keep_all) {
-            a->n = a->f = a->gated = add_activation(t, x, l, "ln", 3, B, T, D);
-            a->abar = a->branch = add_activation(t, x, l, "abar", 3, B, T, D);
-        }
+        if (l == 0) a->f = a->branch = add_activation(t, x, l, "branch", 3, B, T, D);
         // H 1: attention's own output
         if (sessa && (keep_all || (H == 1 && training))) a->f = add_activation(t, x, l, "f", 3, B, T, D);
         if (!sessa && H == 1) a->f = a->s;
-        if (keep_all) a->gated = add_activation(t, x, l, "gated", 3, B, T, D);
         if (training) read = add_activation(t, x, l, "residual", 3, B, T, D);
     }
     acts->y = read;
@@ -3659,16 +3668,16 @@ template <typename X> static void carve_activations_gpu(ModelGPU<X> *m, int B, i
     int64_t scratch = 0, wanted[] = {
         mamba2 ? scan_scratch_gpu(B, T, c->state_dim, 2 * D / c->head_dim)
                : attention_scratch(tiles, B, T, H, c->n_kv_heads, 0),
-        sessa ? feedback_panels<X>(B, T, D, 0).total : 0,
-        sessa && mode != TRAIN ? feedback_panels<X>(B, T, D, keep_all, 0).total : 0, // of tests, of generation
+        sessa ? most(&Panels::total) : 0,
         mode == GENERATE ? decode_parts(D, H) + c->vocab_size : 0};
     for (int64_t numbers : wanted) scratch = scratch > numbers ? scratch : numbers;
     acts->scratch = add_activation(f, fb, -1, "scratch", 1, scratch, 1, 1);
     m->decodes = mode == GENERATE && !mamba2 && D <= 8192;
     if (!training) return;
-    acts->dout = acts->layers[0].n; // free by then
+    acts->dout = acts->layers[0].branch; // free by then
     acts->ds = add_activation(t, x, -1, "ds", 3, B, T, D);
     acts->dabar = acts->ln_f; // likewise
+    acts->dbranch = add_activation(t, x, -1, "dbranch", 3, B, T, D);
     acts->dproj = add_activation(t, x, -1, "dproj", 3, B, T, E);
     acts->dgamma = add_activation(f, fb, -1, "dgamma", 2, B, T, 1);
     m->sums.room = m->sums.next = add_activation(f, fb, -1, "sums", 1, column_sums_room(D, E), 1, 1);
@@ -3771,7 +3780,7 @@ template <typename X> static Model *model_create_gpu(const Config *c, int B, int
         model_free_gpu<X>(&m->host);
         return NULL;
     }
-    m->host.bytes = needed + WORKSPACE;
+    m->host.bytes = needed + 2 * WORKSPACE;
     CUDA(cudaMemset(m->memory, 0, (size_t)needed));
     carve_memory(m, m->memory, B, T, mode);
     carve_activations_gpu(m, B, T, mode);
@@ -3912,27 +3921,27 @@ template <typename X> static void backward_launches_gpu(ModelGPU<X> *m, int B, i
     if (!m->dlogits_ready)
         crossentropy_gpu(acts->losses, acts->hits, acts->logits, acts->logits, ld_logits, m->inputs->ids + N, N, V, stream);
     linear_backward_gpu(acts->ds, dw->wte, acts->logits, ld_logits, acts->ln_f, as_x(m, w->wte), N, D, V, stream, m->inputs->scale);
-    layernorm_backward_gpu(dx, dw->ln_f_weight, dw->ln_f_bias, (X *)NULL, acts->dabar, dw->layers[last].b_out, mask(2 + 2 * last),
-                           1, acts->ds, acts->y, acts->ln_mean, acts->ln_rstd, w->ln_f_weight, w->ln_f_bias, N, D, &m->sums,
-                           stream);
+    layernorm_backward_gpu(dx, dw->ln_f_weight, dw->ln_f_bias, acts->dbranch, dw->layers[last].b_out, mask(2 + 2 * last), 1,
+                           acts->ds, acts->y, acts->ln_mean, acts->ln_rstd, w->ln_f_weight, N, D, &m->sums, stream);
     for (int l = last; l >= 0; l--) {
         LayerWeights *wl = &w->layers[l], *dwl = &dw->layers[l];
         LayerActivationsGPU<X> *a = &acts->layers[l];
-        // out through W_out and the gate; the gradients of a and g take their place, s ⊙ g and ā come again
-        linear_backward_gpu(acts->ds, (float *)NULL, acts->dabar, D, a->gated, as_x(m, wl->W_out), N, D, D, stream);
-        gate_backward_gpu(acts->ds, a->ag + D, dwl->b_in + D, a->gated, a->abar, acts->ds, a->s, a->ag, a->ag + D, 2 * D,
-                          mask(1 + 2 * l), N, D, &m->sums, stream);
-        linear_backward_gpu((X *)NULL, dwl->W_out, acts->dabar, D, a->gated, as_x(m, wl->W_out), N, D, D, stream);
+        // out through W_out and the gate; the gradients of a and g take their place
+        linear_backward_gpu(acts->ds, (float *)NULL, acts->dbranch, D, a->gated, as_x(m, wl->W_out), N, D, D, stream);
+        gate_backward_gpu(acts->ds, a->ag + D, dwl->b_in + D, acts->ds, a->s, a->ag + D, 2 * D, mask(1 + 2 * l), N, D, &m->sums,
+                          stream);
+        follow(gpu.side, stream); // beside the solve, which leaves multiprocessors free
+        linear_backward_gpu((X *)NULL, dwl->W_out, acts->dbranch, D, a->gated, as_x(m, wl->W_out), N, D, D, gpu.side);
         // through the mixer
         mixers_gpu<X>[c->mixer].backward(m, l, B, T, stream);
         gelu_backward_gpu(a->ag, dwl->b_in, dwl->gamma_weight, dwl->gamma_bias, acts->dabar, a->ag, 2 * D, acts->dgamma, a->gamma,
                           wl->gamma_weight, (float)c->gamma_max, N, D, &m->sums, stream);
-        // through W_in and the LayerNorm, whose output comes again in ds; on to the branch of the layer below
-        linear_backward_gpu(acts->ds, (float *)NULL, a->ag, 2 * D, acts->ds, as_x(m, wl->W_in), N, D, 2 * D, stream);
-        layernorm_backward_gpu(dx, dwl->ln_weight, dwl->ln_bias, acts->ds, l ? acts->dabar : (X *)NULL,
+        follow(stream, gpu.side);
+        // through W_in and the LayerNorm, on to the branch of the layer below
+        linear_backward_gpu(acts->ds, dwl->W_in, a->ag, 2 * D, a->n, as_x(m, wl->W_in), N, D, 2 * D, stream);
+        layernorm_backward_gpu(dx, dwl->ln_weight, dwl->ln_bias, l ? acts->dbranch : (X *)NULL,
                                l ? dw->layers[l - 1].b_out : (float *)NULL, mask(2 * l), 0, acts->ds, a->x, a->ln_mean,
-                               a->ln_rstd, wl->ln_weight, wl->ln_bias, N, D, &m->sums, stream);
-        linear_backward_gpu((X *)NULL, dwl->W_in, a->ag, 2 * D, acts->ds, as_x(m, wl->W_in), N, D, 2 * D, stream);
+                               a->ln_rstd, wl->ln_weight, N, D, &m->sums, stream);
         column_sums_gpu(&m->sums, stream);
     }
 }
