@@ -2063,6 +2063,13 @@ enum { EMBEDDING, LAYERNORM, LINEAR, GELU, ROPE, GAIN, GATE, RESIDUAL, CROSSENTR
        ATTENTION_F, ATTENTION_B,
        FEEDBACK_F, FEEDBACK_B, N_GPU_LAYERS };
 
+static ColumnSums sums_on_gpu(int B, int T, int D, int E) {
+    ColumnSums sums;
+    sums.n = 0;
+    sums.room = sums.next = gpu_poison<float>(column_sums_room(B, T, D, E));
+    return sums;
+}
+
 // Attention and feedback on the GPU and in C on the same numbers, rounded to X already; P < 0: a random height of panels
 template <typename X>
 static void compare_mixers(double *worst, const real *x, const real *w, const real *y, real *dout, int B, int T, int H,
@@ -2089,11 +2096,31 @@ static void compare_mixers(double *worst, const real *x, const real *w, const re
         attention_forward_gpu(o_d, stats_d, scratch_d, x_d, w_d, v_d, ld, B, T, H, G, d, 0, 0, st);
         worst_of(&worst[ATTENTION_F], gpu_error(o_d, o, N, D, D, 0));
         attention_backward(dq, dk, dv, scratch, dout, stats, x, w, v, ld, B, T, H, G, d, 0);
-        attention_backward_gpu(dq_d, dk_d, dv_d, scratch_d, dout_d, (const X *)o_d, stats_d, x_d, w_d, v_d, ld, B, T, H,
-                               G, d, 0, st);
+        attention_backward_gpu(dq_d, dk_d, dv_d, (float *)NULL, scratch_d, dout_d, (const X *)o_d, stats_d, x_d, w_d, v_d, ld, B, T, H,
+                               G, d, 0, {}, (ColumnSums *)NULL, st);
         worst_of(&worst[ATTENTION_B], gpu_error(dq_d, dq, N, D, ld, floor));
         worst_of(&worst[ATTENTION_B], gpu_error(dk_d, dk, N, G * d, ld, floor));
         worst_of(&worst[ATTENTION_B], gpu_error(dv_d, dv, N, G * d, ld, floor));
+        // q, k and v beside each other, on through RoPE, and their sums
+        uint64_t before = chance; // the tests behind this one see the numbers that they always saw
+        int E = (H + 2 * G) * d;
+        int64_t wide_E = (int64_t)N * E, pairs = (int64_t)T * (d / 2);
+        real *proj = noise(wide_E, 1), *dproj = poison(wide_E), *dbias = noise(E, 1), *cosine = poison(pairs), *sine = poison(pairs);
+        rope_table(cosine, sine, T, d);
+        X *proj_d = on_gpu<X>(proj, wide_E), *dproj_d = gpu_poison<X>(wide_E);
+        float *dbias_d = on_gpu<float>(dbias, E), *cosine_d = on_gpu<float>(cosine, pairs), *sine_d = on_gpu<float>(sine, pairs);
+        ColumnSums sums = sums_on_gpu(B, T, D, E);
+        attention_forward(o, stats, scratch, proj, proj + D, proj + D + G * d, E, B, T, H, G, d, 0, 0);
+        attention_forward_gpu(o_d, stats_d, scratch_d, proj_d, proj_d + D, proj_d + D + G * d, E, B, T, H, G, d, 0, 0, st);
+        attention_backward(dproj, dproj + D, dproj + D + G * d, scratch, dout, stats, proj, proj + D, proj + D + G * d, E, B, T, H, G, d, 0);
+        rope_backward(dproj, E, cosine, sine, N, T, H + G, d);
+        add_rows(dbias, dproj, N, E, E);
+        attention_backward_gpu(dproj_d, dproj_d + D, dproj_d + D + G * d, dbias_d, scratch_d, dout_d, (const X *)o_d, stats_d, proj_d,
+                               proj_d + D, proj_d + D + G * d, E, B, T, H, G, d, 0, {cosine_d, sine_d, T, d / 2, 0, -1}, &sums, st);
+        column_sums_gpu(&sums, st);
+        chance = before;
+        worst_of(&worst[ATTENTION_B], gpu_error(dproj_d, dproj, N, E, E, floor));
+        worst_of(&worst[SUMS], gpu_error(dbias_d, dbias, 1, E, E, sqrt((double)wide_E))); // of N numbers about 1, each rounded
     }
     { // feedback
         int first = random_int(0, T - 1);
@@ -2122,12 +2149,29 @@ static void compare_mixers(double *worst, const real *x, const real *w, const re
         feedback_forward_gpu(s_d, c_d, stats_d, weights_d, scratch_d, f_d, x_d, w_d, ld, gamma_d, B, T, D, 0, P, st);
         worst_of(&worst[FEEDBACK_F], gpu_error(s_d, s, N, D, D, 0));
         feedback_backward(df, dq, dk, dgamma, scratch, dout, s, stats, x, w, ld, gamma, B, T, D, 0);
-        feedback_backward_gpu(df_d, dq_d, dk_d, dgamma_d, weights_d, scratch_d, dout_d, s_d, c_d, stats_d, x_d, w_d, ld, gamma_d, B, T,
-                              D, P, st);
+        feedback_backward_gpu(df_d, dq_d, dk_d, dgamma_d, (float *)NULL, weights_d, scratch_d, dout_d, s_d, c_d, stats_d, x_d, w_d, ld,
+                              gamma_d, B, T, D, P, (ColumnSums *)NULL, st);
         worst_of(&worst[FEEDBACK_B], gpu_error(df_d, df, N, D, D, 0));
         worst_of(&worst[FEEDBACK_B], gpu_error(dq_d, dq, N, D, ld, floor));
         worst_of(&worst[FEEDBACK_B], gpu_error(dk_d, dk, N, D, ld, floor));
         worst_of(&worst[FEEDBACK_B], gpu_error(dgamma_d, dgamma, 1, N, N, floor));
+        // q and k beside each other, and their gradients' sums
+        uint64_t before = chance;
+        int64_t wide_2D = 2 * size;
+        real *proj = noise(wide_2D, 1), *dproj = poison(wide_2D), *dbias = noise(2 * D, 1);
+        X *proj_d = on_gpu<X>(proj, wide_2D), *dproj_d = gpu_poison<X>(wide_2D);
+        float *dbias_d = on_gpu<float>(dbias, 2 * D);
+        ColumnSums sums = sums_on_gpu(B, T, D, 2 * D);
+        feedback_forward(s, stats, scratch, f, proj, proj + D, 2 * D, gamma, B, T, D, 0, 0);
+        feedback_forward_gpu(s_d, c_d, stats_d, weights_d, scratch_d, f_d, proj_d, proj_d + D, 2 * D, gamma_d, B, T, D, 0, P, st);
+        feedback_backward(df, dproj, dproj + D, dgamma, scratch, dout, s, stats, proj, proj + D, 2 * D, gamma, B, T, D, 0);
+        add_rows(dbias, dproj, N, 2 * D, 2 * D);
+        feedback_backward_gpu(df_d, dproj_d, dproj_d + D, dgamma_d, dbias_d, weights_d, scratch_d, dout_d, s_d, c_d, stats_d, proj_d,
+                              proj_d + D, 2 * D, gamma_d, B, T, D, P, &sums, st);
+        column_sums_gpu(&sums, st);
+        chance = before;
+        worst_of(&worst[FEEDBACK_B], gpu_error(dproj_d, dproj, N, 2 * D, 2 * D, floor));
+        worst_of(&worst[SUMS], gpu_error(dbias_d, dbias, 1, 2 * D, 2 * D, sqrt((double)wide_2D)));
     }
 }
 
@@ -2208,9 +2252,7 @@ template <typename X> static void compare_layers(double *worst, int even, int T)
     float *dout_f = on_gpu<float>(dout, size);
     double floor = 0.1 * sqrt((double)size);
     Dropout drop = {random_int(0, 1) ? 0.3 : 0, 11, 5};
-    ColumnSums sums;
-    memset(&sums, 0, sizeof(sums));
-    sums.room = sums.next = gpu_poison<float>(column_sums_room(D, ld));
+    ColumnSums sums = sums_on_gpu(B, T, D, ld);
     { // embedding, with dropout
         real *o = poison(size), *dwte = noise((int64_t)V * D, 1);
         float *o_d = gpu_poison<float>(size), *dwte_d = on_gpu<float>(dwte, (int64_t)V * D),
@@ -2344,7 +2386,7 @@ template <typename X> static void compare_layers(double *worst, int even, int T)
         worst_of(&worst[ROPE], gpu_error(turned_d, turned, N, ld, ld, 0));
         rope_backward(back, ld, cosine, sine, N, T, H, d);
         add_rows(dbias, back, N, ld, ld);
-        rope_backward_gpu(back_d, dbias_d, ld, cosine_d, sine_d, N, T, H, d, &sums, st);
+        rope_backward_gpu(back_d, dbias_d, ld, {cosine_d, sine_d, T, d / 2, 0, -1}, N, H * d, ld, &sums, st);
         column_sums_gpu(&sums, st);
         worst_of(&worst[ROPE], gpu_error(back_d, back, N, ld, ld, 0));
         worst_of(&worst[SUMS], gpu_error(dbias_d, dbias, 1, ld, ld, floor));
@@ -2474,8 +2516,8 @@ static void test_peaked(void) {
                 + (t < T - 1 ? 0.999 * last[i] : 0));
     feedback_forward_gpu(s_d, c_d, stats_d, weights_d, scratch_d, f_d, q_d, k_d, D, gamma_d, 1, T, D, 0, 0, gpu.stream);
     check_error(gpu_error(s_d, s, T, D, D, 0), 0x1p-8, "s of a chain of 3000 rows: one rounding at most");
-    feedback_backward_gpu(ds_d, dq_d, dk_d, dgamma_d, weights_d, scratch_d, ds_d, s_d, c_d, stats_d, q_d, k_d, D, gamma_d, 1, T, D, 0,
-                          gpu.stream);
+    feedback_backward_gpu(ds_d, dq_d, dk_d, dgamma_d, (float *)NULL, weights_d, scratch_d, ds_d, s_d, c_d, stats_d, q_d, k_d, D, gamma_d,
+                          1, T, D, 0, (ColumnSums *)NULL, gpu.stream);
     check_error(gpu_error(ds_d, lambda, T, D, D, 0), 0x1p-7, "its adjoint: two, of u and of the result");
     gpu_release();
 }

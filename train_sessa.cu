@@ -248,11 +248,27 @@ __device__ static inline float block_max(float x, float *shared) {
 typedef struct { float *out; const float *partial; int chunks, stride, width; } ColumnSum;
 typedef struct { ColumnSum list[14]; int n; float *room, *next; } ColumnSums;
 enum { BLOCKS_AT_ONCE = 528, GROUP_COLUMNS = 128, ROW_BLOCK = 320 }; // 4 blocks a multiprocessor of an H100
-static int64_t column_sums_room(int D, int E) { // numbers: for each pass with sums of a layer, and ln_f's
-    return 8 * ((int64_t)BLOCKS_AT_ONCE * GROUP_COLUMNS + E) + 3 * (int64_t)BLOCKS_AT_ONCE * D;
+static int64_t column_sums_room(int B, int T, int D, int E) { // numbers: for each pass with sums of a layer, ln_f's, and tiles
+    return 8 * ((int64_t)BLOCKS_AT_ONCE * GROUP_COLUMNS + E) + (3 * (int64_t)BLOCKS_AT_ONCE + 2 * (int64_t)B * (T / 128 + 1)) * D;
 }
 static void column_sum(ColumnSums *sums, float *out, int at, int chunks, int stride, int width) {
     if (out) sums->list[sums->n++] = {out, sums->next + at, chunks, stride, width};
+}
+
+// Where a product in tiles leaves the sums of `width` columns over each 128 rows of a sequence. NULL: nowhere
+enum { SUM_ROWS = 128 };
+typedef struct {
+    float *partial;
+    int width, chunks; // chunks of a sequence
+    __device__ float *at(int b, int row, int column) const {
+        return partial + ((int64_t)b * chunks + row / SUM_ROWS) * width + column;
+    }
+} TileSums;
+static TileSums tile_sums(ColumnSums *sums, float *out, int width, int B, int T) {
+    TileSums place = {sums->next, width, (T + SUM_ROWS - 1) / SUM_ROWS};
+    column_sum(sums, out, 0, B * place.chunks, width, width);
+    sums->next += (int64_t)B * place.chunks * width;
+    return place;
 }
 
 // A block takes 32 columns of one sum, its warps every 8th chunk.
@@ -762,14 +778,12 @@ static void rope_forward_gpu(X *x, int ld, const float *cosine, const float *sin
     });
 }
 
-// rope_backward of the first heads·d columns, and the sums of all ld columns over the rows: the gradient of the
+// rope_backward of the first `turned` columns, and the sums of all `width` columns over the rows: the gradient of the
 // projections' bias. Where a thread takes one number, its neighbour has the other of the pair.
 template <typename X>
-static void rope_backward_gpu(X *dx, float *dbias, int ld, const float *cosine, const float *sine, int N, int T, int heads,
-                              int d, ColumnSums *sums, cudaStream_t stream) {
-    Rope rope = {cosine, sine, T, d / 2, 0, -1};
-    int turned = heads * d;
-    each_with_sums({dbias}, sums, N, ld, wide({d, ld}, {dx, cosine, sine}), stream,
+static void rope_backward_gpu(X *dx, float *dbias, int ld, Rope rope, int N, int turned, int width, ColumnSums *sums,
+                              cudaStream_t stream) {
+    each_with_sums({dbias}, sums, N, width, wide({2 * rope.half, width, ld}, {dx, rope.cosine, rope.sine}), stream,
                    [=] __device__ (auto V, int n, int i, auto &sum) {
         constexpr int COUNT = V == 1 ? 2 : V;
         float v[COUNT];
@@ -1058,7 +1072,8 @@ template <typename X>
 static Part<X> part_of(const X *at, int64_t ld, int64_t step, int rows, int cols, int row = 0, int col = 0) {
     return {at, ld, step, rows, cols, {row, col, 0, 0, INT_MAX}};
 }
-template <typename F> constexpr int sums_rows = 0; // 1: f wants a maximum and a sum of each tile's rows besides
+template <typename F> constexpr int sums_rows = 0;    // 1: f wants a maximum and a sum of each tile's rows besides
+template <typename F> constexpr int sums_columns = 0; // 1: f wants the sums of each tile's columns besides
 // What is known to be 0: A above the diagonal, A as it is multiplied (transposed) below it, B above it; OUT: nobody wants
 // the result above it. The diagonal of A_LOWER and OUT_LOWER starts at column `shift`.
 enum Triangle { FULL, A_LOWER, A_UPPER, B_LOWER, OUT_LOWER };
@@ -1135,6 +1150,7 @@ product_tiles_kernel(const __grid_constant__ CUtensorMap a_map, const __grid_con
             *(float2 *)&s->sums[first + half * 8 + lane / 4][n * 8 + lane % 4 * 2] =
                 steps ? make_float2(sum[n][2 * half], sum[n][2 * half + 1]) : make_float2(0, 0);
     __syncwarp();
+    float columns[8] = {};
 #pragma unroll 4
     for (int p = lane; p < 16 * BN / 8; p += 32) {
         int r = m0 + first + p / (BN / 8), i = n0 + p % (BN / 8) * 8;
@@ -1147,7 +1163,21 @@ product_tiles_kernel(const __grid_constant__ CUtensorMap a_map, const __grid_con
                 row.y += __shfl_xor_sync(~0u, row.y, other);
             }
             if (lane % (BN / 8) == 0 && r < M) f.row(sequence, r, n0 / BN, row);
-        } else if (r < M && i < N) f(Known<8>(), sequence, item, r, i, v);
+        } else if (r < M && i < N) {
+            f(Known<8>(), sequence, item, r, i, v);
+            for (int e = 0; e < 8 * sums_columns<F>; e++) columns[e] += v[e];
+        }
+    }
+    if constexpr (sums_columns<F>) {
+        for (int e = 0; e < 8; e++)
+            for (int other = BN / 8; other < 32; other *= 2) columns[e] += __shfl_xor_sync(~0u, columns[e], other);
+        __syncwarp();
+        if (lane < BN / 8) write_some<8>(&s->sums[first][lane * 8], columns); // a warp's in its first row
+        asm volatile("bar.sync 1, 256;" : : : "memory");
+        int i = threadIdx.x;
+        float sum = 0;
+        for (int w = 0; w < 8 && i < BN; w++) sum += s->sums[16 * w][i];
+        if (i < BN && n0 + i < N) f.column(sequence, m0, n0 + i, sum);
     }
 #endif
 }
@@ -1725,21 +1755,23 @@ static void attention_group_backward_gpu(int item, Heads heads, X *dq, X *dk, X 
     }
 }
 
-// out: what the forward pass gave, for the tiles' delta
+// out: what the forward pass gave, for the tiles' delta. dbias, unless NULL: dq, dk, dv, which follow each other, are taken on
+// through RoPE, and their sums over the rows added to it.
 template <typename X>
-static void attention_backward_gpu(X *dq, X *dk, X *dv, float *scratch, const X *dout, const X *out, float *stats, const X *q,
-                                   const X *k, const X *v, int ld, int B, int T, int H, int G, int d, int P,
-                                   cudaStream_t stream) {
+static void attention_backward_gpu(X *dq, X *dk, X *dv, float *dbias, float *scratch, const X *dout, const X *out, float *stats, const X *q,
+                                   const X *k, const X *v, int ld, int B, int T, int H, int G, int d, int P, Rope rope,
+                                   ColumnSums *sums, cudaStream_t stream) {
+    int width = (H + 2 * G) * d, tiled = 0;
     if constexpr (sizeof(X) == sizeof(bf16))
-        if (in_tiles(q, k, v, ld, d)) {
+        if ((tiled = in_tiles(q, k, v, ld, d))) {
             auto tiles = d <= 64 ? attention_tiles_backward<64> : attention_tiles_backward<128>;
             tiles(dq, dk, dv, dout, out, (float2 *)stats, q, k, v, ld, B, T, H, G, d, stream);
-            return;
         }
     Heads heads = heads_of(B, T, H, G);
     P = attention_panel(P, heads.batch, T);
-    for (int item = 0; item < heads.items; item++)
+    for (int item = 0; item < heads.items && !tiled; item++)
         attention_group_backward_gpu(item, heads, dq, dk, dv, scratch, dout, stats, q, k, v, ld, T, H, G, d, P, stream);
+    if (dbias) rope_backward_gpu(dq, dbias, ld, rope, B * T, (H + G) * d, width, sums, stream);
 }
 
 // ----------------------------------------------------------------------------
@@ -1940,6 +1972,15 @@ template <typename O> struct Store {
         write_some<V>(at, v);
     }
 };
+// The same, and the sums of its columns over the rows of a block. row: the first's
+template <typename O> struct StoreSummed : Store<O> {
+    TileSums sums;
+    int row;
+    __device__ void column(int b, int r, int i, float sum) const {
+        if (sums.partial) *sums.at(b, row + r, i) = sum;
+    }
+};
+template <typename O> constexpr int sums_columns<StoreSummed<O>> = 1;
 // out = Y(x)       x (N,D), out: D of the ld columns of each row
 template <typename Y, typename X>
 static void copy_gpu(Y *out, int ld, const X *x, int N, int D, cudaStream_t stream) {
@@ -2015,13 +2056,14 @@ static void feedback_panel(float *weights, float *scratch, const Panels *p, floa
 // sequence and walk along its blocks of C·128 rows, from the last if BACK, each in the four products that the section begins
 // with (or those of feedback_sequence_backward_gpu). Block `rank` has two tiles of 64 rows, the first and second four warps one
 // each: tile rank and tile rank from the last, so that all have as much of the triangle. A thread more has the operands
-// copied: e, M, and what was solved before, written to memory and read back. What M and e_II multiply goes round: a block
+// copied: e, M, and what was solved before, written to memory and read back; but one block alone has its last 128 rows still
+// in shared memory, and another thread to write them. What M and e_II multiply goes round: a block
 // writes its tiles to memory and has them copied from there to all blocks of the cluster whose rows see them, at once.
 enum { MARCH_SLOTS = 4 };
 template <int C> struct MarchShared {
     enum { STRIP = C == 1 ? 128 : 64, BUFFERS = C == 1 ? 2 : 1 };
     bf16 a[MARCH_SLOTS][2][ATOM][ATOM], b[MARCH_SLOTS][STRIP / ATOM][ATOM][ATOM], right[BUFFERS][STRIP / ATOM][C * BLOCK][ATOM];
-    uint64_t full[MARCH_SLOTS], free[MARCH_SLOTS], written, handed, done;
+    uint64_t full[MARCH_SLOTS], free[MARCH_SLOTS], solved, written[2], handed, done;
 };
 // f (BACK: ds), c (BACK: df) and known, the sum over rows beyond begin .. end if not NULL, have T rows of D a sequence;
 // e and M begin with row r0; `map` is of s (BACK: of u). round: two places for each tile of a cluster, in turn
@@ -2040,15 +2082,28 @@ feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_co
     auto tile_of = [&](int group) { return group ? TILES - 1 - rank : rank; };
     auto place = [&](int step) { return begin + (BACK ? blocks - 1 - step : step) * ROWS; };
     if (threadIdx.x == 0) {
-        barrier_init(&s->written, C);
+        barrier_init(&s->solved, 1);
+        for (int i = 0; i < 2; i++) barrier_init(&s->written[i], C);
         barrier_init(&s->handed, 1);
         barrier_init(&s->done, 2 * C);
         for (int i = 0; i < MARCH_SLOTS; i++) { barrier_init(&s->full[i], 1); barrier_init(&s->free[i], 8); }
     }
     barriers_ready();
     if (C > 1) asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" : : : "memory");
+    auto write = [&](int I) {
+        for (int j = 0; j < 2 * ACROSS; j++)
+            asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4}], [%5];"
+                         : : "l"(&map), "r"(n0 + j / 2 * ATOM), "r"(0), "r"(I + ATOM * tile_of(j % 2)), "r"(sequence),
+                             "r"(shared_at(s->right[Shared::BUFFERS - 1][j / 2][ATOM * tile_of(j % 2)])) : "memory");
+        asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group 0;" : : : "memory");
+    };
     if (group == 2) {
         KEEP_REGISTERS("dec", 40);
+        for (int step = 0; C == 1 && threadIdx.x % GROUP == 32 && step < blocks; step++) {
+            barrier_wait(&s->solved, step);
+            write(place(step));
+            barrier_arrive(&s->written[step % 2]);
+        }
         if (threadIdx.x % GROUP) return;
         auto copy = [&](const CUtensorMap *left, int I, int col0, int K, int solved) { // 64 of K from position K on
             int slot = item % MARCH_SLOTS, bytes = solved ? sizeof(s->b[0]) : 0, wanted[2];
@@ -2070,9 +2125,9 @@ feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_co
         for (int step = 0; step < blocks; step++) {
             int I = place(step);
             for (int before = 0; before < step; before++) {
-                if (before == step - 1) barrier_wait(&s->written, before);
+                if (before == step - 1 - (C == 1)) barrier_wait(&s->written[before % 2], before / 2);
                 if (C > 1 && before == step - 1) asm volatile("fence.acq_rel.cluster;\nfence.proxy.async.global;" : : : "memory");
-                for (int k = 0; k < ROWS; k += ATOM) copy(&e_map, I, 0, place(before) + k, 1);
+                for (int k = 0; k < ROWS; k += ATOM) copy(&e_map, I, 0, place(before) + k, C > 1 || before < step - 1);
             }
             for (int turn = 0; turn < 3; turn++)
                 for (int tile = BACK ? rank : 0; tile < (BACK ? TILES : TILES - rank); tile++)
@@ -2164,7 +2219,9 @@ feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_co
         auto keep = [&](int half, int n, uint32_t two) {
             if (c && at[half] >= 0 && n0 + n * 8 < D) *(uint32_t *)(c + at[half] + n * 8) = two;
         };
-        multiply(sum, NULL, TILES * step, 0);
+        int copied = C == 1 && step ? step - 1 : step;
+        multiply(sum, NULL, TILES * copied, 0);
+        multiply(sum, s->right[Shared::BUFFERS - 1][0][0], TILES * (step - copied), copied);
         for (int n = 0; n < STRIP / 8; n++)
             for (int half = 0; half < 2; half++) {
                 uint32_t two = given[n][half];
@@ -2175,6 +2232,7 @@ feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_co
             }
         share(0, step);
         multiply_shared(solved, 0, 0);
+        if (C == 1 && step) barrier_wait(&s->written[(step - 1) % 2], (step - 1) / 2); // its place is free
         for (int n = 0; n < STRIP / 8; n++)
             for (int half = 0; half < 2; half++) {
                 float *v = &solved[n][2 * half];
@@ -2204,16 +2262,12 @@ feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_co
             }
         asm volatile("fence.proxy.async.shared::cta;\nbar.sync 1, 256;" : : : "memory");
         if (threadIdx.x) continue;
-        for (int j = 0; j < 2 * ACROSS; j++)
-            asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4}], [%5];"
-                         : : "l"(&map), "r"(n0 + j / 2 * ATOM), "r"(0), "r"(I + ATOM * tile_of(j % 2)), "r"(sequence),
-                             "r"(shared_at(s->right[Shared::BUFFERS - 1][j / 2][ATOM * tile_of(j % 2)])) : "memory");
-        asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group 0;" : : : "memory");
-        if (C == 1) { barrier_arrive(&s->written); continue; }
+        if (C == 1) { barrier_arrive(&s->solved); continue; }
+        write(I);
         asm volatile("fence.proxy.async.global;\nfence.acq_rel.cluster;" : : : "memory");
-        for (int to = 0; to < C; to++) barrier_arrive_at(&s->written, to);
+        for (int to = 0; to < C; to++) barrier_arrive_at(&s->written[step % 2], to);
     }
-    if (C > 1) barrier_wait(&s->written, blocks - 1); // nobody needs this block's memory any more
+    if (C > 1) barrier_wait(&s->written[(blocks - 1) % 2], (blocks - 1) / 2); // nobody needs this block's memory any more
 #endif
 }
 template <int BACK, int C>
@@ -2323,9 +2377,10 @@ __global__ void feedback_delta_kernel(float *delta, const X *df, const X *c, int
 // where λ stays float32, for X(γ X(λ)) would be X(λ) and the loop no contraction. Then what the panel gives the rows
 // before it, h_< += e_{R,<}^T u, and the gradients of q' and k'. u lies where dq' will.
 template <typename X>
-static void feedback_sequence_backward_gpu(X *df, X *dq, X *dk, float *dgamma, float *weights, float *scratch, const Panels *p, const X *ds,
-                                           const X *s, const X *c, float *stats, const X *q, const X *k, int ld,
-                                           const float *gamma, int B, int T, int D, int r0, cudaStream_t stream) {
+static void feedback_sequence_backward_gpu(X *df, X *dq, X *dk, float *dgamma, float *weights, float *scratch, const Panels *p,
+                                           const X *ds, const X *s, const X *c, float *stats, const X *q, const X *k, int ld,
+                                           const float *gamma, int B, int T, int D, int r0, TileSums dq_sums, TileSums dk_sums,
+                                           cudaStream_t stream) {
     int n = min_int(p->R, T - r0);
     int64_t step = e_step<X>(p, T), all = (int64_t)T * D, wide_step = (int64_t)T * ld,
         m_step = (int64_t)min_int(p->R, T) * p->P;
@@ -2415,7 +2470,7 @@ static void feedback_sequence_backward_gpu(X *df, X *dq, X *dk, float *dgamma, f
             for (int j = 0; j < V; j++) v[j] = i + j < i0 + r ? factor * w[j] * (v[j] - dot) : 0;
             write_some<V>(place, v);
         };
-        Store<X> to_dq = {dq + wide_row, ld, wide_step, sigma, 0};
+        StoreSummed<X> to_dq = {{dq + wide_row, ld, wide_step, sigma, 0}, dq_sums, i0};
         Part<X> lambda_I = part_of((const X *)df, D, all, T, D, i0), dl = part_of((const X *)e, p->lx, step, n, (int)p->ld,
                                                                                  at, 0);
         product_gpu<0, 0, OUT_LOWER>(to_logits, lambda_I, part_of(s, D, all, T, D), m,
@@ -2426,7 +2481,7 @@ static void feedback_sequence_backward_gpu(X *df, X *dq, X *dk, float *dgamma, f
         int m = min_int(height, n - at), last = r0 + n == T;
         Part<X> dl = part_of((const X *)e, p->lx, step, n, (int)p->ld, at, r0 + at),
             q_I = part_of(q, ld, wide_step, T, D, r0 + at);
-        Store<X> to_dk = {dk + (int64_t)at * ld, ld, wide_step, sigma, 0};
+        StoreSummed<X> to_dk = {{dk + (int64_t)at * ld, ld, wide_step, sigma, 0}, dk_sums, at};
         Store<float> to_sum = {dk_sum + (int64_t)(r0 + at) * D, D, all, sigma, !last};
         if (p->R >= T) product_gpu<1, 1, A_UPPER>(to_dk, dl, q_I, m, D, n - at, 0, 1, way);
         else product_gpu<1, 1, A_UPPER>(to_sum, dl, q_I, m, D, n - at, 0, 1, way);
@@ -2436,14 +2491,22 @@ static void feedback_sequence_backward_gpu(X *df, X *dq, X *dk, float *dgamma, f
                              stream);
 }
 
+// dbias, unless NULL: the sums of dq and dk, which follow each other, over the rows are added to it.
 template <typename X>
-static void feedback_backward_gpu(X *df, X *dq, X *dk, float *dgamma, float *weights, float *scratch, const X *ds, const X *s, const X *c,
-                                  float *stats, const X *q, const X *k, int ld, const float *gamma, int B, int T, int D,
-                                  int P, cudaStream_t stream) {
+static void feedback_backward_gpu(X *df, X *dq, X *dk, float *dgamma, float *dbias, float *weights, float *scratch, const X *ds,
+                                  const X *s, const X *c, float *stats, const X *q, const X *k, int ld, const float *gamma,
+                                  int B, int T, int D, int P, ColumnSums *sums, cudaStream_t stream) {
     Panels p = feedback_panels<X>(B, T, D, P, wide({ld}, {df, dq, dk, ds, s, q, k, scratch}));
+    TileSums dq_sums = {}, dk_sums = {}; // on the way to memory: with tiles, and dk' where one panel holds the whole of it
+    int summed = dbias && p.tiles && P <= 0, dk_summed = summed && p.R >= T;
+    if (summed) dq_sums = tile_sums(sums, dbias, D, B, T);
+    if (dk_summed) dk_sums = tile_sums(sums, dbias + D, D, B, T);
     for (int r0 = (T - 1) / p.R * p.R; r0 >= 0; r0 -= p.R)
-        feedback_sequence_backward_gpu(df, dq, dk, dgamma, weights, scratch, &p, ds, s, c, stats, q, k, ld, gamma, B, T, D, r0, stream);
+        feedback_sequence_backward_gpu(df, dq, dk, dgamma, weights, scratch, &p, ds, s, c, stats, q, k, ld, gamma, B, T, D, r0,
+                                       dq_sums, dk_sums, stream);
     if (p.R < T) copy_gpu(dk, ld, scratch + p.dk, B * T, D, stream);
+    if (!dbias || dk_summed) return;
+    rope_backward_gpu(summed ? dk : dq, summed ? dbias + D : dbias, ld, {}, B * T, 0, summed ? D : 2 * D, sums, stream);
 }
 
 // gate_forward and dropout in one pass.
@@ -3473,9 +3536,8 @@ template <typename X> static void direct_read_backward_gpu(ModelGPU<X> *m, int l
     const X *k = a->proj + D, *v = k + G * d, *out = w->W_o ? a->o : a->f;
     X *dk = back->dproj + D, *dv = dk + G * d, *dout = w->W_o ? back->dout : back->ds;
     if (w->W_o) linear_backward_gpu(dout, dw->W_o, back->ds, D, a->o, as_x(m, w->W_o), N, D, D, stream);
-    attention_backward_gpu(back->dproj, dk, dv, back->scratch, dout, out, a->stats, a->proj, k, v, E, B, T, H, G, d,
-                           m->host.P, stream);
-    rope_backward_gpu(back->dproj, dw->b_proj, E, back->cosine, back->sine, N, T, H + G, d, &m->sums, stream);
+    attention_backward_gpu(back->dproj, dk, dv, dw->b_proj, back->scratch, dout, out, a->stats, a->proj, k, v, E, B, T, H, G, d,
+                           m->host.P, {back->cosine, back->sine, T, d / 2, 0, -1}, &m->sums, stream);
     linear_backward_gpu(back->dabar, dw->W_proj, back->dproj, E, a->abar, as_x(m, w->W_proj), N, D, E, stream);
 }
 
@@ -3501,8 +3563,9 @@ template <typename X> static void sessa_backward_gpu(ModelGPU<X> *m, int l, int 
     LayerActivationsGPU<X> *a = &m->acts.layers[l];
     ActivationsGPU<X> *back = &m->acts;
     const X *q = a->proj + E - 2 * D, *k = q + D;
-    feedback_backward_gpu(back->ds, back->dproj + E - 2 * D, back->dproj + E - D, back->dgamma, a->fb_weights, back->scratch, back->ds,
-                          a->s, a->c, a->fb_stats, q, k, E, a->gamma, B, T, D, m->host.P, stream);
+    feedback_backward_gpu(back->ds, back->dproj + E - 2 * D, back->dproj + E - D, back->dgamma,
+                          m->grad.layers[l].b_proj + E - 2 * D, a->fb_weights, back->scratch, back->ds, a->s, a->c, a->fb_stats,
+                          q, k, E, a->gamma, B, T, D, m->host.P, &m->sums, stream);
     direct_read_backward_gpu(m, l, B, T, stream);
 }
 
@@ -3680,7 +3743,7 @@ template <typename X> static void carve_activations_gpu(ModelGPU<X> *m, int B, i
     acts->dbranch = add_activation(t, x, -1, "dbranch", 3, B, T, D);
     acts->dproj = add_activation(t, x, -1, "dproj", 3, B, T, E);
     acts->dgamma = add_activation(f, fb, -1, "dgamma", 2, B, T, 1);
-    m->sums.room = m->sums.next = add_activation(f, fb, -1, "sums", 1, column_sums_room(D, E), 1, 1);
+    m->sums.room = m->sums.next = add_activation(f, fb, -1, "sums", 1, column_sums_room(B, T, D, E), 1, 1);
 }
 
 // Points the weights into a block of the device: first to addresses of a block that is nowhere and follows the table, then
