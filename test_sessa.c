@@ -19,7 +19,7 @@ static Model *tested_create(const Config *config, int B, int T, Mode mode, char 
 static void tested_free(Model *model);                                                   // CPU's Model to look at it
 static double tested_forward(Model *model, const int *inputs, const int *targets, int B, int T, Dropout drop);
 static void tested_backward(Model *model, double dloss);
-static void tested_update(Model *model, AdamW options, double grad_scale, int64_t step);
+static double tested_update(Model *model, AdamW options, double clip, int64_t step);
 static int run_tested(int argc, char **argv);
 #else
 #include "train_sessa.c"
@@ -29,7 +29,7 @@ enum { ON_GPU = 0 };
 #define tested_free model_free
 #define tested_forward model_forward
 #define tested_backward model_backward
-#define tested_update model_update
+#define tested_update cpu_update
 #define run_tested(argc, argv) run_program(argc, argv, &TESTED_BACKEND)
 #endif
 #include <dirent.h>
@@ -1055,7 +1055,7 @@ static void check_losses(Model *m, const Safetensors *file, const FileTensor *lo
     if (!check(ok, "losses is F32 and has one dimension")) return;
     AdamW o = {meta_number(file, "learning_rate", 0, 1e3, &ok), meta_number(file, "beta1", 0, 1, &ok), meta_number(file, "beta2", 0, 1, &ok),
                meta_number(file, "eps", 0, 1, &ok), meta_number(file, "weight_decay", 0, 1e3, &ok)};
-    double clip = meta_number(file, "grad_clip", 0, 1e30, &ok), worst = 0;
+    double clip = meta_number(file, "grad_clip", 0, 1e30, &ok), worst = 0, worst_length = 0;
     Dropout off = {0, 0, 0};
     if (!ok) return;
     take_weights(m, file);
@@ -1064,9 +1064,10 @@ static void check_losses(Model *m, const Safetensors *file, const FileTensor *lo
         double loss = dloss * tested_forward(m, inputs, targets, B, T, off), ref = number_of(losses, i);
         worst_of(&worst, fabs(loss - ref) / fmax(fabs(ref), 1e-30));
         tested_backward(m, dloss);
-        double size = norm(m->grads, m->table.count);
-        tested_update(m, o, clip > 0 && clip < size + 1e-6 ? clip / (size + 1e-6) : 1, i + 1);
+        double length = norm(m->grads, m->table.count);
+        worst_of(&worst_length, fabs(tested_update(m, o, clip, i + 1) / length - 1));
     }
+    check_error(worst_length, 1e-6, "the gradients' norm that an update returns");
     check_error(worst, dump_bound > 0 ? dump_bound : bound_of(1e-5, 2e-7), "losses of %d AdamW steps: worst", (int)losses->count);
 }
 
@@ -1988,7 +1989,8 @@ static void hand_over(Model *m, Block block, const real *from) {
 static double tested_forward(Model *m, const int *inputs, const int *targets, int B, int T, Dropout drop) {
     hand_over(m, PARAMS, m->params);
     tested_gpu->P = m->P;
-    double sum = backend_gpu()->forward(tested_gpu, inputs, targets, B, T, drop);
+    backend_gpu()->forward(tested_gpu, inputs, targets, B, T, drop);
+    double sum = backend_gpu()->loss(tested_gpu);
     if (gpu.precision == BF16) fetch_activations((ModelGPU<bf16> *)tested_gpu, m);
     else fetch_activations((ModelGPU<float> *)tested_gpu, m);
     return sum;
@@ -1998,10 +2000,11 @@ static void tested_backward(Model *m, double dloss) {
     backend_gpu()->backward(tested_gpu, dloss);
     memcpy(m->grads, backend_gpu()->read(tested_gpu, GRADS), sizeof(real) * (size_t)m->table.count);
 }
-static void tested_update(Model *m, AdamW o, double grad_scale, int64_t step) {
-    backend_gpu()->update(tested_gpu, o, grad_scale, step);
+static double tested_update(Model *m, AdamW o, double clip, int64_t step) {
+    double length = backend_gpu()->update(tested_gpu, o, clip, step);
     memcpy(m->params, backend_gpu()->read(tested_gpu, PARAMS), sizeof(real) * (size_t)m->table.count);
     memset(m->grads, 0, sizeof(real) * (size_t)m->table.count);
+    return length;
 }
 
 // Device memory of a test, freed at its end. What the host and the device both read is rounded to X on either side.
@@ -2551,15 +2554,22 @@ static void test_gpu_training(void) {
             }
             Dropout off = {0, 0, 0};
             AdamW adam = {3e-3 * fmin(1, (step + 1) / 20.0), 0.9, 0.99, 1e-8, 0.1};
-            double loss = backend->forward(m, inputs, targets, B, T, off) / (B * T);
+            backend->forward(m, inputs, targets, B, T, off);
             backend->backward(m, 1.0 / (B * T));
-            double norm_ = backend->grad_norm(m);
-            backend->update(m, adam, norm_ > 1 ? 1 / (norm_ + 1e-6) : 1, step + 1);
+            double loss = backend->loss(m) / (B * T);
+            backend->update(m, adam, 1, step + 1);
             int row = way == 0 ? 0 : way <= 2 ? 1 : way == 3 ? 2 : 3;
             losses[row][step] = loss;
         }
         int twin = way == 2 || way == 5;
+        real *kept = copy_of(backend->read(m, PARAMS), m->table.count);
+        backend->read(m, GRADS)[7] = NAN;
+        backend->write(m, GRADS);
+        AdamW any = {1e-3, 0.9, 0.99, 1e-8, 0.1};
+        double length = backend->update(m, any, 1, STEPS + 1);
         const real *now = backend->read(m, PARAMS);
+        check(!isfinite(length) && !memcmp(kept, now, sizeof(real) * (size_t)m->table.count), "%s: no update with a gradient of NaN",
+              backend->name);
         if (way == 1 || way == 4) { weights[way == 4] = copy_of(now, m->table.count); }
         if (twin) check(!memcmp(weights[way == 5], now, sizeof(real) * (size_t)m->table.count),
                         "%s: the same weights, bit for bit, in a second run of 100 steps",

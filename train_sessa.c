@@ -1741,7 +1741,14 @@ static void hidden_forward(Model *m, const int *inputs, int B, int T, int first,
                       m->weights.ln_f_bias, N, D);
 }
 
-// The sum of the losses over the targets that are not -1. Keeps what model_backward needs.
+// The sum of the losses over the targets that are not -1.
+static double model_loss(Model *m) {
+    double sum = 0;
+    for (int n = 0; n < m->batch_B * m->batch_T; n++) sum += (double)m->acts.losses[n];
+    return sum;
+}
+
+// Returns it, and keeps what model_backward needs.
 static double model_forward(Model *m, const int *inputs, const int *targets, int B, int T, Dropout drop) {
     int D = m->config.d_model, V = m->config.vocab_size, N = B * T;
     memcpy(m->inputs, inputs, sizeof(int) * (size_t)N);
@@ -1752,9 +1759,7 @@ static double model_forward(Model *m, const int *inputs, const int *targets, int
     hidden_forward(m, m->inputs, B, T, 0, drop);
     linear_forward(m->acts.logits, V, m->acts.ln_f, m->weights.wte, NULL, N, D, V);
     crossentropy_forward(m->acts.losses, m->acts.loss_logsumexp, m->acts.logits, m->targets, N, V);
-    double sum = 0;
-    for (int n = 0; n < N; n++) sum += (double)m->acts.losses[n];
-    return sum;
+    return model_loss(m);
 }
 
 // hits[n] = 1 where the target of token n has the largest logit of its row, else 0, of the last model_forward. hits (N)
@@ -1822,6 +1827,8 @@ static double norm(const real *x, int64_t n) {
     for (int block = 0; block < BLOCKS; block++) sum += partial[block];
     return sqrt(sum);
 }
+// What the gradients are multiplied by so that their norm is at most `clip`; 0: 1
+static double clip_scale(double norm, double clip) { return clip > 0 && clip < norm + 1e-6 ? clip / (norm + 1e-6) : 1; }
 
 typedef struct { double lr, beta1, beta2, eps, weight_decay; } AdamW;
 
@@ -1895,11 +1902,11 @@ typedef struct {
     double (*bytes)(const Model *model);
     real *(*read)(Model *model, Block block);  // the block's numbers, in the parameter table's order, in memory of their own
     void (*write)(Model *model, Block block);  // makes the numbers that stand there the model's
-    double (*forward)(Model *model, const int *inputs, const int *targets, int B, int T, Dropout drop);
+    void (*forward)(Model *model, const int *inputs, const int *targets, int B, int T, Dropout drop);
+    double (*loss)(Model *model);              // of the last forward pass, the sum; the GPU may be at work until it is asked for
     void (*hits)(Model *model, char *hits);
     void (*backward)(Model *model, double dloss);
-    double (*grad_norm)(Model *model);
-    void (*update)(Model *model, AdamW options, double grad_scale, int64_t step);
+    double (*update)(Model *model, AdamW options, double clip, int64_t step); // the gradients' norm; not finite: no update
     void (*extend)(Model *model, const int *tokens, int n, int first, real *logits);
 } Backend;
 
@@ -1917,10 +1924,17 @@ static real *cpu_read(Model *m, Block block) {
     return block == PARAMS ? m->params : block == GRADS ? m->grads : block == EXP_AVG ? m->exp_avg : m->exp_avg_sq;
 }
 static void cpu_write(Model *m, Block block) { (void)m; (void)block; } // the host's memory is the model's own
-static double cpu_grad_norm(Model *m) { return norm(m->grads, m->table.count); }
+static void cpu_forward(Model *m, const int *inputs, const int *targets, int B, int T, Dropout drop) {
+    model_forward(m, inputs, targets, B, T, drop);
+}
+static double cpu_update(Model *m, AdamW options, double clip, int64_t step) {
+    double length = norm(m->grads, m->table.count);
+    if (isfinite(length)) model_update(m, options, clip_scale(length, clip), step);
+    return length;
+}
 
-static const Backend cpu_backend = {"CPU", model_create, model_free, cpu_bytes, cpu_read, cpu_write, model_forward,
-                                    model_hits, model_backward, cpu_grad_norm, model_update, model_extend};
+static const Backend cpu_backend = {"CPU", model_create, model_free, cpu_bytes, cpu_read, cpu_write, cpu_forward, model_loss,
+                                    model_hits, model_backward, cpu_update, model_extend};
 
 // ----------------------------------------------------------------------------
 // safetensors: checkpoints, reference dumps and example sets are files of this one format
@@ -2907,7 +2921,8 @@ static Score evaluate(Run *run, int64_t max_batches) {
         int B = (int)(windows - first < o->batch ? windows - first : o->batch);
         for (int b = 0; b < B; b++)
             copy_sequence(run->inputs + b * T, run->targets + b * T, set, run->val_begin + (first + b) * (examples ? 1 : T), T);
-        sum += run->backend->forward(run->model, run->inputs, run->targets, B, T, no_dropout);
+        run->backend->forward(run->model, run->inputs, run->targets, B, T, no_dropout);
+        sum += run->backend->loss(run->model);
         if (examples) run->backend->hits(run->model, run->hits);
         for (int n = 0; n < B * T; n++) {
             if (run->targets[n] < 0) continue;
@@ -3081,16 +3096,16 @@ static int train_step(Run *run, double *loss, double *grad_norm, char *error) {
     for (int64_t a = 0; a < o->accum; a++) {
         Dropout drop = {o->dropout, (uint64_t)o->seed, (uint64_t)(o->step * o->accum + a)};
         const int *inputs = run->inputs + a * B * T, *targets = run->targets + a * B * T;
-        *loss += backend->forward(run->model, inputs, targets, B, T, drop) * dloss;
+        backend->forward(run->model, inputs, targets, B, T, drop);
         backend->backward(run->model, dloss);
+        *loss += backend->loss(run->model) * dloss;
     }
-    *grad_norm = backend->grad_norm(run->model);
+    AdamW adam = {learning_rate(o, o->step), o->beta1, o->beta2, o->eps, o->weight_decay};
+    *grad_norm = isfinite(*loss) ? backend->update(run->model, adam, o->clip, o->step + 1) : NAN;
     if (!isfinite(*loss) || !isfinite(*grad_norm))
         return fail(error, NULL, "step %lld: loss %g, gradient norm %g: stopped before the update; a lower --lr may help",
                     (long long)o->step + 1, *loss, *grad_norm);
-    AdamW adam = {learning_rate(o, o->step), o->beta1, o->beta2, o->eps, o->weight_decay};
-    double scale = o->clip > 0 && o->clip < *grad_norm + 1e-6 ? o->clip / (*grad_norm + 1e-6) : 1;
-    backend->update(run->model, adam, scale, ++o->step);
+    o->step++;
     return 0;
 }
 

@@ -3468,6 +3468,7 @@ template <typename X> struct ActivationsGPU {
 typedef struct {
     uint64_t dropout_key;
     float scale[4]; // dloss, 0, 1: what products scale by
+    double squares; // of the gradients, summed on the device
     int first;      // generation: positions known
     int ids[];
 } Inputs;
@@ -3496,7 +3497,8 @@ template <typename X> struct ModelGPU {
     X *x_block;
     float *f_block;
     Inputs *inputs, *host_inputs;                // in the device's memory; page-locked, as is the result of sums
-    double *host_sum;
+    double *host_sum;                            // of losses; of squares of gradients
+    cudaEvent_t loss_there, lists_there, norm_there; // when the host may read, or write again, what the device was asked for
     int *host_lists, *starts;                    // of sort_tokens: page-locked; (V+1)
     ColumnSums sums;
     Recording recordings[N_RECORDINGS];
@@ -3769,6 +3771,8 @@ template <typename X> static void model_free_gpu(Model *model) {
     if (gpu.ready) cudaStreamSynchronize(gpu.stream);
     cudaFree(m->memory);
     cudaFreeHost(m->host_inputs);
+    for (cudaEvent_t *event : {&m->loss_there, &m->lists_there, &m->norm_there})
+        if (*event) cudaEventDestroy(*event);
     for (int i = 0; i < N_RECORDINGS; i++)
         if (m->recordings[i].graph) cudaGraphExecDestroy(m->recordings[i].graph);
     void *blocks[] = {m->host.weights.layers, m->weights.layers, m->grad.layers, m->acts.layers, m->host.table.rows,
@@ -3844,6 +3848,8 @@ template <typename X> static Model *model_create_gpu(const Config *c, int B, int
         return NULL;
     }
     m->host.bytes = needed + 2 * WORKSPACE;
+    for (cudaEvent_t *event : {&m->loss_there, &m->lists_there, &m->norm_there})
+        CUDA(cudaEventCreateWithFlags(event, cudaEventDisableTiming));
     CUDA(cudaMemset(m->memory, 0, (size_t)needed));
     carve_memory(m, m->memory, B, T, mode);
     carve_activations_gpu(m, B, T, mode);
@@ -3941,12 +3947,13 @@ template <int SQUARES> static void sum_gpu(double *out, const float *x, int64_t 
 }
 
 template <typename X>
-static double model_forward_gpu(Model *model, const int *inputs, const int *targets, int B, int T, Dropout drop) {
+static void model_forward_gpu(Model *model, const int *inputs, const int *targets, int B, int T, Dropout drop) {
     ModelGPU<X> *m = (ModelGPU<X> *)model;
     cudaStream_t stream = gpu.stream;
     int D = m->host.config.d_model, V = m->host.config.vocab_size, N = B * T;
     ActivationsGPU<X> *acts = &m->acts;
-    Inputs *host = m->host_inputs; // nothing reads it any more: the last call waited for its sum
+    Inputs *host = m->host_inputs;
+    CUDA(cudaEventSynchronize(m->loss_there)); // nothing reads the last batch there any more
     host->dropout_key = dropout_key(drop);
     memcpy(host->ids, inputs, sizeof(int) * (size_t)N);
     memcpy(host->ids + N, targets, sizeof(int) * (size_t)N);
@@ -3963,8 +3970,13 @@ static double model_forward_gpu(Model *model, const int *inputs, const int *targ
                          N, V, stream);
         sum_gpu<0>(m->host_sum, acts->losses, N, stream);
     });
-    CUDA(cudaStreamSynchronize(stream));
-    return *m->host_sum;
+    CUDA(cudaEventRecord(m->loss_there, stream));
+}
+
+template <typename X> static double model_loss_gpu(Model *model) {
+    ModelGPU<X> *m = (ModelGPU<X> *)model;
+    CUDA(cudaEventSynchronize(m->loss_there));
+    return m->host_sum[0];
 }
 
 template <typename X> static void model_hits_gpu(Model *m, char *hits) {
@@ -4020,18 +4032,22 @@ template <typename X> static void model_backward_gpu(Model *model, double dloss)
     CUDA(cudaMemcpyAsync(m->inputs->scale, host->scale, sizeof(host->scale), cudaMemcpyHostToDevice, stream));
     replay(m, {{1, B, T, m->host.P, m->host.drop.probability}, 0, NULL},
            [&] { backward_launches_gpu(m, B, T, m->host.drop.probability, stream); });
+    CUDA(cudaEventSynchronize(m->lists_there)); // those of the batch before
     TokenLists t = sort_tokens(m->host_lists, m->starts, host->ids, N, m->host.config.vocab_size);
     CUDA(cudaMemcpyAsync(lists, m->host_lists, sizeof(int) * (4 * (size_t)N + 2), cudaMemcpyHostToDevice, stream));
+    CUDA(cudaEventRecord(m->lists_there, stream));
     embedding_backward_gpu(m->grad.wte, (float *)m->acts.dproj, m->acts.residual, lists, t, B, T, D, stream);
 }
 
 // adamw: a thread takes 4 numbers; all parameters in one launch, the tensors' ends rounded up hold zeros that stay zeros.
+// scale: in the device's memory; NaN: nothing is updated.
 template <typename X>
 __global__ void adamw_kernel(float *w, float *g, float *exp_avg, float *exp_avg_sq, X *copy,
                              const unsigned char *decayed, int64_t n, float beta1, float beta2, float rate1,
-                             float rate2, float keep, float step_size, float correction, float eps, float scale) {
+                             float rate2, float keep, float step_size, float correction, float eps, const float *scale) {
     int64_t i = 4 * ((int64_t)blockIdx.x * blockDim.x + threadIdx.x);
-    if (i >= n) return;
+    float factor = *scale;
+    if (i >= n || isnan(factor)) return;
     float p[4], grad[4], m[4], v[4], zero[4] = {};
     read_some<4>(p, w + i);
     read_some<4>(grad, g + i);
@@ -4039,7 +4055,7 @@ __global__ void adamw_kernel(float *w, float *g, float *exp_avg, float *exp_avg_
     read_some<4>(v, exp_avg_sq + i);
     if (!decayed[i / 64]) keep = 1;
     for (int e = 0; e < 4; e++) {
-        grad[e] *= scale;
+        grad[e] *= factor;
         m[e] = beta1 * m[e] + rate1 * grad[e];
         v[e] = beta2 * v[e] + rate2 * grad[e] * grad[e];
         p[e] = keep * p[e] - step_size * m[e] / (sqrtf(v[e]) * correction + eps);
@@ -4050,12 +4066,24 @@ __global__ void adamw_kernel(float *w, float *g, float *exp_avg, float *exp_avg_
     write_some<4>(exp_avg_sq + i, v);
     if constexpr (sizeof(X) == 2) *(uint2 *)(copy + i) = make_uint2(pack_two(p[0], p[1]), pack_two(p[2], p[3]));
 }
-template <typename X> static void model_update_gpu(Model *model, AdamW o, double grad_scale, int64_t step) {
+// The host goes on as soon as it has the norm.
+template <typename X> static double model_update_gpu(Model *model, AdamW o, double clip, int64_t step) {
     ModelGPU<X> *m = (ModelGPU<X> *)model;
+    double *squares = &m->inputs->squares;
+    float *scale = m->inputs->scale;
+    sum_gpu<1>(squares, m->grads, m->count, gpu.stream);
+    each(1, 1, 0, gpu.stream, [=] __device__ (auto, int, int) { // clip_scale
+        double norm = sqrt(*squares);
+        scale[0] = !isfinite(norm) ? NAN : clip > 0 && clip < norm + 1e-6 ? (float)(clip / (norm + 1e-6)) : 1;
+    });
+    CUDA(cudaMemcpyAsync(m->host_sum + 1, squares, sizeof(double), cudaMemcpyDeviceToHost, gpu.stream));
+    CUDA(cudaEventRecord(m->norm_there, gpu.stream));
     LAUNCH(adamw_kernel<X>, (unsigned)((m->count / 4 + 255) / 256), 256, 0, gpu.stream, m->params, m->grads, m->exp_avg,
            m->exp_avg_sq, m->copy, m->decayed, m->count, (float)o.beta1, (float)o.beta2, (float)(1 - o.beta1),
            (float)(1 - o.beta2), (float)(1 - o.lr * o.weight_decay), (float)(o.lr / (1 - pow(o.beta1, (double)step))),
-           (float)(1 / sqrt(1 - pow(o.beta2, (double)step))), (float)o.eps, (float)grad_scale);
+           (float)(1 / sqrt(1 - pow(o.beta2, (double)step))), (float)o.eps, scale);
+    CUDA(cudaEventSynchronize(m->norm_there));
+    return sqrt(m->host_sum[1]);
 }
 
 template <typename X> static void hidden_decode_gpu(ModelGPU<X> *m, cudaStream_t stream) {
@@ -4133,17 +4161,10 @@ template <typename X> static void write_gpu(Model *model, Block block) {
     CUDA(cudaStreamSynchronize(gpu.stream));
 }
 static double bytes_gpu(const Model *m) { return m->bytes; }
-template <typename X> static double grad_norm_gpu(Model *model) {
-    ModelGPU<X> *m = (ModelGPU<X> *)model;
-    sum_gpu<1>(m->host_sum + 1, m->grads, m->count, gpu.stream);
-    CUDA(cudaStreamSynchronize(gpu.stream));
-    return sqrt(m->host_sum[1]);
-}
-
 // The Model behind the pointer is a ModelGPU<X>.
 template <typename X> static const Backend backend_of = {
     "CUDA", model_create_gpu<X>, model_free_gpu<X>, bytes_gpu, read_gpu<X>, write_gpu<X>, model_forward_gpu<X>,
-    model_hits_gpu<X>, model_backward_gpu<X>, grad_norm_gpu<X>, model_update_gpu<X>, model_extend_gpu<X>};
+    model_loss_gpu<X>, model_hits_gpu<X>, model_backward_gpu<X>, model_update_gpu<X>, model_extend_gpu<X>};
 static const Backend *backend_gpu(void) { return gpu.precision == BF16 ? &backend_of<bf16> : &backend_of<float>; }
 
 // ----------------------------------------------------------------------------
