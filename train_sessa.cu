@@ -1791,10 +1791,11 @@ static void attention_backward_gpu(X *dq, X *dk, X *dv, float *dbias, float *scr
 enum { SEED = 64, BLOCK = 2 * SEED, REACH = 2048, CLUSTER = 8 };
 
 // What `weights` and scratch hold: where each part begins, in floats, and its shape. Without tiles T ≤ 2048 is one panel
-// and e has 256 MiB at most; with them, 512. A panel's rows take what is before it REACH rows at a time.
+// and e has 256 MiB at most; with them, 512. A panel's rows take what is before it REACH rows at a time. keep: e takes no
+// more than twice of what a layer keeps besides (28·D bytes a token), or is not kept.
 typedef struct {
     int tiles, march, R, P; // R, P: heights of panels and of blocks; march: solved by one kernel, in clusters of so many blocks
-    int kept;         // one panel, no larger than what a layer keeps besides: weights stay as they are for the backward pass
+    int kept;         // weights stay as they are for the backward pass, in one panel
     int64_t ld, lx;   // from row to row of e: in floats before the softmax (without tiles), in X
     int64_t e;        // weights: (B,R,ld)
     int64_t inverse;  // (B,R,P) X, the blocks of M on its diagonal
@@ -1808,7 +1809,7 @@ typedef struct {
     int64_t product;  // no tiles: (B,P,ld or D), a product before it is passed on
     int64_t total;
 } Panels;
-template <typename X> static Panels feedback_panels(int B, int T, int D, int P, int in_eights = 1) {
+template <typename X> static Panels feedback_panels(int B, int T, int D, int P, int in_eights = 1, int keep = 0) {
     Panels p;
     p.tiles = gpu.hopper && sizeof(X) == 2 && D % 8 == 0 && in_eights && P % 8 == 0;
     p.ld = round_up(T, 64);
@@ -1817,12 +1818,12 @@ template <typename X> static Panels feedback_panels(int B, int T, int D, int P, 
     p.march = alone && (int64_t)B * ((D + 127) / 128) >= 48;
     if (alone && T > REACH) p.march = CLUSTER;
     p.P = P > 0 || T <= BLOCK || p.march == 1 ? BLOCK : T <= 512 ? 2 * BLOCK : T <= 2048 ? 4 * BLOCK : 8 * BLOCK; // measured
-    int kept = 11 * D / p.P * p.P; // rows of e that take what a layer keeps
-    p.R = P > 0 ? min_int(P, BLOCK) : !p.tiles || kept < REACH ? REACH : kept;
+    int most = 11 * D / p.P * p.P; // rows of e that a layer may need for a while
+    p.kept = keep && alone && T <= 28 * D && (int64_t)B * T * p.ld <= 1 << 28;
+    p.R = P > 0 ? min_int(P, BLOCK) : p.kept ? T : !p.tiles || most < REACH ? REACH : most;
     p.R = min_int(p.R, (int)round_up(T, p.P));
     while (P <= 0 && p.R > p.P && (int64_t)B * p.R * p.ld > (p.tiles ? 1 << 28 : 1 << 26))
         p.R = (int)round_up(p.R / 2, p.P);
-    p.kept = alone && p.R >= T && T <= kept;
     int64_t x = sizeof(X), rows = min_int(p.R, T), block = min_int(p.P, T), wide_ = p.ld > D ? p.ld : D,
         all = (int64_t)T * D, tiles = (T + BLOCK - 1) / BLOCK;
     int64_t sizes[] = {p.tiles ? rows * p.ld / 2 : rows * p.ld, rows * p.P * x / 4, all, block * D * x / 4, block * round_up(D, ATOM),
@@ -2284,12 +2285,12 @@ static void feedback_march_gpu(float *weights, float *scratch, const Panels *p, 
            (bf16 *)(scratch + p->lambda), scale, inverse, T, D, r0, begin, end);
 }
 
-// c: (B,T,D) kept for the backward pass, or NULL; weights: for it too, if Panels says so. f comes from `side` if not NULL.
+// c: (B,T,D) kept for the backward pass, or NULL; keep: so are weights. f comes from `side` if not NULL.
 template <typename X>
-static void feedback_forward_gpu(X *s, X *c, float *stats, float *weights, float *scratch, const X *f, const X *q, const X *k, int ld,
+static void feedback_forward_gpu(X *s, X *c, float *stats, float *weights, int keep, float *scratch, const X *f, const X *q, const X *k, int ld,
                                  const float *gamma, int B, int T, int D, int first, int P, cudaStream_t stream,
                                  cudaStream_t side = NULL) {
-    Panels p = feedback_panels<X>(B, T, D, P, wide({ld, first}, {s, f, q, k, scratch}));
+    Panels p = feedback_panels<X>(B, T, D, P, wide({ld, first}, {s, f, q, k, scratch}), keep);
     int64_t rows = T - first, step = e_step<X>(&p, T), all = (int64_t)T * D, m_step = (int64_t)min_int(p.R, T) * p.P;
     X *e = (X *)(weights + p.e), *M = (X *)(weights + p.inverse), *block = (X *)(scratch + p.block);
     ProductWay way = {B, wide({D}, {s, c, f, scratch}), p.tiles ? NULL : scratch + p.product, stream};
@@ -2493,10 +2494,10 @@ static void feedback_sequence_backward_gpu(X *df, X *dq, X *dk, float *dgamma, f
 
 // dbias, unless NULL: the sums of dq and dk, which follow each other, over the rows are added to it.
 template <typename X>
-static void feedback_backward_gpu(X *df, X *dq, X *dk, float *dgamma, float *dbias, float *weights, float *scratch, const X *ds,
+static void feedback_backward_gpu(X *df, X *dq, X *dk, float *dgamma, float *dbias, float *weights, int keep, float *scratch, const X *ds,
                                   const X *s, const X *c, float *stats, const X *q, const X *k, int ld, const float *gamma,
                                   int B, int T, int D, int P, ColumnSums *sums, cudaStream_t stream) {
-    Panels p = feedback_panels<X>(B, T, D, P, wide({ld}, {df, dq, dk, ds, s, q, k, scratch}));
+    Panels p = feedback_panels<X>(B, T, D, P, wide({ld}, {df, dq, dk, ds, s, q, k, scratch}), keep);
     TileSums dq_sums = {}, dk_sums = {}; // on the way to memory: with tiles, and dk' where one panel holds the whole of it
     int summed = dbias && p.tiles && P <= 0, dk_summed = summed && p.R >= T;
     if (summed) dq_sums = tile_sums(sums, dbias, D, B, T);
@@ -3502,7 +3503,7 @@ template <typename X> struct ModelGPU {
     int *host_lists, *starts;                    // of sort_tokens: page-locked; (V+1)
     ColumnSums sums;
     Recording recordings[N_RECORDINGS];
-    int oldest, dlogits_ready, decodes;
+    int oldest, dlogits_ready, decodes, keep; // keep: the feedback's weights, for the backward pass
 };
 
 template <typename X> static const X *as_x(const ModelGPU<X> *m, const float *weight) {
@@ -3557,7 +3558,7 @@ static void sessa_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int first, cu
     const X *q = a->proj + (size_t)first * E + E - 2 * D, *k = a->proj + E - D;
     cudaStream_t side = in_tiles(a->proj, a->proj, a->proj, E, d) && P % 8 == 0 && first % 8 == 0 ? gpu.side : stream;
     direct_read_forward_gpu(m, l, B, T, first, a->f, stream, side);
-    feedback_forward_gpu(a->s, a->c, a->fb_stats, a->fb_weights, m->acts.scratch, a->f, q, k, E, a->gamma, B, T, D, first, P, stream, side);
+    feedback_forward_gpu(a->s, a->c, a->fb_stats, a->fb_weights, m->keep, m->acts.scratch, a->f, q, k, E, a->gamma, B, T, D, first, P, stream, side);
 }
 
 template <typename X> static void sessa_backward_gpu(ModelGPU<X> *m, int l, int B, int T, cudaStream_t stream) {
@@ -3566,7 +3567,7 @@ template <typename X> static void sessa_backward_gpu(ModelGPU<X> *m, int l, int 
     ActivationsGPU<X> *back = &m->acts;
     const X *q = a->proj + E - 2 * D, *k = q + D;
     feedback_backward_gpu(back->ds, back->dproj + E - 2 * D, back->dproj + E - D, back->dgamma,
-                          m->grad.layers[l].b_proj + E - 2 * D, a->fb_weights, back->scratch, back->ds, a->s, a->c, a->fb_stats,
+                          m->grad.layers[l].b_proj + E - 2 * D, a->fb_weights, m->keep, back->scratch, back->ds, a->s, a->c, a->fb_stats,
                           q, k, E, a->gamma, B, T, D, m->host.P, &m->sums, stream);
     direct_read_backward_gpu(m, l, B, T, stream);
 }
@@ -3672,7 +3673,7 @@ template <typename X> static void carve_activations_gpu(ModelGPU<X> *m, int B, i
     float *fb = m->f_block;
     t->n = f->n = 0;
     t->count = f->count = 0;
-    Panels panels = feedback_panels<X>(B, T, D, 0, E % 8 == 0), others[] = { // of tests, of generation
+    Panels panels = feedback_panels<X>(B, T, D, 0, E % 8 == 0, m->keep), others[] = { // of tests, of generation
         feedback_panels<X>(B, T, D, keep_all, 0), feedback_panels<X>(B, T, D, keep_all, 1)};
     auto most = [&](int64_t Panels::*size) {
         int64_t numbers = panels.*size;
@@ -3827,15 +3828,18 @@ template <typename X> static Model *model_create_gpu(const Config *c, int B, int
         int follows = strstr(row->name, ".k_proj.") || strstr(row->name, ".v_proj.") || strstr(row->name, ".proj_fb.");
         if (!follows) m->count = round_up(m->count, 64);
         m->places[i] = m->count;
-        m->count += row->count;
+        m->count += i ? row->count : round_up(c->vocab_size, 8) * c->d_model; // wte: rows more, of zeros that stay zeros
     }
     m->count = round_up(m->count, 64);
-    carve_activations_gpu(m, B, T, mode);
     double needed = INFINITY;
     size_t present = 0, all = 0;
-    if (m->host.table.count >= 0 && m->x_table.count >= 0 && m->f_table.count >= 0 && m->host.table.count < PTRDIFF_MAX / 64)
-        needed = (double)carve_memory(m, NULL, B, T, mode);
     CUDA(cudaMemGetInfo(&present, &all));
+    for (m->keep = mode >= TRAIN;; m->keep = 0) { // the same numbers either way
+        carve_activations_gpu(m, B, T, mode);
+        if (m->host.table.count >= 0 && m->x_table.count >= 0 && m->f_table.count >= 0 && m->host.table.count < PTRDIFF_MAX / 64)
+            needed = (double)carve_memory(m, NULL, B, T, mode);
+        if (!m->keep || needed < 0.9 * (double)present) break;
+    }
     cudaError_t code = cudaErrorMemoryAllocation;
     if (needed <= (double)present) code = cudaMalloc((void **)&m->memory, (size_t)needed);
     if (code == cudaSuccess) code = cudaMallocHost((void **)&m->host_inputs, sizeof(Inputs) + (size_t)ids + 2 * sizeof(double));
@@ -3965,7 +3969,7 @@ static void model_forward_gpu(Model *model, const int *inputs, const int *target
         const int *ids = m->inputs->ids;
         hidden_forward_gpu(m, ids, B, T, 0, drop.probability, stream);
         linear_forward_gpu(acts->logits, (int)acts->ld_logits, acts->ln_f, as_x(m, m->weights.wte), (const X *)NULL, N,
-                           D, V, stream);
+                           D, (int)acts->ld_logits, stream);
         crossentropy_gpu(acts->losses, acts->hits, m->dlogits_ready ? acts->logits : NULL, acts->logits, acts->ld_logits, ids + N,
                          N, V, stream);
         sum_gpu<0>(m->host_sum, acts->losses, N, stream);
@@ -3995,7 +3999,7 @@ template <typename X> static void backward_launches_gpu(ModelGPU<X> *m, int B, i
     auto mask = [&](int place) { return mask_of(&m->inputs->dropout_key, dropout, place); };
     if (!m->dlogits_ready)
         crossentropy_gpu(acts->losses, acts->hits, acts->logits, acts->logits, ld_logits, m->inputs->ids + N, N, V, stream);
-    linear_backward_gpu(acts->ds, dw->wte, acts->logits, ld_logits, acts->ln_f, as_x(m, w->wte), N, D, V, stream, m->inputs->scale);
+    linear_backward_gpu(acts->ds, dw->wte, acts->logits, ld_logits, acts->ln_f, as_x(m, w->wte), N, D, ld_logits, stream, m->inputs->scale);
     layernorm_backward_gpu(dx, dw->ln_f_weight, dw->ln_f_bias, acts->dbranch, dw->layers[last].b_out, mask(2 + 2 * last), 1,
                            acts->ds, acts->y, acts->ln_mean, acts->ln_rstd, w->ln_f_weight, N, D, &m->sums, stream);
     for (int l = last; l >= 0; l--) {
