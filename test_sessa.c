@@ -2134,8 +2134,8 @@ static void compare_mixers(double *worst, const real *x, const real *w, const re
         for (int n = 0; n < N; n++) gamma[n] = (real)(0.999 * tanh((double)gamma[n]));
         int64_t floats = 0, of_weights = 0;
         int keep = T % 2;
-        for (int way = 0; way < 4; way++) {
-            Panels p = feedback_panels<X>(B, T, D, way / 2 ? P : 0, way % 2, keep);
+        for (int way = 0; way < 8; way++) {
+            Panels p = feedback_panels<X>(B, T, D, way / 4 ? P : 0, way % 2, way / 2 % 2);
             floats = p.total > floats ? p.total : floats;
             of_weights = p.weights > of_weights ? p.weights : of_weights;
         }
@@ -2175,6 +2175,17 @@ static void compare_mixers(double *worst, const real *x, const real *w, const re
         column_sums_gpu(&sums, st);
         chance = before;
         worst_of(&worst[FEEDBACK_B], gpu_error(dproj_d, dproj, N, 2 * D, 2 * D, floor));
+        if (feedback_panels<X>(B, T, D, P, 0).R >= T) { // weights kept or computed again: the same bits
+            X *other_d = gpu_poison<X>(wide_2D), *parts[] = {dproj_d, other_d};
+            real *numbers[2];
+            feedback_forward_gpu(s_d, c_d, stats_d, weights_d, !keep, scratch_d, f_d, proj_d, proj_d + D, 2 * D, gamma_d, B, T, D, 0, P, st);
+            feedback_backward_gpu(df_d, other_d, other_d + D, dgamma_d, (float *)NULL, weights_d, !keep, scratch_d, dout_d, s_d, c_d,
+                                  stats_d, proj_d, proj_d + D, 2 * D, gamma_d, B, T, D, P, (ColumnSums *)NULL, st);
+            CUDA(cudaStreamSynchronize(st));
+            for (int i = 0; i < 2; i++)
+                CUDA(cudaMemcpy(numbers[i] = poison(wide_2D), parts[i], sizeof(X) * (size_t)wide_2D, cudaMemcpyDeviceToHost));
+            worst_of(&worst[FEEDBACK_B], memcmp(numbers[0], numbers[1], sizeof(X) * (size_t)wide_2D) ? 1 : 0);
+        }
         worst_of(&worst[SUMS], gpu_error(dbias_d, dbias, 1, 2 * D, 2 * D, sqrt((double)wide_2D)));
     }
 }

@@ -3662,7 +3662,8 @@ template <typename X> static void mamba2_activations_gpu(ModelGPU<X> *m, int l, 
     m->acts.dstep = add_activation(f, fb, -1, "dstep", 3, B, T, 3 * heads);
 }
 
-// The list of carve_activations, in two blocks. What is shared is shared as there; a KEEP_ALL model shares nothing.
+// The list of carve_activations, in two blocks. The outputs of LayerNorm, GELU and gate are not shared as there, but kept for the
+// backward pass; a KEEP_ALL model shares nothing but f and the branch.
 template <typename X> static void carve_activations_gpu(ModelGPU<X> *m, int B, int T, Mode mode) {
     const Config *c = &m->host.config;
     int D = c->d_model, H = c->n_heads, d = D / H, kv_width = c->n_kv_heads * d, E = proj_ld(c);
@@ -3834,7 +3835,7 @@ template <typename X> static Model *model_create_gpu(const Config *c, int B, int
     double needed = INFINITY;
     size_t present = 0, all = 0;
     CUDA(cudaMemGetInfo(&present, &all));
-    for (m->keep = mode >= TRAIN;; m->keep = 0) { // the same numbers either way
+    for (m->keep = mode >= TRAIN;; m->keep = 0) { // without, weights are computed again
         carve_activations_gpu(m, B, T, mode);
         if (m->host.table.count >= 0 && m->x_table.count >= 0 && m->f_table.count >= 0 && m->host.table.count < PTRDIFF_MAX / 64)
             needed = (double)carve_memory(m, NULL, B, T, mode);
