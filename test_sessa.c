@@ -1119,7 +1119,10 @@ static void check_tensors(Model *m, const Safetensors *file, const int *inputs, 
         int grad = t->name[0] == 'g', halves = grad && strstr(t->name, "proj_fb.bias") ? 2 : 1;
         int64_t half = t->count / halves;
         // The keys' bias shifts all logits of a row alike: its gradient is 0 but for rounding, measured by the other half.
-        double size = fmax(tensor_norm(t, 0, half), 1e-3 * means[grad] / counts[grad]);
+        // D's, a number a head, is a sum over all tokens and channels that nearly cancels once weights are trained (1e-4 to 5e-3 of the
+        // mean of all norms, in four runs): in float32 what its terms lost may be more than 1e-5 of what is left.
+        double least = grad && sizeof(real) == sizeof(float) && strstr(t->name, "mixer.D") ? 1e-2 : 1e-3;
+        double size = fmax(tensor_norm(t, 0, half), least * means[grad] / counts[grad]);
         for (int part = 0; part < halves; part++) {
             double worst = 0, errors[N_HEIGHTS];
             for (int p = 0; p < N_HEIGHTS; p++) worst_of(&worst, errors[p] = distance[((size_t)i * N_HEIGHTS + p) * 2 + part] / fmax(size, 1e-30));
