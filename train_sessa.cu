@@ -1758,8 +1758,8 @@ static void attention_group_backward_gpu(int item, Heads heads, X *dq, X *dk, X 
 // out: what the forward pass gave, for the tiles' delta. dbias, unless NULL: dq, dk, dv, which follow each other, are taken on
 // through RoPE, and their sums over the rows added to it.
 template <typename X>
-static void attention_backward_gpu(X *dq, X *dk, X *dv, float *dbias, float *scratch, const X *dout, const X *out, float *stats, const X *q,
-                                   const X *k, const X *v, int ld, int B, int T, int H, int G, int d, int P, Rope rope,
+static void attention_backward_gpu(X *dq, X *dk, X *dv, float *dbias, float *scratch, const X *dout, const X *out, float *stats,
+                                   const X *q, const X *k, const X *v, int ld, int B, int T, int H, int G, int d, int P, Rope rope,
                                    ColumnSums *sums, cudaStream_t stream) {
     int width = (H + 2 * G) * d, tiled = 0;
     if constexpr (sizeof(X) == sizeof(bf16))
@@ -2272,9 +2272,9 @@ feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_co
 #endif
 }
 template <int BACK, int C>
-static void feedback_march_gpu(float *weights, float *scratch, const Panels *p, const bf16 *out, int64_t ld_out, const bf16 *f, bf16 *c,
-                               const float *known, RowScale scale, RowScale inverse, int B, int T, int D, int r0, int n,
-                               int begin, int end, cudaStream_t stream) {
+static void feedback_march_gpu(float *weights, float *scratch, const Panels *p, const bf16 *out, int64_t ld_out, const bf16 *f,
+                               bf16 *c, const float *known, RowScale scale, RowScale inverse, int B, int T, int D, int r0,
+                               int n, int begin, int end, cudaStream_t stream) {
     int64_t rows = min_int(p->R, T);
     CUtensorMap e_map = tile_map((bf16 *)(weights + p->e), (int)p->lx, 1, n, p->lx, rows * p->lx, B, ATOM),
         M_map = tile_map((bf16 *)(weights + p->inverse), p->P, 1, n, p->P, rows * p->P, B, ATOM),
@@ -2287,9 +2287,9 @@ static void feedback_march_gpu(float *weights, float *scratch, const Panels *p, 
 
 // c: (B,T,D) kept for the backward pass, or NULL; keep: so are weights. f comes from `side` if not NULL.
 template <typename X>
-static void feedback_forward_gpu(X *s, X *c, float *stats, float *weights, int keep, float *scratch, const X *f, const X *q, const X *k, int ld,
-                                 const float *gamma, int B, int T, int D, int first, int P, cudaStream_t stream,
-                                 cudaStream_t side = NULL) {
+static void feedback_forward_gpu(X *s, X *c, float *stats, float *weights, int keep, float *scratch, const X *f, const X *q,
+                                 const X *k, int ld, const float *gamma, int B, int T, int D, int first, int P,
+                                 cudaStream_t stream, cudaStream_t side = NULL) {
     Panels p = feedback_panels<X>(B, T, D, P, wide({ld, first}, {s, f, q, k, scratch}), keep);
     int64_t rows = T - first, step = e_step<X>(&p, T), all = (int64_t)T * D, m_step = (int64_t)min_int(p.R, T) * p.P;
     X *e = (X *)(weights + p.e), *M = (X *)(weights + p.inverse), *block = (X *)(scratch + p.block);
@@ -2306,8 +2306,8 @@ static void feedback_forward_gpu(X *s, X *c, float *stats, float *weights, int k
             if constexpr (sizeof(X) == sizeof(bf16))
                 if (p.march && !first) {
                     auto march = p.march == 1 ? feedback_march_gpu<0, 1> : feedback_march_gpu<0, CLUSTER>;
-                    march(weights, scratch, &p, s, D, f, c, reach ? scratch + p.rhs : NULL, {gamma, stats, T}, {NULL, stats, T}, B, T, D,
-                          r0, n, reach, end, stream);
+                    march(weights, scratch, &p, s, D, f, c, reach ? scratch + p.rhs : NULL, {gamma, stats, T}, {NULL, stats, T}, B,
+                          T, D, r0, n, reach, end, stream);
                     continue;
                 }
             for (int i0 = reach; i0 < end; i0 += p.P) {
@@ -2394,8 +2394,8 @@ static void feedback_sequence_backward_gpu(X *df, X *dq, X *dk, float *dgamma, f
         float *h_all = scratch + p->rhs;
         if constexpr (sizeof(X) == sizeof(bf16)) {
             auto march = p->march == 1 ? feedback_march_gpu<1, 1> : feedback_march_gpu<1, CLUSTER>;
-            if (p->march) march(weights, scratch, p, dq, ld, ds, df, heard ? h_all : NULL, {gamma, stats, T}, {NULL, stats, T}, B, T, D, r0,
-                                n, r0 + low, r0 + end, stream);
+            if (p->march) march(weights, scratch, p, dq, ld, ds, df, heard ? h_all : NULL, {gamma, stats, T}, {NULL, stats, T}, B,
+                                T, D, r0, n, r0 + low, r0 + end, stream);
         }
         for (int at = p->march ? -1 : (end - 1) / p->P * p->P; at >= low; at -= p->P) {
             int m = min_int(p->P, end - at), i0 = r0 + at, alone = i0 + m == T;
@@ -2494,8 +2494,8 @@ static void feedback_sequence_backward_gpu(X *df, X *dq, X *dk, float *dgamma, f
 
 // dbias, unless NULL: the sums of dq and dk, which follow each other, over the rows are added to it.
 template <typename X>
-static void feedback_backward_gpu(X *df, X *dq, X *dk, float *dgamma, float *dbias, float *weights, int keep, float *scratch, const X *ds,
-                                  const X *s, const X *c, float *stats, const X *q, const X *k, int ld, const float *gamma,
+static void feedback_backward_gpu(X *df, X *dq, X *dk, float *dgamma, float *dbias, float *weights, int keep, float *scratch,
+                                  const X *ds, const X *s, const X *c, float *stats, const X *q, const X *k, int ld, const float *gamma,
                                   int B, int T, int D, int P, ColumnSums *sums, cudaStream_t stream) {
     Panels p = feedback_panels<X>(B, T, D, P, wide({ld}, {df, dq, dk, ds, s, q, k, scratch}), keep);
     TileSums dq_sums = {}, dk_sums = {}; // on the way to memory: with tiles, and dk' where one panel holds the whole of it
@@ -3558,7 +3558,8 @@ static void sessa_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int first, cu
     const X *q = a->proj + (size_t)first * E + E - 2 * D, *k = a->proj + E - D;
     cudaStream_t side = in_tiles(a->proj, a->proj, a->proj, E, d) && P % 8 == 0 && first % 8 == 0 ? gpu.side : stream;
     direct_read_forward_gpu(m, l, B, T, first, a->f, stream, side);
-    feedback_forward_gpu(a->s, a->c, a->fb_stats, a->fb_weights, m->keep, m->acts.scratch, a->f, q, k, E, a->gamma, B, T, D, first, P, stream, side);
+    feedback_forward_gpu(a->s, a->c, a->fb_stats, a->fb_weights, m->keep, m->acts.scratch, a->f, q, k, E, a->gamma, B, T, D,
+                         first, P, stream, side);
 }
 
 template <typename X> static void sessa_backward_gpu(ModelGPU<X> *m, int l, int B, int T, cudaStream_t stream) {
@@ -3708,7 +3709,8 @@ template <typename X> static void carve_activations_gpu(ModelGPU<X> *m, int B, i
             if (sessa) a->gamma = add_activation(f, fb, l, "gamma", 2, B, T, 1);
             a->c = sessa && training ? add_activation(t, x, l, "fb_c", 3, B, T, D) : NULL;
             if (sessa) a->fb_stats = add_activation(f, fb, l, "fb_stats", 3, B, T, 2);
-            if (sessa && (l == 0 || panels.kept)) a->fb_weights = add_activation(f, fb, l, "fb_weights", 1, most(&Panels::weights), 1, 1);
+            if (sessa && (l == 0 || panels.kept))
+                a->fb_weights = add_activation(f, fb, l, "fb_weights", 1, most(&Panels::weights), 1, 1);
             a->n = add_activation(t, x, l, "ln", 3, B, T, D);
             a->abar = add_activation(t, x, l, "abar", 3, B, T, D);
             a->gated = add_activation(t, x, l, "gated", 3, B, T, D);
@@ -4000,7 +4002,8 @@ template <typename X> static void backward_launches_gpu(ModelGPU<X> *m, int B, i
     auto mask = [&](int place) { return mask_of(&m->inputs->dropout_key, dropout, place); };
     if (!m->dlogits_ready)
         crossentropy_gpu(acts->losses, acts->hits, acts->logits, acts->logits, ld_logits, m->inputs->ids + N, N, V, stream);
-    linear_backward_gpu(acts->ds, dw->wte, acts->logits, ld_logits, acts->ln_f, as_x(m, w->wte), N, D, ld_logits, stream, m->inputs->scale);
+    linear_backward_gpu(acts->ds, dw->wte, acts->logits, ld_logits, acts->ln_f, as_x(m, w->wte), N, D, ld_logits, stream,
+                        m->inputs->scale);
     layernorm_backward_gpu(dx, dw->ln_f_weight, dw->ln_f_bias, acts->dbranch, dw->layers[last].b_out, mask(2 + 2 * last), 1,
                            acts->ds, acts->y, acts->ln_mean, acts->ln_rstd, w->ln_f_weight, N, D, &m->sums, stream);
     for (int l = last; l >= 0; l--) {
