@@ -2499,6 +2499,7 @@ static void test_gpu_tiles(void) {
         compare_mixers<bf16>(worst, x, w, y, dout, s[0], s[1], s[2], s[3], s[4], s[2] * s[4] + 8, 0);
         gpu_release();
         for (int l = ATTENTION_F; l < N_GPU_LAYERS; l++) worst_of(&most, worst[l] * (l < FEEDBACK_F ? 2 : 1));
+        worst_of(&most, worst[SUMS]);
         check_error(most, 4 * 0x1p-8, "B %d, T %d, %d of %d heads of %d columns", s[0], s[1], s[3], s[2], s[4]);
     }
 }
