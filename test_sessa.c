@@ -17,7 +17,8 @@ binary again as `test_sessa --run OPTIONS`, in a folder of its own, so that thre
 enum { ON_GPU = 1 };
 static Model *tested_create(const Config *config, int B, int T, Mode mode, char *error); // above main: the GPU's, and the
 static void tested_free(Model *model);                                                   // CPU's Model to look at it
-static double tested_forward(Model *model, const int *inputs, const int *targets, int B, int T, Dropout drop);
+static void tested_forward(Model *model, const int *inputs, const int *targets, int B, int T, Dropout drop);
+static double tested_loss(Model *model);
 static void tested_backward(Model *model, double dloss);
 static double tested_update(Model *model, AdamW options, double clip, int64_t step);
 static int run_tested(int argc, char **argv);
@@ -28,6 +29,7 @@ enum { ON_GPU = 0 };
 #define tested_create model_create
 #define tested_free model_free
 #define tested_forward model_forward
+#define tested_loss model_loss
 #define tested_backward model_backward
 #define tested_update cpu_update
 #define run_tested(argc, argv) run_program(argc, argv, &TESTED_BACKEND)
@@ -779,7 +781,8 @@ static void test_layers(void) {
 typedef struct { Model *model; const int *inputs, *targets; int B, T; Dropout drop; double dloss; } Loss;
 static double loss_of(void *state) {
     Loss *l = (Loss *)state;
-    return l->dloss * model_forward(l->model, l->inputs, l->targets, l->B, l->T, l->drop);
+    model_forward(l->model, l->inputs, l->targets, l->B, l->T, l->drop);
+    return l->dloss * model_loss(l->model);
 }
 
 // Weights as training leaves them: away from the zeros and ones of the start, and large enough for every path to matter.
@@ -1061,7 +1064,8 @@ static void check_losses(Model *m, const Safetensors *file, const FileTensor *lo
     take_weights(m, file);
     memset(m->grads, 0, sizeof(real) * (size_t)m->table.count);
     for (int64_t i = 0; i < losses->count; i++) {
-        double loss = dloss * tested_forward(m, inputs, targets, B, T, off), ref = number_of(losses, i);
+        tested_forward(m, inputs, targets, B, T, off);
+        double loss = dloss * tested_loss(m), ref = number_of(losses, i);
         worst_of(&worst, fabs(loss - ref) / fmax(fabs(ref), 1e-30));
         tested_backward(m, dloss);
         double length = norm(m->grads, m->table.count);
@@ -1544,7 +1548,8 @@ static void test_generation(void) {
             inputs[t] = id_of[text[TEXT_SIZE / 10 * 9 + w * SEQ + t]];
             targets[t] = id_of[text[TEXT_SIZE / 10 * 9 + w * SEQ + t + 1]];
         }
-        sum += model_forward(m, inputs, targets, 1, SEQ, off) / ((TEXT_SIZE / 10 - 1) / SEQ * SEQ);
+        model_forward(m, inputs, targets, 1, SEQ, off);
+        sum += model_loss(m) / ((TEXT_SIZE / 10 - 1) / SEQ * SEQ);
     }
     int lines = read_log("g.log", "train_loss", train_loss, 64);
     read_log("g.log", "val_loss", val_loss, 64);
@@ -1854,7 +1859,8 @@ static void test_edges(void) {
         int factor = mixer == MAMBA2 ? 30 : 1000; // its state is a product of three projections: no more fits a float
         for (int r = 0; r < m->table.n; r++) // nor does the exponential of a larger A_log
             for (int64_t i = 0; i < m->table.rows[r].count && !strstr(m->table.rows[r].name, "A_log"); i++) m->params[m->table.rows[r].offset + i] *= (real)factor;
-        double loss = model_forward(m, ids, ids, 1, 40, none) / 40;
+        model_forward(m, ids, ids, 1, 40, none);
+        double loss = model_loss(m) / 40;
         check(isfinite(loss), "%s, weights %d times as large: the loss is finite (%.3g)", mixers[mixer].name, factor, loss);
         model_free(m);
         release();
@@ -1989,14 +1995,16 @@ static void hand_over(Model *m, Block block, const real *from) {
     memcpy(backend_gpu()->read(tested_gpu, block), from, sizeof(real) * (size_t)m->table.count);
     backend_gpu()->write(tested_gpu, block);
 }
-static double tested_forward(Model *m, const int *inputs, const int *targets, int B, int T, Dropout drop) {
+static void tested_forward(Model *m, const int *inputs, const int *targets, int B, int T, Dropout drop) {
     hand_over(m, PARAMS, m->params);
     tested_gpu->P = m->P;
     backend_gpu()->forward(tested_gpu, inputs, targets, B, T, drop);
-    double sum = backend_gpu()->loss(tested_gpu);
     if (gpu.precision == BF16) fetch_activations((ModelGPU<bf16> *)tested_gpu, m);
     else fetch_activations((ModelGPU<float> *)tested_gpu, m);
-    return sum;
+}
+static double tested_loss(Model *m) {
+    (void)m;
+    return backend_gpu()->loss(tested_gpu);
 }
 static void tested_backward(Model *m, double dloss) {
     hand_over(m, GRADS, m->grads);
@@ -2373,7 +2381,7 @@ template <typename X> static void compare_layers(double *worst, int even, int T)
         worst_of(&worst[GAIN], gpu_error(dweight_d, dweight, 1, D, D, floor));
         worst_of(&worst[GAIN], gpu_error(dbias_d, dbias, 1, 1, 1, sqrt((double)N)));
     }
-    { // gate with dropout, and what its way back computes again
+    { // gate with dropout
         real *gated = poison(size), *ds = poison(size), *dg = poison(wide_size), *dg_bias = noise(D, 1),
             *dgated = copy_of(dout, size);
         X *gated_d = gpu_poison<X>(size), *ds_d = gpu_poison<X>(size), *dg_d = gpu_poison<X>(wide_size);

@@ -1741,15 +1741,8 @@ static void hidden_forward(Model *m, const int *inputs, int B, int T, int first,
                       m->weights.ln_f_bias, N, D);
 }
 
-// The sum of the losses over the targets that are not -1.
-static double model_loss(Model *m) {
-    double sum = 0;
-    for (int n = 0; n < m->batch_B * m->batch_T; n++) sum += (double)m->acts.losses[n];
-    return sum;
-}
-
-// Returns it, and keeps what model_backward needs.
-static double model_forward(Model *m, const int *inputs, const int *targets, int B, int T, Dropout drop) {
+// The losses of all targets that are not -1, and what model_backward needs.
+static void model_forward(Model *m, const int *inputs, const int *targets, int B, int T, Dropout drop) {
     int D = m->config.d_model, V = m->config.vocab_size, N = B * T;
     memcpy(m->inputs, inputs, sizeof(int) * (size_t)N);
     memcpy(m->targets, targets, sizeof(int) * (size_t)N);
@@ -1759,7 +1752,13 @@ static double model_forward(Model *m, const int *inputs, const int *targets, int
     hidden_forward(m, m->inputs, B, T, 0, drop);
     linear_forward(m->acts.logits, V, m->acts.ln_f, m->weights.wte, NULL, N, D, V);
     crossentropy_forward(m->acts.losses, m->acts.loss_logsumexp, m->acts.logits, m->targets, N, V);
-    return model_loss(m);
+}
+
+// The sum of the losses of the last model_forward.
+static double model_loss(Model *m) {
+    double sum = 0;
+    for (int n = 0; n < m->batch_B * m->batch_T; n++) sum += (double)m->acts.losses[n];
+    return sum;
 }
 
 // hits[n] = 1 where the target of token n has the largest logit of its row, else 0, of the last model_forward. hits (N)
@@ -1774,7 +1773,7 @@ static void model_hits(Model *m, char *hits) {
     }
 }
 
-// Gradients of dloss · (the sum that the last model_forward returned), added to those that are there.
+// Gradients of dloss · model_loss, added to those that are there.
 static void model_backward(Model *m, double dloss) {
     const Config *c = &m->config;
     int D = c->d_model, V = c->vocab_size, B = m->batch_B, T = m->batch_T, N = B * T, last = c->n_layers - 1;
@@ -1924,16 +1923,13 @@ static real *cpu_read(Model *m, Block block) {
     return block == PARAMS ? m->params : block == GRADS ? m->grads : block == EXP_AVG ? m->exp_avg : m->exp_avg_sq;
 }
 static void cpu_write(Model *m, Block block) { (void)m; (void)block; } // the host's memory is the model's own
-static void cpu_forward(Model *m, const int *inputs, const int *targets, int B, int T, Dropout drop) {
-    model_forward(m, inputs, targets, B, T, drop);
-}
 static double cpu_update(Model *m, AdamW options, double clip, int64_t step) {
     double length = norm(m->grads, m->table.count);
     if (isfinite(length)) model_update(m, options, clip_scale(length, clip), step);
     return length;
 }
 
-static const Backend cpu_backend = {"CPU", model_create, model_free, cpu_bytes, cpu_read, cpu_write, cpu_forward, model_loss,
+static const Backend cpu_backend = {"CPU", model_create, model_free, cpu_bytes, cpu_read, cpu_write, model_forward, model_loss,
                                     model_hits, model_backward, cpu_update, model_extend};
 
 // ----------------------------------------------------------------------------

@@ -247,16 +247,15 @@ __device__ static inline float block_max(float x, float *shared) {
 // one launch for a whole layer adds them up in the chunks' order, out[i] += Σ_c partial[c·stride + i].
 typedef struct { float *out; const float *partial; int chunks, stride, width; } ColumnSum;
 typedef struct { ColumnSum list[14]; int n; float *room, *next; } ColumnSums;
-enum { BLOCKS_AT_ONCE = 528, GROUP_COLUMNS = 128, ROW_BLOCK = 320 }; // 4 blocks a multiprocessor of an H100
+enum { BLOCKS_AT_ONCE = 528, GROUP_COLUMNS = 128, ROW_BLOCK = 320, SUM_ROWS = 128 }; // 4 blocks a multiprocessor of an H100
 static int64_t column_sums_room(int B, int T, int D, int E) { // numbers: for each pass with sums of a layer, ln_f's, and tiles
-    return 8 * ((int64_t)BLOCKS_AT_ONCE * GROUP_COLUMNS + E) + (3 * (int64_t)BLOCKS_AT_ONCE + 2 * (int64_t)B * (T / 128 + 1)) * D;
+    return 8 * ((int64_t)BLOCKS_AT_ONCE * GROUP_COLUMNS + E) + (3 * (int64_t)BLOCKS_AT_ONCE + 2 * (int64_t)B * (T / SUM_ROWS + 1)) * D;
 }
 static void column_sum(ColumnSums *sums, float *out, int at, int chunks, int stride, int width) {
     if (out) sums->list[sums->n++] = {out, sums->next + at, chunks, stride, width};
 }
 
-// Where a product in tiles leaves the sums of `width` columns over each 128 rows of a sequence. NULL: nowhere
-enum { SUM_ROWS = 128 };
+// Where a product in tiles leaves the sums of `width` columns over each SUM_ROWS rows of a sequence. NULL: nowhere
 typedef struct {
     float *partial;
     int width, chunks; // chunks of a sequence
@@ -1777,7 +1776,7 @@ static void attention_backward_gpu(X *dq, X *dk, X *dv, float *dbias, float *scr
 // ----------------------------------------------------------------------------
 // the feedback path
 //
-// In row panels of R rows, whose weights e (the softmax's, see above) lie in scratch, and within them in blocks of P
+// In row panels of R rows, whose weights e (the softmax's, see above) lie in `weights`, and within them in blocks of P
 // rows, whose inverses M = (I - A_II)^-1 turn the row by row step into products. α = e/z is never formed: γ/z is a
 // float32 scale of rows, for in bf16 a γα of 0.999 would be 1. For a block I
 //     g = f + (γ/z) ⊙ (e_{I,<} s_<),   s = M g,   then one refinement: r = g + (γ/z) ⊙ (e_II s) - s,   s += M r
@@ -2506,7 +2505,7 @@ static void feedback_backward_gpu(X *df, X *dq, X *dk, float *dgamma, float *dbi
         feedback_sequence_backward_gpu(df, dq, dk, dgamma, weights, scratch, &p, ds, s, c, stats, q, k, ld, gamma, B, T, D, r0,
                                        dq_sums, dk_sums, stream);
     if (p.R < T) copy_gpu(dk, ld, scratch + p.dk, B * T, D, stream);
-    if (!dbias || dk_summed) return;
+    if (!dbias || dk_summed) return; // else the sums of what has none yet; no column is turned
     rope_backward_gpu(summed ? dk : dq, summed ? dbias + D : dbias, ld, {}, B * T, 0, summed ? D : 2 * D, sums, stream);
 }
 
@@ -4169,6 +4168,7 @@ template <typename X> static void write_gpu(Model *model, Block block) {
     CUDA(cudaStreamSynchronize(gpu.stream));
 }
 static double bytes_gpu(const Model *m) { return m->bytes; }
+
 // The Model behind the pointer is a ModelGPU<X>.
 template <typename X> static const Backend backend_of = {
     "CUDA", model_create_gpu<X>, model_free_gpu<X>, bytes_gpu, read_gpu<X>, write_gpu<X>, model_forward_gpu<X>,
