@@ -2056,14 +2056,13 @@ static void feedback_panel(float *weights, float *scratch, const Panels *p, floa
 // sequence and walk along its blocks of C·128 rows, from the last if BACK, each in the four products that the section begins
 // with (or those of feedback_sequence_backward_gpu). Block `rank` has two tiles of 64 rows, the first and second four warps one
 // each: tile rank and tile rank from the last, so that all have as much of the triangle. A thread more has the operands
-// copied: e, M, and what was solved before, written to memory and read back; but one block alone has its last 128 rows still
-// in shared memory, and another thread to write them. What M and e_II multiply goes round: a block
+// copied: e, M, and what was solved before, written to memory and read back. What M and e_II multiply goes round: a block
 // writes its tiles to memory and has them copied from there to all blocks of the cluster whose rows see them, at once.
 enum { MARCH_SLOTS = 4 };
 template <int C> struct MarchShared {
     enum { STRIP = C == 1 ? 128 : 64, BUFFERS = C == 1 ? 2 : 1 };
     bf16 a[MARCH_SLOTS][2][ATOM][ATOM], b[MARCH_SLOTS][STRIP / ATOM][ATOM][ATOM], right[BUFFERS][STRIP / ATOM][C * BLOCK][ATOM];
-    uint64_t full[MARCH_SLOTS], free[MARCH_SLOTS], solved, written[2], handed, done;
+    uint64_t full[MARCH_SLOTS], free[MARCH_SLOTS], written, handed, done;
 };
 // f (BACK: ds), c (BACK: df) and known, the sum over rows beyond begin .. end if not NULL, have T rows of D a sequence;
 // e and M begin with row r0; `map` is of s (BACK: of u). round: two places for each tile of a cluster, in turn
@@ -2082,28 +2081,15 @@ feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_co
     auto tile_of = [&](int group) { return group ? TILES - 1 - rank : rank; };
     auto place = [&](int step) { return begin + (BACK ? blocks - 1 - step : step) * ROWS; };
     if (threadIdx.x == 0) {
-        barrier_init(&s->solved, 1);
-        for (int i = 0; i < 2; i++) barrier_init(&s->written[i], C);
+        barrier_init(&s->written, C);
         barrier_init(&s->handed, 1);
         barrier_init(&s->done, 2 * C);
         for (int i = 0; i < MARCH_SLOTS; i++) { barrier_init(&s->full[i], 1); barrier_init(&s->free[i], 8); }
     }
     barriers_ready();
     if (C > 1) asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" : : : "memory");
-    auto write = [&](int I) {
-        for (int j = 0; j < 2 * ACROSS; j++)
-            asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4}], [%5];"
-                         : : "l"(&map), "r"(n0 + j / 2 * ATOM), "r"(0), "r"(I + ATOM * tile_of(j % 2)), "r"(sequence),
-                             "r"(shared_at(s->right[Shared::BUFFERS - 1][j / 2][ATOM * tile_of(j % 2)])) : "memory");
-        asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group 0;" : : : "memory");
-    };
     if (group == 2) {
         KEEP_REGISTERS("dec", 40);
-        for (int step = 0; C == 1 && threadIdx.x % GROUP == 32 && step < blocks; step++) {
-            barrier_wait(&s->solved, step);
-            write(place(step));
-            barrier_arrive(&s->written[step % 2]);
-        }
         if (threadIdx.x % GROUP) return;
         auto copy = [&](const CUtensorMap *left, int I, int col0, int K, int solved) { // 64 of K from position K on
             int slot = item % MARCH_SLOTS, bytes = solved ? sizeof(s->b[0]) : 0, wanted[2];
@@ -2125,9 +2111,9 @@ feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_co
         for (int step = 0; step < blocks; step++) {
             int I = place(step);
             for (int before = 0; before < step; before++) {
-                if (before == step - 1 - (C == 1)) barrier_wait(&s->written[before % 2], before / 2);
+                if (before == step - 1) barrier_wait(&s->written, before);
                 if (C > 1 && before == step - 1) asm volatile("fence.acq_rel.cluster;\nfence.proxy.async.global;" : : : "memory");
-                for (int k = 0; k < ROWS; k += ATOM) copy(&e_map, I, 0, place(before) + k, C > 1 || before < step - 1);
+                for (int k = 0; k < ROWS; k += ATOM) copy(&e_map, I, 0, place(before) + k, 1);
             }
             for (int turn = 0; turn < 3; turn++)
                 for (int tile = BACK ? rank : 0; tile < (BACK ? TILES : TILES - rank); tile++)
@@ -2219,9 +2205,7 @@ feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_co
         auto keep = [&](int half, int n, uint32_t two) {
             if (c && at[half] >= 0 && n0 + n * 8 < D) *(uint32_t *)(c + at[half] + n * 8) = two;
         };
-        int copied = C == 1 && step ? step - 1 : step;
-        multiply(sum, NULL, TILES * copied, 0);
-        multiply(sum, s->right[Shared::BUFFERS - 1][0][0], TILES * (step - copied), copied);
+        multiply(sum, NULL, TILES * step, 0);
         for (int n = 0; n < STRIP / 8; n++)
             for (int half = 0; half < 2; half++) {
                 uint32_t two = given[n][half];
@@ -2232,7 +2216,6 @@ feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_co
             }
         share(0, step);
         multiply_shared(solved, 0, 0);
-        if (C == 1 && step) barrier_wait(&s->written[(step - 1) % 2], (step - 1) / 2); // its place is free
         for (int n = 0; n < STRIP / 8; n++)
             for (int half = 0; half < 2; half++) {
                 float *v = &solved[n][2 * half];
@@ -2262,12 +2245,16 @@ feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_co
             }
         asm volatile("fence.proxy.async.shared::cta;\nbar.sync 1, 256;" : : : "memory");
         if (threadIdx.x) continue;
-        if (C == 1) { barrier_arrive(&s->solved); continue; }
-        write(I);
+        for (int j = 0; j < 2 * ACROSS; j++)
+            asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4}], [%5];"
+                         : : "l"(&map), "r"(n0 + j / 2 * ATOM), "r"(0), "r"(I + ATOM * tile_of(j % 2)), "r"(sequence),
+                             "r"(shared_at(s->right[Shared::BUFFERS - 1][j / 2][ATOM * tile_of(j % 2)])) : "memory");
+        asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group 0;" : : : "memory");
+        if (C == 1) { barrier_arrive(&s->written); continue; }
         asm volatile("fence.proxy.async.global;\nfence.acq_rel.cluster;" : : : "memory");
-        for (int to = 0; to < C; to++) barrier_arrive_at(&s->written[step % 2], to);
+        for (int to = 0; to < C; to++) barrier_arrive_at(&s->written, to);
     }
-    if (C > 1) barrier_wait(&s->written[(blocks - 1) % 2], (blocks - 1) / 2); // nobody needs this block's memory any more
+    if (C > 1) barrier_wait(&s->written, blocks - 1); // nobody needs this block's memory any more
 #endif
 }
 template <int BACK, int C>
