@@ -2080,6 +2080,7 @@ enum { EMBEDDING, LAYERNORM, LINEAR, GELU, ROPE, GAIN, GATE, RESIDUAL, CROSSENTR
 static ColumnSums sums_on_gpu(int B, int T, int D, int E) {
     ColumnSums sums;
     sums.n = 0;
+    sums.add = 1;
     sums.room = sums.next = gpu_poison<float>(column_sums_room(B, T, D, E));
     return sums;
 }
@@ -2344,14 +2345,14 @@ template <typename X> static void compare_layers(double *worst, int even, int T)
         linear_forward_gpu(o_d, ld_out, y_d, m_d, mb_d, N, D, out, st);
         worst_of(&worst[LINEAR], gpu_error(o_d, o, N, out, ld_out, 0));
         linear_backward(dinp, dweight, dbias, grad, ld_out, y, m, N, D, out);
-        linear_backward_gpu((X *)NULL, dweight_d, grad_d, ld_out, y_d, m_d, N, D, out, st);
-        linear_backward_gpu(dinp_d, (float *)NULL, grad_d, ld_out, y_d, m_d, N, D, out, st);
+        linear_backward_gpu((X *)NULL, dweight_d, grad_d, ld_out, y_d, m_d, N, D, out, 1, st);
+        linear_backward_gpu(dinp_d, (float *)NULL, grad_d, ld_out, y_d, m_d, N, D, out, 0, st);
         worst_of(&worst[LINEAR], gpu_error(dinp_d, dinp, N, D, D, 0));
         worst_of(&worst[LINEAR], gpu_error(dweight_d, dweight, out, D, D, 0));
         linear_backward(dinp, dweight, dbias, copy_of(grad, (int64_t)N * ld_out), ld_out, y, m, N, D, out); // times 4 · 0.25
         real *quarter = noise((int64_t)N * ld_out, 0);
         for (int64_t i = 0; i < (int64_t)N * ld_out; i++) quarter[i] = 4 * grad[i];
-        linear_backward_gpu(dinp_d, dweight_d, on_gpu<X>(quarter, (int64_t)N * ld_out), ld_out, y_d, m_d, N, D, out, st,
+        linear_backward_gpu(dinp_d, dweight_d, on_gpu<X>(quarter, (int64_t)N * ld_out), ld_out, y_d, m_d, N, D, out, 1, st,
                             on_gpu<float>(scales, 3));
         worst_of(&worst[LINEAR], gpu_error(dinp_d, dinp, N, D, D, 0));
         worst_of(&worst[LINEAR], gpu_error(dweight_d, dweight, out, D, D, 0));
@@ -2586,7 +2587,23 @@ static void test_gpu_training(void) {
             losses[row][step] = loss;
         }
         int twin = way == 2 || way == 5;
-        real *kept = copy_of(backend->read(m, PARAMS), m->table.count);
+        real *kept = copy_of(backend->read(m, PARAMS), m->table.count), *grads[2];
+        AdamW none = {0, 0.9, 0.99, 1e-8, 0.1};
+        for (int pass = 0; pass < 2; pass++) { // two backward passes, an update that changes nothing, one pass
+            for (int i = pass; i < 2; i++) {
+                int ids[B * T];
+                for (int n = 0; n < B * T; n++) ids[n] = text[n] % V;
+                Dropout off = {0, 0, 0};
+                backend->forward(m, ids, ids, B, T, off);
+                backend->backward(m, pass + 1);
+            }
+            grads[pass] = copy_of(backend->read(m, GRADS), m->table.count);
+            backend->update(m, none, 1, STEPS + 1);
+        }
+        double *twice = zeros(m->table.count);
+        for (int64_t i = 0; i < m->table.count; i++) twice[i] = (double)grads[0][i];
+        check_error(error_of(grads[1], twice, m->table.count, 0), 1e-5, "gradients add up, and start again after an update");
+        check(norm(backend->read(m, GRADS), m->table.count) == 0, "no gradient after an update");
         backend->read(m, GRADS)[7] = NAN;
         backend->write(m, GRADS);
         AdamW any = {1e-3, 0.9, 0.99, 1e-8, 0.1};

@@ -47,6 +47,7 @@ typedef struct {
     cublasLtMatmulDescOpaque_t operation;
     cublasLtMatrixLayoutOpaque_t a, b, out;
     cublasLtMatmulAlgo_t algo;
+    size_t workspace;
 } Product;
 
 enum { WORKSPACE = 32 << 20, N_PRODUCTS = 1 << 13 };
@@ -246,7 +247,7 @@ __device__ static inline float block_max(float x, float *shared) {
 // Sums over rows, on the way of a pass that reads them anyway: each chunk of rows leaves one partial sum a column, and
 // one launch for a whole layer adds them up in the chunks' order, out[i] += Σ_c partial[c·stride + i].
 typedef struct { float *out; const float *partial; int chunks, stride, width; } ColumnSum;
-typedef struct { ColumnSum list[14]; int n; float *room, *next; } ColumnSums;
+typedef struct { ColumnSum list[14]; int n, add; float *room, *next; } ColumnSums; // add: to what is there, or overwrite it
 enum { BLOCKS_AT_ONCE = 528, GROUP_COLUMNS = 128, ROW_BLOCK = 320, SUM_ROWS = 128 }; // 4 blocks a multiprocessor of an H100
 static int64_t column_sums_room(int B, int T, int D, int E) { // numbers: for each pass with sums of a layer, ln_f's, and tiles
     return 8 * ((int64_t)BLOCKS_AT_ONCE * GROUP_COLUMNS + E) + (3 * (int64_t)BLOCKS_AT_ONCE + 2 * (int64_t)B * (T / SUM_ROWS + 1)) * D;
@@ -284,7 +285,7 @@ __global__ static void column_sums_kernel(ColumnSums sums) {
     __syncthreads();
     if (threadIdx.y || i >= one.width) return;
     for (int y = 1; y < 8; y++) sum += parts[y][threadIdx.x];
-    one.out[i] += sum;
+    one.out[i] = sums.add ? one.out[i] + sum : sum;
 }
 static void column_sums_gpu(ColumnSums *sums, cudaStream_t stream) {
     int blocks = 0;
@@ -397,10 +398,12 @@ static void describe(cublasLtMatmulDesc_t operation, cublasLtMatmulDescAttribute
     LT(cublasLtMatmulDescSetAttribute(operation, what, &value, sizeof(value)));
 }
 
-// The first algorithm of cuBLASLt's heuristic for this shape. It thinks in columns, out^T = B^T·A^T: its A is our B.
+// The first algorithm of cuBLASLt's heuristic for this shape, without workspace (what is given
+// one clears it first) unless that leaves much of the GPU idle: then a long sum is cut in pieces. Of short sums the
+// first in tiles of 128×128. All measured, dev/gpu.md. cuBLASLt thinks in columns, out^T = B^T·A^T: its A is our B.
 static void product_prepare(Product *p, const ProductKey *k) {
     int left_t = k->b_transposed, right_t = k->a_transposed, found = 0;
-    uint64_t workspace = WORKSPACE;
+    enum { CHOICES = 8, SHORT_SUM = 1536 };
     struct { cublasLtMatmulPreferenceAttributes_t what; uint32_t value; } wanted[] = {
         {CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE},
         {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, (uint32_t)k->b_align},
@@ -408,7 +411,7 @@ static void product_prepare(Product *p, const ProductKey *k) {
         {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, (uint32_t)k->out_align},
         {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, (uint32_t)k->out_align}};
     cublasLtMatmulPreferenceOpaque_t preference;
-    cublasLtMatmulHeuristicResult_t result;
+    cublasLtMatmulHeuristicResult_t results[CHOICES];
     memset(p, 0, sizeof(*p));
     p->key = *k;
     p->known = 1;
@@ -421,12 +424,23 @@ static void product_prepare(Product *p, const ProductKey *k) {
     describe(&p->b, k->in_bytes, right_t ? k->M : k->K, right_t ? k->K : k->M, k->a_ld, k->batch, k->a_step);
     describe(&p->out, k->out_bytes, k->N, k->M, k->out_ld, k->batch, k->out_step);
     LT(cublasLtMatmulPreferenceInit(&preference));
-    LT(cublasLtMatmulPreferenceSetAttribute(&preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof(workspace)));
     for (auto &one : wanted) LT(cublasLtMatmulPreferenceSetAttribute(&preference, one.what, &one.value, sizeof(one.value)));
-    cublasStatus_t code = cublasLtMatmulAlgoGetHeuristic(gpu.lt, &p->operation, &p->a, &p->b, &p->out, &p->out, &preference, 1,
-                                                         &result, &found);
-    p->plain = code != CUBLAS_STATUS_SUCCESS || !found;
-    if (!p->plain) p->algo = result.algo;
+    for (uint64_t workspace : {0, (int)WORKSPACE}) {
+        if (found && results[0].wavesCount > 0.6f) break;
+        LT(cublasLtMatmulPreferenceSetAttribute(&preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof(workspace)));
+        if (cublasLtMatmulAlgoGetHeuristic(gpu.lt, &p->operation, &p->a, &p->b, &p->out, &p->out, &preference, CHOICES, results,
+                                           &found) != CUBLAS_STATUS_SUCCESS) found = 0;
+    }
+    p->plain = !found;
+    cublasLtMatmulHeuristicResult_t *best = results;
+    for (int i = 0; i < found && best == results && k->K <= SHORT_SUM && !k->a_transposed; i++) {
+        int tile = 0;
+        size_t size;
+        LT(cublasLtMatmulAlgoConfigGetAttribute(&results[i].algo, CUBLASLT_ALGO_CONFIG_TILE_ID, &tile, sizeof(tile), &size));
+        if (tile == CUBLASLT_MATMUL_TILE_128x128 && results[i].state == CUBLAS_STATUS_SUCCESS) best = &results[i];
+    }
+    if (found) p->algo = best->algo;
+    if (found) p->workspace = best->workspaceSize;
 }
 
 // out = alpha·A·B + beta·out + bias for each of `batch` matrices: A (M,K), B (K,N), out (M,N), bias (N) or NULL.
@@ -453,7 +467,7 @@ static void matmul_gpu(MatrixOut<O> out, MatrixGPU<X> a, MatrixGPU<X> b, int M, 
     if (bias) LT(cublasLtMatmulDescSetAttribute(&p->operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof(bias)));
     const float *alpha_at = scale ? scale : &alpha, *beta_at = scale ? scale + (beta == 0 ? 1 : 2) : &beta;
     LT(cublasLtMatmul(gpu.lt, &p->operation, alpha_at, b.at, &p->a, a.at, &p->b, beta_at, out.at, &p->out, out.at, &p->out,
-                      &p->algo, gpu.workspace + (stream == gpu.side ? WORKSPACE : 0), WORKSPACE, stream));
+                      &p->algo, gpu.workspace + (stream == gpu.side ? WORKSPACE : 0), p->workspace, stream));
 }
 
 // ----------------------------------------------------------------------------
@@ -670,11 +684,11 @@ static void linear_forward_gpu(X *out, int ld_out, const X *inp, const X *weight
 // made dout. scale: of both, in the device's memory, see matmul_gpu.
 template <typename X>
 static void linear_backward_gpu(X *dinp, float *dweight, const X *dout, int ld_dout, const X *inp, const X *weight,
-                                int N, int in, int out_width, cudaStream_t stream, const float *scale = NULL) {
+                                int N, int in, int out_width, int add, cudaStream_t stream, const float *scale = NULL) {
     if (dinp) matmul_gpu(into(dinp, in), rows_of_gpu(dout, ld_dout), rows_of_gpu(weight, in), N, in, out_width, 1, 0, 1,
                          stream, (const X *)NULL, scale);
     if (dweight) matmul_gpu(into(dweight, in), transpose_gpu(rows_of_gpu(dout, ld_dout)), rows_of_gpu(inp, in),
-                            out_width, in, N, 1, 1, 1, stream, (const float *)NULL, scale);
+                            out_width, in, N, 1, (float)add, 1, stream, (const float *)NULL, scale);
 }
 
 // Φ(x), with the polynomial of normal_cdf and gauss = e^(-x²/2)
@@ -3462,7 +3476,7 @@ typedef struct {
 
 // The launches of one pass over a batch shape, recorded as a CUDA graph: then they cost the host one launch.
 typedef struct {
-    struct { int64_t pass, B, T, P; double dropout; } shape; // pass 0: forward, 1: backward, 2: a token
+    struct { int64_t pass, B, T, P; double dropout; } shape; // pass 0: forward, 1: backward, 2: that adds, 3: a token
     int runs;
     cudaGraphExec_t graph;
 } Recording;
@@ -3524,10 +3538,10 @@ template <typename X> static void direct_read_backward_gpu(ModelGPU<X> *m, int l
     ActivationsGPU<X> *back = &m->acts;
     const X *k = a->proj + D, *v = k + G * d, *out = w->W_o ? a->o : a->f;
     X *dk = back->dproj + D, *dv = dk + G * d, *dout = w->W_o ? back->dout : back->ds;
-    if (w->W_o) linear_backward_gpu(dout, dw->W_o, back->ds, D, a->o, as_x(m, w->W_o), N, D, D, stream);
+    if (w->W_o) linear_backward_gpu(dout, dw->W_o, back->ds, D, a->o, as_x(m, w->W_o), N, D, D, m->sums.add, stream);
     attention_backward_gpu(back->dproj, dk, dv, dw->b_proj, back->scratch, dout, out, a->stats, a->proj, k, v, E, B, T, H, G, d,
                            m->host.P, {back->cosine, back->sine, T, d / 2, 0, -1}, &m->sums, stream);
-    linear_backward_gpu(back->dabar, dw->W_proj, back->dproj, E, a->abar, as_x(m, w->W_proj), N, D, E, stream);
+    linear_backward_gpu(back->dabar, dw->W_proj, back->dproj, E, a->abar, as_x(m, w->W_proj), N, D, E, m->sums.add, stream);
 }
 
 template <typename X>
@@ -3586,7 +3600,7 @@ template <typename X> static void mamba2_backward_gpu(ModelGPU<X> *m, int l, int
     ActivationsGPU<X> *back = &m->acts;
     const X *x = a->proj + E, *step = a->proj + width - heads;
     gated_rmsnorm_forward_gpu(a->normed, a->rms, a->y_scan, a->proj, ld, w->norm_weight, N, E, stream); // again
-    linear_backward_gpu(back->dy, dw->out_proj, back->ds, D, a->normed, as_x(m, w->out_proj), N, E, D, stream);
+    linear_backward_gpu(back->dy, dw->out_proj, back->ds, D, a->normed, as_x(m, w->out_proj), N, E, D, m->sums.add, stream);
     gated_rmsnorm_backward_gpu(back->dy, back->dproj, dw->norm_weight, back->dy, a->y_scan, a->proj, ld, a->rms, w->norm_weight,
                                N, E, &m->sums, stream);
     conv_forward_gpu(a->xbc, x, ld, (X *)NULL, w->conv_weight, w->conv_bias, B, T, W, 0, stream);        // again
@@ -3597,7 +3611,7 @@ template <typename X> static void mamba2_backward_gpu(ModelGPU<X> *m, int l, int
                       &m->sums, stream);
     step_backward_gpu(back->dproj + width - heads, dw->step_bias, back->dstep, 3 * heads, step, ld, w->step_bias, N, heads,
                       &m->sums, stream);
-    linear_backward_gpu(back->dabar, dw->in_proj, back->dproj, ld, a->abar, as_x(m, w->in_proj), N, D, width, stream);
+    linear_backward_gpu(back->dabar, dw->in_proj, back->dproj, ld, a->abar, as_x(m, w->in_proj), N, D, width, m->sums.add, stream);
 }
 
 template <typename X> struct MixerGPU {
@@ -3988,7 +4002,7 @@ template <typename X> static void backward_launches_gpu(ModelGPU<X> *m, int B, i
     auto mask = [&](int place) { return mask_of(&m->inputs->dropout_key, dropout, place); };
     if (!m->dlogits_ready)
         crossentropy_gpu(acts->losses, acts->hits, acts->logits, acts->logits, ld_logits, m->inputs->ids + N, N, V, stream);
-    linear_backward_gpu(acts->ds, dw->wte, acts->logits, ld_logits, acts->ln_f, as_x(m, w->wte), N, D, ld_logits, stream,
+    linear_backward_gpu(acts->ds, dw->wte, acts->logits, ld_logits, acts->ln_f, as_x(m, w->wte), N, D, ld_logits, m->sums.add, stream,
                         m->inputs->scale);
     layernorm_backward_gpu(dx, dw->ln_f_weight, dw->ln_f_bias, acts->dbranch, dw->layers[last].b_out, mask(2 + 2 * last), 1,
                            acts->ds, acts->y, acts->ln_mean, acts->ln_rstd, w->ln_f_weight, N, D, &m->sums, stream);
@@ -3996,18 +4010,18 @@ template <typename X> static void backward_launches_gpu(ModelGPU<X> *m, int B, i
         LayerWeights *wl = &w->layers[l], *dwl = &dw->layers[l];
         LayerActivationsGPU<X> *a = &acts->layers[l];
         // out through W_out and the gate; the gradients of a and g take their place
-        linear_backward_gpu(acts->ds, (float *)NULL, acts->dbranch, D, a->gated, as_x(m, wl->W_out), N, D, D, stream);
+        linear_backward_gpu(acts->ds, (float *)NULL, acts->dbranch, D, a->gated, as_x(m, wl->W_out), N, D, D, 0, stream);
         gate_backward_gpu(acts->ds, a->ag + D, dwl->b_in + D, acts->ds, a->s, a->ag + D, 2 * D, mask(1 + 2 * l), N, D, &m->sums,
                           stream);
         follow(gpu.side, stream); // beside the solve, which leaves multiprocessors free
-        linear_backward_gpu((X *)NULL, dwl->W_out, acts->dbranch, D, a->gated, as_x(m, wl->W_out), N, D, D, gpu.side);
+        linear_backward_gpu((X *)NULL, dwl->W_out, acts->dbranch, D, a->gated, as_x(m, wl->W_out), N, D, D, m->sums.add, gpu.side);
         // through the mixer
         mixers_gpu<X>[c->mixer].backward(m, l, B, T, stream);
         gelu_backward_gpu(a->ag, dwl->b_in, dwl->gamma_weight, dwl->gamma_bias, acts->dabar, a->ag, 2 * D, acts->dgamma, a->gamma,
                           wl->gamma_weight, (float)c->gamma_max, N, D, &m->sums, stream);
         follow(stream, gpu.side);
         // through W_in and the LayerNorm, on to the branch of the layer below
-        linear_backward_gpu(acts->ds, dwl->W_in, a->ag, 2 * D, a->n, as_x(m, wl->W_in), N, D, 2 * D, stream);
+        linear_backward_gpu(acts->ds, dwl->W_in, a->ag, 2 * D, a->n, as_x(m, wl->W_in), N, D, 2 * D, m->sums.add, stream);
         layernorm_backward_gpu(dx, dwl->ln_weight, dwl->ln_bias, l ? acts->dbranch : (X *)NULL,
                                l ? dw->layers[l - 1].b_out : (float *)NULL, mask(2 * l), 0, acts->ds, a->x, a->ln_mean,
                                a->ln_rstd, wl->ln_weight, N, D, &m->sums, stream);
@@ -4024,25 +4038,27 @@ template <typename X> static void model_backward_gpu(Model *model, double dloss)
     int *lists = m->inputs->ids + (m->host_lists - host->ids);
     host->scale[0] = (float)dloss;
     CUDA(cudaMemcpyAsync(m->inputs->scale, host->scale, sizeof(host->scale), cudaMemcpyHostToDevice, stream));
-    replay(m, {{1, B, T, m->host.P, m->host.drop.probability}, 0, NULL},
+    replay(m, {{m->sums.add ? 2 : 1, B, T, m->host.P, m->host.drop.probability}, 0, NULL},
            [&] { backward_launches_gpu(m, B, T, m->host.drop.probability, stream); });
     CUDA(cudaEventSynchronize(m->lists_there)); // those of the batch before
     TokenLists t = sort_tokens(m->host_lists, m->starts, host->ids, N, m->host.config.vocab_size);
     CUDA(cudaMemcpyAsync(lists, m->host_lists, sizeof(int) * (4 * (size_t)N + 2), cudaMemcpyHostToDevice, stream));
     CUDA(cudaEventRecord(m->lists_there, stream));
     embedding_backward_gpu(m->grad.wte, (float *)m->acts.dproj, m->acts.residual, lists, t, B, T, D, stream);
+    m->sums.add = 1;
 }
 
 // adamw: a thread takes 4 numbers; all parameters in one launch, the tensors' ends rounded up hold zeros that stay zeros.
+// It does not clear the gradient: the next backward pass overwrites it.
 // scale: in the device's memory; NaN: nothing is updated.
 template <typename X>
-__global__ void adamw_kernel(float *w, float *g, float *exp_avg, float *exp_avg_sq, X *copy,
+__global__ void adamw_kernel(float *w, const float *g, float *exp_avg, float *exp_avg_sq, X *copy,
                              const unsigned char *decayed, int64_t n, float beta1, float beta2, float rate1,
                              float rate2, float keep, float step_size, float correction, float eps, const float *scale) {
     int64_t i = 4 * ((int64_t)blockIdx.x * blockDim.x + threadIdx.x);
     float factor = *scale;
     if (i >= n || isnan(factor)) return;
-    float p[4], grad[4], m[4], v[4], zero[4] = {};
+    float p[4], grad[4], m[4], v[4];
     read_some<4>(p, w + i);
     read_some<4>(grad, g + i);
     read_some<4>(m, exp_avg + i);
@@ -4055,7 +4071,6 @@ __global__ void adamw_kernel(float *w, float *g, float *exp_avg, float *exp_avg_
         p[e] = keep * p[e] - step_size * m[e] / (sqrtf(v[e]) * correction + eps);
     }
     write_some<4>(w + i, p);
-    write_some<4>(g + i, zero);
     write_some<4>(exp_avg + i, m);
     write_some<4>(exp_avg_sq + i, v);
     if constexpr (sizeof(X) == 2) *(uint2 *)(copy + i) = make_uint2(pack_two(p[0], p[1]), pack_two(p[2], p[3]));
@@ -4077,6 +4092,7 @@ template <typename X> static double model_update_gpu(Model *model, AdamW o, doub
            (float)(1 - o.beta2), (float)(1 - o.lr * o.weight_decay), (float)(o.lr / (1 - pow(o.beta1, (double)step))),
            (float)(1 / sqrt(1 - pow(o.beta2, (double)step))), (float)o.eps, scale);
     CUDA(cudaEventSynchronize(m->norm_there));
+    if (isfinite(m->host_sum[1])) m->sums.add = 0;
     return sqrt(m->host_sum[1]);
 }
 
@@ -4111,7 +4127,7 @@ template <typename X> static void model_extend_gpu(Model *model, const int *toke
     m->host_inputs->first = first;
     memcpy(m->host_inputs->ids, tokens, sizeof(int) * (size_t)n);
     CUDA(cudaMemcpyAsync(m->inputs, m->host_inputs, sizeof(Inputs) + sizeof(int) * (size_t)n, cudaMemcpyHostToDevice, stream));
-    if (n == 1 && m->decodes) replay(m, {{2, 0, 0, 0, 0}, 0, NULL}, [&] { hidden_decode_gpu(m, stream); });
+    if (n == 1 && m->decodes) replay(m, {{3, 0, 0, 0, 0}, 0, NULL}, [&] { hidden_decode_gpu(m, stream); });
     else {
         hidden_forward_gpu(m, m->inputs->ids, 1, first + n, first, 0, stream);
         linear_forward_gpu(m->acts.logits, V, m->acts.ln_f + (size_t)(n - 1) * D, as_x(m, m->weights.wte), (const X *)NULL, 1, D,
@@ -4144,13 +4160,16 @@ template <typename X> static real *copy_block(ModelGPU<X> *m, Block block, cudaM
     return host;
 }
 template <typename X> static real *read_gpu(Model *model, Block block) {
-    real *host = copy_block((ModelGPU<X> *)model, block, cudaMemcpyDeviceToHost);
+    ModelGPU<X> *m = (ModelGPU<X> *)model;
+    if (block == GRADS && !m->sums.add) CUDA(cudaMemsetAsync(m->grads, 0, sizeof(float) * (size_t)m->count, gpu.stream));
+    real *host = copy_block(m, block, cudaMemcpyDeviceToHost);
     CUDA(cudaStreamSynchronize(gpu.stream));
     return host;
 }
 template <typename X> static void write_gpu(Model *model, Block block) {
     ModelGPU<X> *m = (ModelGPU<X> *)model;
     copy_block(m, block, cudaMemcpyHostToDevice);
+    if (block == GRADS) m->sums.add = 1;
     if (block == PARAMS && sizeof(X) == sizeof(bf16)) copy_gpu(m->copy, 64, m->params, (int)(m->count / 64), 64, gpu.stream);
     CUDA(cudaStreamSynchronize(gpu.stream));
 }
