@@ -205,7 +205,9 @@ static int wide(std::initializer_list<int64_t> strides, std::initializer_list<co
 template <int N> struct Known { __host__ __device__ constexpr operator int() const { return N; } };
 template <int V, typename F> __global__ void each_kernel(F f, unsigned rows, unsigned pieces) {
     unsigned item = blockIdx.x * blockDim.x + threadIdx.x; // there are fewer than 2^32 pieces
-    if (item < rows * pieces) f(Known<V>(), (int)(item / pieces), (int)(item % pieces) * V);
+    if (item >= rows * pieces) return;
+    item = rows * pieces - 1 - item;
+    f(Known<V>(), (int)(item / pieces), (int)(item % pieces) * V);
 }
 template <typename F> static void each(int64_t rows, int width, int in_eights, cudaStream_t stream, F f) {
     int pieces = in_eights ? width / 8 : width;
@@ -301,11 +303,10 @@ static void column_sums_gpu(ColumnSums *sums, cudaStream_t stream) {
 template <int V, int SUMS, typename F>
 __global__ void __launch_bounds__(256, 4) each_with_sums_kernel(F f, float *partial, int N, int width) {
     __shared__ float parts[16][16 * V];
-    int i = (blockIdx.x * 16 + threadIdx.x % 16) * V, y = threadIdx.x / 16, end = (int)((int64_t)N * (blockIdx.y + 1)
-            / gridDim.y);
+    int i = (blockIdx.x * 16 + threadIdx.x % 16) * V, y = threadIdx.x / 16;
     float sum[SUMS][V] = {};
     if (i < width)
-        for (int n = (int)((int64_t)N * blockIdx.y / gridDim.y) + y; n < end; n += 16) f(Known<V>(), n, i, sum);
+        for (int n = N - 1 - (int)blockIdx.y * 16 - y; n >= 0; n -= 16 * gridDim.y) f(Known<V>(), n, i, sum);
     for (int k = 0; k < SUMS; k++) {
         for (int e = 0; e < V; e++) parts[y][threadIdx.x % 16 * V + e] = sum[k][e];
         __syncthreads();
@@ -574,7 +575,7 @@ static void layernorm_forward_gpu(X *out, X *kept, float *mean, float *rstd, flo
                                   const float *weight, const float *bias, int N, int D, cudaStream_t stream) {
     rows(N, D, wide({D}, {out, kept, x, branch, weight, bias}), 0, stream, [=] __device__ (auto V, auto PIECES) {
         __shared__ float2 shared[2][ROW_BLOCK / 32];
-        int n = blockIdx.x * blockDim.y + threadIdx.y;
+        int n = (gridDim.x - 1 - blockIdx.x) * blockDim.y + threadIdx.y;
         if (n >= N) return;
         float v[PIECES][V], sum = 0, squares = 0;
         for (int p = 0, i = threadIdx.x * V; p < PIECES && i < D; p++, i += blockDim.x * V) {
@@ -618,7 +619,7 @@ static void layernorm_backward_gpu(float *dx, float *dweight, float *dbias, X *d
         __shared__ float parts[ROW_BLOCK * V];
         float sums[3][PIECES][V] = {}, v[PIECES][V], g[PIECES][V], d[PIECES][V] = {};
         int turn = 0;
-        for (int n = blockIdx.x * blockDim.y + threadIdx.y; n < N; n += gridDim.x * blockDim.y) {
+        for (int n = N - 1 - (int)(blockIdx.x * blockDim.y + threadIdx.y); n >= 0; n -= gridDim.x * blockDim.y) {
             float m = mean[n], r = rstd[n], sum = 0, dot = 0;
             for (int p = 0, i = threadIdx.x * V; p < PIECES && i < D; p++, i += blockDim.x * V) {
                 float w[V];
@@ -715,7 +716,7 @@ static void gelu_forward_gpu(X *out, float *gamma, const X *inp, int ld, const f
                              float gamma_max, int N, int D, cudaStream_t stream) {
     rows(N, D, wide({D, ld}, {out, inp, weight}), 0, stream, [=] __device__ (auto V, auto PIECES) {
         __shared__ float2 shared[ROW_BLOCK / 32];
-        int n = blockIdx.x * blockDim.y + threadIdx.y;
+        int n = (gridDim.x - 1 - blockIdx.x) * blockDim.y + threadIdx.y;
         if (n >= N) return;
         float dot = 0;
         for (int p = 0, i = threadIdx.x * V; p < PIECES && i < D; p++, i += blockDim.x * V) {
@@ -1113,7 +1114,7 @@ product_tiles_kernel(const __grid_constant__ CUtensorMap a_map, const __grid_con
     extern __shared__ __align__(1024) unsigned char shared_tiles[];
     Shared *s = (Shared *)shared_tiles;
     int m0 = (int)(SHAPE == A_LOWER ? gridDim.y - 1 - blockIdx.y : blockIdx.y) * 128, n0 = (int)blockIdx.x * BN,
-        item = (int)blockIdx.z % items, sequence = (int)blockIdx.z / items;
+        item = (int)blockIdx.z % items, sequence = (int)(SHAPE == A_LOWER ? gridDim.z - 1 - blockIdx.z : blockIdx.z) / items;
     int k0 = SHAPE == A_UPPER ? m0 : SHAPE == B_LOWER ? n0 : 0, k1 = SHAPE == A_LOWER ? min(K, shift + m0 + 128) : K,
         steps = max(0, (k1 - k0 + ATOM - 1) / ATOM);
     if (threadIdx.x == 0)
@@ -1419,7 +1420,7 @@ attention_tile_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_co
 // stats' second number: delta_t = do_t·o_t = Σ_j p_tj dp_tj. 8 lanes take row n of one head.
 __global__ static void attention_delta_kernel(float2 *stats, const bf16 *dout, const bf16 *out, int B, int T, int H,
                                               int d) {
-    int64_t item = (int64_t)blockIdx.x * 32 + threadIdx.x / 8;
+    int64_t item = (int64_t)(gridDim.x - 1 - blockIdx.x) * 32 + threadIdx.x / 8;
     float sum = 0;
     if (item < (int64_t)B * T * H)
         for (int i = threadIdx.x % 8 * 8; i < d; i += 64) {
@@ -2358,9 +2359,9 @@ static void feedback_forward_gpu(X *s, X *c, float *stats, float *weights, int k
 // δ_t = λ_t·c_t. A warp takes a row.
 template <int V, typename X>
 __global__ void feedback_delta_kernel(float *delta, const X *df, const X *c, int64_t all, int T, int n, int D) {
-    int r = blockIdx.x * 4 + threadIdx.x / 32;
+    int r = blockIdx.x * 4 + threadIdx.x / 32, b = gridDim.y - 1 - blockIdx.y;
     if (r >= n) return;
-    int64_t row = blockIdx.y * all + (int64_t)r * D;
+    int64_t row = b * all + (int64_t)r * D;
     float dot = 0;
     for (int i = threadIdx.x % 32 * V; i < D; i += 32 * V) {
         float v[V], w[V];
@@ -2369,7 +2370,7 @@ __global__ void feedback_delta_kernel(float *delta, const X *df, const X *c, int
         for (int e = 0; e < V; e++) dot += v[e] * w[e];
     }
     dot = warp_sum(dot);
-    if (threadIdx.x % 32 == 0) delta[(int64_t)blockIdx.y * T + r] = dot;
+    if (threadIdx.x % 32 == 0) delta[(int64_t)b * T + r] = dot;
 }
 
 // One panel of the adjoint, of all sequences: λ of its rows from the last block to the first, each solving with M^T and one
@@ -2557,10 +2558,8 @@ static __device__ inline float crossentropy_forward_gpu(float *loss, char *hit, 
     for (int i = threadIdx.x * V_; i < V; i += blockDim.x * V_) {
         float v[V_], top = max;
         read_some<V_>(v, row + i);
-        for (int e = 0; e < V_; e++) {
-            if (i + e >= V) v[e] = -INFINITY;
-            top = v[e] > top ? v[e] : top;
-        }
+        if (i + V_ > V) for (int e = 0; e < V_; e++) v[e] = i + e < V ? v[e] : -INFINITY;
+        for (int e = 0; e < V_; e++) top = fmaxf(top, v[e]);
         sum *= __expf(max - top);
         max = top;
         for (int e = 0; e < V_; e++) sum += __expf(v[e] - max);
@@ -2578,11 +2577,13 @@ static __device__ inline float crossentropy_forward_gpu(float *loss, char *hit, 
 // comes from the L2 cache. The piece at the end of the row may reach past V, not past ld; there drow is 0. drow may be row.
 template <int V_, typename X>
 static __device__ inline void crossentropy_backward_gpu(X *drow, const X *row, float logsumexp, int target, int V) {
-    float counts = target >= 0;
+    if (target < 0) logsumexp = INFINITY; // all 0
     for (int i = threadIdx.x * V_; i < V; i += blockDim.x * V_) {
         float v[V_];
         read_some<V_>(v, row + i);
-        for (int e = 0; e < V_; e++) v[e] = i + e < V ? counts * (__expf(v[e] - logsumexp) - (i + e == target)) : 0;
+        for (int e = 0; e < V_; e++) v[e] = __expf(v[e] - logsumexp);
+        if (target / V_ == i / V_ && target >= 0) for (int e = 0; e < V_; e++) v[e] -= i + e == target;
+        if (i + V_ > V) for (int e = 0; e < V_; e++) v[e] = i + e < V ? v[e] : 0;
         write_some<V_>(drow + i, v);
     }
 }
@@ -3146,7 +3147,7 @@ static void gated_rmsnorm_forward_gpu(X *out, float *rstd, const X *y, const X *
                                       cudaStream_t stream) {
     rows(N, E, wide({E, ld}, {out, y, z, weight}), 0, stream, [=] __device__ (auto V, auto PIECES) {
         __shared__ float2 shared[ROW_BLOCK / 32];
-        int n = blockIdx.x * blockDim.y + threadIdx.y;
+        int n = (gridDim.x - 1 - blockIdx.x) * blockDim.y + threadIdx.y;
         if (n >= N) return;
         float v[PIECES][V], squares = 0;
         for (int p = 0, i = threadIdx.x * V; p < PIECES && i < E; p++, i += blockDim.x * V) {
@@ -3182,7 +3183,7 @@ static void gated_rmsnorm_backward_gpu(X *dy, X *dz, float *dweight, const X *do
     });
     rows(N, E, in_eights, 0, stream, [=] __device__ (auto V, auto PIECES) {
         __shared__ float2 shared[ROW_BLOCK / 32];
-        int n = blockIdx.x * blockDim.y + threadIdx.y;
+        int n = (gridDim.x - 1 - blockIdx.x) * blockDim.y + threadIdx.y;
         if (n >= N) return;
         float g[PIECES][V], v[PIECES][V], gate[PIECES][V], dot = 0, r = rstd[n];
         for (int p = 0, i = threadIdx.x * V; p < PIECES && i < E; p++, i += blockDim.x * V) {
