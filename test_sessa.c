@@ -2345,14 +2345,14 @@ template <typename X> static void compare_layers(double *worst, int even, int T)
         linear_forward_gpu(o_d, ld_out, y_d, m_d, mb_d, N, D, out, st);
         worst_of(&worst[LINEAR], gpu_error(o_d, o, N, out, ld_out, 0));
         linear_backward(dinp, dweight, dbias, grad, ld_out, y, m, N, D, out);
-        linear_backward_gpu((X *)NULL, dweight_d, grad_d, ld_out, y_d, m_d, N, D, out, 1, st);
-        linear_backward_gpu(dinp_d, (float *)NULL, grad_d, ld_out, y_d, m_d, N, D, out, 0, st);
+        linear_backward_gpu((X *)NULL, dweight_d, grad_d, ld_out, y_d, m_d, N, D, out, 1, st, st);
+        linear_backward_gpu(dinp_d, (float *)NULL, grad_d, ld_out, y_d, m_d, N, D, out, 0, st, st);
         worst_of(&worst[LINEAR], gpu_error(dinp_d, dinp, N, D, D, 0));
         worst_of(&worst[LINEAR], gpu_error(dweight_d, dweight, out, D, D, 0));
         linear_backward(dinp, dweight, dbias, copy_of(grad, (int64_t)N * ld_out), ld_out, y, m, N, D, out); // times 4 · 0.25
         real *quarter = noise((int64_t)N * ld_out, 0);
         for (int64_t i = 0; i < (int64_t)N * ld_out; i++) quarter[i] = 4 * grad[i];
-        linear_backward_gpu(dinp_d, dweight_d, on_gpu<X>(quarter, (int64_t)N * ld_out), ld_out, y_d, m_d, N, D, out, 1, st,
+        linear_backward_gpu(dinp_d, dweight_d, on_gpu<X>(quarter, (int64_t)N * ld_out), ld_out, y_d, m_d, N, D, out, 1, st, st,
                             on_gpu<float>(scales, 3));
         worst_of(&worst[LINEAR], gpu_error(dinp_d, dinp, N, D, D, 0));
         worst_of(&worst[LINEAR], gpu_error(dweight_d, dweight, out, D, D, 0));

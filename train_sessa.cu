@@ -685,11 +685,13 @@ static void linear_forward_gpu(X *out, int ld_out, const X *inp, const X *weight
 // made dout. scale: of both, in the device's memory, see matmul_gpu.
 template <typename X>
 static void linear_backward_gpu(X *dinp, float *dweight, const X *dout, int ld_dout, const X *inp, const X *weight,
-                                int N, int in, int out_width, int add, cudaStream_t stream, const float *scale = NULL) {
+                                int N, int in, int out_width, int add, cudaStream_t stream, cudaStream_t side, const float *scale = NULL) {
     if (dinp) matmul_gpu(into(dinp, in), rows_of_gpu(dout, ld_dout), rows_of_gpu(weight, in), N, in, out_width, 1, 0, 1,
                          stream, (const X *)NULL, scale);
-    if (dweight) matmul_gpu(into(dweight, in), transpose_gpu(rows_of_gpu(dout, ld_dout)), rows_of_gpu(inp, in),
-                            out_width, in, N, 1, (float)add, 1, stream, (const float *)NULL, scale);
+    if (!dweight) return;
+    follow(side, stream);
+    matmul_gpu(into(dweight, in), transpose_gpu(rows_of_gpu(dout, ld_dout)), rows_of_gpu(inp, in), out_width, in, N, 1, (float)add, 1,
+               side, (const float *)NULL, scale);
 }
 
 // Φ(x), with the polynomial of normal_cdf and gauss = e^(-x²/2)
@@ -714,24 +716,27 @@ static __device__ inline float gain_backward_gpu(float dgamma, float ratio, floa
 template <typename X>
 static void gelu_forward_gpu(X *out, float *gamma, const X *inp, int ld, const float *weight, const float *bias,
                              float gamma_max, int N, int D, cudaStream_t stream) {
-    rows(N, D, wide({D, ld}, {out, inp, weight}), 0, stream, [=] __device__ (auto V, auto PIECES) {
+    rows((N + 1) / 2, D, wide({D, ld}, {out, inp, weight}), 0, stream, [=] __device__ (auto V, auto PIECES) { // two rows at once
         __shared__ float2 shared[ROW_BLOCK / 32];
-        int n = (gridDim.x - 1 - blockIdx.x) * blockDim.y + threadIdx.y;
+        int n = 2 * ((gridDim.x - 1 - blockIdx.x) * blockDim.y + threadIdx.y), both = n + 1 < N;
         if (n >= N) return;
-        float dot = 0;
+        float dot[2] = {};
         for (int p = 0, i = threadIdx.x * V; p < PIECES && i < D; p++, i += blockDim.x * V) {
-            float v[V], w[V];
-            read_some<V>(v, inp + (int64_t)n * ld + i);
+            float v[2][V], w[V];
+            for (int r = 0; r < 2; r++) read_some<V>(v[r], inp + (int64_t)(n + r * both) * ld + i);
             if (weight) read_some<V>(w, weight + i);
-            for (int e = 0; e < V; e++) {
-                v[e] = gelu_gpu(v[e]);
-                if (weight) dot += get(to<X>(v[e])) * w[e];
+            for (int r = 0; r < 2; r++) {
+                for (int e = 0; e < V; e++) {
+                    v[r][e] = gelu_gpu(v[r][e]);
+                    if (weight) dot[r] += get(to<X>(v[r][e])) * w[e];
+                }
+                write_some<V>(out + (int64_t)(n + r * both) * D + i, v[r]);
             }
-            write_some<V>(out + (int64_t)n * D + i, v);
         }
         if (!weight) return;
-        dot = row_sum(dot, 0, shared).x;
-        if (threadIdx.x == 0) gamma[n] = gain_forward_gpu(dot, bias[0], gamma_max);
+        float2 sum = row_sum(dot[0], dot[1], shared);
+        if (threadIdx.x == 0) gamma[n] = gain_forward_gpu(sum.x, bias[0], gamma_max);
+        if (threadIdx.x == 0 && both) gamma[n + 1] = gain_forward_gpu(sum.y, bias[0], gamma_max);
     });
 }
 
@@ -1297,12 +1302,12 @@ attention_tile_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_co
         for (int i = 0; i < SLOTS; i++) { barrier_init(&s->full[i], 1); barrier_init(&s->free[i], GROUPS); }
     }
     barriers_ready();
-    auto tiles_of = [&](int r0) { return (min(first + r0 + ROWS, T) + KEYS - 1) / KEYS; };
+    auto tiles_before = [&](int row) { return (first + row + KEYS - 1) / KEYS; };
     if (group == GROUPS) {
         KEEP_REGISTERS("dec", DH == 64 ? 32 : 40);
         if (threadIdx.x % GROUP) return;
         for (; (piece = next_piece(turn, head, blocks, B * H, at_once)) >= 0; pieces++) {
-            int r0 = (blocks - 1 - piece) * ROWS, b = head / H, h = head % H, tiles = tiles_of(r0), own = pieces % 2;
+            int end = rows - piece * ROWS, r0 = end > ROWS ? end - ROWS : 0, b = head / H, h = head % H, tiles = tiles_before(end), own = pieces % 2;
             if (pieces > 1) barrier_wait(&s->q_free[own], pieces / 2 - 1);
             barrier_expect(&s->q_full[own], sizeof(s->q[0]));
             for (int c = 0; c < DH / ATOM; c++) copy_tile(s->q[own][c][0], &q_map, c * ATOM, h, r0, b, &s->q_full[own]);
@@ -1363,10 +1368,10 @@ attention_tile_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_co
         products_commit();
     };
     for (; (piece = next_piece(turn, head, blocks, B * H, at_once)) >= 0; pieces++) {
-        int r0 = (blocks - 1 - piece) * ROWS;
-        group_row = r0 + 64 * group;
+        int end = rows - piece * ROWS; // the piece is cut off the end: the short one sees least
+        group_row = (end > ROWS ? end - ROWS : 0) + 64 * group;
         row = group_row + threadIdx.x % GROUP / 32 * 16 + lane / 4;
-        int tiles = tiles_of(r0), seen = (min(first + group_row + 64, T) + KEYS - 1) / KEYS; // tiles that the group's rows see
+        int tiles = tiles_before(end), seen = min(tiles, tiles_before(group_row + 64)); // tiles that the group's rows see
         for (int half = 0; half < 2; half++) { max[half] = -INFINITY; total[half] = 0; }
         for (int n = 0; n < DH / 8; n++)
             for (int e = 0; e < 4; e++) sum[n][e] = 0;
@@ -1406,10 +1411,10 @@ attention_tile_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_co
             int r = row + half * 8;
             total[half] += __shfl_xor_sync(~0u, total[half], 1);
             total[half] += __shfl_xor_sync(~0u, total[half], 2);
-            if (lane % 4 == 0 && r < rows) stats[(int64_t)head * rows + r] = {max[half] + log2f(total[half]), 0};
+            if (lane % 4 == 0 && r < end) stats[(int64_t)head * rows + r] = {max[half] + log2f(total[half]), 0};
         }
         group_barrier(group);
-        store_rows<DH>(out + ((int64_t)(head / H) * rows + group_row) * H * d + head % H * d, H * d, sum, rows - group_row, d,
+        store_rows<DH>(out + ((int64_t)(head / H) * rows + group_row) * H * d + head % H * d, H * d, sum, end - group_row, d,
                        1 / total[0], 1 / total[1], s->q[pieces % 2][0][64 * group], ROWS * ATOM);
         rows_stored(&s->q_free[pieces % 2]);
         begun += 2 * tiles;
@@ -1531,8 +1536,48 @@ attention_dq_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_cons
 #endif
 }
 
-// dk and dv: 128 keys stay, the walk is along the rows of the group's heads that see them. The matrices are those above
-// transposed: keys down, rows across.
+// A step of dk and dv. The matrices are those above transposed: keys down, rows across. A group has 64 keys and their values, a
+// tile of WALK rows from r0 on: dv += w dout, and dlogits as left operand. free: the last step's tiles, if not NULL, whose
+// products were still on their way.
+template <int DH, int WALK>
+__device__ inline void keys_step(float (&v_sum)[DH / 8][4], uint32_t (&dlogits)[WALK / 16][4], const bf16 *keys, const bf16 *values,
+                                 const bf16 *queries, const bf16 *douts, const float2 *stats, int key, int r0, int masked, float scale,
+                                 uint64_t *free) {
+    enum { NEXT = WALK * ATOM };
+    int lane = threadIdx.x % 32;
+    float w[WALK / 8][4], dw[WALK / 8][4];
+    products_begin();
+    product_transposed<DH, WALK>(w, keys, 128 * ATOM, queries, NEXT);
+    products_commit();
+    products_wait<1>();
+    if (free && threadIdx.x % GROUP == 0) barrier_arrive(free);
+    products_begin();
+    product_transposed<DH, WALK>(dw, values, 128 * ATOM, douts, NEXT);
+    products_commit();
+    products_wait<1>();
+    for (int n = 0; n < WALK / 8; n++) {
+        float4 rows = *(const float4 *)&stats[n * 8 + lane % 4 * 2];
+        for (int e = 0; e < 4; e++) {
+            w[n][e] = exp2_fast(w[n][e] * scale - (e % 2 ? rows.z : rows.x));
+            if (masked && key + e / 2 * 8 > r0 + n * 8 + lane % 4 * 2 + e % 2) w[n][e] = 0;
+        }
+    }
+    as_operand<WALK>(dlogits, w);
+    products_begin();
+    product_plain<DH, WALK>(v_sum, dlogits, douts);
+    products_commit();
+    products_wait<0>();
+    for (int n = 0; n < WALK / 8; n++) { // the weights become the gradients of the logits
+        float4 rows = *(const float4 *)&stats[n * 8 + lane % 4 * 2];
+        for (int half = 0; half < 2; half++) {
+            uint32_t *two = &dlogits[n / 2][n % 2 * 2 + half];
+            *two = pack_two(__uint_as_float(*two << 16) * (dw[n][2 * half] - rows.y),
+                            __uint_as_float(*two & 0xFFFF0000u) * (dw[n][2 * half + 1] - rows.w));
+        }
+    }
+}
+
+// dk and dv: 128 keys stay, the walk is along the rows of the group's heads that see them.
 template <int DH>
 __global__ void __launch_bounds__(3 * GROUP, 1)
 attention_dkv_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap dout_map,
@@ -1540,7 +1585,7 @@ attention_dkv_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_con
                      bf16 *dv, const float2 *stats, int ld, int B, int T, int H, int G, int d, int at_once, float scale, float sigma) {
 #ifdef HOPPER
     typedef BackwardShared<DH> Shared;
-    enum { WALK = Shared::WALK, SLOTS = Shared::SLOTS, NEXT = WALK * ATOM };
+    enum { WALK = Shared::WALK, SLOTS = Shared::SLOTS };
     extern __shared__ __align__(1024) unsigned char shared_tiles[];
     Shared *s = (Shared *)shared_tiles;
     int group = threadIdx.x / GROUP, heads = H / G, blocks = (T + 127) / 128, begun = 0, turn = 0, pieces = 0, piece, head;
@@ -1588,46 +1633,18 @@ attention_dkv_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_con
             key = j0 + 64 * group + threadIdx.x % GROUP / 32 * 16 + lane / 4;
         bf16 *own = s->own[pieces % 2][0][0][64 * group], *own_v = s->own[pieces % 2][1][0][64 * group];
         float k_sum[DH / 8][4], v_sum[DH / 8][4];
-        uint32_t weights[WALK / 16][4];
+        uint32_t dlogits[WALK / 16][4];
         for (int n = 0; n < DH / 8; n++)
             for (int e = 0; e < 4; e++) k_sum[n][e] = v_sum[n][e] = 0;
         barrier_wait(&s->own_full[pieces % 2], pieces / 2);
         for (int step = 0; step < heads * tiles; step++, begun++) {
             int slot = begun % SLOTS, r0 = j0 + step % tiles * WALK, masked = r0 < j0 + 64 * group + 63;
-            const bf16 *queries = s->ring[slot][0][0][0], *douts = s->ring[slot][1][0][0];
-            float w[WALK / 8][4], dw[WALK / 8][4];
+            const bf16 *queries = s->ring[slot][0][0][0];
             barrier_wait(&s->full[slot], begun / SLOTS);
+            keys_step<DH, WALK>(v_sum, dlogits, own, own_v, queries, s->ring[slot][1][0][0], s->stats[slot], key, r0, masked, scale,
+                                step ? &s->free[(begun - 1) % SLOTS] : NULL);
             products_begin();
-            product_transposed<DH, WALK>(w, own, 128 * ATOM, queries, NEXT);
-            products_commit();
-            products_wait<1>(); // the last step's are done
-            if (step && threadIdx.x % GROUP == 0) barrier_arrive(&s->free[(begun - 1) % SLOTS]);
-            products_begin();
-            product_transposed<DH, WALK>(dw, own_v, 128 * ATOM, douts, NEXT);
-            products_commit();
-            products_wait<1>();
-            for (int n = 0; n < WALK / 8; n++) {
-                float4 rows = *(const float4 *)&s->stats[slot][n * 8 + lane % 4 * 2];
-                for (int e = 0; e < 4; e++) {
-                    w[n][e] = exp2_fast(w[n][e] * scale - (e % 2 ? rows.z : rows.x));
-                    if (masked && key + e / 2 * 8 > r0 + n * 8 + lane % 4 * 2 + e % 2) w[n][e] = 0;
-                }
-            }
-            as_operand<WALK>(weights, w);
-            products_begin();
-            product_plain<DH, WALK>(v_sum, weights, douts);
-            products_commit();
-            products_wait<0>();
-            for (int n = 0; n < WALK / 8; n++) { // the weights become the gradients of the logits
-                float4 rows = *(const float4 *)&s->stats[slot][n * 8 + lane % 4 * 2];
-                for (int half = 0; half < 2; half++) {
-                    uint32_t *two = &weights[n / 2][n % 2 * 2 + half];
-                    *two = pack_two(__uint_as_float(*two << 16) * (dw[n][2 * half] - rows.y),
-                                    __uint_as_float(*two & 0xFFFF0000u) * (dw[n][2 * half + 1] - rows.w));
-                }
-            }
-            products_begin();
-            product_plain<DH, WALK>(k_sum, weights, queries);
+            product_plain<DH, WALK>(k_sum, dlogits, queries);
             products_commit();
         }
         products_wait<0>();
@@ -1641,10 +1658,138 @@ attention_dkv_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_con
 #endif
 }
 
+// dq, dk and dv of sequences of up to 1024 rows and heads of up to 64 columns: 5 products where the two kernels above need 7.
+// A cluster of C blocks, one for each 128 keys, takes two heads at a time. Block `rank` has keys block rank of the first
+// head and meets the tiles rank, rank+1, .. C-1 of 128 rows, then block C-1-rank of the second and the tiles C-1, .. C-1-rank:
+// C+1 tiles. So each tile is with one block at a time, and its dq goes round: what block rank+1 has summed comes
+// to block rank for its next tile, there to the second group and from it to the first, a thread's numbers to the thread of the same place.
+// Where a tile has met all its keys the first group writes dq. The order of each sum is fixed.
+struct RingShared {
+    enum { SLOTS = 2 };
+    bf16 own[2][2][128][ATOM], ring[SLOTS][2][128][ATOM], dlogits[2][2][64][ATOM]; // own: keys and values of both heads
+    float4 sums[2][16][GROUP];                                                     // that came for each group
+    float2 stats[SLOTS][128];
+    uint64_t own_full[2], own_free[2], full[SLOTS], free[SLOTS], sums_full[2], sums_free[2];
+};
+__global__ void __launch_bounds__(3 * GROUP, 1)
+attention_ring_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap dout_map,
+                      const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map, bf16 *dq, bf16 *dk,
+                      bf16 *dv, const float2 *stats, int ld, int B, int T, int H, int d, float scale, float sigma) {
+#ifdef HOPPER
+    enum { SLOTS = RingShared::SLOTS, BYTES = sizeof(float4) * 16 * GROUP };
+    extern __shared__ __align__(1024) unsigned char shared_tiles[];
+    RingShared *s = (RingShared *)shared_tiles;
+    int group = threadIdx.x / GROUP, C = (T + 127) / 128, rank = blockIdx.x % C, clusters = gridDim.x / C, begun = 0, turn = 0;
+    if (threadIdx.x == 0)
+        for (int i = 0; i < 2; i++) {
+            barrier_init(&s->own_full[i], 1); barrier_init(&s->own_free[i], 8);
+            barrier_init(&s->full[i], 32); barrier_init(&s->free[i], 2);
+            barrier_init(&s->sums_full[i], i ? 1 : 4); barrier_init(&s->sums_free[i], 4);
+        }
+    barriers_ready();
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" : : : "memory");
+    if (group == 2) {
+        KEEP_REGISTERS("dec", 40);
+        int lane = threadIdx.x % GROUP;
+        for (int head = 2 * (blockIdx.x / C); lane < 32 && head < B * H; head += turn % 2 ? 2 * clusters - 1 : 1, turn++) {
+            int second = turn % 2, j0 = 128 * (second ? C - 1 - rank : rank), b = head / H, h = head % H;
+            if (turn > 1) barrier_wait(&s->own_free[second], turn / 2 - 1);
+            if (lane == 0) {
+                barrier_expect(&s->own_full[second], sizeof(s->own[0]));
+                copy_tile(s->own[second][0][0], &k_map, 0, h, j0, b, &s->own_full[second]);
+                copy_tile(s->own[second][1][0], &v_map, 0, h, j0, b, &s->own_full[second]);
+            }
+            for (int step = 0; step < (second ? rank + 1 : C - rank); step++, begun++) {
+                int slot = begun % SLOTS, r0 = 128 * (second ? C - 1 - step : rank + step);
+                if (begun >= SLOTS) barrier_wait(&s->free[slot], begun / SLOTS - 1);
+                for (int r = lane; r < 128; r += 32) { // a row past the end has weights of 0
+                    float2 known = {INFINITY, 0};
+                    s->stats[slot][r] = r0 + r < T ? stats[(int64_t)head * T + r0 + r] : known;
+                }
+                if (lane) { barrier_arrive(&s->full[slot]); continue; }
+                barrier_expect(&s->full[slot], sizeof(s->ring[slot]));
+                copy_tile(s->ring[slot][0][0], &q_map, 0, h, r0, b, &s->full[slot]);
+                copy_tile(s->ring[slot][1][0], &dout_map, 0, h, r0, b, &s->full[slot]);
+            }
+        }
+    } else {
+        KEEP_REGISTERS("inc", 232);
+        int lane = threadIdx.x % 32, thread = threadIdx.x % GROUP, first = thread / 32 * 16 + lane / 4, received = 0, sent = 0;
+        for (int head = 2 * (blockIdx.x / C); head < B * H; head += turn % 2 ? 2 * clusters - 1 : 1, turn++) {
+            int second = turn % 2, j0 = 128 * (second ? C - 1 - rank : rank) + 64 * group, b = head / H, h = head % H,
+                steps = second ? rank + 1 : C - rank;
+            bf16 *own = s->own[second][0][64 * group], *own_v = s->own[second][1][64 * group];
+            float k_sum[8][4], v_sum[8][4];
+            for (int n = 0; n < 8; n++)
+                for (int e = 0; e < 4; e++) k_sum[n][e] = v_sum[n][e] = 0;
+            barrier_wait(&s->own_full[second], turn / 2);
+            for (int step = 0; step < steps; step++, begun++) {
+                int slot = begun % SLOTS, r0 = 128 * (second ? C - 1 - step : rank + step);
+                uint32_t dlogits[8][4];
+                barrier_wait(&s->full[slot], begun / SLOTS);
+                keys_step<64, 128>(v_sum, dlogits, own, own_v, s->ring[slot][0][0], s->ring[slot][1][0], s->stats[slot], j0 + first, r0,
+                                   r0 < j0 + 63, scale, NULL);
+                for (int n = 0; n < 16; n++)
+                    for (int half = 0; half < 2; half++) {
+                        int r = first + half * 8;
+                        *(uint32_t *)&s->dlogits[group][n / 8][r][(n % 8 ^ r % 8) * 8 + lane % 4 * 2] = dlogits[n / 2][n % 2 * 2 + half];
+                    }
+                products_begin();
+                product_plain<64, 128>(k_sum, dlogits, s->ring[slot][0][0]);
+                products_commit();
+                asm volatile("fence.proxy.async.shared::cta;" : : : "memory");
+                float sum[2][8][4] = {};
+                if (group == 0 || (second ? rank < C - 1 : step > 0)) {
+                    if (threadIdx.x == GROUP) barrier_expect(&s->sums_full[1], BYTES);
+                    barrier_wait(&s->sums_full[group], received++);
+                    for (int i = 0; i < 16; i++) *(float4 *)sum[i / 8][i % 8] = s->sums[group][i][thread];
+                    __syncwarp();
+                    if (lane == 0 && group == 0) barrier_arrive(&s->sums_free[0]);
+                    if (lane == 0 && group == 1) barrier_arrive_at(&s->sums_free[1], rank + 1);
+                }
+                group_barrier(group);
+                products_begin();
+                for (int half = 0; half < 2; half++)
+                    for (int k = 0; k < 4; k++)
+                        tensor_product<64, 1, 1>(sum[half], operand(s->dlogits[group][half][k * 16]), operand(own + k * 16 * ATOM), 1);
+                products_commit();
+                products_wait<0>();
+                group_barrier(group); // nobody reads the gradients of the logits any more
+                if (thread == 0) barrier_arrive(&s->free[slot]);
+                if (group == 0 && (second ? step == rank : rank == 0)) {
+                    for (int half = 0; half < 2; half++)
+                        store_rows<64>(dq + ((int64_t)b * T + r0 + 64 * half) * ld + h * d, ld, sum[half], T - r0 - 64 * half, d, sigma,
+                                       sigma, s->dlogits[0][half][0], 0);
+                    continue;
+                }
+                if (sent) barrier_wait(&s->sums_free[1 - group], sent - 1);
+                sent++;
+                for (int i = 0; i < 16; i++) {
+                    float4 four = *(float4 *)sum[i / 8][i % 8], *to = &s->sums[1 - group][i][thread];
+                    if (group) *to = four;
+                    else asm volatile("{\n.reg .b32 to, full;\nmapa.shared::cluster.u32 to, %0, %2;\nmapa.shared::cluster.u32 full, %1, %2;\n"
+                                      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [to], {%3, %4, %5, %6}, [full];\n}"
+                                      : : "r"(shared_at(to)), "r"(shared_at(&s->sums_full[1])), "r"(rank - 1), "f"(four.x), "f"(four.y),
+                                          "f"(four.z), "f"(four.w) : "memory");
+                }
+                __syncwarp();
+                if (group && lane == 0) barrier_arrive(&s->sums_full[0]);
+            }
+            int64_t place = ((int64_t)b * T + j0) * ld + h * d;
+            store_rows<64>(dk + place, ld, k_sum, T - j0, d, sigma, sigma, own, 0);
+            store_rows<64>(dv + place, ld, v_sum, T - j0, d, 1, 1, own_v, 0);
+            rows_stored(&s->own_free[second]);
+        }
+    }
+    asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" : : : "memory"); // nobody needs this block's memory any more
+#endif
+}
+
 static int in_tiles(const bf16 *q, const bf16 *k, const bf16 *v, int ld, int d) {
     return gpu.hopper && d <= 128 && wide({d, ld}, {q, k, v});
 }
 static int in_tiles(const float *, const float *, const float *, int, int) { return 0; }
+static int in_ring(int T, int H, int G) { return T <= 1024 && H == G; }
 
 template <int DH>
 static void attention_tiles(bf16 *out, float *stats, const bf16 *q, const bf16 *k, const bf16 *v, int ld, int B, int T,
@@ -1678,6 +1823,20 @@ static void attention_tiles_backward(bf16 *dq, bf16 *dk, bf16 *dv, const bf16 *d
     allow_shared(attention_dkv_kernel<DH>, sizeof(Shared));
     LAUNCH(attention_delta_kernel, (unsigned)(((int64_t)B * T * H + 31) / 32), 256, 0, stream, stats, dout, out, B, T, H,
            d);
+    if (DH == 64 && in_ring(T, H, G)) {
+        unsigned C = (unsigned)((T + 127) / 128), bytes = sizeof(RingShared);
+        allow_shared(attention_ring_kernel, (int)bytes);
+        cudaLaunchAttribute cluster;
+        cluster.id = cudaLaunchAttributeClusterDimension;
+        cluster.val.clusterDim = {C, 1, 1};
+        cudaLaunchConfig_t config = {dim3(C), dim3(3 * GROUP), bytes, stream, &cluster, 1};
+        int most = 0;
+        CUDA(cudaOccupancyMaxActiveClusters(&most, attention_ring_kernel, &config));
+        config.gridDim.x = C * (unsigned)min_int(most, (B * H + 1) / 2);
+        CUDA(cudaLaunchKernelEx(&config, attention_ring_kernel, maps[0][0], maps[0][1], maps[0][2], maps[0][3], dq, dk, dv,
+                                (const float2 *)stats, ld, B, T, H, d, scale, sigma));
+        return;
+    }
     LAUNCH(attention_dq_kernel<DH>, gpu.processors, 3 * GROUP, sizeof(Shared), stream, maps[1][0], maps[1][1], maps[1][2],
            maps[1][3], dq, stats, ld, B, T, H, G, d, heads_at_once(B * H, T, DH), scale, sigma);
     LAUNCH(attention_dkv_kernel<DH>, gpu.processors, 3 * GROUP, sizeof(Shared), stream, maps[0][0], maps[0][1], maps[0][2],
@@ -3539,10 +3698,11 @@ template <typename X> static void direct_read_backward_gpu(ModelGPU<X> *m, int l
     ActivationsGPU<X> *back = &m->acts;
     const X *k = a->proj + D, *v = k + G * d, *out = w->W_o ? a->o : a->f;
     X *dk = back->dproj + D, *dv = dk + G * d, *dout = w->W_o ? back->dout : back->ds;
-    if (w->W_o) linear_backward_gpu(dout, dw->W_o, back->ds, D, a->o, as_x(m, w->W_o), N, D, D, m->sums.add, stream);
+    if (w->W_o) linear_backward_gpu(dout, dw->W_o, back->ds, D, a->o, as_x(m, w->W_o), N, D, D, m->sums.add, stream,
+                                   in_ring(T, H, G) ? gpu.side : stream);
     attention_backward_gpu(back->dproj, dk, dv, dw->b_proj, back->scratch, dout, out, a->stats, a->proj, k, v, E, B, T, H, G, d,
                            m->host.P, {back->cosine, back->sine, T, d / 2, 0, -1}, &m->sums, stream);
-    linear_backward_gpu(back->dabar, dw->W_proj, back->dproj, E, a->abar, as_x(m, w->W_proj), N, D, E, m->sums.add, stream);
+    linear_backward_gpu(back->dabar, dw->W_proj, back->dproj, E, a->abar, as_x(m, w->W_proj), N, D, E, m->sums.add, stream, stream);
 }
 
 template <typename X>
@@ -3601,7 +3761,7 @@ template <typename X> static void mamba2_backward_gpu(ModelGPU<X> *m, int l, int
     ActivationsGPU<X> *back = &m->acts;
     const X *x = a->proj + E, *step = a->proj + width - heads;
     gated_rmsnorm_forward_gpu(a->normed, a->rms, a->y_scan, a->proj, ld, w->norm_weight, N, E, stream); // again
-    linear_backward_gpu(back->dy, dw->out_proj, back->ds, D, a->normed, as_x(m, w->out_proj), N, E, D, m->sums.add, stream);
+    linear_backward_gpu(back->dy, dw->out_proj, back->ds, D, a->normed, as_x(m, w->out_proj), N, E, D, m->sums.add, stream, stream);
     gated_rmsnorm_backward_gpu(back->dy, back->dproj, dw->norm_weight, back->dy, a->y_scan, a->proj, ld, a->rms, w->norm_weight,
                                N, E, &m->sums, stream);
     conv_forward_gpu(a->xbc, x, ld, (X *)NULL, w->conv_weight, w->conv_bias, B, T, W, 0, stream);        // again
@@ -3612,7 +3772,7 @@ template <typename X> static void mamba2_backward_gpu(ModelGPU<X> *m, int l, int
                       &m->sums, stream);
     step_backward_gpu(back->dproj + width - heads, dw->step_bias, back->dstep, 3 * heads, step, ld, w->step_bias, N, heads,
                       &m->sums, stream);
-    linear_backward_gpu(back->dabar, dw->in_proj, back->dproj, ld, a->abar, as_x(m, w->in_proj), N, D, width, m->sums.add, stream);
+    linear_backward_gpu(back->dabar, dw->in_proj, back->dproj, ld, a->abar, as_x(m, w->in_proj), N, D, width, m->sums.add, stream, stream);
 }
 
 template <typename X> struct MixerGPU {
@@ -4004,30 +4164,32 @@ template <typename X> static void backward_launches_gpu(ModelGPU<X> *m, int B, i
     if (!m->dlogits_ready)
         crossentropy_gpu(acts->losses, acts->hits, acts->logits, acts->logits, ld_logits, m->inputs->ids + N, N, V, stream);
     linear_backward_gpu(acts->ds, dw->wte, acts->logits, ld_logits, acts->ln_f, as_x(m, w->wte), N, D, ld_logits, m->sums.add, stream,
-                        m->inputs->scale);
+                        stream, m->inputs->scale);
     layernorm_backward_gpu(dx, dw->ln_f_weight, dw->ln_f_bias, acts->dbranch, dw->layers[last].b_out, mask(2 + 2 * last), 1,
                            acts->ds, acts->y, acts->ln_mean, acts->ln_rstd, w->ln_f_weight, N, D, &m->sums, stream);
     for (int l = last; l >= 0; l--) {
         LayerWeights *wl = &w->layers[l], *dwl = &dw->layers[l];
         LayerActivationsGPU<X> *a = &acts->layers[l];
         // out through W_out and the gate; the gradients of a and g take their place
-        linear_backward_gpu(acts->ds, (float *)NULL, acts->dbranch, D, a->gated, as_x(m, wl->W_out), N, D, D, 0, stream);
+        linear_backward_gpu(acts->ds, (float *)NULL, acts->dbranch, D, a->gated, as_x(m, wl->W_out), N, D, D, 0, stream, stream);
         gate_backward_gpu(acts->ds, a->ag + D, dwl->b_in + D, acts->ds, a->s, a->ag + D, 2 * D, mask(1 + 2 * l), N, D, &m->sums,
                           stream);
-        follow(gpu.side, stream); // beside the solve, which leaves multiprocessors free
-        linear_backward_gpu((X *)NULL, dwl->W_out, acts->dbranch, D, a->gated, as_x(m, wl->W_out), N, D, D, m->sums.add, gpu.side);
+        linear_backward_gpu((X *)NULL, dwl->W_out, acts->dbranch, D, a->gated, as_x(m, wl->W_out), N, D, D, m->sums.add, stream,
+                            gpu.side); // beside the solve, which leaves multiprocessors free
         // through the mixer
         mixers_gpu<X>[c->mixer].backward(m, l, B, T, stream);
         gelu_backward_gpu(a->ag, dwl->b_in, dwl->gamma_weight, dwl->gamma_bias, acts->dabar, a->ag, 2 * D, acts->dgamma, a->gamma,
                           wl->gamma_weight, (float)c->gamma_max, N, D, &m->sums, stream);
-        follow(stream, gpu.side);
+        follow(stream, gpu.side); // W_out's and W_o's inputs are overwritten from here on
         // through W_in and the LayerNorm, on to the branch of the layer below
-        linear_backward_gpu(acts->ds, dwl->W_in, a->ag, 2 * D, a->n, as_x(m, wl->W_in), N, D, 2 * D, m->sums.add, stream);
+        linear_backward_gpu(acts->ds, dwl->W_in, a->ag, 2 * D, a->n, as_x(m, wl->W_in), N, D, 2 * D, m->sums.add, stream,
+                            gpu.side);
         layernorm_backward_gpu(dx, dwl->ln_weight, dwl->ln_bias, l ? acts->dbranch : (X *)NULL,
                                l ? dw->layers[l - 1].b_out : (float *)NULL, mask(2 * l), 0, acts->ds, a->x, a->ln_mean,
                                a->ln_rstd, wl->ln_weight, N, D, &m->sums, stream);
         column_sums_gpu(&m->sums, stream);
     }
+    follow(stream, gpu.side);
 }
 
 // The host sorts the tokens while the device is on its way back to them.
