@@ -2492,11 +2492,13 @@ template <typename X> static void test_gpu_layers(const char *name) {
 }
 
 // Shapes of bf16 for which kernels of their own exist: heads of 64 and 128 columns and others, sequences of many tiles,
-// more blocks than the GPU takes at once; feedback of many short sequences, of one with several panels' reach.
+// more blocks than the GPU takes at once, a whole cluster and an odd number of heads; feedback of many short sequences, of one
+// with several panels' reach.
 static void test_gpu_tiles(void) {
     static const int shapes[][5] = { // B, T, H, G, d
         {1, 1, 1, 1, 64}, {2, 127, 1, 1, 128}, {1, 129, 2, 1, 96}, {2, 193, 3, 3, 32}, {1, 700, 6, 2, 128},
-        {2, 1100, 12, 12, 64}, {50, 128, 3, 3, 40}, {64, 300, 2, 1, 48}, {24, 513, 4, 4, 64}, {1, 2305, 2, 2, 64}};
+        {2, 1100, 12, 12, 64}, {50, 128, 3, 3, 40}, {64, 300, 2, 1, 48}, {24, 513, 4, 4, 64}, {1, 2305, 2, 2, 64},
+        {3, 1000, 5, 5, 64}};
     heading("bf16: attention and feedback in tiles");
     for (size_t i = 0; i < sizeof(shapes) / sizeof(shapes[0]); i++) {
         const int *s = shapes[i];

@@ -201,7 +201,8 @@ static int wide(std::initializer_list<int64_t> strides, std::initializer_list<co
 }
 
 // for n < rows: for i < width, in steps of V: f(V, n, i), which does the numbers i .. i+V-1 of row n, V a number that the
-// compiler knows: 8, or 1. A thread takes one such piece.
+// compiler knows: 8, or 1. A thread takes one such piece. This pass and those below go from the last row to the first: products
+// go the other way, and what was written last is still in the L2 cache.
 template <int N> struct Known { __host__ __device__ constexpr operator int() const { return N; } };
 template <int V, typename F> __global__ void each_kernel(F f, unsigned rows, unsigned pieces) {
     unsigned item = blockIdx.x * blockDim.x + threadIdx.x; // there are fewer than 2^32 pieces
@@ -249,7 +250,8 @@ __device__ static inline float block_max(float x, float *shared) {
 // Sums over rows, on the way of a pass that reads them anyway: each chunk of rows leaves one partial sum a column, and
 // one launch for a whole layer adds them up in the chunks' order, out[i] += Σ_c partial[c·stride + i].
 typedef struct { float *out; const float *partial; int chunks, stride, width; } ColumnSum;
-typedef struct { ColumnSum list[14]; int n, add; float *room, *next; } ColumnSums; // add: to what is there, or overwrite it
+// add: to the gradients that are there, else over them, as all first passes behind an update do
+typedef struct { ColumnSum list[14]; int n, add; float *room, *next; } ColumnSums;
 enum { BLOCKS_AT_ONCE = 528, GROUP_COLUMNS = 128, ROW_BLOCK = 320, SUM_ROWS = 128 }; // 4 blocks a multiprocessor of an H100
 static int64_t column_sums_room(int B, int T, int D, int E) { // numbers: for each pass with sums of a layer, ln_f's, and tiles
     return 8 * ((int64_t)BLOCKS_AT_ONCE * GROUP_COLUMNS + E) + (3 * (int64_t)BLOCKS_AT_ONCE + 2 * (int64_t)B * (T / SUM_ROWS + 1)) * D;
@@ -298,7 +300,7 @@ static void column_sums_gpu(ColumnSums *sums, cudaStream_t stream) {
 }
 
 // The same loops with sums over the rows: f(V, n, i, sum) adds to sum[k][0 .. V-1]. A block takes 16 pieces of V columns of
-// a chunk of the rows, 16 rows at a time, a thread a piece of every 16th. outs[k] gets sum k, a third sum its first column
+// every gridDim.y-th 16 rows, its chunk, a thread a piece of one of these. outs[k] gets sum k, a third sum its first column
 // alone: one that is the same for all columns.
 template <int V, int SUMS, typename F>
 __global__ void __launch_bounds__(256, 4) each_with_sums_kernel(F f, float *partial, int N, int width) {
@@ -399,9 +401,9 @@ static void describe(cublasLtMatmulDesc_t operation, cublasLtMatmulDescAttribute
     LT(cublasLtMatmulDescSetAttribute(operation, what, &value, sizeof(value)));
 }
 
-// The first algorithm of cuBLASLt's heuristic for this shape, without workspace (what is given
-// one clears it first) unless that leaves much of the GPU idle: then a long sum is cut in pieces. Of short sums the
-// first in tiles of 128×128. All measured, dev/gpu.md. cuBLASLt thinks in columns, out^T = B^T·A^T: its A is our B.
+// The first algorithm of cuBLASLt's heuristic for this shape, without workspace (some that get one clear it first) unless that
+// leaves much of the GPU idle: then a long sum is cut in pieces. Of short sums the first in tiles of 128×128. All measured:
+// dev/gpu.md. cuBLASLt thinks in columns, out^T = B^T·A^T: its A is our B.
 static void product_prepare(Product *p, const ProductKey *k) {
     int left_t = k->b_transposed, right_t = k->a_transposed, found = 0;
     enum { CHOICES = 8, SHORT_SUM = 1536 };
@@ -681,8 +683,9 @@ static void linear_forward_gpu(X *out, int ld_out, const X *inp, const X *weight
                1, stream, bias);
 }
 
-// dinp NULL, or dweight NULL: the other one alone. The bias's gradient, a sum over rows of dout, comes from the pass that
-// made dout. scale: of both, in the device's memory, see matmul_gpu.
+// dinp NULL, or dweight NULL: the other one alone, dweight added to or overwritten, on `side`: what is given to the stream from
+// here on must leave dout and inp as they are until it follows the side. The bias's gradient, a sum over rows of dout, comes
+// from the pass that made dout. scale: of both, in the device's memory, see matmul_gpu.
 template <typename X>
 static void linear_backward_gpu(X *dinp, float *dweight, const X *dout, int ld_dout, const X *inp, const X *weight,
                                 int N, int in, int out_width, int add, cudaStream_t stream, cudaStream_t side, const float *scale = NULL) {
@@ -718,7 +721,7 @@ static void gelu_forward_gpu(X *out, float *gamma, const X *inp, int ld, const f
                              float gamma_max, int N, int D, cudaStream_t stream) {
     rows((N + 1) / 2, D, wide({D, ld}, {out, inp, weight}), 0, stream, [=] __device__ (auto V, auto PIECES) { // two rows at once
         __shared__ float2 shared[ROW_BLOCK / 32];
-        int n = 2 * ((gridDim.x - 1 - blockIdx.x) * blockDim.y + threadIdx.y), both = n + 1 < N;
+        int n = 2 * (int)((gridDim.x - 1 - blockIdx.x) * blockDim.y + threadIdx.y), both = n + 1 < N; // without both, n twice
         if (n >= N) return;
         float dot[2] = {};
         for (int p = 0, i = threadIdx.x * V; p < PIECES && i < D; p++, i += blockDim.x * V) {
@@ -964,6 +967,13 @@ __device__ static inline void barriers_ready() { // after their init
 __device__ static inline void barrier_arrive_at(uint64_t *barrier, int rank) { // of the cluster's block number `rank`
     asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
                  "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" : : "r"(shared_at(barrier)), "r"(rank) : "memory");
+}
+// four goes to the same place in the cluster's block number `rank`, whose barrier counts its bytes.
+__device__ static inline void store_at(float4 *to, float4 four, uint64_t *barrier, int rank) {
+    asm volatile("{\n.reg .b32 there, full;\nmapa.shared::cluster.u32 there, %0, %2;\nmapa.shared::cluster.u32 full, %1, %2;\n"
+                 "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], {%3, %4, %5, %6}, [full];\n}"
+                 : : "r"(shared_at(to)), "r"(shared_at(barrier)), "r"(rank), "f"(four.x), "f"(four.y), "f"(four.z), "f"(four.w)
+                 : "memory");
 }
 // The tile of `map` at column col of head h, row `row` of sequence b; its bytes count for the barrier.
 __device__ static inline void copy_tile(bf16 *tile, const CUtensorMap *map, int col, int h, int row, int b, uint64_t *barrier) {
@@ -1658,12 +1668,13 @@ attention_dkv_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_con
 #endif
 }
 
-// dq, dk and dv of sequences of up to 1024 rows and heads of up to 64 columns: 5 products where the two kernels above need 7.
-// A cluster of C blocks, one for each 128 keys, takes two heads at a time. Block `rank` has keys block rank of the first
-// head and meets the tiles rank, rank+1, .. C-1 of 128 rows, then block C-1-rank of the second and the tiles C-1, .. C-1-rank:
-// C+1 tiles. So each tile is with one block at a time, and its dq goes round: what block rank+1 has summed comes
-// to block rank for its next tile, there to the second group and from it to the first, a thread's numbers to the thread of the same place.
-// Where a tile has met all its keys the first group writes dq. The order of each sum is fixed.
+// dq, dk and dv of sequences of up to 1024 rows, heads of up to 64 columns, each with keys of its own: 5 products where the two
+// kernels above need 7. A cluster of C blocks, one for each 128 keys, takes heads in pairs. Block `rank` has
+//     of the first head the keys of block rank, which meet the tiles of 128 rows rank, rank+1, .. C-1,
+//     of the second those of block C-1-rank, which meet the tiles C-1, C-2, .. C-1-rank:
+// C+1 tiles, as many as every other, and at no time two blocks the same one. So a tile's dq goes round: block rank+1 passes what
+// it has summed to block rank, whose next tile that is, there to the second group, and this to the first, each thread to the
+// thread of its number. Where the tile has met all its keys the first group writes dq. Each sum has one order.
 struct RingShared {
     enum { SLOTS = 2 };
     bf16 own[2][2][128][ATOM], ring[SLOTS][2][128][ATOM], dlogits[2][2][64][ATOM]; // own: keys and values of both heads
@@ -1681,10 +1692,13 @@ attention_ring_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_co
     RingShared *s = (RingShared *)shared_tiles;
     int group = threadIdx.x / GROUP, C = (T + 127) / 128, rank = blockIdx.x % C, clusters = gridDim.x / C, begun = 0, turn = 0;
     if (threadIdx.x == 0)
-        for (int i = 0; i < 2; i++) {
-            barrier_init(&s->own_full[i], 1); barrier_init(&s->own_free[i], 8);
-            barrier_init(&s->full[i], 32); barrier_init(&s->free[i], 2);
-            barrier_init(&s->sums_full[i], i ? 1 : 4); barrier_init(&s->sums_free[i], 4);
+        for (int i = 0; i < 2; i++) { // of the second group's sums the bytes are counted, of the first's the four warps
+            barrier_init(&s->own_full[i], 1);
+            barrier_init(&s->own_free[i], 8);
+            barrier_init(&s->full[i], 32);
+            barrier_init(&s->free[i], 2);
+            barrier_init(&s->sums_full[i], i ? 1 : 4);
+            barrier_init(&s->sums_free[i], 4);
         }
     barriers_ready();
     asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" : : : "memory");
@@ -1731,8 +1745,8 @@ attention_ring_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_co
                                    r0 < j0 + 63, scale, NULL);
                 for (int n = 0; n < 16; n++)
                     for (int half = 0; half < 2; half++) {
-                        int r = first + half * 8;
-                        *(uint32_t *)&s->dlogits[group][n / 8][r][(n % 8 ^ r % 8) * 8 + lane % 4 * 2] = dlogits[n / 2][n % 2 * 2 + half];
+                        int r = first + half * 8, i = (n % 8 ^ r % 8) * 8 + lane % 4 * 2;
+                        *(uint32_t *)&s->dlogits[group][n / 8][r][i] = dlogits[n / 2][n % 2 * 2 + half];
                     }
                 products_begin();
                 product_plain<64, 128>(k_sum, dlogits, s->ring[slot][0][0]);
@@ -1751,15 +1765,16 @@ attention_ring_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_co
                 products_begin();
                 for (int half = 0; half < 2; half++)
                     for (int k = 0; k < 4; k++)
-                        tensor_product<64, 1, 1>(sum[half], operand(s->dlogits[group][half][k * 16]), operand(own + k * 16 * ATOM), 1);
+                        tensor_product<64, 1, 1>(sum[half], operand(s->dlogits[group][half][k * 16]),
+                                                 operand(own + k * 16 * ATOM), 1);
                 products_commit();
                 products_wait<0>();
                 group_barrier(group); // nobody reads the gradients of the logits any more
                 if (thread == 0) barrier_arrive(&s->free[slot]);
                 if (group == 0 && (second ? step == rank : rank == 0)) {
                     for (int half = 0; half < 2; half++)
-                        store_rows<64>(dq + ((int64_t)b * T + r0 + 64 * half) * ld + h * d, ld, sum[half], T - r0 - 64 * half, d, sigma,
-                                       sigma, s->dlogits[0][half][0], 0);
+                        store_rows<64>(dq + ((int64_t)b * T + r0 + 64 * half) * ld + h * d, ld, sum[half], T - r0 - 64 * half, d,
+                                       sigma, sigma, s->dlogits[0][half][0], 0);
                     continue;
                 }
                 if (sent) barrier_wait(&s->sums_free[1 - group], sent - 1);
@@ -1767,10 +1782,7 @@ attention_ring_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_co
                 for (int i = 0; i < 16; i++) {
                     float4 four = *(float4 *)sum[i / 8][i % 8], *to = &s->sums[1 - group][i][thread];
                     if (group) *to = four;
-                    else asm volatile("{\n.reg .b32 to, full;\nmapa.shared::cluster.u32 to, %0, %2;\nmapa.shared::cluster.u32 full, %1, %2;\n"
-                                      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [to], {%3, %4, %5, %6}, [full];\n}"
-                                      : : "r"(shared_at(to)), "r"(shared_at(&s->sums_full[1])), "r"(rank - 1), "f"(four.x), "f"(four.y),
-                                          "f"(four.z), "f"(four.w) : "memory");
+                    else store_at(to, four, &s->sums_full[1], rank - 1);
                 }
                 __syncwarp();
                 if (group && lane == 0) barrier_arrive(&s->sums_full[0]);
