@@ -254,7 +254,8 @@ typedef struct { float *out; const float *partial; int chunks, stride, width; } 
 typedef struct { ColumnSum list[14]; int n, add; float *room, *next; } ColumnSums;
 enum { BLOCKS_AT_ONCE = 528, GROUP_COLUMNS = 128, ROW_BLOCK = 320, SUM_ROWS = 128 }; // 4 blocks a multiprocessor of an H100
 static int64_t column_sums_room(int B, int T, int D, int E) { // numbers: for each pass with sums of a layer, ln_f's, and tiles
-    return 8 * ((int64_t)BLOCKS_AT_ONCE * GROUP_COLUMNS + E) + (3 * (int64_t)BLOCKS_AT_ONCE + 2 * (int64_t)B * (T / SUM_ROWS + 1)) * D;
+    return 8 * ((int64_t)BLOCKS_AT_ONCE * GROUP_COLUMNS + E) +
+           (3 * (int64_t)BLOCKS_AT_ONCE + 2 * (int64_t)B * (T / SUM_ROWS + 1)) * D;
 }
 static void column_sum(ColumnSums *sums, float *out, int at, int chunks, int stride, int width) {
     if (out) sums->list[sums->n++] = {out, sums->next + at, chunks, stride, width};
@@ -428,9 +429,9 @@ static void product_prepare(Product *p, const ProductKey *k) {
     describe(&p->out, k->out_bytes, k->N, k->M, k->out_ld, k->batch, k->out_step);
     LT(cublasLtMatmulPreferenceInit(&preference));
     for (auto &one : wanted) LT(cublasLtMatmulPreferenceSetAttribute(&preference, one.what, &one.value, sizeof(one.value)));
-    for (uint64_t workspace : {0, (int)WORKSPACE}) {
+    for (uint64_t room : {0, (int)WORKSPACE}) {
         if (found && results[0].wavesCount > 0.6f) break;
-        LT(cublasLtMatmulPreferenceSetAttribute(&preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof(workspace)));
+        LT(cublasLtMatmulPreferenceSetAttribute(&preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &room, sizeof(room)));
         if (cublasLtMatmulAlgoGetHeuristic(gpu.lt, &p->operation, &p->a, &p->b, &p->out, &p->out, &preference, CHOICES, results,
                                            &found) != CUBLAS_STATUS_SUCCESS) found = 0;
     }
@@ -688,13 +689,14 @@ static void linear_forward_gpu(X *out, int ld_out, const X *inp, const X *weight
 // from the pass that made dout. scale: of both, in the device's memory, see matmul_gpu.
 template <typename X>
 static void linear_backward_gpu(X *dinp, float *dweight, const X *dout, int ld_dout, const X *inp, const X *weight,
-                                int N, int in, int out_width, int add, cudaStream_t stream, cudaStream_t side, const float *scale = NULL) {
+                                int N, int in, int out_width, int add, cudaStream_t stream, cudaStream_t side,
+                                const float *scale = NULL) {
     if (dinp) matmul_gpu(into(dinp, in), rows_of_gpu(dout, ld_dout), rows_of_gpu(weight, in), N, in, out_width, 1, 0, 1,
                          stream, (const X *)NULL, scale);
     if (!dweight) return;
     follow(side, stream);
-    matmul_gpu(into(dweight, in), transpose_gpu(rows_of_gpu(dout, ld_dout)), rows_of_gpu(inp, in), out_width, in, N, 1, (float)add, 1,
-               side, (const float *)NULL, scale);
+    matmul_gpu(into(dweight, in), transpose_gpu(rows_of_gpu(dout, ld_dout)), rows_of_gpu(inp, in), out_width, in, N, 1,
+               (float)add, 1, side, (const float *)NULL, scale);
 }
 
 // Φ(x), with the polynomial of normal_cdf and gauss = e^(-x²/2)
@@ -1317,7 +1319,8 @@ attention_tile_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_co
         KEEP_REGISTERS("dec", DH == 64 ? 32 : 40);
         if (threadIdx.x % GROUP) return;
         for (; (piece = next_piece(turn, head, blocks, B * H, at_once)) >= 0; pieces++) {
-            int end = rows - piece * ROWS, r0 = end > ROWS ? end - ROWS : 0, b = head / H, h = head % H, tiles = tiles_before(end), own = pieces % 2;
+            int end = rows - piece * ROWS, r0 = end > ROWS ? end - ROWS : 0, b = head / H, h = head % H,
+                tiles = tiles_before(end), own = pieces % 2;
             if (pieces > 1) barrier_wait(&s->q_free[own], pieces / 2 - 1);
             barrier_expect(&s->q_full[own], sizeof(s->q[0]));
             for (int c = 0; c < DH / ATOM; c++) copy_tile(s->q[own][c][0], &q_map, c * ATOM, h, r0, b, &s->q_full[own]);
@@ -1550,9 +1553,9 @@ attention_dq_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_cons
 // tile of WALK rows from r0 on: dv += w dout, and dlogits as left operand. free: the last step's tiles, if not NULL, whose
 // products were still on their way.
 template <int DH, int WALK>
-__device__ inline void keys_step(float (&v_sum)[DH / 8][4], uint32_t (&dlogits)[WALK / 16][4], const bf16 *keys, const bf16 *values,
-                                 const bf16 *queries, const bf16 *douts, const float2 *stats, int key, int r0, int masked, float scale,
-                                 uint64_t *free) {
+__device__ inline void keys_step(float (&v_sum)[DH / 8][4], uint32_t (&dlogits)[WALK / 16][4], const bf16 *keys,
+                                 const bf16 *values, const bf16 *queries, const bf16 *douts, const float2 *stats, int key,
+                                 int r0, int masked, float scale, uint64_t *free) {
     enum { NEXT = WALK * ATOM };
     int lane = threadIdx.x % 32;
     float w[WALK / 8][4], dw[WALK / 8][4];
@@ -1741,8 +1744,8 @@ attention_ring_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_co
                 int slot = begun % SLOTS, r0 = 128 * (second ? C - 1 - step : rank + step);
                 uint32_t dlogits[8][4];
                 barrier_wait(&s->full[slot], begun / SLOTS);
-                keys_step<64, 128>(v_sum, dlogits, own, own_v, s->ring[slot][0][0], s->ring[slot][1][0], s->stats[slot], j0 + first, r0,
-                                   r0 < j0 + 63, scale, NULL);
+                keys_step<64, 128>(v_sum, dlogits, own, own_v, s->ring[slot][0][0], s->ring[slot][1][0], s->stats[slot],
+                                   j0 + first, r0, r0 < j0 + 63, scale, NULL);
                 for (int n = 0; n < 16; n++)
                     for (int half = 0; half < 2; half++) {
                         int r = first + half * 8, i = (n % 8 ^ r % 8) * 8 + lane % 4 * 2;
@@ -3784,7 +3787,8 @@ template <typename X> static void mamba2_backward_gpu(ModelGPU<X> *m, int l, int
                       &m->sums, stream);
     step_backward_gpu(back->dproj + width - heads, dw->step_bias, back->dstep, 3 * heads, step, ld, w->step_bias, N, heads,
                       &m->sums, stream);
-    linear_backward_gpu(back->dabar, dw->in_proj, back->dproj, ld, a->abar, as_x(m, w->in_proj), N, D, width, m->sums.add, stream, stream);
+    linear_backward_gpu(back->dabar, dw->in_proj, back->dproj, ld, a->abar, as_x(m, w->in_proj), N, D, width, m->sums.add, stream,
+                        stream);
 }
 
 template <typename X> struct MixerGPU {
@@ -4175,8 +4179,8 @@ template <typename X> static void backward_launches_gpu(ModelGPU<X> *m, int B, i
     auto mask = [&](int place) { return mask_of(&m->inputs->dropout_key, dropout, place); };
     if (!m->dlogits_ready)
         crossentropy_gpu(acts->losses, acts->hits, acts->logits, acts->logits, ld_logits, m->inputs->ids + N, N, V, stream);
-    linear_backward_gpu(acts->ds, dw->wte, acts->logits, ld_logits, acts->ln_f, as_x(m, w->wte), N, D, ld_logits, m->sums.add, stream,
-                        stream, m->inputs->scale);
+    linear_backward_gpu(acts->ds, dw->wte, acts->logits, ld_logits, acts->ln_f, as_x(m, w->wte), N, D, ld_logits, m->sums.add,
+                        stream, stream, m->inputs->scale);
     layernorm_backward_gpu(dx, dw->ln_f_weight, dw->ln_f_bias, acts->dbranch, dw->layers[last].b_out, mask(2 + 2 * last), 1,
                            acts->ds, acts->y, acts->ln_mean, acts->ln_rstd, w->ln_f_weight, N, D, &m->sums, stream);
     for (int l = last; l >= 0; l--) {
