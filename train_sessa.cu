@@ -339,6 +339,7 @@ static void each_with_sums(float *const (&outs)[SUMS], ColumnSums *sums, int N, 
 template <int V, int PIECES, typename F> __global__ void __launch_bounds__(ROW_BLOCK, 2) rows_kernel(F f) {
     f(Known<V>(), Known<PIECES>());
 }
+__device__ static inline int last_first(void) { return (gridDim.x - 1 - blockIdx.x) * blockDim.y + threadIdx.y; } // the row
 template <typename F> static int rows(int N, int D, int in_eights, int most_blocks, cudaStream_t stream, F f) {
     int eights = in_eights && D <= 32 * ROW_BLOCK, pieces = eights ? (D + 7) / 8 : D;
     int x = (int)round_up(min_int(pieces, ROW_BLOCK), 32), y = ROW_BLOCK / x, blocks = (N + y - 1) / y;
@@ -578,7 +579,7 @@ static void layernorm_forward_gpu(X *out, X *kept, float *mean, float *rstd, flo
                                   const float *weight, const float *bias, int N, int D, cudaStream_t stream) {
     rows(N, D, wide({D}, {out, kept, x, branch, weight, bias}), 0, stream, [=] __device__ (auto V, auto PIECES) {
         __shared__ float2 shared[2][ROW_BLOCK / 32];
-        int n = (gridDim.x - 1 - blockIdx.x) * blockDim.y + threadIdx.y;
+        int n = last_first();
         if (n >= N) return;
         float v[PIECES][V], sum = 0, squares = 0;
         for (int p = 0, i = threadIdx.x * V; p < PIECES && i < D; p++, i += blockDim.x * V) {
@@ -723,7 +724,7 @@ static void gelu_forward_gpu(X *out, float *gamma, const X *inp, int ld, const f
                              float gamma_max, int N, int D, cudaStream_t stream) {
     rows((N + 1) / 2, D, wide({D, ld}, {out, inp, weight}), 0, stream, [=] __device__ (auto V, auto PIECES) { // two rows at once
         __shared__ float2 shared[ROW_BLOCK / 32];
-        int n = 2 * (int)((gridDim.x - 1 - blockIdx.x) * blockDim.y + threadIdx.y), both = n + 1 < N; // without both, n twice
+        int n = 2 * last_first(), both = n + 1 < N; // without both, n twice
         if (n >= N) return;
         float dot[2] = {};
         for (int p = 0, i = threadIdx.x * V; p < PIECES && i < D; p++, i += blockDim.x * V) {
@@ -1120,7 +1121,8 @@ template <int BN> struct ProductShared {
 
 // A block takes 128 rows and BN columns of one item, its first and second four warps 64 rows each; the ninth warp has
 // the operands copied, 64 of K at a time, three steps ahead. Two blocks share a multiprocessor: one multiplies while the
-// other writes. Then the sums go through shared memory, and a thread has 8 neighbours of a row at a time.
+// other writes. Then the sums go through shared memory, and a thread has 8 neighbours of a row at a time. A_LOWER goes from the
+// last sequence to the first: what the product before wrote last is still in the L2 cache.
 template <int BN, int A_COLUMNS, int B_COLUMNS, int SHAPE, typename F>
 __global__ void __launch_bounds__(2 * GROUP + 32, 2)
 product_tiles_kernel(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map, PartPlace a,
@@ -1705,19 +1707,22 @@ attention_ring_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_co
         }
     barriers_ready();
     asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" : : : "memory");
+    auto first_key = [&](int second) { return 128 * (second ? C - 1 - rank : rank); };
+    auto first_row = [&](int second, int step) { return 128 * (second ? C - 1 - step : rank + step); };
+    auto steps_of = [&](int second) { return second ? rank + 1 : C - rank; };
     if (group == 2) {
         KEEP_REGISTERS("dec", 40);
         int lane = threadIdx.x % GROUP;
         for (int head = 2 * (blockIdx.x / C); lane < 32 && head < B * H; head += turn % 2 ? 2 * clusters - 1 : 1, turn++) {
-            int second = turn % 2, j0 = 128 * (second ? C - 1 - rank : rank), b = head / H, h = head % H;
+            int second = turn % 2, j0 = first_key(second), b = head / H, h = head % H;
             if (turn > 1) barrier_wait(&s->own_free[second], turn / 2 - 1);
             if (lane == 0) {
                 barrier_expect(&s->own_full[second], sizeof(s->own[0]));
                 copy_tile(s->own[second][0][0], &k_map, 0, h, j0, b, &s->own_full[second]);
                 copy_tile(s->own[second][1][0], &v_map, 0, h, j0, b, &s->own_full[second]);
             }
-            for (int step = 0; step < (second ? rank + 1 : C - rank); step++, begun++) {
-                int slot = begun % SLOTS, r0 = 128 * (second ? C - 1 - step : rank + step);
+            for (int step = 0; step < steps_of(second); step++, begun++) {
+                int slot = begun % SLOTS, r0 = first_row(second, step);
                 if (begun >= SLOTS) barrier_wait(&s->free[slot], begun / SLOTS - 1);
                 for (int r = lane; r < 128; r += 32) { // a row past the end has weights of 0
                     float2 known = {INFINITY, 0};
@@ -1733,15 +1738,14 @@ attention_ring_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_co
         KEEP_REGISTERS("inc", 232);
         int lane = threadIdx.x % 32, thread = threadIdx.x % GROUP, first = thread / 32 * 16 + lane / 4, received = 0, sent = 0;
         for (int head = 2 * (blockIdx.x / C); head < B * H; head += turn % 2 ? 2 * clusters - 1 : 1, turn++) {
-            int second = turn % 2, j0 = 128 * (second ? C - 1 - rank : rank) + 64 * group, b = head / H, h = head % H,
-                steps = second ? rank + 1 : C - rank;
+            int second = turn % 2, j0 = first_key(second) + 64 * group, b = head / H, h = head % H, steps = steps_of(second);
             bf16 *own = s->own[second][0][64 * group], *own_v = s->own[second][1][64 * group];
             float k_sum[8][4], v_sum[8][4];
             for (int n = 0; n < 8; n++)
                 for (int e = 0; e < 4; e++) k_sum[n][e] = v_sum[n][e] = 0;
             barrier_wait(&s->own_full[second], turn / 2);
             for (int step = 0; step < steps; step++, begun++) {
-                int slot = begun % SLOTS, r0 = 128 * (second ? C - 1 - step : rank + step);
+                int slot = begun % SLOTS, r0 = first_row(second, step);
                 uint32_t dlogits[8][4];
                 barrier_wait(&s->full[slot], begun / SLOTS);
                 keys_step<64, 128>(v_sum, dlogits, own, own_v, s->ring[slot][0][0], s->ring[slot][1][0], s->stats[slot],
@@ -3321,7 +3325,7 @@ static void gated_rmsnorm_forward_gpu(X *out, float *rstd, const X *y, const X *
                                       cudaStream_t stream) {
     rows(N, E, wide({E, ld}, {out, y, z, weight}), 0, stream, [=] __device__ (auto V, auto PIECES) {
         __shared__ float2 shared[ROW_BLOCK / 32];
-        int n = (gridDim.x - 1 - blockIdx.x) * blockDim.y + threadIdx.y;
+        int n = last_first();
         if (n >= N) return;
         float v[PIECES][V], squares = 0;
         for (int p = 0, i = threadIdx.x * V; p < PIECES && i < E; p++, i += blockDim.x * V) {
@@ -3357,7 +3361,7 @@ static void gated_rmsnorm_backward_gpu(X *dy, X *dz, float *dweight, const X *do
     });
     rows(N, E, in_eights, 0, stream, [=] __device__ (auto V, auto PIECES) {
         __shared__ float2 shared[ROW_BLOCK / 32];
-        int n = (gridDim.x - 1 - blockIdx.x) * blockDim.y + threadIdx.y;
+        int n = last_first();
         if (n >= N) return;
         float g[PIECES][V], v[PIECES][V], gate[PIECES][V], dot = 0, r = rstd[n];
         for (int p = 0, i = threadIdx.x * V; p < PIECES && i < E; p++, i += blockDim.x * V) {
@@ -3713,6 +3717,7 @@ template <typename X> static void direct_read_backward_gpu(ModelGPU<X> *m, int l
     ActivationsGPU<X> *back = &m->acts;
     const X *k = a->proj + D, *v = k + G * d, *out = w->W_o ? a->o : a->f;
     X *dk = back->dproj + D, *dv = dk + G * d, *dout = w->W_o ? back->dout : back->ds;
+    // W_o's gradient beside the ring; it would take multiprocessors from the two kernels of longer sequences
     if (w->W_o) linear_backward_gpu(dout, dw->W_o, back->ds, D, a->o, as_x(m, w->W_o), N, D, D, m->sums.add, stream,
                                    in_ring(T, H, G) ? gpu.side : stream);
     attention_backward_gpu(back->dproj, dk, dv, dw->b_proj, back->scratch, dout, out, a->stats, a->proj, k, v, E, B, T, H, G, d,
