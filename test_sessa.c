@@ -2552,6 +2552,42 @@ static void test_peaked(void) {
     gpu_release();
 }
 
+// Two backward passes, then an update that changes nothing and one pass of twice the loss: the same gradients, for passes add to
+// what is there and start again after an update. Each mixer has buffers of its own that this goes through.
+static void test_gpu_passes(void) {
+    heading("gradients add up, and start again after an update");
+    enum { B = 3, T = 70, V = 50 };
+    static const Precision precisions[] = {FP32, FP32, BF16};
+    for (int mixer = 0; mixer < N_MIXERS; mixer++)
+        for (int way = 0; way < 3; way++) { // CPU, then the GPU
+            Config c = config_with(mixer, V, 64, 2, 4, 2, T);
+            char error[ERROR_SIZE];
+            int ids[B * T];
+            gpu.precision = precisions[way];
+            const Backend *backend = way ? backend_gpu() : &cpu_backend;
+            Model *m = backend->create(&c, B, T, TRAIN, error);
+            if (!m) { check(0, "%s", error); return; }
+            initialise(backend->read(m, PARAMS), &m->table, 3);
+            backend->write(m, PARAMS);
+            for (int n = 0; n < B * T; n++) ids[n] = random_int(0, V - 1);
+            real *grads[2];
+            for (int pass = 0; pass < 2; pass++) {
+                AdamW none = {0, 0.9, 0.99, 1e-8, 0.1};
+                for (int i = pass; i < 2; i++) {
+                    backend->forward(m, ids, ids, B, T, no_dropout);
+                    backend->backward(m, pass + 1);
+                }
+                grads[pass] = copy_of(backend->read(m, GRADS), m->table.count);
+                backend->update(m, none, 1, 1);
+            }
+            double *twice = zeros(m->table.count);
+            for (int64_t i = 0; i < m->table.count; i++) twice[i] = (double)grads[0][i];
+            check_error(error_of(grads[1], twice, m->table.count, 0), 1e-5, "%s, %s", mixers[mixer].name,
+                        way ? precision_names[gpu.precision] : "CPU");
+            backend->destroy(m);
+        }
+}
+
 // 100 steps on the same batches of this program's own text: losses of GPU and CPU, the same bits twice, memory as T.
 static void test_gpu_training(void) {
     heading("training on the GPU");
@@ -2589,22 +2625,7 @@ static void test_gpu_training(void) {
             losses[row][step] = loss;
         }
         int twin = way == 2 || way == 5;
-        real *kept = copy_of(backend->read(m, PARAMS), m->table.count), *grads[2];
-        AdamW none = {0, 0.9, 0.99, 1e-8, 0.1};
-        for (int pass = 0; pass < 2; pass++) { // two backward passes, an update that changes nothing, one pass
-            for (int i = pass; i < 2; i++) {
-                int ids[B * T];
-                for (int n = 0; n < B * T; n++) ids[n] = text[n] % V;
-                Dropout off = {0, 0, 0};
-                backend->forward(m, ids, ids, B, T, off);
-                backend->backward(m, pass + 1);
-            }
-            grads[pass] = copy_of(backend->read(m, GRADS), m->table.count);
-            backend->update(m, none, 1, STEPS + 1);
-        }
-        double *twice = zeros(m->table.count);
-        for (int64_t i = 0; i < m->table.count; i++) twice[i] = (double)grads[0][i];
-        check_error(error_of(grads[1], twice, m->table.count, 0), 1e-5, "gradients add up, and start again after an update");
+        real *kept = copy_of(backend->read(m, PARAMS), m->table.count);
         check(norm(backend->read(m, GRADS), m->table.count) == 0, "no gradient after an update");
         backend->read(m, GRADS)[7] = NAN;
         backend->write(m, GRADS);
@@ -2694,6 +2715,7 @@ static void test_cuda(const glob_t *dumps) {
     test_gpu_layers<bf16>(titles[BF16]);
     test_gpu_tiles();
     test_peaked();
+    test_gpu_passes();
     test_gpu_training();
     test_gpu_decode();
     // A bf16 number is off by 2^-8 of itself at most; the way through a layer has 8 roundings, and so has the way back.

@@ -21,6 +21,7 @@ timing.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 #include <initializer_list>
+#include <utility>
 #ifndef SESSA_NO_MAIN
 #define SESSA_NO_MAIN
 #define SESSA_CUDA_MAIN
@@ -77,24 +78,28 @@ static void lt_check(cublasStatus_t code, const char *what, int line) {
 }
 #define CUDA(call) cuda_check(call, #call, __LINE__)
 #define LT(call) lt_check(call, #call, __LINE__)
-#define LAUNCH(kernel, grid, block, shared, stream, ...) do {   \
-        kernel<<<grid, block, shared, stream>>>(__VA_ARGS__);   \
-        cuda_check(cudaGetLastError(), #kernel, __LINE__);      \
-    } while (0)
+// Starts a kernel, each `cluster` of whose blocks may reach each other's shared memory (0: none do). ahead: on Hopper it starts
+// while the one before still works, makes ready what does not depend on it, and waits for its results. Every kernel has to: who
+// comes next waits for this one alone.
+static cudaLaunchConfig_t launch_config(cudaLaunchAttribute attributes[2], dim3 blocks, dim3 threads, size_t shared,
+                                        cudaStream_t stream, int cluster, int ahead) {
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = ahead;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {(unsigned)cluster, 1, 1};
+    return {blocks, threads, shared, stream, attributes, !gpu.hopper ? 0u : cluster ? 2u : 1u};
+}
+template <typename... P, typename... A>
+static cudaError_t launch(void (*kernel)(P...), dim3 blocks, dim3 threads, size_t shared, cudaStream_t stream, int cluster,
+                          int ahead, A &&...arguments) {
+    cudaLaunchAttribute attributes[2];
+    cudaLaunchConfig_t config = launch_config(attributes, blocks, threads, shared, stream, cluster, ahead);
+    return cudaLaunchKernelEx(&config, kernel, std::forward<A>(arguments)...);
+}
+#define LAUNCH_AS(cluster, ahead, kernel, blocks, threads, shared, stream, ...) \
+    cuda_check(launch(kernel, blocks, threads, shared, stream, cluster, ahead, __VA_ARGS__), #kernel, __LINE__)
+#define LAUNCH(...) LAUNCH_AS(0, 1, __VA_ARGS__)
 
-// A kernel that starts while the one before still works, makes ready what does not depend on it, and waits for its results.
-__device__ static inline void wait_for_results(void) {
-    asm volatile("griddepcontrol.launch_dependents;");
-    asm volatile("griddepcontrol.wait;" : : : "memory");
-}
-template <typename... A> static void launch_ahead(void (*kernel)(A...), dim3 blocks, int threads, int shared,
-        cudaStream_t stream, A... arguments) {
-    cudaLaunchAttribute ahead;
-    ahead.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    ahead.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {blocks, dim3(threads), (size_t)shared, stream, &ahead, 1};
-    CUDA(cudaLaunchKernelEx(&config, kernel, arguments...));
-}
 // What `stream` is given from here on waits for all that `other` was given so far.
 static void follow(cudaStream_t stream, cudaStream_t other) {
     if (stream == other) return;
@@ -112,6 +117,14 @@ __global__ static void __launch_bounds__(GROUP) built_for_hopper_kernel(void) {}
 #else
 __global__ static void __launch_bounds__(GROUP / 2) built_for_hopper_kernel(void) {}
 #endif
+// What every kernel begins with. crowd: the next one's blocks may come in, and wait, once all of this one have begun; not where it
+// leaves multiprocessors to the other stream.
+__device__ static inline void wait_for_results(int crowd = 1) {
+#ifdef HOPPER
+    if (crowd) asm volatile("griddepcontrol.launch_dependents;");
+    asm volatile("griddepcontrol.wait;" : : : "memory");
+#endif
+}
 
 // Opens the device once. FAILED and a line in error if there is none.
 static int gpu_open(char *error) {
@@ -205,6 +218,7 @@ static int wide(std::initializer_list<int64_t> strides, std::initializer_list<co
 // go the other way, and what was written last is still in the L2 cache.
 template <int N> struct Known { __host__ __device__ constexpr operator int() const { return N; } };
 template <int V, typename F> __global__ void each_kernel(F f, unsigned rows, unsigned pieces) {
+    wait_for_results();
     unsigned item = blockIdx.x * blockDim.x + threadIdx.x; // there are fewer than 2^32 pieces
     if (item >= rows * pieces) return;
     item = rows * pieces - 1 - item;
@@ -279,6 +293,7 @@ static TileSums tile_sums(ColumnSums *sums, float *out, int width, int B, int T)
 // A block takes 32 columns of one sum, its warps every 8th chunk.
 __global__ static void column_sums_kernel(ColumnSums sums) {
     __shared__ float parts[8][32];
+    wait_for_results();
     int k = 0, block = blockIdx.x;
     while (block >= (sums.list[k].width + 31) / 32) block -= (sums.list[k++].width + 31) / 32;
     ColumnSum one = sums.list[k];
@@ -306,6 +321,7 @@ static void column_sums_gpu(ColumnSums *sums, cudaStream_t stream) {
 template <int V, int SUMS, typename F>
 __global__ void __launch_bounds__(256, 4) each_with_sums_kernel(F f, float *partial, int N, int width) {
     __shared__ float parts[16][16 * V];
+    wait_for_results();
     int i = (blockIdx.x * 16 + threadIdx.x % 16) * V, y = threadIdx.x / 16;
     float sum[SUMS][V] = {};
     if (i < width)
@@ -337,6 +353,7 @@ static void each_with_sums(float *const (&outs)[SUMS], ColumnSums *sums, int N, 
 // (PIECES of them, blockDim.x·V apart, where rows are that long). A row's threads are whole warps and wait for each other
 // alone.
 template <int V, int PIECES, typename F> __global__ void __launch_bounds__(ROW_BLOCK, 2) rows_kernel(F f) {
+    wait_for_results();
     f(Known<V>(), Known<PIECES>());
 }
 __device__ static inline int last_first(void) { return (gridDim.x - 1 - blockIdx.x) * blockDim.y + threadIdx.y; } // the row
@@ -378,6 +395,7 @@ template <typename O> static MatrixOut<O> into(O *at, int64_t row, int64_t step 
 template <typename O, typename X>
 __global__ void product_kernel(MatrixOut<O> out, MatrixGPU<X> a, MatrixGPU<X> b, int M, int N, int K, float alpha,
                                float beta, const O *bias, const float *scale) {
+    wait_for_results();
     int64_t item = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (item >= (int64_t)M * N) return;
     int m = (int)(item / N), n = (int)(item % N);
@@ -838,6 +856,7 @@ template <typename X>
 __global__ void softmax_panel_kernel(float *logits, int64_t ld, int64_t step, float *stats, int64_t stats_step,
                                      int known, int normalised, int tf32, int i0, int n, int P, int strict) {
     __shared__ float shared[32];
+    wait_for_results();
     int r = blockIdx.x, seen = i0 + r + !strict, end = i0 + min(n, (r / P + 1) * P);
     float *row = logits + blockIdx.y * step + r * ld;
     X *e = (X *)row;
@@ -891,6 +910,7 @@ template <typename X>
 __global__ void softmax_panel_backward_kernel(float *dweights, const X *weights, int64_t ld, int64_t step, int64_t w_ld,
                                               int64_t w_step, int i0, int n, int P) {
     __shared__ float shared[32];
+    wait_for_results();
     int r = blockIdx.x, seen = i0 + r + 1, end = i0 + min(n, (r / P + 1) * P);
     float *row = dweights + blockIdx.y * step + r * ld, sum = 0;
     X *to_ = (X *)row;
@@ -1217,6 +1237,7 @@ product_tiles_kernel(const __grid_constant__ CUtensorMap a_map, const __grid_con
 // What follows cuBLASLt's product (B,M,N) where there are no tiles; NULL: a product over nothing. A thread takes V sums.
 template <int V, typename F> __global__ void product_passed_on_kernel(F f, const float *product, int item, int B, int M,
                                                                       int N) {
+    wait_for_results();
     int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
     if (at >= (int64_t)B * M * N) return;
     float v[V] = {};
@@ -1234,9 +1255,8 @@ static void product_tiles(F f, Part<bf16> a, Part<bf16> b, int M, int N, int K, 
     dim3 blocks((N + BN - 1) / BN, (M + 127) / 128, B * items);
     int threads = 2 * GROUP + 32, bytes = sizeof(Shared);
     allow_shared(kernel, bytes);
-    if (BN == 64) launch_ahead(kernel, blocks, threads, bytes, stream, a_map, b_map, a.place, b.place, f, M, N, K, shift,
-                               items); // few blocks, and the next product waits for this one: measured
-    else LAUNCH(kernel, blocks, threads, bytes, stream, a_map, b_map, a.place, b.place, f, M, N, K, shift, items);
+    int ahead = BN == 64 || blocks.z > 1; // of one long sequence the large products lose by it: measured
+    LAUNCH_AS(0, ahead, kernel, blocks, threads, bytes, stream, a_map, b_map, a.place, b.place, f, M, N, K, shift, items);
 }
 // What all products of a layer have in common. scratch: (B,M,N), NULL: there are tiles.
 typedef struct { int B, in_eights; float *scratch; cudaStream_t stream; } ProductWay;
@@ -1275,7 +1295,7 @@ static void product_gpu(F f, Part<X> a, Part<X> b, int M, int N, int K, int shif
 // The block's next piece: its head, and as result its place among the head's `blocks` pieces, the longest first; -1: no more.
 // Some heads at a time, whose keys and values stay in the L2 cache, take whole turns of all blocks; their pieces are in order
 // of length, there and back, so that all blocks get as much.
-__device__ static inline int next_piece(int &turn, int &head, int blocks, int heads, int at_once) {
+[[maybe_unused]] __device__ static inline int next_piece(int &turn, int &head, int blocks, int heads, int at_once) {
     for (int turns = (blocks * at_once + gridDim.x - 1) / gridDim.x;; turn++) {
         int group = turn / turns, now = min(at_once, heads - group * at_once), backwards = (group + turn % turns) % 2,
             piece = turn % turns * gridDim.x + (backwards ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
@@ -1316,6 +1336,7 @@ attention_tile_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_co
         for (int i = 0; i < SLOTS; i++) { barrier_init(&s->full[i], 1); barrier_init(&s->free[i], GROUPS); }
     }
     barriers_ready();
+    wait_for_results(0);
     auto tiles_before = [&](int row) { return (first + row + KEYS - 1) / KEYS; };
     if (group == GROUPS) {
         KEEP_REGISTERS("dec", DH == 64 ? 32 : 40);
@@ -1440,6 +1461,7 @@ attention_tile_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_co
 // stats' second number: delta_t = do_t·o_t = Σ_j p_tj dp_tj. 8 lanes take row n of one head.
 __global__ static void attention_delta_kernel(float2 *stats, const bf16 *dout, const bf16 *out, int B, int T, int H,
                                               int d) {
+    wait_for_results();
     int64_t item = (int64_t)(gridDim.x - 1 - blockIdx.x) * 32 + threadIdx.x / 8;
     float sum = 0;
     if (item < (int64_t)B * T * H)
@@ -1478,6 +1500,7 @@ attention_dq_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_cons
         for (int i = 0; i < SLOTS; i++) { barrier_init(&s->full[i], 1); barrier_init(&s->free[i], 2); }
     }
     barriers_ready();
+    wait_for_results(0);
     auto tiles_of = [&](int r0) { return (min(r0 + 128, T) + WALK - 1) / WALK; };
     if (group == 2) {
         KEEP_REGISTERS("dec", 40);
@@ -1609,6 +1632,7 @@ attention_dkv_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_con
         for (int i = 0; i < SLOTS; i++) { barrier_init(&s->full[i], 32); barrier_init(&s->free[i], 2); }
     }
     barriers_ready();
+    wait_for_results(0);
     auto tiles_of = [&](int j0) { return (T - j0 + WALK - 1) / WALK; };
     if (group == 2) {
         KEEP_REGISTERS("dec", 40);
@@ -1707,6 +1731,7 @@ attention_ring_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_co
         }
     barriers_ready();
     asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" : : : "memory");
+    wait_for_results(0);
     auto first_key = [&](int second) { return 128 * (second ? C - 1 - rank : rank); };
     auto first_row = [&](int second, int step) { return 128 * (second ? C - 1 - step : rank + step); };
     auto steps_of = [&](int second) { return second ? rank + 1 : C - rank; };
@@ -1843,17 +1868,13 @@ static void attention_tiles_backward(bf16 *dq, bf16 *dk, bf16 *dv, const bf16 *d
     LAUNCH(attention_delta_kernel, (unsigned)(((int64_t)B * T * H + 31) / 32), 256, 0, stream, stats, dout, out, B, T, H,
            d);
     if (DH == 64 && in_ring(T, H, G)) {
-        unsigned C = (unsigned)((T + 127) / 128), bytes = sizeof(RingShared);
-        allow_shared(attention_ring_kernel, (int)bytes);
-        cudaLaunchAttribute cluster;
-        cluster.id = cudaLaunchAttributeClusterDimension;
-        cluster.val.clusterDim = {C, 1, 1};
-        cudaLaunchConfig_t config = {dim3(C), dim3(3 * GROUP), bytes, stream, &cluster, 1};
-        int most = 0;
+        int C = (T + 127) / 128, bytes = sizeof(RingShared), most = 0;
+        allow_shared(attention_ring_kernel, bytes);
+        cudaLaunchAttribute attributes[2];
+        cudaLaunchConfig_t config = launch_config(attributes, C, 3 * GROUP, bytes, stream, C, 1);
         CUDA(cudaOccupancyMaxActiveClusters(&most, attention_ring_kernel, &config));
-        config.gridDim.x = C * (unsigned)min_int(most, (B * H + 1) / 2);
-        CUDA(cudaLaunchKernelEx(&config, attention_ring_kernel, maps[0][0], maps[0][1], maps[0][2], maps[0][3], dq, dk, dv,
-                                (const float2 *)stats, ld, B, T, H, d, scale, sigma));
+        LAUNCH_AS(C, 1, attention_ring_kernel, C * min_int(most, (B * H + 1) / 2), 3 * GROUP, bytes, stream, maps[0][0],
+                  maps[0][1], maps[0][2], maps[0][3], dq, dk, dv, stats, ld, B, T, H, d, scale, sigma);
         return;
     }
     LAUNCH(attention_dq_kernel<DH>, gpu.processors, 3 * GROUP, sizeof(Shared), stream, maps[1][0], maps[1][1], maps[1][2],
@@ -2061,6 +2082,7 @@ template <> constexpr int sums_rows<LogitExp> = 1;
 // A thread takes a row, in the order of its tiles.
 __global__ static void feedback_stats_kernel(float2 *stats, int64_t stats_step, const float2 *partial, int *flags,
                                              int again, int r0, int n, int R, int tiles) {
+    wait_for_results();
     int r = blockIdx.x * BLOCK + threadIdx.x, far = 0, *flag = flags + blockIdx.y * gridDim.x + blockIdx.x;
     if (again && !*flag) return;
     if (r < n) {
@@ -2113,6 +2135,7 @@ __global__ void __launch_bounds__(256)
 inverse_seed_kernel(X *M_out, int P, int64_t step_m, const X *e, int64_t ld_e, int64_t step_e, RowScale scale, int n,
                     int zeros) {
     extern __shared__ float4 seeds[];
+    wait_for_results();
     SeedRows *A = (SeedRows *)seeds, *M = A + BLOCK;
     int i0 = blockIdx.x * BLOCK, rows = min(BLOCK, n - i0), b = blockIdx.y;
     __shared__ float scales[BLOCK];
@@ -2260,7 +2283,7 @@ template <int C> struct MarchShared {
 // f (BACK: ds), c (BACK: df) and known, the sum over rows beyond begin .. end if not NULL, have T rows of D a sequence;
 // e and M begin with row r0; `map` is of s (BACK: of u). round: two places for each tile of a cluster, in turn
 template <int BACK, int C>
-__global__ void __cluster_dims__(C, 1, 1) __launch_bounds__(3 * GROUP, 1)
+__global__ void __launch_bounds__(3 * GROUP, 1)
 feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_constant__ CUtensorMap M_map,
                       const __grid_constant__ CUtensorMap map, const bf16 *f, bf16 *c, const float *known, bf16 *round,
                       RowScale scale, RowScale inverse, int T, int D, int r0, int begin, int end) {
@@ -2281,6 +2304,7 @@ feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_co
     }
     barriers_ready();
     if (C > 1) asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" : : : "memory");
+    wait_for_results(0);
     if (group == 2) {
         KEEP_REGISTERS("dec", 40);
         if (threadIdx.x % GROUP) return;
@@ -2460,8 +2484,8 @@ static void feedback_march_gpu(float *weights, float *scratch, const Panels *p, 
         map = tile_map(out, D, 1, T, ld_out, T * ld_out, B, ATOM);
     int bytes = sizeof(MarchShared<C>), strips = (D + MarchShared<C>::STRIP - 1) / MarchShared<C>::STRIP;
     allow_shared(feedback_march_kernel<BACK, C>, bytes);
-    LAUNCH((feedback_march_kernel<BACK, C>), dim3(C * strips, B), 3 * GROUP, bytes, stream, e_map, M_map, map, f, c, known,
-           (bf16 *)(scratch + p->lambda), scale, inverse, T, D, r0, begin, end);
+    LAUNCH_AS(C, 1, (feedback_march_kernel<BACK, C>), dim3(C * strips, B), 3 * GROUP, bytes, stream, e_map, M_map, map, f, c,
+              known, (bf16 *)(scratch + p->lambda), scale, inverse, T, D, r0, begin, end);
 }
 
 // c: (B,T,D) kept for the backward pass, or NULL; keep: so are weights. f comes from `side` if not NULL.
@@ -2537,6 +2561,7 @@ static void feedback_forward_gpu(X *s, X *c, float *stats, float *weights, int k
 // δ_t = λ_t·c_t. A warp takes a row.
 template <int V, typename X>
 __global__ void feedback_delta_kernel(float *delta, const X *df, const X *c, int64_t all, int T, int n, int D) {
+    wait_for_results();
     int r = blockIdx.x * 4 + threadIdx.x / 32, b = gridDim.y - 1 - blockIdx.y;
     if (r >= n) return;
     int64_t row = b * all + (int64_t)r * D;
@@ -2769,6 +2794,7 @@ static __device__ inline void crossentropy_backward_gpu(X *drow, const X *row, f
 template <int V_, typename X>
 __global__ void crossentropy_kernel(float *losses, char *hits, X *dlogits, const X *logits, int64_t ld,
                                     const int *targets, int V) {
+    wait_for_results();
     int target = targets[blockIdx.x];
     const X *row = logits + blockIdx.x * ld;
     float logsumexp = crossentropy_forward_gpu<V_>(losses + blockIdx.x, hits + blockIdx.x, row, target, V);
@@ -2839,6 +2865,7 @@ static void conv_forward_gpu(X *out, const X *inp, int ld, X *tail, const float 
 template <typename X>
 __global__ void __launch_bounds__(256, 3) conv_backward_kernel(X *dinp, float *partial, const X *dout, Conv<X> f, int items) {
     __shared__ float parts[8][TAPS + 1][32];
+    wait_for_results();
     int c = blockIdx.x * 32 + threadIdx.x;
     float sums[TAPS + 1] = {};
     for (int item = blockIdx.y * 8 + threadIdx.y; item < items && c < f.W; item += gridDim.y * 8) {
@@ -3183,6 +3210,7 @@ template <typename X> struct ScanBlock {
 template <typename X>
 __global__ void __launch_bounds__(SCAN_THREADS, 3) scan_sequence_kernel(X *y, float *states, float *carried, Scan<X> s) {
     extern __shared__ uint4 scan_memory[];
+    wait_for_results();
     ScanBlock<X> k(s, scan_memory, 0);
     int64_t size = (int64_t)s.S * s.E, own = k.head * k.w, chunks = (s.T + s.P - 1) / s.P;
     float *state = states + blockIdx.y * chunks * size + own, *last = carried ? carried + blockIdx.y * size + own : NULL;
@@ -3220,6 +3248,7 @@ template <typename X>
 __global__ void __launch_bounds__(SCAN_THREADS, 2) scan_sequence_backward_kernel(X *dxbc, float *dstep, float *partial,
                                                                                  const float *states, Scan<X> s) {
     extern __shared__ uint4 scan_memory[];
+    wait_for_results();
     ScanBlock<X> k(s, scan_memory, 1);
     ScanRows *r = k.r;
     int S = s.S, w = k.w, W = s.E + 2 * S, chunks = (s.T + s.P - 1) / s.P;
@@ -3419,8 +3448,8 @@ __global__ void __launch_bounds__(128) decode_kernel(const X *weight, int rows, 
 template <typename X, typename Begin, typename End>
 static void decode(const X *weight, int rows, int D, int more, int extra_blocks, cudaStream_t stream, Begin begin, End end) {
     int blocks = (rows + 7) / 8 + extra_blocks, bytes = D * (int)sizeof(float) + more;
-    launch_ahead(wide({D}, {weight}) ? decode_kernel<8, X, Begin, End> : decode_kernel<1, X, Begin, End>, blocks, 128, bytes,
-                 stream, weight, rows, D, begin, end);
+    LAUNCH((wide({D}, {weight}) ? decode_kernel<8, X, Begin, End> : decode_kernel<1, X, Begin, End>), blocks, 128, bytes, stream,
+           weight, rows, D, begin, end);
 }
 
 // [9, 10, 11], and the last LayerNorm with the head: out = W LayerNorm(x) + b, and GELU on the first `gelu` rows
@@ -3549,9 +3578,9 @@ template <typename X>
 static void decode_attention_gpu(float *parts, const X *proj, const X *s, const int *first, int E, int D, int H, int G,
                                  int feedback, int splits, cudaStream_t stream) {
     int width = feedback ? D : D / H, floats = width > 8 * DECODE_THREADS ? width : 8 * DECODE_THREADS;
-    launch_ahead(wide({D, D / H, E}, {proj, s}) ? decode_attention_kernel<8, X> : decode_attention_kernel<1, X>,
-                 (1 + feedback) * H * splits, DECODE_THREADS, floats * (int)sizeof(float), stream, parts, proj, s, first, E, D, H,
-                 G, splits);
+    LAUNCH((wide({D, D / H, E}, {proj, s}) ? decode_attention_kernel<8, X> : decode_attention_kernel<1, X>),
+           (1 + feedback) * H * splits, DECODE_THREADS, floats * (int)sizeof(float), stream, parts, proj, s, first, E, D, H, G,
+           splits);
 }
 
 // The direct read f = W_o o, [19-22] s = f + γ c and the gate: the parts of o, and of c, come together on the way.
@@ -4117,6 +4146,7 @@ static void hidden_forward_gpu(ModelGPU<X> *m, const int *inputs, int B, int T, 
 // out = Σ x_i, or Σ x_i², in double: a block takes its share, then one block those of the blocks.
 template <int SQUARES, typename Y> __global__ void sum_kernel(double *out, const Y *x, int64_t n) {
     __shared__ double sums[256];
+    wait_for_results();
     double sum = 0;
     int64_t end = n * (blockIdx.x + 1) / gridDim.x;
     for (int64_t i = n * blockIdx.x / gridDim.x + threadIdx.x; i < end;
@@ -4239,6 +4269,7 @@ template <typename X>
 __global__ void adamw_kernel(float *w, const float *g, float *exp_avg, float *exp_avg_sq, X *copy,
                              const unsigned char *decayed, int64_t n, float beta1, float beta2, float rate1,
                              float rate2, float keep, float step_size, float correction, float eps, const float *scale) {
+    wait_for_results();
     int64_t i = 4 * ((int64_t)blockIdx.x * blockDim.x + threadIdx.x);
     float factor = *scale;
     if (i >= n || isnan(factor)) return;
