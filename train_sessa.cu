@@ -58,11 +58,12 @@ static struct {
     CUresult (*encode_map)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
                            const cuuint64_t *, const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave,
                            CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-    cudaStream_t stream, side; // side: what can wait, beside the stream's launches that wait for each other
+    cudaStream_t stream, side, late; // side: what can wait, beside the stream's launches that wait for each other; late: the update
+    // of most layers, which goes on under the first ones' next forward pass
     cudaEvent_t so_far;
     cublasLtHandle_t lt;
     char *workspace; // of each stream, for cuBLASLt and for sums over rows, one at a time in the order of the stream
-} gpu = {BF16, 0, 0, 0, NULL, NULL, NULL, NULL, NULL, NULL};
+} gpu = {BF16, 0, 0, 0, NULL, NULL, NULL, NULL, NULL, NULL, NULL};
 static Product products[N_PRODUCTS]; // each at its key's hash, until another takes its place
 
 // What fails here is a broken machine or a broken program: one line, exit code 1.
@@ -136,8 +137,8 @@ static int gpu_open(char *error) {
     if ((code = cudaSetDevice(0)) != cudaSuccess || (code = cudaMalloc((void **)&gpu.workspace, 2 * WORKSPACE)) != cudaSuccess)
         return fail(error, NULL, "the CUDA device cannot be used: %s", cudaGetErrorString(code));
     CUDA(cudaMemset(gpu.workspace, 0, 2 * WORKSPACE));
-    CUDA(cudaStreamCreateWithPriority(&gpu.stream, cudaStreamDefault, -1));
-    CUDA(cudaStreamCreateWithPriority(&gpu.side, cudaStreamDefault, 0));
+    cudaStream_t *streams[] = {&gpu.late, &gpu.side, &gpu.stream};
+    for (int i = 0; i < 3; i++) CUDA(cudaStreamCreateWithPriority(streams[i], cudaStreamDefault, -i));
     CUDA(cudaEventCreateWithFlags(&gpu.so_far, cudaEventDisableTiming));
     LT(cublasLtCreate(&gpu.lt));
     cudaFuncAttributes built;
@@ -3684,11 +3685,12 @@ typedef struct {
 
 // The launches of one pass over a batch shape, recorded as a CUDA graph: then they cost the host one launch.
 typedef struct {
-    struct { int64_t pass, B, T, P; double dropout; } shape; // pass 0: forward, 1: backward, 2: that adds, 3: a token
+    struct { int64_t pass, B, T, P; double dropout; } shape; // pass 0: forward, 1: backward, 2: that adds, 3: a token,
+                                                              // 4: the forward pass behind the early layers
     int runs;
     cudaGraphExec_t graph;
 } Recording;
-enum { N_RECORDINGS = 8 };
+enum { N_RECORDINGS = 12 };
 
 // The first member is a Model as the other parts know it: configuration, table of parameters, and in the host's memory
 // a copy of the parameters or of what belongs to them, made when asked for. The device's blocks have their tensors at
@@ -3712,6 +3714,7 @@ template <typename X> struct ModelGPU {
     ColumnSums sums;
     Recording recordings[N_RECORDINGS];
     int oldest, dlogits_ready, decodes, keep; // keep: the feedback's weights, for the backward pass
+    int early; // so many layers are updated before the next forward pass begins, the others while it goes through these
 };
 
 template <typename X> static const X *as_x(const ModelGPU<X> *m, const float *weight) {
@@ -3983,7 +3986,7 @@ template <typename X> static void device_weights(const ModelGPU<X> *m, Weights *
 
 template <typename X> static void model_free_gpu(Model *model) {
     ModelGPU<X> *m = (ModelGPU<X> *)model;
-    if (gpu.ready) cudaStreamSynchronize(gpu.stream);
+    if (gpu.ready) cudaDeviceSynchronize();
     cudaFree(m->memory);
     cudaFreeHost(m->host_inputs);
     for (cudaEvent_t *event : {&m->loss_there, &m->lists_there, &m->norm_there})
@@ -4028,6 +4031,7 @@ template <typename X> static Model *model_create_gpu(const Config *c, int B, int
     m->host.B = B;
     m->host.T = T;
     m->dlogits_ready = mode == TRAIN;
+    m->early = min_int((c->n_layers + 7) / 8, c->n_layers - 1);
     int64_t tokens = (int64_t)B * T, ids = (6 * tokens + 2) * (int64_t)sizeof(int), pairs = (int64_t)T * (d / 2);
     real *tables = (real *)allocate(2 * pairs, sizeof(real), &whole); // cosine and sine
     for (Weights *w : {&m->host.weights, &m->weights, &m->grad})
@@ -4118,15 +4122,16 @@ template <typename X, typename F> static void replay(ModelGPU<X> *m, Recording w
     CUDA(cudaGraphLaunch(r->graph, gpu.stream));
 }
 
-// inputs: in the device's memory
+// hidden_forward, of the layers from .. end-1. inputs: in the device's memory, NULL: x is what the layers before made of them
 template <typename X>
-static void hidden_forward_gpu(ModelGPU<X> *m, const int *inputs, int B, int T, int first, double dropout, cudaStream_t stream) {
+static void hidden_forward_gpu(ModelGPU<X> *m, const int *inputs, int B, int T, int first, double dropout, int from, int end,
+                               cudaStream_t stream) {
     const Config *c = &m->host.config;
     int D = c->d_model, N = B * (T - first), last = c->n_layers - 1;
     ActivationsGPU<X> *acts = &m->acts;
     auto mask = [&](int place) { return mask_of(&m->inputs->dropout_key, dropout, place); };
-    embedding_forward_gpu(acts->residual, inputs, m->weights.wte, mask(0), B, T - first, D, stream);
-    for (int l = 0; l <= last; l++) {
+    if (inputs) embedding_forward_gpu(acts->residual, inputs, m->weights.wte, mask(0), B, T - first, D, stream);
+    for (int l = from; l < end; l++) {
         LayerWeights *w = &m->weights.layers[l];
         LayerActivationsGPU<X> *a = &acts->layers[l];
         const X *branch = l ? acts->layers[l - 1].branch : NULL;
@@ -4139,8 +4144,9 @@ static void hidden_forward_gpu(ModelGPU<X> *m, const int *inputs, int B, int T, 
         gate_forward_gpu(a->gated, a->s + (size_t)first * D, a->ag + D, 2 * D, mask(1 + 2 * l), N, D, stream);              // [13]
         linear_forward_gpu(a->branch, D, a->gated, as_x(m, w->W_out), as_x(m, w->b_out), N, D, D, stream);
     }
-    layernorm_forward_gpu(acts->ln_f, acts->y, acts->ln_mean, acts->ln_rstd, acts->residual, acts->layers[last].branch,
-                          mask(2 + 2 * last), m->weights.ln_f_weight, m->weights.ln_f_bias, N, D, stream);
+    if (end > last) layernorm_forward_gpu(acts->ln_f, acts->y, acts->ln_mean, acts->ln_rstd, acts->residual,
+                                          acts->layers[last].branch, mask(2 + 2 * last), m->weights.ln_f_weight,
+                                          m->weights.ln_f_bias, N, D, stream);
 }
 
 // out = Σ x_i, or Σ x_i², in double: a block takes its share, then one block those of the blocks.
@@ -4180,13 +4186,15 @@ static void model_forward_gpu(Model *model, const int *inputs, const int *target
     m->host.batch_B = B;
     m->host.batch_T = T;
     m->host.drop = drop;
-    replay(m, {{0, B, T, m->host.P, drop.probability}, 0, NULL}, [&] {
-        const int *ids = m->inputs->ids;
-        hidden_forward_gpu(m, ids, B, T, 0, drop.probability, stream);
+    replay(m, {{0, B, T, m->host.P, drop.probability}, 0, NULL},
+           [&] { hidden_forward_gpu(m, m->inputs->ids, B, T, 0, drop.probability, 0, m->early, stream); });
+    follow(stream, gpu.late);
+    replay(m, {{4, B, T, m->host.P, drop.probability}, 0, NULL}, [&] {
+        hidden_forward_gpu(m, (const int *)NULL, B, T, 0, drop.probability, m->early, m->host.config.n_layers, stream);
         linear_forward_gpu(acts->logits, (int)acts->ld_logits, acts->ln_f, as_x(m, m->weights.wte), (const X *)NULL, N,
                            D, (int)acts->ld_logits, stream);
-        crossentropy_gpu(acts->losses, acts->hits, m->dlogits_ready ? acts->logits : NULL, acts->logits, acts->ld_logits, ids + N,
-                         N, V, stream);
+        crossentropy_gpu(acts->losses, acts->hits, m->dlogits_ready ? acts->logits : NULL, acts->logits, acts->ld_logits,
+                         m->inputs->ids + N, N, V, stream);
         sum_gpu<0>(m->host_sum, acts->losses, N, stream);
     });
     CUDA(cudaEventRecord(m->loss_there, stream));
@@ -4290,11 +4298,12 @@ __global__ void adamw_kernel(float *w, const float *g, float *exp_avg, float *ex
     write_some<4>(exp_avg_sq + i, v);
     if constexpr (sizeof(X) == 2) *(uint2 *)(copy + i) = make_uint2(pack_two(p[0], p[1]), pack_two(p[2], p[3]));
 }
-// The host goes on as soon as it has the norm.
+// The host goes on as soon as it has the norm. What the next forward pass needs first, embedding and early layers, comes first.
 template <typename X> static double model_update_gpu(Model *model, AdamW o, double clip, int64_t step) {
     ModelGPU<X> *m = (ModelGPU<X> *)model;
     double *squares = &m->inputs->squares;
     float *scale = m->inputs->scale;
+    follow(gpu.stream, gpu.late);
     sum_gpu<1>(squares, m->grads, m->count, gpu.stream);
     each(1, 1, 0, gpu.stream, [=] __device__ (auto, int, int) { // clip_scale
         double norm = sqrt(*squares);
@@ -4302,10 +4311,16 @@ template <typename X> static double model_update_gpu(Model *model, AdamW o, doub
     });
     CUDA(cudaMemcpyAsync(m->host_sum + 1, squares, sizeof(double), cudaMemcpyDeviceToHost, gpu.stream));
     CUDA(cudaEventRecord(m->norm_there, gpu.stream));
-    LAUNCH(adamw_kernel<X>, (unsigned)((m->count / 4 + 255) / 256), 256, 0, gpu.stream, m->params, m->grads, m->exp_avg,
-           m->exp_avg_sq, m->copy, m->decayed, m->count, (float)o.beta1, (float)o.beta2, (float)(1 - o.beta1),
-           (float)(1 - o.beta2), (float)(1 - o.lr * o.weight_decay), (float)(o.lr / (1 - pow(o.beta1, (double)step))),
-           (float)(1 / sqrt(1 - pow(o.beta2, (double)step))), (float)o.eps, scale);
+    auto adamw = [&](int64_t from, int64_t end, cudaStream_t stream) {
+        if (end > from) LAUNCH(adamw_kernel<X>, (unsigned)(((end - from) / 4 + 255) / 256), 256, 0, stream, m->params + from,
+               m->grads + from, m->exp_avg + from, m->exp_avg_sq + from, m->copy + from, m->decayed + from / 64, end - from,
+               (float)o.beta1, (float)o.beta2, (float)(1 - o.beta1), (float)(1 - o.beta2), (float)(1 - o.lr * o.weight_decay),
+               (float)(o.lr / (1 - pow(o.beta1, (double)step))), (float)(1 / sqrt(1 - pow(o.beta2, (double)step))), (float)o.eps, scale);
+    };
+    int64_t early = m->weights.layers[m->early].ln_weight - m->params;
+    adamw(0, early, gpu.stream);
+    follow(gpu.late, gpu.stream);
+    adamw(early, m->count, gpu.late);
     CUDA(cudaEventSynchronize(m->norm_there));
     if (isfinite(m->host_sum[1])) m->sums.add = 0;
     return sqrt(m->host_sum[1]);
@@ -4344,7 +4359,7 @@ template <typename X> static void model_extend_gpu(Model *model, const int *toke
     CUDA(cudaMemcpyAsync(m->inputs, m->host_inputs, sizeof(Inputs) + sizeof(int) * (size_t)n, cudaMemcpyHostToDevice, stream));
     if (n == 1 && m->decodes) replay(m, {{3, 0, 0, 0, 0}, 0, NULL}, [&] { hidden_decode_gpu(m, stream); });
     else {
-        hidden_forward_gpu(m, m->inputs->ids, 1, first + n, first, 0, stream);
+        hidden_forward_gpu(m, m->inputs->ids, 1, first + n, first, 0, 0, m->host.config.n_layers, stream);
         linear_forward_gpu(m->acts.logits, V, m->acts.ln_f + (size_t)(n - 1) * D, as_x(m, m->weights.wte), (const X *)NULL, 1, D,
                            V, stream);
         copy_gpu(row, V, m->acts.logits, 1, V, stream);
@@ -4367,6 +4382,7 @@ template <typename X> static real *copy_block(ModelGPU<X> *m, Block block, cudaM
                 (double)m->host.table.count * sizeof(real) / 0x1p30);
         exit(1);
     }
+    follow(gpu.stream, gpu.late);
     for (int i = 0; i < m->host.table.n; i++) {
         void *ends[] = {host + m->host.table.rows[i].offset, device + m->places[i]};
         int back = way == cudaMemcpyDeviceToHost;
