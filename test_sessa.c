@@ -2586,6 +2586,38 @@ static void test_gpu_passes(void) {
                         way ? precision_names[gpu.precision] : "CPU");
             backend->destroy(m);
         }
+    release();
+}
+
+// Weights after some steps, the next one begun at once or only after a look at them: the same bits, though the update of most layers
+// goes on under the next forward pass. They are large enough for it to take as long as that needs to get there.
+static void test_gpu_update(void) {
+    heading("the next step need not wait for the update");
+    enum { B = 2, T = 16, V = 20, STEPS = 4 };
+    Config c = config_with(SESSA, V, 768, 5, 4, 4, T);
+    char error[ERROR_SIZE];
+    real *weights[2];
+    gpu.precision = BF16;
+    const Backend *backend = backend_gpu();
+    for (int look = 0; look < 2; look++) {
+        Model *m = backend->create(&c, B, T, TRAIN, error);
+        if (!m) { check(0, "%s", error); return; }
+        initialise(backend->read(m, PARAMS), &m->table, 3);
+        backend->write(m, PARAMS);
+        for (int step = 0; step < STEPS; step++) {
+            int ids[B * T];
+            AdamW adam = {1e-3, 0.9, 0.99, 1e-8, 0.1};
+            for (int n = 0; n < B * T; n++) ids[n] = (7 * n * n + step) % V;
+            backend->forward(m, ids, ids, B, T, no_dropout);
+            backend->backward(m, 1);
+            backend->update(m, adam, 1, step + 1);
+            if (look) backend->read(m, PARAMS);
+        }
+        weights[look] = copy_of(backend->read(m, PARAMS), m->table.count);
+        if (look) check(!memcmp(weights[0], weights[1], sizeof(real) * (size_t)m->table.count), "weights after 4 steps");
+        backend->destroy(m);
+    }
+    release();
 }
 
 // 100 steps on the same batches of this program's own text: losses of GPU and CPU, the same bits twice, memory as T.
@@ -2716,6 +2748,7 @@ static void test_cuda(const glob_t *dumps) {
     test_gpu_tiles();
     test_peaked();
     test_gpu_passes();
+    test_gpu_update();
     test_gpu_training();
     test_gpu_decode();
     // A bf16 number is off by 2^-8 of itself at most; the way through a layer has 8 roundings, and so has the way back.

@@ -3678,7 +3678,6 @@ template <typename X> struct ActivationsGPU {
 typedef struct {
     uint64_t dropout_key;
     float scale[4]; // dloss, 0, 1: what products scale by
-    double squares; // of the gradients, summed on the device
     int first;      // generation: positions known
     int ids[];
 } Inputs;
@@ -3708,6 +3707,7 @@ template <typename X> struct ModelGPU {
     X *x_block;
     float *f_block;
     Inputs *inputs, *host_inputs;                // in the device's memory; page-locked, as is the result of sums
+    double *norm;                                // in the device's memory: its square, and what clipping makes of the gradients
     double *host_sum;                            // of losses; of squares of gradients
     cudaEvent_t loss_there, lists_there, norm_there; // when the host may read, or write again, what the device was asked for
     int *host_lists, *starts;                    // of sort_tokens: page-locked; (V+1)
@@ -4012,6 +4012,7 @@ template <typename X> static int64_t carve_memory(ModelGPU<X> *m, char *memory, 
     for (int i = 0; i < 4; i++) *blocks[i] = take<float>(&at, i == PARAMS || mode >= TRAIN ? m->count : 0);
     m->copy = sizeof(X) == sizeof(bf16) ? take<X>(&at, m->count) : (X *)m->params;
     m->decayed = take<unsigned char>(&at, m->count / 64);
+    m->norm = take<double>(&at, 2);
     m->inputs = (Inputs *)take<char>(&at, (int64_t)sizeof(Inputs) + (6 * tokens + 2) * (int64_t)sizeof(int));
     m->x_block = take<X>(&at, m->x_table.count);
     m->f_block = take<float>(&at, m->f_table.count);
@@ -4276,10 +4277,10 @@ template <typename X> static void model_backward_gpu(Model *model, double dloss)
 template <typename X>
 __global__ void adamw_kernel(float *w, const float *g, float *exp_avg, float *exp_avg_sq, X *copy,
                              const unsigned char *decayed, int64_t n, float beta1, float beta2, float rate1,
-                             float rate2, float keep, float step_size, float correction, float eps, const float *scale) {
+                             float rate2, float keep, float step_size, float correction, float eps, const double *scale) {
     wait_for_results();
     int64_t i = 4 * ((int64_t)blockIdx.x * blockDim.x + threadIdx.x);
-    float factor = *scale;
+    float factor = (float)*scale;
     if (i >= n || isnan(factor)) return;
     float p[4], grad[4], m[4], v[4];
     read_some<4>(p, w + i);
@@ -4301,21 +4302,21 @@ __global__ void adamw_kernel(float *w, const float *g, float *exp_avg, float *ex
 // The host goes on as soon as it has the norm. What the next forward pass needs first, embedding and early layers, comes first.
 template <typename X> static double model_update_gpu(Model *model, AdamW o, double clip, int64_t step) {
     ModelGPU<X> *m = (ModelGPU<X> *)model;
-    double *squares = &m->inputs->squares;
-    float *scale = m->inputs->scale;
+    double *norm = m->norm; // the next batch's inputs are on their way while late layers read it
     follow(gpu.stream, gpu.late);
-    sum_gpu<1>(squares, m->grads, m->count, gpu.stream);
+    sum_gpu<1>(norm, m->grads, m->count, gpu.stream);
     each(1, 1, 0, gpu.stream, [=] __device__ (auto, int, int) { // clip_scale
-        double norm = sqrt(*squares);
-        scale[0] = !isfinite(norm) ? NAN : clip > 0 && clip < norm + 1e-6 ? (float)(clip / (norm + 1e-6)) : 1;
+        double length = sqrt(norm[0]);
+        norm[1] = !isfinite(length) ? NAN : clip > 0 && clip < length + 1e-6 ? clip / (length + 1e-6) : 1;
     });
-    CUDA(cudaMemcpyAsync(m->host_sum + 1, squares, sizeof(double), cudaMemcpyDeviceToHost, gpu.stream));
+    CUDA(cudaMemcpyAsync(m->host_sum + 1, norm, sizeof(double), cudaMemcpyDeviceToHost, gpu.stream));
     CUDA(cudaEventRecord(m->norm_there, gpu.stream));
     auto adamw = [&](int64_t from, int64_t end, cudaStream_t stream) {
         if (end > from) LAUNCH(adamw_kernel<X>, (unsigned)(((end - from) / 4 + 255) / 256), 256, 0, stream, m->params + from,
                m->grads + from, m->exp_avg + from, m->exp_avg_sq + from, m->copy + from, m->decayed + from / 64, end - from,
                (float)o.beta1, (float)o.beta2, (float)(1 - o.beta1), (float)(1 - o.beta2), (float)(1 - o.lr * o.weight_decay),
-               (float)(o.lr / (1 - pow(o.beta1, (double)step))), (float)(1 / sqrt(1 - pow(o.beta2, (double)step))), (float)o.eps, scale);
+               (float)(o.lr / (1 - pow(o.beta1, (double)step))), (float)(1 / sqrt(1 - pow(o.beta2, (double)step))), (float)o.eps,
+               norm + 1);
     };
     int64_t early = m->weights.layers[m->early].ln_weight - m->params;
     adamw(0, early, gpu.stream);
