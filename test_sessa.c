@@ -2589,17 +2589,17 @@ static void test_gpu_passes(void) {
     release();
 }
 
-// Weights after some steps, the next one begun at once or only after a look at them: the same bits, though the update of most layers
-// goes on under the next forward pass. They are large enough for it to take as long as that needs to get there.
+// Weights after some steps, the next one begun at once, or after a look at them, or at the gradients: the same bits, though the
+// update of most layers goes on under what follows. They are large enough for it to take as long as that needs to get there.
 static void test_gpu_update(void) {
     heading("the next step need not wait for the update");
     enum { B = 2, T = 16, V = 20, STEPS = 4 };
     Config c = config_with(SESSA, V, 768, 5, 4, 4, T);
     char error[ERROR_SIZE];
-    real *weights[2];
+    real *weights[3];
     gpu.precision = BF16;
     const Backend *backend = backend_gpu();
-    for (int look = 0; look < 2; look++) {
+    for (int look = 0; look < 3; look++) {
         Model *m = backend->create(&c, B, T, TRAIN, error);
         if (!m) { check(0, "%s", error); return; }
         initialise(backend->read(m, PARAMS), &m->table, 3);
@@ -2611,10 +2611,11 @@ static void test_gpu_update(void) {
             backend->forward(m, ids, ids, B, T, no_dropout);
             backend->backward(m, 1);
             backend->update(m, adam, 1, step + 1);
-            if (look) backend->read(m, PARAMS);
+            if (look) backend->read(m, look == 1 ? PARAMS : GRADS);
         }
         weights[look] = copy_of(backend->read(m, PARAMS), m->table.count);
-        if (look) check(!memcmp(weights[0], weights[1], sizeof(real) * (size_t)m->table.count), "weights after 4 steps");
+        if (look) check(!memcmp(weights[0], weights[look], sizeof(real) * (size_t)m->table.count), "weights after 4 steps, %s read after each",
+                        look == 1 ? "weights" : "gradients");
         backend->destroy(m);
     }
     release();

@@ -79,6 +79,7 @@ static void lt_check(cublasStatus_t code, const char *what, int line) {
 }
 #define CUDA(call) cuda_check(call, #call, __LINE__)
 #define LT(call) lt_check(call, #call, __LINE__)
+
 // Starts a kernel, each `cluster` of whose blocks may reach each other's shared memory (0: none do). ahead: on Hopper it starts
 // while the one before still works, makes ready what does not depend on it, and waits for its results. Every kernel has to: who
 // comes next waits for this one alone.
@@ -4189,7 +4190,7 @@ static void model_forward_gpu(Model *model, const int *inputs, const int *target
     m->host.drop = drop;
     replay(m, {{0, B, T, m->host.P, drop.probability}, 0, NULL},
            [&] { hidden_forward_gpu(m, m->inputs->ids, B, T, 0, drop.probability, 0, m->early, stream); });
-    follow(stream, gpu.late);
+    follow(stream, gpu.late); // the other layers' update
     replay(m, {{4, B, T, m->host.P, drop.probability}, 0, NULL}, [&] {
         hidden_forward_gpu(m, (const int *)NULL, B, T, 0, drop.probability, m->early, m->host.config.n_layers, stream);
         linear_forward_gpu(acts->logits, (int)acts->ld_logits, acts->ln_f, as_x(m, m->weights.wte), (const X *)NULL, N,
@@ -4383,7 +4384,6 @@ template <typename X> static real *copy_block(ModelGPU<X> *m, Block block, cudaM
                 (double)m->host.table.count * sizeof(real) / 0x1p30);
         exit(1);
     }
-    follow(gpu.stream, gpu.late);
     for (int i = 0; i < m->host.table.n; i++) {
         void *ends[] = {host + m->host.table.rows[i].offset, device + m->places[i]};
         int back = way == cudaMemcpyDeviceToHost;
@@ -4393,6 +4393,7 @@ template <typename X> static real *copy_block(ModelGPU<X> *m, Block block, cudaM
 }
 template <typename X> static real *read_gpu(Model *model, Block block) {
     ModelGPU<X> *m = (ModelGPU<X> *)model;
+    follow(gpu.stream, gpu.late);
     if (block == GRADS && !m->sums.add) CUDA(cudaMemsetAsync(m->grads, 0, sizeof(float) * (size_t)m->count, gpu.stream));
     real *host = copy_block(m, block, cudaMemcpyDeviceToHost);
     CUDA(cudaStreamSynchronize(gpu.stream));
@@ -4400,6 +4401,7 @@ template <typename X> static real *read_gpu(Model *model, Block block) {
 }
 template <typename X> static void write_gpu(Model *model, Block block) {
     ModelGPU<X> *m = (ModelGPU<X> *)model;
+    follow(gpu.stream, gpu.late);
     copy_block(m, block, cudaMemcpyHostToDevice);
     if (block == GRADS) m->sums.add = 1;
     if (block == PARAMS && sizeof(X) == sizeof(bf16)) copy_gpu(m->copy, 64, m->params, (int)(m->count / 64), 64, gpu.stream);
