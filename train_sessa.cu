@@ -58,8 +58,8 @@ static struct {
     CUresult (*encode_map)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
                            const cuuint64_t *, const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave,
                            CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-    cudaStream_t stream, side, late; // side: what can wait, beside the stream's launches that wait for each other; late: the update
-    // of most layers, which goes on under the first ones' next forward pass
+    cudaStream_t stream, side; // side: what can wait, beside the stream's launches that wait for each other
+    cudaStream_t late;         // the update of most layers, which goes on under the first ones' next forward pass
     cudaEvent_t so_far;
     cublasLtHandle_t lt;
     char *workspace; // of each stream, for cuBLASLt and for sums over rows, one at a time in the order of the stream
@@ -3715,8 +3715,10 @@ template <typename X> struct ModelGPU {
     ColumnSums sums;
     Recording recordings[N_RECORDINGS];
     int oldest, dlogits_ready, decodes, keep; // keep: the feedback's weights, for the backward pass
-    int early; // so many layers are updated before the next forward pass begins, the others while it goes through these
 };
+
+// So many layers are updated before the next forward pass begins, the others while it goes through these.
+static int early_layers(const Config *c) { return min_int((c->n_layers + 7) / 8, c->n_layers - 1); }
 
 template <typename X> static const X *as_x(const ModelGPU<X> *m, const float *weight) {
     return weight ? m->copy + (weight - m->params) : NULL;
@@ -4033,7 +4035,6 @@ template <typename X> static Model *model_create_gpu(const Config *c, int B, int
     m->host.B = B;
     m->host.T = T;
     m->dlogits_ready = mode == TRAIN;
-    m->early = min_int((c->n_layers + 7) / 8, c->n_layers - 1);
     int64_t tokens = (int64_t)B * T, ids = (6 * tokens + 2) * (int64_t)sizeof(int), pairs = (int64_t)T * (d / 2);
     real *tables = (real *)allocate(2 * pairs, sizeof(real), &whole); // cosine and sine
     for (Weights *w : {&m->host.weights, &m->weights, &m->grad})
@@ -4177,7 +4178,7 @@ template <typename X>
 static void model_forward_gpu(Model *model, const int *inputs, const int *targets, int B, int T, Dropout drop) {
     ModelGPU<X> *m = (ModelGPU<X> *)model;
     cudaStream_t stream = gpu.stream;
-    int D = m->host.config.d_model, V = m->host.config.vocab_size, N = B * T;
+    int D = m->host.config.d_model, V = m->host.config.vocab_size, N = B * T, early = early_layers(&m->host.config);
     ActivationsGPU<X> *acts = &m->acts;
     Inputs *host = m->host_inputs;
     CUDA(cudaEventSynchronize(m->loss_there)); // nothing reads the last batch there any more
@@ -4189,10 +4190,10 @@ static void model_forward_gpu(Model *model, const int *inputs, const int *target
     m->host.batch_T = T;
     m->host.drop = drop;
     replay(m, {{0, B, T, m->host.P, drop.probability}, 0, NULL},
-           [&] { hidden_forward_gpu(m, m->inputs->ids, B, T, 0, drop.probability, 0, m->early, stream); });
+           [&] { hidden_forward_gpu(m, m->inputs->ids, B, T, 0, drop.probability, 0, early, stream); });
     follow(stream, gpu.late); // the other layers' update
     replay(m, {{4, B, T, m->host.P, drop.probability}, 0, NULL}, [&] {
-        hidden_forward_gpu(m, (const int *)NULL, B, T, 0, drop.probability, m->early, m->host.config.n_layers, stream);
+        hidden_forward_gpu(m, (const int *)NULL, B, T, 0, drop.probability, early, m->host.config.n_layers, stream);
         linear_forward_gpu(acts->logits, (int)acts->ld_logits, acts->ln_f, as_x(m, m->weights.wte), (const X *)NULL, N,
                            D, (int)acts->ld_logits, stream);
         crossentropy_gpu(acts->losses, acts->hits, m->dlogits_ready ? acts->logits : NULL, acts->logits, acts->ld_logits,
@@ -4313,13 +4314,13 @@ template <typename X> static double model_update_gpu(Model *model, AdamW o, doub
     CUDA(cudaMemcpyAsync(m->host_sum + 1, norm, sizeof(double), cudaMemcpyDeviceToHost, gpu.stream));
     CUDA(cudaEventRecord(m->norm_there, gpu.stream));
     auto adamw = [&](int64_t from, int64_t end, cudaStream_t stream) {
-        if (end > from) LAUNCH(adamw_kernel<X>, (unsigned)(((end - from) / 4 + 255) / 256), 256, 0, stream, m->params + from,
+        LAUNCH(adamw_kernel<X>, (unsigned)(((end - from) / 4 + 255) / 256), 256, 0, stream, m->params + from,
                m->grads + from, m->exp_avg + from, m->exp_avg_sq + from, m->copy + from, m->decayed + from / 64, end - from,
                (float)o.beta1, (float)o.beta2, (float)(1 - o.beta1), (float)(1 - o.beta2), (float)(1 - o.lr * o.weight_decay),
                (float)(o.lr / (1 - pow(o.beta1, (double)step))), (float)(1 / sqrt(1 - pow(o.beta2, (double)step))), (float)o.eps,
                norm + 1);
     };
-    int64_t early = m->weights.layers[m->early].ln_weight - m->params;
+    int64_t early = m->weights.layers[early_layers(&m->host.config)].ln_weight - m->params;
     adamw(0, early, gpu.stream);
     follow(gpu.late, gpu.stream);
     adamw(early, m->count, gpu.late);
