@@ -30,9 +30,13 @@ paper's equations. Gradients of parameters are accumulated (+=); gradients of ac
 says +=. A layer checks nothing and cannot fail, and none allocates: scratch comes from the caller. What can fail takes
 a `char *error` and returns 0, or FAILED (WRONG_OPTION for what the user typed) with one line there.
 */
+#if defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__
+#error "built with -Ofast, or with -ffast-math alone, the program cannot see that a loss is not finite: add -fno-finite-math-only"
+#endif
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
+#include <ctype.h>
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -45,6 +49,7 @@ a `char *error` and returns 0, or FAILED (WRONG_OPTION for what the user typed) 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
@@ -1243,16 +1248,24 @@ typedef struct {
 
 typedef struct {
     Tensor *rows;
-    int n;
-    int64_t count; // numbers in the block; -1 when they are too many to be addressed
+    int n, room;
+    int64_t count;   // numbers in the block; -1 when they are too many to be addressed
+    Tensor *last;    // the row added last
+    Tensor nowhere;  // where rows go once memory is exhausted; the table is then `incomplete`
+    int incomplete;
 } Table;
 
 static Tensor *new_row(Table *table, const char *name, int layer) {
-    if (table->n % 64 == 0) {
-        table->rows = (Tensor *)realloc(table->rows, sizeof(Tensor) * (size_t)(table->n + 64));
-        if (!table->rows) abort(); // some kilobytes; what is large is allocated by functions that return errors
+    if (table->n == table->room) {
+        Tensor *larger = (Tensor *)realloc(table->rows, sizeof(Tensor) * (size_t)(table->room + 64));
+        if (larger) {
+            table->rows = larger;
+            table->room += 64;
+        } else {
+            table->incomplete = 1;
+        }
     }
-    Tensor *row = &table->rows[table->n++];
+    Tensor *row = table->last = table->incomplete ? &table->nowhere : &table->rows[table->n++];
     memset(row, 0, sizeof(*row));
     if (layer < 0) snprintf(row->name, sizeof(row->name), "%s", name);
     else snprintf(row->name, sizeof(row->name), "layers.%d.%s", layer, name);
@@ -1279,8 +1292,8 @@ static real *add_tensor(Table *table, real *block, int layer, const char *name, 
 static real *add_parameter(Table *table, real *block, int layer, const char *name, int n_dims, int64_t d0, int64_t d1,
                            Init init, double value) {
     real *place = add_tensor(table, block, layer, name, n_dims, d0, d1, TAPS);
-    table->rows[table->n - 1].init = init;
-    table->rows[table->n - 1].init_value = value;
+    table->last->init = init;
+    table->last->init_value = value;
     return place;
 }
 
@@ -1289,7 +1302,8 @@ static void add_view(Table *table, int layer, const char *name, const char *whol
     char path[64];
     int i = table->n - 1;
     snprintf(path, sizeof(path), "layers.%d.%s", layer, whole);
-    while (strcmp(table->rows[i].name, path)) i--;
+    while (i >= 0 && strcmp(table->rows[i].name, path)) i--;
+    if (i < 0) return; // an incomplete table
     Tensor view = table->rows[i], *row = new_row(table, name, layer);
     memcpy(view.name, row->name, sizeof(view.name));
     view.offset += column;
@@ -1693,9 +1707,15 @@ static Model *model_create(const Config *c, int B, int T, Mode mode, char *error
         carve_weights(&m->weights, &m->table, NULL, c);
         carve_activations(&m->acts, &m->acts_table, NULL, c, B, T, mode);
     }
+    whole = whole && !m->table.incomplete && !m->acts_table.incomplete;
+    if (!whole) {
+        fail(error, NULL, "out of memory");
+        model_free(m);
+        return NULL;
+    }
     int64_t n = m->table.count, n_acts = m->acts_table.count;
     m->bytes = n < 0 || n_acts < 0 ? INFINITY : ((double)n * (training ? 4 : 1) + (double)n_acts) * sizeof(real);
-    whole = whole && m->bytes < present;
+    whole = m->bytes < present;
     m->acts_block = (real *)allocate(n_acts, sizeof(real), &whole);
     m->inputs = (int *)allocate((int64_t)B * T, sizeof(int), &whole);
     m->targets = (int *)allocate((int64_t)B * T, sizeof(int), &whole);
@@ -1933,6 +1953,308 @@ static const Backend cpu_backend = {"CPU", model_create, model_free, cpu_bytes, 
                                     model_hits, model_backward, cpu_update, model_extend};
 
 // ----------------------------------------------------------------------------
+// signals: what asks for an end lets the step end and be saved
+
+// Of this process; the handler reads and writes them. `interrupted`: the signal that asked for an end, 0: none. While
+// `saving`, nothing ends the program. `told`: the terminal has been told what a second Ctrl-C does.
+static volatile sig_atomic_t interrupted, saving, told;
+static int terminal = -1; // a descriptor on which Ctrl-C is answered, -1: there is none
+
+enum { MAX_LOCKS = 2 };
+static char lock_paths[MAX_LOCKS][PATH_MAX + 8]; // of the lock files that this process holds, see take_lock
+static int lock_files[MAX_LOCKS];
+static volatile sig_atomic_t n_locks;
+
+// Nothing but system calls: it runs in signal handlers and at exit. The locks themselves end with the process.
+static void remove_locks(void) {
+    while (n_locks > 0) {
+        int i = n_locks - 1;
+        n_locks = i;
+        unlink(lock_paths[i]);
+        close(lock_files[i]);
+    }
+}
+
+// While training: the first of these signals ends the step, which is then saved, and so does any later one. Only a second
+// Ctrl-C typed at a terminal, once that has been told, ends the program at once; one that another program sends does not.
+static void on_signal(int number, siginfo_t *info, void *context) {
+    static const char line[] = "\nending after this step, to save it; Ctrl-C again ends at once, without saving\n";
+    int problem = errno;
+    (void)context;
+#ifdef __linux__
+    int typed = number == SIGINT && info->si_code > 0; // the kernel's, of the terminal
+#else
+    int typed = number == SIGINT && info->si_code != SI_USER && info->si_code != SI_QUEUE;
+#endif
+    if (typed && told && !saving) {
+        remove_locks();
+        _exit(130);
+    }
+    if (typed && !told && terminal >= 0) told = write(terminal, line, sizeof(line) - 1) > 0;
+    interrupted = number;
+    errno = problem;
+}
+
+// Before and after training there is nothing to save: what the signal does by default, less the lock files.
+static void on_early_signal(int number) {
+    remove_locks();
+    raise(number); // the default action, once the handler has returned
+}
+
+// While generating or evaluating: the first one ends it in order, the second at once.
+static void on_interrupt(int number) { interrupted = number; }
+
+typedef enum { BEFORE_TRAINING, WHILE_TRAINING, WHILE_READING } Phase;
+
+static void install_handlers(Phase phase) {
+    static const int numbers[] = {SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, SIGXCPU};
+    int n = phase == WHILE_READING ? 3 : (int)(sizeof(numbers) / sizeof(numbers[0]));
+    struct sigaction action, before;
+    memset(&action, 0, sizeof(action));
+    for (int i = 0; i < n; i++) sigaddset(&action.sa_mask, numbers[i]);
+    action.sa_flags = phase == WHILE_TRAINING ? SA_SIGINFO | SA_RESTART : (int)SA_RESETHAND;
+    if (phase == WHILE_TRAINING) action.sa_sigaction = on_signal;
+    else action.sa_handler = phase == BEFORE_TRAINING ? on_early_signal : on_interrupt;
+    for (int i = 0; i < n; i++) {
+        int ignored = !sigaction(numbers[i], NULL, &before) && !(before.sa_flags & SA_SIGINFO) && before.sa_handler == SIG_IGN;
+        if (numbers[i] == SIGHUP && ignored) continue; // under nohup
+        sigaction(numbers[i], &action, NULL);
+    }
+    signal(SIGPIPE, SIG_IGN); // a closed pipe and a file size beyond its limit are errors of the write
+    signal(SIGXFSZ, SIG_IGN);
+    if (phase != WHILE_TRAINING || terminal >= 0) return;
+    terminal = isatty(STDERR_FILENO) ? STDERR_FILENO : isatty(STDOUT_FILENO) ? STDOUT_FILENO
+             : open("/dev/tty", O_WRONLY | O_NOCTTY | O_CLOEXEC);
+}
+
+// ----------------------------------------------------------------------------
+// files: read whole; written whole, into a temporary file that then takes the place of the old one
+
+// Reads a whole regular file into fresh memory, with a zero byte past its end. *bytes is NULL when it fails.
+static int file_read(const char *path, unsigned char **bytes, size_t *size, char *error) {
+    struct stat info;
+    *bytes = NULL;
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); // a pipe without a writer would not be opened else
+    if (fd < 0) return fail(error, path, "%s", strerror(errno));
+    const char *problem = fstat(fd, &info) ? strerror(errno) : S_ISREG(info.st_mode) ? NULL : "a folder or a device, not a file";
+    size_t got = 0, room = problem ? 0 : (size_t)info.st_size + 1; // one byte more than there should be
+    unsigned char *memory = problem ? NULL : (unsigned char *)malloc(room);
+    if (!problem && !memory) problem = "it does not fit in memory";
+    while (!problem && got < room) {
+        ssize_t n = read(fd, memory + got, room - got < 1 << 30 ? room - got : 1 << 30);
+        if (n < 0 && errno == EINTR) continue;
+        if (n < 0) problem = strerror(errno);
+        if (n <= 0) break;
+        got += (size_t)n;
+    }
+    if (!problem && got != room - 1) problem = "it cannot be read to its end, or its size changed meanwhile";
+    close(fd);
+    if (problem) {
+        fail(error, path, "%s", problem);
+        free(memory);
+        return FAILED;
+    }
+    memory[got] = 0;
+    *bytes = memory;
+    *size = got;
+    return 0;
+}
+
+// Writes n bytes; 0, or -1 with errno.
+static int write_all(int fd, const void *bytes, size_t n) {
+    const char *at = (const char *)bytes;
+    while (n > 0) {
+        ssize_t written = write(fd, at, n < 1 << 30 ? n : 1 << 30);
+        if (written < 0 && errno == EINTR) continue;
+        if (written <= 0) return -1;
+        at += written;
+        n -= (size_t)written;
+    }
+    return 0;
+}
+
+// Makes what was written last through a power cut; 0, or -1 with errno. Not every file system can flush: that is no error.
+static int flush_to_disk(int fd) {
+    int result;
+#ifdef F_FULLFSYNC
+    if (!fcntl(fd, F_FULLFSYNC)) return 0; // macOS: fsync leaves it in the drive's cache
+#endif
+    do result = fsync(fd);
+    while (result && errno == EINTR);
+    return result && errno != EINVAL && errno != ENOSYS && errno != ENOTSUP ? -1 : 0;
+}
+
+// Puts folder and name together; 0, or -1 when they are too long. path: PATH_MAX bytes.
+static int join_path(char *path, const char *folder, size_t folder_length, const char *name) {
+    int slash = folder_length > 0 && folder[folder_length - 1] != '/';
+    return snprintf(path, PATH_MAX, "%.*s%s%s", (int)folder_length, folder, slash ? "/" : "", name) < PATH_MAX ? 0 : -1;
+}
+
+// The place that path names once all links are followed, also where there is no file yet. target: PATH_MAX bytes.
+static int resolve(const char *path, char *target, char *error) {
+    char next[PATH_MAX], link[PATH_MAX], folder[PATH_MAX];
+    int fits = snprintf(next, sizeof(next), "%s", path) < PATH_MAX;
+    for (int links = 0; fits && links < 40; links++) {
+        if (realpath(next, target)) return 0;
+        if (errno != ENOENT) return fail(error, path, "cannot be written: %s", strerror(errno));
+        const char *slash = strrchr(next, '/'), *name = slash ? slash + 1 : next;
+        size_t head = (size_t)(name - next);
+        ssize_t length = readlink(next, link, sizeof(link) - 1);
+        if (length < 0) { // no link: a name that is free, in a folder that must be there
+            snprintf(link, sizeof(link), "%s", name);
+            snprintf(folder, sizeof(folder), "%.*s", head ? (int)head : 1, head ? next : ".");
+            if (!realpath(folder, next) || !*link) return fail(error, path, "cannot be written: %s", strerror(errno));
+            fits = !join_path(target, next, strlen(next), link);
+            if (fits) return 0;
+        } else {
+            link[length] = 0;
+            memcpy(folder, next, head);
+            fits = !join_path(next, folder, link[0] == '/' ? 0 : head, link);
+        }
+    }
+    return fail(error, path, "cannot be written: %s", fits ? "its links lead in a circle" : "the path is too long");
+}
+
+static int same_place(const struct stat *a, const struct stat *b) { return a->st_dev == b->st_dev && a->st_ino == b->st_ino; }
+
+// Locks an open file for this process, until it ends, in whatever way, and in whatever container: 1 if that is done, 0 if
+// another one holds the lock, -1 with errno if the file system knows no locks.
+static int lock_descriptor(int fd) {
+    int result;
+    do result = flock(fd, LOCK_EX | LOCK_NB);
+    while (result && errno == EINTR);
+    return !result ? 1 : errno == EWOULDBLOCK ? 0 : -1;
+}
+
+static const char no_locks[] = "train_sessa: %s: the file system knows no locks: nothing else keeps two runs from writing it\n";
+
+// Locks `target` by a file beside it: the file itself gets another inode with each save. What killed runs left, the lock
+// file or temporary ones, belongs to whoever holds the lock. A lock file is removed by its holder: whoever opened it before
+// that, and locks it after, sees that the name now means another file, or none, and begins again.
+static int take_lock(const char *target, char *error) {
+    char *path = lock_paths[n_locks];
+    struct stat mine, there;
+    snprintf(path, sizeof(lock_paths[0]), "%s.lock", target);
+    for (;;) {
+        int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+        if (fd < 0 && errno == EACCES) fd = open(path, O_RDONLY | O_CLOEXEC); // left by another user's run
+        if (fd < 0) return fail(error, target, "cannot be written: %s", strerror(errno));
+        int locked = lock_descriptor(fd);
+        if (!locked) {
+            close(fd);
+            return fail(error, target, "another run is writing it");
+        }
+        int current = !fstat(fd, &mine) && !stat(path, &there) && same_place(&mine, &there);
+        if (locked > 0 && current) {
+            lock_files[n_locks] = fd;
+            n_locks = n_locks + 1;
+            return 0;
+        }
+        close(fd);
+        if (locked > 0) continue;
+        unlink(path);
+        fprintf(stderr, no_locks, target);
+        return 0;
+    }
+}
+
+// Removes the temporary files of target that killed runs left: <target>.tmp.<hexadecimal digits>. The lock must be held.
+static void remove_leftovers(const char *target) {
+    char folder[PATH_MAX];
+    const char *name = strrchr(target, '/') + 1;
+    snprintf(folder, sizeof(folder), "%.*s", (int)(name - target), target);
+    DIR *dir = opendir(folder);
+    for (struct dirent *entry; dir && (entry = readdir(dir));) {
+        const char *rest = entry->d_name + strlen(name);
+        if (strncmp(entry->d_name, name, strlen(name)) || strncmp(rest, ".tmp.", 5) || !rest[5]) continue;
+        if (!rest[5 + strspn(rest + 5, "0123456789abcdef")]) unlinkat(dirfd(dir), entry->d_name, 0);
+    }
+    if (dir) closedir(dir);
+}
+
+// A file on its way: what path names, and the temporary file beside it that will take its place.
+typedef struct {
+    char target[PATH_MAX], temporary[PATH_MAX + 32];
+    int fd;
+} Replacement;
+
+// Whether the rename at the end of a save will be allowed, as far as that can be known beforehand.
+static int replaceable(const char *path, Replacement *r, const struct stat *old, char *error) {
+    struct stat folder;
+    char folder_path[PATH_MAX];
+    snprintf(folder_path, sizeof(folder_path), "%.*s", (int)(strrchr(r->target, '/') + 1 - r->target), r->target);
+    if (!S_ISREG(old->st_mode)) return fail(error, path, "cannot be written: not a regular file");
+    int fd = access(r->target, W_OK) ? -1 : open(r->target, O_WRONLY | O_CLOEXEC); // one that is read-only or append-only stays
+    if (fd < 0) return fail(error, path, "cannot be written: %s", strerror(errno));
+    close(fd);
+    uid_t user = geteuid();
+    int sticky = !stat(folder_path, &folder) && (folder.st_mode & S_ISVTX);
+    if (sticky && user && old->st_uid != user && folder.st_uid != user)
+        return fail(error, path, "cannot be replaced: it is another user's, in a folder where only owners may");
+    if (!link(r->target, r->temporary)) unlink(r->temporary);
+    else if (errno == EXDEV) return fail(error, path, "cannot be replaced: it is a mount point of its own");
+    return 0;
+}
+
+// Creates the temporary file that will take the place of path. It gets owner and rights of the file that is there, or else
+// of `like` (NULL: none), so that what only its owner may read stays so.
+static int replacement_open(Replacement *r, const char *path, const char *like, char *error) {
+    static unsigned n_made = 0;
+    struct stat old;
+    if (resolve(path, r->target, error)) return FAILED;
+    int there = !stat(r->target, &old), known = there || (like && !stat(like, &old));
+    r->fd = -1;
+    for (int tries = 0; r->fd < 0 && tries < 100; tries++) { // O_EXCL: two names cannot meet
+        struct timespec now;
+        clock_gettime(CLOCK_REALTIME, &now);
+        uint64_t name = splitmix64((uint64_t)now.tv_nsec ^ ((uint64_t)getpid() << 32) ^ splitmix64(++n_made));
+        snprintf(r->temporary, sizeof(r->temporary), "%s.tmp.%08x", r->target, (unsigned)name);
+        if (there && !tries && replaceable(path, r, &old, error)) return FAILED;
+        r->fd = open(r->temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, known ? 0600 : 0666);
+        if (r->fd < 0 && errno != EEXIST && errno != EINTR) break;
+    }
+    if (r->fd < 0) return fail(error, path, "cannot be written: %s", strerror(errno));
+    if (known && (old.st_uid != geteuid() || old.st_gid != getegid())) // root going on with a user's run; others may not
+        if (fchown(r->fd, old.st_uid, old.st_gid)) errno = 0;
+    if (known && fchmod(r->fd, old.st_mode & 0777)) errno = 0;
+    return 0;
+}
+
+// Ends what replacement_open began. ok: all `size` bytes were written; they are flushed to the disk, only then get their
+// name, and then the folder is flushed, too: there is at any moment the old file or the new one, whole. Not ok, or `trial`:
+// the temporary file is removed, and the old one stays.
+static int replacement_close(Replacement *r, const char *path, int ok, uint64_t size, int trial, char *error) {
+    struct stat written;
+    int problem = ok ? 0 : errno, flushed = ok && !flush_to_disk(r->fd) && !fstat(r->fd, &written);
+    if (ok && !flushed) problem = errno;
+    if (flushed && (uint64_t)written.st_size != size) problem = EIO;
+    if (close(r->fd) && !problem && errno != EINTR) problem = errno;
+    if (!problem && !trial && rename(r->temporary, r->target)) problem = errno;
+    if ((problem || trial) && unlink(r->temporary) && !problem) problem = errno;
+    if (problem) return fail(error, path, "cannot be written: %s", strerror(problem));
+    if (trial) return 0;
+    char *slash = strrchr(r->target, '/');
+    slash[1] = 0;
+    int folder = open(r->target, O_RDONLY | O_CLOEXEC);
+    if (folder < 0) return 0;
+    flush_to_disk(folder);
+    close(folder);
+    return 0;
+}
+
+// Copies a file, whole or not at all; a new one gets the rights of `like`.
+static int file_copy(const char *from, const char *to, const char *like, char *error) {
+    unsigned char *bytes;
+    size_t size;
+    Replacement file;
+    if (file_read(from, &bytes, &size, error)) return FAILED;
+    int result = replacement_open(&file, to, like, error);
+    if (!result) result = replacement_close(&file, to, !write_all(file.fd, bytes, size), size, 0, error);
+    free(bytes);
+    return result;
+}
+
+// ----------------------------------------------------------------------------
 // safetensors: checkpoints, reference dumps and example sets are files of this one format
 //
 //     8 bytes             length of the header
@@ -1974,26 +2296,6 @@ static int dtype_bits(const char *dtype) {
     snprintf(word, sizeof(word), " %s ", dtype);
     const char *digits = strpbrk(dtype, "0123456789");
     return !*dtype || strchr(dtype, ' ') || !strstr(known, word) ? 0 : digits ? atoi(digits) : 8;
-}
-
-// Reads a whole regular file into fresh memory, with a zero byte past its end.
-static int file_read(const char *path, unsigned char **bytes, size_t *size, char *error) {
-    struct stat info;
-    if (stat(path, &info)) return fail(error, path, "%s", strerror(errno));
-    if (!S_ISREG(info.st_mode)) return fail(error, path, "a folder or a device, not a file");
-    FILE *in = fopen(path, "rb");
-    if (!in) return fail(error, path, "%s", strerror(errno));
-    *size = (size_t)info.st_size;
-    *bytes = (unsigned char *)malloc(*size + 1);
-    size_t got = *bytes ? fread(*bytes, 1, *size + 1, in) : 0; // one byte more than there should be
-    fclose(in);
-    if (*bytes && got == *size) {
-        (*bytes)[*size] = 0;
-        return 0;
-    }
-    const char *problem = *bytes ? "it cannot be read to its end, or its size changed meanwhile" : "it does not fit in memory";
-    free(*bytes);
-    return fail(error, path, "%s", problem);
 }
 
 // The header while it is read. The first problem stays and moves the place to the end, so that whatever is read after it
@@ -2260,132 +2562,127 @@ static const char *safetensors_meta(const Safetensors *file, const char *key) {
     return meta ? meta->value : NULL;
 }
 
-// Writes text as a JSON string.
-static void json_write(FILE *out, const char *text) {
-    fputc('"', out);
+// Text that grows. Once memory is exhausted it stays as it is, and says so.
+typedef struct {
+    char *text;
+    size_t size, room;
+    int failed;
+} Text;
+
+static void text_put(Text *t, const char *bytes, size_t n) {
+    if (t->size + n > t->room && !t->failed) {
+        size_t room = 2 * t->room + n;
+        char *larger = (char *)realloc(t->text, room);
+        if (larger) {
+            t->text = larger;
+            t->room = room;
+        } else {
+            t->failed = 1;
+        }
+    }
+    if (t->failed) return;
+    memcpy(t->text + t->size, bytes, n);
+    t->size += n;
+}
+static void text_add(Text *t, const char *text) { text_put(t, text, strlen(text)); }
+
+// Adds text as a JSON string.
+static void json_write(Text *out, const char *text) {
+    text_add(out, "\"");
     for (; *text; text++) {
         unsigned char c = (unsigned char)*text;
-        if (c == '"' || c == '\\') fprintf(out, "\\%c", c);
-        else if (c < 0x20) fprintf(out, "\\u%04x", c);
-        else fputc(c, out);
+        char code[8];
+        if (c == '"' || c == '\\') text_add(out, "\\");
+        if (c < 0x20) snprintf(code, sizeof(code), "\\u%04x", c);
+        if (c < 0x20) text_add(out, code);
+        else text_put(out, text, 1);
     }
-    fputc('"', out);
+    text_add(out, "\"");
 }
 
-// Writes the header of a file, its tensors laid out in the order given, and pads it with spaces to a multiple of 8.
-static void write_header(FILE *out, const FileTensor *tensors, int n_tensors, const Meta *meta, int n_meta) {
-    size_t offset = 0;
-    fputc('{', out);
+static void text_numbers(Text *out, const int64_t *numbers, int n) { // "[2,3]"
+    text_add(out, "[");
+    for (int i = 0; i < n; i++) {
+        char digits[24];
+        snprintf(digits, sizeof(digits), "%s%lld", i ? "," : "", (long long)numbers[i]);
+        text_add(out, digits);
+    }
+    text_add(out, "]");
+}
+
+// Adds the header of a file, its tensors laid out in the order given, padded with spaces to a multiple of 8.
+static void write_header(Text *out, const FileTensor *tensors, int n_tensors, const Meta *meta, int n_meta) {
+    int64_t offset = 0;
+    text_add(out, "{");
     for (int i = 0; i < n_meta; i++) {
-        fputs(i ? "," : "\"__metadata__\":{", out);
+        text_add(out, i ? "," : "\"__metadata__\":{");
         json_write(out, meta[i].key);
-        fputc(':', out);
+        text_add(out, ":");
         json_write(out, meta[i].value);
     }
-    fputs(n_meta ? "}" : "", out);
+    text_add(out, n_meta ? "}" : "");
     for (int i = 0; i < n_tensors; i++) {
         const FileTensor *t = &tensors[i];
-        if (i || n_meta) fputc(',', out);
+        int64_t offsets[2] = {offset, offset + (int64_t)t->size};
+        if (i || n_meta) text_add(out, ",");
         json_write(out, t->name);
-        fprintf(out, ":{\"dtype\":\"%s\",\"shape\":[", t->dtype);
-        for (int d = 0; d < t->n_dims; d++) fprintf(out, "%s%lld", d ? "," : "", (long long)t->shape[d]);
-        fprintf(out, "],\"data_offsets\":[%zu,%zu]}", offset, offset + t->size);
-        offset += t->size;
+        text_add(out, ":{\"dtype\":");
+        json_write(out, t->dtype);
+        text_add(out, ",\"shape\":");
+        text_numbers(out, t->shape, t->n_dims);
+        text_add(out, ",\"data_offsets\":");
+        text_numbers(out, offsets, 2);
+        text_add(out, "}");
+        offset = offsets[1];
     }
-    fputc('}', out);
-    while (ftell(out) % 8) fputc(' ', out);
+    text_add(out, "}");
+    while (!out->failed && out->size % 8) text_add(out, " ");
 }
 
-// Creates the temporary file that will take the place of path: its descriptor, or -1 with the line in error. A link is
-// followed, so that it survives. target and temporary: PATH_MAX + 32 bytes each.
-static int open_temporary(const char *path, char *target, char *temporary, char *error) {
-    struct stat info;
-    int there = !stat(path, &info);
-    if (there && !S_ISREG(info.st_mode)) return fail(error, path, "cannot be written: not a regular file");
-    if (there && access(path, W_OK)) return fail(error, path, "cannot be written: %s", strerror(errno)); // rename would not ask
-    if (!realpath(path, target)) snprintf(target, PATH_MAX, "%s", path); // there is no such file yet
-    snprintf(temporary, PATH_MAX + 32, "%s.tmp.%ld", target, (long)getpid());
-    unlink(temporary); // left by a crash of a process with our number
-    int fd = open(temporary, O_WRONLY | O_CREAT | O_EXCL, there ? info.st_mode & 0777 : 0666);
-    return fd < 0 ? fail(error, path, "cannot be written: %s", strerror(errno)) : fd;
-}
-
-// Removes the temporary files of target that killed processes left: those whose number no process has.
-static void remove_leftovers(const char *target) {
-    char folder[PATH_MAX + 32];
-    const char *slash = strrchr(target, '/'), *name = slash ? slash + 1 : target;
-    snprintf(folder, sizeof(folder), "%.*s", slash ? (int)(name - target) : 1, slash ? target : ".");
-    DIR *dir = opendir(folder);
-    for (struct dirent *entry; dir && (entry = readdir(dir));) {
-        char *number = entry->d_name + strlen(name), *end = number;
-        if (strncmp(entry->d_name, name, strlen(name)) || strncmp(number, ".tmp.", 5)) continue;
-        long process = strtol(number + 5, &end, 10);
-        if (process > 0 && !*end && kill((pid_t)process, 0) && errno == ESRCH) unlinkat(dirfd(dir), entry->d_name, 0);
-    }
-    if (dir) closedir(dir);
-}
-
-// Tells before a long run whether path can be written, leaving no trace, of runs that were killed neither.
-static int safetensors_writable(const char *path, char *error) {
-    char target[PATH_MAX + 32], temporary[PATH_MAX + 32];
-    int fd = open_temporary(path, target, temporary, error);
-    if (fd < 0) return FAILED;
-    unlink(temporary);
-    remove_leftovers(target);
-    return close(fd);
-}
-
-// Writes a safetensors file with the tensors in the order given: into a temporary file, which is flushed to the disk and
-// only then gets its name, so that there is at any moment the old file or the new one, whole.
-static int safetensors_write(const char *path, const FileTensor *tensors, int n_tensors, const Meta *meta, int n_meta, char *error) {
-    char target[PATH_MAX + 32], temporary[PATH_MAX + 32], *header = NULL;
-    size_t size = 0;
+// Writes a safetensors file with the tensors in the order given, whole or not at all (see replacement_close); a new file
+// gets the rights of `like` (NULL: none). trial: all of it is done but for the last step, and nothing is left: tells before
+// a long run whether path can be written.
+static int safetensors_write(const char *path, const char *like, const FileTensor *tensors, int n_tensors, const Meta *meta,
+                             int n_meta, int trial, char *error) {
+    Replacement file;
+    Text header = {NULL, 0, 0, 0};
     for (int i = 0; i < n_meta; i++)
         if (!utf8_valid((const unsigned char *)meta[i].value, strlen(meta[i].value)))
             return fail(error, path, "'%.80s', '%.80s' cannot be stored: not UTF-8", meta[i].key, meta[i].value);
-    int fd = open_temporary(path, target, temporary, error);
-    if (fd < 0) return FAILED;
-    FILE *memory = open_memstream(&header, &size), *out = fdopen(fd, "wb");
-    if (memory) write_header(memory, tensors, n_tensors, meta, n_meta);
-    int ok = memory && !fclose(memory) && out;
-    uint64_t length = size;
-    ok = ok && fwrite(&length, 8, 1, out) == 1 && fwrite(header, 1, size, out) == size;
-    for (int i = 0; ok && i < n_tensors; i++) ok = fwrite(tensors[i].data, 1, tensors[i].size, out) == tensors[i].size;
-    ok = ok && !fflush(out) && !fsync(fd) && !rename(temporary, target);
-    int problem = errno;
-    free(header);
-    if (out) fclose(out);
-    else close(fd);
-    if (!ok) {
-        unlink(temporary);
-        return fail(error, path, "cannot be written: %s", strerror(problem));
+    write_header(&header, tensors, n_tensors, meta, n_meta);
+    uint64_t length = header.size, size = 8 + length;
+    int result = header.failed ? fail(error, path, "cannot be written: out of memory") : replacement_open(&file, path, like, error);
+    if (!result) {
+        int ok = !write_all(file.fd, &length, 8) && !write_all(file.fd, header.text, header.size);
+        for (int i = 0; i < n_tensors; i++) {
+            ok = ok && !write_all(file.fd, tensors[i].data, tensors[i].size);
+            size += tensors[i].size;
+        }
+        result = replacement_close(&file, path, ok, size, trial, error);
     }
-    char *slash = strrchr(target, '/'); // the folder, too, is flushed, so that the new name lasts
-    if (slash) slash[1] = 0;
-    if ((fd = open(slash ? target : ".", O_RDONLY)) >= 0) {
-        fsync(fd);
-        close(fd);
-    }
-    return 0;
+    free(header.text);
+    return result;
 }
 
 // ----------------------------------------------------------------------------
 // data: text, token shards, example sets
 
-// Text is any file of bytes, a token is a byte's place in the vocabulary. A shard is llm.c's: 256 int32 (magic, version 1,
-// number of tokens, the rest unused), then uint16 tokens. An example set is a safetensors file with `inputs` and
-// `targets` (N,T), and maybe `lags` (N,T): how far back lies what each target asks for.
+// Text is any file of bytes, a token is a byte's place in the vocabulary. A shard is llm.c's: 256 int32 (magic, version,
+// number of tokens, the rest unused), then the tokens: uint16 of GPT-2 (magic 20240520, version 1) or uint32 of Llama 3
+// (20240801, 7). An example set is a safetensors file with `inputs` and `targets` (N,T), and maybe `lags` (N,T): how far
+// back lies what each target asks for.
 typedef enum { DATA_TEXT, DATA_SHARD, DATA_EXAMPLES } DataKind;
 
 typedef struct {
     DataKind kind;
     unsigned char *bytes;      // TEXT, SHARD: the file; dataset_encode puts token ids in the place of a text's bytes
     const uint16_t *tokens;    // SHARD: inside bytes
+    const uint32_t *tokens32;  // a SHARD of wider tokens: inside bytes
     int32_t *inputs, *targets; // EXAMPLES: (count, width); a target of -1 is none
     int32_t *lags;             // EXAMPLES: (count, width) or NULL
     int64_t count;             // tokens or examples
     int width;                 // EXAMPLES: T of the file
-    int vocab_hint;            // EXAMPLES: the metadata's vocab_size, or 0
+    int vocab_hint;            // EXAMPLES: the metadata's vocab_size, or 0; SHARD: of the tokenizer that llm.c makes it with
     int max_id;                // SHARD, EXAMPLES: the largest id, -1 if there is none
     char content[96];          // kind, size and hash: what a resumed run must find again
 } Dataset;
@@ -2414,32 +2711,46 @@ static void dataset_free(Dataset *data) {
     memset(data, 0, sizeof(*data));
 }
 
-// Makes a token shard of the file's bytes.
+enum { SHARD_HEADER = 1024, MAX_VOCAB = 1 << 24 };
+enum { GPT2_SHARD = 20240520, LLAMA3_SHARD = 20240801 };
+
+// Makes a token shard of the file's bytes, of which there are SHARD_HEADER or more.
 static int shard_read(Dataset *data, size_t size, const char *path, char *error) {
     int32_t header[3];
     memcpy(header, data->bytes, sizeof(header));
-    data->tokens = (const uint16_t *)(const void *)(data->bytes + 1024);
+    int wide = header[0] == LLAMA3_SHARD, version = wide ? 7 : 1;
+    const void *tokens = data->bytes + SHARD_HEADER;
+    if (header[1] != version)
+        return fail(error, path, "a token shard of version %d; only %d is known", header[1], version);
+    if (header[2] < 1 || (uint64_t)header[2] * (wide ? 4 : 2) != size - SHARD_HEADER)
+        return fail(error, path, "a token shard whose header says %d tokens; the file holds %zu bytes of them", header[2],
+                    size - SHARD_HEADER);
     data->count = header[2];
-    if (header[1] != 1) return fail(error, path, "a token shard of version %d; only 1 is known", header[1]);
-    if (header[2] < 1 || (uint64_t)header[2] * 2 != size - 1024)
-        return fail(error, path, "a token shard whose header says %d tokens; the file holds %zu bytes of them", header[2], size - 1024);
-    for (int64_t i = 0; i < data->count; i++)
-        if (data->tokens[i] > data->max_id) data->max_id = data->tokens[i];
+    data->vocab_hint = wide ? 128256 : 50257;
+    if (wide) data->tokens32 = (const uint32_t *)tokens;
+    else data->tokens = (const uint16_t *)tokens;
+    for (int64_t i = 0; i < data->count; i++) {
+        uint32_t id = wide ? data->tokens32[i] : data->tokens[i];
+        if (id >= MAX_VOCAB)
+            return fail(error, path, "its token %lld is %u; ids are below 2^24", (long long)i, (unsigned)id);
+        if ((int)id > data->max_id) data->max_id = (int)id;
+    }
     return 0;
 }
 
-// An integer tensor as int32; raises max_id to its largest number. Every number must be `low` or more and leave room for
-// a vocabulary size above it. NULL and the line if one is not, or if the dtype is no integer's.
+// An integer tensor as int32; raises max_id to its largest number. Every number must be `low` or more and below 2^24, the
+// largest vocabulary. NULL and the line if one is not, or if the dtype is no integer's.
 static int32_t *ids_read(const FileTensor *tensor, int low, int *max_id, const char *path, char *error) {
     int bits = dtype_bits(tensor->dtype), is_signed = *tensor->dtype == 'I', integer = is_signed || *tensor->dtype == 'U';
-    int32_t *ids = integer && (uint64_t)tensor->count < SIZE_MAX / 4 ? (int32_t *)malloc((size_t)tensor->count * 4) : NULL;
+    int fits = integer && (uint64_t)tensor->count < SIZE_MAX / 4;
+    int32_t *ids = fits ? (int32_t *)malloc((size_t)tensor->count * 4 + 1) : NULL;
     if (!ids) fail(error, path, integer ? "'%s' does not fit in memory" : "'%s' is no tensor of integers", tensor->name);
     for (int64_t i = 0; ids && i < tensor->count; i++) {
         uint64_t word = 0; // little-endian: the element's bytes come lowest
         memcpy(&word, tensor->data + i * bits / 8, (size_t)bits / 8);
         int64_t id = is_signed ? (int64_t)(word << (64 - bits)) >> (64 - bits) : (int64_t)word; // extend the sign
-        if (id < low || id > INT32_MAX - 1) {
-            fail(error, path, "'%s' holds %lld at [%lld,%lld]; ids are %d or more and below 2^31-1", tensor->name,
+        if (id < low || id >= MAX_VOCAB) {
+            fail(error, path, "'%s' holds %lld at [%lld,%lld]; what it holds is %d or more and below 2^24", tensor->name,
                  (long long)id, (long long)(i / tensor->shape[1]), (long long)(i % tensor->shape[1]), low);
             free(ids);
             return NULL;
@@ -2465,7 +2776,7 @@ static int examples_read(Dataset *data, const Safetensors *file, const char *pat
     }
     if (!inputs->count || inputs->shape[1] > 1 << 24 || inputs->shape[0] > INT_MAX)
         return fail(error, path, "the example set is empty, or too large");
-    if (vocab_size && parse_integer(vocab_size, 1, 1 << 24, &vocab))
+    if (vocab_size && parse_integer(vocab_size, 1, MAX_VOCAB, &vocab))
         return fail(error, path, "its metadata's vocab_size is '%.40s', not a whole number up to 2^24", vocab_size);
     data->count = inputs->shape[0];
     data->width = (int)inputs->shape[1];
@@ -2476,23 +2787,121 @@ static int examples_read(Dataset *data, const Safetensors *file, const char *pat
     return data->targets && (!tensors[2] || data->lags) ? 0 : FAILED;
 }
 
-// Reads a file of any of the three kinds: named *.safetensors it is an example set, with a shard's magic number at its
-// start a shard, else text.
-static int dataset_read(Dataset *data, const char *path, char *error) {
-    static const char *kinds[] = {"text", "token shard", "examples"};
-    size_t size, length = strlen(path);
+// What the first bytes say that a file is, where it is neither text nor one of the formats above.
+typedef struct { const char *bytes; int n, at; const char *what; } Signature;
+static const Signature signatures[] = {
+    {"PK\3\4", 4, 0, "a zip archive (as .pt, .npz and .docx are)"},
+    {"\x1F\x8B", 2, 0, "a gzip archive"},
+    {"1AY&SY", 6, 4, "a bzip2 archive"},
+    {"\xFD" "7zXZ", 5, 0, "an xz archive"},
+    {"\x28\xB5\x2F\xFD", 4, 0, "a zstd archive"},
+    {"7z\xBC\xAF\x27\x1C", 6, 0, "a 7z archive"},
+    {"Rar!\x1A", 5, 0, "a rar archive"},
+    {"\x04\x22\x4D\x18", 4, 0, "an lz4 archive"},
+    {"ustar", 5, 257, "a tar archive"},
+    {"\x89PNG", 4, 0, "a PNG image"},
+    {"\xFF\xD8\xFF", 3, 0, "a JPEG image"},
+    {"GIF8", 4, 0, "a GIF image"},
+    {"II*\0", 4, 0, "a TIFF image"},
+    {"MM\0*", 4, 0, "a TIFF image"},
+    {"WEBP", 4, 8, "a WebP image"},
+    {"WAVE", 4, 8, "a WAV file"},
+    {"ftyp", 4, 4, "a video or an image of the MPEG-4 family"},
+    {"OggS", 4, 0, "an Ogg file"},
+    {"fLaC", 4, 0, "a FLAC file"},
+    {"ID3", 3, 0, "an MP3 file"},
+    {"%PDF-", 5, 0, "a PDF document"},
+    {"\xD0\xCF\x11\xE0", 4, 0, "an old Office document"},
+    {"\x7F" "ELF", 4, 0, "a program"},
+    {"SQLite format 3", 16, 0, "an SQLite database"},
+    {"PAR1", 4, 0, "a Parquet file"},
+    {"ARROW1", 6, 0, "an Arrow file"},
+    {"\x89HDF", 4, 0, "an HDF5 file"},
+    {"\x93NUMPY", 6, 0, "a NumPy array (.npy)"},
+    {"\x80\2}", 3, 0, "a Python pickle"},
+    {"\x80\3", 2, 0, "a Python pickle"},
+    {"\x80\4\x95", 3, 0, "a Python pickle"},
+    {"\x80\5\x95", 3, 0, "a Python pickle"},
+    {"GGUF", 4, 0, "a GGUF model"},
+    {"\xC6\xD7\x34\x01", 4, 0, "a model of llm.c (magic 20240326)"},
+    {"\xC7\xD7\x34\x01", 4, 0, "a state of llm.c (magic 20240327)"},
+    {"\x8A\xD8\x34\x01", 4, 0, "an evaluation set of llm.c (magic 20240522)"},
+    {"\xFF\xFE\0\0", 4, 0, "UTF-32 text (convert it: iconv -f UTF-32 -t UTF-8)"},
+    {"\0\0\xFE\xFF", 4, 0, "UTF-32 text (convert it: iconv -f UTF-32 -t UTF-8)"},
+    {"\xFF\xFE", 2, 0, "UTF-16 text (convert it: iconv -f UTF-16 -t UTF-8)"},
+    {"\xFE\xFF", 2, 0, "UTF-16 text (convert it: iconv -f UTF-16 -t UTF-8)"},
+};
+
+// Whether the signature stands in the bytes. Letters alone may begin a text as well.
+static int is_signed_by(const Signature *s, const unsigned char *bytes, size_t size, int only_letters) {
+    int printable = 1;
+    for (int i = 0; i < s->n; i++) printable = printable && s->bytes[i] >= 32 && s->bytes[i] < 127;
+    if (printable && only_letters && strcmp(s->bytes, "%PDF-")) return 0;
+    return size >= (size_t)(s->at + s->n) && !memcmp(bytes + s->at, s->bytes, (size_t)s->n);
+}
+
+// What bytes look like that are no text: NULL where they may be one. Numbers of 16 or 32 bits, token ids or the letters of
+// UTF-16, leave zeros at the same place of each number; other numbers and packed data leave control characters
+// everywhere, which texts of no encoding hold (but for those of white space, backspace, escape and a zero as a separator).
+static const char *looks_like(const unsigned char *bytes, size_t size) {
+    size_t zeros[4] = {0}, controls = 0, letters[2] = {0}, quarter = size / 4;
+    for (size_t i = 0; i < size; i++) {
+        unsigned char c = bytes[i];
+        int space = c >= '\b' && c <= '\r';
+        zeros[i % 4] += !c;
+        controls += c && c < 32 && !space && c != 27;
+        letters[i % 2] += c >= 32 || space;
+    }
+    int only_letters = !(controls + zeros[0] + zeros[1] + zeros[2] + zeros[3]);
+    for (size_t i = 0; i < sizeof(signatures) / sizeof(signatures[0]); i++)
+        if (is_signed_by(&signatures[i], bytes, size, only_letters)) return signatures[i].what;
+    if (size < 8) return NULL;
+    if (size % 4 == 0 && zeros[3] > quarter - quarter / 100 - 1 && zeros[2] > quarter / 2) return "raw 32-bit numbers, token ids maybe";
+    for (int odd = 0; odd < 2 && size % 2 == 0; odd++) {
+        size_t here = zeros[odd] + zeros[odd + 2], there = zeros[1 - odd] + zeros[3 - odd], half = size / 2;
+        if (here < half / 4 || here < 8 * there) continue;
+        if (letters[1 - odd] > half - half / 50 - 1) return "UTF-16 text (convert it: iconv -f UTF-16 -t UTF-8)";
+        return "raw 16-bit numbers, token ids maybe";
+    }
+    if (controls > size / 10 || (controls > size / 50 && !utf8_valid(bytes, size))) return "numbers or packed data, no text";
+    return NULL;
+}
+
+static int is_safetensors(const unsigned char *bytes, size_t size) {
+    uint64_t length = 0;
+    if (size < 10) return 0;
+    memcpy(&length, bytes, 8);
+    return length >= 2 && length <= size - 8 && length <= MAX_HEADER && bytes[8] == '{';
+}
+
+// Tells the kind of a file by what it holds; a file named *.safetensors must be one. as_bytes: any file is text.
+static int data_kind(DataKind *kind, const unsigned char *bytes, size_t size, int as_bytes, const char *path, char *error) {
+    size_t length = strlen(path);
     int32_t magic = 0;
-    int result = 0;
+    int named = length >= 12 && !strcmp(path + length - 12, ".safetensors");
+    *kind = DATA_TEXT;
+    if (as_bytes) return 0;
+    if (size >= SHARD_HEADER) memcpy(&magic, bytes, sizeof(magic));
+    if (named || is_safetensors(bytes, size)) *kind = DATA_EXAMPLES;
+    else if (magic == GPT2_SHARD || magic == LLAMA3_SHARD) *kind = DATA_SHARD;
+    const char *what = *kind == DATA_TEXT ? looks_like(bytes, size) : NULL;
+    return what ? fail(error, path, "it looks like %s; --format bytes takes it as it is", what) : 0;
+}
+
+// Reads a file of any of the three kinds.
+static int dataset_read(Dataset *data, const char *path, int as_bytes, char *error) {
+    static const char *kinds[] = {"text", "token shard", "examples"};
+    size_t size;
     memset(data, 0, sizeof(*data));
     if (file_read(path, &data->bytes, &size, error)) return FAILED;
-    if (size >= 1024) memcpy(&magic, data->bytes, sizeof(magic));
-    data->kind = length >= 12 && !strcmp(path + length - 12, ".safetensors") ? DATA_EXAMPLES
-               : magic == 20240520 ? DATA_SHARD : DATA_TEXT;
+    int result = data_kind(&data->kind, data->bytes, size, as_bytes, path, error);
     snprintf(data->content, sizeof(data->content), "%s, %zu bytes, hash %016llx", kinds[data->kind], size,
              (unsigned long long)hash_bytes(data->bytes, size));
     data->max_id = -1;
     data->count = (int64_t)size;
-    if (data->kind == DATA_EXAMPLES) {
+    if (result) {
+        // it looks like something else
+    } else if (data->kind == DATA_EXAMPLES) {
         Safetensors file;
         result = safetensors_parse(&file, data->bytes, size, path, error);
         data->bytes = NULL; // the parser's now
@@ -2505,6 +2914,13 @@ static int dataset_read(Dataset *data, const char *path, char *error) {
     }
     if (result) dataset_free(data);
     return result;
+}
+
+// How many of a text's bytes are zero.
+static int64_t count_zeros(const Dataset *data) {
+    int64_t zeros = 0;
+    for (int64_t i = 0; data->kind == DATA_TEXT && i < data->count; i++) zeros += !data->bytes[i];
+    return zeros;
 }
 
 // Puts a text's token ids in the place of its bytes.
@@ -2521,12 +2937,17 @@ static int dataset_encode(Dataset *data, const unsigned char *vocab, int vocab_s
     return 0;
 }
 
+// The i-th token of a stream.
+static inline int token_at(const Dataset *set, int64_t i) {
+    return set->tokens ? set->tokens[i] : set->tokens32 ? (int)set->tokens32[i] : set->bytes[i];
+}
+
 // Copies one sequence into inputs and targets (T): the example, or the tokens from `at` on and the ones that follow them.
 static void copy_sequence(int *inputs, int *targets, const Dataset *set, int64_t at, int T) {
     for (int t = 0; t < T; t++) {
         int64_t i = at + t, e = at * T + t;
-        inputs[t] = set->inputs ? set->inputs[e] : set->tokens ? set->tokens[i] : set->bytes[i];
-        targets[t] = set->targets ? set->targets[e] : set->tokens ? set->tokens[i + 1] : set->bytes[i + 1];
+        inputs[t] = set->inputs ? set->inputs[e] : token_at(set, i);
+        targets[t] = set->targets ? set->targets[e] : token_at(set, i + 1);
     }
 }
 
@@ -2534,10 +2955,11 @@ static void copy_sequence(int *inputs, int *targets, const Dataset *set, int64_t
 // options: one table drives the command line, its help, the metadata of files and what a resumed run must repeat
 
 typedef struct {
-    const char *data, *val, *mixer, *log, *out, *load, *resume, *prompt, *data_content, *val_content;
+    const char *data, *val, *format, *mixer, *log, *out, *load, *resume, *prompt, *data_content, *val_content;
     int64_t vocab, dim, layers, heads, kv_heads, head_dim, state_dim, seq, steps, batch, accum, warmup, decay_steps, seed,
-        eval_every, eval_batches, sample_every, save_every, generate, eval, top_k, window, step;
-    double gamma_max, lr, min_lr, beta1, beta2, eps, weight_decay, clip, dropout, temperature, top_p, best_val;
+        eval_every, eval_batches, sample_every, save_every, overwrite, again, generate, eval, top_k, window, step, validated;
+    double gamma_max, lr, min_lr, beta1, beta2, eps, weight_decay, clip, dropout, temperature, top_p, best_val, train_loss,
+        grad_norm;
 } Options;
 
 typedef enum { DATA, MODEL, TRAINING, WATCHING, FILES, INSTEAD, STATE } Group; // STATE: in files, not on the command line
@@ -2556,7 +2978,8 @@ typedef struct {
 static const Option option_table[] = {
     {DATA, "data", "data", TEXT, FIELD(data), "data/tinyshakespeare.txt", 0, 0, "text, token shard (.bin) or examples (.safetensors)"},
     {DATA, "val", "val", TEXT, FIELD(val), NULL, 0, 0, "validation data (else the last 10 % of --data)"},
-    {MODEL, "vocab", "vocab_size", INTEGER, FIELD(vocab), NULL, 1, 1 << 24, "vocabulary of shards and examples (else from the data)"},
+    {DATA, "format", "data_format", TEXT, FIELD(format), "auto", 0, 0, "auto: told by what the file holds; bytes: any file as text"},
+    {MODEL, "vocab", "vocab_size", INTEGER, FIELD(vocab), NULL, 1, MAX_VOCAB, "of shards (else the tokenizer's: 50257, 128256), of examples (else from them)"},
     {MODEL, "mixer", "mixer", TEXT, FIELD(mixer), "sessa", 0, 0, "sessa, attention (no feedback) or mamba2"},
     {MODEL, "dim", "d_model", INTEGER, FIELD(dim), "128", 1, 1 << 16, "width D"},
     {MODEL, "layers", "n_layers", INTEGER, FIELD(layers), "5", 1, 4096, "layers L"},
@@ -2586,6 +3009,8 @@ static const Option option_table[] = {
     {WATCHING, "log", NULL, TEXT, FIELD(log), NULL, 0, 0, "one JSON object a line, one line a step"},
     {FILES, "out", NULL, TEXT, FIELD(out), "sessa.safetensors", 0, 0, "the run, to resume; the best weights lie beside it"},
     {FILES, "save-every", NULL, INTEGER, FIELD(save_every), NULL, 1, 1e12, "steps between saves (else eval-every)"},
+    {FILES, "overwrite", NULL, FLAG, FIELD(overwrite), "0", 0, 1, "replace what lies at --out, beside it and at --log"},
+    {FILES, "again", NULL, FLAG, FIELD(again), "0", 0, 1, "replace a run of the same settings and data, as make train does"},
     {FILES, "load", NULL, TEXT, FIELD(load), NULL, 0, 0, "start from, evaluate or generate with these weights"},
     {FILES, "resume", NULL, TEXT, FIELD(resume), NULL, 0, 0, "go on exactly where this run stopped"},
     {INSTEAD, "generate", NULL, INTEGER, FIELD(generate), NULL, 1, 1e9, "write that many tokens with --load"},
@@ -2599,6 +3024,9 @@ static const Option option_table[] = {
     {STATE, "best_val_loss", "best_val_loss", NUMBER, FIELD(best_val), "1e300", 0, 1e300, "lowest validation loss so far"},
     {STATE, "data_content", "data_content", TEXT, FIELD(data_content), "", 0, 0, "kind, size and hash of --data"},
     {STATE, "val_content", "val_content", TEXT, FIELD(val_content), "", 0, 0, "of --val"},
+    {STATE, "validated", "validated", INTEGER, FIELD(validated), "-1", -1, 1e11, "step of the last validation, -1: not known"},
+    {STATE, "train_loss", "train_loss", NUMBER, FIELD(train_loss), "-1", -1, 1e300, "of the last step, -1: not known"},
+    {STATE, "grad_norm", "grad_norm", NUMBER, FIELD(grad_norm), "-1", -1, 1e300, "of the last step, -1: not known"},
 };
 #undef FIELD
 enum { N_OPTIONS = sizeof(option_table) / sizeof(option_table[0]) };
@@ -2640,6 +3068,20 @@ static int is_given(const Settings *s, const char *name) {
     return s->given[find_option(name, strlen(name)) - option_table];
 }
 
+// Whether an option is stored in a run's file, and, not `resume`, in one of weights alone: the model, where training
+// stood, and what it was validated on.
+static int is_stored(const Option *option, int resume) {
+    return option->key && (resume || option->group == MODEL || option->group == STATE || !strcmp(option->name, "val"));
+}
+
+// Whether a run's file may lack it: it is not always set, or came later.
+static int may_lack(const Option *option) {
+    static const char *keys[] = {"val", "data_format", "validated", "train_loss", "grad_norm"};
+    for (size_t i = 0; i < sizeof(keys) / sizeof(keys[0]); i++)
+        if (!strcmp(option->key, keys[i])) return 1;
+    return 0;
+}
+
 static void print_help(const char *program) {
     static const char *titles[] = {"data", "model", "training", "watching", "files", "instead of training"};
     static const char *types[] = {"TEXT", "N", "X", ""};
@@ -2671,9 +3113,31 @@ static int parse_options(Settings *s, int argc, char **argv, char *error) {
         if (!option) return wrong(error, NULL, "unknown option '%s' (--help lists them)", argv[i]);
         const char *value = equals ? equals + 1 : option->type == FLAG ? "1" : ++i < argc ? argv[i] : "";
         if (!*value && strcmp(option->name, "prompt")) return wrong(error, NULL, "--%s takes a value", option->name);
+        if (s->given[option - option_table]) return wrong(error, NULL, "--%s stands there twice", option->name);
         if (set_option(&s->values, option, value, error)) return WRONG_OPTION;
         s->given[option - option_table] = 1;
     }
+    return 0;
+}
+
+// An option that would change nothing is refused: whoever wrote it expects something of it.
+static int check_use(const Settings *s, char *error) {
+    const Options *o = &s->values;
+    for (int i = 0; i < N_OPTIONS && option_table[i].group < STATE; i++) {
+        const char *name = option_table[i].name;
+        char word[24];
+        Group group = option_table[i].group;
+        snprintf(word, sizeof(word), " %s ", name);
+        int sampling = strstr(" temperature top-k top-p ", word) != NULL, used;
+        if (o->generate) used = group == MODEL || group == INSTEAD || strstr(" load seed ", word);
+        else if (o->eval) used = group == MODEL || group == DATA || strstr(" load eval batch ", word);
+        else used = group != INSTEAD || (sampling && o->sample_every);
+        if (s->given[i] && !used)
+            return wrong(error, NULL, "--%s changes nothing %s", name, o->generate ? "with --generate" : o->eval ? "with --eval"
+                         : sampling ? "without --sample-every or --generate" : "without --generate");
+    }
+    if (strcmp(o->format, "auto") && strcmp(o->format, "bytes"))
+        return wrong(error, NULL, "--format takes auto or bytes, not '%s'", o->format);
     return 0;
 }
 
@@ -2684,11 +3148,15 @@ typedef struct {
     const Backend *backend;
     Settings settings;
     Config config;
+    Options stored;           // of a resumed run: as its file has them
+    char best_path[PATH_MAX]; // beside --out: the weights with the lowest validation loss
+    char old_best[PATH_MAX];  // of a run resumed under another name: where they lie until the first save, else empty
     Safetensors file;         // of --load or --resume; options may point into it
     unsigned char vocab[256]; // the bytes of a text model's tokens
     int vocab_bytes;          // their number, 0: tokens are ids
     Dataset train, val;       // val is unused when it is the rest of train
     const Dataset *val_set;
+    char val_note[ERROR_SIZE]; // what --eval says of the text, where it is not the one that the model was validated on
     int64_t train_end, val_begin, val_end; // tokens or examples of the two splits
     Model *model;
     int model_T;              // its longest sequence: of a training batch, or what generation remembers
@@ -2718,15 +3186,35 @@ static int config_of(Config *c, const Options *o, char *error) {
     return 0;
 }
 
-// Writes the weights, and with `resume` all that a run needs to go on, to path.
-static int save_checkpoint(Run *run, const char *path, int resume, char *error) {
+typedef enum { WEIGHTS, RESUMABLE } Content;
+
+// The options that belong in a file, as its metadata; each as text that reads back as the same value. Returns their number.
+static int metadata_of(const Run *run, Content content, Meta *meta, char texts[][96], char *error) {
+    static char format[] = "format", pt[] = "pt"; // which readers of the transformers family ask for
     const Options *o = &run->settings.values;
-    int n_blocks = resume ? 3 : 1, n = 0, n_meta = 0, n_rows = run->table.n;
+    Meta first = {format, pt};
+    int n = 0;
+    meta[n++] = first;
+    for (int i = 0; i < N_OPTIONS; i++) {
+        const Option *option = &option_table[i];
+        const char *text = is_stored(option, content == RESUMABLE) ? option_text(texts[i], o, option) : NULL;
+        Options copy;
+        if (!text) continue;
+        if (set_option(&copy, option, text, error)) return FAILED; // what is written can be read
+        Meta row = {(char *)option->key, (char *)text};
+        meta[n++] = row;
+    }
+    return n;
+}
+
+// Writes the weights, and RESUMABLE all that a run needs to go on, to path. trial: see safetensors_write.
+static int save_checkpoint(Run *run, const char *path, Content content, int trial, char *error) {
+    int n_blocks = content == RESUMABLE ? 3 : 1, n = 0, n_rows = run->table.n;
     FileTensor *tensors = (FileTensor *)calloc((size_t)(n_blocks * n_rows + 1), sizeof(FileTensor));
     char (*names)[96] = (char (*)[96])malloc((size_t)(n_blocks * n_rows) * 96), texts[N_OPTIONS][96];
     size_t count = (size_t)run->table.count;
     float *numbers = (float *)malloc(sizeof(real) == sizeof(float) ? 1 : (size_t)n_blocks * count * sizeof(float));
-    Meta meta[N_OPTIONS];
+    Meta meta[N_OPTIONS + 1];
     int result = tensors && names && numbers ? 0 : fail(error, path, "cannot be written: out of memory");
     for (int block = 0; !result && block < n_blocks; block++) {
         const real *values = run->backend->read(run->model, (Block)block);
@@ -2751,21 +3239,53 @@ static int save_checkpoint(Run *run, const char *path, int resume, char *error) 
         FileTensor t = {(char *)"tokenizer.bytes", "U8", 1, {size}, size, (size_t)size, run->vocab};
         tensors[n++] = t;
     }
-    for (int i = 0; i < N_OPTIONS; i++) {
-        const Option *option = &option_table[i];
-        const char *text = option->key && (resume || option->group == MODEL) ? option_text(texts[i], o, option) : NULL;
-        Meta row = {(char *)option->key, (char *)text};
-        if (text) meta[n_meta++] = row;
-    }
-    if (!result) result = safetensors_write(path, tensors, n, meta, n_meta, error);
+    int n_meta = result ? 0 : metadata_of(run, content, meta, texts, error);
+    if (n_meta < 0) result = FAILED;
+    const char *like = run->settings.values.out; // who may read the run may read its best weights
+    if (!result) result = safetensors_write(path, like, tensors, n, meta, n_meta, trial, error);
     free(tensors);
     free(names);
     free(numbers);
     return result;
 }
 
-// Reads one block of the table's tensors from the run's file into the model. While there is no model yet it only checks that
-// they are there, with their dtypes and shapes.
+// The best weights beside the run's file.
+static int save_best(Run *run, char *error) {
+    run->old_best[0] = 0;
+    return save_checkpoint(run, run->best_path, WEIGHTS, 0, error);
+}
+
+// The run. One resumed under another name takes the best weights so far with it.
+static int save_run(Run *run, char *error) {
+    const char *out = run->settings.values.out;
+    if (run->old_best[0] && file_copy(run->old_best, run->best_path, out, error)) return FAILED;
+    run->old_best[0] = 0;
+    return save_checkpoint(run, out, RESUMABLE, 0, error);
+}
+
+// An element of a tensor of F32, F16 or BF16.
+static float float_at(const FileTensor *t, int64_t i) {
+    float value;
+    uint16_t half;
+    uint32_t bits;
+    if (!strcmp(t->dtype, "F32")) {
+        memcpy(&value, t->data + 4 * i, 4);
+        return value;
+    }
+    memcpy(&half, t->data + 2 * i, 2);
+    if (!strcmp(t->dtype, "F16")) {
+        int exponent = half >> 10 & 31, mantissa = half & 1023;
+        value = exponent == 31 ? (mantissa ? NAN : INFINITY) : !exponent ? ldexpf((float)mantissa, -24)
+              : ldexpf((float)(1024 + mantissa), exponent - 25);
+        return half >> 15 ? -value : value;
+    }
+    bits = (uint32_t)half << 16;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+// Reads one block of the table's tensors from the run's file into the model. While there is no model yet it only checks
+// them: that they are there, with their dtypes and shapes, all numbers finite.
 static int load_block(Run *run, const char *path, Block block, char *error) {
     real *values = run->model ? run->backend->read(run->model, block) : NULL;
     for (int i = 0; i < run->table.n; i++) {
@@ -2775,13 +3295,13 @@ static int load_block(Run *run, const char *path, Block block, char *error) {
         const FileTensor *t = safetensors_find(&run->file, name);
         if (!t) return fail(error, path, "tensor %s is missing", name);
         size_t shape_size = sizeof(int64_t) * (size_t)row->n_dims;
-        if (strcmp(t->dtype, "F32") || t->n_dims != row->n_dims || memcmp(t->shape, row->shape, shape_size))
+        int known = !strcmp(t->dtype, "F32") || !strcmp(t->dtype, "F16") || !strcmp(t->dtype, "BF16");
+        if (!known || t->n_dims != row->n_dims || memcmp(t->shape, row->shape, shape_size))
             return fail(error, path, "tensor %s has another dtype or shape than the model's", name);
-        for (int64_t k = 0; values && k < row->count; k++) {
-            float value;
-            memcpy(&value, t->data + k * (int64_t)sizeof(float), sizeof(float));
-            if (!isfinite(value)) return fail(error, path, "tensor %s holds a number that is not finite", name);
-            values[row->offset + k] = (real)value;
+        for (int64_t k = 0; k < row->count; k++) {
+            float value = float_at(t, k);
+            if (!values && !isfinite(value)) return fail(error, path, "tensor %s holds a number that is not finite", name);
+            if (values) values[row->offset + k] = (real)value;
         }
     }
     if (values) run->backend->write(run->model, block);
@@ -2789,8 +3309,8 @@ static int load_block(Run *run, const char *path, Block block, char *error) {
 }
 
 // Takes the options from a checkpoint, those of the model or, to resume, all that are stored, and the vocabulary. What was
-// given on the command line as well must agree, but for --seq of a model and --steps, --data and --val of a run (whose
-// content is compared later).
+// given on the command line as well must agree, but for --seq of a model and, of a run, --steps, the schedule's rates and
+// length (print_changes tells what changes), and --data and --val, whose content is compared later.
 static int settings_from_file(Run *run, const char *path, int resume, char *error) {
     Settings *s = &run->settings;
     char given[96], stored[96], problem[ERROR_SIZE], seen[256] = {0};
@@ -2798,12 +3318,14 @@ static int settings_from_file(Run *run, const char *path, int resume, char *erro
         const Option *option = &option_table[i];
         if (!option->key || (!resume && option->group != MODEL)) continue;
         const char *text = safetensors_meta(&run->file, option->key), *name = option->name;
-        int may_differ = resume ? !strcmp(name, "steps") || option->group == DATA : !strcmp(name, "seq");
+        int schedule = !strcmp(name, "steps") || !strcmp(name, "lr") || !strcmp(name, "min-lr") || !strcmp(name, "decay-steps");
+        int may_differ = resume ? schedule || option->group == DATA : !strcmp(name, "seq");
         Options other = s->values;
         int of_mamba2 = !strncmp(option->key, "mamba_", 6);
-        if (!text && (!strcmp(option->key, "val") || (of_mamba2 && strcmp(s->values.mixer, "mamba2")))) continue;
+        if (!text && (may_lack(option) || (of_mamba2 && strcmp(s->values.mixer, "mamba2")))) continue;
         if (!text || set_option(&other, option, text, problem))
             return fail(error, path, "metadata %s is %s", option->key, text ? "no valid value" : "missing");
+        set_option(&run->stored, option, text, problem);
         if (!s->given[i]) s->values = other;
         else if (!may_differ) {
             const char *ours = option_text(given, &s->values, option), *theirs = option_text(stored, &other, option);
@@ -2811,7 +3333,6 @@ static int settings_from_file(Run *run, const char *path, int resume, char *erro
                 return wrong(error, NULL, "--%s %s differs from %s, which has %s", name, ours, path, theirs);
         }
     }
-    if (resume && !is_given(s, "out")) s->values.out = path;
     if (find_mixer(s->values.mixer) < 0) return fail(error, path, "its mixer '%.40s' is unknown", s->values.mixer);
     if (config_of(&run->config, &s->values, problem)) return fail(error, path, "%.200s", problem);
     const FileTensor *bytes = safetensors_find(&run->file, "tokenizer.bytes");
@@ -2824,48 +3345,104 @@ static int settings_from_file(Run *run, const char *path, int resume, char *erro
     return 0;
 }
 
-// Opens --data and --val, settles the vocabulary (unless a checkpoint has) and the splits.
-static int open_data(Run *run, char *error) {
+// Reads one data file into its place.
+static int read_set(Run *run, Dataset *set, const char *path, char *error) {
+    if (dataset_read(set, path, !strcmp(run->settings.values.format, "bytes"), error)) return FAILED;
+    int64_t zeros = count_zeros(set);
+    if (zeros) fprintf(stderr, "train_sessa: %s: warning: %lld of its bytes are 0; taken as text\n", path, (long long)zeros);
+    return 0;
+}
+
+// What --eval without --val evaluates: of the text that the model was trained on its validation part, which may be a file
+// of its own, or the text that it was validated on; of another text the last tenth, and the result says so.
+static int find_validation(Run *run, char *error) {
     Options *o = &run->settings.values;
-    Dataset *sets[] = {&run->train, &run->val};
-    const char *paths[] = {o->data, o->val}, **contents[] = {&o->data_content, &o->val_content};
-    int n_sets = o->val ? 2 : 1, loaded = o->load || o->resume, max_id = -1, seen[256] = {0};
-    for (int i = 0; i < n_sets; i++) {
-        if (dataset_read(sets[i], paths[i], error)) return FAILED;
-        if (o->resume && strcmp(*contents[i], sets[i]->content))
-            return fail(error, paths[i], "%s; the run being resumed read %.90s", sets[i]->content,
-                        **contents[i] ? *contents[i] : "none");
-        *contents[i] = sets[i]->content;
-        max_id = sets[i]->max_id > max_id ? sets[i]->max_id : max_id;
+    const char *trained_on = safetensors_meta(&run->file, "data_content");
+    const char *validated_on = safetensors_meta(&run->file, "val_content"), *val = safetensors_meta(&run->file, "val");
+    if (!trained_on) return 0; // another program's weights
+    if (validated_on && *validated_on && !strcmp(run->train.content, validated_on)) {
+        run->val_begin = 0;
+    } else if (strcmp(run->train.content, trained_on)) {
+        fail(run->val_note, NULL, " (the last tenth of %.200s: not the text that the model was trained on)", o->data);
+    } else if (validated_on && *validated_on) {
+        char problem[ERROR_SIZE];
+        if (!val || read_set(run, &run->val, val, problem) || strcmp(run->val.content, validated_on))
+            return fail(error, o->data, "the model was trained on all of it and validated on another file, %.200s: give that as --val",
+                        val ? val : "not named");
+        o->val = val;
     }
-    DataKind kind = run->train.kind;
-    if (o->val && run->val.kind != kind) return fail(error, NULL, "%s and %s are of different kinds", o->data, o->val);
+    return 0;
+}
+
+// Settles the vocabulary (unless a checkpoint has) from the sets that are there.
+static int settle_vocabulary(Run *run, Dataset **sets, const char **paths, int n_sets, char *error) {
+    Options *o = &run->settings.values;
+    int loaded = o->load || o->resume, max_id = -1, hint = 0, seen[256] = {0};
+    DataKind kind = sets[0]->kind;
+    for (int i = 0; i < n_sets; i++) {
+        max_id = sets[i]->max_id > max_id ? sets[i]->max_id : max_id;
+        hint = sets[i]->vocab_hint > hint ? sets[i]->vocab_hint : hint;
+    }
     if (kind == DATA_TEXT && !loaded) { // the distinct bytes, sorted
+        if (is_given(&run->settings, "vocab"))
+            return wrong(error, NULL, "--vocab is for token shards and example sets: the vocabulary of a text is its bytes");
         for (int i = 0; i < n_sets; i++)
             for (int64_t k = 0; k < sets[i]->count; k++) seen[sets[i]->bytes[k]] = 1;
         for (int byte = 0; byte < 256; byte++)
             if (seen[byte]) run->vocab[run->vocab_bytes++] = (unsigned char)byte;
         o->vocab = run->vocab_bytes;
     }
-    if (kind == DATA_TEXT && !run->vocab_bytes) return fail(error, o->data, "it is text, but the model's tokens are ids");
+    if (kind == DATA_TEXT && !run->vocab_bytes) return fail(error, paths[0], "it is text, but the model's tokens are ids");
+    if (kind != DATA_TEXT && run->vocab_bytes) return fail(error, paths[0], "it holds token ids, but the model's tokens are bytes");
     for (int i = 0; kind == DATA_TEXT && i < n_sets; i++)
         if (dataset_encode(sets[i], run->vocab, run->vocab_bytes, paths[i], error)) return FAILED;
-    if (!o->vocab) o->vocab = run->train.vocab_hint ? run->train.vocab_hint : max_id >= 50257 ? max_id + 1 : 50257;
+    if (!o->vocab) o->vocab = hint > max_id ? hint : max_id + 1;
     if (max_id >= o->vocab)
-        return fail(error, o->data, "token id %d does not fit a vocabulary of %d", max_id, (int)o->vocab);
+        return fail(error, paths[0], "token id %d does not fit a vocabulary of %d", max_id, (int)o->vocab);
+    return 0;
+}
 
-    run->val_set = o->val ? &run->val : &run->train;
+// Opens --data and --val, settles the vocabulary and the splits. To evaluate --val, --data is not needed.
+static int open_data(Run *run, char *error) {
+    Options *o = &run->settings.values;
+    Dataset *sets[2];
+    const char *paths[2], **contents[] = {&o->data_content, &o->val_content};
+    int n_sets = 0, val_alone = o->eval && o->val;
+    for (int i = val_alone; i < (o->val ? 2 : 1); i++) {
+        Dataset *set = i ? &run->val : &run->train;
+        const char *path = i ? o->val : o->data;
+        if (read_set(run, set, path, error)) return FAILED;
+        if (o->resume && strcmp(*contents[i], set->content))
+            return fail(error, path, "%s; the run being resumed read %.90s", set->content, **contents[i] ? *contents[i] : "none");
+        *contents[i] = set->content;
+    }
     run->train_end = o->val ? run->train.count : run->train.count * 9 / 10;
     run->val_begin = o->val ? 0 : run->train_end;
+    if (o->eval && !val_alone && find_validation(run, error)) return FAILED;
+    run->val_set = o->val ? &run->val : &run->train;
+    if (o->val) run->val_begin = 0;
     run->val_end = run->val_set->count;
-    int64_t least = kind == DATA_EXAMPLES ? 1 : o->seq + 1;
+    if (run->train.count) {
+        paths[n_sets] = o->data;
+        sets[n_sets++] = &run->train;
+    }
+    if (o->val) {
+        paths[n_sets] = o->val;
+        sets[n_sets++] = &run->val;
+    }
+    if (n_sets == 2 && run->val.kind != run->train.kind)
+        return fail(error, NULL, "%.200s and %.200s are of different kinds", o->data, o->val);
+    int result = settle_vocabulary(run, sets, paths, n_sets, error);
+    if (result) return result;
+
+    DataKind kind = sets[0]->kind;
     for (int i = 0; kind == DATA_EXAMPLES && i < n_sets; i++) {
         if (!is_given(&run->settings, "seq") && i == 0) o->seq = sets[i]->width;
         if (sets[i]->width != o->seq)
             return fail(error, paths[i], "it holds sequences of %d tokens, not of %d", sets[i]->width, (int)o->seq);
     }
     static const char too_short[] = "%s takes %lld of its tokens or examples, there are %lld";
-    int64_t n_train = run->train_end, n_val = run->val_end - run->val_begin;
+    int64_t least = kind == DATA_EXAMPLES ? 1 : o->seq + 1, n_train = run->train_end, n_val = run->val_end - run->val_begin;
     if (!o->eval && n_train < least) return fail(error, o->data, too_short, "training", (long long)least, (long long)n_train);
     if (n_val < least) return fail(error, paths[n_sets - 1], too_short, "validation", (long long)least, (long long)n_val);
     return 0;
@@ -2895,16 +3472,18 @@ static int64_t sequence_place(Run *run, int64_t i) {
     return run->order[i % n];
 }
 
-static volatile sig_atomic_t interrupted = 0;
-static void on_interrupt(int signal_number) { interrupted = signal_number; }
-
 // What a validation finds: the mean loss in nats and, of example sets, the share of the targets that are the likeliest
 // token; of those that say their lag also by lag, from 2^k to 2^(k+1) - 1. NAN: no such target.
 enum { LAG_BINS = 31 };
-typedef struct { double loss, accuracy, by_lag[LAG_BINS]; } Score;
+typedef struct {
+    double loss, accuracy, by_lag[LAG_BINS];
+    int64_t count; // targets that were seen
+    int broken;    // a signal broke it off: it says nothing
+} Score;
 
-// Over consecutive windows of the validation split: all of them, or max_batches evenly spaced batches.
-static Score evaluate(Run *run, int64_t max_batches) {
+// Over consecutive windows of the validation split: all of them, or max_batches evenly spaced batches. A signal that asks
+// for an end breaks it off, unless it `lasts`.
+static Score evaluate(Run *run, int64_t max_batches, int lasts) {
     const Options *o = &run->settings.values;
     const Dataset *set = run->val_set;
     int T = (int)o->seq, examples = set->kind == DATA_EXAMPLES;
@@ -2912,7 +3491,9 @@ static Score evaluate(Run *run, int64_t max_batches) {
     int64_t batches = (windows + o->batch - 1) / o->batch, taken = max_batches && max_batches < batches ? max_batches : batches;
     int64_t count = 0, hits = 0, of_bin[LAG_BINS] = {0}, hits_of[LAG_BINS] = {0};
     double sum = 0;
-    for (int64_t i = 0; i < taken && !(interrupted && !max_batches); i++) {
+    Score score;
+    memset(&score, 0, sizeof(score));
+    for (int64_t i = 0; i < taken && !score.broken; i++) {
         int64_t first = (batches / taken * i + batches % taken * i / taken) * o->batch; // batches·i/taken, which may overflow
         int B = (int)(windows - first < o->batch ? windows - first : o->batch);
         for (int b = 0; b < B; b++)
@@ -2930,21 +3511,226 @@ static Score evaluate(Run *run, int64_t max_batches) {
             of_bin[bin]++;
             hits_of[bin] += run->hits[n];
         }
+        score.broken = interrupted && !lasts && i + 1 < taken;
     }
-    Score score = {count ? sum / (double)count : 0, count && examples ? (double)hits / (double)count : NAN, {0}};
+    score.count = count;
+    score.loss = count ? sum / (double)count : NAN;
+    score.accuracy = count && examples ? (double)hits / (double)count : NAN;
     for (int k = 0; k < LAG_BINS; k++) score.by_lag[k] = of_bin[k] ? (double)hits_of[k] / (double)of_bin[k] : NAN;
     return score;
+}
+
+// "name": number as a member of a JSON object, which knows no NaN and no infinity: null in their place.
+static void print_member(FILE *out, const char *name, double number, int digits) {
+    if (isfinite(number)) fprintf(out, ", \"%s\": %.*g", name, digits, number);
+    else fprintf(out, ", \"%s\": null", name);
 }
 
 // The score as members of a JSON object.
 static void print_score(FILE *out, const Score *score) {
     int bins = 0;
-    fprintf(out, "\"val_loss\": %.9g", score->loss);
-    if (!isnan(score->accuracy)) fprintf(out, ", \"val_accuracy\": %.9g", score->accuracy);
+    print_member(out, "val_loss", score->loss, 9);
+    if (!isnan(score->accuracy)) print_member(out, "val_accuracy", score->accuracy, 9);
     for (int k = 0; k < LAG_BINS; k++)
         if (!isnan(score->by_lag[k]))
             fprintf(out, "%s\"%d\": %.9g", bins++ ? ", " : ", \"accuracy_by_lag\": {", 1 << k, score->by_lag[k]);
     if (bins) fprintf(out, "}");
+}
+
+// ----------------------------------------------------------------------------
+// what a run writes: its places, and whose files lie there
+
+// Whether a file with something in it lies there.
+static int is_file(const char *path) {
+    struct stat info;
+    return path && !stat(path, &info) && S_ISREG(info.st_mode) && info.st_size > 0;
+}
+
+// Whether two paths name one file, or would.
+static int same_file(const char *a, const char *b) {
+    struct stat s, t;
+    char one[PATH_MAX], other[PATH_MAX], problem[ERROR_SIZE];
+    if (!a || !b) return 0;
+    if (!stat(a, &s) && !stat(b, &t)) return same_place(&s, &t);
+    return !resolve(a, one, problem) && !resolve(b, other, problem) && !strcmp(one, other);
+}
+
+// The place of the best weights beside a run's file: x.best.safetensors beside x.safetensors.
+static int best_beside(char best[PATH_MAX], const char *out, char *error) {
+    int stem = (int)strlen(out);
+    if (stem > 12 && !strcmp(out + stem - 12, ".safetensors")) stem -= 12;
+    if (snprintf(best, PATH_MAX, "%.*s.best.safetensors", stem, out) < PATH_MAX) return 0;
+    return fail(error, out, "cannot be written: the path is too long");
+}
+
+// Locks the run's file and its best weights; from then on what killed runs left there is nobody's, and is removed.
+static int claim_places(Run *run, char *error) {
+    const char *paths[] = {run->settings.values.out, run->best_path};
+    char target[PATH_MAX];
+    for (int i = 0; i < 2; i++) {
+        int held = n_locks;
+        if (resolve(paths[i], target, error) || take_lock(target, error)) return FAILED;
+        if (n_locks > held) remove_leftovers(target);
+    }
+    return 0;
+}
+
+// Two of a run's files that are one file would destroy each other.
+static int check_distinct(const Run *run, char *error) {
+    const Options *o = &run->settings.values;
+    const char *names[] = {"--data", "--val", "--load", "--resume", "--out", "the best weights", "--log"};
+    const char *paths[] = {o->data, o->val, o->load, o->resume, o->out, run->best_path, o->log};
+    for (int i = 0; i < 7; i++)
+        for (int j = 0; j < i; j++) {
+            int resumed = i == 4 && j == 3; // a run goes on in its own file
+            if (resumed || !same_file(paths[i], paths[j])) continue;
+            return wrong(error, NULL, "%s and %s are one file: %.200s", names[j], names[i], paths[i]);
+        }
+    return 0;
+}
+
+// What lies at path, for the line that refuses to replace it. text: ERROR_SIZE bytes
+static void describe(char *text, const char *path) {
+    Safetensors file;
+    char problem[ERROR_SIZE];
+    if (safetensors_read(&file, path, problem)) {
+        fail(text, NULL, "no checkpoint");
+        return;
+    }
+    const char *step = safetensors_meta(&file, "step"), *loss = safetensors_meta(&file, "best_val_loss");
+    int run = safetensors_find(&file, "exp_avg.wte.weight") != NULL;
+    double best = loss && strlen(loss) < 40 ? strtod(loss, NULL) : 1e300;
+    fail(text, NULL, "%s", run ? "a run" : safetensors_find(&file, "wte.weight") ? "weights" : "no checkpoint");
+    size_t used = strlen(text);
+    if (step) snprintf(text + used, ERROR_SIZE - used, " of step %.20s", step);
+    used = strlen(text);
+    if (step && best < 1e300) snprintf(text + used, ERROR_SIZE - used, ", validation loss %.4f", best);
+    else if (step) snprintf(text + used, ERROR_SIZE - used, ", not yet validated");
+    safetensors_free(&file);
+}
+
+// Whether the checkpoint at path stores this run's settings and data. Weights alone store less: the model and the data.
+static int is_same_run(const Run *run, const char *path) {
+    Safetensors file;
+    char problem[ERROR_SIZE], text[96];
+    if (safetensors_read(&file, path, problem)) return 0;
+    int is_run = safetensors_find(&file, "exp_avg.wte.weight") != NULL, same = 1;
+    for (int i = 0; i < N_OPTIONS; i++) {
+        const Option *option = &option_table[i];
+        int content = option->group == STATE && strstr(option->name, "_content") != NULL;
+        if (!content && option->group != MODEL && !(is_run && option->group == TRAINING)) continue;
+        const char *theirs = safetensors_meta(&file, option->key), *ours = option_text(text, &run->settings.values, option);
+        same = same && (theirs && ours ? !strcmp(theirs, ours) : !theirs == !ours);
+    }
+    safetensors_free(&file);
+    return same;
+}
+
+// What a log holds up to a step: where the lines of the steps before it end, and its own.
+typedef struct { long before, upto, size; int64_t last; int is_log, own, validated; } LogScan;
+
+// Reads the lines of a log up to `step`. loss: of that step as its file has it, -1: not known. `own` says whether the log is
+// this run's: if it has a line of the step that has the same loss, or ends before.
+static LogScan log_scan(FILE *file, int64_t step, double loss) {
+    static const char start[] = "{\"step\": ";
+    char line[4096], expected[32], stands[32] = "";
+    LogScan scan = {0, 0, 0, 0, 1, 1, 0};
+    long long logged;
+    int whole = 1;
+    snprintf(expected, sizeof(expected), "%.9g", loss);
+    while (whole && fgets(line, sizeof(line), file)) {
+        size_t length = strlen(line);
+        whole = length > 0 && line[length - 1] == '\n';
+        int begins = !strncmp(line, start, whole || length >= sizeof(start) ? sizeof(start) - 1 : length);
+        if (!begins && !scan.last) scan.is_log = 0;
+        if (!whole || !begins || sscanf(line, "{\"step\": %lld, \"train_loss\": %30[^,}]", &logged, stands) < 1) break;
+        if (logged > step) {
+            if (scan.last < step) scan.own = !scan.last && logged == step + 1; // begun when the run was resumed there
+            break;
+        }
+        scan.last = logged;
+        scan.upto = ftell(file);
+        if (logged < step) scan.before = scan.upto;
+        if (logged < step) continue;
+        scan.own = loss < 0 || !*stands || !strcmp(stands, expected);
+        scan.validated = strstr(line, "\"val_loss\"") != NULL;
+    }
+    if (!fseek(file, 0, SEEK_END)) scan.size = ftell(file);
+    return scan;
+}
+
+// A new run begins no log where one lies.
+static int check_log_free(const Options *o, char *error) {
+    if (o->resume || o->overwrite || !is_file(o->log)) return 0;
+    FILE *file = fopen(o->log, "r");
+    LogScan scan = {0, 0, 0, 0, 0, 0, 0};
+    if (file) {
+        scan = log_scan(file, INT64_MAX, -1);
+        fclose(file);
+    }
+    static const char what[] = "%.250s is there: %s up to step %lld; --resume goes on with its run, --log names another place, --overwrite replaces it";
+    if (scan.is_log) return wrong(error, NULL, what, o->log, "a log", (long long)scan.last);
+    return wrong(error, NULL, "%.250s is there, and is no log; --log names another place, --overwrite replaces it", o->log);
+}
+
+// A run replaces what it wrote or resumed and nothing else, unless it is told to.
+static int check_free(const Run *run, char *error) {
+    const Options *o = &run->settings.values;
+    char what[ERROR_SIZE];
+    const char *paths[] = {o->out, run->best_path};
+    int own = o->resume && same_file(o->out, o->resume);
+    if (check_log_free(o, error)) return WRONG_OPTION;
+    if (own || o->overwrite) return 0;
+    for (int i = 0; i < 2; i++) {
+        if (!is_file(paths[i]) || (o->again && is_same_run(run, paths[i]))) continue;
+        describe(what, paths[i]);
+        return wrong(error, NULL, "%.150s is there: %.100s; %s%.100s goes on with it, --out names another place, --overwrite replaces it",
+                     paths[i], what, i ? "--load " : "--resume ", paths[i]);
+    }
+    for (int i = 0; i < 2 && o->again; i++)
+        if (is_file(paths[i])) printf("%s of the same settings and data is replaced\n", paths[i]);
+    return 0;
+}
+
+// Of a resumed run: the best weights so far lie beside its file. Where they do not, the lowest loss counts anew, and that is
+// said; where another run's lie there, they are not touched.
+static int check_best(Run *run, char *error) {
+    Options *o = &run->settings.values;
+    char path[PATH_MAX];
+    Safetensors file;
+    if (best_beside(path, o->resume, error)) return FAILED;
+    if (o->best_val >= 1e300) return 0;
+    if (!is_file(path)) {
+        fail(error, NULL, "%.200s is not there: the lowest validation loss, %.4f, counts anew", path, o->best_val);
+        printf("%s\n", error);
+        o->best_val = 1e300;
+        return 0;
+    }
+    if (safetensors_read(&file, path, error)) return FAILED;
+    const char *loss = safetensors_meta(&file, "best_val_loss"), *content = safetensors_meta(&file, "data_content");
+    int other = (content && strcmp(content, o->data_content)) || (loss && strtod(loss, NULL) > o->best_val);
+    safetensors_free(&file);
+    if (other && !o->overwrite)
+        return wrong(error, path, "not the best weights of the resumed run: move it away, or --overwrite replaces it");
+    if (other) o->best_val = 1e300;
+    else if (!same_file(path, run->best_path)) snprintf(run->old_best, sizeof(run->old_best), "%s", path);
+    return 0;
+}
+
+// Tells what a resumed run does otherwise than its file says, and that a schedule has come to its end.
+static void print_changes(const Run *run) {
+    const Options *o = &run->settings.values;
+    char ours[96], theirs[96];
+    for (int i = 0; o->resume && i < N_OPTIONS; i++) {
+        const Option *option = &option_table[i];
+        if (option->group != TRAINING || !run->settings.given[i] || !strcmp(option->name, "steps")) continue;
+        const char *now = option_text(ours, o, option), *before = option_text(theirs, &run->stored, option);
+        if (strcmp(now, before)) printf("from step %lld on: --%s %s in place of %s\n", (long long)o->step + 1, option->name, now, before);
+    }
+    int64_t first = o->step > o->decay_steps ? o->step : o->decay_steps;
+    if (o->resume && o->steps > first)
+        printf("the schedule ends at step %lld: the steps after it are made with the lowest rate, %g; --decay-steps %lld stretches it\n",
+               (long long)o->decay_steps, o->min_lr, (long long)o->steps);
 }
 
 // ----------------------------------------------------------------------------
@@ -3020,12 +3806,33 @@ static int encode_prompt(const Run *run, const char *prompt, int *ids, char *err
     return n;
 }
 
+// A character of UTF-8 whose bytes are still to come.
+typedef struct { unsigned char bytes[4]; int n; } Character;
+
+// Prints a byte, or keeps it while it begins a character of UTF-8: what is read as text is whole at any moment, and what the
+// last token leaves unfinished is not printed. Bytes that are no UTF-8 are printed as they are.
+static void print_byte(Character *c, unsigned char byte) {
+    c->bytes[c->n++] = byte;
+    while (c->n > 0) {
+        unsigned char first = c->bytes[0];
+        int length = first >= 0xC2 && first < 0xE0 ? 2 : (first & 0xF0) == 0xE0 ? 3 : first >= 0xF0 && first <= 0xF4 ? 4 : 1;
+        int follow = 1;
+        while (follow < c->n && follow < length && (c->bytes[follow] & 0xC0) == 0x80) follow++;
+        if (follow == c->n && follow < length) return; // it may go on
+        int printed = follow == length ? length : 1;
+        fwrite(c->bytes, 1, (size_t)printed, stdout);
+        c->n -= printed;
+        memmove(c->bytes, c->bytes + printed, (size_t)c->n);
+    }
+}
+
 // Writes the prompt and n sampled tokens to standard output as they are made. When the positions that the model
 // remembers are full, the last half is read afresh.
 static int generate(Run *run, const char *prompt, int64_t n, uint64_t random, char *error) {
     const Options *o = &run->settings.values;
     int V = run->config.vocab_size, T = run->model_T, result = 0;
     int fed = 0, begin = 0; // the model has seen `fed` tokens and remembers them from `begin` on
+    Character character = {{0}, 0};
     real *logits = (real *)malloc((size_t)V * sizeof(real));
     Candidate *candidates = (Candidate *)malloc((size_t)V * sizeof(Candidate));
     int *tokens = (int *)malloc((strlen(prompt) + 2 + (size_t)n) * sizeof(int));
@@ -3047,7 +3854,7 @@ static int generate(Run *run, const char *prompt, int64_t n, uint64_t random, ch
         int id = sample_token(logits, candidates, V, o->temperature, o->top_k, o->top_p, &random);
         if (id < 0) { result = fail(error, NULL, "a logit is not finite: the weights are spoilt"); break; }
         tokens[count++] = id;
-        if (run->vocab_bytes) putchar(run->vocab[id]);
+        if (run->vocab_bytes) print_byte(&character, run->vocab[id]);
         else printf(made || *prompt ? " %d" : "%d", id);
         if (fflush(stdout)) result = fail(error, "standard output", "%s", strerror(errno));
     }
@@ -3105,45 +3912,129 @@ static int train_step(Run *run, double *loss, double *grad_norm, char *error) {
     return 0;
 }
 
-// Opens the log: anew, or cut back to the lines up to a resumed step. NULL with a line in error.
-static FILE *open_log(const char *path, int64_t step, char *error) {
-    FILE *log = fopen(path, step ? "r+" : "w");
-    if (!log && step && errno == ENOENT) log = fopen(path, "w");
-    char line[4096];
-    long kept = 0;
-    long long logged;
-    while (log && step && fgets(line, sizeof(line), log) && strchr(line, '\n') &&
-           sscanf(line, "{\"step\": %lld", &logged) == 1 && logged <= step) kept = ftell(log);
-    if (log && !fseek(log, kept, SEEK_SET) && (!step || !ftruncate(fileno(log), kept))) return log;
-    fail(error, path, "%s", strerror(errno));
-    if (log) fclose(log);
-    return NULL;
+// What a step found. elapsed: seconds, NAN if it was made before the run was resumed
+typedef struct { int64_t step; double loss, grad_norm, rate, tokens, elapsed; } Step;
+
+// The log of a run: one JSON object a line, one line a step.
+typedef struct {
+    const char *path;
+    FILE *file;         // NULL: none was asked for
+    int created, lines; // it was not there before; lines written since
+    int64_t last;       // the step of its last line, 0: none
+    int complete;       // when it was opened, that line held a validation
+} Log;
+
+// Opens the log: a new one for a new run; of a resumed one it is cut back to the resumed step, or, `again`, to the step
+// before it where the step's own line has no validation. A pipe or a device is written as it is. A file that is no log of
+// this run is not touched, unless --overwrite says so.
+static int log_open(Log *log, const Options *o, int again, char *error) {
+    struct stat info;
+    memset(log, 0, sizeof(*log));
+    log->path = o->log;
+    if (!o->log) return 0;
+    int there = !stat(o->log, &info), stream = there && !S_ISREG(info.st_mode);
+    int fd = open(o->log, stream ? O_WRONLY | O_NONBLOCK | O_CLOEXEC : O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+    if (fd < 0) return fail(error, o->log, "%s", errno == ENXIO ? "nobody reads this pipe" : strerror(errno));
+    int locked = stream ? 1 : lock_descriptor(fd);
+    if (stream) fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) & ~O_NONBLOCK);
+    if (locked < 0) fprintf(stderr, no_locks, o->log);
+    log->file = locked ? fdopen(fd, stream ? "w" : "r+") : NULL;
+    if (!log->file) {
+        close(fd);
+        return fail(error, o->log, "%s", locked ? strerror(errno) : "another run is writing it");
+    }
+    log->created = !there;
+    if (stream) return 0;
+    LogScan scan = log_scan(log->file, o->resume ? o->step : 0, o->train_loss);
+    int result = 0;
+    if (o->overwrite && !(o->resume && scan.is_log && scan.own)) memset(&scan, 0, sizeof(scan));
+    else if (scan.size && !o->resume) result = wrong(error, o->log, "it was written meanwhile");
+    else if (scan.size && !scan.is_log) result = wrong(error, o->log, "it is no log: another --log, or --overwrite");
+    else if (scan.size && !scan.own) result = wrong(error, o->log, "the log of another run: another --log, or --overwrite");
+    int keep_line = scan.last < o->step || scan.validated || !again;
+    long kept = keep_line ? scan.upto : scan.before;
+    log->last = keep_line ? scan.last : o->step - 1;
+    log->complete = scan.validated;
+    if (!result && (ftruncate(fd, kept) || fseek(log->file, kept, SEEK_SET))) result = fail(error, o->log, "%s", strerror(errno));
+    if (!result) return 0;
+    fclose(log->file);
+    log->file = NULL;
+    return result;
 }
 
-// Prints how to go on after Ctrl-C: --resume and what was given of the rows that a checkpoint does not hold.
+// Writes the line of a step; score: of the validation there, NULL: none. FAILED if the line is not on its way to the disk.
+static int log_line(Log *log, const Step *s, const Score *score, char *error) {
+    if (!log->file || s->step <= log->last) return 0; // the line stands there
+    log->last = s->step;
+    fprintf(log->file, "{\"step\": %lld", (long long)s->step);
+    print_member(log->file, "train_loss", s->loss, 9);
+    if (score) print_score(log->file, score);
+    print_member(log->file, "lr", s->rate, 9);
+    print_member(log->file, "grad_norm", s->grad_norm, 9);
+    print_member(log->file, "tok_per_s", s->tokens / s->elapsed, 6);
+    fprintf(log->file, "}\n");
+    log->lines++;
+    return fflush(log->file) || ferror(log->file) ? fail(error, log->path, "%s", strerror(errno)) : 0;
+}
+
+// A log that was made for nothing is removed.
+static void log_close(Log *log) {
+    if (!log->file) return;
+    fclose(log->file);
+    if (log->created && !log->lines) unlink(log->path);
+    log->file = NULL;
+}
+
+// Prints a word so that a shell reads it as one, and a terminal is not commanded by it.
+static void print_quoted(const char *word) {
+    int plain = *word != 0, hostile = 0;
+    for (const char *c = word; *c; c++) {
+        plain = plain && (isalnum((unsigned char)*c) || strchr("-_./=:,+@%", *c));
+        hostile = hostile || (unsigned char)*c < 32 || *c == 127;
+    }
+    hostile = hostile || !utf8_valid((const unsigned char *)word, strlen(word));
+    if (!plain) fputs(hostile ? "$'" : "'", stdout);
+    for (const char *c = word; *c; c++) {
+        unsigned char byte = (unsigned char)*c;
+        if (hostile && (byte < 32 || byte > 126)) printf("\\%03o", byte);
+        else if (byte == '\'') fputs(hostile ? "\\'" : "'\\''", stdout);
+        else if (byte == '\\' && hostile) fputs("\\\\", stdout);
+        else putchar(byte);
+    }
+    if (!plain) putchar('\'');
+}
+
+// Prints how to go on after a stop: --resume and what was given of the rows that a checkpoint does not hold.
 static void print_resume_command(const Run *run, const char *program) {
     const Settings *s = &run->settings;
-    printf("\nstopped after step %lld, saved to %s\n", (long long)s->values.step, s->values.out);
-    printf("go on with: %s --resume '%s'", program, s->values.out);
+    printf("\nstopped after step %lld, saved to ", (long long)s->values.step);
+    print_quoted(s->values.out);
+    printf("\ngo on with: ");
+    print_quoted(program);
+    printf(" --resume ");
+    print_quoted(s->values.out);
     for (int i = 0; i < N_OPTIONS; i++) {
         const Option *option = &option_table[i];
         char text[96];
-        if (s->given[i] && (option->group == WATCHING || !strcmp(option->name, "save-every")))
-            printf(" --%s '%s'", option->name, option_text(text, &s->values, option));
+        if (!s->given[i] || (option->group != WATCHING && strcmp(option->name, "save-every"))) continue;
+        printf(" --%s ", option->name);
+        print_quoted(option_text(text, &s->values, option));
     }
     printf("\n");
 }
 
 // The line that a step writes to the terminal, over the one before, or to a file.
-static void print_step(const Options *o, double loss, double grad_norm, double rate, double elapsed, double left, const Score *score) {
-    int last = o->step == o->steps, terminal = isatty(STDOUT_FILENO);
-    printf("%sstep %lld/%lld | loss %.4f | norm %.3f | lr %.2e | %.1f ms | %.0f tok/s | %lld:%02d left", terminal ? "\r" : "",
-           (long long)o->step, (long long)o->steps, loss, grad_norm, rate, elapsed * 1e3,
-           (double)(o->accum * o->batch * o->seq) / elapsed, (long long)left / 60, (int)((long long)left % 60));
+static void print_step(const Options *o, const Step *s, double left, const Score *score) {
+    int last = o->step == o->steps, is_terminal = isatty(STDOUT_FILENO);
+    printf("%sstep %lld/%lld | loss %.4f | norm %.3f | lr %.2e", is_terminal ? "\r" : "", (long long)o->step, (long long)o->steps,
+           s->loss, s->grad_norm, s->rate);
+    if (isfinite(s->elapsed)) // else the step was made before the run was resumed
+        printf(" | %.1f ms | %.0f tok/s | %lld:%02d left", s->elapsed * 1e3, s->tokens / s->elapsed, (long long)left / 60,
+               (int)((long long)left % 60));
     if (score) printf(" | val %.4f", score->loss);
     if (score && !isnan(score->accuracy)) printf(", accuracy %.4f", score->accuracy);
     if (score && last) printf(" (whole split)");
-    printf(!terminal || score ? "\n" : "  ");
+    printf(!is_terminal || score ? "\n" : "  ");
     fflush(stdout);
 }
 
@@ -3162,89 +4053,180 @@ static int print_sample(Run *run, Model *sampler, char *error) {
     return result;
 }
 
-static int same_file(const char *a, const char *b) {
-    struct stat s, t;
-    return a && b && !stat(a, &s) && !stat(b, &t) && s.st_dev == t.st_dev && s.st_ino == t.st_ino;
+// The training loop's own state.
+typedef struct {
+    Log log;
+    Model *sampler;         // prints samples; NULL: none are asked for
+    double start;           // seconds
+    int64_t first_step;     // that it began with
+    const char *saved;      // the file that holds saved_step, NULL: none yet
+    int64_t saved_step;
+    int complete;           // the run's last step is concluded
+} Training;
+
+// Validates: as --eval-every asks, if `due`, else, before a save, one batch, so that what is saved is not only finite but
+// has a finite loss. FAILED, with the line, if it has none: then nothing may be saved.
+static int judge(Run *run, int due, int to_save, Score *score, char *error) {
+    const Options *o = &run->settings.values;
+    memset(score, 0, sizeof(*score));
+    if (due) *score = evaluate(run, o->eval_batches, 0);
+    Score quick = *score;
+    if (!due || score->broken) {
+        score->count = 0; // no score
+        if (to_save) quick = evaluate(run, 1, 1);
+    }
+    if (!quick.count || isfinite(quick.loss)) return 0;
+    *score = quick;
+    return fail(error, NULL, "step %lld: the validation loss is %g: stopped, this step is not saved; a lower --lr may help",
+                (long long)o->step, quick.loss);
 }
 
-// The training loop. 130 after Ctrl-C.
-static int train(Run *run, const char *program, char *error) {
+// What follows an update, in this order: the step is judged, then come the log's line, the best weights, the run's file; so
+// whatever ends the program in between, nothing is named that is not there. The line of the run's last step waits for the
+// validation of the whole split, which conclude_run makes. A log that fails, or best weights, do not keep the run from being
+// saved, and end it.
+static int conclude_step(Run *run, Training *t, const Step *s, char *error) {
     Options *o = &run->settings.values;
-    char best_path[PATH_MAX];
-    int result = 0, stem = (int)strlen(o->out), terminal = isatty(STDOUT_FILENO);
-    if (stem > 12 && !strcmp(o->out + stem - 12, ".safetensors")) stem -= 12;
-    snprintf(best_path, sizeof(best_path), "%.*s.best.safetensors", stem, o->out);
-    FILE *log = NULL;
-    double start = seconds(), loss = 0, grad_norm = 0;
-    int64_t first_step = o->step, saved_step = o->step;
-    const char *saved = o->resume; // where saved_step is
-    if (o->step >= o->steps) {
-        printf("nothing to do: %lld of %lld steps are done\n", (long long)o->step, (long long)o->steps);
-        return 0;
-    }
-    const char *written[] = {o->out, best_path, o->log};
-    for (int i = 0; i < 3; i++)
-        if (same_file(written[i], o->data) || same_file(written[i], o->val))
-            return wrong(error, NULL, "%s is the data: it would be overwritten", written[i]);
-    if (safetensors_writable(o->out, error) || safetensors_writable(best_path, error)) return FAILED;
-    Model *sampler = o->sample_every ? run->backend->create(&run->config, 1, (int)o->seq, GENERATE, error) : NULL;
-    if (o->sample_every && !sampler) return FAILED;
-    if (o->log && !(log = open_log(o->log, o->step, error))) {
-        if (sampler) run->backend->destroy(sampler);
+    int last = o->step == o->steps, due = o->eval_every && o->step % o->eval_every == 0;
+    int to_save = last || interrupted || (o->save_every && o->step % o->save_every == 0);
+    double best_before = o->best_val;
+    int64_t validated_before = o->validated;
+    char second[ERROR_SIZE];
+    Score score;
+    o->train_loss = s->loss;
+    o->grad_norm = s->grad_norm;
+    if (judge(run, due, to_save, &score, error)) {
+        log_line(&t->log, s, &score, second); // the first problem is what is told
         return FAILED;
     }
+    int scored = score.count > 0, result = 0;
+    if (due && !score.broken) o->validated = o->step;
+    saving = 1;
+    if (!last) result = log_line(&t->log, s, scored ? &score : NULL, error);
+    if (!result && scored && score.loss < o->best_val) {
+        o->best_val = score.loss;
+        if ((result = save_best(run, error))) {
+            o->best_val = best_before;
+            o->validated = validated_before; // the resumed run makes up for it
+        }
+    }
+    if (result || to_save) {
+        if (t->log.file) flush_to_disk(fileno(t->log.file)); // a power cut must not leave a run ahead of its log
+        int saved = save_run(run, result ? second : error);
+        if (!saved) {
+            t->saved = o->out;
+            t->saved_step = o->step;
+        }
+        if (!result) result = saved;
+    }
+    saving = 0;
+    if (result || last) return result;
+    double left = (seconds() - t->start) / (double)(o->step - t->first_step) * (double)(o->steps - o->step);
+    if (isatty(STDOUT_FILENO) || scored || o->step == t->first_step + 1 || o->step % 100 == 0)
+        print_step(o, s, left, scored ? &score : NULL);
+    return 0;
+}
+
+// The end of the last step: the whole split, the log's last line, and, if no validation came before, the last weights as
+// the best. A signal that breaks the validation off leaves this to a resumed run.
+static int conclude_run(Run *run, Training *t, const Step *s, char *error) {
+    Options *o = &run->settings.values;
+    Score score = evaluate(run, 0, 0);
+    int scored = score.count > 0 && !score.broken, result = 0;
+    if (scored && !isfinite(score.loss))
+        result = fail(error, NULL, "step %lld: the validation loss of the whole split is %g", (long long)o->step, score.loss);
+    saving = 1;
+    int logged = log_line(&t->log, s, scored ? &score : NULL, error);
+    if (!result) result = logged;
+    if (!result && !score.broken && o->best_val >= 1e300) result = save_best(run, error);
+    saving = 0;
+    if (!result) print_step(o, s, 0, scored ? &score : NULL);
+    t->complete = !result && !score.broken;
+    return result;
+}
+
+// Makes what a run needs while it trains, and tries everything that a save will ask for, the way the save does it.
+static int begin_training(Run *run, Training *t, int again, char *error) {
+    Options *o = &run->settings.values;
+    if (save_checkpoint(run, o->out, RESUMABLE, 1, error) || save_checkpoint(run, run->best_path, WEIGHTS, 1, error)) return FAILED;
+    if (o->sample_every && !(t->sampler = run->backend->create(&run->config, 1, (int)o->seq, GENERATE, error))) return FAILED;
+    return log_open(&t->log, o, again, error);
+}
+
+// The steps up to the last one, or to a signal.
+static int train_steps(Run *run, Training *t, Step *s, char *error) {
+    Options *o = &run->settings.values;
     while (o->step < o->steps && !interrupted) {
-        double begin = seconds(), rate = learning_rate(o, o->step);
-        Score score;
-        if ((result = train_step(run, &loss, &grad_norm, error))) break;
-        double elapsed = seconds() - begin, tokens = (double)(o->accum * o->batch * o->seq);
-        double left = (seconds() - start) / (double)(o->step - first_step) * (double)(o->steps - o->step);
-        int last = o->step == o->steps, scored = o->eval_every && o->step % o->eval_every == 0;
-        if (scored) {
-            score = evaluate(run, o->eval_batches);
-            if (score.loss < o->best_val) {
-                o->best_val = score.loss;
-                if ((result = save_checkpoint(run, best_path, 0, error))) break;
-            }
-        }
-        if (last || (o->save_every && o->step % o->save_every == 0)) {
-            if ((result = save_checkpoint(run, o->out, 1, error))) break;
-            saved = o->out;
-            saved_step = o->step;
-        }
-        if (last) score = evaluate(run, 0);
-        if (last) scored = !interrupted; // else it was stopped before it had seen all
-        int none = o->best_val >= 1e300; // no validation came before the end: the last weights are the best
-        if (last && none && (result = save_checkpoint(run, best_path, 0, error))) break;
-        if (terminal || scored || o->step == first_step + 1 || o->step % 100 == 0)
-            print_step(o, loss, grad_norm, rate, elapsed, left, scored ? &score : NULL);
-        if (log) {
-            fprintf(log, "{\"step\": %lld, \"train_loss\": %.9g, ", (long long)o->step, loss);
-            if (scored) print_score(log, &score);
-            fprintf(log, "%s\"lr\": %.9g, \"grad_norm\": %.9g, \"tok_per_s\": %.6g}\n", scored ? ", " : "", rate, grad_norm,
-                    tokens / elapsed);
-            if (fflush(log) && (result = fail(error, o->log, "%s", strerror(errno)))) break;
-        }
-        if (o->sample_every && o->step % o->sample_every == 0) {
-            result = print_sample(run, sampler, error);
-            if (result && !ferror(stdout)) break;
-            result = 0; // nobody reads any more: no reason to stop
-        }
+        double begin = seconds();
+        s->rate = learning_rate(o, o->step);
+        if (train_step(run, &s->loss, &s->grad_norm, error)) return FAILED;
+        s->elapsed = seconds() - begin;
+        s->step = o->step;
+        if (conclude_step(run, t, s, error)) return FAILED;
+        if (o->sample_every && o->step % o->sample_every == 0 && print_sample(run, t->sampler, error) && !ferror(stdout))
+            return FAILED; // if it is standard output that fails, nobody reads any more: no reason to stop
     }
-    if (log) fclose(log);
-    if (sampler) run->backend->destroy(sampler);
-    if (!result && interrupted && (saved != o->out || saved_step < o->step)) result = save_checkpoint(run, o->out, 1, error);
-    if (result) {
+    return 0;
+}
+
+// A signal came: what is not saved yet is judged and saved.
+static int save_stopped(Run *run, Training *t, char *error) {
+    Options *o = &run->settings.values;
+    Score score;
+    if (t->saved == o->out && t->saved_step == o->step) return 0;
+    if (judge(run, 0, 1, &score, error)) return FAILED;
+    saving = 1;
+    if (t->log.file) flush_to_disk(fileno(t->log.file));
+    int result = save_run(run, error);
+    saving = 0;
+    if (result) return result;
+    t->saved = o->out;
+    t->saved_step = o->step;
+    return 0;
+}
+
+// The training loop. 130 after a signal that asked for an end.
+static int train(Run *run, const char *program, char *error) {
+    Options *o = &run->settings.values;
+    Training t;
+    memset(&t, 0, sizeof(t));
+    t.start = seconds();
+    t.first_step = t.saved_step = o->step;
+    t.saved = o->resume;
+    // what a stop or a kill left open of the resumed step is done first: its validation, its line, of the last step the end
+    int known = o->resume && o->step > 0 && o->train_loss >= 0, finished = o->step >= o->steps;
+    int due = o->eval_every && o->step > 0 && o->step % o->eval_every == 0;
+    int pending = known && due && o->validated >= 0 && o->validated < o->step;
+    double rate = learning_rate(o->resume ? &run->stored : o, o->step - 1), tokens = (double)(o->accum * o->batch * o->seq);
+    Step s = {o->step, known ? o->train_loss : NAN, known ? o->grad_norm : NAN, rate, tokens, NAN};
+    install_handlers(WHILE_TRAINING);
+    int result = begin_training(run, &t, known && (pending || finished), error);
+    int missing = t.log.file && known && (t.log.last == o->step - 1 || (finished && !t.log.complete));
+    int renamed = o->resume && strcmp(o->out, o->resume);
+    int incomplete = o->step == o->steps && o->resume && (pending || missing || renamed || !is_file(run->best_path));
+    int idle = finished && !incomplete;
+    if (!result && idle) printf("nothing to do: %lld of %lld steps are done\n", (long long)o->step, (long long)o->steps);
+    if (!result && (pending || (missing && !finished))) result = conclude_step(run, &t, &s, error);
+    if (!result && !idle) result = train_steps(run, &t, &s, error);
+    if (!result && !idle && (interrupted || renamed)) result = save_stopped(run, &t, error);
+    if (!result && !idle && o->step == o->steps) result = conclude_run(run, &t, &s, error);
+    log_close(&t.log);
+    if (t.sampler) run->backend->destroy(t.sampler);
+    if (result == FAILED) {
         size_t used = strlen(error);
-        if (saved) snprintf(error + used, ERROR_SIZE - used, "; %.200s holds step %lld", saved, (long long)saved_step);
+        if (t.saved) snprintf(error + used, ERROR_SIZE - used, "; %.200s holds step %lld", t.saved, (long long)t.saved_step);
         else snprintf(error + used, ERROR_SIZE - used, "; nothing was saved before");
-        return result;
     }
-    if (interrupted && o->step < o->steps) {
+    if (result || idle) return result;
+    if (!t.complete) {
         print_resume_command(run, program);
         return 130;
     }
-    printf("saved to %s, the best weights to %s (%.1f s)\n", o->out, best_path, seconds() - start);
+    printf("saved to ");
+    print_quoted(o->out);
+    printf(", the best weights to ");
+    print_quoted(run->best_path);
+    printf(" (%.1f s)\n", seconds() - t.start);
     return 0;
 }
 
@@ -3261,7 +4243,15 @@ static int prepare(Run *run, char *error) {
         return wrong(error, NULL, "--resume goes with neither --load, --generate nor --eval");
     if (o->generate && o->eval) return wrong(error, NULL, "--generate and --eval exclude each other");
     if (!training && !o->load) return wrong(error, NULL, "--generate and --eval take the weights from --load FILE");
+    if ((result = check_use(&run->settings, error))) return result;
+    if (o->resume && !is_given(&run->settings, "out")) o->out = o->resume;
+    if (training) { // before anything is read that another run might be writing
+        install_handlers(BEFORE_TRAINING);
+        if (best_beside(run->best_path, o->out, error) || claim_places(run, error)) return FAILED;
+    }
     if (path && safetensors_read(&run->file, path, error)) return FAILED;
+    if (o->resume && !safetensors_find(&run->file, "exp_avg.wte.weight") && safetensors_find(&run->file, "wte.weight"))
+        return fail(error, path, "it holds weights alone, no run that could be resumed; --load starts from them");
     if (path && (result = settings_from_file(run, path, o->resume != NULL, error))) return result;
     // defaults that depend on other options
     if (!o->kv_heads) o->kv_heads = o->heads;
@@ -3272,7 +4262,11 @@ static int prepare(Run *run, char *error) {
     if (o->warmup < 0) o->warmup = o->decay_steps < 2000 ? o->decay_steps * 3 / 20 : 300;
     if (!o->save_every) o->save_every = o->eval_every;
     if (config_of(&run->config, o, error)) return WRONG_OPTION;
-    if (!o->generate && open_data(run, error)) return FAILED;
+    if (training && (result = check_distinct(run, error))) return result;
+    if (training && !o->again && (result = check_free(run, error))) return result;
+    if (!o->generate && (result = open_data(run, error))) return result;
+    if (training && o->again && (result = check_free(run, error))) return result; // now with the data's hash
+    if (o->resume && (result = check_best(run, error))) return result;
     if (config_of(&run->config, o, error)) return WRONG_OPTION; // now with the data's T and V
 
     // the parameters' names and shapes alone: memory is taken only for what the file really holds
@@ -3282,6 +4276,7 @@ static int prepare(Run *run, char *error) {
     if (!weights.layers) return fail(error, NULL, "out of memory");
     carve_weights(&weights, &run->table, NULL, &run->config);
     free(weights.layers);
+    if (run->table.incomplete) return fail(error, NULL, "out of memory");
     for (int block = 0; block < n_blocks; block++)
         if (load_block(run, path, (Block)block, error)) return FAILED;
 
@@ -3310,24 +4305,17 @@ static int prepare(Run *run, char *error) {
 static int perform(Run *run, const char *program, char *error) {
     const Options *o = &run->settings.values;
     const Config *c = &run->config;
-    struct sigaction action;
-    memset(&action, 0, sizeof(action));
-    action.sa_handler = on_interrupt;
-    action.sa_flags = (int)SA_RESETHAND; // a second Ctrl-C ends the program at once
-    sigaction(SIGINT, &action, NULL);
-    sigaction(SIGTERM, &action, NULL);
-    if (signal(SIGHUP, SIG_IGN) != SIG_IGN) sigaction(SIGHUP, &action, NULL); // a closed terminal, unless under nohup
-    signal(SIGPIPE, SIG_IGN); // a closed pipe and a file size beyond its limit are errors of the write
-    signal(SIGXFSZ, SIG_IGN);
+    if (o->generate || o->eval) install_handlers(WHILE_READING);
     if (o->generate) {
         int result = generate(run, o->prompt, o->generate, splitmix64((uint64_t)o->seed), error);
         return result ? result : interrupted ? 130 : 0;
     }
     if (o->eval) {
-        Score score = evaluate(run, 0);
-        if (interrupted) return 130;
+        Score score = evaluate(run, 0, 0);
+        if (score.broken) return 130;
+        if (!score.count) return fail(error, NULL, "no validation loss: the validation part has no targets");
         if (!isfinite(score.loss)) return fail(error, NULL, "the validation loss is %g", score.loss);
-        printf("val_loss %.6f\n", score.loss);
+        printf("val_loss %.6f%s\n", score.loss, run->val_note);
         if (!isnan(score.accuracy)) printf("val_accuracy %.6f\n", score.accuracy);
         for (int k = 0; k < LAG_BINS; k++)
             if (!isnan(score.by_lag[k])) printf("lag %d to %lld %.6f\n", 1 << k, (2LL << k) - 1, score.by_lag[k]);
@@ -3336,7 +4324,17 @@ static int perform(Run *run, const char *program, char *error) {
     printf("%s: D %d, L %d, H %d, G %d, T %d, V %d, %.2fM parameters; %s, %d threads, %.0f MiB\n", o->mixer, c->d_model,
            c->n_layers, c->n_heads, c->n_kv_heads, c->max_seq_len, c->vocab_size, (double)run->table.count / 1e6,
            run->backend->name, omp_get_max_threads(), run->backend->bytes(run->model) / 0x1p20);
+    int shard = run->train.kind == DATA_SHARD && !o->load && !o->resume && !is_given(&run->settings, "vocab");
+    if (shard) printf("vocabulary: %d, that of the tokenizer of such shards; --vocab names another\n", c->vocab_size);
+    print_changes(run);
     return train(run, program, error);
+}
+
+// Gives 0, 1 and 2 back to standard input, output and error where they were closed: else the first file that is opened
+// takes the number, and gets what is printed. They read and write nothing, and printing still fails.
+static void open_closed(void) {
+    for (int fd = 0; fd <= 2; fd++)
+        if (fcntl(fd, F_GETFD) < 0 && errno == EBADF && open("/dev/null", fd ? O_RDONLY : O_WRONLY) != fd) return;
 }
 
 // Everything between the command line and the exit code.
@@ -3346,6 +4344,8 @@ static int run_program(int argc, char **argv, const Backend *backend) {
     memset(&run, 0, sizeof(run));
     run.backend = backend;
     run.order_epoch = -1;
+    open_closed();
+    atexit(remove_locks);
     int result = parse_options(&run.settings, argc, argv, error);
     if (result == 1) {
         print_help(argv[0]);
@@ -3355,6 +4355,7 @@ static int run_program(int argc, char **argv, const Backend *backend) {
     }
     if (!result && (fflush(stdout) || ferror(stdout))) result = fail(error, "standard output", "closed, or on a full disk");
     if (result < 0) fprintf(stderr, "train_sessa: %s\n", error);
+    remove_locks();
     if (run.model) backend->destroy(run.model);
     free(run.table.rows);
     free(run.inputs);
