@@ -2126,25 +2126,29 @@ static int lock_descriptor(int fd) {
     return !result ? 1 : errno == EWOULDBLOCK ? 0 : -1;
 }
 
-static const char no_locks[] = "train_sessa: %s: the file system knows no locks: nothing else keeps two runs from writing it\n";
+static void warn_of_no_locks(const char *path) {
+    char line[ERROR_SIZE];
+    fail(line, path, "the file system knows no locks: nothing keeps two runs from writing it at once");
+    fprintf(stderr, "train_sessa: warning: %s\n", line);
+}
 
-// Locks `target` by a file beside it: the file itself gets another inode with each save. What killed runs left, the lock
+// Locks `target`, which path names, by a file beside it: the file itself gets another inode with each save. What killed runs left, the lock
 // file or temporary ones, belongs to whoever holds the lock. A lock file is removed by its holder: whoever opened it before
 // that, and locks it after, sees that the name now means another file, or none, and begins again.
-static int take_lock(const char *target, char *error) {
-    char *path = lock_paths[n_locks];
+static int take_lock(const char *path, const char *target, char *error) {
+    char *name = lock_paths[n_locks];
     struct stat mine, there;
-    snprintf(path, sizeof(lock_paths[0]), "%s.lock", target);
+    snprintf(name, sizeof(lock_paths[0]), "%s.lock", target);
     for (;;) {
-        int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
-        if (fd < 0 && errno == EACCES) fd = open(path, O_RDONLY | O_CLOEXEC); // left by another user's run
-        if (fd < 0) return fail(error, target, "cannot be written: %s", strerror(errno));
+        int fd = open(name, O_RDWR | O_CREAT | O_CLOEXEC, 0666), problem = errno;
+        if (fd < 0 && problem == EACCES) fd = open(name, O_RDONLY | O_CLOEXEC); // left by another user's run
+        if (fd < 0) return fail(error, path, "cannot be written: %s", strerror(problem));
         int locked = lock_descriptor(fd);
         if (!locked) {
             close(fd);
-            return fail(error, target, "another run is writing it");
+            return fail(error, path, "another run is writing it");
         }
-        int current = !fstat(fd, &mine) && !stat(path, &there) && same_place(&mine, &there);
+        int current = !fstat(fd, &mine) && !stat(name, &there) && same_place(&mine, &there);
         if (locked > 0 && current) {
             lock_files[n_locks] = fd;
             n_locks = n_locks + 1;
@@ -2152,8 +2156,8 @@ static int take_lock(const char *target, char *error) {
         }
         close(fd);
         if (locked > 0) continue;
-        unlink(path);
-        fprintf(stderr, no_locks, target);
+        unlink(name);
+        warn_of_no_locks(path);
         return 0;
     }
 }
@@ -2684,6 +2688,7 @@ typedef struct {
     int width;                 // EXAMPLES: T of the file
     int vocab_hint;            // EXAMPLES: the metadata's vocab_size, or 0; SHARD: of the tokenizer that llm.c makes it with
     int max_id;                // SHARD, EXAMPLES: the largest id, -1 if there is none
+    int64_t zeros;             // TEXT: bytes that are 0
     char content[96];          // kind, size and hash: what a resumed run must find again
 } Dataset;
 
@@ -2912,15 +2917,9 @@ static int dataset_read(Dataset *data, const char *path, int as_bytes, char *err
     } else if (!size) {
         result = fail(error, path, "the file is empty");
     }
+    for (size_t i = 0; !result && data->kind == DATA_TEXT && i < size; i++) data->zeros += !data->bytes[i];
     if (result) dataset_free(data);
     return result;
-}
-
-// How many of a text's bytes are zero.
-static int64_t count_zeros(const Dataset *data) {
-    int64_t zeros = 0;
-    for (int64_t i = 0; data->kind == DATA_TEXT && i < data->count; i++) zeros += !data->bytes[i];
-    return zeros;
 }
 
 // Puts a text's token ids in the place of its bytes.
@@ -3347,10 +3346,7 @@ static int settings_from_file(Run *run, const char *path, int resume, char *erro
 
 // Reads one data file into its place.
 static int read_set(Run *run, Dataset *set, const char *path, char *error) {
-    if (dataset_read(set, path, !strcmp(run->settings.values.format, "bytes"), error)) return FAILED;
-    int64_t zeros = count_zeros(set);
-    if (zeros) fprintf(stderr, "train_sessa: %s: warning: %lld of its bytes are 0; taken as text\n", path, (long long)zeros);
-    return 0;
+    return dataset_read(set, path, !strcmp(run->settings.values.format, "bytes"), error);
 }
 
 // What --eval without --val evaluates: of the text that the model was trained on its validation part, which may be a file
@@ -3569,7 +3565,7 @@ static int claim_places(Run *run, char *error) {
     char target[PATH_MAX];
     for (int i = 0; i < 2; i++) {
         int held = n_locks;
-        if (resolve(paths[i], target, error) || take_lock(target, error)) return FAILED;
+        if (resolve(paths[i], target, error) || take_lock(paths[i], target, error)) return FAILED;
         if (n_locks > held) remove_leftovers(target);
     }
     return 0;
@@ -3605,7 +3601,6 @@ static void describe(char *text, const char *path) {
     if (step) snprintf(text + used, ERROR_SIZE - used, " of step %.20s", step);
     used = strlen(text);
     if (step && best < 1e300) snprintf(text + used, ERROR_SIZE - used, ", validation loss %.4f", best);
-    else if (step) snprintf(text + used, ERROR_SIZE - used, ", not yet validated");
     safetensors_free(&file);
 }
 
@@ -3717,6 +3712,13 @@ static int check_best(Run *run, char *error) {
     return 0;
 }
 
+static void print_zeros(const char *path, const Dataset *set) {
+    char line[ERROR_SIZE];
+    if (!set->zeros) return;
+    fail(line, path, "a text of which %lld bytes are 0", (long long)set->zeros);
+    fprintf(stderr, "train_sessa: warning: %s\n", line);
+}
+
 // Tells what a resumed run does otherwise than its file says, and that a schedule has come to its end.
 static void print_changes(const Run *run) {
     const Options *o = &run->settings.values;
@@ -3725,7 +3727,8 @@ static void print_changes(const Run *run) {
         const Option *option = &option_table[i];
         if (option->group != TRAINING || !run->settings.given[i] || !strcmp(option->name, "steps")) continue;
         const char *now = option_text(ours, o, option), *before = option_text(theirs, &run->stored, option);
-        if (strcmp(now, before)) printf("from step %lld on: --%s %s in place of %s\n", (long long)o->step + 1, option->name, now, before);
+        if (strcmp(now, before))
+            printf("from step %lld on: --%s %s in place of %s\n", (long long)o->step + 1, option->name, now, before);
     }
     int64_t first = o->step > o->decay_steps ? o->step : o->decay_steps;
     if (o->resume && o->steps > first)
@@ -3937,7 +3940,7 @@ static int log_open(Log *log, const Options *o, int again, char *error) {
     if (fd < 0) return fail(error, o->log, "%s", errno == ENXIO ? "nobody reads this pipe" : strerror(errno));
     int locked = stream ? 1 : lock_descriptor(fd);
     if (stream) fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) & ~O_NONBLOCK);
-    if (locked < 0) fprintf(stderr, no_locks, o->log);
+    if (locked < 0) warn_of_no_locks(o->log);
     log->file = locked ? fdopen(fd, stream ? "w" : "r+") : NULL;
     if (!log->file) {
         close(fd);
@@ -4306,6 +4309,8 @@ static int perform(Run *run, const char *program, char *error) {
     const Options *o = &run->settings.values;
     const Config *c = &run->config;
     if (o->generate || o->eval) install_handlers(WHILE_READING);
+    print_zeros(o->data, &run->train);
+    print_zeros(o->val, &run->val);
     if (o->generate) {
         int result = generate(run, o->prompt, o->generate, splitmix64((uint64_t)o->seed), error);
         return result ? result : interrupted ? 130 : 0;

@@ -107,7 +107,7 @@ def program_decode(program, shape, prompt, n):
     with tempfile.TemporaryDirectory() as folder:
         path = lambda name: os.path.join(folder, name)
         write_shard(path("ids.bin"), V, 1000)
-        train = [program, "--data", path("ids.bin"), "--val", path("ids.bin"), "--vocab", V, "--dim", D, "--layers", L, "--heads", H, "--seq", 64,
+        train = [program, "--data", path("ids.bin"), "--vocab", V, "--dim", D, "--layers", L, "--heads", H, "--seq", 64,
                  "--batch", 1, "--steps", 1, "--eval-batches", 1, "--out", path("out.safetensors")]
         subprocess.run([str(word) for word in train], capture_output=True, check=True)
         ids = " ".join(str(i) for i in np.random.default_rng(1).integers(V, size=prompt))

@@ -91,8 +91,7 @@ def main():
     ok = True
     if o.program:
         val = ("--val", o.val) if o.val else ()
-        last = run(o.program, "--eval", "--load", o.checkpoint, "--data", o.data, *val).strip().splitlines()[-1]
-        theirs = float(re.findall(r"[-+]?\d+\.?\d*(?:[eE][-+]?\d+)?", last)[-1])
+        theirs = float(re.search(r"^val_loss (\S+)", run(o.program, "--eval", "--load", o.checkpoint, "--data", o.data, *val), re.M)[1])
         error = abs(theirs - ours) / max(abs(ours), 1e-30)
         ok = error <= 1e-5
         print(f"validation loss of {o.program}: {theirs:.8f}, relative error {error:.1e}, bound 1e-5: {'ok' if ok else 'FAIL'}")

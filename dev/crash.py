@@ -59,7 +59,8 @@ class Program:
         return child.returncode, error
 
 
-SHAPE = "--data text --dim 32 --layers 3 --heads 2 --seq 16 --batch 2 --dropout 0.1 --warmup 5 --eval-every 7 --eval-batches 1 "
+MODEL = "--data text --dim 32 --layers 3 --heads 2 --seq 16 --batch 2 --dropout 0.1 --warmup 5 --eval-batches 1 "
+SHAPE = MODEL + "--eval-every 7 "
 ONE_LINE = "exit code 1 and one line on standard error"
 
 
@@ -75,7 +76,7 @@ def kills(program, number, rng):
     start = time.time()
     program.run(SHAPE + "--steps %d --out other.safetensors --save-every 1" % steps)
     duration, killed, problem = time.time() - start, 0, ""
-    first = SHAPE + "--steps %d --out run.safetensors --save-every 1" % steps
+    first = SHAPE + "--steps %d --out run.safetensors --save-every 1 --overwrite" % steps  # best weights may lie there alone
     again = "--resume run.safetensors --save-every 1 --eval-every 7 --eval-batches 1"
     while killed < number:
         exists = os.path.exists(out)
@@ -83,18 +84,17 @@ def kills(program, number, rng):
         deadline = time.time() + rng.random() * duration * 0.3
         if killed % 2:  # inside a save: its temporary file is there
             while time.time() < deadline + 1 and child.poll() is None:
-                if time.time() > deadline and glob.glob(out + ".tmp.%d" % child.pid):
+                if time.time() > deadline and glob.glob(out + ".tmp.*"):
                     break
         else:
             time.sleep(max(0, deadline - time.time()))
-        inside = bool(glob.glob(out + ".tmp.%d" % child.pid))
         child.kill()
         code = child.wait()
         error = child.stderr.read().decode()
         child.stderr.close()
         if code == -signal.SIGKILL:
             killed += 1
-            saving += inside or bool(glob.glob(out + ".tmp.*"))
+            saving += bool(glob.glob(out + ".tmp.*"))
         elif code:
             problem = problem or error or "exit code %d" % code
         leftovers = max(leftovers, len(glob.glob(os.path.join(folder, "*.tmp.*"))))
@@ -154,8 +154,9 @@ def power(program, folder):
         out.write(SHIM)
     subprocess.run(["cc", "-shared", "-fPIC", "-w", source, "-o", shim, "-ldl"], check=True)
     code, error = program.run(SHAPE + "--steps 14 --save-every 7 --out power.safetensors", env=dict(os.environ, LD_PRELOAD=shim, TRACE=trace))
-    saves = read(trace).decode().strip()  # the run twice, the best weights once or twice
-    check(code == 0 and saves in (" ".join(["file rename folder"] * n) for n in (3, 4)), "each save flushes the file, renames it, then flushes the folder", saves)
+    saves = read(trace).decode().strip()  # two trials; the run twice, the best weights once or twice
+    check(code == 0 and saves in ("file file " + " ".join(["file rename folder"] * n) for n in (3, 4)),
+          "each save flushes the file, renames it, then flushes the folder; before the first step both are tried", saves)
 
 
 def full_disk(program, folder):
@@ -238,7 +239,7 @@ def pipes(program):
             return program.run(line, stdout=out)
 
     for name, way in (("a closed pipe", closed), ("a full disk", full)):
-        code, error = way(SHAPE + "--steps 30 --sample-every 3 --out pipe.safetensors")
+        code, error = way(SHAPE + "--steps 30 --sample-every 3 --out pipe.safetensors --overwrite")
         check(one_line(code, error) and "standard output" in error and step_of(folder + "/pipe.safetensors") == 30,
               name + " as standard output: training goes on to its end, then " + ONE_LINE, error)
         for line in ("--load four.safetensors --generate 50", "--load four.safetensors --data text --eval", "--help"):
@@ -261,7 +262,7 @@ def ended(child):
 def signals(program):
     folder = program.folder
     for number, name in ((signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM"), (signal.SIGHUP, "a closed terminal")):
-        child = program.start(SHAPE + "--steps 100000000 --decay-steps 200 --save-every 100000000 --eval-every 0 --out signal.safetensors --log signal.log")
+        child = program.start(MODEL + "--steps 100000000 --decay-steps 200 --save-every 100000000 --eval-every 0 --out signal.safetensors --log signal.log")
         while child.poll() is None and (not os.path.exists(folder + "/signal.log") or read(folder + "/signal.log").count(b"\n") < 5):
             time.sleep(0.002)
         child.send_signal(number)
@@ -273,7 +274,7 @@ def signals(program):
             os.unlink(leftover)
     whole = 0
     for _ in range(10):  # behind the place where a step is saved
-        child = program.start(SHAPE + "--steps 1000000 --decay-steps 200 --save-every 1000000 --eval-every 0 --sample-every 2 --out signal.safetensors --log signal.log", stdout=subprocess.PIPE)
+        child = program.start(MODEL + "--steps 1000000 --decay-steps 200 --save-every 1000000 --eval-every 0 --sample-every 2 --out signal.safetensors --log signal.log", stdout=subprocess.PIPE)
         while child.stdout.readline() not in (b"---\n", b""):
             pass
         child.send_signal(signal.SIGINT)
@@ -282,7 +283,7 @@ def signals(program):
         for leftover in glob.glob(folder + "/signal.*"):
             os.unlink(leftover)
     check(whole == 10, "Ctrl-C while a sample is printed: saved each time (%d of 10)" % whole)
-    child = program.start(SHAPE + "--steps 400 --eval-every 0 --out signal.safetensors", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    child = program.start(MODEL + "--steps 400 --eval-every 0 --out signal.safetensors", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     time.sleep(0.1)
     child.send_signal(signal.SIGHUP)
     ended(child)
@@ -293,11 +294,11 @@ def data(program):
     """Data that changes under a run and between runs."""
     folder = program.folder
     text = read(folder + "/text")
-    program.run(SHAPE + "--steps 300 --eval-every 100 --out whole.safetensors")
+    program.run(MODEL + "--steps 300 --eval-every 100 --overwrite --out whole.safetensors")
     for name, content in (("cut to nothing", b""), ("written over", b"x" * len(text))):
         with open(folder + "/moving", "wb") as out:
             out.write(text)
-        child = program.start(SHAPE.replace("text", "moving") + "--steps 300 --eval-every 100 --out moved.safetensors --log moved.log")
+        child = program.start(MODEL.replace("text", "moving") + "--steps 300 --eval-every 100 --overwrite --out moved.safetensors --log moved.log")
         while child.poll() is None and (not os.path.exists(folder + "/moved.log") or not read(folder + "/moved.log")):
             time.sleep(0.001)
         with open(folder + "/moving", "wb") as out:
@@ -313,7 +314,7 @@ def data(program):
         out.write(text[:-1] + bytes([text[-1] ^ 1]))
     code, error = program.run("--resume whole.safetensors --steps 400 --data moving")
     check(one_line(code, error) and "the run being resumed read" in error, "one bit changed, the size the same: refused, " + ONE_LINE, error)
-    for given in ("--mixer attention", "--dim 16", "--layers 2", "--heads 4", "--seq 8", "--batch 3", "--dropout 0", "--lr 1", "--eps 1e-3", "--seed 3", "--accum 2"):
+    for given in ("--mixer attention", "--dim 16", "--layers 2", "--heads 4", "--seq 8", "--batch 3", "--dropout 0", "--eps 1e-3", "--seed 3", "--accum 2"):
         code, error = program.run("--resume whole.safetensors --steps 400 " + given)
         check(one_line(code, error, 2) and given.split()[0] in error and "which has" in error, "resumed with %s: exit code 2 and the line says what differs" % given, error)
 

@@ -105,7 +105,7 @@ def train(stem, shape, seed, data, options, o):
         else:
             command = [o.program, "--data", data["train"], *(("--val", data["val"]) if "val" in data else ()), *shape.options()]
             command += [word for key, value in options.items() for word in ("--" + key, str(value))]
-            command += ["--seed", str(seed), "--log", log, "--out", out]
+            command += ["--seed", str(seed), "--log", log, "--out", out, "--overwrite"]
         call(command, o.dry_run)
         lines = log_lines(log)
     return lines
@@ -117,7 +117,7 @@ def evaluate(stem, data, o):
     if os.path.exists(path) and os.path.getmtime(path) >= os.path.getmtime(stem + ".best.safetensors"):
         with open(path) as file:
             return json.load(file)
-    output = call([o.program, "--eval", "--load", stem + ".best.safetensors", "--data", data["test"], "--val", data["test"]], o.dry_run)
+    output = call([o.program, "--eval", "--load", stem + ".best.safetensors", "--val", data["test"]], o.dry_run)
     found = {name: float(x) for name, x in re.findall(r"^(val_loss|val_accuracy|lag \d+ to \d+) (\S+)$", output, re.M)}
     if not o.dry_run:
         with open(path, "w") as file:
@@ -182,7 +182,7 @@ def run_entry(name, entry, o):
             row += [spread([test.get(name) for test in tests], 3) for name in (columns if metric == "lag" else ["val_loss"])]
         else:
             row.append(spread([math.exp(x) for x in best], 3) if metric == "perplexity" else spread(best))
-        row += [spread([line["val_loss"] for line in last]), f"{statistics.median(line['tok_per_s'] for line in last):,.0f}"]
+        row += [spread([line["val_loss"] for line in last]), f"{statistics.median(line['tok_per_s'] or 0 for line in last):,.0f}"]
         rows.append(row)
     told = " ".join(f"--{key} {value}" for key, value in options.items())
     seeds = " and ".join(map(str, o.seeds))

@@ -135,10 +135,24 @@ static void walk_examples(const Safetensors *file) {
     dataset_free(&set);
 }
 
+// A safetensors file as safetensors_write writes it, in memory.
+static unsigned char *write_in_memory(size_t *size, const FileTensor *tensors, int n_tensors, const Meta *meta, int n_meta) {
+    Text header = {NULL, 0, 0, 0}, out = {NULL, 0, 0, 0};
+    write_header(&header, tensors, n_tensors, meta, n_meta);
+    uint64_t length = header.size;
+    text_put(&out, (const char *)&length, 8);
+    text_put(&out, header.text, header.size);
+    for (int i = 0; i < n_tensors; i++)
+        if (tensors[i].size) text_put(&out, (const char *)tensors[i].data, tensors[i].size);
+    REQUIRE(!header.failed && !out.failed);
+    free(header.text);
+    *size = out.size;
+    return (unsigned char *)out.text;
+}
+
 // A file that was accepted: all that it names is there, and writing it gives a file that says the same.
 static void walk_file(const Safetensors *file) {
-    char *text = NULL, line[ERROR_SIZE];
-    size_t size = 0;
+    char line[ERROR_SIZE];
     uint64_t sum = 0;
     int again = 1;
     for (int i = 0; i < file->n_tensors; i++) {
@@ -154,17 +168,10 @@ static void walk_file(const Safetensors *file) {
     }
     sink += sum;
     if (!again) return; // shapes that are not kept; U+0000, which stands in memory as no valid UTF-8
-    FILE *out = open_memstream(&text, &size);
-    uint64_t length;
-    fwrite(&length, 8, 1, out);
-    write_header(out, file->tensors, file->n_tensors, file->meta, file->n_meta);
-    fflush(out);
-    length = size - 8;
-    for (int i = 0; i < file->n_tensors; i++) fwrite(file->tensors[i].data, 1, file->tensors[i].size, out);
-    fclose(out);
-    memcpy(text, &length, 8);
+    size_t size = 0;
+    unsigned char *bytes = write_in_memory(&size, file->tensors, file->n_tensors, file->meta, file->n_meta);
     Safetensors copy;
-    REQUIRE(!safetensors_parse(&copy, (unsigned char *)text, size, "copy", line));
+    REQUIRE(!safetensors_parse(&copy, bytes, size, "copy", line));
     REQUIRE(copy.n_tensors == file->n_tensors && copy.n_meta == file->n_meta);
     for (int i = 0; i < file->n_tensors; i++) {
         const FileTensor *s = &file->tensors[i], *t = &copy.tensors[i];
@@ -207,7 +214,7 @@ static void fuzz_header(const uint8_t *data, size_t size) {
 }
 
 static void fuzz_metadata(const uint8_t *data, size_t size) {
-    char *text = (char *)copy_of(data, size, 1), *out_text = NULL, line[ERROR_SIZE];
+    char *text = (char *)copy_of(data, size, 1), line[ERROR_SIZE];
     Meta meta[64];
     int n = 0;
     for (char *row = strtok(text, "\n"); row && n < 64; row = strtok(NULL, "\n")) {
@@ -245,17 +252,9 @@ static void fuzz_metadata(const uint8_t *data, size_t size) {
             }
             free(run.table.rows);
             if (n_tensors) {
-                FILE *out = open_memstream(&out_text, &out_size);
-                uint64_t length;
-                fwrite(&length, 8, 1, out);
-                write_header(out, tensors, (int)n_tensors, meta, n);
-                fflush(out);
-                length = out_size - 8;
-                for (size_t i = 0; i < n_tensors; i++) fwrite(zeros, 1, tensors[i].size, out);
-                fclose(out);
-                memcpy(out_text, &length, 8);
+                unsigned char *out = write_in_memory(&out_size, tensors, (int)n_tensors, meta, n);
                 Safetensors file;
-                if (!safetensors_parse(&file, (unsigned char *)out_text, out_size, "fuzz", line)) {
+                if (!safetensors_parse(&file, out, out_size, "fuzz", line)) {
                     Run again;
                     start_run(&again);
                     again.file = file;
@@ -263,7 +262,6 @@ static void fuzz_metadata(const uint8_t *data, size_t size) {
                     walk_model(&again, resume);
                     safetensors_free(&file);
                 }
-                out_text = NULL;
             }
         }
         free(run.file.meta);
@@ -283,7 +281,7 @@ static void fuzz_data(const uint8_t *data, size_t size) {
         size_t n = i ? size - 2 - cut : cut;
         int32_t magic = 0;
         if (n >= 12) memcpy(&magic, part, 4);
-        if (magic == 20240520) {
+        if (magic == GPT2_SHARD || magic == LLAMA3_SHARD) {
             bytes = (char *)calloc(1, n + 1012);
             memcpy(bytes, part, 12);
             memcpy(bytes + 1024, part + 12, n - 12);
@@ -305,7 +303,7 @@ static void fuzz_data(const uint8_t *data, size_t size) {
     else if (o->seq < MAX_NUMBERS) {
         int T = (int)o->seq, examples = run.train.kind == DATA_EXAMPLES, *inputs = (int *)malloc((size_t)T * sizeof(int)), *targets = (int *)malloc((size_t)T * sizeof(int));
         run.order = (int32_t *)malloc((size_t)(examples ? run.train_end : 1) * sizeof(int32_t));
-        REQUIRE(o->vocab > 0 && run.train.max_id < o->vocab);
+        REQUIRE(o->vocab > 0 && run.train.max_id < o->vocab && run.val_set->max_id < o->vocab);
         for (int64_t i = 0; i < 20 && !o->eval; i++) {
             copy_sequence(inputs, targets, &run.train, sequence_place(&run, i), T);
             for (int t = 0; t < T; t++) REQUIRE(inputs[t] >= 0 && inputs[t] < o->vocab && targets[t] >= -1 && targets[t] < o->vocab);
@@ -395,16 +393,25 @@ static void fuzz_prompt(const uint8_t *data, size_t size) {
 
 static void fuzz_log(const uint8_t *data, size_t size) {
     if (!size) return;
-    put_file(0, data + 1, size - 1);
-    FILE *log = open_log(path[0][0], data[0], error);
-    if (!log) { require_line(); return; }
-    long kept = ftell(log);
-    REQUIRE(kept >= 0 && (size_t)kept < size && (!kept || data[kept] == '\n'));
-    fclose(log);
+    Run run;
+    Log log;
     struct stat info;
-    REQUIRE(!stat(path[0][0], &info) && info.st_size == (data[0] ? kept : 0));
+    start_run(&run);
+    Options *o = &run.settings.values;
+    put_file(0, data + 1, size - 1);
+    o->log = path[0][0];
+    o->step = data[0] >> 2;
+    o->overwrite = data[0] >> 1 & 1;
+    o->resume = o->step ? "fuzz" : NULL;
+    int opened = !log_open(&log, o, data[0] & 1, error);
+    if (!opened) require_line();
+    long kept = opened ? ftell(log.file) : (long)size - 1; // what is refused is not touched
+    REQUIRE(kept >= 0 && (size_t)kept < size && (!opened || !kept || data[kept] == '\n') && (opened || !o->overwrite));
+    log.lines = 1; // not to be removed
+    log_close(&log);
+    REQUIRE(!stat(path[0][0], &info) && info.st_size == kept);
     unsigned char *now = (unsigned char *)malloc(size);
-    REQUIRE(pread(memory[0], now, size, 0) == (data[0] ? kept : 0) && !memcmp(now, data + 1, (size_t)(data[0] ? kept : 0)));
+    REQUIRE(pread(memory[0], now, size, 0) == kept && !memcmp(now, data + 1, (size_t)kept));
     free(now);
 }
 

@@ -103,9 +103,12 @@ def make_seeds(work):
     put("data", "shard", b"\0\0" + shard)
     put("data", "shard-vocab", b"\x10\5" + shard)
     put("data", "shard-two", b"\x41\x80" + shard + shard)
+    wide = struct.pack("<3i", 20240801, 7, 30) + struct.pack("<30I", *range(30))
+    put("data", "shard-wide", b"\0\0" + wide)
+    put("data", "shard-wide-two", b"\x41\x80" + wide + wide)
     put("data", "text", b"\x20\0" + text)
     put("data", "text-two", b"\x21\x80" + text + text)
-    put("log", "log", b"\1" + open(os.path.join(here, "log"), "rb").read())
+    put("log", "log", b"\4" + open(os.path.join(here, "log"), "rb").read())
     put("prompt", "text", b"\x08\1\3\x10\x80\7" + struct.pack("<8f", *range(8)) + b"\1\4\7")
     put("prompt", "ids", b"\x3f\0\0\x10\xff\7" + struct.pack("<64f", *range(64)) + b"3 14 15")
     lines = ["--data my.txt --dim 256 --layers 6 --seq 256 --out my.safetensors", "--load x --generate 500 --prompt Once --temperature 0.8",
