@@ -41,11 +41,24 @@ test_sessacu: test_sessa.c train_sessa.cu train_sessa.c
 testcu: test_sessacu train_sessacu
 	./test_sessacu
 
+# ARGS: options of train_sessa. Without any, a run of the same settings and data is made again and replaces the one that is
+# there; with some, nothing is replaced unless they say --overwrite. What they name as --out or --resume is sampled from.
 train: train_sessa
-	@if sh data/tinyshakespeare.sh; then text=data/tinyshakespeare.txt; \
-	else echo "training on train_sessa.c instead"; text=train_sessa.c; fi; \
-	./train_sessa --data $$text $(ARGS) && \
-	echo && ./train_sessa --load sessa.best.safetensors --generate 500 --temperature 0.8
+	@set -- $(ARGS); again=--again; out=; run=; data=; before=; \
+	for word; do \
+		again=; \
+		case $$before in --out) out=$$word;; --resume) run=$$word;; --data) data=$$word;; esac; \
+		case $$word in --out=*) out=$${word#*=};; --resume=*) run=$${word#*=};; --data=*) data=$${word#*=};; esac; \
+		before=$$word; \
+	done; \
+	if [ -z "$$data$$run" ]; then \
+		if sh data/tinyshakespeare.sh; then data=data/tinyshakespeare.txt; \
+		else echo "training on train_sessa.c instead"; data=train_sessa.c; fi; \
+		set -- --data $$data $$again "$$@"; \
+	fi; \
+	out=$${out:-$${run:-sessa.safetensors}}; \
+	./train_sessa "$$@" && echo && \
+	./train_sessa --load "$${out%.safetensors}.best.safetensors" --generate 500 --temperature 0.8
 
 test: test_sessa test_sessa64 train_sessa
 	./test_sessa64
