@@ -184,6 +184,7 @@ enum {
     LOW_ROWS = TILE_ROWS / 3,    // a lower tile for what is left below the full ones
     BLOCK_K = 256,               // a packed strip of B, BLOCK_K × TILE_COLS, comes from the L2 cache
     BLOCK_N = 8 * TILE_COLS,     // a packed block of B, BLOCK_K × BLOCK_N, stays there
+    NARROW_N = 2 * TILE_COLS,    // one that a thread alone packs, 64 KiB at most: threads may have 128 of stack
     PARALLEL_WORK = 1 << 17      // multiply-adds below which a product is not worth waking the threads
 };
 typedef real Vector __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
@@ -352,12 +353,22 @@ static void row_strip(real *out, Matrix a, Matrix b, int N, int K, real alpha, r
     else row_product(out + j0, a, strip, N - j0, K, alpha, beta, bias);
 }
 
+// The calling thread does all of it, NARROW_N columns at a time: the same tiles, so the same sums.
+__attribute__((noinline)) // what it packs is on no other function's stack
+static void matmul_alone(real *out, ptrdiff_t ld, Matrix a, Matrix b, int M, int N, int K, real alpha, real beta, const real *bias) {
+    real packed[BLOCK_K * NARROW_N] __attribute__((aligned(64)));
+    for (int j = 0; j < N; j += NARROW_N) {
+        Matrix columns = {b.at + j * b.col, b.row, b.col};
+        matmul_share(out + j, ld, a, columns, M, min_int(NARROW_N, N - j), K, alpha, beta, bias ? bias + j : NULL, packed, 0, 1);
+    }
+}
+
 // out = alpha·A·B + beta·out + bias: A (M,K), B (K,N), out (M,N) with `ld` elements from row to row, bias (N) or NULL.
 // beta 0 overwrites. It equals
 //     for i < M: for j < N: out[i][j] = alpha · Σ_k A[i][k]·B[k][j] + beta · out[i][j] + bias[j]
 // All threads share the work, unless they are at work already: then the calling thread does all of it.
 static void matmul(real *out, ptrdiff_t ld, Matrix a, Matrix b, int M, int N, int K, real alpha, real beta, const real *bias) {
-    real packed[BLOCK_K * BLOCK_N] __attribute__((aligned(64)));
+    static real packed[BLOCK_K * BLOCK_N] __attribute__((aligned(64))); // of the one product that all threads are at
     if (K == 0 && beta == 1 && !bias) return;
     if (M > 1 && N == 1 && ld == 1 && !bias) {
         matmul(out, M, transpose(b), transpose(a), 1, M, K, alpha, beta, NULL);
@@ -369,7 +380,7 @@ static void matmul(real *out, ptrdiff_t ld, Matrix a, Matrix b, int M, int N, in
         return;
     }
     if (omp_in_parallel() || (int64_t)M * N * K < PARALLEL_WORK) {
-        matmul_share(out, ld, a, b, M, N, K, alpha, beta, bias, packed, 0, 1);
+        matmul_alone(out, ld, a, b, M, N, K, alpha, beta, bias);
         return;
     }
     #pragma omp parallel
