@@ -63,6 +63,7 @@ static inline int omp_get_max_threads(void) { return 1; }
 static inline int omp_get_num_threads(void) { return 1; }
 static inline int omp_get_thread_num(void) { return 0; }
 static inline int omp_in_parallel(void) { return 0; }
+static inline void omp_set_num_threads(int threads) { (void)threads; }
 #endif
 
 #ifndef REAL
@@ -1711,13 +1712,11 @@ static int threads_within(const char *root, int threads) {
 // of the thread they wait for. Of GNU's, start_again sees to that.
 enum { SPINS = 1000, SPIN_MILLISECONDS = 0 };
 static void use_allowed_threads(void) {
-#ifdef _OPENMP
     const char *wanted = getenv("OMP_NUM_THREADS");
     int threads = wanted && *wanted ? omp_get_max_threads() : threads_within("", omp_get_max_threads());
     if (threads < omp_get_max_threads()) omp_set_num_threads(threads);
 #ifdef KMP_VERSION_MAJOR // LLVM's and Intel's
     if (!getenv("KMP_BLOCKTIME") && !getenv("OMP_WAIT_POLICY")) kmp_set_blocktime(SPIN_MILLISECONDS);
-#endif
 #endif
 }
 
