@@ -1224,6 +1224,7 @@ static int open_work(const char *name) {
 static int same_tensors(const char *a, const char *b) {
     Safetensors x, y;
     char path[512], error[ERROR_SIZE];
+    memset(&y, 0, sizeof(y));
     snprintf(path, sizeof(path), "%s/%s", work, a);
     if (safetensors_read(&x, path, error)) return 0;
     snprintf(path, sizeof(path), "%s/%s", work, b);
@@ -1874,6 +1875,378 @@ static void test_long_runs(void) {
     release();
 }
 
+// ----------------------------------------------------------------------------
+// what a run may replace, and what it may say
+
+static const char run_of_text[] = "--data text --dim 16 --layers 1 --heads 2 --seq 12 --batch 2 --eval-every 5 --eval-batches 1";
+
+static int exists(const char *name) {
+    size_t size;
+    return slurp(name, &size) != NULL;
+}
+
+// The program must refuse with exit code 2, touch nothing and say these words.
+__attribute__((format(printf, 2, 3)))
+static void refuse_with(const char *words, const char *format, ...) {
+    char line[1024];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(line, sizeof(line), format, arguments);
+    va_end(arguments);
+    reason = words;
+    refuse(2, "%s", line);
+    reason = "";
+}
+
+// A run replaces a checkpoint, best weights or a log only if it wrote or resumed them, or is told to.
+static void test_places(void) {
+    heading("what a run replaces");
+    damaged[0] = 0;
+    int ok = !run("%s --steps 10 --out p.safetensors --log p.log", run_of_text);
+    check(ok && exists("p.best.safetensors"), "a run, its best weights and its log");
+    refuse_with("p.safetensors is there: a run of step 10, validation loss", "%s --steps 3 --out p.safetensors", run_of_text);
+    refuse_with("p.best.safetensors is there: weights of step 10", "%s --steps 3 --out p", run_of_text); // the same best weights
+    refuse_with("p.log is there: a log up to step 10", "%s --steps 3 --out q.safetensors --log p.log", run_of_text);
+    refuse_with("one file", "%s --load p.best.safetensors --steps 3 --out p.safetensors", run_of_text);
+    refuse_with("one file", "%s --load p.safetensors --steps 3 --out p.safetensors --overwrite", run_of_text);
+    spill("notes", "my notes\n", 9);
+    refuse_with("is no log", "%s --steps 3 --out q.safetensors --log notes", run_of_text);
+    refuse_with("it is no log", "--resume p.safetensors --steps 12 --log notes");
+    refuse_with("notes is there: no checkpoint", "%s --steps 3 --out notes", run_of_text);
+    static const char *same[] = {"--out a --log a", "--out ./x --log x", "--out r --log r.best.safetensors", "--val text", "--out text", "--log text"};
+    for (int i = 0; i < 6; i++) refuse_with("one file", "%s --steps 3 %s", run_of_text, same[i]);
+    refuse_with("one file", "--resume p.safetensors --steps 12 --log p.safetensors");
+    refuse_with("one file", "--resume p.safetensors --steps 12 --log p.best.safetensors");
+    run("%s --steps 4 --seed 5 --out other.safetensors --log other.log", run_of_text);
+    refuse_with("of another run", "--resume p.safetensors --steps 12 --log other.log --eval-every 0");
+    spill("void", "", 0);
+    ok = !run("%s --steps 3 --out void --log void.log", run_of_text) && exists("void.best.safetensors");
+    check(ok, "an empty file is nothing that could be lost");
+    ok = !run("%s --steps 10 --out again.safetensors --again", run_of_text);
+    ok = ok && !run("%s --steps 10 --out again.safetensors --again", run_of_text) && strstr((char *)output, "again.safetensors of the same settings and data is replaced");
+    check(ok && same_files("again.safetensors", "p.safetensors"), "--again replaces a run of the same settings and data, and says so");
+    static const char *different[] = {"--seed 3", "--steps 11", "--lr 1e-3", "--layers 2", "--data other"};
+    for (int i = 0; i < 5; i++) {
+        char line[256];
+        snprintf(line, sizeof(line), "--data %s --dim 16 --layers %s --heads 2 --seq 12 --batch 2 --steps %s %s --out again.safetensors --again", i == 4 ? "other" : "text",
+                 i == 3 ? "2" : "1", i == 1 ? "11" : "10", i == 0 || i == 2 ? different[i] : "");
+        refuse_with("is there", "%s", line);
+    }
+    ok = !run("%s --steps 4 --out p.safetensors --log p.log --overwrite", run_of_text);
+    double steps[64];
+    check(ok && read_log("p.log", "step", steps, 64) == 4, "--overwrite replaces run and log");
+
+    spill("r.safetensors.lock", "", 0); // as a run in another container would hold it
+    int lock = open_work("r.safetensors.lock");
+    flock(lock, LOCK_EX);
+    uint64_t before = folder_state(0);
+    int code = run("%s --steps 3 --out r.safetensors", run_of_text);
+    check(code == 1 && strstr((char *)complaint, "another run is writing it") && folder_state(0) == before, "two runs never share an --out");
+    close(lock);
+    int log = open_work("p.log");
+    flock(log, LOCK_EX);
+    code = run("--resume p.safetensors --steps 6 --log p.log");
+    check(code == 1 && strstr((char *)complaint, "another run is writing it"), "nor a --log");
+    close(log);
+    ok = !run("%s --steps 3 --out r.safetensors", run_of_text) && !exists("r.safetensors.lock");
+    check(ok, "a lock that a killed run left is taken over, and removed");
+    folder_state(1);
+    write_data();
+    release();
+}
+
+// What a stop or a kill left open is made when the run is resumed; what is said to be there is there.
+static void test_pieces(void) {
+    heading("missing pieces of resumed runs");
+    double steps[64], losses[64], scores[64];
+    size_t size = 0;
+    int ok = !run("%s --steps 12 --out a.safetensors --log a.log", run_of_text);
+    const char *log = (const char *)slurp("a.log", &size);
+    if (!check(ok && log, "a run of 12 steps")) return;
+    size_t last = size - 1;
+    while (last && log[last - 1] != '\n') last--;
+    spill("a.log", log, last); // killed before its last line
+    ok = !run("--resume a.safetensors --log a.log --eval-every 5 --eval-batches 1") && read_log("a.log", "step", steps, 64) == 12;
+    ok = ok && read_log("a.log", "val_loss", scores, 64) == 12 && isfinite(scores[11]) && read_log("a.log", "train_loss", losses, 64) == 12;
+    check(ok && steps[11] == 12 && isfinite(losses[11]), "a finished run's last log line is made at resume");
+    ok = !run("--resume a.safetensors --log a.log --eval-every 5 --eval-batches 1") && strstr((char *)output, "nothing to do");
+    check(ok, "and then there is nothing to do");
+    copy_file("a.safetensors", "b.safetensors");
+    copy_file("a.best.safetensors", "b.best.safetensors");
+    ok = !run("--resume b.safetensors --steps 13 --eval-every 0 --out c.safetensors") && same_files("c.best.safetensors", "a.best.safetensors");
+    check(ok, "resumed under another name the best weights go along");
+    discard("b.best.safetensors");
+    ok = !run("--resume b.safetensors --steps 13 --eval-every 0") && strstr((char *)output, "counts anew") && exists("b.best.safetensors");
+    check(ok, "best weights that are gone count anew, and that is said");
+    run("--data text --dim 16 --layers 1 --heads 2 --seq 12 --batch 2 --eval-every 0 --steps 6 --out d.safetensors");
+    discard("d.best.safetensors"); // killed in the last validation
+    ok = !run("--resume d.safetensors --eval-every 0") && exists("d.best.safetensors");
+    check(ok, "best weights that a killed run never wrote are written");
+    run("%s --steps 12 --seed 4 --lr 1e-4 --out other.safetensors", run_of_text);
+    copy_file("other.best.safetensors", "a.best.safetensors");
+    refuse_with("not the best weights of the resumed run", "--resume a.safetensors --steps 14");
+    ok = !run("--resume c.safetensors --steps 15") && strstr((char *)output, "the schedule ends at step 12");
+    check(ok, "a schedule that is at its end is told");
+    ok = !run("--resume c.safetensors --steps 16 --lr 1e-3 --decay-steps 20") && strstr((char *)output, "--lr 0.001 in place of 0.003");
+    check(ok && strstr((char *)output, "--decay-steps 20 in place of 12"), "so is one that is changed at a resume");
+    refuse_with("stands there twice", "%s --steps 3 --out z.safetensors --seed 3 --seed 4", run_of_text);
+    refuse_with("changes nothing", "%s --steps 3 --out z.safetensors --prompt a", run_of_text);
+    refuse_with("changes nothing", "--load a.safetensors --generate 3 --steps 4");
+    refuse_with("changes nothing", "--load a.safetensors --eval --data text --lr 1");
+    refuse_with("its bytes", "%s --steps 3 --out z.safetensors --vocab 20", run_of_text);
+    folder_state(1);
+    write_data();
+    release();
+}
+
+// Judged before it is saved: a validation that is not finite, or that had nothing to judge.
+static void test_judgement(void) {
+    heading("what is saved was judged");
+    enum { N = 4, T = 6 };
+    double scores[512];
+    char words[64];
+    static const char *wild[] = {"--eval-every 1", "--eval-every 0 --save-every 1"};
+    for (int i = 0; i < 2; i++) {
+        int code = run("--data text --overwrite --dim 16 --layers 1 --heads 2 --seq 32 --batch 4 --lr 1e3 --clip 0 --warmup 3 --steps 400 %s --out w.safetensors --log w.log", wild[i]);
+        const char *held = complaint ? strstr((char *)complaint, "w.safetensors holds step ") : NULL;
+        int step = held ? atoi(held + 25) : -1, lines = read_log("w.log", "val_loss", scores, 512);
+        snprintf(words, sizeof(words), "holds step %d\n", step);
+        int ok = code == 1 && step > 0 && step < 400 && lines >= step;
+        size_t size;
+        const char *log = (const char *)slurp("w.log", &size);
+        ok = ok && log && !strstr(log, "nan") && !strstr(log, "inf");
+        ok = ok && !run("--load w.safetensors --data text --eval") && isfinite(atof((char *)output + 9));
+        check(ok, "%s: a run that diverges leaves the last step whose validation is finite: %d", wild[i], step);
+    }
+    int32_t *inputs = random_ids(N * T, 9, 0), *targets = random_ids(N * T, 9, 0), *none = random_ids(N * T, 9, 0);
+    for (int i = 0; i < N * T; i++) none[i] = -1;
+    write_tensors("some.safetensors", N, T, inputs, targets, NULL);
+    write_tensors("none.safetensors", N, T, inputs, none, NULL);
+    int ok = !run("--data some.safetensors --val none.safetensors --dim 16 --layers 1 --heads 2 --batch 2 --steps 4 --eval-every 1 --out n.safetensors --log n.log");
+    read_log("n.log", "val_loss", scores, 512);
+    check(ok && isnan(scores[0]) && isnan(scores[3]) && same_tensors("n.best.safetensors", "n.best.safetensors"), "a validation without a target gives no score, the last weights are kept as the best");
+    int code = run("--load n.best.safetensors --val none.safetensors --eval");
+    check(code == 1 && strstr((char *)complaint, "no targets"), "and --eval says so");
+    folder_state(1);
+    write_data();
+    release();
+}
+
+// The split that a model was validated on is what --eval evaluates, or the result says that it is not.
+static void test_split(void) {
+    heading("what --eval evaluates");
+    size_t size;
+    const char *text = (const char *)slurp("text", &size);
+    spill("held.txt", text + 3000, 1500);
+    spill("half.txt", text, 3000);
+    int ok = !run("--data half.txt --val held.txt --dim 16 --layers 1 --heads 2 --seq 12 --batch 4 --steps 30 --eval-every 10 --out e.safetensors");
+    double of_val = ok && !run("--load e.best.safetensors --val held.txt --eval") ? atof((char *)output + 9) : NAN;
+    static const char *ways[] = {"--data half.txt --val held.txt", "--data half.txt", "--data held.txt"};
+    for (int i = 0; i < 3; i++) {
+        ok = !run("--load e.best.safetensors %s --eval", ways[i]) && atof((char *)output + 9) == of_val && !strstr((char *)output, "last tenth");
+        check(ok, "%s: its validation text, %.6f", ways[i], of_val);
+    }
+    ok = !run("--load e.best.safetensors --data text --eval") && strstr((char *)output, "(the last tenth of text: not the text that the model was trained on)");
+    check(ok, "another text: the result says so");
+    discard("held.txt");
+    int code = run("--load e.best.safetensors --data half.txt --eval");
+    check(code == 1 && strstr((char *)complaint, "held.txt"), "its validation text is gone: refused, not the training text's loss");
+    folder_state(1);
+    write_data();
+    release();
+}
+
+static void refuse_data(const char *looks, const void *bytes, size_t size) {
+    spill("odd", bytes, size);
+    reason = looks;
+    refuse(1, "--data odd --dim 16 --layers 1 --heads 2 --seq 4 --batch 2 --steps 2 --overwrite --out odd.safetensors");
+    reason = "";
+    int ok = !run("--data odd --format bytes --dim 16 --layers 1 --heads 2 --seq 4 --batch 2 --steps 2 --overwrite --out odd.safetensors");
+    check(ok && !run("--resume odd.safetensors --steps 3"), "%s: --format bytes takes it, and a resumed run knows", looks);
+    release();
+}
+
+// Formats are told by what a file holds.
+static void test_formats(void) {
+    heading("formats of data");
+    enum { SIZE = 4000, N = 6, T = 8 };
+    static unsigned char bytes[2 * SIZE];
+    static const char words[] = "to be, or not to be: that is the question\n";
+    damaged[0] = 0;
+    for (int i = 0; i < SIZE; i++) bytes[2 * i] = (unsigned char)words[i % (sizeof(words) - 1)];
+    refuse_data("UTF-16", bytes, sizeof(bytes));
+    for (int i = 0; i < 2 * SIZE; i++) bytes[i] = (unsigned char)(i % 2 ? 0 : random_int(0, 64));
+    refuse_data("16-bit", bytes, sizeof(bytes));
+    for (int i = 0; i < 2 * SIZE; i++) bytes[i] = (unsigned char)random_int(0, i % 2 ? 196 : 255);
+    refuse_data("numbers", bytes, sizeof(bytes));
+    for (int i = 0; i < 2 * SIZE; i++) bytes[i] = (unsigned char)(i % 4 < 2 ? random_int(0, 255) : 0);
+    refuse_data("32-bit", bytes, sizeof(bytes));
+    memcpy(bytes, "PK\3\4", 4);
+    refuse_data("zip", bytes, sizeof(bytes));
+    memcpy(bytes, "\x89PNG", 4);
+    refuse_data("PNG", bytes, sizeof(bytes));
+    memcpy(bytes, "\xFF\xFE", 2);
+    refuse_data("UTF-16", bytes, sizeof(bytes));
+    static const char *texts[] = {"caf\xE9 au lait, s'il vous pla\xEEt; ", "\xE4\xBD\xA0\xE5\xA5\xBD\xE4\xB8\x96\xE7\x95\x8C ", "\x82\xB1\x82\xF1\x82\xC9\x82\xBF\x82\xCD ", "PK is no zip archive; GIF8 no picture. ", "e\bee\b", "\033[1mbold\033[0m "};
+    for (int i = 0; i < 6; i++) { // Latin-1, UTF-8, Shift-JIS, letters of signatures, overstruck, escapes
+        size_t length = strlen(texts[i]);
+        for (int k = 0; k < 2 * SIZE; k++) bytes[k] = (unsigned char)texts[i][(size_t)k % length];
+        spill("text8", bytes, sizeof(bytes));
+        int ok = !run("--data text8 --dim 16 --layers 1 --heads 2 --seq 8 --batch 2 --steps 2 --overwrite --out t.safetensors");
+        check(ok && !complaint_size, "text number %d is taken without a word", i + 1);
+    }
+    for (int k = 0; k < SIZE; k++) bytes[k] = (unsigned char)(k % 37 == 36 ? 0 : 'a' + k % 5);
+    spill("zeros", bytes, SIZE);
+    int ok = !run("--data zeros --dim 16 --layers 1 --heads 2 --seq 8 --batch 2 --steps 2 --overwrite --out t.safetensors");
+    check(ok && complaint_size && strstr((char *)complaint, "108 bytes are 0"), "a text with zero bytes is taken with a warning");
+
+    int32_t header[3] = {20240801, 7, 500};
+    static unsigned char wide[1024 + 4 * 500], narrow[1024 + 2 * 500];
+    for (int i = 0; i < 500; i++) {
+        uint32_t id = (uint32_t)random_int(0, 60000);
+        uint16_t half = (uint16_t)id;
+        memcpy(wide + 1024 + 4 * i, &id, 4);
+        memcpy(narrow + 1024 + 2 * i, &half, 2);
+    }
+    memcpy(wide, header, sizeof(header));
+    header[0] = 20240520;
+    header[1] = 1;
+    memcpy(narrow, header, sizeof(header));
+    spill("wide.bin", wide, sizeof(wide));
+    spill("narrow.bin", narrow, sizeof(narrow));
+    static const char shape[] = "--vocab 60001 --dim 4 --layers 1 --heads 2 --seq 8 --batch 2 --steps 3 --eval-every 0 --overwrite";
+    ok = !run("--data wide.bin %s --out a.safetensors", shape) && !run("--data narrow.bin %s --out b.safetensors", shape);
+    check(ok && same_tensors("a.safetensors", "b.safetensors"), "a Llama 3 shard of the same tokens as a GPT-2 shard trains the same weights");
+    ok = !run("--data narrow.bin --dim 2 --layers 1 --heads 1 --seq 4 --batch 1 --steps 0 --vocab 60001 --out c.safetensors");
+    uint32_t large = 1 << 24;
+    memcpy(wide + 1024 + 40, &large, 4);
+    spill("large.bin", wide, sizeof(wide));
+    reason = "below 2^24";
+    refuse(1, "--data large.bin --dim 2 --layers 1 --heads 1 --seq 4 --batch 1 --steps 1 --out c.safetensors");
+
+    int32_t *inputs = random_ids(N * T, 18, 0), *targets = random_ids(N * T, 18, 1);
+    inputs[5] = 18;
+    write_tensors("plain.safetensors", N, T, inputs, targets, NULL);
+    copy_file("plain.safetensors", "plain.st");
+    ok = !run("--data plain.st --dim 16 --layers 1 --heads 2 --batch 2 --steps 2 --overwrite --out s.safetensors") && strstr((char *)output, "T 8, V 19,");
+    check(ok, "an example set is known without its name; its vocabulary is the largest id + 1, as its metadata says less");
+    inputs[5] = 1 << 24;
+    write_tensors("far.safetensors", N, T, inputs, targets, NULL);
+    refuse(1, "--data far.safetensors --dim 2 --layers 1 --heads 1 --batch 2 --steps 1 --out c.safetensors");
+    reason = "";
+    folder_state(1);
+    write_data();
+    release();
+}
+
+// Weights in half precision, names that a shell would take apart, descriptors that are closed, characters cut in two.
+static void test_oddities(void) {
+    heading("smaller things");
+    Safetensors file;
+    char path[512], error[ERROR_SIZE];
+    size_t size = 0;
+    int ok = !run("%s --steps 12 --out a.safetensors", run_of_text);
+    snprintf(path, sizeof(path), "%s/a.best.safetensors", work);
+    if (!check(ok && !safetensors_read(&file, path, error), "a checkpoint")) return;
+    FileTensor *halves = (FileTensor *)lend(sizeof(FileTensor) * (size_t)file.n_tensors);
+    for (int bf16 = 0; bf16 < 2; bf16++) {
+        double worst = 0;
+        for (int i = 0; i < file.n_tensors; i++) {
+            FileTensor *t = &halves[i];
+            *t = file.tensors[i];
+            if (strcmp(t->dtype, "F32")) continue;
+            uint16_t *numbers = (uint16_t *)lend(2 * (size_t)t->count + 2);
+            for (int64_t k = 0; k < t->count; k++) {
+                float value = (float)number_of(&file.tensors[i], k);
+                uint32_t bits;
+                memcpy(&bits, &value, 4);
+                int exponent = (int)(bits >> 23 & 255) - 127 + 15; // numbers that a half holds as normal ones, cut off
+                uint16_t half = (uint16_t)(bits >> 31 << 15 | (exponent > 0 ? (uint32_t)exponent << 10 | (bits >> 13 & 1023) : 0));
+                numbers[k] = bf16 ? (uint16_t)(bits >> 16) : half;
+            }
+            strcpy(t->dtype, bf16 ? "BF16" : "F16");
+            t->size = 2 * (size_t)t->count;
+            t->data = (const unsigned char *)numbers;
+            for (int64_t k = 0; k < t->count; k++) {
+                double value = number_of(&file.tensors[i], k), limit = bf16 ? 1.0 / 128 : fabs(value) < 6.2e-5 ? 1 : 1.0 / 1024;
+                worst_of(&worst, fabs((double)float_at(t, k) - value) / (fabs(value) * limit + 1e-30));
+            }
+        }
+        snprintf(path, sizeof(path), "%s/half.safetensors", work);
+        ok = !safetensors_write(path, NULL, halves, file.n_tensors, file.meta, file.n_meta, 0, error);
+        ok = ok && !run("--load half.safetensors --data text --eval") && isfinite(atof((char *)output + 9));
+        check_error(ok ? worst : NAN, 1, "weights in %s are read, their error in units of its last place", bf16 ? "BF16" : "F16");
+    }
+    static const unsigned char special[] = {0, 0x7C, 0, 0xFC, 1, 0x7C, 1, 0, 0xFF, 3, 0, 0x80, 0, 0x3C}; // ±∞, NaN, 2^-24, 1023·2^-24, -0, 1
+    FileTensor t = {path, "F16", 1, {7}, 7, 14, special};
+    float f[7];
+    for (int i = 0; i < 7; i++) f[i] = float_at(&t, i);
+    ok = isinf(f[0]) && f[0] > 0 && isinf(f[1]) && f[1] < 0 && isnan(f[2]) && f[3] == ldexpf(1, -24) && f[4] == ldexpf(1023, -24) && f[5] == 0 && f[6] == 1;
+    check(ok, "F16: infinities, NaN, the smallest numbers");
+    safetensors_free(&file);
+
+    pid_t child = start_and_wait_for_log("--run --data text --dim 16 --layers 1 --heads 2 --seq 12 --batch 2 --steps 100000 --out it's~$a.safetensors --log it's.log", "it's.log", 3);
+    kill(child, SIGTERM);
+    kill(child, SIGINT);
+    usleep(20000);
+    kill(child, SIGTERM);
+    int code = finish(child);
+    char *command = output ? strstr((char *)output, "go on with: ") : NULL;
+    ok = code == 130 && command && strstr(command, " --resume 'it'\\''s $a.safetensors' ") && exists("it's $a.safetensors");
+    check(ok, "three signals, and a name that a shell takes apart: saved, and the command is quoted");
+    char shell[1024];
+    snprintf(shell, sizeof(shell), "cd %s && printf %%s %s", work, command ? strstr(command, "'it") : "");
+    FILE *pipe = popen(shell, "r");
+    char word[256] = "";
+    if (pipe && !fgets(word, sizeof(word), pipe)) word[0] = 0;
+    if (pipe) pclose(pipe);
+    check(!strncmp(word, "it's $a.safetensors", 19), "a shell reads it as the same name");
+
+    fflush(stdout);
+    if (!(child = fork())) { // with 0, 1 and 2 closed
+        char *words[] = {self, (char *)"--run", (char *)"--data", (char *)"text", (char *)"--dim", (char *)"16", (char *)"--layers", (char *)"1", (char *)"--heads", (char *)"2", (char *)"--seq", (char *)"12",
+                         (char *)"--batch", (char *)"2", (char *)"--steps", (char *)"3", (char *)"--out", (char *)"z.safetensors", (char *)"--log", (char *)"z.log", NULL};
+        if (chdir(work)) _exit(126);
+        close(0);
+        close(1);
+        close(2);
+        execv(self, words);
+        _exit(127);
+    }
+    int status = 0;
+    waitpid(child, &status, 0);
+    double steps[8];
+    ok = WIFEXITED(status) && WEXITSTATUS(status) == 1 && read_log("z.log", "step", steps, 8) == 3;
+    check(ok && !strncmp((char *)slurp("z.log", &size), "{\"step\": 1, ", 12), "descriptors 0 to 2 closed: the log holds the log alone");
+
+    snprintf(path, sizeof(path), "%s/link.safetensors", work);
+    ok = !symlink("there.safetensors", path) && !run("%s --steps 3 --out link.safetensors", run_of_text);
+    struct stat info;
+    check(ok && exists("there.safetensors") && !lstat(path, &info) && S_ISLNK(info.st_mode), "a link to a file that is not there yet stays a link");
+
+    static const unsigned char cut[] = "a\xC3\xA9\xE2\x82\xAC\xF0\x9F\x98\x80\xFF\x80" "b\xE2\x82"; // é, €, an emoji, no UTF-8, half a €
+    snprintf(path, sizeof(path), "%s/print", work);
+    fflush(stdout);
+    int kept = dup(1), to = open(path, O_RDWR | O_CREAT | O_TRUNC, 0666);
+    dup2(to, 1);
+    Character character = {{0}, 0};
+    int whole = 1;
+    for (size_t i = 0; i < sizeof(cut) - 1; i++) {
+        print_byte(&character, cut[i]);
+        fflush(stdout);
+        off_t at = lseek(to, 0, SEEK_END);
+        whole = whole && (at == 0 || at == 1 || at == 3 || at == 6 || at >= 10);
+    }
+    dup2(kept, 1);
+    close(kept);
+    close(to);
+    const unsigned char *printed = slurp("print", &size);
+    check(whole && printed && size == sizeof(cut) - 3 && !memcmp(printed, cut, size), "generation prints whole characters, and what is no UTF-8 as it is");
+    folder_state(1);
+    write_data();
+    release();
+}
+
 // The smallest and the oddest runs, with every mixer.
 static void test_edges(void) {
     heading("edges: T 1, B 1, V 1 and 65536, D 2, one byte, no target");
@@ -1978,6 +2351,12 @@ static void test_program(const glob_t *dumps) {
         test_resume();
         if (!ON_GPU) test_files();
         if (!ON_GPU) test_long_runs();
+        if (!ON_GPU) test_places();
+        if (!ON_GPU) test_pieces();
+        if (!ON_GPU) test_judgement();
+        if (!ON_GPU) test_split();
+        if (!ON_GPU) test_formats();
+        if (!ON_GPU) test_oddities();
         if (!ON_GPU) test_edges();
     }
     if (!ON_GPU) test_threads();

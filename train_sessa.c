@@ -3625,7 +3625,7 @@ static int is_same_run(const Run *run, const char *path) {
 typedef struct { long before, upto, size; int64_t last; int is_log, own, validated; } LogScan;
 
 // Reads the lines of a log up to `step`. loss: of that step as its file has it, -1: not known. `own` says whether the log is
-// this run's: if it has a line of the step that has the same loss, or ends before.
+// this run's: if its line of the step has the same loss, or if it ends right before or begins right behind the step.
 static LogScan log_scan(FILE *file, int64_t step, double loss) {
     static const char start[] = "{\"step\": ";
     char line[4096], expected[32], stands[32] = "";
@@ -3650,6 +3650,7 @@ static LogScan log_scan(FILE *file, int64_t step, double loss) {
         scan.own = loss < 0 || !*stands || !strcmp(stands, expected);
         scan.validated = strstr(line, "\"val_loss\"") != NULL;
     }
+    if (scan.last && scan.last < step - 1 && step < INT64_MAX) scan.own = 0; // a log has no holes
     if (!fseek(file, 0, SEEK_END)) scan.size = ftell(file);
     return scan;
 }
