@@ -41,8 +41,9 @@ test_sessacu: test_sessa.c train_sessa.cu train_sessa.c
 testcu: test_sessacu train_sessacu
 	./test_sessacu
 
-# ARGS: options of train_sessa. Without any, a run of the same settings and data is made again and replaces the one that is
-# there; with some, nothing is replaced unless they say --overwrite. What they name as --out or --resume is sampled from.
+# ARGS: options of train_sessa. Without any, a run of the same settings and data is made again and replaces the
+# one that is there; with some, nothing is replaced unless they say --overwrite. What they name as --out or
+# --resume is sampled from.
 train: train_sessa
 	@set -- $(ARGS); again=--again; out=; run=; data=; before=; \
 	for word; do \

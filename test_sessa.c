@@ -1347,7 +1347,10 @@ static void write_tensors(const char *name, int N, int T, int32_t *inputs, int32
         tensors[i].data = (const unsigned char *)(i == 2 ? lags : i ? targets : inputs);
     }
     snprintf(path, sizeof(path), "%s/%s", work, name);
-    if (safetensors_write(path, NULL, tensors, lags ? 3 : 2, &meta, 1, 0, error)) { printf("%s\n", error); exit(1); }
+    if (safetensors_write(path, NULL, tensors, lags ? 3 : 2, &meta, 1, 0, error)) {
+        printf("%s\n", error);
+        exit(1);
+    }
 }
 
 // A text, a token shard and a set of 20 examples with some targets ignored.
@@ -1377,7 +1380,8 @@ static void check_resume(const char *name, const char *options) {
           "%s: 10 steps and 10 resumed write the bytes of 20, best weights too", name);
     int logged = same_logs("a.log", "b.log", 20); // once more from the middle, in two parts: the log is cut back
     double steps[64];
-    ok = !run("--resume half.safetensors --out c.safetensors --overwrite --steps 15 --log b.log " WATCH) && read_log("b.log", "step", steps, 64) == 15;
+    ok = !run("--resume half.safetensors --out c.safetensors --overwrite --steps 15 --log b.log " WATCH) &&
+         read_log("b.log", "step", steps, 64) == 15;
     ok = ok && !run("--resume c.safetensors --steps 20 --log b.log " WATCH);
     check(ok && logged && same_logs("a.log", "b.log", 20) && same_files("a.safetensors", "c.safetensors"), "%s: the log goes on, and is cut back to the resumed step", name);
 }
@@ -1419,7 +1423,8 @@ static void test_resume(void) {
         safetensors_free(&file);
     }
     check(whole == 5, "killed while saving, five times: the file is whole");
-    code = run("--data text --overwrite --dim 16 --layers 1 --heads 2 --seq 12 --batch 2 --steps 20 --eval-every 0 --out w.safetensors");
+    code = run("--data text --overwrite --dim 16 --layers 1 --heads 2 --seq 12 --batch 2 --steps 20 "
+               "--eval-every 0 --out w.safetensors");
     snprintf(path, sizeof(path), "%s/w.safetensors", work);
     if (!code && !(code = safetensors_read(&file, path, error))) {
         const char *warmup = safetensors_meta(&file, "warmup"), *length = safetensors_meta(&file, "decay_steps");
@@ -1439,7 +1444,9 @@ static void test_threads(void) {
         int ok = 1;
         for (int t = 0; t < 3; t++) {
             n_threads = counts[t];
-            ok &= !run("--data text --overwrite --dim 48 --layers 2 --heads 4 --dropout 0.1 --eval-every 0 --out t%d.safetensors %s", t, shapes[i]);
+            ok &= !run("--data text --overwrite --dim 48 --layers 2 --heads 4 --dropout 0.1 --eval-every 0 "
+                       "--out t%d.safetensors %s",
+                       t, shapes[i]);
         }
         n_threads = "2";
         check(ok && same_files("t0.safetensors", "t1.safetensors") && same_files("t0.safetensors", "t2.safetensors"), "the same bytes with 1, 2 and 3 threads: %s", shapes[i]);
@@ -1447,7 +1454,9 @@ static void test_threads(void) {
     static const char *data[] = {"text", "set.safetensors"};
     for (int i = 0; i < 2; i++) {
         double x[8], y[8], worst = 0;
-        int ok = !run("--data %s " TINY "--seq 12 --batch 8 --steps 6 --eval-every 0 --log x.log", data[i]) && !run("--data %s " TINY "--seq 12 --batch 4 --accum 2 --steps 6 --eval-every 0 --log y.log", data[i]);
+        int ok = !run("--data %s " TINY "--seq 12 --batch 8 --steps 6 --eval-every 0 --log x.log", data[i]) &&
+                 !run("--data %s " TINY "--seq 12 --batch 4 --accum 2 --steps 6 --eval-every 0 --log y.log",
+                      data[i]);
         ok = ok && read_log("x.log", "train_loss", x, 8) == 6 && read_log("y.log", "train_loss", y, 8) == 6;
         for (int s = 0; s < 6; s++) worst_of(&worst, ok ? fabs(x[s] - y[s]) / x[s] : NAN);
         check_error(worst, bound_of(1e-5, 1e-12), "%s: losses of --batch 4 --accum 2 against --batch 8", data[i]);
@@ -1463,13 +1472,19 @@ static int by_size(const void *a, const void *b) { return *(const int *)a - *(co
 static void test_order(void) {
     heading("which data a step sees");
     enum { N = 20 };
-    static const char same[] = "--data set.safetensors --val copy.safetensors", one[] = "--data one.safetensors --val copy.safetensors";
-    static const char still[] = "--overwrite --dim 16 --layers 1 --heads 2 --lr 0 --min-lr 0 --eval-every 0 --log o.log";
+    static const char same[] = "--data set.safetensors --val copy.safetensors", one[] = "--data "
+                                                                                        "one.safetensors "
+                                                                                        "--val "
+                                                                                        "copy.safetensors";
+    static const char still[] = "--overwrite --dim 16 --layers 1 --heads 2 --lr 0 --min-lr 0 --eval-every 0 "
+                                "--log o.log";
     double x[2 * N], y[2 * N], worst = 0, moved = 0;
     copy_file("set.safetensors", "copy.safetensors");
-    int ok = !run("%s %s --batch 20 --steps 1", same, still) && read_log("o.log", "train_loss", x, 2 * N) == 1 && read_log("o.log", "val_loss", y, 2 * N) == 1;
+    int ok = !run("%s %s --batch 20 --steps 1", same, still) &&
+             read_log("o.log", "train_loss", x, 2 * N) == 1 && read_log("o.log", "val_loss", y, 2 * N) == 1;
     check_error(ok ? fabs(x[0] - y[0]) / y[0] : NAN, 1e-6, "all examples in one batch: the training loss is the validation loss");
-    ok = !run("%s %s --batch 1 --steps 40", same, still) && read_log("o.log", "train_loss", x, 2 * N) == 2 * N;
+    ok =
+        !run("%s %s --batch 1 --steps 40", same, still) && read_log("o.log", "train_loss", x, 2 * N) == 2 * N;
     for (int i = 0; i < N; i++) moved += x[i] != x[N + i];
     qsort(x, N, sizeof(double), by_value);
     qsort(x + N, N, sizeof(double), by_value);
@@ -1478,7 +1493,8 @@ static void test_order(void) {
     check(moved > N / 2 && x[0] < x[N - 1], "in another order: %.0f of %d in another place", moved, N);
     write_tensors("one.safetensors", 1, 12, random_ids(12, 9, 0), random_ids(12, 9, 0), NULL);
     copy_file("one.safetensors", "copy.safetensors");
-    ok = !run("%s %s --batch 1 --steps 3 --dropout 0.5", one, still) && read_log("o.log", "train_loss", y, 2 * N) == 3;
+    ok = !run("%s %s --batch 1 --steps 3 --dropout 0.5", one, still) &&
+         read_log("o.log", "train_loss", y, 2 * N) == 3;
     check(ok && y[0] != y[1] && y[1] != y[2], "dropout: every step has a mask of its own");
     for (int seed = 1; seed < 4; seed++) { // 1000 places, sorted: independent ones have gaps of 7 times the mean
         Run r;
@@ -1525,7 +1541,9 @@ static void test_scores(void) {
     for (int i = 0; i < N * T; i++) if (targets[i] > 2) targets[i] = inputs[i]; // something to learn
     write_tensors("lags.safetensors", N, T, inputs, targets, lags);
     copy_file("lags.safetensors", "seen.safetensors");
-    int ok = !run("--data lags.safetensors --val seen.safetensors " TINY "--seq 12 --batch 8 --warmup 5 --steps 80 --lr 1e-2 --eval-every 0 --out s.safetensors --log s.log");
+    int ok = !run("--data lags.safetensors --val seen.safetensors " TINY "--seq 12 --batch 8 --warmup 5 "
+                                                                         "--steps 80 --lr 1e-2 --eval-every "
+                                                                         "0 --out s.safetensors --log s.log");
     double hits[2][8] = {{0}}, counts[2][8] = {{0}}, logged[128], by_lag[8] = {0};
     Model *m = load("s.safetensors", T, &file);
     if (!ok || !m) { check(0, "trained on an example set: %s", (char *)complaint); return; }
@@ -1669,7 +1687,8 @@ static void damage(const char *from, const char *to) {
 
 static void test_files(void) {
     heading("files: what is written is read, what is damaged is refused with one line and nothing is touched");
-    int ok = !run("--data text " SMALL "--steps 2 --out good.safetensors --log good.log"), read = 0, crossed = 0;
+    int ok = !run("--data text " SMALL "--steps 2 --out good.safetensors --log good.log"), read = 0,
+        crossed = 0;
     size_t size = 0;
     ok = ok && !run("--data text --load good.safetensors --lr 0 --min-lr 0 --batch 2 --steps 1 --out d.safetensors");
     Safetensors a, b;
@@ -1777,10 +1796,31 @@ static void test_files(void) {
     damaged[0] = 0;
     heading("the command line: what cannot work is refused");
     mkdir(strcat(strcpy(path, work), "/subfolder"), 0777);
-    static const char *wrong[] = {"--colour red", "dim", "--steps ten", "--steps 1.5", "--lr 1e-3x", "--lr nan", "--steps", "--dropout 1", "--batch 0", "--data text --heads 3 --dim 16",
-        "--data text --dim 16 --heads 16", "--data text --heads 4 --kv-heads 3", "--data text --mixer none", "--resume good.safetensors --load good.safetensors", "--generate 5",
-        "--eval", "--load good.safetensors --generate 5 --eval", "--resume good.safetensors --dim 32", "--resume good.safetensors --eps 1e-3", "--resume good.safetensors --mixer attention",
-        "--data text --out text", "--data text --log text", "--data text --val other --log other", "--load good.safetensors --data text --heads 4", "--load good.safetensors --generate 5 --prompt abZ"};
+    static const char *wrong[] = {"--colour red",
+                                  "dim",
+                                  "--steps ten",
+                                  "--steps 1.5",
+                                  "--lr 1e-3x",
+                                  "--lr nan",
+                                  "--steps",
+                                  "--dropout 1",
+                                  "--batch 0",
+                                  "--data text --heads 3 --dim 16",
+                                  "--data text --dim 16 --heads 16",
+                                  "--data text --heads 4 --kv-heads 3",
+                                  "--data text --mixer none",
+                                  "--resume good.safetensors --load good.safetensors",
+                                  "--generate 5",
+                                  "--eval",
+                                  "--load good.safetensors --generate 5 --eval",
+                                  "--resume good.safetensors --dim 32",
+                                  "--resume good.safetensors --eps 1e-3",
+                                  "--resume good.safetensors --mixer attention",
+                                  "--data text --out text",
+                                  "--data text --log text",
+                                  "--data text --val other --log other",
+                                  "--load good.safetensors --data text --heads 4",
+                                  "--load good.safetensors --generate 5 --prompt abZ"};
     for (int i = 0; i < 4; i++) { // a shard that says what is not so: one token more, one less, another version, none
         unsigned char *bytes = slurp("tokens.bin", &size);
         int32_t header[3] = {20240520, i == 2 ? 2 : 1, (int32_t)(i == 3 ? 0 : (int64_t)(size - 1024) / 2 + (i == 0) - (i == 1))};
@@ -1806,7 +1846,8 @@ static void test_files(void) {
     }
     check(ok && told == options && !complaint_size, "--help names all %d options", options);
     reason = "; nothing was saved before";
-    refuse(1, "--data text " TINY "--seq 12 --batch 2 --lr 1000 --warmup 0 --clip 0 --steps 400 --eval-every 0 --save-every 1000000 --out never.safetensors");
+    refuse(1, "--data text " TINY "--seq 12 --batch 2 --lr 1000 --warmup 0 --clip 0 --steps 400 --eval-every "
+                                  "0 --save-every 1000000 --out never.safetensors");
     reason = "";
 }
 
@@ -1816,7 +1857,9 @@ static void test_long_runs(void) {
     Safetensors file;
     char path[256], error[ERROR_SIZE], words[64];
     size_t size = 0, size_now = 0;
-    int code = run("--data text " TINY "--seq 12 --batch 2 --lr 1000 --warmup 0 --clip 0 --steps 400 --eval-every 0 --save-every 2 --out diverged.safetensors"), finite = 1, step = -1;
+    int code = run("--data text " TINY "--seq 12 --batch 2 --lr 1000 --warmup 0 --clip 0 --steps 400 "
+                                       "--eval-every 0 --save-every 2 --out diverged.safetensors"),
+        finite = 1, step = -1;
     snprintf(path, sizeof(path), "%s/diverged.safetensors", work);
     if (!safetensors_read(&file, path, error)) {
         step = atoi(safetensors_meta(&file, "step"));
@@ -1852,7 +1895,8 @@ static void test_long_runs(void) {
     model_free(run_here.model);
 
     size_t first = 0, known = 0;
-    char line[4000] = ""; // the log of the two steps, the first line 900 bytes longer, and two lines that a killed run left
+    char line[4000] =
+        ""; // the log of the two steps, the first line 900 bytes longer, and two lines that a killed run left
     const char *two = (const char *)slurp("good.log", &known);
     if (!check(two && known < 1000, "the log of two steps")) return;
     first = (size_t)(strchr(two, '\n') - two);
@@ -1865,12 +1909,18 @@ static void test_long_runs(void) {
     int lock = open_work("e.safetensors.lock");
     flock(lock, LOCK_EX);
     code = run("--resume good.safetensors --steps 3 --out e.safetensors --overwrite --log long.log");
-    check(code == 1 && complaint && strstr((char *)complaint, "another run") && slurp("e.safetensors.tmp.999999999", &size), "a run whose file another one is writing is refused, and removes nothing of it");
+    check(code == 1 && complaint && strstr((char *)complaint, "another run") &&
+              slurp("e.safetensors.tmp.999999999", &size),
+          "a run whose file another one is writing is refused, and removes nothing of it");
     close(lock);
     code = run("--resume good.safetensors --steps 3 --out e.safetensors --overwrite --log long.log");
     const char *log = (char *)slurp("long.log", &size);
-    check(!code && log && !memcmp(log, line, known + 900) && size > known + 960 && !strncmp(log + known + 900, "{\"step\": 3, \"train_loss\"", 24), "a log with a line of 1000 bytes is continued behind the resumed step");
-    check(!slurp("e.safetensors.tmp.999999999", &size) && !slurp("e.best.safetensors.tmp.0a1b2c3d", &size) && !slurp("e.safetensors.lock", &size), "what a killed run left, temporary files and locks, is gone after the next");
+    check(!code && log && !memcmp(log, line, known + 900) && size > known + 960 &&
+              !strncmp(log + known + 900, "{\"step\": 3, \"train_loss\"", 24),
+          "a log with a line of 1000 bytes is continued behind the resumed step");
+    check(!slurp("e.safetensors.tmp.999999999", &size) && !slurp("e.best.safetensors.tmp.0a1b2c3d", &size) &&
+              !slurp("e.safetensors.lock", &size),
+          "what a killed run left, temporary files and locks, is gone after the next");
     check(slurp("e.safetensors.tmp.mine", &size) != NULL, "and nothing else is");
     release();
 }
@@ -1878,7 +1928,8 @@ static void test_long_runs(void) {
 // ----------------------------------------------------------------------------
 // what a run may replace, and what it may say
 
-static const char run_of_text[] = "--data text --dim 16 --layers 1 --heads 2 --seq 12 --batch 2 --eval-every 5 --eval-batches 1";
+static const char run_of_text[] = "--data text --dim 16 --layers 1 --heads 2 --seq 12 --batch 2 --eval-every "
+                                  "5 --eval-batches 1";
 
 static int exists(const char *name) {
     size_t size;
@@ -1904,16 +1955,20 @@ static void test_places(void) {
     damaged[0] = 0;
     int ok = !run("%s --steps 10 --out p.safetensors --log p.log", run_of_text);
     check(ok && exists("p.best.safetensors"), "a run, its best weights and its log");
-    refuse_with("p.safetensors is there: a run of step 10, validation loss", "%s --steps 3 --out p.safetensors", run_of_text);
-    refuse_with("p.best.safetensors is there: weights of step 10", "%s --steps 3 --out p", run_of_text); // the same best weights
-    refuse_with("p.log is there: a log up to step 10", "%s --steps 3 --out q.safetensors --log p.log", run_of_text);
+    refuse_with("p.safetensors is there: a run of step 10, validation loss",
+                "%s --steps 3 --out p.safetensors", run_of_text);
+    refuse_with("p.best.safetensors is there: weights of step 10", "%s --steps 3 --out p",
+                run_of_text); // the same best weights
+    refuse_with("p.log is there: a log up to step 10", "%s --steps 3 --out q.safetensors --log p.log",
+                run_of_text);
     refuse_with("one file", "%s --load p.best.safetensors --steps 3 --out p.safetensors", run_of_text);
     refuse_with("one file", "%s --load p.safetensors --steps 3 --out p.safetensors --overwrite", run_of_text);
     spill("notes", "my notes\n", 9);
     refuse_with("is no log", "%s --steps 3 --out q.safetensors --log notes", run_of_text);
     refuse_with("it is no log", "--resume p.safetensors --steps 12 --log notes");
     refuse_with("notes is there: no checkpoint", "%s --steps 3 --out notes", run_of_text);
-    static const char *same[] = {"--out a --log a", "--out ./x --log x", "--out r --log r.best.safetensors", "--val text", "--out text", "--log text"};
+    static const char *same[] = {"--out a --log a", "--out ./x --log x", "--out r --log r.best.safetensors",
+                                 "--val text",      "--out text",        "--log text"};
     for (int i = 0; i < 6; i++) refuse_with("one file", "%s --steps 3 %s", run_of_text, same[i]);
     refuse_with("one file", "--resume p.safetensors --steps 12 --log p.safetensors");
     refuse_with("one file", "--resume p.safetensors --steps 12 --log p.best.safetensors");
@@ -1923,13 +1978,18 @@ static void test_places(void) {
     ok = !run("%s --steps 3 --out void --log void.log", run_of_text) && exists("void.best.safetensors");
     check(ok, "an empty file is nothing that could be lost");
     ok = !run("%s --steps 10 --out again.safetensors --again", run_of_text);
-    ok = ok && !run("%s --steps 10 --out again.safetensors --again", run_of_text) && strstr((char *)output, "again.safetensors of the same settings and data is replaced");
-    check(ok && same_files("again.safetensors", "p.safetensors"), "--again replaces a run of the same settings and data, and says so");
+    ok = ok && !run("%s --steps 10 --out again.safetensors --again", run_of_text) &&
+         strstr((char *)output, "again.safetensors of the same settings and data is replaced");
+    check(ok && same_files("again.safetensors", "p.safetensors"), "--again replaces a run of the same "
+                                                                  "settings and data, and says so");
     static const char *different[] = {"--seed 3", "--steps 11", "--lr 1e-3", "--layers 2", "--data other"};
     for (int i = 0; i < 5; i++) {
         char line[256];
-        snprintf(line, sizeof(line), "--data %s --dim 16 --layers %s --heads 2 --seq 12 --batch 2 --steps %s %s --out again.safetensors --again", i == 4 ? "other" : "text",
-                 i == 3 ? "2" : "1", i == 1 ? "11" : "10", i == 0 || i == 2 ? different[i] : "");
+        snprintf(line, sizeof(line),
+                 "--data %s --dim 16 --layers %s --heads 2 --seq 12 --batch 2 --steps %s %s --out "
+                 "again.safetensors --again",
+                 i == 4 ? "other" : "text", i == 3 ? "2" : "1", i == 1 ? "11" : "10",
+                 i == 0 || i == 2 ? different[i] : "");
         refuse_with("is there", "%s", line);
     }
     ok = !run("%s --steps 4 --out p.safetensors --log p.log --overwrite", run_of_text);
@@ -1941,7 +2001,8 @@ static void test_places(void) {
     flock(lock, LOCK_EX);
     uint64_t before = folder_state(0);
     int code = run("%s --steps 3 --out r.safetensors", run_of_text);
-    check(code == 1 && strstr((char *)complaint, "another run is writing it") && folder_state(0) == before, "two runs never share an --out");
+    check(code == 1 && strstr((char *)complaint, "another run is writing it") && folder_state(0) == before,
+          "two runs never share an --out");
     close(lock);
     int log = open_work("p.log");
     flock(log, LOCK_EX);
@@ -1966,19 +2027,25 @@ static void test_pieces(void) {
     size_t last = size - 1;
     while (last && log[last - 1] != '\n') last--;
     spill("a.log", log, last); // killed before its last line
-    ok = !run("--resume a.safetensors --log a.log --eval-every 5 --eval-batches 1") && read_log("a.log", "step", steps, 64) == 12;
-    ok = ok && read_log("a.log", "val_loss", scores, 64) == 12 && isfinite(scores[11]) && read_log("a.log", "train_loss", losses, 64) == 12;
+    ok = !run("--resume a.safetensors --log a.log --eval-every 5 --eval-batches 1") &&
+         read_log("a.log", "step", steps, 64) == 12;
+    ok = ok && read_log("a.log", "val_loss", scores, 64) == 12 && isfinite(scores[11]) &&
+         read_log("a.log", "train_loss", losses, 64) == 12;
     check(ok && steps[11] == 12 && isfinite(losses[11]), "a finished run's last log line is made at resume");
-    ok = !run("--resume a.safetensors --log a.log --eval-every 5 --eval-batches 1") && strstr((char *)output, "nothing to do");
+    ok = !run("--resume a.safetensors --log a.log --eval-every 5 --eval-batches 1") &&
+         strstr((char *)output, "nothing to do");
     check(ok, "and then there is nothing to do");
     copy_file("a.safetensors", "b.safetensors");
     copy_file("a.best.safetensors", "b.best.safetensors");
-    ok = !run("--resume b.safetensors --steps 13 --eval-every 0 --out c.safetensors") && same_files("c.best.safetensors", "a.best.safetensors");
+    ok = !run("--resume b.safetensors --steps 13 --eval-every 0 --out c.safetensors") &&
+         same_files("c.best.safetensors", "a.best.safetensors");
     check(ok, "resumed under another name the best weights go along");
     discard("b.best.safetensors");
-    ok = !run("--resume b.safetensors --steps 13 --eval-every 0") && strstr((char *)output, "counts anew") && exists("b.best.safetensors");
+    ok = !run("--resume b.safetensors --steps 13 --eval-every 0") && strstr((char *)output, "counts anew") &&
+         exists("b.best.safetensors");
     check(ok, "best weights that are gone count anew, and that is said");
-    run("--data text --dim 16 --layers 1 --heads 2 --seq 12 --batch 2 --eval-every 0 --steps 6 --out d.safetensors");
+    run("--data text --dim 16 --layers 1 --heads 2 --seq 12 --batch 2 --eval-every 0 --steps 6 --out "
+        "d.safetensors");
     discard("d.best.safetensors"); // killed in the last validation
     ok = !run("--resume d.safetensors --eval-every 0") && exists("d.best.safetensors");
     check(ok, "best weights that a killed run never wrote are written");
@@ -1987,8 +2054,10 @@ static void test_pieces(void) {
     refuse_with("not the best weights of the resumed run", "--resume a.safetensors --steps 14");
     ok = !run("--resume c.safetensors --steps 15") && strstr((char *)output, "the schedule ends at step 12");
     check(ok, "a schedule that is at its end is told");
-    ok = !run("--resume c.safetensors --steps 16 --lr 1e-3 --decay-steps 20") && strstr((char *)output, "--lr 0.001 in place of 0.003");
-    check(ok && strstr((char *)output, "--decay-steps 20 in place of 12"), "so is one that is changed at a resume");
+    ok = !run("--resume c.safetensors --steps 16 --lr 1e-3 --decay-steps 20") &&
+         strstr((char *)output, "--lr 0.001 in place of 0.003");
+    check(ok && strstr((char *)output, "--decay-steps 20 in place of 12"), "so is one that is changed at a "
+                                                                           "resume");
     refuse_with("stands there twice", "%s --steps 3 --out z.safetensors --seed 3 --seed 4", run_of_text);
     refuse_with("changes nothing", "%s --steps 3 --out z.safetensors --prompt a", run_of_text);
     refuse_with("changes nothing", "--load a.safetensors --generate 3 --steps 4");
@@ -2007,7 +2076,9 @@ static void test_judgement(void) {
     char words[64];
     static const char *wild[] = {"--eval-every 1", "--eval-every 0 --save-every 1"};
     for (int i = 0; i < 2; i++) {
-        int code = run("--data text --overwrite --dim 16 --layers 1 --heads 2 --seq 32 --batch 4 --lr 1e3 --clip 0 --warmup 3 --steps 400 %s --out w.safetensors --log w.log", wild[i]);
+        int code = run("--data text --overwrite --dim 16 --layers 1 --heads 2 --seq 32 --batch 4 --lr 1e3 "
+                       "--clip 0 --warmup 3 --steps 400 %s --out w.safetensors --log w.log",
+                       wild[i]);
         const char *held = complaint ? strstr((char *)complaint, "w.safetensors holds step ") : NULL;
         int step = held ? atoi(held + 25) : -1, lines = read_log("w.log", "val_loss", scores, 512);
         snprintf(words, sizeof(words), "holds step %d\n", step);
@@ -2016,15 +2087,20 @@ static void test_judgement(void) {
         const char *log = (const char *)slurp("w.log", &size);
         ok = ok && log && !strstr(log, "nan") && !strstr(log, "inf");
         ok = ok && !run("--load w.safetensors --data text --eval") && isfinite(atof((char *)output + 9));
-        check(ok, "%s: a run that diverges leaves the last step whose validation is finite: %d", wild[i], step);
+        check(ok, "%s: a run that diverges leaves the last step whose validation is finite: %d", wild[i],
+              step);
     }
-    int32_t *inputs = random_ids(N * T, 9, 0), *targets = random_ids(N * T, 9, 0), *none = random_ids(N * T, 9, 0);
+    int32_t *inputs = random_ids(N * T, 9, 0), *targets = random_ids(N * T, 9, 0),
+            *none = random_ids(N * T, 9, 0);
     for (int i = 0; i < N * T; i++) none[i] = -1;
     write_tensors("some.safetensors", N, T, inputs, targets, NULL);
     write_tensors("none.safetensors", N, T, inputs, none, NULL);
-    int ok = !run("--data some.safetensors --val none.safetensors --dim 16 --layers 1 --heads 2 --batch 2 --steps 4 --eval-every 1 --out n.safetensors --log n.log");
+    int ok = !run("--data some.safetensors --val none.safetensors --dim 16 --layers 1 --heads 2 --batch 2 "
+                  "--steps 4 --eval-every 1 --out n.safetensors --log n.log");
     read_log("n.log", "val_loss", scores, 512);
-    check(ok && isnan(scores[0]) && isnan(scores[3]) && same_tensors("n.best.safetensors", "n.best.safetensors"), "a validation without a target gives no score, the last weights are kept as the best");
+    check(ok && isnan(scores[0]) && isnan(scores[3]) &&
+              same_tensors("n.best.safetensors", "n.best.safetensors"),
+          "a validation without a target gives no score, the last weights are kept as the best");
     int code = run("--load n.best.safetensors --val none.safetensors --eval");
     check(code == 1 && strstr((char *)complaint, "no targets"), "and --eval says so");
     folder_state(1);
@@ -2039,18 +2115,25 @@ static void test_split(void) {
     const char *text = (const char *)slurp("text", &size);
     spill("held.txt", text + 3000, 1500);
     spill("half.txt", text, 3000);
-    int ok = !run("--data half.txt --val held.txt --dim 16 --layers 1 --heads 2 --seq 12 --batch 4 --steps 30 --eval-every 10 --out e.safetensors");
-    double of_val = ok && !run("--load e.best.safetensors --val held.txt --eval") ? atof((char *)output + 9) : NAN;
+    int ok = !run("--data half.txt --val held.txt --dim 16 --layers 1 --heads 2 --seq 12 --batch 4 --steps "
+                  "30 --eval-every 10 --out e.safetensors");
+    double of_val =
+        ok && !run("--load e.best.safetensors --val held.txt --eval") ? atof((char *)output + 9) : NAN;
     static const char *ways[] = {"--data half.txt --val held.txt", "--data half.txt", "--data held.txt"};
     for (int i = 0; i < 3; i++) {
-        ok = !run("--load e.best.safetensors %s --eval", ways[i]) && atof((char *)output + 9) == of_val && !strstr((char *)output, "last tenth");
+        ok = !run("--load e.best.safetensors %s --eval", ways[i]) && atof((char *)output + 9) == of_val &&
+             !strstr((char *)output, "last tenth");
         check(ok, "%s: its validation text, %.6f", ways[i], of_val);
     }
-    ok = !run("--load e.best.safetensors --data text --eval") && strstr((char *)output, "(the last tenth of text: not the text that the model was trained on)");
+    ok = !run("--load e.best.safetensors --data text --eval") && strstr((char *)output, "(the last tenth of "
+                                                                                        "text: not the text "
+                                                                                        "that the model was "
+                                                                                        "trained on)");
     check(ok, "another text: the result says so");
     discard("held.txt");
     int code = run("--load e.best.safetensors --data half.txt --eval");
-    check(code == 1 && strstr((char *)complaint, "held.txt"), "its validation text is gone: refused, not the training text's loss");
+    check(code == 1 && strstr((char *)complaint, "held.txt"), "its validation text is gone: refused, not the "
+                                                              "training text's loss");
     folder_state(1);
     write_data();
     release();
@@ -2059,10 +2142,13 @@ static void test_split(void) {
 static void refuse_data(const char *looks, const void *bytes, size_t size) {
     spill("odd", bytes, size);
     reason = looks;
-    refuse(1, "--data odd --dim 16 --layers 1 --heads 2 --seq 4 --batch 2 --steps 2 --overwrite --out odd.safetensors");
+    refuse(1, "--data odd --dim 16 --layers 1 --heads 2 --seq 4 --batch 2 --steps 2 --overwrite --out "
+              "odd.safetensors");
     reason = "";
-    int ok = !run("--data odd --format bytes --dim 16 --layers 1 --heads 2 --seq 4 --batch 2 --steps 2 --overwrite --out odd.safetensors");
-    check(ok && !run("--resume odd.safetensors --steps 3"), "%s: --format bytes takes it, and a resumed run knows", looks);
+    int ok = !run("--data odd --format bytes --dim 16 --layers 1 --heads 2 --seq 4 --batch 2 --steps 2 "
+                  "--overwrite --out odd.safetensors");
+    check(ok && !run("--resume odd.safetensors --steps 3"),
+          "%s: --format bytes takes it, and a resumed run knows", looks);
     release();
 }
 
@@ -2087,18 +2173,26 @@ static void test_formats(void) {
     refuse_data("PNG", bytes, sizeof(bytes));
     memcpy(bytes, "\xFF\xFE", 2);
     refuse_data("UTF-16", bytes, sizeof(bytes));
-    static const char *texts[] = {"caf\xE9 au lait, s'il vous pla\xEEt; ", "\xE4\xBD\xA0\xE5\xA5\xBD\xE4\xB8\x96\xE7\x95\x8C ", "\x82\xB1\x82\xF1\x82\xC9\x82\xBF\x82\xCD ", "PK is no zip archive; GIF8 no picture. ", "e\bee\b", "\033[1mbold\033[0m "};
+    static const char *texts[] = {"caf\xE9 au lait, s'il vous pla\xEEt; ",
+                                  "\xE4\xBD\xA0\xE5\xA5\xBD\xE4\xB8\x96\xE7\x95\x8C ",
+                                  "\x82\xB1\x82\xF1\x82\xC9\x82\xBF\x82\xCD ",
+                                  "PK is no zip archive; GIF8 no picture. ",
+                                  "e\bee\b",
+                                  "\033[1mbold\033[0m "};
     for (int i = 0; i < 6; i++) { // Latin-1, UTF-8, Shift-JIS, letters of signatures, overstruck, escapes
         size_t length = strlen(texts[i]);
         for (int k = 0; k < 2 * SIZE; k++) bytes[k] = (unsigned char)texts[i][(size_t)k % length];
         spill("text8", bytes, sizeof(bytes));
-        int ok = !run("--data text8 --dim 16 --layers 1 --heads 2 --seq 8 --batch 2 --steps 2 --overwrite --out t.safetensors");
+        int ok = !run("--data text8 --dim 16 --layers 1 --heads 2 --seq 8 --batch 2 --steps 2 --overwrite "
+                      "--out t.safetensors");
         check(ok && !complaint_size, "text number %d is taken without a word", i + 1);
     }
     for (int k = 0; k < SIZE; k++) bytes[k] = (unsigned char)(k % 37 == 36 ? 0 : 'a' + k % 5);
     spill("zeros", bytes, SIZE);
-    int ok = !run("--data zeros --dim 16 --layers 1 --heads 2 --seq 8 --batch 2 --steps 2 --overwrite --out t.safetensors");
-    check(ok && complaint_size && strstr((char *)complaint, "108 bytes are 0"), "a text with zero bytes is taken with a warning");
+    int ok = !run("--data zeros --dim 16 --layers 1 --heads 2 --seq 8 --batch 2 --steps 2 --overwrite --out "
+                  "t.safetensors");
+    check(ok && complaint_size && strstr((char *)complaint, "108 bytes are 0"), "a text with zero bytes is "
+                                                                                "taken with a warning");
 
     int32_t header[3] = {20240801, 7, 500};
     static unsigned char wide[1024 + 4 * 500], narrow[1024 + 2 * 500];
@@ -2114,22 +2208,30 @@ static void test_formats(void) {
     memcpy(narrow, header, sizeof(header));
     spill("wide.bin", wide, sizeof(wide));
     spill("narrow.bin", narrow, sizeof(narrow));
-    static const char shape[] = "--vocab 60001 --dim 4 --layers 1 --heads 2 --seq 8 --batch 2 --steps 3 --eval-every 0 --overwrite";
-    ok = !run("--data wide.bin %s --out a.safetensors", shape) && !run("--data narrow.bin %s --out b.safetensors", shape);
-    check(ok && same_tensors("a.safetensors", "b.safetensors"), "a Llama 3 shard of the same tokens as a GPT-2 shard trains the same weights");
-    ok = !run("--data narrow.bin --dim 2 --layers 1 --heads 1 --seq 4 --batch 1 --steps 0 --vocab 60001 --out c.safetensors");
+    static const char shape[] = "--vocab 60001 --dim 4 --layers 1 --heads 2 --seq 8 --batch 2 --steps 3 "
+                                "--eval-every 0 --overwrite";
+    ok = !run("--data wide.bin %s --out a.safetensors", shape) &&
+         !run("--data narrow.bin %s --out b.safetensors", shape);
+    check(ok && same_tensors("a.safetensors", "b.safetensors"), "a Llama 3 shard of the same tokens as a "
+                                                                "GPT-2 shard trains the same weights");
+    ok = !run("--data narrow.bin --dim 2 --layers 1 --heads 1 --seq 4 --batch 1 --steps 0 --vocab 60001 "
+              "--out c.safetensors");
     uint32_t large = 1 << 24;
     memcpy(wide + 1024 + 40, &large, 4);
     spill("large.bin", wide, sizeof(wide));
     reason = "below 2^24";
-    refuse(1, "--data large.bin --dim 2 --layers 1 --heads 1 --seq 4 --batch 1 --steps 1 --out c.safetensors");
+    refuse(1, "--data large.bin --dim 2 --layers 1 --heads 1 --seq 4 --batch 1 --steps 1 --out "
+              "c.safetensors");
 
     int32_t *inputs = random_ids(N * T, 18, 0), *targets = random_ids(N * T, 18, 1);
     inputs[5] = 18;
     write_tensors("plain.safetensors", N, T, inputs, targets, NULL);
     copy_file("plain.safetensors", "plain.st");
-    ok = !run("--data plain.st --dim 16 --layers 1 --heads 2 --batch 2 --steps 2 --overwrite --out s.safetensors") && strstr((char *)output, "T 8, V 19,");
-    check(ok, "an example set is known without its name; its vocabulary is the largest id + 1, as its metadata says less");
+    ok = !run("--data plain.st --dim 16 --layers 1 --heads 2 --batch 2 --steps 2 --overwrite --out "
+              "s.safetensors") &&
+         strstr((char *)output, "T 8, V 19,");
+    check(ok, "an example set is known without its name; its vocabulary is the largest id + 1, as its "
+              "metadata says less");
     inputs[5] = 1 << 24;
     write_tensors("far.safetensors", N, T, inputs, targets, NULL);
     refuse(1, "--data far.safetensors --dim 2 --layers 1 --heads 1 --batch 2 --steps 1 --out c.safetensors");
@@ -2139,7 +2241,8 @@ static void test_formats(void) {
     release();
 }
 
-// Weights in half precision, names that a shell would take apart, descriptors that are closed, characters cut in two.
+// Weights in half precision, names that a shell would take apart, descriptors that are closed, characters cut
+// in two.
 static void test_oddities(void) {
     heading("smaller things");
     Safetensors file;
@@ -2160,39 +2263,50 @@ static void test_oddities(void) {
                 float value = (float)number_of(&file.tensors[i], k);
                 uint32_t bits;
                 memcpy(&bits, &value, 4);
-                int exponent = (int)(bits >> 23 & 255) - 127 + 15; // numbers that a half holds as normal ones, cut off
-                uint16_t half = (uint16_t)(bits >> 31 << 15 | (exponent > 0 ? (uint32_t)exponent << 10 | (bits >> 13 & 1023) : 0));
+                int exponent =
+                    (int)(bits >> 23 & 255) - 127 + 15; // numbers that a half holds as normal ones, cut off
+                uint16_t half =
+                    (uint16_t)(bits >> 31 << 15 |
+                               (exponent > 0 ? (uint32_t)exponent << 10 | (bits >> 13 & 1023) : 0));
                 numbers[k] = bf16 ? (uint16_t)(bits >> 16) : half;
             }
             strcpy(t->dtype, bf16 ? "BF16" : "F16");
             t->size = 2 * (size_t)t->count;
             t->data = (const unsigned char *)numbers;
             for (int64_t k = 0; k < t->count; k++) {
-                double value = number_of(&file.tensors[i], k), limit = bf16 ? 1.0 / 128 : fabs(value) < 6.2e-5 ? 1 : 1.0 / 1024;
+                double value = number_of(&file.tensors[i], k), limit = bf16                   ? 1.0 / 128
+                                                                       : fabs(value) < 6.2e-5 ? 1
+                                                                                              : 1.0 / 1024;
                 worst_of(&worst, fabs((double)float_at(t, k) - value) / (fabs(value) * limit + 1e-30));
             }
         }
         snprintf(path, sizeof(path), "%s/half.safetensors", work);
         ok = !safetensors_write(path, NULL, halves, file.n_tensors, file.meta, file.n_meta, 0, error);
         ok = ok && !run("--load half.safetensors --data text --eval") && isfinite(atof((char *)output + 9));
-        check_error(ok ? worst : NAN, 1, "weights in %s are read, their error in units of its last place", bf16 ? "BF16" : "F16");
+        check_error(ok ? worst : NAN, 1, "weights in %s are read, their error in units of its last place",
+                    bf16 ? "BF16" : "F16");
     }
-    static const unsigned char special[] = {0, 0x7C, 0, 0xFC, 1, 0x7C, 1, 0, 0xFF, 3, 0, 0x80, 0, 0x3C}; // ±∞, NaN, 2^-24, 1023·2^-24, -0, 1
+    static const unsigned char special[] = {
+        0, 0x7C, 0, 0xFC, 1, 0x7C, 1, 0, 0xFF, 3, 0, 0x80, 0, 0x3C}; // ±∞, NaN, 2^-24, 1023·2^-24, -0, 1
     FileTensor t = {path, "F16", 1, {7}, 7, 14, special};
     float f[7];
     for (int i = 0; i < 7; i++) f[i] = float_at(&t, i);
-    ok = isinf(f[0]) && f[0] > 0 && isinf(f[1]) && f[1] < 0 && isnan(f[2]) && f[3] == ldexpf(1, -24) && f[4] == ldexpf(1023, -24) && f[5] == 0 && f[6] == 1;
+    ok = isinf(f[0]) && f[0] > 0 && isinf(f[1]) && f[1] < 0 && isnan(f[2]) && f[3] == ldexpf(1, -24) &&
+         f[4] == ldexpf(1023, -24) && f[5] == 0 && f[6] == 1;
     check(ok, "F16: infinities, NaN, the smallest numbers");
     safetensors_free(&file);
 
-    pid_t child = start_and_wait_for_log("--run --data text --dim 16 --layers 1 --heads 2 --seq 12 --batch 2 --steps 100000 --out it's~$a.safetensors --log it's.log", "it's.log", 3);
+    pid_t child = start_and_wait_for_log("--run --data text --dim 16 --layers 1 --heads 2 --seq 12 --batch 2 "
+                                         "--steps 100000 --out it's~$a.safetensors --log it's.log",
+                                         "it's.log", 3);
     kill(child, SIGTERM);
     kill(child, SIGINT);
     usleep(20000);
     kill(child, SIGTERM);
     int code = finish(child);
     char *command = output ? strstr((char *)output, "go on with: ") : NULL;
-    ok = code == 130 && command && strstr(command, " --resume 'it'\\''s $a.safetensors' ") && exists("it's $a.safetensors");
+    ok = code == 130 && command && strstr(command, " --resume 'it'\\''s $a.safetensors' ") &&
+         exists("it's $a.safetensors");
     check(ok, "three signals, and a name that a shell takes apart: saved, and the command is quoted");
     char shell[1024];
     snprintf(shell, sizeof(shell), "cd %s && printf %%s %s", work, command ? strstr(command, "'it") : "");
@@ -2204,8 +2318,27 @@ static void test_oddities(void) {
 
     fflush(stdout);
     if (!(child = fork())) { // with 0, 1 and 2 closed
-        char *words[] = {self, (char *)"--run", (char *)"--data", (char *)"text", (char *)"--dim", (char *)"16", (char *)"--layers", (char *)"1", (char *)"--heads", (char *)"2", (char *)"--seq", (char *)"12",
-                         (char *)"--batch", (char *)"2", (char *)"--steps", (char *)"3", (char *)"--out", (char *)"z.safetensors", (char *)"--log", (char *)"z.log", NULL};
+        char *words[] = {self,
+                         (char *)"--run",
+                         (char *)"--data",
+                         (char *)"text",
+                         (char *)"--dim",
+                         (char *)"16",
+                         (char *)"--layers",
+                         (char *)"1",
+                         (char *)"--heads",
+                         (char *)"2",
+                         (char *)"--seq",
+                         (char *)"12",
+                         (char *)"--batch",
+                         (char *)"2",
+                         (char *)"--steps",
+                         (char *)"3",
+                         (char *)"--out",
+                         (char *)"z.safetensors",
+                         (char *)"--log",
+                         (char *)"z.log",
+                         NULL};
         if (chdir(work)) _exit(126);
         close(0);
         close(1);
@@ -2217,14 +2350,19 @@ static void test_oddities(void) {
     waitpid(child, &status, 0);
     double steps[8];
     ok = WIFEXITED(status) && WEXITSTATUS(status) == 1 && read_log("z.log", "step", steps, 8) == 3;
-    check(ok && !strncmp((char *)slurp("z.log", &size), "{\"step\": 1, ", 12), "descriptors 0 to 2 closed: the log holds the log alone");
+    check(ok && !strncmp((char *)slurp("z.log", &size), "{\"step\": 1, ", 12), "descriptors 0 to 2 closed: "
+                                                                               "the log holds the log alone");
 
     snprintf(path, sizeof(path), "%s/link.safetensors", work);
     ok = !symlink("there.safetensors", path) && !run("%s --steps 3 --out link.safetensors", run_of_text);
     struct stat info;
-    check(ok && exists("there.safetensors") && !lstat(path, &info) && S_ISLNK(info.st_mode), "a link to a file that is not there yet stays a link");
+    check(ok && exists("there.safetensors") && !lstat(path, &info) && S_ISLNK(info.st_mode), "a link to a "
+                                                                                             "file that is "
+                                                                                             "not there yet "
+                                                                                             "stays a link");
 
-    static const unsigned char cut[] = "a\xC3\xA9\xE2\x82\xAC\xF0\x9F\x98\x80\xFF\x80" "b\xE2\x82"; // é, €, an emoji, no UTF-8, half a €
+    static const unsigned char cut[] = "a\xC3\xA9\xE2\x82\xAC\xF0\x9F\x98\x80\xFF\x80"
+                                       "b\xE2\x82"; // é, €, an emoji, no UTF-8, half a €
     snprintf(path, sizeof(path), "%s/print", work);
     fflush(stdout);
     int kept = dup(1), to = open(path, O_RDWR | O_CREAT | O_TRUNC, 0666);
@@ -2241,7 +2379,10 @@ static void test_oddities(void) {
     close(kept);
     close(to);
     const unsigned char *printed = slurp("print", &size);
-    check(whole && printed && size == sizeof(cut) - 3 && !memcmp(printed, cut, size), "generation prints whole characters, and what is no UTF-8 as it is");
+    check(whole && printed && size == sizeof(cut) - 3 && !memcmp(printed, cut, size), "generation prints "
+                                                                                      "whole characters, and "
+                                                                                      "what is no UTF-8 as "
+                                                                                      "it is");
     folder_state(1);
     write_data();
     release();
@@ -2282,21 +2423,37 @@ static void test_edges(void) {
     for (int i = 0; i < N_MIXERS; i++) {
         const char *name = mixers[i].name;
         double loss[8], val[8];
-        int ok = !run("--data text --overwrite --mixer %s --dim 2 --heads 1 --layers 1 --seq 1 --batch 1 --steps 3 --eval-every 1 --out e.safetensors --log e.log", name);
+        int ok = !run("--data text --overwrite --mixer %s --dim 2 --heads 1 --layers 1 --seq 1 --batch 1 "
+                      "--steps 3 --eval-every 1 --out e.safetensors --log e.log",
+                      name);
         check(ok && read_log("e.log", "train_loss", loss, 8) == 3 && fabs(loss[0] - log(12)) < 0.5, "%s: T 1, B 1, D 2", name);
         ok = !run("--load e.safetensors --generate 5 --prompt c") && output_size == 7 && !run("--load e.safetensors --generate 5 --prompt cdefghij") && output_size == 14;
         ok = ok && !run("--load e.safetensors --generate 5 --window 3 --prompt cdefghij") && output_size == 14 && !run("--load e.safetensors --generate 5") && output_size == 6;
         check(ok, "%s: a prompt of one token, one longer than the window, none", name);
-        ok = !run("--data same --overwrite --mixer %s --dim 2 --heads 1 --layers 2 --seq 5 --batch 2 --steps 3 --eval-every 1 --out v.safetensors --log v.log", name);
+        ok = !run("--data same --overwrite --mixer %s --dim 2 --heads 1 --layers 2 --seq 5 --batch 2 --steps "
+                  "3 --eval-every 1 --out v.safetensors --log v.log",
+                  name);
         ok = ok && read_log("v.log", "train_loss", loss, 8) == 3 && read_log("v.log", "val_loss", val, 8) == 3 && loss[0] == 0 && loss[2] == 0 && val[2] == 0;
         check(ok && !run("--load v.safetensors --generate 5") && !strcmp((char *)output, "aaaaa\n"), "%s: text of one distinct byte, V 1: loss 0", name);
-        ok = !run("--data wide.bin --overwrite --vocab 65536 --mixer %s --dim 2 --heads 1 --layers 1 --seq 3 --batch 2 --steps 2 --eval-every 0 --out w.safetensors --log w.log", name);
+        ok = !run("--data wide.bin --overwrite --vocab 65536 --mixer %s --dim 2 --heads 1 --layers 1 --seq 3 "
+                  "--batch 2 --steps 2 --eval-every 0 --out w.safetensors --log w.log",
+                  name);
         ok = ok && read_log("w.log", "train_loss", loss, 8) == 2 && fabs(loss[0] - log(65536)) < 0.05;
         check(ok && !run("--load w.safetensors --generate 3 --prompt 65535") && !strncmp((char *)output, "65535 ", 6), "%s: V 65536", name);
-        ok = !run("--data none.safetensors --val nothing.safetensors --mixer %s " TINY "--batch 2 --warmup 5 --seq 6 --steps 2 --weight-decay 0 --eval-every 0 --out m.safetensors --log m.log", name);
+        ok = !run("--data none.safetensors --val nothing.safetensors --mixer %s " TINY "--batch 2 --warmup 5 "
+                                                                                       "--seq 6 --steps 2 "
+                                                                                       "--weight-decay 0 "
+                                                                                       "--eval-every 0 --out "
+                                                                                       "m.safetensors --log "
+                                                                                       "m.log",
+                  name);
         ok = ok && read_log("m.log", "train_loss", loss, 8) == 2 && loss[0] == 0 && loss[1] == 0 && read_log("m.log", "grad_norm", loss, 8) == 2 && loss[0] == 0;
-        ok = ok && !run("--data none.safetensors --val nothing.safetensors --mixer %s " TINY "--batch 2 --warmup 5 --seq 6 --steps 1 --weight-decay 0 --eval-every 0 --out n.safetensors", name);
-        check(ok && same_tensors("m.best.safetensors", "n.best.safetensors"), "%s: all targets ignored: loss and gradient 0, the weights do not move", name);
+        ok = ok && !run("--data none.safetensors --val nothing.safetensors --mixer %s " TINY
+                        "--batch 2 --warmup 5 --seq 6 --steps 1 --weight-decay 0 --eval-every 0 --out "
+                        "n.safetensors",
+                        name);
+        check(ok && same_tensors("m.best.safetensors", "n.best.safetensors"),
+              "%s: all targets ignored: loss and gradient 0, the weights do not move", name);
     }
     for (int i = 0; i < N_MIXERS; i++) { // the last sample is what the saved weights generate
         const char *name = mixers[i].name;
