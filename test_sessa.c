@@ -2049,6 +2049,19 @@ static void test_pieces(void) {
     discard("d.best.safetensors"); // killed in the last validation
     ok = !run("--resume d.safetensors --eval-every 0") && exists("d.best.safetensors");
     check(ok, "best weights that a killed run never wrote are written");
+    pid_t child = start_and_wait_for_log("--run --data text --dim 16 --layers 1 --heads 2 --seq 12 --batch 1 "
+                                         "--eval-every 3 "
+                                         "--eval-batches 1000000 --steps 30 --out v.safetensors --log v.log",
+                                         "v.log", 2);
+    kill(child, SIGTERM); // most of the time in the validation of step 3
+    int code = finish(child);
+    ok = code == 130 && !run("--resume v.safetensors --log v.log --eval-every 3 --eval-batches 1000000");
+    ok = ok && !run("--data text --dim 16 --layers 1 --heads 2 --seq 12 --batch 1 --eval-every 3 "
+                    "--eval-batches 1000000 "
+                    "--steps 30 --out u.safetensors --log u.log");
+    check(ok && same_files("u.safetensors", "v.safetensors") &&
+              same_files("u.best.safetensors", "v.best.safetensors") && same_logs("u.log", "v.log", 30),
+          "a validation that a signal broke off is made up for: the bytes of a run that was not stopped");
     run("%s --steps 12 --seed 4 --lr 1e-4 --out other.safetensors", run_of_text);
     copy_file("other.best.safetensors", "a.best.safetensors");
     refuse_with("not the best weights of the resumed run", "--resume a.safetensors --steps 14");

@@ -3320,8 +3320,9 @@ static int save_checkpoint(Run *run, const char *path, Content content, int tria
 
 // The best weights beside the run's file.
 static int save_best(Run *run, char *error) {
-    run->old_best[0] = 0;
-    return save_checkpoint(run, run->best_path, WEIGHTS, 0, error);
+    int result = save_checkpoint(run, run->best_path, WEIGHTS, 0, error);
+    if (!result) run->old_best[0] = 0;
+    return result;
 }
 
 // The run. One resumed under another name takes the best weights so far with it.
@@ -3620,6 +3621,25 @@ static void print_score(FILE *out, const Score *score) {
 // ----------------------------------------------------------------------------
 // what a run writes: its places, and whose files lie there
 
+// Prints a word so that a shell reads it as one, and a terminal is not commanded by it.
+static void print_quoted(const char *word) {
+    int plain = *word != 0, hostile = 0;
+    for (const char *c = word; *c; c++) {
+        plain = plain && (isalnum((unsigned char)*c) || strchr("-_./=:,+@%", *c));
+        hostile = hostile || (unsigned char)*c < 32 || *c == 127;
+    }
+    hostile = hostile || !utf8_valid((const unsigned char *)word, strlen(word));
+    if (!plain) fputs(hostile ? "$'" : "'", stdout);
+    for (const char *c = word; *c; c++) {
+        unsigned char byte = (unsigned char)*c;
+        if (hostile && (byte < 32 || byte > 126)) printf("\\%03o", byte);
+        else if (byte == '\'') fputs(hostile ? "\\'" : "'\\''", stdout);
+        else if (byte == '\\' && hostile) fputs("\\\\", stdout);
+        else putchar(byte);
+    }
+    if (!plain) putchar('\'');
+}
+
 // Whether a file with something in it lies there.
 static int is_file(const char *path) {
     struct stat info;
@@ -3783,7 +3803,10 @@ static int check_free(const Run *run, char *error) {
                      paths[i], what, i ? "--load " : "--resume ", paths[i]);
     }
     for (int i = 0; i < 2 && o->again; i++)
-        if (is_file(paths[i])) printf("%s of the same settings and data is replaced\n", paths[i]);
+        if (is_file(paths[i])) {
+            print_quoted(paths[i]);
+            printf(" of the same settings and data is replaced\n");
+        }
     return 0;
 }
 
@@ -4102,25 +4125,6 @@ static void log_close(Log *log) {
     log->file = NULL;
 }
 
-// Prints a word so that a shell reads it as one, and a terminal is not commanded by it.
-static void print_quoted(const char *word) {
-    int plain = *word != 0, hostile = 0;
-    for (const char *c = word; *c; c++) {
-        plain = plain && (isalnum((unsigned char)*c) || strchr("-_./=:,+@%", *c));
-        hostile = hostile || (unsigned char)*c < 32 || *c == 127;
-    }
-    hostile = hostile || !utf8_valid((const unsigned char *)word, strlen(word));
-    if (!plain) fputs(hostile ? "$'" : "'", stdout);
-    for (const char *c = word; *c; c++) {
-        unsigned char byte = (unsigned char)*c;
-        if (hostile && (byte < 32 || byte > 126)) printf("\\%03o", byte);
-        else if (byte == '\'') fputs(hostile ? "\\'" : "'\\''", stdout);
-        else if (byte == '\\' && hostile) fputs("\\\\", stdout);
-        else putchar(byte);
-    }
-    if (!plain) putchar('\'');
-}
-
 // Prints how to go on after a stop: --resume and what was given of the rows that a checkpoint does not hold.
 static void print_resume_command(const Run *run, const char *program) {
     const Settings *s = &run->settings;
@@ -4344,11 +4348,10 @@ static int train(Run *run, const char *program, char *error) {
     log_close(&t.log);
     if (t.sampler) run->backend->destroy(t.sampler);
     if (result == FAILED) {
-        size_t used = strlen(error);
-        if (t.saved)
-            snprintf(error + used, ERROR_SIZE - used, "; %.200s holds step %lld", t.saved,
-                     (long long)t.saved_step);
-        else snprintf(error + used, ERROR_SIZE - used, "; nothing was saved before");
+        char problem[ERROR_SIZE];
+        memcpy(problem, error, sizeof(problem));
+        if (!t.saved) fail(error, NULL, "%.290s; nothing was saved before", problem);
+        else fail(error, NULL, "%.290s; %.180s holds step %lld", problem, t.saved, (long long)t.saved_step);
     }
     if (result || idle) return result;
     if (!t.complete) {
@@ -4396,6 +4399,7 @@ static int prepare(Run *run, char *error) {
     if (!o->decay_steps) o->decay_steps = o->steps > 0 ? o->steps : 1;
     if (o->warmup < 0) o->warmup = o->decay_steps < 2000 ? o->decay_steps * 3 / 20 : 300;
     if (!o->save_every) o->save_every = o->eval_every;
+    if (!o->resume) o->validated = 0;
     if (config_of(&run->config, o, error)) return WRONG_OPTION;
     if (training && (result = check_distinct(run, error))) return result;
     if (training && !o->again && (result = check_free(run, error))) return result;
