@@ -2963,7 +2963,8 @@ static int dataset_encode(Dataset *data, const unsigned char *vocab, int vocab_s
     for (int64_t i = 0; i < data->count; i++) {
         int byte = data->bytes[i];
         if (ids[byte] < 0)
-            return fail(error, path, "the vocabulary lacks '%c', 0x%02X, the byte at offset %lld", byte, (unsigned)byte, (long long)i);
+            return fail(error, path, "the vocabulary lacks the byte 0x%02X at offset %lld", (unsigned)byte,
+                        (long long)i);
         data->bytes[i] = (unsigned char)ids[byte];
     }
     return 0;
@@ -3249,7 +3250,7 @@ static int config_of(Config *c, const Options *o, char *error) {
     if (o->dim / o->heads % 2) return wrong(error, NULL, "--dim / --heads must be even, not %d", c->d_model / c->n_heads);
     if (o->heads % o->kv_heads)
         return wrong(error, NULL, "--kv-heads %d does not divide --heads %d", c->n_kv_heads, c->n_heads);
-    if (o->batch * o->accum > INT_MAX / 64 / o->seq)
+    if (!o->generate && o->batch * o->accum > INT_MAX / 64 / o->seq)
         return wrong(error, NULL, "--batch times --accum times --seq must not exceed %d tokens", INT_MAX / 64);
     return 0;
 }
