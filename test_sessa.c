@@ -1754,6 +1754,8 @@ static void test_files(void) {
         damage(edits[i][0], edits[i][1]);
         refuse(1, "--load bad.safetensors --data text --eval");
     }
+    damage("\"max_seq_len\":\"12\"", "\"max_seq_len\":\"3000000\"");
+    check(!run("--load bad.safetensors --generate 3 --window 8"), "a model of long sequences generates in a short window");
     const FileTensor *weight = safetensors_find(&a, "ln_f.weight"), *bias = safetensors_find(&a, "ln_f.bias"), *least = &a.tensors[0];
     for (int i = 0; i < a.n_tensors; i++) if (a.tensors[i].data < least->data) least = &a.tensors[i];
     snprintf(from, sizeof(from), "[%lld,%lld]", (long long)(bias->data - least->data), (long long)(bias->data - least->data) + 64);
