@@ -283,8 +283,29 @@ static int begin(Trace *t, pid_t pid) {
 // Makes the process run to its next stop of this kind (PTRACE_CONT, PTRACE_SYSCALL).
 static void go_on(int how, pid_t pid, int number) { ptrace((enum __ptrace_request)how, pid, 0, number); }
 
-// A call is about to be made. What is to be done as it returns is done here as well: the calls that are disturbed do not wait
-// for another thread.
+// Makes a call that has been disturbed and sets what it returns (0: as it is), its arguments as they were: a program may count
+// on finding them in their registers. `late`: a signal to send as it returns.
+static void finish_call(Trace *t, pid_t pid, Registers *before, long result, const Action *late) {
+    Registers r;
+    int status, number = 0;
+    go_on(PTRACE_SYSCALL, pid, 0);
+    if (waitpid(pid, &status, __WALL) < 0 || !WIFSTOPPED(status)) {
+        if (t->out) fprintf(t->out, WIFSIGNALED(status) ? "signal %d\n" : "exit %d\n", WIFSIGNALED(status) ? WTERMSIG(status) : WEXITSTATUS(status));
+        t->pid = 0;
+        return;
+    }
+    if (WSTOPSIG(status) != (SIGTRAP | 0x80)) number = WSTOPSIG(status);
+    else if (!registers_read(pid, &r)) {
+        unsigned long long returned = *result_of(&r);
+        for (int i = 0; i < 6; i++) *argument(&r, i) = *argument(before, i);
+        *result_of(&r) = result ? (unsigned long long)result : returned; // on arm64 it is where the first argument was
+        registers_write(pid, &r);
+    }
+    if (late) send_signals(pid, late);
+    go_on(PTRACE_CONT, pid, number);
+}
+
+// A call is about to be made.
 static void disturb(Trace *t, pid_t pid) {
     Registers r;
     Made made;
@@ -292,51 +313,38 @@ static void disturb(Trace *t, pid_t pid) {
         go_on(PTRACE_CONT, pid, 0);
         return;
     }
+    Registers before = r;
     made.count = ++t->count;
     describe(pid, &r, &made);
     if (t->listing) report(t->out, "call", &made);
-    long result = 0, leaving = 0;
+    long result = 0;
+    int to_end = 0;
     const Action *late = NULL;
     for (int i = 0; i < t->n_actions; i++) {
         Action *a = &t->actions[i];
         if (!concerns(a, &made)) continue;
         report(t->out, "hit", &made);
-        if (a->kind == FAIL || a->kind == FROM || a->kind == DISK) {
-            if (made.number == SYS_brk) { // it has no errors: it returns the old end
-                *argument(&r, 0) = 0;
-                registers_write(pid, &r);
-                continue;
-            }
-            call_skip(pid, &r);
-            result = -a->value;
-        }
+        if (a->kind == ENTRY) send_signals(pid, a);
+        else to_end = 1;
+        if (a->kind == EXIT) late = a;
         if (a->kind == AFTER) result = -a->value;
         if (a->kind == SHORT) {
             unsigned long long *length = argument(&r, 2), most = a->value ? (unsigned long long)a->value : (*length + 1) / 2;
             if (*length > most) *length = most;
             registers_write(pid, &r);
         }
-        if (a->kind == ENTRY) send_signals(pid, a);
-        if (a->kind == EXIT) late = a;
-        leaving = result || late;
+        if (a->kind == FAIL || a->kind == FROM || a->kind == DISK) {
+            if (made.number == SYS_brk) { // it has no errors: it returns the old end
+                *argument(&r, 0) = 0;
+                registers_write(pid, &r);
+            } else {
+                call_skip(pid, &r);
+                result = -a->value;
+            }
+        }
     }
-    if (!leaving) {
-        go_on(PTRACE_CONT, pid, 0);
-        return;
-    }
-    int status;
-    go_on(PTRACE_SYSCALL, pid, 0);
-    if (waitpid(pid, &status, __WALL) < 0 || !WIFSTOPPED(status)) {
-        if (t->out) fprintf(t->out, WIFSIGNALED(status) ? "signal %d\n" : "exit %d\n", WIFSIGNALED(status) ? WTERMSIG(status) : WEXITSTATUS(status));
-        t->pid = 0;
-        return;
-    }
-    if (result && WSTOPSIG(status) == (SIGTRAP | 0x80) && !registers_read(pid, &r)) {
-        *result_of(&r) = (unsigned long long)result;
-        registers_write(pid, &r);
-    }
-    if (late) send_signals(pid, late);
-    go_on(PTRACE_CONT, pid, WSTOPSIG(status) == (SIGTRAP | 0x80) ? 0 : WSTOPSIG(status));
+    if (to_end) finish_call(t, pid, &before, result, late);
+    else go_on(PTRACE_CONT, pid, 0);
 }
 
 // Follows the program and its threads to the end. Returns its exit code, 128 and the number after a signal.

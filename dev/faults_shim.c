@@ -4,8 +4,8 @@
 //     FAULT_AT=7 FAULT_FROM=1 FAULT_REPORT=report LD_PRELOAD=./faults_shim.so PROGRAM ARGUMENTS...
 //
 // FAULT_AT: the allocation that fails, counted from 1; with FAULT_FROM all that follow fail as well. The report gets a line
-// "hit K NAME BYTES CALLER" for the first one, and "calls N" at the end. FAULT_SLOW_FSYNC: every fsync takes so many
-// milliseconds more.
+// "hit K NAME BYTES CALLER" for the first one, with FAULT_LIST a line "call ..." for each, and "calls N" at the end.
+// FAULT_SLOW_FSYNC: every fsync takes so many milliseconds more.
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -23,7 +23,7 @@ static size_t early_used;
 
 static void *(*real_malloc)(size_t), *(*real_calloc)(size_t, size_t), *(*real_realloc)(void *, size_t);
 static void *(*real_memalign)(size_t, size_t), (*real_free)(void *);
-static long count, at, from;
+static long count, at, from, list;
 static int finding;
 
 static void find(void) {
@@ -37,6 +37,7 @@ static void find(void) {
     const char *k = getenv("FAULT_AT"), *all = getenv("FAULT_FROM");
     at = k ? atol(k) : 0;
     from = all && *all == '1';
+    list = getenv("FAULT_LIST") != NULL;
 }
 
 static void write_report(const char *line) {
@@ -47,19 +48,22 @@ static void write_report(const char *line) {
     close(fd);
 }
 
+static void note(const char *what, long number, const char *name, size_t bytes, const void *caller) {
+    Dl_info info;
+    char line[400]; // snprintf takes no memory for such texts
+    memset(&info, 0, sizeof(info));
+    int known = dladdr(caller, &info) && info.dli_fname;
+    snprintf(line, sizeof(line), "%s %ld %s %zu %.200s+0x%lx\n", what, number, name, bytes, known ? info.dli_fname : "?",
+             (unsigned long)((const char *)caller - (const char *)(known ? info.dli_fbase : NULL)));
+    write_report(line);
+}
+
 // Counts an allocation: 1 if it is to fail.
 static int fails(const char *name, size_t bytes, const void *caller) {
     long now = __atomic_add_fetch(&count, 1, __ATOMIC_RELAXED);
+    if (list) note("call", now, name, bytes, caller);
     if (!at || now < at || (now > at && !from)) return 0;
-    if (now == at) {
-        Dl_info info;
-        char line[400]; // snprintf takes no memory for such texts
-        memset(&info, 0, sizeof(info));
-        int known = dladdr(caller, &info);
-        snprintf(line, sizeof(line), "hit %ld %s %zu %.200s+0x%lx\n", now, name, bytes, known && info.dli_fname ? info.dli_fname : "?",
-                 (unsigned long)((const char *)caller - (const char *)(known ? info.dli_fbase : NULL)));
-        write_report(line);
-    }
+    if (now == at) note("hit", now, name, bytes, caller);
     errno = ENOMEM;
     return 1;
 }
