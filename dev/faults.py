@@ -164,7 +164,7 @@ class Tools:
 
     def run(self, folder, line, actions=(), listing=False, traced=True, env=None, **options):
         """Runs the program with this command line, its system calls disturbed."""
-        env = dict(os.environ, OMP_NUM_THREADS="1", **(env or {}))
+        env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
         if not traced:
             return self.wait([self.program] + shlex.split(line), folder, env, options)
         report = self.report()
@@ -534,8 +534,8 @@ class Table:
             row[0] += 1
             row[1 if problems else 2 if outcome.code == 0 else 3] += 1
 
-    def show(self):
-        print("%-26s %9s %12s %9s %9s" % ("", "disturbed", "went through", "one line", "failed"))
+    def show(self, third="one line"):
+        print("%-26s %9s %12s %9s %9s" % ("", "disturbed", "went through", third, "failed"))
         for name in sorted(self.rows):
             total, failed, through, line = self.rows[name]
             print("%-26s %9d %12d %9d %9d" % (name, total, through, line, failed))
