@@ -84,21 +84,20 @@ def step_of(content):
 
 
 def log_lines(content):
-    """The log's lines without what depends on time, and what is wrong with it: "" or a few words. A torn end is a line None."""
-    lines = []
-    for number, text in enumerate(content.split(b"\n")[:-1] + [content.split(b"\n")[-1]] * (not content.endswith(b"\n") and content != b"")):
+    """The log's lines without what depends on time, and what is wrong with it, "" if nothing. A torn end is a line None."""
+    lines, texts = [], content.split(b"\n")
+    end = texts.pop()  # nothing, unless it is torn
+    for number, text in enumerate(texts):
         try:
-            line = json.loads(text, parse_constant=lambda word: None)
-            if b"NaN" in text or b"nan" in text or b"inf" in text:
-                return lines, "line %d is no JSON" % (number + 1)
-        except ValueError:
-            torn = number == content.count(b"\n")
-            return lines + [None], "its end is torn" if torn else "line %d is torn" % (number + 1)
-        if not isinstance(line, dict) or line.get("step") != number + 1:
-            return lines, "line %d is of step %s" % (number + 1, line.get("step") if isinstance(line, dict) else "?")
+            line = json.loads(text, parse_constant=lambda word: {}[word])  # NaN and Infinity are no JSON
+            step = line["step"]
+        except (ValueError, KeyError, TypeError):
+            return lines, "line %d is no JSON object with a step" % (number + 1)
+        if step != number + 1:
+            return lines, "line %d is of step %s" % (number + 1, step)
         line.pop("tok_per_s", None)
         lines.append(line)
-    return lines, "" if content.endswith(b"\n") or not content else "its end is torn"
+    return (lines + [None], "its end is torn") if end else (lines, "")
 
 
 def timeless(text):
@@ -133,15 +132,17 @@ class Outcome:
 class Tools:
     """The program under test, and what disturbs it."""
 
-    def __init__(self, program, folder, limit=30):
-        self.program, self.folder, self.limit = shutil.copy(program, os.path.join(folder, "train_sessa")), folder, limit
+    def __init__(self, program, folder, limit=15):
+        self.program = shutil.copy(program, os.path.join(folder, "train_sessa"))
+        self.folder, self.limit = folder, limit  # seconds, then it hangs
         self.faults, self.shim = os.path.join(folder, "faults"), os.path.join(folder, "shim.so")
         compiler = os.environ.get("CC", "cc")
         subprocess.run([compiler, "-O2", os.path.join(HERE, "faults.c"), "-o", self.faults], check=True)
-        subprocess.run([compiler, "-O2", "-shared", "-fPIC", os.path.join(HERE, "faults_shim.c"), "-o", self.shim, "-ldl"], check=True)
-        self.ours, self.counter = threading.local(), 0
-        self.lock = threading.Lock()
-        self.overwrites = "--overwrite" in subprocess.run([self.program, "--help"], capture_output=True, text=True).stdout
+        shared = [compiler, "-O2", "-shared", "-fPIC", os.path.join(HERE, "faults_shim.c"), "-o", self.shim, "-ldl"]
+        subprocess.run(shared, check=True)
+        self.counter, self.lock = 0, threading.Lock()
+        spoken = subprocess.run([self.program, "--help"], capture_output=True, text=True).stdout
+        self.overwrites = "--overwrite" in spoken
 
     def report(self):
         with self.lock:
@@ -150,7 +151,8 @@ class Tools:
 
     def wait(self, command, folder, env, options):
         outcome = Outcome()
-        child = subprocess.Popen(command, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+        child = subprocess.Popen(command, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                 stderr=subprocess.PIPE, **options)
         try:
             out, err = child.communicate(timeout=self.limit)
         except subprocess.TimeoutExpired:
@@ -267,16 +269,17 @@ def differs(scenario, files, lines):
     return ", ".join(wrong + ["log (%d of %d lines)" % (len(scenario.lines), len(lines))] * (scenario.lines != lines))
 
 
-def stopped(tools, line, before, times, number):
-    """The files of a run that a signal stopped as it had saved itself so many times. SIGKILL: without the locks that it leaves."""
+def stopped(tools, line, before, times, number, form="exit", strays=False):
+    """The files of a run that a signal stopped as it saved itself the n-th time: form "entry", just before it had; "exit", after.
+    strays: with the locks and temporary files that SIGKILL leaves."""
     with tempfile.TemporaryDirectory(dir=tools.folder) as folder:
         write_files(folder, before)
         calls = tools.run(folder, line, listing=True).calls
-    saves = [call.count for call in calls if call.name.startswith("rename") and os.path.basename(call.path).startswith(RUN + ".tmp.")]
+    saves = [c.count for c in calls if c.name.startswith("rename") and os.path.basename(c.path).startswith(RUN + ".tmp.")]
     with tempfile.TemporaryDirectory(dir=tools.folder) as folder:
         write_files(folder, before)
-        tools.run(folder, line, ["%d:exit=%d" % (saves[times - 1], number)])
-        return {name: content for name, content in files_of(folder).items() if number != signal.SIGKILL or not is_stray(name)}
+        tools.run(folder, line, ["%d:%s=%d" % (saves[times - 1], form, number)])
+        return {name: content for name, content in files_of(folder).items() if strays or not is_stray(name)}
 
 
 def scenarios(tools, rng):
@@ -300,6 +303,7 @@ def scenarios(tools, rng):
     weights = {"base.safetensors": train.after[BEST]}
     add(Scenario("resume", AGAIN, stopped(tools, TEXT, text, 2, signal.SIGTERM), AGAIN), train)
     add(Scenario("finished", AGAIN, stopped(tools, TEXT, text, 3, signal.SIGKILL), AGAIN), train)
+    add(Scenario("killed", AGAIN, stopped(tools, TEXT, text, 2, signal.SIGKILL, "entry", True), AGAIN), train)
     add(Scenario("mamba2-resume", AGAIN_SETS, stopped(tools, SETS, sets, 2, signal.SIGTERM), AGAIN_SETS), mamba2)
     other = dict(text)
     with tempfile.TemporaryDirectory(dir=tools.folder) as folder:
@@ -309,56 +313,45 @@ def scenarios(tools, rng):
     add(Scenario("overwrite", TEXT + "--overwrite" * tools.overwrites, other, AGAIN, overwrite=True), train)
     add(Scenario("load", TEXT + "--load base.safetensors", {**text, **weights}, AGAIN))
     add(Scenario("eval", "--load base.safetensors --data text --eval", {**text, **weights}, trains=False))
-    add(Scenario("generate", "--load base.safetensors --generate 40 --prompt 'ab c' --temperature 0.8 --top-k 5", weights, trains=False))
+    line = "--load base.safetensors --generate 40 --prompt 'ab c' --temperature 0.8 --top-k 5"
+    add(Scenario("generate", line, weights, trains=False))
     return listed, problems
 
 
 # ---------------------------------------------------------------------------
 # what is promised
 
-def judge(tools, scenario, folder, outcome, excused="", no_libgomp=False):
+def judge(tools, scenario, folder, outcome, excused=""):
     """What is wrong after a disturbed run: a list of words, empty if all promises were kept. excused: what cannot be asked for,
     since that very thing was disturbed: "unlink", "log", "stderr", "stdout"."""
     files, problems = files_of(folder), []
-    libgomp = bool(LIBGOMP.fullmatch(outcome.err)) and outcome.code == 1
+    said = "".join(line for line in outcome.err.splitlines(True) if not line.startswith("train_sessa: warning: "))
+    libgomp = bool(LIBGOMP.fullmatch(said)) and outcome.code == 1
     if outcome.hung:
         return ["it hangs"]
     if outcome.signal:
         problems.append("ended by signal %d" % outcome.signal)
     elif outcome.code == 0:
-        if outcome.err and "warning" not in outcome.err:
-            problems.append("exit code 0 with a line: " + outcome.err.strip())
-        if timeless(outcome.out) != scenario.out:
-            problems.append("exit code 0, but it printed something else")
-        if set(files) - set(scenario.after) and "unlink" not in excused:
-            problems.append("exit code 0, it left " + " ".join(sorted(set(files) - set(scenario.after))))
-        for name in sorted(scenario.after):
-            if name == LOG and scenario.trains:
-                if log_lines(files.get(LOG, b""))[0] != scenario.lines:
-                    problems.append("exit code 0, the log is not that of an undisturbed run")
-            elif files.get(name) != scenario.after[name]:
-                problems.append("exit code 0, but %s is %s" % (name, "another" if name in files else "missing"))
+        problems += ["exit code 0 with a line: " + said.strip()] * bool(said) + after_success(scenario, outcome, files)
     elif outcome.code != 1:
-        problems.append("exit code %s: %s" % (outcome.code, outcome.err.strip()))
+        problems.append("exit code %s: %s" % (outcome.code, said.strip()))
     elif not libgomp:
-        one = outcome.err.count("\n") == 1 and outcome.err.startswith("train_sessa: ") and len(outcome.err) > 20
-        if not one and not ("stderr" in excused and not outcome.err):
-            problems.append("not one line on standard error: %r" % outcome.err[:300])
-    said = re.search(r"saved to (\S+), (?:the )?best weights to (\S+)", outcome.out)
-    for name in said.groups() if said else ():
-        if name not in files:
-            problems.append("%s is said to be there, and is not" % name)
-    strays = [name for name in files if is_stray(name)]
+        one = said.count("\n") == 1 and said.startswith("train_sessa: ") and len(said) > 20
+        if not one and not ("stderr" in excused and not said):
+            problems.append("not one line on standard error: %r" % said[:300])
+    named = re.search(r"saved to (\S+), (?:the )?best weights to (\S+)", outcome.out)
+    problems += ["%s is said to be there, and is not" % name for name in (named.groups() if named else ()) if name not in files]
+    strays = sorted(name for name in files if is_stray(name) and name not in scenario.before)
     if strays and "unlink" not in excused and not libgomp:
-        problems.append("left: " + " ".join(sorted(strays)))
+        problems.append("left: " + " ".join(strays))
     for name, content in scenario.before.items():  # what it only reads
-        if name not in (RUN, BEST, LOG) and files.get(name) != content:
+        if name not in (RUN, BEST, LOG) and not is_stray(name) and files.get(name) != content:
             problems.append("%s was changed" % name)
     if not scenario.trains:
         return problems + ["a file more: " + name for name in set(files) - set(scenario.before) - set(strays)]
     for name in (RUN, BEST):
         content = files.get(name)
-        early = name == RUN and outcome.code == 1 and step_of(content or b"") > 0  # saved as it ended, within a step: going on tells
+        early = name == RUN and outcome.code == 1 and step_of(content or b"") > 0  # saved as it ended: going on tells
         if content not in scenario.states[name] and not early:
             problems.append("%s is %s" % (name, "neither the old one nor one that is saved" if name in files else "gone"))
     lines, torn = log_lines(files.get(LOG, b""))
@@ -368,9 +361,23 @@ def judge(tools, scenario, folder, outcome, excused="", no_libgomp=False):
     lines = [line for line in lines if line is not None]
     if not untouched and lines != scenario.lines[:len(lines)]:
         problems.append("the log holds other lines")
-    if "stdout" in excused and outcome.code == 1 and not libgomp and any(files.get(n) != scenario.after[n] for n in (RUN, BEST)):
+    complete = all(files.get(name) == scenario.after[name] for name in (RUN, BEST))
+    if "stdout" in excused and outcome.code == 1 and not libgomp and not complete:
         problems.append("standard output failed, and training did not go on to its end")
     return problems + go_on(tools, scenario, folder, files)
+
+
+def after_success(scenario, outcome, files):
+    """What differs from an undisturbed run although the exit code says that nothing does."""
+    problems = ["exit code 0, but it printed something else"] * (timeless(outcome.out) != scenario.out)
+    problems += ["exit code 0, it left " + name for name in sorted(set(files) - set(scenario.after)) if not is_stray(name)]
+    for name in sorted(scenario.after):
+        if name == LOG and scenario.trains:
+            if log_lines(files.get(LOG, b""))[0] != scenario.lines:
+                problems.append("exit code 0, the log is not that of an undisturbed run")
+        elif files.get(name) != scenario.after[name]:
+            problems.append("exit code 0, but %s is %s" % (name, "another" if name in files else "missing"))
+    return problems
 
 
 def go_on(tools, scenario, folder, files):
@@ -388,7 +395,8 @@ def go_on(tools, scenario, folder, files):
     lines, torn = log_lines(files.get(LOG, b""))
     problems = ["going on: %s is not that of an undisturbed run" % n for n in (RUN, BEST) if files.get(n) != scenario.after[n]]
     if torn or lines != scenario.lines:
-        problems.append("going on: the log is not whole, %d of %d lines%s" % (len(lines), len(scenario.lines), ", " + torn if torn else ""))
+        words = "%d of %d lines" % (len(lines), len(scenario.lines))
+        problems.append("going on: the log is not whole, %s%s" % (words, ", " + torn if torn else ""))
     strays = [name for name in files if is_stray(name)]
     return problems + ["going on: left " + " ".join(sorted(strays))] * bool(strays)
 
@@ -420,20 +428,28 @@ STAYS_NOT = {"brk", "mprotect", "munmap", "madvise", "rt_sigaction", "rt_sigproc
 def kind_of(path):
     """Which of the files a path is, for the sample and the table."""
     name = os.path.basename(path)
-    for part, kind in ((".tmp.", "temporary"), (".lock", "lock"), (".log", "log"), (BEST, "best"), (RUN, "run"), (".safetensors", "data"), ("text", "data")):
+    kinds = ((".tmp.", "temporary"), (".lock", "lock"), (".log", "log"), (BEST, "best"), (RUN, "run"), (".safetensors", "data"),
+             ("text", "data"))
+    for part, kind in kinds:
         if part in name:
             return kind
     return "folder" if "/" in path or path == "." else "other"
 
 
+def some_output(calls):
+    """Of the writes to standard output, one for each letter of a sample, every 20th is enough."""
+    output = [call for call in calls if call.fd == 1 and call.name == "write"]
+    return [call for call in calls if call not in output] + output[::20]
+
+
 def disturbances(scenario):
     """All that can be done to a scenario's system calls: (kind for the sample, action)."""
     listed = []
-    for call in scenario.calls:
+    for call in some_output(scenario.calls):
         names = ERRORS.get(call.name, "ENOSYS").split()
-        where = ("output" if call.fd == 1 else "errors" if call.fd == 2 else kind_of(call.path)) if call.path != "-" else ""
+        where = "output" if call.fd == 1 else "errors" if call.fd == 2 else kind_of(call.path) if call.path != "-" else ""
         if call.name == "exit_group" or call.name.startswith("get") and call.name not in ERRORS:
-            continue
+            continue  # the end, or a number that is always there
         for name in names:
             form = "after" if call.name == "close" else "fail"  # a descriptor is gone even if closing it fails
             listed.append(((call.name, where, name), "%d:%s=%d" % (call.count, form, getattr(errno, name))))
@@ -494,15 +510,18 @@ def disturb(tools, scenario, action):
         write_files(folder, scenario.before)
         if action.startswith("alloc "):
             outcome = tools.allocate(folder, scenario.line, int(action[6:].rstrip("+")), action.endswith("+"))
-            words = "%s of %d bytes" % (outcome.hits[0].name, outcome.hits[0].fd) + ", called by " + os.path.basename(outcome.hits[0].path) if outcome.hits else "not reached"
+            words = "not reached"
+            for hit in outcome.hits:
+                words = "%s of %d bytes, called by %s" % (hit.name, hit.fd, os.path.basename(hit.path))
             return outcome, judge(tools, scenario, folder, outcome), words
         if action.startswith("limit "):
             limit = int(action[6:])
             outcome = limited(tools, folder, scenario.line, limit)
             return outcome, judge(tools, scenario, folder, outcome), "memory limited to %d bytes" % limit
         outcome = tools.run(folder, scenario.line, [action])
-        hit = outcome.hits[0] if outcome.hits else None
-        words = "%s of %s" % (hit.name, "standard output" if hit.fd == 1 else os.path.basename(hit.path)) if hit else "not reached"
+        words = "not reached"
+        for hit in outcome.hits[:1]:
+            words = "%s of %s" % (hit.name, "standard output" if hit.fd == 1 else os.path.basename(hit.path))
         return outcome, judge(tools, scenario, folder, outcome, excuses(outcome, action)), words
 
 
@@ -560,40 +579,78 @@ def arguments(description):
     return parser
 
 
+def group_of(kind, action):
+    """The table's row."""
+    if ":" in action:
+        return kind[0]
+    if "limit" in action:
+        return "memory limit"
+    return "allocation, " + ("libgomp" if "gomp" in kind[0] else "program" if "train" in kind[0] else "library")
+
+
+class Tally:
+    """Counts what passed and failed; shows each failure with the command that repeats it, of a kind only the first three."""
+
+    def __init__(self, options, tool):
+        self.passed, self.failed, self.shown = 0, 0, collections.Counter()
+        self.again = "python3 dev/%s --program %s --only" % (tool, os.path.relpath(options.program))
+        self.all = options.all
+
+    def add(self, group, words, problems, case):
+        self.passed, self.failed = self.passed + (not problems), self.failed + bool(problems)
+        if not problems:
+            return
+        kind = (group, problems[0][:40])
+        self.shown[kind] += 1
+        if self.shown[kind] <= 3 or self.all:
+            print("FAIL %s: %s | again: %s '%s'" % (words, "; ".join(problems), self.again, case), flush=True)
+
+    def more(self):
+        for (group, text), count in sorted(self.shown.items()):
+            if count > 3 and not self.all:
+                print("  %s: %d times '%s...'" % (group, count, text))
+
+
+def choose(tools, listed, options, rng):
+    """What is to be done: rows of scenario, kind and action."""
+    calls, allocations, limits = [], [], []
+    for scenario in listed:
+        calls += [(scenario, kind, action) for kind, action in disturbances(scenario)]
+        allocations += [(scenario, kind, action) for kind, action in allocation_faults(scenario)]
+        least, need = (memory_needed(tools, scenario, line) for line in ("--help", scenario.line))
+        values = {rng.randrange(least, need) for _ in range(200 if options.all else 8)} if least < need else ()
+        limits += [(scenario, ("memory", "", "limit"), "limit %d" % value) for value in sorted(values)]
+    print("%d disturbances of system calls, %d of allocations are there" % (len(calls), len(allocations)), flush=True)
+    if not options.all:
+        return sample(calls, options.number * 2 // 3, rng) + sample(allocations, options.number // 3, rng) + limits
+    of_libgomp = [row for row in allocations if "gomp" in row[1][0]]  # the same few bytes thousands of times
+    others = [row for row in allocations if "gomp" not in row[1][0]]
+    return calls + others + sample(of_libgomp, 500, rng) + limits
+
+
 def main():
     parser = arguments(__doc__)
     parser.add_argument("--number", type=int, default=1200, help="disturbed runs of the sample")
     parser.add_argument("--scenario", help="this one alone")
     options = parser.parse_args()
     default_signals()
-    rng, table, passed, failed, shown = random.Random(options.seed), Table(), 0, 0, collections.Counter()
+    rng, table, tally = random.Random(options.seed), Table(), Tally(options, "faults.py")
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
         tools = Tools(options.program, folder)
         listed, problems = scenarios(tools, random.Random(5))
-        by_name = {scenario.name: scenario for scenario in listed}
         if options.only:
             name, action = options.only.split(" ", 1)
-            outcome, problems, words = disturb(tools, by_name[name], action)
-            print("%s: %s\nexit code %s, signal %d\n%s%s" % (options.only, words, outcome.code, outcome.signal, outcome.err, "\n".join(problems) or "nothing wrong"))
+            scenario = {scenario.name: scenario for scenario in listed}[name]
+            outcome, problems, words = disturb(tools, scenario, action)
+            print("%s: %s\nexit code %s, signal %d\n%s" % (options.only, words, outcome.code, outcome.signal, outcome.err), end="")
+            print("\n".join(problems) or "nothing wrong")
             return bool(problems)
         for scenario in listed:
-            wrong = problems.get(scenario.name, "")
-            passed, failed = passed + (not wrong), failed + bool(wrong)
-            print("%-14s undisturbed: %d system calls, %d allocations %s" % (scenario.name, len(scenario.calls), len(scenario.allocations), "FAIL " + wrong if wrong else ""))
-        calls, allocations, limits = [], [], []
-        for scenario in listed:
-            if options.scenario not in (None, scenario.name):
-                continue
-            calls += [(scenario, kind, action) for kind, action in disturbances(scenario)]
-            allocations += [(scenario, kind, action) for kind, action in allocation_faults(scenario)]
-            least, need = (memory_needed(tools, scenario, line) for line in ("--help", scenario.line))
-            values = {rng.randrange(least, need) for _ in range(200 if options.all else 8)} if least < need else set()
-            limits += [(scenario, ("memory", "", "limit"), "limit %d" % value) for value in sorted(values)]
-        print("%d disturbances of system calls, %d of allocations are there" % (len(calls), len(allocations)), flush=True)
-        if options.all:  # libgomp takes the same few bytes thousands of times
-            chosen = calls + [row for row in allocations if "gomp" not in row[1][0]] + sample([row for row in allocations if "gomp" in row[1][0]], 500, rng) + limits
-        else:
-            chosen = sample(calls, options.number * 2 // 3, rng) + sample(allocations, options.number // 3 - len(limits), rng) + limits
+            words = "%-14s %5d system calls, %5d allocations" % (scenario.name, len(scenario.calls), len(scenario.allocations))
+            print(words)
+            wrong = problems.get(scenario.name)
+            tally.add("undisturbed", scenario.name + " undisturbed", [wrong] if wrong else [], scenario.name + " 0:fail=0")
+        chosen = choose(tools, [s for s in listed if options.scenario in (None, s.name)], options, rng)
 
         def one(row):
             return row, disturb(tools, row[0], row[2])
@@ -602,20 +659,13 @@ def main():
             for (scenario, kind, action), (outcome, problems, words) in pool.map(one, chosen):
                 if words == "not reached" and not problems:
                     continue
-                group = kind[0] if ":" in action else "memory limit" if "limit" in action else "allocation, " + ("libgomp" if "gomp" in kind[0] else "program" if "train" in kind[0] else "library")
+                group, case = group_of(kind, action), "%s %s" % (scenario.name, action)
                 table.add(scenario.name, group, outcome, problems)
-                passed, failed = passed + (not problems), failed + bool(problems)
-                if problems:
-                    sort = (group, problems[0][:30])
-                    shown[sort] += 1
-                    if shown[sort] <= 3 or options.all:
-                        print("FAIL %s '%s' (%s): %s | again: python3 dev/faults.py --program %s --only '%s %s'" % (scenario.name, kind[2], words, "; ".join(problems), os.path.relpath(options.program), scenario.name, action), flush=True)
+                tally.add(group, "%s, %s (%s)" % (scenario.name, kind[2], words), problems, case)
         table.show()
-        for (group, text), count in sorted(shown.items()):
-            if count > 3 and not options.all:
-                print("  %s: %d times '%s...'" % (group, count, text))
-    print("%d passed, %d failed" % (passed, failed))
-    return failed > 0
+        tally.more()
+    print("%d passed, %d failed" % (tally.passed, tally.failed))
+    return tally.failed > 0
 
 
 if __name__ == "__main__":
