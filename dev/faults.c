@@ -3,8 +3,8 @@
 //     cc -O2 -Wall -Wextra dev/faults.c -o faults
 //     ./faults [-r REPORT] [-l] [-p] [-a ACTION]... -- PROGRAM ARGUMENTS...
 //
-// System calls are counted from 1, from the place where the program itself begins (behind the loader and the libraries'
-// constructors); waiting for locks and reading clocks are left out. An action is one of
+// System calls are counted from 1, from the place where the program itself begins (behind the loader and the
+// libraries' constructors); waiting for locks and reading clocks are left out. An action is one of
 //
 //     K:fail=ERRNO          the K-th call is not made, it returns this error
 //     K:from=ERRNO          so does every later call of the same name (on standard output, or on all other files)
@@ -14,9 +14,10 @@
 //     K:entry=SIGNAL[,SIGNAL2,MS]   a signal comes while the call is made, another one MS milliseconds after it
 //     K:exit=SIGNAL[,SIGNAL2,MS]    the same as it returns
 //
-// The report has a line "call K NAME FD PATH" for each call with -l, "hit K NAME FD PATH" for each one that was disturbed,
-// at last "exit CODE" or "signal NUMBER", and "calls N". With -p the program runs undisturbed and untraced; signals meant for
-// a whole group of processes do not end the wrapper, so that the report is written.
+// The report has a line "call K NAME FD PATH" for each call with -l, "hit K NAME FD PATH" for each one that
+// was disturbed, at last "exit CODE" or "signal NUMBER", and "calls N". With -p the program runs undisturbed
+// and untraced; signals meant for a whole group of processes do not end the wrapper, so that the report is
+// written.
 //
 // Linux on x86-64 or arm64: a seccomp filter stops the program at its calls alone, ptrace changes them.
 
@@ -97,41 +98,48 @@ typedef struct { long number; const char *name; Where where; } Call;
 
 static const Call calls[] = {
 #ifdef SYS_open // what newer machines have in the forms with a folder alone
-    {SYS_open, "open", PATH}, {SYS_stat, "stat", PATH}, {SYS_lstat, "lstat", PATH}, {SYS_access, "access", PATH},
-    {SYS_unlink, "unlink", PATH}, {SYS_rename, "rename", PATH}, {SYS_readlink, "readlink", PATH},
-    {SYS_link, "link", PATH}, {SYS_mkdir, "mkdir", PATH}, {SYS_chmod, "chmod", PATH}, {SYS_chown, "chown", PATH},
-    {SYS_getdents, "getdents", FD}, {SYS_dup2, "dup2", FD}, {SYS_poll, "poll", OTHER}, {SYS_pipe, "pipe", OTHER},
-    {SYS_fork, "fork", OTHER}, {SYS_vfork, "vfork", OTHER}, {SYS_alarm, "alarm", OTHER},
+    {SYS_open, "open", PATH}, {SYS_stat, "stat", PATH}, {SYS_lstat, "lstat", PATH},
+    {SYS_access, "access", PATH}, {SYS_unlink, "unlink", PATH}, {SYS_rename, "rename", PATH},
+    {SYS_readlink, "readlink", PATH}, {SYS_link, "link", PATH}, {SYS_mkdir, "mkdir", PATH},
+    {SYS_chmod, "chmod", PATH}, {SYS_chown, "chown", PATH}, {SYS_getdents, "getdents", FD},
+    {SYS_dup2, "dup2", FD}, {SYS_poll, "poll", OTHER}, {SYS_pipe, "pipe", OTHER}, {SYS_fork, "fork", OTHER},
+    {SYS_vfork, "vfork", OTHER}, {SYS_alarm, "alarm", OTHER},
 #endif
 #ifdef SYS_renameat
     {SYS_renameat, "renameat", AT_PATH},
 #endif
     {SYS_read, "read", FD}, {SYS_write, "write", FD}, {SYS_readv, "readv", FD}, {SYS_writev, "writev", FD},
     {SYS_pread64, "pread64", FD}, {SYS_pwrite64, "pwrite64", FD}, {SYS_openat, "openat", AT_PATH},
-    {SYS_close, "close", FD}, {SYS_fstat, "fstat", FD}, {SYS_newfstatat, "newfstatat", AT_PATH}, {SYS_statx, "statx", AT_PATH},
-    {SYS_lseek, "lseek", FD}, {SYS_fsync, "fsync", FD}, {SYS_fdatasync, "fdatasync", FD}, {SYS_ftruncate, "ftruncate", FD},
-    {SYS_truncate, "truncate", PATH}, {SYS_fallocate, "fallocate", FD}, {SYS_flock, "flock", FD}, {SYS_fcntl, "fcntl", FD},
-    {SYS_ioctl, "ioctl", FD}, {SYS_fchmod, "fchmod", FD}, {SYS_fchown, "fchown", FD}, {SYS_fchmodat, "fchmodat", AT_PATH},
-    {SYS_fchownat, "fchownat", AT_PATH}, {SYS_faccessat, "faccessat", AT_PATH}, {SYS_unlinkat, "unlinkat", AT_PATH},
+    {SYS_close, "close", FD}, {SYS_fstat, "fstat", FD}, {SYS_newfstatat, "newfstatat", AT_PATH},
+    {SYS_statx, "statx", AT_PATH}, {SYS_lseek, "lseek", FD}, {SYS_fsync, "fsync", FD},
+    {SYS_fdatasync, "fdatasync", FD}, {SYS_ftruncate, "ftruncate", FD}, {SYS_truncate, "truncate", PATH},
+    {SYS_fallocate, "fallocate", FD}, {SYS_flock, "flock", FD}, {SYS_fcntl, "fcntl", FD},
+    {SYS_ioctl, "ioctl", FD}, {SYS_fchmod, "fchmod", FD}, {SYS_fchown, "fchown", FD},
+    {SYS_fchmodat, "fchmodat", AT_PATH}, {SYS_fchownat, "fchownat", AT_PATH},
+    {SYS_faccessat, "faccessat", AT_PATH}, {SYS_unlinkat, "unlinkat", AT_PATH},
     {SYS_renameat2, "renameat2", AT_PATH}, {SYS_linkat, "linkat", AT_PATH}, {SYS_mkdirat, "mkdirat", AT_PATH},
-    {SYS_readlinkat, "readlinkat", AT_PATH}, {SYS_getdents64, "getdents64", FD}, {SYS_getcwd, "getcwd", OTHER},
-    {SYS_statfs, "statfs", PATH}, {SYS_fstatfs, "fstatfs", FD}, {SYS_utimensat, "utimensat", AT_PATH},
-    {SYS_dup, "dup", FD}, {SYS_dup3, "dup3", FD}, {SYS_pipe2, "pipe2", OTHER}, {SYS_ppoll, "ppoll", OTHER},
-    {SYS_mmap, "mmap", OTHER}, {SYS_munmap, "munmap", OTHER}, {SYS_brk, "brk", OTHER}, {SYS_mprotect, "mprotect", OTHER},
-    {SYS_mremap, "mremap", OTHER}, {SYS_madvise, "madvise", OTHER}, {SYS_clone, "clone", OTHER}, {SYS_execve, "execve", PATH},
-    {SYS_exit_group, "exit_group", OTHER}, {SYS_rt_sigaction, "rt_sigaction", OTHER}, {SYS_kill, "kill", OTHER},
-    {SYS_rt_sigprocmask, "rt_sigprocmask", OTHER}, {SYS_tgkill, "tgkill", OTHER}, {SYS_getrandom, "getrandom", OTHER},
-    {SYS_sysinfo, "sysinfo", OTHER}, {SYS_getrusage, "getrusage", OTHER}, {SYS_prlimit64, "prlimit64", OTHER},
-    {SYS_sched_getaffinity, "sched_getaffinity", OTHER}, {SYS_nanosleep, "nanosleep", OTHER}, {SYS_uname, "uname", OTHER},
-    {SYS_clock_nanosleep, "clock_nanosleep", OTHER}, {SYS_setitimer, "setitimer", OTHER}, {SYS_wait4, "wait4", OTHER},
-    {SYS_getuid, "getuid", OTHER}, {SYS_geteuid, "geteuid", OTHER}, {SYS_getgid, "getgid", OTHER},
-    {SYS_getegid, "getegid", OTHER}, {SYS_getppid, "getppid", OTHER}, {SYS_getpgid, "getpgid", OTHER},
-    {SYS_umask, "umask", OTHER}, {SYS_sigaltstack, "sigaltstack", OTHER},
+    {SYS_readlinkat, "readlinkat", AT_PATH}, {SYS_getdents64, "getdents64", FD},
+    {SYS_getcwd, "getcwd", OTHER}, {SYS_statfs, "statfs", PATH}, {SYS_fstatfs, "fstatfs", FD},
+    {SYS_utimensat, "utimensat", AT_PATH}, {SYS_dup, "dup", FD}, {SYS_dup3, "dup3", FD},
+    {SYS_pipe2, "pipe2", OTHER}, {SYS_ppoll, "ppoll", OTHER}, {SYS_mmap, "mmap", OTHER},
+    {SYS_munmap, "munmap", OTHER}, {SYS_brk, "brk", OTHER}, {SYS_mprotect, "mprotect", OTHER},
+    {SYS_mremap, "mremap", OTHER}, {SYS_madvise, "madvise", OTHER}, {SYS_clone, "clone", OTHER},
+    {SYS_execve, "execve", PATH}, {SYS_exit_group, "exit_group", OTHER},
+    {SYS_rt_sigaction, "rt_sigaction", OTHER}, {SYS_kill, "kill", OTHER},
+    {SYS_rt_sigprocmask, "rt_sigprocmask", OTHER}, {SYS_tgkill, "tgkill", OTHER},
+    {SYS_getrandom, "getrandom", OTHER}, {SYS_sysinfo, "sysinfo", OTHER}, {SYS_getrusage, "getrusage", OTHER},
+    {SYS_prlimit64, "prlimit64", OTHER}, {SYS_sched_getaffinity, "sched_getaffinity", OTHER},
+    {SYS_nanosleep, "nanosleep", OTHER}, {SYS_uname, "uname", OTHER},
+    {SYS_clock_nanosleep, "clock_nanosleep", OTHER}, {SYS_setitimer, "setitimer", OTHER},
+    {SYS_wait4, "wait4", OTHER}, {SYS_getuid, "getuid", OTHER}, {SYS_geteuid, "geteuid", OTHER},
+    {SYS_getgid, "getgid", OTHER}, {SYS_getegid, "getegid", OTHER}, {SYS_getppid, "getppid", OTHER},
+    {SYS_getpgid, "getpgid", OTHER}, {SYS_umask, "umask", OTHER}, {SYS_sigaltstack, "sigaltstack", OTHER},
 };
 
 // Neither counted nor disturbed: they wait for threads, read clocks, or cannot fail.
-static const long silent[] = {SYS_futex, SYS_clock_gettime, SYS_gettimeofday, SYS_sched_yield, SYS_rt_sigreturn, SYS_exit,
-                              SYS_restart_syscall, SYS_getpid, SYS_gettid, SYS_set_tid_address, SYS_set_robust_list};
+static const long silent[] = {SYS_futex, SYS_clock_gettime, SYS_gettimeofday, SYS_sched_yield, SYS_rt_sigreturn,
+                              SYS_exit, SYS_restart_syscall, SYS_getpid, SYS_gettid, SYS_set_tid_address,
+                              SYS_set_robust_list};
 enum { N_CALLS = sizeof(calls) / sizeof(calls[0]), N_SILENT = sizeof(silent) / sizeof(silent[0]) };
 
 // In the child: stops at every system call but the silent ones.
@@ -176,7 +184,8 @@ static void describe(pid_t pid, Registers *r, Made *made) {
     for (int i = 0; i < N_CALLS; i++)
         if (calls[i].number == made->number) made->call = &calls[i];
     Where where = made->call ? made->call->where : OTHER;
-    if (where == PATH || where == AT_PATH) read_string(pid, *argument(r, where == AT_PATH), made->path, sizeof(made->path));
+    if (where == PATH || where == AT_PATH)
+        read_string(pid, *argument(r, where == AT_PATH), made->path, sizeof(made->path));
     if (where == FD || (where == AT_PATH && !made->path[0])) {
         char link[64];
         made->fd = (long)*argument(r, 0);
@@ -198,9 +207,17 @@ static void report(FILE *out, const char *what, const Made *made) {
     fprintf(out, " %ld %s\n", made->fd, made->path[0] ? made->path : "-");
 }
 
+// How the program ended; returns its exit code, or 128 and the signal's number.
+static int report_end(FILE *out, int status) {
+    int by_signal = WIFSIGNALED(status), number = by_signal ? WTERMSIG(status) : WEXITSTATUS(status);
+    if (out) fprintf(out, by_signal ? "signal %d\n" : "exit %d\n", number);
+    return by_signal ? 128 + number : number;
+}
+
 // ----------------------------------------------------------------------------
 // actions
 
+enum { MAX_ACTIONS = 64 };
 typedef enum { FAIL, FROM, DISK, AFTER, SHORT, ENTRY, EXIT } Kind;
 typedef struct {
     Kind kind;
@@ -224,9 +241,12 @@ static int parse_action(Action *a, const char *text) {
 
 // Whether the call is one that this action disturbs.
 static int concerns(Action *a, const Made *made) {
-    if (a->kind == FROM && a->call) return made->call == a->call && (made->fd == 1) == a->output && made->fd != 2;
-    if (a->kind == DISK && made->count > a->at)
-        return made->call && made->call->where != OTHER && made->number != SYS_close && (made->fd < 0 || made->fd > 2);
+    if (a->kind == FROM && a->call)
+        return made->call == a->call && (made->fd == 1) == a->output && made->fd != 2;
+    if (a->kind == DISK && made->count > a->at) {
+        int of_file = made->call && made->call->where != OTHER && made->number != SYS_close;
+        return of_file && (made->fd < 0 || made->fd > 2);
+    }
     if (made->count != a->at) return 0;
     a->call = made->call;
     a->output = made->fd == 1;
@@ -252,7 +272,7 @@ typedef struct {
     long instruction;         // what stands there
     long count;               // calls so far
     int counting, listing, n_actions;
-    Action actions[64];
+    Action actions[MAX_ACTIONS];
     FILE *out;
 } Trace;
 
@@ -273,7 +293,8 @@ static void break_at_entry(Trace *t, pid_t pid) {
 // It stands there: from now on its calls count. 0 if it stands elsewhere.
 static int begin(Trace *t, pid_t pid) {
     Registers r;
-    if (t->counting || registers_read(pid, &r) || *program_counter(&r) != t->entry + (unsigned)breakpoint_length) return 0;
+    if (t->counting || registers_read(pid, &r)) return 0;
+    if (*program_counter(&r) != t->entry + (unsigned)breakpoint_length) return 0;
     *program_counter(&r) = t->entry;
     registers_write(pid, &r);
     ptrace(PTRACE_POKETEXT, pid, t->entry, t->instruction);
@@ -283,14 +304,14 @@ static int begin(Trace *t, pid_t pid) {
 // Makes the process run to its next stop of this kind (PTRACE_CONT, PTRACE_SYSCALL).
 static void go_on(int how, pid_t pid, int number) { ptrace((enum __ptrace_request)how, pid, 0, number); }
 
-// Makes a call that has been disturbed and sets what it returns (0: as it is), its arguments as they were: a program may count
-// on finding them in their registers. `late`: a signal to send as it returns.
+// Makes a call that has been disturbed and sets what it returns (0: as it is), its arguments as they were: a
+// program may count on finding them in their registers. `late`: a signal to send as it returns.
 static void finish_call(Trace *t, pid_t pid, Registers *before, long result, const Action *late) {
     Registers r;
     int status, number = 0;
     go_on(PTRACE_SYSCALL, pid, 0);
     if (waitpid(pid, &status, __WALL) < 0 || !WIFSTOPPED(status)) {
-        if (t->out) fprintf(t->out, WIFSIGNALED(status) ? "signal %d\n" : "exit %d\n", WIFSIGNALED(status) ? WTERMSIG(status) : WEXITSTATUS(status));
+        report_end(t->out, status);
         t->pid = 0;
         return;
     }
@@ -298,7 +319,7 @@ static void finish_call(Trace *t, pid_t pid, Registers *before, long result, con
     else if (!registers_read(pid, &r)) {
         unsigned long long returned = *result_of(&r);
         for (int i = 0; i < 6; i++) *argument(&r, i) = *argument(before, i);
-        *result_of(&r) = result ? (unsigned long long)result : returned; // on arm64 it is where the first argument was
+        *result_of(&r) = result ? (unsigned long long)result : returned; // on arm64 the first argument's place
         registers_write(pid, &r);
     }
     if (late) send_signals(pid, late);
@@ -329,7 +350,8 @@ static void disturb(Trace *t, pid_t pid) {
         if (a->kind == EXIT) late = a;
         if (a->kind == AFTER) result = -a->value;
         if (a->kind == SHORT) {
-            unsigned long long *length = argument(&r, 2), most = a->value ? (unsigned long long)a->value : (*length + 1) / 2;
+            unsigned long long *length = argument(&r, 2), most = (unsigned long long)a->value;
+            if (!most) most = (*length + 1) / 2;
             if (*length > most) *length = most;
             registers_write(pid, &r);
         }
@@ -355,8 +377,7 @@ static int follow(Trace *t) {
         if (pid < 0) break;
         if (!WIFSTOPPED(status)) {
             if (pid != t->pid) continue; // a thread, or what sent a signal
-            code = WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status);
-            if (t->out) fprintf(t->out, WIFSIGNALED(status) ? "signal %d\n" : "exit %d\n", WIFSIGNALED(status) ? WTERMSIG(status) : code);
+            code = report_end(t->out, status);
             break;
         }
         int event = status >> 16, number = WSTOPSIG(status);
@@ -364,8 +385,9 @@ static int follow(Trace *t) {
         else if (event == PTRACE_EVENT_EXEC) {
             break_at_entry(t, pid);
             go_on(PTRACE_CONT, pid, 0);
-        } else if (event || number == (SIGTRAP | 0x80) || (number == SIGSTOP && pid != t->pid)) go_on(PTRACE_CONT, pid, 0);
-        else go_on(PTRACE_CONT, pid, number == SIGTRAP && begin(t, pid) ? 0 : number);
+        } else if (event || number == (SIGTRAP | 0x80) || (number == SIGSTOP && pid != t->pid)) {
+            go_on(PTRACE_CONT, pid, 0); // a new thread, or the end of a call
+        } else go_on(PTRACE_CONT, pid, number == SIGTRAP && begin(t, pid) ? 0 : number);
     }
     if (t->out) fprintf(t->out, "calls %ld\n", t->count);
     return code;
@@ -382,8 +404,7 @@ static int plain(Trace *t, char **command) {
         _exit(127);
     }
     while (waitpid(t->pid, &status, 0) < 0 && errno == EINTR) {}
-    if (t->out) fprintf(t->out, WIFSIGNALED(status) ? "signal %d\n" : "exit %d\n", WIFSIGNALED(status) ? WTERMSIG(status) : WEXITSTATUS(status));
-    return WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status);
+    return report_end(t->out, status);
 }
 
 int main(int argc, char **argv) {
@@ -394,10 +415,11 @@ int main(int argc, char **argv) {
         if (option == 'r') t.out = fopen(optarg, "we");
         if (option == 'l') t.listing = 1;
         if (option == 'p') untraced = 1;
-        if (option == '?' || (option == 'r' && !t.out) || (option == 'a' && (t.n_actions == 64 || parse_action(&t.actions[t.n_actions++], optarg)))) {
-            fprintf(stderr, "faults: wrong option %s (the source's first lines list them)\n", optarg ? optarg : "");
-            return 2;
-        }
+        int wrong = option == '?' || (option == 'r' && !t.out);
+        if (option == 'a') wrong = t.n_actions == MAX_ACTIONS || parse_action(&t.actions[t.n_actions++], optarg);
+        if (!wrong) continue;
+        fprintf(stderr, "faults: wrong option %s (the source's first lines list them)\n", optarg ? optarg : "");
+        return 2;
     }
     if (optind == argc) return 2;
     if (untraced) return plain(&t, argv + optind);
@@ -410,8 +432,8 @@ int main(int argc, char **argv) {
         _exit(127);
     }
     waitpid(t.pid, &status, 0);
-    long options = PTRACE_O_TRACESYSGOOD | PTRACE_O_TRACESECCOMP | PTRACE_O_TRACEEXEC | PTRACE_O_TRACECLONE | PTRACE_O_TRACEFORK |
-                   PTRACE_O_TRACEVFORK | PTRACE_O_EXITKILL;
+    long options = PTRACE_O_TRACESYSGOOD | PTRACE_O_TRACESECCOMP | PTRACE_O_TRACEEXEC | PTRACE_O_TRACECLONE |
+                   PTRACE_O_TRACEFORK | PTRACE_O_TRACEVFORK | PTRACE_O_EXITKILL;
     if (!WIFSTOPPED(status) || ptrace(PTRACE_SETOPTIONS, t.pid, 0, options)) {
         fprintf(stderr, "faults: this system lets no process be traced\n");
         return 126;

@@ -1,11 +1,12 @@
-// Between a program and the C library: lets allocations fail and flushes take long. dev/faults.py and dev/signals.py use it.
+// Between a program and the C library: lets allocations fail and flushes take long. dev/faults.py and
+// dev/signals.py use it.
 //
 //     cc -O2 -Wall -Wextra -shared -fPIC dev/faults_shim.c -o faults_shim.so -ldl
 //     FAULT_AT=7 FAULT_FROM=1 FAULT_REPORT=report LD_PRELOAD=./faults_shim.so PROGRAM ARGUMENTS...
 //
-// FAULT_AT: the allocation that fails, counted from 1; with FAULT_FROM all that follow fail as well. The report gets a line
-// "hit K NAME BYTES CALLER" for the first one, with FAULT_LIST a line "call ..." for each, and "calls N" at the end.
-// FAULT_SLOW_FSYNC: every fsync takes so many milliseconds more.
+// FAULT_AT: the allocation that fails, counted from 1; with FAULT_FROM all that follow fail as well. The
+// report gets a line "hit K NAME BYTES CALLER" for the first one, with FAULT_LIST a line "call ..." for each,
+// and "calls N" at the end. FAULT_SLOW_FSYNC: every fsync takes so many milliseconds more.
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -53,8 +54,9 @@ static void note(const char *what, long number, const char *name, size_t bytes, 
     char line[400]; // snprintf takes no memory for such texts
     memset(&info, 0, sizeof(info));
     int known = dladdr(caller, &info) && info.dli_fname;
-    snprintf(line, sizeof(line), "%s %ld %s %zu %.200s+0x%lx\n", what, number, name, bytes, known ? info.dli_fname : "?",
-             (unsigned long)((const char *)caller - (const char *)(known ? info.dli_fbase : NULL)));
+    unsigned long place = (unsigned long)((const char *)caller - (const char *)(known ? info.dli_fbase : NULL));
+    const char *library = known ? info.dli_fname : "?";
+    snprintf(line, sizeof(line), "%s %ld %s %zu %.200s+0x%lx\n", what, number, name, bytes, library, place);
     write_report(line);
 }
 
