@@ -2,19 +2,23 @@
 
     python3 dev/faults.py [--program ./train_sessa] [--number 1200 | --all] [--seed 1] [--only 'resume 57:fail=5']
 
-Training with saves, validations, samples and a log, resuming, --overwrite, --load, --eval, --generate, and mamba2 with example
-sets run again and again; in each run one call is disturbed (dev/faults.c: errors, short reads and writes, errors that stay, a
-disk that is gone; dev/faults_shim.c: an allocation, or all from one on), or memory is limited. Afterwards, `judge`:
+Training with saves, validations, samples and a log, resuming, --overwrite, --load, --eval, --generate, and
+mamba2 with example sets run again and again; in each run one call is disturbed (dev/faults.c: errors, short
+reads and writes, errors that stay, a disk that is gone; dev/faults_shim.c: an allocation, or all from one
+on), or memory is limited. Afterwards, `judge`:
 
   - it ended as if nothing had happened, or with exit code 1 and one line on standard error; never otherwise
-  - run and best weights are what was there before, or what an undisturbed run saves, byte for byte (a run that saves itself as it
-    ends early may be of a moment that an undisturbed one does not save)
+  - run and best weights are what was there before, or what an undisturbed run saves, byte for byte (a run
+    that saves itself as it ends early may be of a moment that an undisturbed one does not save)
   - no temporary file and no lock is left, unless removing it was what failed
-  - the log is whole: each line JSON, no step missing or twice; only a write of the log itself that failed may tear its last line
-  - a plain --resume, or the same command where nothing was saved, goes through to the bytes of an undisturbed run, log and all
+  - the log is whole: each line JSON, no step missing or twice; only a write of the log itself that failed may
+    tear its last line
+  - a plain --resume, or the same command where nothing was saved, goes through to the bytes of an undisturbed
+    run, log and all
 
-Without --all a seeded sample, in which each kind of call, file and error comes before any comes twice. OMP_NUM_THREADS is 1.
-Needs Linux on x86-64 or arm64, and cc. One failure is one line, with the command that repeats it.
+Without --all a seeded sample, in which each kind of call, file and error comes before any comes twice.
+OMP_NUM_THREADS is 1. Needs Linux on x86-64 or arm64, and cc. One failure is one line, with the command that
+repeats it.
 """
 
 import argparse
@@ -54,9 +58,14 @@ def write_files(folder, files):
 
 
 def files_of(folder):
-    """Name and content of each file; of what is no file the content is empty."""
-    paths = {name: os.path.join(folder, name) for name in os.listdir(folder)}
-    return {name: read(path) if os.path.isfile(path) else b"" for name, path in paths.items()}
+    """Name and content of each file; one that goes while this looks has never been there."""
+    files = {}
+    for name in os.listdir(folder):
+        try:
+            files[name] = read(os.path.join(folder, name))
+        except FileNotFoundError:
+            pass
+    return files
 
 
 def is_stray(name):
@@ -84,7 +93,7 @@ def step_of(content):
 
 
 def log_lines(content):
-    """The log's lines without what depends on time, and what is wrong with it, "" if nothing. A torn end is a line None."""
+    """The log's lines without what depends on time, and what is wrong with it or "". A torn end is a line None."""
     lines, texts = [], content.split(b"\n")
     end = texts.pop()  # nothing, unless it is torn
     for number, text in enumerate(texts):
@@ -122,7 +131,8 @@ class Outcome:
         for line in report.splitlines():
             word = line.split(" ")
             if word[0] in ("call", "hit") and len(word) == 5:
-                (self.calls if word[0] == "call" else self.hits).append(Hit(int(word[1]), word[2], int(word[3]), word[4]))
+                hit = Hit(int(word[1]), word[2], int(word[3]), word[4])
+                (self.calls if word[0] == "call" else self.hits).append(hit)
             elif word[0] == "exit":
                 self.code = int(word[1])
             elif word[0] == "signal":
@@ -138,8 +148,8 @@ class Tools:
         self.faults, self.shim = os.path.join(folder, "faults"), os.path.join(folder, "shim.so")
         compiler = os.environ.get("CC", "cc")
         subprocess.run([compiler, "-O2", os.path.join(HERE, "faults.c"), "-o", self.faults], check=True)
-        shared = [compiler, "-O2", "-shared", "-fPIC", os.path.join(HERE, "faults_shim.c"), "-o", self.shim, "-ldl"]
-        subprocess.run(shared, check=True)
+        shared = ["-shared", "-fPIC", os.path.join(HERE, "faults_shim.c"), "-o", self.shim, "-ldl"]
+        subprocess.run([compiler, "-O2"] + shared, check=True)
         self.counter, self.lock = 0, threading.Lock()
         spoken = subprocess.run([self.program, "--help"], capture_output=True, text=True).stdout
         self.overwrites = "--overwrite" in spoken
@@ -181,7 +191,8 @@ class Tools:
     def allocate(self, folder, line, at=0, all_from=False, listing=False):
         """Runs it with an allocation that fails."""
         report = self.report()
-        env = {"LD_PRELOAD": self.shim, "FAULT_REPORT": report, "FAULT_AT": str(at), "FAULT_FROM": str(int(all_from))}
+        env = {"LD_PRELOAD": self.shim, "FAULT_REPORT": report}
+        env.update(FAULT_AT=str(at), FAULT_FROM=str(int(all_from)))
         if listing:
             env["FAULT_LIST"] = "1"
         outcome = self.run(folder, line, traced=False, env=env)
@@ -199,8 +210,9 @@ class Tools:
 SHAPE = "--dim 8 --layers 1 --heads 2 --seq 8 --batch 2 --dropout 0.1 --warmup 2 "
 WATCH = "--save-every 2 --eval-every 2 --eval-batches 1 --sample-every 3 --log run.log "
 TEXT = "--data text " + SHAPE + WATCH + "--steps 6 --out run.safetensors "
-SETS = ("--data set.safetensors --val asked.safetensors --mixer mamba2 --dim 8 --layers 1 --heads 2 --head-dim 4 --state-dim 4 "
-        "--batch 2 --warmup 2 --save-every 1 --eval-every 2 --eval-batches 1 --log run.log --steps 4 --out run.safetensors ")
+SETS = ("--data set.safetensors --val asked.safetensors --mixer mamba2 --dim 8 --layers 1 --heads 2 --head-dim 4 "
+        "--state-dim 4 --batch 2 --warmup 2 --save-every 1 --eval-every 2 --eval-batches 1 --log run.log --steps 4 "
+        "--out run.safetensors ")
 AGAIN = "--resume run.safetensors " + WATCH
 AGAIN_SETS = "--resume run.safetensors --save-every 1 --eval-every 2 --eval-batches 1 --log run.log "
 RUN, BEST, LOG = "run.safetensors", "run.best.safetensors", "run.log"
@@ -259,7 +271,8 @@ class Scenario:
         if problem:
             return "its log: " + problem
         if reference is None:
-            return "" if self.lines and RUN in self.after and BEST in self.after else "run, best weights or log are missing"
+            complete = self.lines and RUN in self.after and BEST in self.after
+            return "" if complete else "run, best weights or log are missing"
         return differs(self, reference.after, reference.lines)
 
 
@@ -270,12 +283,13 @@ def differs(scenario, files, lines):
 
 
 def stopped(tools, line, before, times, number, form="exit", strays=False):
-    """The files of a run that a signal stopped as it saved itself the n-th time: form "entry", just before it had; "exit", after.
-    strays: with the locks and temporary files that SIGKILL leaves."""
+    """The files of a run that a signal stopped as it saved itself the n-th time: form "entry", just before it had;
+    "exit", after. strays: with the locks and temporary files that SIGKILL leaves."""
     with tempfile.TemporaryDirectory(dir=tools.folder) as folder:
         write_files(folder, before)
         calls = tools.run(folder, line, listing=True).calls
-    saves = [c.count for c in calls if c.name.startswith("rename") and os.path.basename(c.path).startswith(RUN + ".tmp.")]
+    renames = [call for call in calls if call.name.startswith("rename")]
+    saves = [call.count for call in renames if os.path.basename(call.path).startswith(RUN + ".tmp.")]
     with tempfile.TemporaryDirectory(dir=tools.folder) as folder:
         write_files(folder, before)
         tools.run(folder, line, ["%d:%s=%d" % (saves[times - 1], form, number)])
@@ -321,9 +335,15 @@ def scenarios(tools, rng):
 # ---------------------------------------------------------------------------
 # what is promised
 
+def said_but_missing(outcome, files):
+    """The files that the last line names, and that are not there."""
+    named = re.search(r"saved to (\S+), (?:the )?best weights to (\S+)", outcome.out)
+    return [name for name in (named.groups() if named else ()) if name not in files]
+
+
 def judge(tools, scenario, folder, outcome, excused=""):
-    """What is wrong after a disturbed run: a list of words, empty if all promises were kept. excused: what cannot be asked for,
-    since that very thing was disturbed: "unlink", "log", "stderr", "stdout"."""
+    """What is wrong after a disturbed run: a list of words, empty if all promises were kept. excused: what cannot be
+    asked for, since that very thing was disturbed: "unlink", "log", "stderr", "stdout"."""
     files, problems = files_of(folder), []
     said = "".join(line for line in outcome.err.splitlines(True) if not line.startswith("train_sessa: warning: "))
     libgomp = bool(LIBGOMP.fullmatch(said)) and outcome.code == 1
@@ -332,15 +352,15 @@ def judge(tools, scenario, folder, outcome, excused=""):
     if outcome.signal:
         problems.append("ended by signal %d" % outcome.signal)
     elif outcome.code == 0:
-        problems += ["exit code 0 with a line: " + said.strip()] * bool(said) + after_success(scenario, outcome, files)
+        problems += ["exit code 0 with a line: " + said.strip()] * bool(said)
+        problems += after_success(scenario, outcome, files)
     elif outcome.code != 1:
         problems.append("exit code %s: %s" % (outcome.code, said.strip()))
     elif not libgomp:
         one = said.count("\n") == 1 and said.startswith("train_sessa: ") and len(said) > 20
         if not one and not ("stderr" in excused and not said):
             problems.append("not one line on standard error: %r" % said[:300])
-    named = re.search(r"saved to (\S+), (?:the )?best weights to (\S+)", outcome.out)
-    problems += ["%s is said to be there, and is not" % name for name in (named.groups() if named else ()) if name not in files]
+    problems += ["%s is said to be there, and is not" % name for name in said_but_missing(outcome, files)]
     strays = sorted(name for name in files if is_stray(name) and name not in scenario.before)
     if strays and "unlink" not in excused and not libgomp:
         problems.append("left: " + " ".join(strays))
@@ -351,9 +371,10 @@ def judge(tools, scenario, folder, outcome, excused=""):
         return problems + ["a file more: " + name for name in set(files) - set(scenario.before) - set(strays)]
     for name in (RUN, BEST):
         content = files.get(name)
-        early = name == RUN and outcome.code == 1 and step_of(content or b"") > 0  # saved as it ended: going on tells
+        early = name == RUN and outcome.code == 1 and step_of(content or b"") > 0  # saved as it ended
         if content not in scenario.states[name] and not early:
-            problems.append("%s is %s" % (name, "neither the old one nor one that is saved" if name in files else "gone"))
+            words = "neither the old one nor one that is saved" if name in files else "gone"
+            problems.append("%s is %s" % (name, words))
     lines, torn = log_lines(files.get(LOG, b""))
     untouched = files.get(LOG) == scenario.before.get(LOG)
     if not untouched and torn and not ("log" in excused and torn == "its end is torn"):
@@ -370,7 +391,8 @@ def judge(tools, scenario, folder, outcome, excused=""):
 def after_success(scenario, outcome, files):
     """What differs from an undisturbed run although the exit code says that nothing does."""
     problems = ["exit code 0, but it printed something else"] * (timeless(outcome.out) != scenario.out)
-    problems += ["exit code 0, it left " + name for name in sorted(set(files) - set(scenario.after)) if not is_stray(name)]
+    more = sorted(set(files) - set(scenario.after))
+    problems += ["exit code 0, it left " + name for name in more if not is_stray(name)]
     for name in sorted(scenario.after):
         if name == LOG and scenario.trains:
             if log_lines(files.get(LOG, b""))[0] != scenario.lines:
@@ -381,7 +403,7 @@ def after_success(scenario, outcome, files):
 
 
 def go_on(tools, scenario, folder, files):
-    """A plain --resume, or the same command where nothing was saved; it must lead to the files of an undisturbed run."""
+    """A plain --resume, or the same command where nothing was saved: it leads to the files of an undisturbed run."""
     if RUN in files and not (scenario.overwrite and files[RUN] == scenario.before[RUN]):
         line = scenario.again
     else:
@@ -393,7 +415,8 @@ def go_on(tools, scenario, folder, files):
         return ["going on: exit code %s, signal %d, %s" % (outcome.code, outcome.signal, outcome.err.strip())]
     files = files_of(folder)
     lines, torn = log_lines(files.get(LOG, b""))
-    problems = ["going on: %s is not that of an undisturbed run" % n for n in (RUN, BEST) if files.get(n) != scenario.after[n]]
+    other = [name for name in (RUN, BEST) if files.get(name) != scenario.after[name]]
+    problems = ["going on: %s is not that of an undisturbed run" % name for name in other]
     if torn or lines != scenario.lines:
         words = "%d of %d lines" % (len(lines), len(scenario.lines))
         problems.append("going on: the log is not whole, %s%s" % (words, ", " + torn if torn else ""))
@@ -405,31 +428,33 @@ def go_on(tools, scenario, folder, files):
 # what is disturbed
 
 ERRORS = {  # the last one is the one that stays
-    "read": "EINTR EIO", "pread64": "EINTR EIO", "readv": "EINTR EIO",
-    "write": "EINTR EIO EDQUOT ENOSPC", "writev": "EINTR EIO ENOSPC", "pwrite64": "EINTR EIO ENOSPC",
-    "open": "EINTR ENOMEM EIO EMFILE EACCES", "openat": "EINTR ENOMEM EIO ENOSPC EMFILE EACCES",
-    "close": "EINTR EIO", "fsync": "EINTR ENOSPC EIO", "fdatasync": "EINTR ENOSPC EIO", "ftruncate": "EINTR EIO",
-    "fallocate": "EINTR EOPNOTSUPP ENOSPC", "flock": "EINTR ENOLCK", "fcntl": "EINTR EIO", "ioctl": "EIO", "lseek": "EIO",
-    "fstat": "ENOMEM EIO", "newfstatat": "ENOMEM EACCES EIO", "stat": "ENOMEM EACCES EIO", "lstat": "EIO", "statx": "ENOSYS EIO",
+    "read": "EINTR EIO", "pread64": "EINTR EIO", "readv": "EINTR EIO", "write": "EINTR EIO EDQUOT ENOSPC",
+    "writev": "EINTR EIO ENOSPC", "pwrite64": "EINTR EIO ENOSPC", "open": "EINTR ENOMEM EIO EMFILE EACCES",
+    "openat": "EINTR ENOMEM EIO ENOSPC EMFILE EACCES", "close": "EINTR EIO", "fsync": "EINTR ENOSPC EIO",
+    "fdatasync": "EINTR ENOSPC EIO", "ftruncate": "EINTR EIO", "fallocate": "EINTR EOPNOTSUPP ENOSPC",
+    "flock": "EINTR ENOLCK", "fcntl": "EINTR EIO", "ioctl": "EIO", "lseek": "EIO", "fstat": "ENOMEM EIO",
+    "newfstatat": "ENOMEM EACCES EIO", "stat": "ENOMEM EACCES EIO", "lstat": "EIO", "statx": "ENOSYS EIO",
     "access": "EIO EACCES", "faccessat": "EIO EACCES", "unlink": "EIO EACCES", "unlinkat": "EIO EACCES",
-    "rename": "EINTR ENOSPC EACCES EIO", "renameat": "EIO", "renameat2": "EINVAL EIO", "link": "EPERM EIO", "linkat": "EPERM EIO",
-    "readlink": "ENOMEM EIO", "readlinkat": "EIO", "getcwd": "ENOENT ENOMEM", "getdents64": "EIO", "getdents": "EIO",
-    "fchmod": "EIO EPERM", "fchmodat": "EPERM", "chmod": "EPERM", "fchown": "EPERM", "fchownat": "EPERM", "chown": "EPERM",
-    "utimensat": "EPERM", "statfs": "EIO", "fstatfs": "EIO", "dup": "EMFILE", "dup2": "EMFILE", "dup3": "EMFILE",
-    "mmap": "ENOMEM", "brk": "ENOMEM", "mprotect": "ENOMEM", "mremap": "ENOMEM", "munmap": "ENOMEM", "madvise": "EINVAL",
-    "clone": "EAGAIN", "fork": "EAGAIN", "execve": "ENOMEM EACCES", "getrandom": "EINTR ENOSYS", "sysinfo": "ENOSYS",
-    "getrusage": "ENOSYS", "prlimit64": "EPERM", "sched_getaffinity": "ENOSYS", "nanosleep": "EINTR", "clock_nanosleep": "EINTR",
-    "poll": "EINTR", "ppoll": "EINTR", "rt_sigaction": "EINVAL", "rt_sigprocmask": "EINVAL", "kill": "EPERM", "setitimer": "EINVAL",
-    "uname": "ENOSYS", "sigaltstack": "ENOMEM", "mkdir": "EACCES",
+    "rename": "EINTR ENOSPC EACCES EIO", "renameat": "EIO", "renameat2": "EINVAL EIO", "link": "EPERM EIO",
+    "linkat": "EPERM EIO", "readlink": "ENOMEM EIO", "readlinkat": "EIO", "getcwd": "ENOENT ENOMEM",
+    "getdents64": "EIO", "getdents": "EIO", "fchmod": "EIO EPERM", "fchmodat": "EPERM", "chmod": "EPERM",
+    "fchown": "EPERM", "fchownat": "EPERM", "chown": "EPERM", "utimensat": "EPERM", "statfs": "EIO",
+    "fstatfs": "EIO", "dup": "EMFILE", "dup2": "EMFILE", "dup3": "EMFILE", "mmap": "ENOMEM", "brk": "ENOMEM",
+    "mprotect": "ENOMEM", "mremap": "ENOMEM", "munmap": "ENOMEM", "madvise": "EINVAL", "clone": "EAGAIN",
+    "fork": "EAGAIN", "execve": "ENOMEM EACCES", "getrandom": "EINTR ENOSYS", "sysinfo": "ENOSYS",
+    "getrusage": "ENOSYS", "prlimit64": "EPERM", "sched_getaffinity": "ENOSYS", "nanosleep": "EINTR",
+    "clock_nanosleep": "EINTR", "poll": "EINTR", "ppoll": "EINTR", "rt_sigaction": "EINVAL",
+    "rt_sigprocmask": "EINVAL", "kill": "EPERM", "setitimer": "EINVAL", "uname": "ENOSYS",
+    "sigaltstack": "ENOMEM", "mkdir": "EACCES",
 }
-STAYS_NOT = {"brk", "mprotect", "munmap", "madvise", "rt_sigaction", "rt_sigprocmask", "nanosleep", "clock_nanosleep", "exit_group"}
+STAYS_NOT = {"brk", "mprotect", "munmap", "madvise", "rt_sigaction", "rt_sigprocmask", "nanosleep", "clock_nanosleep"}
 
 
 def kind_of(path):
     """Which of the files a path is, for the sample and the table."""
     name = os.path.basename(path)
-    kinds = ((".tmp.", "temporary"), (".lock", "lock"), (".log", "log"), (BEST, "best"), (RUN, "run"), (".safetensors", "data"),
-             ("text", "data"))
+    kinds = ((".tmp.", "temporary"), (".lock", "lock"), (".log", "log"), (BEST, "best"), (RUN, "run"),
+             (".safetensors", "data"), ("text", "data"))
     for part, kind in kinds:
         if part in name:
             return kind
@@ -447,7 +472,7 @@ def disturbances(scenario):
     listed = []
     for call in some_output(scenario.calls):
         names = ERRORS.get(call.name, "ENOSYS").split()
-        where = "output" if call.fd == 1 else "errors" if call.fd == 2 else kind_of(call.path) if call.path != "-" else ""
+        where = {1: "output", 2: "errors"}.get(call.fd, kind_of(call.path) if call.path != "-" else "")
         if call.name == "exit_group" or call.name.startswith("get") and call.name not in ERRORS:
             continue  # the end, or a number that is always there
         for name in names:
@@ -490,7 +515,10 @@ def excuses(outcome, action):
 
 def limited(tools, folder, line, limit):
     """Runs the program in an address space of so many bytes."""
-    return tools.run(folder, line, traced=False, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)))
+    def set_limit():
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+    return tools.run(folder, line, traced=False, preexec_fn=set_limit)
 
 
 def memory_needed(tools, scenario, line):
@@ -575,7 +603,8 @@ def arguments(description):
     parser.add_argument("--all", action="store_true", help="everything, not a sample")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", help="one case, as a failure's line names it")
-    parser.add_argument("--work", default="/dev/shm" if os.access("/dev/shm", os.W_OK) else None, help="where the runs' files lie")
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    parser.add_argument("--work", default=memory, help="where the runs' files lie")
     return parser
 
 
@@ -589,7 +618,7 @@ def group_of(kind, action):
 
 
 class Tally:
-    """Counts what passed and failed; shows each failure with the command that repeats it, of a kind only the first three."""
+    """Counts what passed and failed; shows failures with the command that repeats them, of a kind the first three."""
 
     def __init__(self, options, tool):
         self.passed, self.failed, self.shown = 0, 0, collections.Counter()
@@ -642,14 +671,14 @@ def main():
             name, action = options.only.split(" ", 1)
             scenario = {scenario.name: scenario for scenario in listed}[name]
             outcome, problems, words = disturb(tools, scenario, action)
-            print("%s: %s\nexit code %s, signal %d\n%s" % (options.only, words, outcome.code, outcome.signal, outcome.err), end="")
-            print("\n".join(problems) or "nothing wrong")
+            print("%s: %s\nexit code %s, signal %d" % (options.only, words, outcome.code, outcome.signal))
+            print(outcome.err + ("\n".join(problems) or "nothing wrong"))
             return bool(problems)
         for scenario in listed:
-            words = "%-14s %5d system calls, %5d allocations" % (scenario.name, len(scenario.calls), len(scenario.allocations))
-            print(words)
-            wrong = problems.get(scenario.name)
-            tally.add("undisturbed", scenario.name + " undisturbed", [wrong] if wrong else [], scenario.name + " 0:fail=0")
+            counts = scenario.name, len(scenario.calls), len(scenario.allocations)
+            print("%-14s %5d system calls, %5d allocations" % counts)
+            wrong = [problems[scenario.name]] if scenario.name in problems else []
+            tally.add("undisturbed", scenario.name + " undisturbed", wrong, scenario.name + " 0:fail=0")
         chosen = choose(tools, [s for s in listed if options.scenario in (None, s.name)], options, rng)
 
         def one(row):

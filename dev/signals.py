@@ -1,15 +1,18 @@
-"""Signals at every system call, at random moments, twice, from terminals that close and from `timeout`: nothing is lost.
+"""Signals at every system call, at random moments, twice, from terminals that close and from `timeout`: nothing
+is lost.
 
-    python3 dev/signals.py [--program ./train_sessa] [--number 900 | --all] [--seed 1] [--only 'resume 57:entry=15']
+    python3 dev/signals.py [--program ./train_sessa] [--number 700 | --all] [--seed 1] [--only 'resume 57:entry=15']
 
-From the moment that training has begun, the first INT, TERM, HUP, USR1, USR2 or XCPU ends the step and saves, with exit code 130;
-resumed, the run leaves the bytes of one that was not stopped, log and all. A second one, sent by kill, by `timeout` or by a shell
-whose terminal closes, loses nothing. Only a second Ctrl-C at a terminal ends at once, after the line that told so, and during a
-save even that waits. Before training has begun a signal may end the program as usual, and nothing has been replaced then.
+From the moment that training has begun, the first INT, TERM, HUP, USR1, USR2 or XCPU ends the step and saves,
+with exit code 130; resumed, the run leaves the bytes of one that was not stopped, log and all. A second one,
+sent by kill, by `timeout` or by a shell whose terminal closes, loses nothing. Only a second Ctrl-C at a
+terminal ends at once, after the line that told so, and during a save even that waits. Before training has
+begun a signal may end the program as usual, and nothing has been replaced then.
 
-Signals at system calls: dev/faults.c sends them as the K-th call is made and as it returns, alone and in pairs, the second at a
-later call or 0, 1, 20 ms later (one thread). Random moments: two threads. Without --all a seeded sample. Needs Linux on x86-64 or
-arm64, cc, and for the terminals bash and dash; what is not there is left out, and said.
+Signals at system calls: dev/faults.c sends them as the K-th call is made and as it returns, alone and in
+pairs, the second at a later call or 0, 1, 20 ms later (one thread). Random moments: two threads. Without
+--all a seeded sample. Needs Linux on x86-64 or arm64, cc, and for the terminals bash and dash; what is not
+there is left out, and said.
 """
 
 import concurrent.futures
@@ -17,7 +20,6 @@ import itertools
 import os
 import pty
 import random
-import re
 import select
 import shlex
 import shutil
@@ -28,7 +30,8 @@ import tempfile
 import time
 
 import faults
-from faults import BEST, LOG, RUN, Scenario, Table, Tools, files_of, go_on, is_stray, log_lines, read, sample, step_of, write_files
+from faults import (BEST, LOG, RUN, Scenario, Table, Tools, files_of, go_on, is_stray, log_lines, read,
+                    said_but_missing, sample, step_of, write_files)
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU]
 PAIRS = list(itertools.product(SIGNALS, SIGNALS))
@@ -65,13 +68,13 @@ def as_far_as(lines, whole):
 
 
 def judge(tools, scenario, folder, outcome, begun=True, must_stop=True):
-    """What is wrong after a run was sent signals: a list of words. begun: training had begun when the first one came; must_stop:
-    there were steps left, so that it may not just have gone on."""
+    """What is wrong after a run was sent signals: a list of words. begun: training had begun when the first one came;
+    must_stop: there were steps left, so that it may not just have gone on."""
     files, problems = files_of(folder), []
     if outcome.hung:
         return ["it hangs"]
     if outcome.signal and not begun:  # as any program: nothing may have been replaced
-        changed = [name for name, content in scenario.before.items() if files.get(name) != content]
+        changed = [name for name, old in scenario.before.items() if files.get(name) != old and not is_stray(name)]
         problems += ["ended by the signal before training began, and %s was changed" % name for name in changed]
         for name in files:
             if is_stray(name):  # the next run removes them
@@ -91,16 +94,17 @@ def judge(tools, scenario, folder, outcome, begun=True, must_stop=True):
     if strays:
         problems.append("left: " + " ".join(strays))
     if not scenario.trains:
-        return problems + ["%s was changed" % n for n in set(files) | set(scenario.before) if files.get(n) != scenario.before.get(n)]
+        names = sorted(set(files) | set(scenario.before))
+        return problems + ["%s was changed" % name for name in names if files.get(name) != scenario.before.get(name)]
     if outcome.code == STOPPED and RUN not in files:
         problems.append("exit code 130, and no run was saved")
     lines, torn = log_lines(files.get(LOG, b""))
     if torn or not as_far_as(lines, scenario.lines):
         problems.append("the log: " + (torn or "other lines than those of an undisturbed run"))
     elif outcome.code == STOPPED and RUN in files and len(lines) > step_of(files[RUN]):
-        problems.append("the log has %d lines, the run that was saved is of step %d" % (len(lines), step_of(files[RUN])))
-    said = re.search(r"saved to (\S+), (?:the )?best weights to (\S+)", outcome.out)
-    problems += ["%s is said to be there, and is not" % name for name in (said.groups() if said else ()) if name not in files]
+        words = "the log has %d lines, the run that was saved is of step %d"
+        problems.append(words % (len(lines), step_of(files[RUN])))
+    problems += ["%s is said to be there, and is not" % name for name in said_but_missing(outcome, files)]
     return problems + go_on(tools, scenario, folder, files)
 
 
@@ -134,7 +138,8 @@ def at_calls(tools, listed, options, rng):
     chosen = sample(singles, number, rng) + sample(pairs, number, rng)
     if options.all:
         chosen = singles + sample(pairs, 6000, rng)
-    print("%d signals and %d pairs could come at system calls; %d do" % (len(singles), len(pairs), len(chosen)), flush=True)
+    counts = len(singles), len(pairs), len(chosen)
+    print("%d signals and %d pairs could come at system calls; %d do" % counts, flush=True)
     table, tally = Table(), faults.Tally(options, "signals.py")
 
     def one(row):
@@ -145,7 +150,8 @@ def at_calls(tools, listed, options, rng):
             group = "one signal" if len(actions) == 1 and "," not in actions[0] else "two signals"
             table.add(scenario.name, group, outcome, problems)
             table.add(scenario.name, "at " + kind[0], outcome, problems)
-            tally.add(group, "%s at %s" % (scenario.name, kind[0]), problems, "%s %s" % (scenario.name, " ".join(actions)))
+            case = "%s %s" % (scenario.name, " ".join(actions))
+            tally.add(group, "%s at %s" % (scenario.name, kind[0]), problems, case)
     table.show("stopped")
     tally.more()
     return tally.passed, tally.failed
@@ -168,9 +174,10 @@ def at_call(tools, scenario, actions):
 # ---------------------------------------------------------------------------
 # at random moments
 
-LONG = ("--data text --dim 64 --layers 2 --heads 2 --seq 32 --batch 4 --dropout 0.1 --warmup 5 --save-every 40 --eval-every 30 "
-        "--eval-batches 4 --sample-every 60 --log run.log --steps 150 --out run.safetensors ")
-LONG_AGAIN = "--resume run.safetensors --save-every 40 --eval-every 30 --eval-batches 4 --sample-every 60 --log run.log "
+LONG_WATCH = "--save-every 40 --eval-every 30 --eval-batches 4 --sample-every 60 --log run.log "
+LONG = ("--data text --dim 64 --layers 1 --heads 2 --seq 32 --batch 4 --dropout 0.1 --warmup 5 --steps 150 "
+        "--out run.safetensors " + LONG_WATCH)
+LONG_AGAIN = "--resume run.safetensors " + LONG_WATCH
 
 
 class Moment:
@@ -246,7 +253,8 @@ class Tally:
 
     def check(self, words):
         none = [] if self.stopped else ["none of them was stopped"]
-        check(self.lost + none, "%s: %d runs, %d of them stopped, %d lost" % (words, self.total, self.stopped, len(self.lost)))
+        counts = words, self.total, self.stopped, len(self.lost)
+        check(self.lost + none, "%s: %d runs, %d of them stopped, %d lost" % counts)
 
 
 def after_some_steps(run, rng, look=lambda: None):
@@ -273,21 +281,23 @@ def random_moments(tools, scenario, options, rng):
             if ms:
                 time.sleep(ms / 1000)
             run.send(second)
-            tally.add(run, run.end(), "%s, then %s after %d ms: " % (name_of(first), name_of(second), ms), must_stop=early)
+            words = "%s, then %s after %d ms: " % (name_of(first), name_of(second), ms)
+            tally.add(run, run.end(), words, must_stop=early)
     tally.check("two threads, two signals at random moments, all pairs")
 
 
 def timeouts(tools, scenario, duration, options, rng):
     """`timeout` sends its signal to the program and to its group: twice."""
-    if not shutil.which("timeout") or b"preserve-status" not in subprocess.run(["timeout", "--help"], capture_output=True).stdout:
+    found = shutil.which("timeout")
+    if not found or b"preserve-status" not in subprocess.run([found, "--help"], capture_output=True).stdout:
         print("  timeout: left out, there is no GNU timeout")
         return
     for words in ([], ["-s", "INT"], ["-s", "HUP"], ["-k", "20"]):
         tally = Tally()
         while tally.stopped + len(tally.lost) < (20 if options.all else 4) and tally.total < 60:
             seconds = 0.1 + duration * (0.1 + 0.5 * rng.random())
-            command = ["timeout", "--preserve-status"] + words + ["%.3f" % seconds, tools.program] + shlex.split(scenario.line)
-            run = Moment(tools, scenario, command)
+            command = ["timeout", "--preserve-status"] + words + ["%.3f" % seconds, tools.program]
+            run = Moment(tools, scenario, command + shlex.split(scenario.line))
             tally.add(run, run.end(), must_stop=False)
         tally.check(" ".join(["timeout"] + words))
 
@@ -313,7 +323,7 @@ def validations(tools, options, given, rng):
     folder = tempfile.mkdtemp(dir=tools.folder)
     letters = given["text"]
     write_files(folder, {"text": letters, "asked": bytes(rng.choice(letters) for _ in range(20000))})
-    shape = "--data text --val asked --dim 32 --layers 2 --heads 2 --seq 16 --batch 4 --eval-batches 1000000000 "
+    shape = "--data text --val asked --dim 32 --layers 2 --heads 2 --seq 16 --batch 4 "
     tools.run(folder, shape + "--steps 1 --eval-every 0 --out base.safetensors", traced=False)
     start = time.time()
     tools.run(folder, "--load base.best.safetensors --data text --val asked --eval", traced=False)
@@ -325,8 +335,8 @@ def validations(tools, options, given, rng):
     whole = time.time() - start
     shutil.rmtree(folder)
     for every, steps, lines, words in ((2, 3, 1, "after a step"), (0, 2, 1, "at the end, over the whole split")):
-        line = shape + "--steps %d --eval-every %d --save-every 1 --log run.log --out run.safetensors" % (steps, every)
-        again = "--resume run.safetensors --eval-batches 1000000000 --eval-every %d --save-every 1 --log run.log" % every
+        watch = "--eval-batches 1000000000 --eval-every %d --save-every 1 --log run.log " % every
+        line, again = shape + watch + "--steps %d --out run.safetensors" % steps, "--resume run.safetensors " + watch
         scenario = Scenario("validation", line, before, again)
         with tempfile.TemporaryDirectory(dir=tools.folder) as folder:
             write_files(folder, before)
@@ -342,7 +352,8 @@ def validations(tools, options, given, rng):
             outcome = run.end()
             took = time.time() - sent
             problems = ["it went on for %.2f s" % took] * (took > whole * 0.4)
-            check(problems + run.judged(outcome, must_stop=True), "%s in a validation of %.1f s %s: broken off (%.2f s), saved, resumed to the same bytes" % (name_of(number), whole, words, took))
+            text = "%s in a validation of %.1f s %s: broken off (%.2f s), saved, resumed to the same bytes"
+            check(problems + run.judged(outcome, must_stop=True), text % (name_of(number), whole, words, took))
 
 
 # ---------------------------------------------------------------------------
@@ -401,7 +412,8 @@ def closing_terminals(tools, scenario, options, rng):
             run = Moment(tools, scenario, plain, **terminal.options())
             terminal.started()
             terminal.look(0.2)
-            terminal.type(" ".join(shlex.quote(word) for word in [tools.faults, "-p", "-r", report, "--", tools.program] + shlex.split(scenario.line)).encode() + b"\n")
+            words = [tools.faults, "-p", "-r", report, "--", tools.program] + shlex.split(scenario.line)
+            terminal.type(shlex.join(words).encode() + b"\n")
             early = after_some_steps(run, rng, terminal.look)
             terminal.close()
             tally.add(run, run.end(report), must_stop=early)
@@ -440,17 +452,21 @@ def control_c(tools, scenario, given):
     outcome = drained(terminal, run)
     problems = [] if line else ["nothing on the terminal tells what a second Ctrl-C does"]
     problems += [] if outcome.code == STOPPED else ["exit code %s, signal %d" % (outcome.code, outcome.signal)]
-    check(problems + run.judged(outcome), "Ctrl-C at a terminal: told what a second one does, saved, resumed to the same bytes")
+    text = "Ctrl-C at a terminal: told what a second one does, saved, resumed to the same bytes"
+    check(problems + run.judged(outcome), text)
 
     # a step of over a second, made of many micro-batches
-    shape = "--data text --dim 32 --layers 2 --heads 2 --seq 16 --batch 4 --eval-every 0 --save-every 1 --log run.log --out run.safetensors --steps 3 "
+    watch = "--eval-every 0 --save-every 1 --log run.log "
+    shape = "--data text --dim 32 --layers 2 --heads 2 --seq 16 --batch 4 --out run.safetensors --steps 3 " + watch
     with tempfile.TemporaryDirectory(dir=tools.folder) as folder:
         write_files(folder, {"text": given["text"]})
         start = time.time()
-        tools.run(folder, shape + "--accum 200", traced=False, env={"OMP_NUM_THREADS": "2", "GOMP_SPINCOUNT": "1000"})
+        threads = {"OMP_NUM_THREADS": "2", "GOMP_SPINCOUNT": "1000"}
+        tools.run(folder, shape + "--accum 200", traced=False, env=threads)
         accum = int(200 * 1.5 / ((time.time() - start) / 3)) + 1
     for times in (2, 1):
-        long_step = Scenario("step", shape + "--accum %d" % accum, {"text": given["text"]}, "--resume run.safetensors --eval-every 0 --save-every 1 --log run.log")
+        line, again = shape + "--accum %d" % accum, "--resume run.safetensors " + watch
+        long_step = Scenario("step", line, {"text": given["text"]}, again)
         start = time.time()
         terminal, run = begin(long_step, 1)
         step = time.time() - start
@@ -469,8 +485,11 @@ def control_c(tools, scenario, given):
         problems += [] if outcome.code == STOPPED else ["exit code %s, signal %d" % (outcome.code, outcome.signal)]
         if times == 2:
             problems += ["it took %.2f s of a step of %.2f s" % (took, step)] * (took > step * 0.3)
-            problems += ["%s was changed" % name for name in before if after.get(name) != before[name] and not is_stray(name)]
-            check(problems, "a second Ctrl-C within a step of %.1f s ends at once (%.2f s): exit code 130, nothing changed" % (step, took))
+            changed = [name for name in before if after.get(name) != before[name] and not is_stray(name)]
+            problems += ["%s was changed" % name for name in changed]
+            problems += ["left: " + name for name in after if is_stray(name)]
+            text = "a second Ctrl-C within a step of %.1f s ends at once (%.2f s): exit code 130, nothing changed"
+            check(problems, text % (step, took))
         else:
             problems += ["the step was not saved"] * (step_of(after.get(RUN, b"")) != 2)
             check(problems, "Ctrl-C and then SIGINT from kill within a step: the step is ended and saved")
@@ -480,7 +499,11 @@ def control_c(tools, scenario, given):
     env = {"LD_PRELOAD": tools.shim, "FAULT_SLOW_FSYNC": "400"}
     terminal, run = begin(scenario, 1, env=env)
     end = time.time() + 60
-    while not [n for n in os.listdir(run.folder) if n.startswith(RUN + ".tmp.") and os.path.getsize(os.path.join(run.folder, n))] and time.time() < end:
+
+    def inside():
+        return any(name.startswith(RUN + ".tmp.") and content for name, content in files_of(run.folder).items())
+
+    while not inside() and time.time() < end and run.child.poll() is None:
         terminal.look(0.001)
     time.sleep(0.02)
     terminal.type(b"\x03")
@@ -490,7 +513,8 @@ def control_c(tools, scenario, given):
     terminal.type(b"\x03")
     outcome = drained(terminal, run)
     problems = [] if outcome.code == STOPPED else ["exit code %s, signal %d" % (outcome.code, outcome.signal)]
-    check(problems + run.judged(outcome), "Ctrl-C three times within a save: the save is ended first, and resumed to the same bytes")
+    text = "Ctrl-C three times within a save: the save is ended first, resumed to the same bytes"
+    check(problems + run.judged(outcome), text)
 
 
 def main():
@@ -508,7 +532,8 @@ def main():
             name, actions = options.only.split(" ", 1)
             scenario = {scenario.name: scenario for scenario in listed}[name]
             outcome, problems = at_call(tools, scenario, actions.split())
-            print("%s\nexit code %s, signal %d\n%s%s%s" % (options.only, outcome.code, outcome.signal, outcome.out[-500:], outcome.err, "\n".join(problems) or "nothing wrong"))
+            print("%s\nexit code %s, signal %d" % (options.only, outcome.code, outcome.signal))
+            print(outcome.out[-500:] + outcome.err + ("\n".join(problems) or "nothing wrong"))
             return bool(problems)
         good, bad = at_calls(tools, listed, options, rng)
         long_run = Scenario("long", LONG, {"text": given["text"]}, LONG_AGAIN)
