@@ -1,6 +1,6 @@
 """Every system call and every allocation goes wrong once, and what is promised is checked each time.
 
-    python3 dev/faults.py [--program ./train_sessa] [--number 1200 | --all] [--seed 1] [--only 'resume 57:fail=5']
+    python3 dev/faults.py [--program ./train_sessa] [--quick | --all] [--seed 1] [--only 'resume 57:fail=5']
 
 Training with saves, validations, samples and a log, resuming, --overwrite, --load, --eval, --generate, and
 mamba2 with example sets run again and again; in each run one call is disturbed (dev/faults.c: errors, short
@@ -16,7 +16,7 @@ on), or memory is limited. Afterwards, `judge`:
   - a plain --resume, or the same command where nothing was saved, goes through to the bytes of an undisturbed
     run, log and all
 
-Without --all a seeded sample, in which each kind of call, file and error comes before any comes twice.
+--quick, the default, is a seeded sample in which each kind of call, file and error comes before any comes twice.
 OMP_NUM_THREADS is 1. Needs Linux on x86-64 or arm64, and cc. One failure is one line, with the command that
 repeats it.
 """
@@ -600,7 +600,8 @@ def arguments(description):
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--program", default=os.path.join(HERE, "..", "train_sessa"))
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--all", action="store_true", help="everything, not a sample")
+    parser.add_argument("--quick", action="store_true", help="a seeded sample, of --number (the default)")
+    parser.add_argument("--all", action="store_true", help="everything")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", help="one case, as a failure's line names it")
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
