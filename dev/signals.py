@@ -83,7 +83,7 @@ def judge(tools, scenario, folder, outcome, begun=True, must_stop=True):
         return problems + (go_on(tools, scenario, folder, files) if scenario.trains else [])
     if outcome.signal:
         return ["ended by signal %d" % outcome.signal]
-    if outcome.code not in (0, STOPPED) or outcome.err:
+    if outcome.code not in (scenario.code, STOPPED) or (outcome.err and not scenario.code):
         problems.append("exit code %s: %r" % (outcome.code, outcome.err[:200]))
     if outcome.code == 0 and must_stop and begun:
         problems.append("exit code 0: it went on as if there had been no signal")
