@@ -293,7 +293,7 @@ def timeouts(tools, scenario, duration, options, rng):
         return
     for words in ([], ["-s", "INT"], ["-s", "HUP"], ["-k", "20"]):
         tally = Tally()
-        while tally.stopped + len(tally.lost) < (20 if options.all else 4) and tally.total < 60:
+        while tally.stopped + len(tally.lost) < (20 if options.all else 3) and tally.total < 60:
             seconds = 0.1 + duration * (0.1 + 0.5 * rng.random())
             command = ["timeout", "--preserve-status"] + words + ["%.3f" % seconds, tools.program]
             run = Moment(tools, scenario, command + shlex.split(scenario.line))
@@ -404,7 +404,7 @@ def closing_terminals(tools, scenario, options, rng):
             print("  a terminal that closes under %s: left out, it is not there" % shell)
             continue
         tally = Tally()
-        for _ in range(25 if options.all else 5):
+        for _ in range(25 if options.all else 4):
             terminal = Terminal()
             report = tools.report()
             plain = [shell, "--norc", "--noprofile", "-i"] if shell == "bash" else [shell, "-i"]
@@ -518,7 +518,7 @@ def control_c(tools, scenario, given):
 
 def main():
     parser = faults.arguments(__doc__)
-    parser.add_argument("--number", type=int, default=700, help="signals at system calls, of the sample")
+    parser.add_argument("--number", type=int, default=600, help="signals at system calls, of the sample")
     options = parser.parse_args()
     for number in SIGNALS + [signal.SIGQUIT]:
         default(number)
