@@ -674,7 +674,11 @@ def main():
         listed, problems = scenarios(tools, random.Random(5))
         if options.only:
             name, action = options.only.split(" ", 1)
-            scenario = {scenario.name: scenario for scenario in listed}[name]
+            if name in problems:
+                print("%s undisturbed: %s" % (name, problems[name]))
+            scenario = {scenario.name: scenario for scenario in listed}.get(name)
+            if not scenario:
+                return True
             outcome, problems, words = disturb(tools, scenario, action)
             print("%s: %s\nexit code %s, signal %d" % (options.only, words, outcome.code, outcome.signal))
             print(outcome.err + ("\n".join(problems) or "nothing wrong"))
@@ -682,8 +686,10 @@ def main():
         for scenario in listed:
             counts = scenario.name, len(scenario.calls), len(scenario.allocations)
             print("%-14s %5d system calls, %5d allocations" % counts)
-            wrong = [problems[scenario.name]] if scenario.name in problems else []
-            tally.add("undisturbed", scenario.name + " undisturbed", wrong, scenario.name + " 0:fail=0")
+            if scenario.name not in problems:
+                tally.add("undisturbed", scenario.name, [], "")
+        for name, wrong in problems.items():
+            tally.add("undisturbed", name + " undisturbed", [wrong], name + " 0:fail=0")
         chosen = choose(tools, [s for s in listed if options.scenario in (None, s.name)], options, rng)
 
         def one(row):

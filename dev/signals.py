@@ -535,6 +535,8 @@ def main():
             print(outcome.out[-500:] + outcome.err + ("\n".join(problems) or "nothing wrong"))
             return bool(problems)
         good, bad = at_calls(tools, listed, options, rng)
+        for name, wrong in problems.items():
+            check([wrong], "%s, undisturbed" % name)
         long_run = Scenario("long", LONG, {"text": given["text"]}, LONG_AGAIN)
         with tempfile.TemporaryDirectory(dir=tools.folder) as place:
             write_files(place, long_run.before)
