@@ -2164,15 +2164,17 @@ static int take_lock(const char *path, const char *target, char *error) {
             close(fd);
             return fail(error, path, "another run is writing it");
         }
-        int current = !fstat(fd, &mine) && !stat(name, &there) && same_place(&mine, &there);
-        if (locked > 0 && current) {
+        int named = !fstat(fd, &mine) && !stat(name, &there);
+        problem = errno;
+        if (locked > 0 && named && same_place(&mine, &there)) {
             lock_files[n_locks] = fd;
             n_locks = n_locks + 1;
             return 0;
         }
         close(fd);
-        if (locked > 0) continue;
+        if (locked > 0 && (named || problem == ENOENT)) continue; // its holder removed it meanwhile
         unlink(name);
+        if (locked > 0) return fail(error, path, "cannot be written: %s", strerror(problem));
         warn_of_no_locks(path);
         return 0;
     }
@@ -2227,7 +2229,9 @@ static int replacement_open(Replacement *r, const char *path, const char *like, 
     static unsigned n_made = 0;
     struct stat old;
     if (resolve(path, r->target, error)) return FAILED;
-    int there = !stat(r->target, &old), known = there || (like && !stat(like, &old));
+    int there = !stat(r->target, &old);
+    if (!there && errno != ENOENT) return fail(error, path, "cannot be written: %s", strerror(errno));
+    int known = there || (like && !stat(like, &old));
     r->fd = -1;
     for (int tries = 0; r->fd < 0 && tries < 100; tries++) { // O_EXCL: two names cannot meet
         struct timespec now;
@@ -3641,10 +3645,12 @@ static void print_quoted(const char *word) {
     if (!plain) putchar('\'');
 }
 
-// Whether a file with something in it lies there.
-static int is_file(const char *path) {
+// Whether a file with something in it lies there: 1 or 0, FAILED where that cannot be told.
+static int lies_there(const char *path, char *error) {
     struct stat info;
-    return path && !stat(path, &info) && S_ISREG(info.st_mode) && info.st_size > 0;
+    if (!path) return 0;
+    if (!stat(path, &info)) return S_ISREG(info.st_mode) && info.st_size > 0;
+    return errno == ENOENT || errno == ENOTDIR ? 0 : fail(error, path, "%s", strerror(errno));
 }
 
 // Whether two paths name one file, or would.
@@ -3733,7 +3739,7 @@ static int is_same_run(const Run *run, const char *path) {
 }
 
 // What a log holds up to a step: where the lines of the steps before it end, and its own.
-typedef struct { long before, upto, size; int64_t last; int is_log, own, validated; } LogScan;
+typedef struct { long before, upto, size; int64_t last; int is_log, own, validated, failed; } LogScan;
 
 // Reads the lines of a log up to `step`. loss: of that step as its file has it, -1: not known. `own` says
 // whether the log is this run's: if its line of the step has the same loss, or if it ends right before or
@@ -3741,7 +3747,7 @@ typedef struct { long before, upto, size; int64_t last; int is_log, own, validat
 static LogScan log_scan(FILE *file, int64_t step, double loss) {
     static const char start[] = "{\"step\": ";
     char line[4096], expected[32], stands[32] = "";
-    LogScan scan = {0, 0, 0, 0, 1, 1, 0};
+    LogScan scan = {0, 0, 0, 0, 1, 1, 0, 0};
     long long logged;
     int whole = 1;
     snprintf(expected, sizeof(expected), "%.9g", loss);
@@ -3766,15 +3772,17 @@ static LogScan log_scan(FILE *file, int64_t step, double loss) {
         scan.validated = strstr(line, "\"val_loss\"") != NULL;
     }
     if (scan.last && scan.last < step - 1 && step < INT64_MAX) scan.own = 0; // a log has no holes
-    if (!fseek(file, 0, SEEK_END)) scan.size = ftell(file);
+    scan.failed = ferror(file) || fseek(file, 0, SEEK_END) || (scan.size = ftell(file)) < 0;
     return scan;
 }
 
 // A new run begins no log where one lies.
 static int check_log_free(const Options *o, char *error) {
-    if (o->resume || o->overwrite || !is_file(o->log)) return 0;
+    if (o->resume || o->overwrite) return 0;
+    int there = lies_there(o->log, error);
+    if (there <= 0) return there;
     FILE *file = fopen(o->log, "r");
-    LogScan scan = {0, 0, 0, 0, 0, 0, 0};
+    LogScan scan = {0, 0, 0, 0, 0, 0, 0, 0};
     if (file) {
         scan = log_scan(file, INT64_MAX, -1);
         fclose(file);
@@ -3792,11 +3800,13 @@ static int check_free(const Run *run, char *error) {
     const Options *o = &run->settings.values;
     char what[ERROR_SIZE];
     const char *paths[] = {o->out, run->best_path};
-    int own = o->resume && same_file(o->out, o->resume);
-    if (check_log_free(o, error)) return WRONG_OPTION;
+    int own = o->resume && same_file(o->out, o->resume), there[2], result = check_log_free(o, error);
+    if (result) return result;
     if (own || o->overwrite) return 0;
     for (int i = 0; i < 2; i++) {
-        if (!is_file(paths[i]) || (o->again && is_same_run(run, paths[i]))) continue;
+        there[i] = lies_there(paths[i], error);
+        if (there[i] < 0) return FAILED;
+        if (!there[i] || (o->again && is_same_run(run, paths[i]))) continue;
         describe(what, paths[i]);
         return wrong(error, NULL,
                      "%.150s is there: %.100s; %s%.100s goes on with it, --out names another place, "
@@ -3804,7 +3814,7 @@ static int check_free(const Run *run, char *error) {
                      paths[i], what, i ? "--load " : "--resume ", paths[i]);
     }
     for (int i = 0; i < 2 && o->again; i++)
-        if (is_file(paths[i])) {
+        if (there[i]) {
             print_quoted(paths[i]);
             printf(" of the same settings and data is replaced\n");
         }
@@ -3819,7 +3829,9 @@ static int check_best(Run *run, char *error) {
     Safetensors file;
     if (best_beside(path, o->resume, error)) return FAILED;
     if (o->best_val >= 1e300) return 0;
-    if (!is_file(path)) {
+    int there = lies_there(path, error);
+    if (there < 0) return FAILED;
+    if (!there) {
         fail(error, NULL, "%.200s is not there: the lowest validation loss, %.4f, counts anew", path,
              o->best_val);
         printf("%s\n", error);
@@ -4083,13 +4095,18 @@ static int log_open(Log *log, const Options *o, int again, char *error) {
     log->created = !there;
     if (stream) return 0;
     LogScan scan = log_scan(log->file, o->resume ? o->step : 0, o->train_loss);
-    int result = 0;
-    if (o->overwrite && !(o->resume && scan.is_log && scan.own)) memset(&scan, 0, sizeof(scan));
-    else if (scan.size && !o->resume) result = wrong(error, o->log, "it was written meanwhile");
-    else if (scan.size && !scan.is_log)
+    int result = scan.failed ? fail(error, o->log, "%s", strerror(errno)) : 0;
+    if (result) {
+        // what could not be read is not cut
+    } else if (o->overwrite && !(o->resume && scan.is_log && scan.own)) {
+        memset(&scan, 0, sizeof(scan));
+    } else if (scan.size && !o->resume) {
+        result = wrong(error, o->log, "it was written meanwhile");
+    } else if (scan.size && !scan.is_log) {
         result = wrong(error, o->log, "it is no log: another --log, or --overwrite");
-    else if (scan.size && !scan.own)
+    } else if (scan.size && !scan.own) {
         result = wrong(error, o->log, "the log of another run: another --log, or --overwrite");
+    }
     int keep_line = scan.last < o->step || scan.validated || !again;
     long kept = keep_line ? scan.upto : scan.before;
     log->last = keep_line ? scan.last : o->step - 1;
@@ -4338,7 +4355,7 @@ static int train(Run *run, const char *program, char *error) {
     int missing = t.log.file && known && (t.log.last == o->step - 1 || (finished && !t.log.complete));
     int renamed = o->resume && strcmp(o->out, o->resume);
     int incomplete =
-        o->step == o->steps && o->resume && (pending || missing || renamed || !is_file(run->best_path));
+        o->step == o->steps && o->resume && (pending || missing || renamed || !lies_there(run->best_path, error));
     int idle = finished && !incomplete;
     if (!result && idle)
         printf("nothing to do: %lld of %lld steps are done\n", (long long)o->step, (long long)o->steps);
@@ -4483,6 +4500,15 @@ static void open_closed(void) {
             return;
 }
 
+// Takes the stack that the deepest call will need: where memory is limited, the system kills a program whose stack cannot
+// grow, and here an allocation fails later instead, which ends in a line.
+__attribute__((noinline)) static void take_stack(void) {
+    enum { PAGE = 4096, STACK = 176 << 10 };
+    volatile char stack[STACK];
+    for (int i = 0; i < STACK; i += PAGE) stack[i] = 0;
+    (void)stack[0];
+}
+
 // Everything between the command line and the exit code.
 static int run_program(int argc, char **argv, const Backend *backend) {
     char error[ERROR_SIZE] = "";
@@ -4490,6 +4516,7 @@ static int run_program(int argc, char **argv, const Backend *backend) {
     memset(&run, 0, sizeof(run));
     run.backend = backend;
     run.order_epoch = -1;
+    take_stack();
     open_closed();
     atexit(remove_locks);
     int result = parse_options(&run.settings, argc, argv, error);
