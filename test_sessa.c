@@ -2840,7 +2840,13 @@ int main(int argc, char **argv) {
     for (int i = 1; i < argc; i++) check_dump(argv[i]);
     if (argc == 1) {
         glob_t dumps;
+        char *name = strrchr(self, '/');
         memset(&dumps, 0, sizeof(dumps));
+        if (access("data", F_OK)) { // started from another folder: the dumps are beside the test
+            *name = 0;
+            if (chdir(self)) return 1;
+            *name = '/';
+        }
         glob("data/ref_*.safetensors", 0, NULL, &dumps);
 #ifdef TEST_CUDA
         uint64_t before = chance; // what follows draws the numbers that it draws without a GPU
