@@ -93,7 +93,11 @@ static void release(void) { while (n_lent) free(lent[--n_lent]); } // all that w
 static uint64_t chance = 20260424;
 static int random_int(int low, int high) { return low + (int)(random_u64(&chance) % (uint64_t)(high - low + 1)); }
 
-static double *zeros(int64_t n) { return (double *)lend((size_t)n * sizeof(double)); }
+// What the program is held against is computed in these numbers. Each of them is read and written as the loop says, so that
+// no optimiser sums in another order or makes vectors of it, whatever the flags that the tested code is compiled with.
+typedef volatile double precise;
+
+static precise *zeros(int64_t n) { return (precise *)lend((size_t)n * sizeof(double)); }
 static real *noise(int64_t n, double scale) {
     real *x = (real *)lend((size_t)n * sizeof(real));
     for (int64_t i = 0; i < n; i++) x[i] = (real)(scale * random_normal(&chance));
@@ -118,8 +122,8 @@ static int *random_ids(int64_t n, int V, int ignored) { // one in four is -1 whe
 
 // ‖x - ref‖ / max(‖ref‖, floor) over the first `width` of the ld columns of each row. Infinite if one of the other columns,
 // NaN before, was written.
-static double rows_error(const real *x, const double *ref, int64_t rows, int width, int ld, double floor) {
-    double difference = 0, size = 0;
+static double rows_error(const real *x, const precise *ref, int64_t rows, int width, int ld, double floor) {
+    precise difference = 0, size = 0;
     for (int64_t n = 0; n < rows; n++)
         for (int i = 0; i < ld; i++) {
             double value = (double)x[n * ld + i], wanted = ref[n * ld + i];
@@ -130,10 +134,10 @@ static double rows_error(const real *x, const double *ref, int64_t rows, int wid
         }
     return sqrt(difference) / fmax(sqrt(size), fmax(floor, 1e-200));
 }
-static double error_of(const real *x, const double *ref, int64_t n, double floor) { return rows_error(x, ref, 1, (int)n, (int)n, floor); }
-static void worst_of(double *worst, double error) { if (!(error <= *worst)) *worst = error; } // NaN stays
+static double error_of(const real *x, const precise *ref, int64_t n, double floor) { return rows_error(x, ref, 1, (int)n, (int)n, floor); }
+static void worst_of(precise *worst, double error) { if (!(error <= *worst)) *worst = error; } // NaN stays
 static double length_of(const real *x, int64_t n) {
-    double sum = 0;
+    precise sum = 0;
     for (int64_t i = 0; i < n; i++) sum += (double)x[i] * (double)x[i];
     return sqrt(sum);
 }
@@ -207,10 +211,10 @@ static void test_matmul(void) {
         Matrix b = {noise(2 * (K + pad) * (N + pad) + 1, 1), steps_b[kind_b][0], steps_b[kind_b][1]};
         const real *bias = random_int(0, 1) ? noise(N, 1) : NULL;
         real *out = poison((int64_t)M * ld), *before = noise((int64_t)M * ld, 1);
-        double *ref = zeros((int64_t)M * ld);
+        precise *ref = zeros((int64_t)M * ld);
         for (int m = 0; m < M; m++)
             for (int n = 0; n < N; n++) {
-                double sum = 0;
+                precise sum = 0;
                 for (int k = 0; k < K; k++) sum += (double)a.at[m * a.row + k * a.col] * (double)b.at[k * b.row + n * b.col];
                 ref[m * ld + n] = (double)alpha * sum + (beta == 0 ? 0 : (double)beta * (double)before[m * ld + n]) + (bias ? (double)bias[n] : 0);
                 if (beta != 0) out[m * ld + n] = before[m * ld + n];
@@ -226,7 +230,7 @@ static void test_matmul(void) {
     for (int i = 0; i < 80; i++) {
         int n = sizes[i % 8], D = widths[i / 8 % 5], backward = i / 40, ld = D + random_int(0, 3);
         real *lower = noise((int64_t)n * n, 0.7 / sqrt((double)n)), *x = poison((int64_t)n * ld);
-        double *ref = zeros((int64_t)n * ld);
+        precise *ref = zeros((int64_t)n * ld);
         for (int t = 0; t < n; t++) {
             for (int j = t; j < n; j++) lower[t * n + j] = 0;
             for (int e = 0; e < D; e++) ref[t * ld + e] = (double)(x[t * ld + e] = (real)random_normal(&chance));
@@ -257,17 +261,17 @@ static const int panel_heights[] = {0, 1, 3, 8}; // 0: the layer chooses
 enum { N_HEIGHTS = 4 };
 
 // [15, 16] o_t = Σ_{j≤t} p_tj v_j and, with dout, the gradients of Σ o·dout. Layouts are those of attention_forward.
-static void plain_attention(double *out, double *dq, double *dk, double *dv, const real *dout, const real *q, int ld, const real *k,
+static void plain_attention(precise *out, precise *dq, precise *dk, precise *dv, const real *dout, const real *q, int ld, const real *k,
                             const real *v, int ld_kv, int B, int T, int H, int G, int d, int first) {
-    double *p = zeros(T), *dp = zeros(T);
+    precise *p = zeros(T), *dp = zeros(T);
     for (int b = 0; b < B; b++)
         for (int h = 0; h < H; h++)
             for (int t = first; t < T; t++) {
                 size_t row = (size_t)b * (T - first) + t - first, at = (row * H + h) * d, at_q = row * ld + h * d, sum_at = at;
                 size_t kv = (size_t)b * T * ld_kv + h / (H / G) * d;
-                double sum = 0, mean = 0;
+                precise sum = 0, mean = 0;
                 for (int j = 0; j <= t; j++) {
-                    double logit = 0;
+                    precise logit = 0;
                     for (int i = 0; i < d; i++) logit += (double)q[at_q + i] * (double)k[kv + (size_t)j * ld_kv + i];
                     sum += p[j] = exp(logit / sqrt((double)d));
                 }
@@ -293,16 +297,16 @@ static void plain_attention(double *out, double *dq, double *dk, double *dv, con
 }
 
 // [17, 19-22] s_t = f_t + γ_t Σ_{j<t} α_tj s_j and, with ds, the gradients of Σ s·ds. The rows of s before first are given.
-static void plain_feedback(double *s, double *df, double *dq, double *dk, double *dgamma, const real *ds, const real *f, const real *q,
+static void plain_feedback(precise *s, precise *df, precise *dq, precise *dk, precise *dgamma, const real *ds, const real *f, const real *q,
                            int ld, const real *k, int ld_k, const real *gamma, int B, int T, int D, int first) {
-    double *alpha = zeros((int64_t)T * T), *dalpha = zeros(T);
+    precise *alpha = zeros((int64_t)T * T), *dalpha = zeros(T);
     for (int b = 0; b < B; b++) {
         size_t row0 = (size_t)b * (T - first), all0 = (size_t)b * T;
         for (int t = first; t < T; t++) {
             size_t row = row0 + t - first;
-            double sum = 0;
+            precise sum = 0;
             for (int j = 0; j < t; j++) {
-                double logit = 0;
+                precise logit = 0;
                 for (int i = 0; i < D; i++) logit += (double)q[row * ld + i] * (double)k[(all0 + j) * ld_k + i];
                 sum += alpha[t * T + j] = exp(logit / sqrt((double)D));
             }
@@ -315,7 +319,7 @@ static void plain_feedback(double *s, double *df, double *dq, double *dk, double
         if (!ds) continue;
         for (size_t i = all0 * D; i < (all0 + T) * D; i++) df[i] = (double)ds[i];
         for (int t = T - 1; t >= 0; t--) { // df_t is complete when the rows after it have given
-            double mean = 0;
+            precise mean = 0;
             for (int j = 0; j < t; j++) {
                 dalpha[j] = 0;
                 for (int i = 0; i < D; i++) {
@@ -349,7 +353,7 @@ static void test_attention(void) {
             int first = random_int(0, T - 1), ld = D + random_int(0, 3), P = panel_heights[i];
             real *q = noise((int64_t)B * T * ld, 1.5), *k = noise((int64_t)B * T * ld, 1), *v = noise((int64_t)B * T * ld, 1), *dout = noise((int64_t)B * T * D, 1);
             real *out = poison((int64_t)B * T * D), *stats = poison((int64_t)B * H * T * 2), *scratch = scratch_for(T);
-            double *ref = zeros((int64_t)B * T * D), *dq = zeros((int64_t)B * T * ld), *dk = zeros((int64_t)B * T * ld), *dv = zeros((int64_t)B * T * ld);
+            precise *ref = zeros((int64_t)B * T * D), *dq = zeros((int64_t)B * T * ld), *dk = zeros((int64_t)B * T * ld), *dv = zeros((int64_t)B * T * ld);
             plain_attention(ref, dq, dk, dv, dout, q, ld, k, v, ld, B, T, H, G, d, 0);
             attention_forward(out, stats, scratch, q, k, v, ld, B, T, H, G, d, 0, P);
             worst_of(&worst[0], error_of(out, ref, (int64_t)B * T * D, 0));
@@ -361,7 +365,7 @@ static void test_attention(void) {
             worst_of(&worst[4], rows_error(dv_layer, dv, (int64_t)B * T, G * d, ld, floor));
             int rows = B * (T - first); // the same with the positions before `first` known
             real *late = poison((int64_t)rows * D), *late_stats = poison((int64_t)rows * H * 2);
-            double *late_ref = zeros((int64_t)rows * D);
+            precise *late_ref = zeros((int64_t)rows * D);
             plain_attention(late_ref, NULL, NULL, NULL, NULL, q, ld, k, v, ld, B, T, H, G, d, first);
             attention_forward(late, late_stats, scratch, q, k, v, ld, B, T, H, G, d, first, P);
             worst_of(&worst[1], error_of(late, late_ref, (int64_t)rows * D, 0));
@@ -378,7 +382,7 @@ static void test_attention(void) {
             real *f = noise(size, 1), *q = noise(wide, 1.5), *k = noise(wide, 1), *gamma = noise(n, 1), *ds = noise(size, 1), *scratch = scratch_for(T);
             for (int64_t r = 0; r < n; r++) gamma[r] = (real)(0.999 * tanh((double)gamma[r]));
             real *s = poison(size), *stats = poison(2 * n), *df_layer = poison(size), *dq_layer = poison(wide), *dk_layer = poison(wide), *dgamma_layer = poison(n);
-            double *ref = zeros(size), *df = zeros(size), *dq = zeros(wide), *dk = zeros(wide), *dgamma = zeros(n), floor = 0.1 * length_of(ds, size);
+            precise *ref = zeros(size), *df = zeros(size), *dq = zeros(wide), *dk = zeros(wide), *dgamma = zeros(n), floor = 0.1 * length_of(ds, size);
             plain_feedback(ref, df, dq, dk, dgamma, ds, f, q, ld, k, ld, gamma, B, T, D, 0);
             feedback_forward(s, stats, scratch, f, q, k, ld, gamma, B, T, D, 0, P);
             worst_of(&worst[0], error_of(s, ref, size, 0));
@@ -387,7 +391,7 @@ static void test_attention(void) {
             worst_of(&worst[3], rows_error(dq_layer, dq, n, D, ld, floor));
             worst_of(&worst[4], rows_error(dk_layer, dk, n, D, ld, floor));
             worst_of(&worst[5], error_of(dgamma_layer, dgamma, n, floor));
-            double *late_ref = zeros(size);
+            precise *late_ref = zeros(size);
             real *late = poison(size), *late_stats = poison(2 * n);
             for (int b = 0; b < B; b++)
                 for (int r = 0; r < first * D; r++) late_ref[b * T * D + r] = (double)(late[b * T * D + r] = (real)random_normal(&chance));
@@ -411,12 +415,12 @@ static void test_extremes(void) {
     for (int i = 0; i < 2; i++) {
         real *f = noise(T * D, 1), *q = noise(T * D, 0.5), *k = noise(T * D, 0.5), *gamma = noise(T, 0), *ds = noise(T * D, 1), *scratch = scratch_for(T);
         real *s = poison(T * D), *stats = poison(2 * T), *df_layer = poison(T * D), *dq_layer = poison(T * D), *dk_layer = poison(T * D), *dgamma_layer = poison(T);
-        double *ref = zeros(T * D), *df = zeros(T * D), *dq = zeros(T * D), *dk = zeros(T * D), *dgamma = zeros(T), largest = 0, largest_f = 0;
+        precise *ref = zeros(T * D), *df = zeros(T * D), *dq = zeros(T * D), *dk = zeros(T * D), *dgamma = zeros(T), largest = 0, largest_f = 0;
         for (int t = 0; t < T; t++) gamma[t] = (real)gains[i];
         plain_feedback(ref, df, dq, dk, dgamma, ds, f, q, D, k, D, gamma, 1, T, D, 0);
         feedback_forward(s, stats, scratch, f, q, k, D, gamma, 1, T, D, 0, 0);
         feedback_backward(df_layer, dq_layer, dk_layer, dgamma_layer, scratch, ds, s, stats, q, k, D, gamma, 1, T, D, 0);
-        for (int e = 0; e < T * D; e++) { largest = fmax(largest, fabs((double)s[e])); largest_f = fmax(largest_f, fabs((double)f[e])); }
+        for (int e = 0; e < T * D; e++) { worst_of(&largest, fabs((double)s[e])); worst_of(&largest_f, fabs((double)f[e])); }
         check_error(error_of(s, ref, T * D, 0), bound_of(1e-5, 1e-13), "feedback, every gain %g: s", gains[i]);
         check_error(fmax(fmax(error_of(df_layer, df, T * D, 0), error_of(dgamma_layer, dgamma, T, 0)), fmax(error_of(dq_layer, dq, T * D, 0), error_of(dk_layer, dk, T * D, 0))),
                     bound_of(1e-4, 1e-12), "feedback, every gain %g: gradients", gains[i]);
@@ -425,13 +429,13 @@ static void test_extremes(void) {
     }
     for (int strict = 0; strict < 2; strict++) { // attention, feedback
         real *f = noise(T * D, 1), *q = noise(T * D, 0), *k = noise(T * D, 0), *gamma = noise(T, 0.3), *out = poison(T * D), *stats = poison(2 * T), *scratch = scratch_for(T);
-        double *ref = zeros(T * D);
+        precise *ref = zeros(T * D);
         for (int t = 0; t < T; t++) {
             q[t * D] = (real)(random_int(0, 1) ? 2e4 : -2e4); // times 1/sqrt(4)
             k[t * D] = (real)(t > T / 2 && random_int(0, 1) ? 1 : -1);
         }
         for (int t = 0; t < T; t++) {
-            double n = 0, all = strict ? t : t + 1, sum[D] = {0}, sum_all[D] = {0};
+            precise n = 0, all = strict ? t : t + 1, sum[D] = {0}, sum_all[D] = {0};
             for (int j = 0; j < all; j++) {
                 int match = (q[t * D] > 0) == (k[j * D] > 0);
                 n += match;
@@ -465,17 +469,18 @@ static void test_extremes(void) {
 
 // h_t = exp(-exp(A_log) Δ_t) h_{t-1} + Δ_t b_t x_t^T, y_t = c_t^T h_t + skip·x_t token by token, from the state h (B,S,E), and
 // with dy the gradients of Σ y·dy: the states are remembered, and dh runs back over them.
-static void plain_scan(double *y, double *h, double *dxbc, double *dstep, double *dA, double *dskip, const real *dy, const real *xbc,
+static void plain_scan(precise *y, precise *h, precise *dxbc, precise *dstep, precise *dA, precise *dskip, const real *dy, const real *xbc,
                        const real *step, const real *A_log, const real *skip, int B, int T, int E, int S, int heads) {
     int W = E + 2 * S, w = E / heads;
-    double *all = zeros((int64_t)(T + 1) * S), *dh = zeros(S);
+    precise *all = zeros((int64_t)(T + 1) * S), *dh = zeros(S);
     for (int b = 0; b < B; b++)
         for (int e = 0; e < E; e++) {
             double rate = exp((double)A_log[e / w]);
             for (int i = 0; i < S; i++) { all[i] = h[((int64_t)b * S + i) * E + e]; dh[i] = 0; }
             for (int t = 0; t < T; t++) {
                 const real *x = xbc + (int64_t)(b * T + t) * W;
-                double delta = (double)step[(b * T + t) * heads + e / w], sum = (double)skip[e / w] * (double)x[e];
+                double delta = (double)step[(b * T + t) * heads + e / w];
+                precise sum = (double)skip[e / w] * (double)x[e];
                 for (int i = 0; i < S; i++) {
                     all[(t + 1) * S + i] = exp(-rate * delta) * all[t * S + i] + delta * (double)x[E + i] * (double)x[e];
                     sum += (double)x[E + S + i] * all[(t + 1) * S + i];
@@ -485,7 +490,8 @@ static void plain_scan(double *y, double *h, double *dxbc, double *dstep, double
             for (int i = 0; i < S; i++) h[((int64_t)b * S + i) * E + e] = all[T * S + i];
             for (int t = T - 1; dy && t >= 0; t--) {
                 const real *x = xbc + (int64_t)(b * T + t) * W;
-                double *dx = dxbc + (int64_t)(b * T + t) * W, g = (double)dy[(int64_t)(b * T + t) * E + e], decay_gradient = 0;
+                precise *dx = dxbc + (int64_t)(b * T + t) * W, decay_gradient = 0;
+                double g = (double)dy[(int64_t)(b * T + t) * E + e];
                 double delta = (double)step[(b * T + t) * heads + e / w], decay = exp(-rate * delta);
                 dskip[e / w] += g * (double)x[e];
                 dx[e] += g * (double)skip[e / w];
@@ -515,7 +521,7 @@ static void test_scan(void) {
             for (int n = 0; n < N * heads; n++) step[n] = (real)(c % 4 ? exp((double)step[n] - 2) : n % 3 ? exp((double)step[n]) : 0); // some decay at once, some never
             real *y = poison((int64_t)N * E), *states = poison((int64_t)B * slots * S * E), *dxbc = poison((int64_t)N * W), *dstep = poison(N * 3 * heads), *dA = noise(heads, 0), *dskip = noise(heads, 0);
             real *scratch = (real *)lend(scan_scratch(E, S, heads) * (size_t)omp_get_max_threads() * sizeof(real));
-            double *ref = zeros((int64_t)N * E), *h = zeros((int64_t)B * S * E), *ref_x = zeros((int64_t)N * W), *ref_step = zeros(N * heads), *ref_A = zeros(heads), *ref_skip = zeros(heads);
+            precise *ref = zeros((int64_t)N * E), *h = zeros((int64_t)B * S * E), *ref_x = zeros((int64_t)N * W), *ref_step = zeros(N * heads), *ref_A = zeros(heads), *ref_skip = zeros(heads);
             plain_scan(ref, h, ref_x, ref_step, ref_A, ref_skip, dy, xbc, step, A_log, skip, B, T, E, S, heads);
             scan_forward(y, states, 1, scratch, xbc, step, A_log, skip, B, T, E, S, heads, P);
             worst_of(&worst[0], error_of(y, ref, (int64_t)N * E, 0));
@@ -527,7 +533,7 @@ static void test_scan(void) {
             worst_of(&worst[5], error_of(dA, ref_A, heads, floor));
             worst_of(&worst[6], error_of(dskip, ref_skip, heads, floor));
             real *state = noise((int64_t)S * E, 0); // the first sequence in two calls, the state carried over
-            double *late = zeros((int64_t)T * E), *carried = zeros((int64_t)S * E);
+            precise *late = zeros((int64_t)T * E), *carried = zeros((int64_t)S * E);
             plain_scan(late, carried, NULL, NULL, NULL, NULL, NULL, xbc, step, A_log, skip, 1, T, E, S, heads);
             if (first) scan_forward(y, state, 0, scratch, xbc, step, A_log, skip, 1, first, E, S, heads, P);
             scan_forward(y + (int64_t)first * E, state, 0, scratch, xbc + (int64_t)first * W, step + first * heads, A_log, skip, 1, T - first, E, S, heads, P);
@@ -592,10 +598,10 @@ static void test_memory(void) {
         for (int t = 0; t < T; t++) {
             gr[t] = (real)(c % 3 ? 0.999 * level * tanh((double)gr[t]) : 0.99);
             if (c % 3 == 0) for (int e = 0; e < D; e++) fr[t * D + e] = 1;
-            most_gamma = fmax(most_gamma, fabs((double)gr[t]));
+            worst_of(&most_gamma, fabs((double)gr[t]));
         }
         feedback_forward(sr, poison(2 * T), scratch_for(T), fr, qr, kr, D, gr, 1, T, D, 0, 0);
-        for (int t = 0; t < T * D; t++) { most_f = fmax(most_f, fabs((double)fr[t])); if (!(fabs((double)sr[t]) <= most_s)) most_s = fabs((double)sr[t]); }
+        for (int t = 0; t < T * D; t++) { worst_of(&most_f, fabs((double)fr[t])); worst_of(&most_s, fabs((double)sr[t])); }
         worst_of(&share, most_s * (1 - most_gamma) / most_f);
         release();
     }
@@ -709,7 +715,7 @@ static void norm_b(LayerCase *c) { gated_rmsnorm_backward(c->grad[0], c->grad[1]
 typedef struct { const Layer *layer; LayerCase c; } LayerSum;
 static double layer_sum(void *state) {
     LayerSum *sum_of = (LayerSum *)state;
-    double sum = 0;
+    precise sum = 0;
     sum_of->layer->forward(&sum_of->c);
     for (int i = 0; i < sum_of->layer->n_out; i++) sum += (double)sum_of->c.out[i] * (double)sum_of->c.dout[i];
     return sum;
@@ -742,7 +748,7 @@ static void check_layer(const Layer *layer, int P) {
     double worst = 0;
     for (int i = 0; i < layer->n_inputs; i++) {
         int n = layer->sizes[i];
-        double *ref = zeros(n);
+        precise *ref = zeros(n);
         if (memcmp(c->in[i], before[i], sizeof(real) * (size_t)n)) worst = INFINITY; // inputs are const
         for (int e = 0; e < n; e++) {
             ref[e] = difference(layer_sum, &state, &c->in[i][e]);
@@ -806,7 +812,7 @@ static void check_model(const char *name, Config c, int B, int T, int P, double 
     loss_of(&loss);
     model_backward(m, loss.dloss);
     for (int64_t i = 0; i < m->table.count; i++) grads[i] = m->grads[i] - start[i];
-    double mean = 0, worst = 0, *off = zeros(n_tensors), *size = zeros(n_tensors);
+    precise mean = 0, worst = 0, *off = zeros(n_tensors), *size = zeros(n_tensors);
     for (int r = 0; r < n_tensors; r++) {
         const Tensor *t = &m->table.rows[r];
         int all = t->count <= ENTRIES, n = all ? (int)t->count : ENTRIES;
@@ -855,7 +861,7 @@ static void test_training_parts(void) {
     heading("optimiser, dropout, schedule, initial values, sampling");
     enum { N = 1000, STEPS = 12 };
     real *w = noise(N, 1), *g = poison(N), *m = noise(N, 0), *v = noise(N, 0);
-    double *w_ref = zeros(N), *m_ref = zeros(N), *v_ref = zeros(N);
+    precise *w_ref = zeros(N), *m_ref = zeros(N), *v_ref = zeros(N);
     AdamW o = {0.01, 0.9, 0.97, 1e-6, 0.3};
     int cleared = 1;
     for (int i = 0; i < N; i++) w_ref[i] = (double)w[i];
@@ -911,9 +917,9 @@ static void test_training_parts(void) {
     Config c = config_with(SESSA, 50, 64, 1, 4, 4, 8);
     Model *model = create(&c, 1, 8, EVALUATE);
     initialise(model->params, &model->table, 1);
-    double largest = 0, square = 0;
+    precise largest = 0, square = 0;
     const Tensor *t = find_tensor(&model->table, "layers.0.mixer.proj_fb.weight"), *e = find_tensor(&model->table, "wte.weight"), *b = find_tensor(&model->table, "layers.0.mixer.gamma_bias");
-    for (int64_t i = 0; i < t->count; i++) largest = fmax(largest, fabs((double)model->params[t->offset + i]));
+    for (int64_t i = 0; i < t->count; i++) worst_of(&largest, fabs((double)model->params[t->offset + i]));
     for (int64_t i = 0; i < e->count; i++) square += (double)model->params[e->offset + i] * (double)model->params[e->offset + i];
     check(largest <= 0.125 && largest > 0.1245 && fabs(sqrt(square / (double)e->count) / 0.02 - 1) < 0.05 && model->params[b->offset] == 1,
           "initial values: uniform within 1/sqrt(D), embedding 0.02, gamma_bias 1");
@@ -922,7 +928,7 @@ static void test_training_parts(void) {
     enum { CHOICES = 6, DRAWS = 40000 };
     real *logits = noise(CHOICES, 1);
     Candidate *candidates = (Candidate *)lend(sizeof(Candidate) * CHOICES);
-    double total = 0, worst = 0, seen[CHOICES] = {0}, likely = 0;
+    precise total = 0, worst = 0, seen[CHOICES] = {0}, likely = 0;
     int best = 0, only_likely = 1;
     uint64_t random = 5;
     for (int i = 0; i < CHOICES; i++) { total += exp((double)logits[i] / 0.7); if (logits[i] > logits[best]) best = i; }
@@ -965,7 +971,7 @@ static void test_extend(void) {
         memcpy(TESTED_BACKEND.read(stepwise, PARAMS), whole->params, sizeof(real) * (size_t)whole->table.count);
         TESTED_BACKEND.write(stepwise, PARAMS);
         model_forward(whole, ids, ids, 1, T, off);
-        double worst = 0, *ref = zeros(V);
+        precise worst = 0, *ref = zeros(V);
         real *logits = poison(V), *first = poison(V);
         for (int round = 0; round < 2; round++) { // the second from the start again
             for (int p = 0, at = 0; p < 14; p++) {
@@ -1037,14 +1043,14 @@ static int *take_ids(const Safetensors *file, const char *name, int B, int T, in
 }
 
 static double tensor_norm(const FileTensor *t, int64_t from, int64_t to) {
-    double sum = 0;
+    precise sum = 0;
     for (int64_t i = from; i < to; i++) sum += number_of(t, i) * number_of(t, i);
     return sqrt(sum);
 }
 
 // ‖x - t‖ over the elements from..to of t; x has rows of `width` numbers, `stride` apart.
 static double tensor_distance(const FileTensor *t, const real *x, int64_t width, int64_t stride, int64_t from, int64_t to) {
-    double sum = 0;
+    precise sum = 0;
     for (int64_t i = from; i < to; i++) {
         double error = (double)x[i / width * stride + i % width] - number_of(t, i);
         sum += error * error;
@@ -1078,7 +1084,8 @@ static void check_losses(Model *m, const Safetensors *file, const FileTensor *lo
 // Every tensor of the dump, at four panel heights. In float64 all that is left of the error is the dump's own rounding to
 // float32: each number is off by at most 2^-24 of itself, so a tensor by at most 6e-8 of its norm.
 static void check_tensors(Model *m, const Safetensors *file, const int *inputs, const int *targets, int B, int T, double dloss) {
-    double bound = dump_bound > 0 ? dump_bound : bound_of(1e-5, 2e-7), means[2] = {0, 0}, *distance = zeros((int64_t)file->n_tensors * 2 * N_HEIGHTS);
+    double bound = dump_bound > 0 ? dump_bound : bound_of(1e-5, 2e-7);
+    precise means[2] = {0, 0}, *distance = zeros((int64_t)file->n_tensors * 2 * N_HEIGHTS);
     int counts[2] = {0, 0}, checked = 0;
     const Tensor **rows = (const Tensor **)lend(sizeof(Tensor *) * (size_t)(file->n_tensors + 1));
     for (int i = 0; i < file->n_tensors; i++) { // first: what is there, and is it what we have
@@ -1109,7 +1116,7 @@ static void check_tensors(Model *m, const Safetensors *file, const int *inputs, 
                 if (!row || (t->name[0] == 'g') != pass) continue;
                 int64_t half = pass && strstr(t->name, "proj_fb.bias") ? t->count / 2 : t->count, width = row->n_dims ? row->shape[row->n_dims - 1] : 1;
                 const real *x = (pass ? m->grads : m->acts_block) + row->offset;
-                double *place = distance + ((size_t)i * N_HEIGHTS + p) * 2;
+                precise *place = distance + ((size_t)i * N_HEIGHTS + p) * 2;
                 place[0] = tensor_distance(t, x, width, row->stride, 0, half);
                 place[1] = tensor_distance(t, x, width, row->stride, half, t->count);
             }
@@ -2645,7 +2652,7 @@ static double gpu_error(const X *device, const real *ref, int64_t rows, int widt
     int64_t n = rows * ld;
     X *numbers = (X *)lend((size_t)n * sizeof(X));
     real *x = (real *)lend((size_t)n * sizeof(real));
-    double *wanted = zeros(n);
+    precise *wanted = zeros(n);
     CUDA(cudaStreamSynchronize(gpu.stream));
     CUDA(cudaMemcpy(numbers, device, (size_t)n * sizeof(X), cudaMemcpyDeviceToHost));
     for (int64_t i = 0; i < n; i++) { x[i] = value_of(numbers[i]); wanted[i] = (double)ref[i]; }
@@ -3179,7 +3186,7 @@ static void test_gpu_passes(void) {
                 grads[pass] = copy_of(backend->read(m, GRADS), m->table.count);
                 backend->update(m, none, 1, 1);
             }
-            double *twice = zeros(m->table.count);
+            precise *twice = zeros(m->table.count);
             for (int64_t i = 0; i < m->table.count; i++) twice[i] = (double)grads[0][i];
             check_error(error_of(grads[1], twice, m->table.count, 0), 1e-5, "%s, %s", mixers[mixer].name,
                         way ? precision_names[gpu.precision] : "CPU");
@@ -3311,7 +3318,7 @@ static void test_gpu_decode(void) {
         memcpy(backend_gpu()->read(stepwise, PARAMS), whole->params, sizeof(real) * (size_t)whole->table.count);
         backend_gpu()->write(stepwise, PARAMS);
         model_forward(whole, ids, ids, 1, T, {0, 0, 0});
-        double worst = 0, *ref = zeros(V);
+        precise worst = 0, *ref = zeros(V);
         real *logits = poison(V);
         for (int t = 0; t < T; t++) {
             if (t < PROMPT_LENGTH - 1) continue;
@@ -3384,7 +3391,13 @@ int main(int argc, char **argv) {
     for (int i = 1; i < argc; i++) check_dump(argv[i]);
     if (argc == 1) {
         glob_t dumps;
+        char *name = strrchr(self, '/');
         memset(&dumps, 0, sizeof(dumps));
+        if (access("data", F_OK)) { // started from another folder: the dumps are beside the test
+            *name = 0;
+            if (chdir(self)) return 1;
+            *name = '/';
+        }
         glob("data/ref_*.safetensors", 0, NULL, &dumps);
 #ifdef TEST_CUDA
         uint64_t before = chance; // what follows draws the numbers that it draws without a GPU

@@ -33,8 +33,14 @@ a `char *error` and returns 0, or FAILED (WRONG_OPTION for what the user typed) 
 #if defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__
 #error "-Ofast and -ffast-math hide a loss that is not finite: add -fno-finite-math-only"
 #endif
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "safetensors, token shards and checkpoints are little-endian, and the program copies them as they are: this machine is not"
+#endif
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
+#endif
+#ifndef _FILE_OFFSET_BITS
+#define _FILE_OFFSET_BITS 64 // files and folders of any size on 32-bit machines too
 #endif
 #include <ctype.h>
 #include <dirent.h>
@@ -62,6 +68,14 @@ static inline int omp_get_max_threads(void) { return 1; }
 static inline int omp_get_num_threads(void) { return 1; }
 static inline int omp_get_thread_num(void) { return 0; }
 static inline int omp_in_parallel(void) { return 0; }
+#endif
+
+#ifdef __clang__ // up to version 14 it is deaf to GCC's pragma; it knows no noclone, and makes no clones
+#define UNROLL _Pragma("clang loop unroll(full)")
+#define ONE_COPY __attribute__((noinline))
+#else
+#define UNROLL _Pragma("GCC unroll 12")
+#define ONE_COPY __attribute__((noinline, noclone))
 #endif
 
 #ifndef REAL
@@ -248,17 +262,17 @@ static inline void tile_product(real *out, ptrdiff_t ld, Matrix a, const real *b
     for (int i = 0; i < rows; i += 3) base[i / 3] = a.at + i * a.row;
     for (int k = 0; k < K; k++, b += TILE_COLS) {
         Vector b_left = *(const Vector *)b, b_right = *(const Vector *)(b + LANES);
-#pragma GCC unroll 12
+        UNROLL
         for (int i = 0; i < rows; i++) {
             real x = base[i / 3][i % 3 * a.row];
             left[i] += x * b_left;
             right[i] += x * b_right;
         }
-#pragma GCC unroll 4
+        UNROLL
         for (int i = 0; i < rows; i += 3) base[i / 3] += a.col;
     }
     Vector add_left = add ? *(const Vector *)add : zero, add_right = add ? *(const Vector *)(add + LANES) : zero;
-#pragma GCC unroll 12
+    UNROLL
     for (int i = 0; i < rows; i++) {
         Vector *to_left = (Vector *)(out + i * ld), *to_right = (Vector *)(out + i * ld + LANES);
         left[i] = alpha * left[i] + add_left;
@@ -275,7 +289,7 @@ static inline void tile_product(real *out, ptrdiff_t ld, Matrix a, const real *b
 // A thread's part of matmul. Of each block of B every thread packs some strips; then, of the tiles of `out` over that
 // block, counted row by row, it computes an equal share. The barriers keep the block whole while anyone reads it. Which
 // thread takes a tile changes no sum: the bits do not depend on the number of threads.
-static void matmul_share(real *out, ptrdiff_t ld, Matrix a, Matrix b, int M, int N, int K, real alpha, real beta,
+ONE_COPY static void matmul_share(real *out, ptrdiff_t ld, Matrix a, Matrix b, int M, int N, int K, real alpha, real beta,
                          const real *bias, real *packed, int thread, int threads) {
     real edge[LOW_ROWS * BLOCK_K], sum[TILE_ROWS * TILE_COLS], zeros[TILE_COLS] = {0};
     int high = M / TILE_ROWS, low = (M % TILE_ROWS + LOW_ROWS - 1) / LOW_ROWS; // rows of tiles, a low one a third of the work
@@ -322,6 +336,8 @@ static void matmul_share(real *out, ptrdiff_t ld, Matrix a, Matrix b, int M, int
 
 // Does `work` for item = 0 .. items-1: one item a thread where `parallel` says so and the threads are free, else one after
 // the other. (An `if` clause would open a region of one thread, inside which no threads can be had without starting them.)
+// `work` is a call of a function that is compiled as ONE_COPY: two copies, one for threads and one for a thread alone, may
+// round differently.
 #define FOR_ITEMS(parallel, items, work) do {                                           \
         if (omp_in_parallel() || (items) == 1 || !(parallel)) {                         \
             for (int item = 0; item < (items); item++) work;                            \
@@ -345,7 +361,7 @@ static inline void row_product(real *out, Matrix a, Matrix b, int N, int K, real
     for (int j = 0; j < N; j++) out[j] = alpha * sum[j] + (beta == 0 ? 0 : beta * out[j]) + (bias ? bias[j] : 0);
 }
 
-static void row_strip(real *out, Matrix a, Matrix b, int N, int K, real alpha, real beta, const real *bias, int j0) {
+ONE_COPY static void row_strip(real *out, Matrix a, Matrix b, int N, int K, real alpha, real beta, const real *bias, int j0) {
     Matrix strip = {b.at + j0 * b.col, b.row, b.col};
     if (bias) bias += j0;
     if (N - j0 >= TILE_COLS) row_product(out + j0, a, strip, TILE_COLS, K, alpha, beta, bias);
@@ -384,7 +400,7 @@ static void matmul(real *out, ptrdiff_t ld, Matrix a, Matrix b, int M, int N, in
 // The transposed system, an upper triangle, is the same loop from the last row to the first: A and x are then given from
 // their last element on, with negative strides.
 enum { PANEL_MAX = 96 };
-static void solve_strip(real *x, ptrdiff_t ld, Matrix A, int n, int width) {
+ONE_COPY static void solve_strip(real *x, ptrdiff_t ld, Matrix A, int n, int width) {
     real strip[PANEL_MAX * TILE_COLS] __attribute__((aligned(64)));
     for (int t = 0; t < n; t++)
         for (int i = 0; i < TILE_COLS; i++) strip[t * TILE_COLS + i] = i < width ? x[t * ld + i] : 0;
@@ -441,6 +457,11 @@ static double random_normal(uint64_t *state) { // Box and Muller
 typedef struct { double probability; uint64_t seed, micro_step; } Dropout;
 static const Dropout no_dropout = {0, 0, 0};
 
+// Where threads share out single numbers, a share is blocks of this many, whole vectors: compilers round the rest of a vector
+// in other ways, and where a rest is must not depend on the number of threads.
+enum { NUMBERS = 2048 };
+static inline int64_t block_end(int64_t from, int64_t n) { return n - from < NUMBERS ? n : from + NUMBERS; }
+
 // x_i *= mask_i, mask_i = 0 with the given probability p, else 1/(1-p). x (n). Its own backward pass, on the gradient.
 static void dropout(real *x, int64_t n, Dropout drop, int place) {
     if (drop.probability <= 0) return;
@@ -448,7 +469,9 @@ static void dropout(real *x, int64_t n, Dropout drop, int place) {
     uint64_t threshold = (uint64_t)(drop.probability * 4294967296.0);
     real scale = (real)(1 / (1 - drop.probability));
     #pragma omp parallel for
-    for (int64_t i = 0; i < n; i++) x[i] *= (splitmix64(key ^ (uint64_t)i) >> 32) >= threshold ? scale : 0;
+    for (int64_t from = 0; from < n; from += NUMBERS)
+        for (int64_t i = from; i < block_end(from, n); i++)
+            x[i] *= (splitmix64(key ^ (uint64_t)i) >> 32) >= threshold ? scale : 0;
 }
 
 // ----------------------------------------------------------------------------
@@ -647,8 +670,7 @@ static inline void softmax_columns(real *w, real *stats, int known, const real *
         for (int r = 0; r < m; r++) w[(size_t)j * n + r] *= sum[r];
 }
 
-__attribute__((noinline)) // one copy for threads and for one thread alone: a compiler may round them differently
-static void softmax_block(real *w, real *stats, int known, const real *gain, int n, int seen, int cols, int m) {
+ONE_COPY static void softmax_block(real *w, real *stats, int known, const real *gain, int n, int seen, int cols, int m) {
     if (m == TILE_COLS) softmax_columns(w, stats, known, gain, n, seen, cols, TILE_COLS);
     else if (n == 1) softmax_columns(w, stats, known, gain, 1, seen, cols, 1); // generation: one row, vectors along it
     else softmax_columns(w, stats, known, gain, n, seen, cols, m);
@@ -691,7 +713,7 @@ static void softmax_panel_backward(real *dweights, real *weights, real *delta, c
 // (B,T-first,H·d). stats (B,H,T-first,2) is kept for the backward pass, which computes the weights again, panel by panel.
 // Item b·H + h is head h of sequence b. Of its panel, the rows i0..i0+n-1, it computes
 //     weights = softmax_panel(q_I, k),   out_I = weights · v
-static void attention_head(int item, real *out, real *stats, real *scratch, const real *q, const real *k, const real *v,
+ONE_COPY static void attention_head(int item, real *out, real *stats, real *scratch, const real *q, const real *k, const real *v,
                            int ld, int T, int H, int G, int d, int first, int P) {
     size_t b = (size_t)(item / H), rows = (size_t)(T - first), kv = b * (size_t)T * ld + item % H / (H / G) * d;
     real *weights = scratch + panel_scratch(T) * (size_t)omp_get_thread_num();
@@ -715,7 +737,7 @@ static void attention_forward(real *out, real *stats, real *scratch, const real 
 //     dq_t = σ(d) Σ_j dlogit_tj k_j,   dk_j = σ(d) Σ_t dlogit_tj q_t
 // each line a matrix product for a panel of rows t. dq, dk, dv have the layout of q, k, v. Item b·G + g is the heads of one
 // group: they add to the same dk and dv. Panels run from the last: it sees all keys, so it writes what the others add to.
-static void attention_group_backward(int item, real *dq, real *dk, real *dv, real *scratch, const real *dout, real *stats,
+ONE_COPY static void attention_group_backward(int item, real *dq, real *dk, real *dv, real *scratch, const real *dout, real *stats,
                                      const real *q, const real *k, const real *v, int ld, int T, int H, int G, int d, int P) {
     real *weights = scratch + panel_scratch(T) * (size_t)omp_get_thread_num(), *dlogits = weights + PANEL_MAX * (size_t)T;
     real scale = 1 / (real)sqrt((double)d);
@@ -784,7 +806,7 @@ static void gain_backward(real *dx, real *dweight, real *dbias, real *dgamma, co
 // f (B,T-first,D); q', k': D columns of rows ld apart, q' for the positions first..T-1 and k' for 0..T-1; gamma
 // (B,T-first), stats (B,T-first,2); s (B,T,D), its rows before first known. Kept for the backward pass: q', k', gamma,
 // stats and s, all O(T). |gamma| < 1 keeps it bounded: |s| ≤ max|f| / (1 - max|gamma|). Sequence b:
-static void feedback_sequence(int b, real *s, real *stats, real *scratch, const real *f, const real *q, const real *k, int ld,
+ONE_COPY static void feedback_sequence(int b, real *s, real *stats, real *scratch, const real *f, const real *q, const real *k, int ld,
                               const real *gamma, int T, int D, int first, int P) {
     real *A = scratch + panel_scratch(T) * (size_t)omp_get_thread_num(), *s_b = s + (size_t)b * T * D;
     for (int i0 = first; i0 < T; i0 += P) {
@@ -817,7 +839,7 @@ static void feedback_forward(real *s, real *stats, real *scratch, const real *f,
 // Panels from the last, in which α is computed again.
 // df, ds, s (B,T,D), df may be ds itself; dgamma (B,T); dq', dk' with the layout of q', k'. Sequence b, its λ being ds
 // before and df after:
-static void feedback_sequence_backward(int b, real *df, real *dq, real *dk, real *dgamma, real *scratch, const real *s,
+ONE_COPY static void feedback_sequence_backward(int b, real *df, real *dq, real *dk, real *dgamma, real *scratch, const real *s,
                                        real *stats, const real *q, const real *k, int ld, const real *gamma, int T, int D, int P) {
     real *A = scratch + panel_scratch(T) * (size_t)omp_get_thread_num(), scale = 1 / (real)sqrt((double)D);
     real *dlogits = A + PANEL_MAX * (size_t)T, *inside = dlogits + PANEL_MAX * (size_t)T;
@@ -869,7 +891,8 @@ static void gate_backward(real *ds, real *dg, const real *dout, const real *s, c
 // [13]  out = x + branch  (n). Its backward pass hands dout to both.
 static void residual_forward(real *out, const real *x, const real *branch, int64_t n) {
     #pragma omp parallel for if (n > PARALLEL_WORK / 16)
-    for (int64_t i = 0; i < n; i++) out[i] = x[i] + branch[i];
+    for (int64_t from = 0; from < n; from += NUMBERS)
+        for (int64_t i = from; i < block_end(from, n); i++) out[i] = x[i] + branch[i];
 }
 
 // losses[n] = logsumexp_n - logits[n][target_n], in nats, 0 where target_n is -1. logits (N,V), logsumexp (N) is kept.
@@ -1026,7 +1049,7 @@ static void chunk_weights(real *M, real *fades, real *delta, const real *cb, con
 
 // Head h of a chunk: y = decay ⊙ y + (M + skip·I) x, and what it adds to the state: fresh (n,E), with next =
 // decay_last · state.
-static void scan_head(int h, real *y, real *next, real *fresh, const real *state, const real *cb, const real *keep,
+ONE_COPY static void scan_head(int h, real *y, real *next, real *fresh, const real *state, const real *cb, const real *keep,
                       const real *x, const real *step, real skip, int n, int E, int S, int heads) {
     int w = E / heads, W = E + 2 * S;
     real M[CHUNK * CHUNK], fades[CHUNK * CHUNK], delta[CHUNK], decay = 1;
@@ -1045,7 +1068,7 @@ static void scan_head(int h, real *y, real *next, real *fresh, const real *state
         for (int i = h * w; i < (h + 1) * w; i++) next[(size_t)s * E + i] = decay * state[(size_t)s * E + i];
 }
 
-static void scan_sequence(int b, real *y, real *states, int kept, real *scratch, const real *xbc, const real *step,
+ONE_COPY static void scan_sequence(int b, real *y, real *states, int kept, real *scratch, const real *xbc, const real *step,
                           const real *A_log, const real *skip, int T, int E, int S, int heads, int P) {
     size_t size = (size_t)S * (size_t)E;
     real *keep = scratch + scan_scratch(E, S, heads) * (size_t)omp_get_thread_num(), *cb = keep + CHUNK * heads;
@@ -1083,7 +1106,7 @@ static void scan_forward(real *y, real *states, int kept, real *scratch, const r
 // which columns h, heads + h and 2·heads + h are the gradients of Δ, A_log and skip from that row.
 typedef struct { const real *state, *keep, *cb, *x, *step, *dy, *faded, *read, *pulled; real *dh, *dx, *dstep; } ScanChunk;
 
-static void scan_head_backward(int h, const ScanChunk *k, real *dcb, real A_log, real skip, int n, int E, int S, int heads) {
+ONE_COPY static void scan_head_backward(int h, const ScanChunk *k, real *dcb, real A_log, real skip, int n, int E, int S, int heads) {
     int w = E / heads, W = E + 2 * S, last = n - 1;
     real M[CHUNK * CHUNK], fades[CHUNK * CHUNK], dM[CHUNK * CHUNK], ddelta[CHUNK] = {0}, delta[CHUNK];
     double dL[CHUNK] = {0}; // in double what is added here is taken away there without a trace
@@ -1130,7 +1153,7 @@ static void scan_head_backward(int h, const ScanChunk *k, real *dcb, real A_log,
     }
 }
 
-static void scan_sequence_backward(int b, real *dxbc, real *dstep, real *scratch, const real *dy, const real *states,
+ONE_COPY static void scan_sequence_backward(int b, real *dxbc, real *dstep, real *scratch, const real *dy, const real *states,
                                    const real *xbc, const real *step, const real *A_log, const real *skip, int T, int E, int S,
                                    int heads, int P) {
     size_t size = (size_t)S * (size_t)E;
@@ -1859,13 +1882,16 @@ static void adamw(real *w, real *g, real *exp_avg, real *exp_avg_sq, int64_t n, 
     real rate1 = (real)(1 - o.beta1), rate2 = (real)(1 - o.beta2), keep = (real)(1 - o.lr * o.weight_decay);
     real step_size = (real)(o.lr / (1 - pow(o.beta1, (double)step)));
     real correction = (real)(1 / sqrt(1 - pow(o.beta2, (double)step)));
-    #pragma omp parallel for simd if (n > PARALLEL_WORK / 16)
-    for (int64_t i = 0; i < n; i++) {
-        real grad = scale * g[i];
-        real m = exp_avg[i] = beta1 * exp_avg[i] + rate1 * grad;
-        real v = exp_avg_sq[i] = beta2 * exp_avg_sq[i] + rate2 * grad * grad;
-        w[i] = keep * w[i] - step_size * m / ((real)sqrt(v) * correction + eps);
-        g[i] = 0;
+    #pragma omp parallel for if (n > PARALLEL_WORK / 16)
+    for (int64_t from = 0; from < n; from += NUMBERS) {
+        #pragma omp simd
+        for (int64_t i = from; i < block_end(from, n); i++) {
+            real grad = scale * g[i];
+            real m = exp_avg[i] = beta1 * exp_avg[i] + rate1 * grad;
+            real v = exp_avg_sq[i] = beta2 * exp_avg_sq[i] + rate2 * grad * grad;
+            w[i] = keep * w[i] - step_size * m / ((real)sqrt(v) * correction + eps);
+            g[i] = 0;
+        }
     }
 }
 
@@ -3287,7 +3313,7 @@ static int save_checkpoint(Run *run, const char *path, Content content, int tria
     FileTensor *tensors = (FileTensor *)calloc((size_t)(n_blocks * n_rows + 1), sizeof(FileTensor));
     char (*names)[96] = (char (*)[96])malloc((size_t)(n_blocks * n_rows) * 96), texts[N_OPTIONS][96];
     size_t count = (size_t)run->table.count;
-    float *numbers = (float *)malloc(sizeof(real) == sizeof(float) ? 1 : (size_t)n_blocks * count * sizeof(float));
+    float *numbers = (float *)malloc(sizeof(real) == sizeof(float) ? sizeof(float) : (size_t)n_blocks * count * sizeof(float));
     Meta meta[N_OPTIONS + 1];
     int result = tensors && names && numbers ? 0 : fail(error, path, "cannot be written: out of memory");
     for (int block = 0; !result && block < n_blocks; block++) {
