@@ -36,6 +36,8 @@ enum { ON_GPU = 0 };
 #endif
 #include <dirent.h>
 #include <glob.h>
+#include <poll.h>
+#include <sched.h>
 #include <sys/wait.h>
 
 enum { IS_DOUBLE = sizeof(real) == sizeof(double) };
@@ -1265,6 +1267,8 @@ static uint64_t folder_state(int remove) {
     return state;
 }
 
+static void (*prepare_child)(void); // what start() does in the child before it becomes the program, NULL: nothing
+
 // Starts this binary in the work folder. Words are split at spaces, a ~ inside a word stands for a space.
 static pid_t start(const char *line) {
     static char text[4096];
@@ -1283,6 +1287,7 @@ static pid_t start(const char *line) {
     if (child) return child;
     alarm(120); // a program that hangs is a failure, not a test without an end
     if (chdir(work) || !freopen("../stdout", "wb", stdout) || !freopen("../stderr", "wb", stderr)) _exit(126);
+    if (prepare_child) prepare_child();
     execv(self, words);
     _exit(127);
 }
@@ -2490,6 +2495,354 @@ static void test_edges(void) {
     release();
 }
 
+// Writes a file of a machine that is not this one, in the work folder's subfolder `there`.
+static void pretend(const char *name, const char *text) {
+    char path[512];
+    snprintf(path, sizeof(path), "%s/there/%s", work, name);
+    for (char *slash = path + strlen(work) + 1; (slash = strchr(slash, '/')); slash++) {
+        *slash = 0;
+        mkdir(path, 0777);
+        *slash = '/';
+    }
+    snprintf(path, sizeof(path), "there/%s", name);
+    spill(path, text, strlen(text));
+}
+
+static void forget(const char *path) { // removes a folder with all that it holds
+    char inner[600];
+    DIR *dir = opendir(path);
+    for (struct dirent *entry; dir && (entry = readdir(dir)) != NULL;) {
+        if (!strcmp(entry->d_name, ".") || !strcmp(entry->d_name, "..")) continue;
+        snprintf(inner, sizeof(inner), "%.300s/%.255s", path, entry->d_name);
+        if (unlink(inner)) forget(inner);
+    }
+    if (dir) closedir(dir);
+    rmdir(path);
+}
+
+static void without_wishes(void) { // the environment of a user who wishes for nothing
+    static const char *const names[] = {"OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_PROC_BIND", "OMP_PLACES", "KMP_BLOCKTIME"};
+    for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++) unsetenv(names[i]);
+}
+static void on_one_core(void) {
+    without_wishes();
+#ifdef __linux__
+    cpu_set_t all, one;
+    CPU_ZERO(&one);
+    sched_getaffinity(0, sizeof(all), &all);
+    for (int i = 0; i < CPU_SETSIZE && !CPU_COUNT(&one); i++)
+        if (CPU_ISSET(i, &all)) CPU_SET(i, &one);
+    sched_setaffinity(0, sizeof(one), &one);
+#endif
+}
+
+// Whether the environment with which a program was started last holds the text.
+static int started_with(pid_t child, const char *text) {
+    static char environment[1 << 16];
+    char path[64];
+    snprintf(path, sizeof(path), "/proc/%d/environ", (int)child);
+    int fd = open(path, O_RDONLY);
+    ssize_t n = fd < 0 ? 0 : read(fd, environment, sizeof(environment));
+    if (fd >= 0) close(fd);
+    return n > 0 && memmem(environment, (size_t)n, text, strlen(text)) != NULL;
+}
+
+static void test_threads_allowed(void) {
+    heading("as many threads as the process may use, and how they wait");
+    static const struct { const char *name, *files[4][2]; int threads; } cases[] = {
+        {"no /sys, no /proc", {{NULL, NULL}}, 8},
+        {"version 2, no quota", {{"proc/self/cgroup", "0::/a\n"}, {"sys/fs/cgroup/a/cpu.max", "max 100000\n"}}, 8},
+        {"version 2, 1.5 cores", {{"proc/self/cgroup", "0::/a\n"}, {"sys/fs/cgroup/a/cpu.max", "150000 100000\n"}}, 2},
+        {"version 2, half a core further up", {{"proc/self/cgroup", "0::/a/b/c\n"}, {"sys/fs/cgroup/a/cpu.max", "10000 20000\n"}, {"sys/fs/cgroup/a/b/c/cpu.max", "300000 100000\n"}}, 1},
+        {"version 2 in a container, 3 cores", {{"proc/self/cgroup", "0::/\n"}, {"sys/fs/cgroup/cpu.max", "300000 100000\n"}}, 3},
+        {"version 1 in a container, 2.2 cores", {{"proc/self/cgroup", "5:memory:/m\n3:cpuacct,cpu:/docker/0a1b\n"}, {"sys/fs/cgroup/cpu/cpu.cfs_quota_us", "220000\n"}, {"sys/fs/cgroup/cpu/cpu.cfs_period_us", "100000\n"}}, 3},
+        {"version 1, no quota", {{"proc/self/cgroup", "3:cpu:/a\n"}, {"sys/fs/cgroup/cpu/a/cpu.cfs_quota_us", "-1\n"}, {"sys/fs/cgroup/cpu/a/cpu.cfs_period_us", "100000\n"}}, 8},
+        {"version 1, another controller's", {{"proc/self/cgroup", "3:cpuset:/a\n"}, {"sys/fs/cgroup/cpu/a/cpu.cfs_quota_us", "100000\n"}, {"sys/fs/cgroup/cpu/a/cpu.cfs_period_us", "100000\n"}}, 8},
+    };
+    char root[96];
+    snprintf(root, sizeof(root), "%s/there", work);
+    for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+        for (int f = 0; f < 4 && cases[i].files[f][0]; f++) pretend(cases[i].files[f][0], cases[i].files[f][1]);
+        int threads = threads_within(root, 8);
+        check(threads == cases[i].threads, "%s: %d of 8 threads", cases[i].name, threads);
+        forget(root);
+    }
+#if defined(_OPENMP) && defined(__linux__)
+    prepare_child = on_one_core;
+    int code = run("--data text " TINY "--seq 12 --batch 2 --steps 1 --eval-every 0 --out u.safetensors");
+    check(!code && output && strstr((char *)output, ", 1 threads,"), "bound to one core: 1 thread, told at the start");
+    prepare_child = NULL;
+    n_threads = "3";
+    code = run("--data text " TINY "--seq 12 --batch 2 --steps 1 --eval-every 0 --out u.safetensors");
+    check(!code && output && strstr((char *)output, ", 3 threads,"), "OMP_NUM_THREADS=3 rules");
+    n_threads = "2";
+#endif
+#if defined(_OPENMP) && defined(__linux__) && !defined(KMP_VERSION_MAJOR)
+    static const char line[] = "--run --data text " SMALL "--steps 100000 --eval-every 0 --out u.safetensors --log u.log";
+    for (int wishes = 0; wishes < 2; wishes++) {
+        discard("u.log");
+        prepare_child = wishes ? NULL : without_wishes; // the test itself runs with OMP_WAIT_POLICY=passive
+        pid_t child = start_and_wait_for_log(line, "u.log", 2);
+        int bounded = started_with(child, "GOMP_SPINCOUNT="), again = started_with(child, "SESSA_STARTED_AGAIN=");
+        kill(child, SIGINT);
+        code = finish(child);
+        if (wishes) check(code == 130 && !bounded && !again, "OMP_WAIT_POLICY set: that rules, the program is started once");
+        else check(code == 130 && bounded == again && (again || omp_get_num_procs() == 1), "waiting is bounded: started again, once, with GOMP_SPINCOUNT");
+    }
+    prepare_child = NULL;
+    fflush(stdout);
+    pid_t child = fork();
+    if (!child) { // what has been started again, and what finds a mark that is not its own
+        char mark[32], *none[] = {self, NULL};
+        without_wishes();
+        snprintf(mark, sizeof(mark), "%d", (int)getpid());
+        setenv("GOMP_SPINCOUNT", "1000", 1);
+        setenv("SESSA_STARTED_AGAIN", mark, 1);
+        start_again(none);
+        int clean = !getenv("GOMP_SPINCOUNT") && !getenv("SESSA_STARTED_AGAIN");
+        setenv("GOMP_SPINCOUNT", "7", 1);
+        setenv("SESSA_STARTED_AGAIN", "1", 1);
+        start_again(none);
+        _exit(clean && getenv("GOMP_SPINCOUNT") && !getenv("SESSA_STARTED_AGAIN") ? 0 : 1);
+    }
+    check(!finish(child), "then its environment is as it was before");
+#endif
+    release();
+}
+
+static void on_small_stacks(void) {
+    struct rlimit limit = {256 << 10, 256 << 10};
+    setrlimit(RLIMIT_STACK, &limit);
+    setenv("OMP_STACKSIZE", "128k", 1);
+}
+
+static void test_stacks(void) {
+    heading("stacks of 128 KiB a thread, 256 KiB for the first");
+    prepare_child = on_small_stacks;
+    for (int i = 0; i < N_MIXERS; i++) { // threads at products together; each at whole sequences
+        const char *name = mixers[i].name;
+        int ok = !run("--data text --overwrite --mixer %s --dim 96 --layers 2 --heads 4 --seq 200 --batch 4 --steps 2 --eval-every 1 --sample-every 2 --log s.log --out s.safetensors", name);
+        ok = ok && !run("--data text --overwrite --mixer %s --dim 96 --layers 1 --heads 1 --seq 300 --batch 1 --steps 2 --eval-every 0 --out s.safetensors", name);
+        ok = ok && (IS_DOUBLE || !run("--resume s.safetensors --steps 3 --eval-every 0")) && !run("--load s.best.safetensors --generate 20");
+        check(ok, "%s: trains, saves, resumes and generates", name);
+    }
+    prepare_child = NULL;
+    release();
+}
+
+#if defined(__linux__) && !defined(__SANITIZE_ADDRESS__)
+static int bounded_resource;
+static void with_half_a_gib(void) {
+    struct rlimit limit = {512 << 20, 512 << 20};
+    setrlimit(bounded_resource, &limit);
+}
+#endif
+
+static void test_memory_limits(void) {
+    heading("what does not fit is refused before it is touched");
+    static const char meminfo[] = "MemTotal:  800000 kB\nMemFree:  3 kB\nMemAvailable:  409600 kB\nSwapFree:  0 kB\n";
+    static const struct { const char *name, *files[5][2]; double mib; const char *who; } cases[] = {
+        {"the machine", {{"proc/meminfo", meminfo}}, 400, "this machine"},
+        {"the machine, 100 MiB of swap", {{"proc/meminfo", "MemAvailable:  409600 kB\nSwapFree:  102400 kB\n"}}, 500, "this machine"},
+        {"version 2", {{"proc/meminfo", meminfo}, {"proc/self/cgroup", "0::/a\n"}, {"sys/fs/cgroup/a/memory.max", "104857600\n"}, {"sys/fs/cgroup/a/memory.current", "62914560\n"}}, 40, "its cgroup"},
+        {"version 2, half of it cache of files", {{"proc/meminfo", meminfo}, {"proc/self/cgroup", "0::/a\n"}, {"sys/fs/cgroup/a/memory.max", "104857600\n"}, {"sys/fs/cgroup/a/memory.current", "62914560\n"}, {"sys/fs/cgroup/a/memory.stat", "anon 31457280\ninactive_file 20971520\nactive_file 10485760\n"}}, 70, "its cgroup"},
+        {"version 2, further up", {{"proc/meminfo", meminfo}, {"proc/self/cgroup", "0::/a/b\n"}, {"sys/fs/cgroup/a/b/memory.max", "max\n"}, {"sys/fs/cgroup/a/memory.max", "104857600\n"}, {"sys/fs/cgroup/a/memory.current", "94371840\n"}}, 10, "its cgroup"},
+        {"version 1 in a container", {{"proc/meminfo", meminfo}, {"proc/self/cgroup", "4:memory:/docker/0a1b\n"}, {"sys/fs/cgroup/memory/memory.limit_in_bytes", "209715200\n"}, {"sys/fs/cgroup/memory/memory.usage_in_bytes", "209715201\n"}, {"sys/fs/cgroup/memory/memory.stat", "inactive_file 7\ntotal_inactive_file 1048577\n"}}, 1, "its cgroup"},
+        {"version 1, no limit", {{"proc/meminfo", meminfo}, {"proc/self/cgroup", "4:memory:/a\n"}, {"sys/fs/cgroup/memory/a/memory.limit_in_bytes", "9223372036854771712\n"}, {"sys/fs/cgroup/memory/a/memory.usage_in_bytes", "1\n"}}, 400, "this machine"},
+    };
+    char root[96];
+    snprintf(root, sizeof(root), "%s/there", work);
+    for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+        for (int f = 0; f < 5 && cases[i].files[f][0]; f++) pretend(cases[i].files[f][0], cases[i].files[f][1]);
+        Room left = memory_left(root);
+        check(left.bytes == cases[i].mib * 0x1p20 && !strcmp(left.who, cases[i].who), "%s: %s leaves %.1f MiB", cases[i].name, left.who, left.bytes / 0x1p20);
+        forget(root);
+    }
+#if defined(__linux__) && !defined(__SANITIZE_ADDRESS__) // whose shadow is larger than any limit
+    static const struct { int resource; const char *name, *options; } limits[] = {
+        {RLIMIT_AS, "ulimit -v", "--data text --dim 2048 --layers 2 --seq 12 --batch 2 --steps 1 --out u.safetensors"},
+        {RLIMIT_DATA, "ulimit -d", "--data text --dim 16 --layers 1 --seq 500 --batch 4000 --steps 1 --out u.safetensors"},
+        {RLIMIT_AS, "ulimit -v", "--data sparse --format bytes " TINY "--steps 1 --out u.safetensors"},
+        {RLIMIT_DATA, "ulimit -d", "--load good.safetensors --generate 900000000"},
+    };
+    char path[256];
+    spill("sparse", "", 0);
+    snprintf(path, sizeof(path), "%s/sparse", work);
+    int made = !truncate(path, 1 << 30);
+    prepare_child = with_half_a_gib;
+    for (int i = 0; i < 4; i++) {
+        struct rusage usage;
+        char line[512];
+        int status = 0;
+        bounded_resource = limits[i].resource;
+        snprintf(line, sizeof(line), "--run %s", limits[i].options);
+        pid_t child = start(line);
+        wait4(child, &status, 0, &usage);
+        complaint = slurp("../stderr", &complaint_size);
+        const char *first = (const char *)complaint, *end = first ? strchr(first, '\n') : NULL;
+        int told = end && !end[1] && strstr(first, "does not fit: it needs ") && strstr(first, limits[i].name);
+        check(made && WIFEXITED(status) && WEXITSTATUS(status) == 1 && told && usage.ru_maxrss < 100 << 10, "%s of 512 MiB, %ld MiB touched: %.100s",
+              limits[i].name, (long)usage.ru_maxrss >> 10, told ? strstr(first, "it needs") : first ? first : "");
+    }
+    prepare_child = NULL;
+    discard("sparse");
+#endif
+    release();
+}
+
+// A terminal, as far as the program's lines go: a window of so many columns, the rows that went up included.
+enum { SCREEN_ROWS = 400, SCREEN_COLUMNS = 256 };
+typedef struct {
+    char rows[SCREEN_ROWS][SCREEN_COLUMNS + 1];
+    int columns, row, column, wraps, in_command, commands; // wraps: of lines of steps; commands: escape sequences
+} Screen;
+
+static void show(Screen *s, const char *bytes, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        char c = bytes[i], *row = s->rows[s->row];
+        if (c == 27) s->in_command = 1;
+        else if (s->in_command) {
+            s->in_command = !isalpha((unsigned char)c);
+            if (c != 'J') continue;
+            s->commands++;
+            memset(row + s->column, 0, (size_t)(SCREEN_COLUMNS - s->column));
+            memset(s->rows + s->row + 1, 0, sizeof(s->rows[0]) * (size_t)(SCREEN_ROWS - 1 - s->row));
+        } else if (c == '\r') s->column = 0;
+        else if (c == '\n') s->row += s->row + 1 < SCREEN_ROWS;
+        else {
+            if (s->column == s->columns) {
+                s->wraps += !strncmp(row, "step", 4) || !strncmp(row, "val", 3) || !strncmp(row, "loss", 4);
+                s->column = 0;
+                s->row += s->row + 1 < SCREEN_ROWS;
+            }
+            for (int k = 0; k < s->column; k++) if (!s->rows[s->row][k]) s->rows[s->row][k] = ' ';
+            s->rows[s->row][s->column++] = c;
+        }
+    }
+}
+
+static int terminal_fd;
+static const char *terminal_name, *terminal_type;
+static void at_terminal(void) {
+    setsid();
+    int fd = open(terminal_name, O_RDWR);
+#ifdef TIOCSCTTY
+    ioctl(fd, TIOCSCTTY, 0);
+#endif
+    dup2(fd, 0);
+    dup2(fd, 1);
+    dup2(fd, 2);
+    close(terminal_fd);
+    setenv("TERM", terminal_type, 1);
+    unsetenv("COLUMNS");
+}
+
+static void resize(Screen *s, int columns) {
+    struct winsize size;
+    memset(&size, 0, sizeof(size));
+    size.ws_col = (unsigned short)columns;
+    size.ws_row = 24;
+    ioctl(terminal_fd, TIOCSWINSZ, &size);
+    s->columns = columns ? columns : 80;
+}
+
+// Shows what comes within so many milliseconds of silence, or up to the text; 0 at the end of it all.
+static int watch(Screen *s, int patience, const char *text) {
+    static char bytes[1 << 16];
+    struct pollfd ready = {terminal_fd, POLLIN, 0};
+    while (poll(&ready, 1, patience) > 0) {
+        ssize_t n = read(terminal_fd, bytes, sizeof(bytes));
+        if (n <= 0) return 0;
+        show(s, bytes, (size_t)n);
+        if (text && memmem(bytes, (size_t)n, text, strlen(text))) break;
+    }
+    return 1;
+}
+
+static pid_t start_at_terminal(Screen *s, int columns, const char *type, const char *line) {
+    memset(s, 0, sizeof(*s));
+    terminal_fd = posix_openpt(O_RDWR | O_NOCTTY);
+    if (terminal_fd < 0 || grantpt(terminal_fd) || unlockpt(terminal_fd) || !(terminal_name = ptsname(terminal_fd))) return -1;
+    int slave = open(terminal_name, O_RDWR | O_NOCTTY); // macOS takes a size only while someone has it open
+    resize(s, columns);
+    terminal_type = type;
+    prepare_child = at_terminal;
+    pid_t child = start(line);
+    prepare_child = NULL;
+    close(slave);
+    return child;
+}
+
+static void test_terminal(void) {
+    heading("the line of a step: in place on a terminal of any width, often enough in a file");
+    static const struct { int columns; const char *type, *row; } cases[] = {
+        {20, "xterm", "val "}, {40, "xterm", "step 10/30 | loss "}, {80, "xterm", "step 10/30 | loss "},
+        {200, "xterm", "step 10/30 | loss "}, {0, "xterm", "step 10/30 | loss "}, {40, "dumb", "step 10/30 | loss "}};
+    static Screen s;
+    int status = 0;
+    for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+        pid_t child = start_at_terminal(&s, cases[i].columns, cases[i].type, "--run --data text " SMALL "--steps 30 --eval-every 10 --eval-batches 2 --out y.safetensors");
+        if (child < 0) { check(0, "no pseudo-terminal"); return; }
+        while (watch(&s, 60000, NULL)) continue;
+        waitpid(child, &status, 0);
+        close(terminal_fd);
+        int rows = 0, whole = 0, spaces = 0;
+        const char *first = "";
+        for (int r = 0; r < SCREEN_ROWS; r++) {
+            char *row = s.rows[r], *val = strstr(row, "val "), *end = row + strlen(row);
+            while (end > row && end[-1] == ' ') *--end = 0;
+            if (strncmp(row, "step", 4) && strncmp(row, "val ", 4) && strncmp(row, "loss", 4)) continue;
+            if (!rows++) first = row;
+            strtod(val ? val + 4 : row, &end);
+            whole += val && (!*end || (rows == 3 && end[0] == ' ' && end[1] == '(')); // nothing of a longer line behind it
+            spaces += strstr(row, "  ") != NULL;
+        }
+        int dumb = !strcmp(cases[i].type, "dumb");
+        check(!status && rows == 3 && whole == 3 && !spaces && !s.wraps && !strncmp(first, cases[i].row, strlen(cases[i].row)) && (s.commands == 0) == dumb,
+              "%d columns, %s: three validations, nothing else stays: %s", cases[i].columns, cases[i].type, first);
+    }
+    pid_t child = start_at_terminal(&s, 80, "xterm", "--run --data text " SMALL "--steps 100000 --eval-every 0 --out y.safetensors");
+    watch(&s, 60000, "step 5/");
+    kill(child, SIGSTOP);
+    waitpid(child, &status, WUNTRACED);
+    watch(&s, 100, NULL);
+    int before = s.wraps, left = (int)strlen(s.rows[s.row]);
+    resize(&s, 40);
+    kill(child, SIGCONT);
+    for (int i = 0; i < 30; i++) watch(&s, 60000, "step");
+    int narrow = (int)strlen(s.rows[s.row]), more = s.wraps - before;
+    check(!before && left > 60 && left < 80 && narrow > 20 && narrow < 40 && more <= 1, "made narrower, from 80 to 40 columns: the next line fits, %d and then %d wide", left, narrow);
+    if (write(terminal_fd, "\3", 1) != 1) check(0, "Ctrl-C cannot be typed");
+    while (watch(&s, 60000, NULL)) continue;
+    waitpid(child, &status, 0);
+    close(terminal_fd);
+    int ending = 0, hint = 0;
+    for (int r = 0; r < SCREEN_ROWS; r++) {
+        ending += !strncmp(s.rows[r], "ending after this step", 22);
+        hint += !strncmp(s.rows[r], "go on with: ", 12);
+    }
+    check(WIFEXITED(status) && WEXITSTATUS(status) == 130 && ending == 1 && hint == 1, "Ctrl-C: what is said of it begins a row");
+    int code = run("--data text " SMALL "--steps 250 --eval-every 120 --eval-batches 1 --out y.safetensors"), lines = 0;
+    for (const char *at = (char *)output; at && (at = strstr(at, "step ")); at++) lines += at == (char *)output || at[-1] == '\n';
+    check(!code && lines == 6 && !memchr(output, 27, output_size) && !memchr(output, '\r', output_size), "a file: steps 1, 100, 120, 200, 240, 250, and no command of a terminal");
+    Options o;
+    Training t;
+    memset(&o, 0, sizeof(o));
+    memset(&t, 0, sizeof(t));
+    Step quick = {7, 1, 1, 1, 1, 0.1}, slow = {7, 1, 1, 1, 1, 4}, slower = {7, 1, 1, 1, 1, 11}, of_before = {7, 1, 1, 1, 1, NAN};
+    int standard_output = dup(STDOUT_FILENO), null = open("/dev/null", O_WRONLY);
+    fflush(stdout);
+    dup2(null, STDOUT_FILENO); // no terminal
+    o.step = 7;
+    int often = !is_printed(&o, &t, &quick, 9.8) && is_printed(&o, &t, &quick, 9.95) && !is_printed(&o, &t, &slow, 4) && is_printed(&o, &t, &slow, 8) &&
+                is_printed(&o, &t, &slower, 11) && !is_printed(&o, &t, &of_before, 3);
+    dup2(standard_output, STDOUT_FILENO);
+    close(standard_output);
+    close(null);
+    check(often, "a file: silent for ten seconds at most, where no step takes longer");
+    release();
+}
+
 // The check of dumps must fail where it should: on copies of a dump with one thing wrong.
 static void test_bad_dumps(const char *dump) {
     heading("damaged copies of a dump are refused");
@@ -2537,7 +2890,11 @@ static void test_program(const glob_t *dumps) {
         if (!ON_GPU) test_formats();
         if (!ON_GPU) test_oddities();
         if (!ON_GPU) test_edges();
+        if (!ON_GPU) test_memory_limits();
+        if (!ON_GPU) test_terminal();
     }
+    if (!ON_GPU) test_threads_allowed();
+    if (!ON_GPU) test_stacks();
     if (!ON_GPU) test_threads();
     if (!ON_GPU) test_order();
     setenv("TEST_PRECISION", "fp32", 1); // for texts that the CPU's forward passes give
@@ -3372,6 +3729,7 @@ static void test_cuda(const glob_t *dumps) {
 
 int main(int argc, char **argv) {
     if (argc > 1 && !strcmp(argv[1], "--run")) { // the program, started by start()
+        start_again(argv);
         argv[1] = argv[0];
         return run_tested(argc - 1, argv + 1);
     }

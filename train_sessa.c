@@ -34,7 +34,8 @@ a `char *error` and returns 0, or FAILED (WRONG_OPTION for what the user typed) 
 #error "-Ofast and -ffast-math hide a loss that is not finite: add -fno-finite-math-only"
 #endif
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
-#error "safetensors, token shards and checkpoints are little-endian, and the program copies them as they are: this machine is not"
+#error                                                                                                       \
+    "safetensors, token shards and checkpoints are little-endian, and the program copies them as they are: this machine is not"
 #endif
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -56,6 +57,7 @@ a `char *error` and returns 0, or FAILED (WRONG_OPTION for what the user typed) 
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
@@ -195,10 +197,11 @@ enum { VECTOR_BYTES = 16, TILE_ROWS = 6 };
 enum {
     LANES = VECTOR_BYTES / (int)sizeof(real),
     TILE_COLS = 2 * LANES,
-    LOW_ROWS = TILE_ROWS / 3,    // a lower tile for what is left below the full ones
-    BLOCK_K = 256,               // a packed strip of B, BLOCK_K × TILE_COLS, comes from the L2 cache
-    BLOCK_N = 8 * TILE_COLS,     // a packed block of B, BLOCK_K × BLOCK_N, stays there
-    PARALLEL_WORK = 1 << 17      // multiply-adds below which a product is not worth waking the threads
+    LOW_ROWS = TILE_ROWS / 3, // a lower tile for what is left below the full ones
+    BLOCK_K = 256,            // a packed strip of B, BLOCK_K × TILE_COLS, comes from the L2 cache
+    BLOCK_N = 8 * TILE_COLS,  // a packed block of B, BLOCK_K × BLOCK_N, stays there
+    NARROW_N = 2 * TILE_COLS, // one that a thread alone packs, 64 KiB at most: threads may have 128 of stack
+    PARALLEL_WORK = 1 << 17   // multiply-adds below which a product is not worth waking the threads
 };
 typedef real Vector __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
 
@@ -289,8 +292,9 @@ static inline void tile_product(real *out, ptrdiff_t ld, Matrix a, const real *b
 // A thread's part of matmul. Of each block of B every thread packs some strips; then, of the tiles of `out` over that
 // block, counted row by row, it computes an equal share. The barriers keep the block whole while anyone reads it. Which
 // thread takes a tile changes no sum: the bits do not depend on the number of threads.
-ONE_COPY static void matmul_share(real *out, ptrdiff_t ld, Matrix a, Matrix b, int M, int N, int K, real alpha, real beta,
-                         const real *bias, real *packed, int thread, int threads) {
+ONE_COPY static void matmul_share(real *out, ptrdiff_t ld, Matrix a, Matrix b, int M, int N, int K,
+                                  real alpha, real beta, const real *bias, real *packed, int thread,
+                                  int threads) {
     real edge[LOW_ROWS * BLOCK_K], sum[TILE_ROWS * TILE_COLS], zeros[TILE_COLS] = {0};
     int high = M / TILE_ROWS, low = (M % TILE_ROWS + LOW_ROWS - 1) / LOW_ROWS; // rows of tiles, a low one a third of the work
     for (int n0 = 0; n0 < N; n0 += BLOCK_N)
@@ -334,10 +338,10 @@ ONE_COPY static void matmul_share(real *out, ptrdiff_t ld, Matrix a, Matrix b, i
         }
 }
 
-// Does `work` for item = 0 .. items-1: one item a thread where `parallel` says so and the threads are free, else one after
-// the other. (An `if` clause would open a region of one thread, inside which no threads can be had without starting them.)
-// `work` is a call of a function that is compiled as ONE_COPY: two copies, one for threads and one for a thread alone, may
-// round differently.
+// Does `work` for item = 0 .. items-1: one item a thread where `parallel` says so and the threads are free,
+// else one after the other. (An `if` clause would open a region of one thread, inside which no threads can be
+// had without starting them.) `work` is a call of a function that is compiled as ONE_COPY: two copies, one
+// for threads and one for a thread alone, may round differently.
 #define FOR_ITEMS(parallel, items, work) do {                                           \
         if (omp_in_parallel() || (items) == 1 || !(parallel)) {                         \
             for (int item = 0; item < (items); item++) work;                            \
@@ -361,11 +365,25 @@ static inline void row_product(real *out, Matrix a, Matrix b, int N, int K, real
     for (int j = 0; j < N; j++) out[j] = alpha * sum[j] + (beta == 0 ? 0 : beta * out[j]) + (bias ? bias[j] : 0);
 }
 
-ONE_COPY static void row_strip(real *out, Matrix a, Matrix b, int N, int K, real alpha, real beta, const real *bias, int j0) {
+ONE_COPY static void row_strip(real *out, Matrix a, Matrix b, int N, int K, real alpha, real beta,
+                               const real *bias, int j0) {
     Matrix strip = {b.at + j0 * b.col, b.row, b.col};
     if (bias) bias += j0;
     if (N - j0 >= TILE_COLS) row_product(out + j0, a, strip, TILE_COLS, K, alpha, beta, bias);
     else row_product(out + j0, a, strip, N - j0, K, alpha, beta, bias);
+}
+
+// The calling thread does all of it, NARROW_N columns at a time: the same tiles, so the same sums.
+__attribute__((noinline)) // what it packs is on no other function's stack
+static void
+matmul_alone(real *out, ptrdiff_t ld, Matrix a, Matrix b, int M, int N, int K, real alpha, real beta,
+             const real *bias) {
+    real packed[BLOCK_K * NARROW_N] __attribute__((aligned(64)));
+    for (int j = 0; j < N; j += NARROW_N) {
+        Matrix columns = {b.at + j * b.col, b.row, b.col};
+        matmul_share(out + j, ld, a, columns, M, min_int(NARROW_N, N - j), K, alpha, beta,
+                     bias ? bias + j : NULL, packed, 0, 1);
+    }
 }
 
 // out = alpha·A·B + beta·out + bias: A (M,K), B (K,N), out (M,N) with `ld` elements from row to row, bias (N) or NULL.
@@ -373,7 +391,8 @@ ONE_COPY static void row_strip(real *out, Matrix a, Matrix b, int N, int K, real
 //     for i < M: for j < N: out[i][j] = alpha · Σ_k A[i][k]·B[k][j] + beta · out[i][j] + bias[j]
 // All threads share the work, unless they are at work already: then the calling thread does all of it.
 static void matmul(real *out, ptrdiff_t ld, Matrix a, Matrix b, int M, int N, int K, real alpha, real beta, const real *bias) {
-    real packed[BLOCK_K * BLOCK_N] __attribute__((aligned(64)));
+    static real packed[BLOCK_K * BLOCK_N]
+        __attribute__((aligned(64))); // of the one product that all threads are at
     if (K == 0 && beta == 1 && !bias) return;
     if (M > 1 && N == 1 && ld == 1 && !bias) {
         matmul(out, M, transpose(b), transpose(a), 1, M, K, alpha, beta, NULL);
@@ -385,7 +404,7 @@ static void matmul(real *out, ptrdiff_t ld, Matrix a, Matrix b, int M, int N, in
         return;
     }
     if (omp_in_parallel() || (int64_t)M * N * K < PARALLEL_WORK) {
-        matmul_share(out, ld, a, b, M, N, K, alpha, beta, bias, packed, 0, 1);
+        matmul_alone(out, ld, a, b, M, N, K, alpha, beta, bias);
         return;
     }
     #pragma omp parallel
@@ -457,8 +476,8 @@ static double random_normal(uint64_t *state) { // Box and Muller
 typedef struct { double probability; uint64_t seed, micro_step; } Dropout;
 static const Dropout no_dropout = {0, 0, 0};
 
-// Where threads share out single numbers, a share is blocks of this many, whole vectors: compilers round the rest of a vector
-// in other ways, and where a rest is must not depend on the number of threads.
+// Where threads share out single numbers, a share is blocks of this many, whole vectors: compilers round the
+// rest of a vector in other ways, and where a rest is must not depend on the number of threads.
 enum { NUMBERS = 2048 };
 static inline int64_t block_end(int64_t from, int64_t n) { return n - from < NUMBERS ? n : from + NUMBERS; }
 
@@ -670,7 +689,8 @@ static inline void softmax_columns(real *w, real *stats, int known, const real *
         for (int r = 0; r < m; r++) w[(size_t)j * n + r] *= sum[r];
 }
 
-ONE_COPY static void softmax_block(real *w, real *stats, int known, const real *gain, int n, int seen, int cols, int m) {
+ONE_COPY static void softmax_block(real *w, real *stats, int known, const real *gain, int n, int seen,
+                                   int cols, int m) {
     if (m == TILE_COLS) softmax_columns(w, stats, known, gain, n, seen, cols, TILE_COLS);
     else if (n == 1) softmax_columns(w, stats, known, gain, 1, seen, cols, 1); // generation: one row, vectors along it
     else softmax_columns(w, stats, known, gain, n, seen, cols, m);
@@ -713,8 +733,9 @@ static void softmax_panel_backward(real *dweights, real *weights, real *delta, c
 // (B,T-first,H·d). stats (B,H,T-first,2) is kept for the backward pass, which computes the weights again, panel by panel.
 // Item b·H + h is head h of sequence b. Of its panel, the rows i0..i0+n-1, it computes
 //     weights = softmax_panel(q_I, k),   out_I = weights · v
-ONE_COPY static void attention_head(int item, real *out, real *stats, real *scratch, const real *q, const real *k, const real *v,
-                           int ld, int T, int H, int G, int d, int first, int P) {
+ONE_COPY static void attention_head(int item, real *out, real *stats, real *scratch, const real *q,
+                                    const real *k, const real *v, int ld, int T, int H, int G, int d,
+                                    int first, int P) {
     size_t b = (size_t)(item / H), rows = (size_t)(T - first), kv = b * (size_t)T * ld + item % H / (H / G) * d;
     real *weights = scratch + panel_scratch(T) * (size_t)omp_get_thread_num();
     for (int i0 = first; i0 < T; i0 += P) {
@@ -737,8 +758,9 @@ static void attention_forward(real *out, real *stats, real *scratch, const real 
 //     dq_t = σ(d) Σ_j dlogit_tj k_j,   dk_j = σ(d) Σ_t dlogit_tj q_t
 // each line a matrix product for a panel of rows t. dq, dk, dv have the layout of q, k, v. Item b·G + g is the heads of one
 // group: they add to the same dk and dv. Panels run from the last: it sees all keys, so it writes what the others add to.
-ONE_COPY static void attention_group_backward(int item, real *dq, real *dk, real *dv, real *scratch, const real *dout, real *stats,
-                                     const real *q, const real *k, const real *v, int ld, int T, int H, int G, int d, int P) {
+ONE_COPY static void attention_group_backward(int item, real *dq, real *dk, real *dv, real *scratch,
+                                              const real *dout, real *stats, const real *q, const real *k,
+                                              const real *v, int ld, int T, int H, int G, int d, int P) {
     real *weights = scratch + panel_scratch(T) * (size_t)omp_get_thread_num(), *dlogits = weights + PANEL_MAX * (size_t)T;
     real scale = 1 / (real)sqrt((double)d);
     int b = item / G, first_head = item % G * (H / G);
@@ -806,8 +828,9 @@ static void gain_backward(real *dx, real *dweight, real *dbias, real *dgamma, co
 // f (B,T-first,D); q', k': D columns of rows ld apart, q' for the positions first..T-1 and k' for 0..T-1; gamma
 // (B,T-first), stats (B,T-first,2); s (B,T,D), its rows before first known. Kept for the backward pass: q', k', gamma,
 // stats and s, all O(T). |gamma| < 1 keeps it bounded: |s| ≤ max|f| / (1 - max|gamma|). Sequence b:
-ONE_COPY static void feedback_sequence(int b, real *s, real *stats, real *scratch, const real *f, const real *q, const real *k, int ld,
-                              const real *gamma, int T, int D, int first, int P) {
+ONE_COPY static void feedback_sequence(int b, real *s, real *stats, real *scratch, const real *f,
+                                       const real *q, const real *k, int ld, const real *gamma, int T, int D,
+                                       int first, int P) {
     real *A = scratch + panel_scratch(T) * (size_t)omp_get_thread_num(), *s_b = s + (size_t)b * T * D;
     for (int i0 = first; i0 < T; i0 += P) {
         int n = min_int(P, T - i0);
@@ -839,8 +862,10 @@ static void feedback_forward(real *s, real *stats, real *scratch, const real *f,
 // Panels from the last, in which α is computed again.
 // df, ds, s (B,T,D), df may be ds itself; dgamma (B,T); dq', dk' with the layout of q', k'. Sequence b, its λ being ds
 // before and df after:
-ONE_COPY static void feedback_sequence_backward(int b, real *df, real *dq, real *dk, real *dgamma, real *scratch, const real *s,
-                                       real *stats, const real *q, const real *k, int ld, const real *gamma, int T, int D, int P) {
+ONE_COPY static void feedback_sequence_backward(int b, real *df, real *dq, real *dk, real *dgamma,
+                                                real *scratch, const real *s, real *stats, const real *q,
+                                                const real *k, int ld, const real *gamma, int T, int D,
+                                                int P) {
     real *A = scratch + panel_scratch(T) * (size_t)omp_get_thread_num(), scale = 1 / (real)sqrt((double)D);
     real *dlogits = A + PANEL_MAX * (size_t)T, *inside = dlogits + PANEL_MAX * (size_t)T;
     real *lambda = df + (size_t)b * T * D;
@@ -1049,8 +1074,9 @@ static void chunk_weights(real *M, real *fades, real *delta, const real *cb, con
 
 // Head h of a chunk: y = decay ⊙ y + (M + skip·I) x, and what it adds to the state: fresh (n,E), with next =
 // decay_last · state.
-ONE_COPY static void scan_head(int h, real *y, real *next, real *fresh, const real *state, const real *cb, const real *keep,
-                      const real *x, const real *step, real skip, int n, int E, int S, int heads) {
+ONE_COPY static void scan_head(int h, real *y, real *next, real *fresh, const real *state, const real *cb,
+                               const real *keep, const real *x, const real *step, real skip, int n, int E,
+                               int S, int heads) {
     int w = E / heads, W = E + 2 * S;
     real M[CHUNK * CHUNK], fades[CHUNK * CHUNK], delta[CHUNK], decay = 1;
     chunk_weights(M, fades, delta, cb, keep, step, n, heads, h);
@@ -1068,8 +1094,9 @@ ONE_COPY static void scan_head(int h, real *y, real *next, real *fresh, const re
         for (int i = h * w; i < (h + 1) * w; i++) next[(size_t)s * E + i] = decay * state[(size_t)s * E + i];
 }
 
-ONE_COPY static void scan_sequence(int b, real *y, real *states, int kept, real *scratch, const real *xbc, const real *step,
-                          const real *A_log, const real *skip, int T, int E, int S, int heads, int P) {
+ONE_COPY static void scan_sequence(int b, real *y, real *states, int kept, real *scratch, const real *xbc,
+                                   const real *step, const real *A_log, const real *skip, int T, int E, int S,
+                                   int heads, int P) {
     size_t size = (size_t)S * (size_t)E;
     real *keep = scratch + scan_scratch(E, S, heads) * (size_t)omp_get_thread_num(), *cb = keep + CHUNK * heads;
     real *fresh = cb + CHUNK * CHUNK;
@@ -1106,7 +1133,8 @@ static void scan_forward(real *y, real *states, int kept, real *scratch, const r
 // which columns h, heads + h and 2·heads + h are the gradients of Δ, A_log and skip from that row.
 typedef struct { const real *state, *keep, *cb, *x, *step, *dy, *faded, *read, *pulled; real *dh, *dx, *dstep; } ScanChunk;
 
-ONE_COPY static void scan_head_backward(int h, const ScanChunk *k, real *dcb, real A_log, real skip, int n, int E, int S, int heads) {
+ONE_COPY static void scan_head_backward(int h, const ScanChunk *k, real *dcb, real A_log, real skip, int n,
+                                        int E, int S, int heads) {
     int w = E / heads, W = E + 2 * S, last = n - 1;
     real M[CHUNK * CHUNK], fades[CHUNK * CHUNK], dM[CHUNK * CHUNK], ddelta[CHUNK] = {0}, delta[CHUNK];
     double dL[CHUNK] = {0}; // in double what is added here is taken away there without a trace
@@ -1153,9 +1181,10 @@ ONE_COPY static void scan_head_backward(int h, const ScanChunk *k, real *dcb, re
     }
 }
 
-ONE_COPY static void scan_sequence_backward(int b, real *dxbc, real *dstep, real *scratch, const real *dy, const real *states,
-                                   const real *xbc, const real *step, const real *A_log, const real *skip, int T, int E, int S,
-                                   int heads, int P) {
+ONE_COPY static void scan_sequence_backward(int b, real *dxbc, real *dstep, real *scratch, const real *dy,
+                                            const real *states, const real *xbc, const real *step,
+                                            const real *A_log, const real *skip, int T, int E, int S,
+                                            int heads, int P) {
     size_t size = (size_t)S * (size_t)E;
     int w = E / heads, W = E + 2 * S;
     real *keep = scratch + scan_scratch(E, S, heads) * (size_t)omp_get_thread_num(), *cb = keep + CHUNK * heads;
@@ -1630,6 +1659,162 @@ static int find_mixer(const char *name) {
 }
 
 // ----------------------------------------------------------------------------
+// the machine: the threads and the memory that this process may use
+//
+// `root` is where /proc and /sys lie: "", but in tests. Where there are none nothing bounds.
+
+// A number in a file: number `field` of the line that begins with `key`. NAN if there is none.
+static double number_in(const char *path, const char *key, int field) {
+    char text[8192] = "\n", line[64], *end;
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    ssize_t n = fd < 0 ? 0 : read(fd, text + 1, sizeof(text) - 2);
+    if (fd >= 0) close(fd);
+    text[n > 0 ? n + 1 : 1] = 0;
+    snprintf(line, sizeof(line), "\n%s", key);
+    const char *at = strstr(text, line);
+    if (at) at += strlen(line);
+    for (; at && field > 0; field--) at = strchr(at, ' ') ? strchr(at, ' ') + 1 : NULL;
+    double number = at ? strtod(at, &end) : NAN;
+    return at && end > at ? number : NAN;
+}
+static double number_of_cgroup(const char *folder, const char *file, const char *key, int field) {
+    char path[PATH_MAX];
+    return snprintf(path, sizeof(path), "%s/%s", folder, file) < PATH_MAX ? number_in(path, key, field) : NAN;
+}
+
+// The cores that a cgroup may keep busy, and the bytes that it may still take: the cache of files makes room.
+// Its files have the names of version 2 or those of version 1. INFINITY: it sets no bound.
+static double cgroup_cores(const char *folder) {
+    double quota = number_of_cgroup(folder, "cpu.max", "", 0),
+           period = number_of_cgroup(folder, "cpu.max", "", 1);
+    if (isnan(period)) {
+        quota = number_of_cgroup(folder, "cpu.cfs_quota_us", "", 0);
+        period = number_of_cgroup(folder, "cpu.cfs_period_us", "", 0);
+    }
+    return quota > 0 && period > 0 ? quota / period : INFINITY;
+}
+static double cgroup_memory(const char *folder) {
+    static const char *names[2][4] = {
+        {"memory.max", "memory.current", "inactive_file ", "active_file "},
+        {"memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file ", "total_active_file "}};
+    double least = INFINITY;
+    for (int i = 0; i < 2; i++) {
+        double left =
+            number_of_cgroup(folder, names[i][0], "", 0) - number_of_cgroup(folder, names[i][1], "", 0);
+        for (int k = 2; k < 4; k++) {
+            double cache = number_of_cgroup(folder, "memory.stat", names[i][k], 0);
+            if (cache > 0) left += cache;
+        }
+        if (left < least) least = left > 0 ? left : 0;
+    }
+    return least;
+}
+
+// The least that `bound` gives for the folders of this process's cgroup of a controller and of all cgroups
+// above. A line of /proc/self/cgroup is "4:memory:/path" in version 1, "0::/path" in version 2. In a
+// container the path may be the host's: then only the last folder on the way up, where the container's own
+// cgroup is mounted, is there.
+static double cgroup_least(const char *root, const char *controller, double (*bound)(const char *)) {
+    char line[PATH_MAX], folder[2 * PATH_MAX];
+    double least = INFINITY;
+    snprintf(folder, sizeof(folder), "%s/proc/self/cgroup", root);
+    FILE *file = fopen(folder, "r");
+    while (file && fgets(line, sizeof(line), file)) {
+        char *list = strchr(line, ':'), *path = list ? strchr(list + 1, ':') : NULL, wanted[32], names[256];
+        if (!path) continue;
+        *path++ = 0;
+        path[strcspn(path, "\n")] = 0;
+        snprintf(wanted, sizeof(wanted), ",%s,", controller);
+        snprintf(names, sizeof(names), ",%s,", list + 1);
+        int second = !list[1];
+        if (!second && !strstr(names, wanted)) continue;
+        for (int i = 0; i < 1 + second; i++) { // version 2, beside version 1, may be mounted one folder lower
+            snprintf(folder, sizeof(folder), "%s/sys/fs/cgroup%s%s", root, second ? "" : "/",
+                     second ? (i ? "/unified" : "") : controller);
+            size_t top = strlen(folder);
+            snprintf(folder + top, sizeof(folder) - top, "%s", path);
+            for (size_t length = strlen(folder); length >= top; length--) {
+                int whole = !folder[length] || folder[length] == '/' || length == top;
+                folder[length] = 0;
+                double here = whole ? bound(folder) : INFINITY;
+                if (here < least) least = here;
+            }
+        }
+    }
+    if (file) fclose(file);
+    return least;
+}
+
+// How many of `threads` the quota of the cgroup lets run at once, a part of a core as a whole one.
+static int threads_within(const char *root, int threads) {
+    double cores = ceil(cgroup_least(root, "cpu", cgroup_cores));
+    return cores < threads ? (int)cores : threads;
+}
+
+// OpenMP counts the cores that this process may run on, and heeds what the user set; of quotas it knows
+// nothing. How long its threads spin at a barrier before they sleep is bounded: on a core that another
+// program wants they spin in the way of the thread they wait for. Of GNU's, start_again sees to that.
+enum { SPINS = 1000, SPIN_MILLISECONDS = 0 };
+static void use_allowed_threads(void) {
+#ifdef _OPENMP
+    const char *wanted = getenv("OMP_NUM_THREADS");
+    int threads = wanted && *wanted ? omp_get_max_threads() : threads_within("", omp_get_max_threads());
+    if (threads < omp_get_max_threads()) omp_set_num_threads(threads);
+#ifdef KMP_VERSION_MAJOR // LLVM's and Intel's
+    if (!getenv("KMP_BLOCKTIME") && !getenv("OMP_WAIT_POLICY")) kmp_set_blocktime(SPIN_MILLISECONDS);
+#endif
+#endif
+}
+
+// What of memory is left, and what leaves no more: a line says it.
+typedef struct { double bytes; const char *who; } Room;
+
+static Room memory_left(const char *root) {
+    char path[PATH_MAX];
+    struct rlimit limit;
+    snprintf(path, sizeof(path), "%.4000s/proc/meminfo", root);
+    double swap = number_in(path, "SwapFree:", 0);
+    Room left = {number_in(path, "MemAvailable:", 0) * 1024 + (swap > 0 ? swap * 1024 : 0), "this machine"};
+    double page = (double)sysconf(_SC_PAGESIZE), within = cgroup_least(root, "memory", cgroup_memory);
+    if (isnan(left.bytes)) left.bytes = (double)sysconf(_SC_PHYS_PAGES) * page;
+    if (within < left.bytes) {
+        left.bytes = within;
+        left.who = "its cgroup";
+    }
+    static const struct {
+        int limit, field;
+        const char *name;
+    } limits[] = {{RLIMIT_AS, 0, "ulimit -v"}, {RLIMIT_DATA, 5, "ulimit -d"}};
+    snprintf(path, sizeof(path), "%.4000s/proc/self/statm", root);
+    for (int i = 0; i < 2; i++) {
+        double used = number_in(path, "", limits[i].field) * page;
+        if (getrlimit(limits[i].limit, &limit) || limit.rlim_cur == RLIM_INFINITY) continue;
+        double rest = (double)limit.rlim_cur - (used > 0 ? used : 0);
+        if (rest >= left.bytes) continue;
+        left.bytes = rest > 0 ? rest : 0;
+        left.who = limits[i].name;
+    }
+    return left;
+}
+
+// 0 if so many bytes can be had; else FAILED and the line, which begins with the path (NULL: none) and
+// `what`. Linux gives memory out that is not there, and ends the program when it is touched, so whatever
+// grows with a file or an option asks before it is allocated; what is smaller than LARGE need not.
+enum { LARGE = 1 << 20 };
+static int check_room(double bytes, const char *path, const char *what, char *error) {
+    if (bytes < LARGE) return 0;
+    Room left = memory_left("");
+    if (bytes <= left.bytes) return 0;
+    return fail(error, path, "%.200s does not fit: it needs %.1f MiB of memory, %s leaves %.1f", what,
+                bytes / 0x1p20, left.who, left.bytes / 0x1p20);
+}
+
+// realloc for what grows: NULL, and the old memory stays, also where so much would not fit.
+static void *grow(void *old, size_t bytes) {
+    return bytes >= LARGE && (double)bytes > memory_left("").bytes ? NULL : realloc(old, bytes);
+}
+
+// ----------------------------------------------------------------------------
 // the model's memory: the one list of parameters and the one list of activations
 
 // Adds every parameter's row to the table, under its name in files, and points the weights into the block (if not NULL).
@@ -1706,7 +1891,8 @@ static void *allocate(int64_t count, size_t size, int *whole) {
     enum { HUGE_PAGE = 1 << 21 };
     void *memory = NULL;
     size_t bytes = count < 0 || !*whole ? 0 : ((size_t)count + 1) * size;
-    *whole = bytes && !posix_memalign(&memory, bytes < HUGE_PAGE ? 64 : HUGE_PAGE, bytes);
+    *whole = bytes && (!posix_memalign(&memory, bytes < HUGE_PAGE ? 64 : HUGE_PAGE, bytes) ||
+                       !posix_memalign(&memory, 64, bytes));
     if (!*whole) return NULL;
 #ifdef MADV_HUGEPAGE
     if (bytes >= HUGE_PAGE) madvise(memory, bytes, MADV_HUGEPAGE);
@@ -1714,10 +1900,11 @@ static void *allocate(int64_t count, size_t size, int *whole) {
     return memset(memory, 0, bytes);
 }
 
-// A model for batches of up to B sequences of T tokens, its parameters 0. NULL, and a line in error, if it does not fit.
+// A model for batches of up to B sequences of T tokens, its parameters 0. NULL, and a line in error, if it
+// does not fit: that is known before anything large is touched, and all of it is touched here, so no later
+// step can run out of memory.
 static Model *model_create(const Config *c, int B, int T, Mode mode, char *error) {
-    int whole = 1, training = mode >= TRAIN;
-    double present = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE), gib = 0x1p30;
+    int whole = 1, training = mode >= TRAIN, threads = 0;
     Model *m = (Model *)allocate(1, sizeof(Model), &whole);
     if (!m) { fail(error, NULL, "out of memory"); return NULL; }
     m->config = *c;
@@ -1738,14 +1925,19 @@ static Model *model_create(const Config *c, int B, int T, Mode mode, char *error
     }
     int64_t n = m->table.count, n_acts = m->acts_table.count;
     m->bytes = n < 0 || n_acts < 0 ? INFINITY : ((double)n * (training ? 4 : 1) + (double)n_acts) * sizeof(real);
-    whole = m->bytes < present;
+    double bytes = m->bytes + 2.0 * B * T * sizeof(int) + LARGE; // and what else is small
+    #pragma omp parallel reduction(+ : threads)
+    threads++; // they are started here: what their stacks take is not left for the model
+    int fits = whole = !check_room(bytes, NULL, "the model", error);
     m->acts_block = (real *)allocate(n_acts, sizeof(real), &whole);
     m->inputs = (int *)allocate((int64_t)B * T, sizeof(int), &whole);
     m->targets = (int *)allocate((int64_t)B * T, sizeof(int), &whole);
     real **blocks[] = {&m->params, &m->grads, &m->exp_avg, &m->exp_avg_sq};
     for (int i = 0; i < (training ? 4 : 1); i++) *blocks[i] = (real *)allocate(n, sizeof(real), &whole);
     if (!whole) {
-        fail(error, NULL, "the model does not fit: it needs %.1f GiB of memory, this machine has %.1f", m->bytes / gib, present / gib);
+        if (fits)
+            fail(error, NULL, "the model does not fit: the system refuses %.1f MiB of memory",
+                 bytes / 0x1p20);
         model_free(m);
         return NULL;
     }
@@ -2071,6 +2263,10 @@ static int file_read(const char *path, unsigned char **bytes, size_t *size, char
                           : S_ISREG(info.st_mode) ? NULL
                                                   : "a folder or a device, not a file";
     size_t got = 0, room = problem ? 0 : (size_t)info.st_size + 1; // one byte more than there should be
+    if (check_room((double)room, path, "it", error)) {
+        close(fd);
+        return FAILED;
+    }
     unsigned char *memory = problem ? NULL : (unsigned char *)malloc(room);
     if (!problem && !memory) problem = "it does not fit in memory";
     while (!problem && got < room) {
@@ -2503,7 +2699,7 @@ static void json_tensor(Json *j, FileTensor *t, const unsigned char *data, int64
 // exhausted.
 static void *json_grow(Json *j, void *array, int n, size_t item) {
     if (n & (n - 1)) return array;
-    void *larger = realloc(array, (n ? (size_t)n * 2 : 1) * item);
+    void *larger = grow(array, (n ? (size_t)n * 2 : 1) * item);
     if (!larger) json_fail(j, "memory is exhausted");
     return larger ? larger : array;
 }
@@ -2629,7 +2825,7 @@ typedef struct {
 static void text_put(Text *t, const char *bytes, size_t n) {
     if (t->size + n > t->room && !t->failed) {
         size_t room = 2 * t->room + n;
-        char *larger = (char *)realloc(t->text, room);
+        char *larger = (char *)grow(t->text, room);
         if (larger) {
             t->text = larger;
             t->room = room;
@@ -2804,6 +3000,9 @@ static int shard_read(Dataset *data, size_t size, const char *path, char *error)
 static int32_t *ids_read(const FileTensor *tensor, int low, int *max_id, const char *path, char *error) {
     int bits = dtype_bits(tensor->dtype), is_signed = *tensor->dtype == 'I', integer = is_signed || *tensor->dtype == 'U';
     int fits = integer && (uint64_t)tensor->count < SIZE_MAX / 4;
+    char what[80];
+    snprintf(what, sizeof(what), "'%.60s'", tensor->name);
+    if (fits && check_room((double)tensor->count * 4, path, what, error)) return NULL;
     int32_t *ids = fits ? (int32_t *)malloc((size_t)tensor->count * 4 + 1) : NULL;
     if (!ids) fail(error, path, integer ? "'%s' does not fit in memory" : "'%s' is no tensor of integers", tensor->name);
     for (int64_t i = 0; ids && i < tensor->count; i++) {
@@ -3264,6 +3463,7 @@ typedef struct {
     char *hits;               // (batch, seq)
     int32_t *order;           // example sets: this epoch's permutation
     int64_t order_epoch;
+    int in_place;             // the line of a step stands on the terminal, the cursor on it
 } Run;
 
 // The model that the options describe.
@@ -3313,7 +3513,8 @@ static int save_checkpoint(Run *run, const char *path, Content content, int tria
     FileTensor *tensors = (FileTensor *)calloc((size_t)(n_blocks * n_rows + 1), sizeof(FileTensor));
     char (*names)[96] = (char (*)[96])malloc((size_t)(n_blocks * n_rows) * 96), texts[N_OPTIONS][96];
     size_t count = (size_t)run->table.count;
-    float *numbers = (float *)malloc(sizeof(real) == sizeof(float) ? sizeof(float) : (size_t)n_blocks * count * sizeof(float));
+    float *numbers = (float *)grow(
+        NULL, sizeof(real) == sizeof(float) ? sizeof(float) : (size_t)n_blocks * count * sizeof(float));
     Meta meta[N_OPTIONS + 1];
     int result = tensors && names && numbers ? 0 : fail(error, path, "cannot be written: out of memory");
     for (int block = 0; !result && block < n_blocks; block++) {
@@ -4008,6 +4209,9 @@ static int generate(Run *run, const char *prompt, int64_t n, uint64_t random, ch
     int V = run->config.vocab_size, T = run->model_T, result = 0;
     int fed = 0, begin = 0; // the model has seen `fed` tokens and remembers them from `begin` on
     Character character = {{0}, 0};
+    double bytes =
+        (double)V * (sizeof(real) + sizeof(Candidate)) + ((double)n + (double)strlen(prompt)) * sizeof(int);
+    if (check_room(bytes, NULL, "what is generated", error)) return FAILED;
     real *logits = (real *)malloc((size_t)V * sizeof(real));
     Candidate *candidates = (Candidate *)malloc((size_t)V * sizeof(Candidate));
     int *tokens = (int *)malloc((strlen(prompt) + 2 + (size_t)n) * sizeof(int));
@@ -4170,8 +4374,9 @@ static void log_close(Log *log) {
 }
 
 // Prints how to go on after a stop: --resume and what was given of the rows that a checkpoint does not hold.
-static void print_resume_command(const Run *run, const char *program) {
+static void print_resume_command(Run *run, const char *program) {
     const Settings *s = &run->settings;
+    run->in_place = 0;
     printf("\nstopped after step %lld, saved to ", (long long)s->values.step);
     print_quoted(s->values.out);
     printf("\ngo on with: ");
@@ -4188,19 +4393,67 @@ static void print_resume_command(const Run *run, const char *program) {
     printf("\n");
 }
 
-// The line that a step writes to the terminal, over the one before, or to a file.
-static void print_step(const Options *o, const Step *s, double left, const Score *score) {
-    int last = o->step == o->steps, is_terminal = isatty(STDOUT_FILENO);
-    printf("%sstep %lld/%lld | loss %.4f | norm %.3f | lr %.2e", is_terminal ? "\r" : "", (long long)o->step,
-           (long long)o->steps, s->loss, s->grad_norm, s->rate);
-    if (isfinite(s->elapsed)) // else the step was made before the run was resumed
-        printf(" | %.1f ms | %.0f tok/s | %lld:%02d left", s->elapsed * 1e3, s->tokens / s->elapsed,
-               (long long)left / 60, (int)((long long)left % 60));
-    if (score) printf(" | val %.4f", score->loss);
-    if (score && !isnan(score->accuracy)) printf(", accuracy %.4f", score->accuracy);
-    if (score && last) printf(" (whole split)");
-    printf(!is_terminal || score ? "\n" : "  ");
+// The columns of the terminal that standard output is, 0: it is none.
+static int terminal_columns(void) {
+    struct winsize size;
+    int64_t told = 0;
+    const char *columns = getenv("COLUMNS");
+    if (!isatty(STDOUT_FILENO)) return 0;
+    if (!ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) && size.ws_col > 0) return size.ws_col;
+    return columns && !parse_integer(columns, 1, 10000, &told) ? (int)told : 80;
+}
+
+// Moves to the next row where a line stands in place: what is printed then begins there.
+static void end_line(Run *run) {
+    if (run->in_place) printf("\n");
+    run->in_place = 0;
+}
+
+// The line of a step. A file gets it whole. A terminal gets the fields that fit, over the line before, and
+// unless it stays, as a validation does, the cursor goes back to its begin: when the window is made narrower,
+// and the line is broken in two, that is still the begin, and all behind it is cleared.
+static void print_step(Run *run, const Step *s, double left, const Score *score) {
+    enum { STEP, LOSS, NORM, RATE, TIME, SPEED, LEFT, VALIDATION, ACCURACY, N_FIELDS };
+    static const int first_to_go[] = {NORM, RATE,     SPEED, TIME,
+                                      LEFT, ACCURACY, LOSS,  STEP}; // the last one is never left out
+    const Options *o = &run->settings.values;
+    const char *terminal_type = getenv("TERM");
+    char fields[N_FIELDS][80], line[N_FIELDS * 80] = "";
+    int last = o->step == o->steps, columns = terminal_columns(), length = 0;
+    int commands = terminal_type && strcmp(terminal_type, "dumb");
+    memset(fields, 0, sizeof(fields));
+    snprintf(fields[STEP], 80, "step %lld/%lld", (long long)o->step, (long long)o->steps);
+    snprintf(fields[LOSS], 80, "loss %.4f", s->loss);
+    snprintf(fields[NORM], 80, "norm %.3f", s->grad_norm);
+    snprintf(fields[RATE], 80, "lr %.2e", s->rate);
+    if (isfinite(s->elapsed)) { // else the step was made before the run was resumed
+        snprintf(fields[TIME], 80, "%.1f ms", s->elapsed * 1e3);
+        snprintf(fields[SPEED], 80, "%.0f tok/s", s->tokens / s->elapsed);
+        snprintf(fields[LEFT], 80, "%lld:%02d left", (long long)left / 60, (int)((long long)left % 60));
+    }
+    if (score) snprintf(fields[VALIDATION], 80, "val %.4f", score->loss);
+    if (score && !isnan(score->accuracy)) snprintf(fields[ACCURACY], 80, "accuracy %.4f", score->accuracy);
+    if (score && last) strcat(fields[isnan(score->accuracy) ? VALIDATION : ACCURACY], " (whole split)");
+    for (size_t gone = 0; gone <= sizeof(first_to_go) / sizeof(first_to_go[0]); gone++) {
+        length = 0;
+        for (int i = 0; i < N_FIELDS; i++)
+            if (fields[i][0])
+                length += snprintf(line + length, sizeof(line) - (size_t)length, "%s%s",
+                                   !length         ? ""
+                                   : i == ACCURACY ? ", "
+                                                   : " | ",
+                                   fields[i]);
+        if (!columns || length < columns || gone == sizeof(first_to_go) / sizeof(first_to_go[0])) break;
+        if (score || first_to_go[gone] != STEP) fields[first_to_go[gone]][0] = 0;
+    }
+    int stays = !columns || score || last, room = columns - 1; // a full row would be left at once
+    if (columns && length > room) length = room > 0 ? room : 0;
+    printf("%s%.*s", columns ? "\r" : "", length, line);
+    if (columns && commands) printf("\033[J");
+    else if (columns) printf("%*s", room - length, "");
+    printf(stays ? "\n" : "\r");
     fflush(stdout);
+    run->in_place = !stays;
 }
 
 // Prints a sample, with a model made for generation: the one that trains keeps no cache of the past.
@@ -4211,6 +4464,7 @@ static int print_sample(Run *run, Model *sampler, char *error) {
     memcpy(params, run->backend->read(trained, PARAMS), sizeof(real) * (size_t)run->table.count);
     run->backend->write(sampler, PARAMS);
     run->model = sampler;
+    end_line(run);
     printf("---\n");
     int result = generate(run, "", 200, splitmix64((uint64_t)(o->seed + o->step)), error);
     printf("---\n");
@@ -4222,7 +4476,7 @@ static int print_sample(Run *run, Model *sampler, char *error) {
 typedef struct {
     Log log;
     Model *sampler;         // prints samples; NULL: none are asked for
-    double start;           // seconds
+    double start, told;     // seconds; when the last line was printed
     int64_t first_step;     // that it began with
     const char *saved;      // the file that holds saved_step, NULL: none yet
     int64_t saved_step;
@@ -4246,6 +4500,14 @@ static int judge(Run *run, int due, int to_save, Score *score, char *error) {
                 "step %lld: the validation loss is %g: stopped, this step is not saved; a lower --lr may "
                 "help",
                 (long long)o->step, quick.loss);
+}
+
+// Whether a step without a validation gets its line: on a terminal each; in a file the first, every
+// hundredth, and one that would leave the file silent for over ten seconds, if the next step takes as long.
+// silent: seconds since a line.
+static int is_printed(const Options *o, const Training *t, const Step *s, double silent) {
+    return isatty(STDOUT_FILENO) || o->step == t->first_step + 1 || o->step % 100 == 0 ||
+           silent + s->elapsed > 10;
 }
 
 // What follows an update, in this order: the step is judged, then come the log's line, the best weights, the
@@ -4289,9 +4551,12 @@ static int conclude_step(Run *run, Training *t, const Step *s, char *error) {
     }
     saving = 0;
     if (result || last) return result;
-    double left = (seconds() - t->start) / (double)(o->step - t->first_step) * (double)(o->steps - o->step);
-    if (isatty(STDOUT_FILENO) || scored || o->step == t->first_step + 1 || o->step % 100 == 0)
-        print_step(o, s, left, scored ? &score : NULL);
+    double now = seconds(),
+           left = (now - t->start) / (double)(o->step - t->first_step) * (double)(o->steps - o->step);
+    if (scored || is_printed(o, t, s, now - t->told)) {
+        print_step(run, s, left, scored ? &score : NULL);
+        t->told = now;
+    }
     return 0;
 }
 
@@ -4309,7 +4574,7 @@ static int conclude_run(Run *run, Training *t, const Step *s, char *error) {
     if (!result) result = logged;
     if (!result && !score.broken && o->best_val >= 1e300) result = save_best(run, error);
     saving = 0;
-    if (!result) print_step(o, s, 0, scored ? &score : NULL);
+    if (!result) print_step(run, s, 0, scored ? &score : NULL);
     t->complete = !result && !score.broken;
     return result;
 }
@@ -4365,7 +4630,7 @@ static int train(Run *run, const char *program, char *error) {
     Options *o = &run->settings.values;
     Training t;
     memset(&t, 0, sizeof(t));
-    t.start = seconds();
+    t.start = t.told = seconds();
     t.first_step = t.saved_step = o->step;
     t.saved = o->resume;
     // what a stop or a kill left open of the resumed step is done first: its validation, its line, of the
@@ -4380,8 +4645,8 @@ static int train(Run *run, const char *program, char *error) {
     int result = begin_training(run, &t, known && (pending || finished), error);
     int missing = t.log.file && known && (t.log.last == o->step - 1 || (finished && !t.log.complete));
     int renamed = o->resume && strcmp(o->out, o->resume);
-    int incomplete =
-        o->step == o->steps && o->resume && (pending || missing || renamed || !lies_there(run->best_path, error));
+    int incomplete = o->step == o->steps && o->resume &&
+                     (pending || missing || renamed || !lies_there(run->best_path, error));
     int idle = finished && !incomplete;
     if (!result && idle)
         printf("nothing to do: %lld of %lld steps are done\n", (long long)o->step, (long long)o->steps);
@@ -4469,12 +4734,16 @@ static int prepare(Run *run, char *error) {
     run->model = backend->create(&run->config, B, T, training ? TRAIN : o->eval ? EVALUATE : GENERATE, error);
     if (!run->model) return FAILED;
     size_t tokens = (size_t)B * (size_t)T * (size_t)(training ? o->accum : 1);
+    size_t examples = run->train.kind == DATA_EXAMPLES ? (size_t)run->train_end : 1;
+    double bytes = (double)tokens * (2 * sizeof(int) + 1) + (double)examples * sizeof(int32_t);
+    if (check_room(bytes, NULL, "a step's data", error)) return FAILED;
     run->inputs = (int *)malloc(tokens * sizeof(int));
     run->targets = (int *)malloc(tokens * sizeof(int));
     run->hits = (char *)malloc(tokens);
-    size_t examples = run->train.kind == DATA_EXAMPLES ? (size_t)run->train_end : 1;
     run->order = (int32_t *)malloc(examples * sizeof(int32_t));
     if (!run->inputs || !run->targets || !run->hits || !run->order) return fail(error, NULL, "out of memory");
+    memset(run->order, 0,
+           examples * sizeof(int32_t)); // touched: what is asked for later is told what is left
     for (int block = 0; block < n_blocks; block++)
         if (load_block(run, path, (Block)block, error)) return FAILED;
     if (!path) {
@@ -4526,8 +4795,8 @@ static void open_closed(void) {
             return;
 }
 
-// Takes the stack that the deepest call will need: where memory is limited, the system kills a program whose stack cannot
-// grow, and here an allocation fails later instead, which ends in a line.
+// Takes the stack that the deepest call will need: where memory is limited, the system kills a program whose
+// stack cannot grow, and here an allocation fails later instead, which ends in a line.
 __attribute__((noinline)) static void take_stack(void) {
     enum { PAGE = 4096, STACK = 176 << 10 };
     volatile char stack[STACK];
@@ -4544,6 +4813,7 @@ static int run_program(int argc, char **argv, const Backend *backend) {
     run.order_epoch = -1;
     take_stack();
     open_closed();
+    use_allowed_threads();
     atexit(remove_locks);
     int result = parse_options(&run.settings, argc, argv, error);
     if (result == 1) {
@@ -4552,7 +4822,9 @@ static int run_program(int argc, char **argv, const Backend *backend) {
     } else if (!result && !(result = prepare(&run, error))) {
         result = perform(&run, argv[0], error);
     }
+    end_line(&run);
     if (!result && (fflush(stdout) || ferror(stdout))) result = fail(error, "standard output", "closed, or on a full disk");
+    if (result) fflush(stdout); // before the line of the error
     if (result < 0) fprintf(stderr, "train_sessa: %s\n", error);
     remove_locks();
     if (run.model) backend->destroy(run.model);
@@ -4567,6 +4839,43 @@ static int run_program(int argc, char **argv, const Backend *backend) {
     return result == WRONG_OPTION ? 2 : result == FAILED ? 1 : result;
 }
 
+// GNU's OpenMP reads before main how often a waiting thread looks before it sleeps, 300,000 times by default;
+// so the program starts itself again, once, with that bounded. What the user says of it, and of the cores
+// that threads are bound to, rules: a thread that OpenMP has bound would hand that on. Valgrind follows no
+// program into its next start. Where it cannot be done the program goes on as it is; a program that it starts
+// finds the environment as it was.
+__attribute__((unused)) // by programs that include this file
+static void start_again(char **argv) {
+#if defined(_OPENMP) && defined(__linux__) && !defined(KMP_VERSION_MAJOR)
+    static const char spins[] = "GOMP_SPINCOUNT", mark[] = "SESSA_STARTED_AGAIN";
+    static const char *const of_user[] = {spins, "OMP_WAIT_POLICY", "OMP_PROC_BIND", "OMP_PLACES",
+                                          "GOMP_CPU_AFFINITY"};
+    char path[PATH_MAX], text[32];
+    const char *marked = getenv(mark), *preloaded = getenv("LD_PRELOAD");
+    snprintf(text, sizeof(text), "%d", (int)getpid()); // the same after an exec
+    if (marked) {
+        if (!strcmp(marked, text)) unsetenv(spins);
+        unsetenv(mark);
+        return;
+    }
+    for (size_t i = 0; i < sizeof(of_user) / sizeof(of_user[0]); i++)
+        if (getenv(of_user[i])) return;
+    ssize_t length = readlink("/proc/self/exe", path, sizeof(path) - 1);
+    if (length < 0 || omp_get_max_threads() == 1 || (preloaded && strstr(preloaded, "vgpreload"))) return;
+    path[length] = 0;
+    if (setenv(mark, text, 1)) return;
+    snprintf(text, sizeof(text), "%d", SPINS);
+    if (!setenv(spins, text, 1)) execv(path, argv);
+    unsetenv(spins);
+    unsetenv(mark);
+#else
+    (void)argv;
+#endif
+}
+
 #ifndef SESSA_NO_MAIN // the test and the CUDA twin include this file and bring their own
-int main(int argc, char **argv) { return run_program(argc, argv, &cpu_backend); }
+int main(int argc, char **argv) {
+    start_again(argv);
+    return run_program(argc, argv, &cpu_backend);
+}
 #endif
