@@ -1197,14 +1197,14 @@ static const char *n_threads = "2";
 
 // The bytes of a file of the work folder with a zero behind them, NULL if there is none.
 static unsigned char *slurp(const char *name, size_t *size) {
-    char path[512], error[ERROR_SIZE];
+    char path[PATH_MAX], error[ERROR_SIZE];
     unsigned char *bytes = NULL;
     snprintf(path, sizeof(path), "%s/%s", work, name);
     return file_read(path, &bytes, size, error) ? NULL : (unsigned char *)keep(bytes);
 }
 
 static void spill(const char *name, const void *bytes, size_t size) {
-    char path[256];
+    char path[PATH_MAX];
     snprintf(path, sizeof(path), "%s/%s", work, name);
     FILE *out = fopen(path, "wb");
     if (!out || fwrite(bytes, 1, size, out) != size || fclose(out)) { printf("%s cannot be written\n", path); exit(1); }
@@ -2640,6 +2640,7 @@ static void with_half_a_gib(void) {
 
 static void test_memory_limits(void) {
     heading("what does not fit is refused before it is touched");
+    run("--data text " SMALL "--steps 2 --out good.safetensors");
     static const char meminfo[] = "MemTotal:  800000 kB\nMemFree:  3 kB\nMemAvailable:  409600 kB\nSwapFree:  0 kB\n";
     static const struct { const char *name, *files[5][2]; double mib; const char *who; } cases[] = {
         {"the machine", {{"proc/meminfo", meminfo}}, 400, "this machine"},
