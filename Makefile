@@ -1,34 +1,73 @@
-# make train   builds, fetches the data, trains the default model and samples from it
-# make test    builds and runs every test that needs no GPU
-# Variables: CC, ARCH (native; x86-64-v3 for valgrind), OPENMP= to build without OpenMP, CUDA_ARCH.
+# make              builds train_sessa
+# make train        builds, fetches the data, trains the default model, samples from it; ARGS="--layers 2": options
+# make test         builds and runs every test that needs no GPU
+# make train_sessacu testcu    the program for a GPU, and its tests; needs nvcc
+# make influence    builds dev/influence.c
+# make clean        removes what was built
+#
+# Variables: CC, CFLAGS, OPENMP= (for one thread), ARCH (native; x86-64-v3 for valgrind), NVCC, CUDA_ARCH
 
-CC ?= cc
+# What the compiler takes is asked when something is built, once: at its first use such a variable becomes the answer.
+#
+# OpenMP as gcc and clang have it, or as Apple's clang has it with the libomp of Homebrew or MacPorts; else none
+MACPORTS = /opt/local
+ASK_OPENMP = \
+	d=`mktemp -d` && trap 'rm -rf $$d' EXIT && echo 'int main(void) { return omp_get_max_threads() < 1; }' >$$d/a.c && \
+	try() { $(CC) -include omp.h $$d/a.c "$$@" -o $$d/a >/dev/null 2>&1 && echo "$$@"; } && { \
+		try -fopenmp || \
+		try -Xpreprocessor -fopenmp -lomp || \
+		try -Xpreprocessor -fopenmp -I$(MACPORTS)/include/libomp -L$(MACPORTS)/lib/libomp -lomp || \
+		for brew in /opt/homebrew/opt/libomp /usr/local/opt/libomp `brew --prefix libomp 2>/dev/null`; do \
+			try -Xpreprocessor -fopenmp -I$$brew/include -L$$brew/lib -lomp && break; \
+		done; \
+	}
+ONE_THREAD = $(CC) has no OpenMP: built for one thread. For more: brew install libomp (macOS), CC=gcc; then make clean
+NO_COMPILER = no $(CC) here: apt install gcc libc6-dev (Debian, Ubuntu), xcode-select --install (macOS), or another CC=
+TELL = $(if $(shell command -v $(firstword $(CC))),$(info $(ONE_THREAD)),$(error $(NO_COMPILER)))
+OPENMP ?= $(eval OPENMP := $(shell $(ASK_OPENMP)))$(if $(OPENMP),,$(TELL))$(OPENMP)
+
+# the processor's own instructions; some compilers say -mcpu, some neither
 ARCH ?= native
-OPENMP ?= -fopenmp
-WARNINGS = -Wall -Wextra
-CFLAGS ?= -O3 -march=$(ARCH) -ffast-math -fno-finite-math-only
-LDLIBS = -lm
+ASK_NATIVE = d=`mktemp -d` && trap 'rm -rf $$d' EXIT && echo 'int main(void) { return 0; }' >$$d/a.c && \
+	for flag in -march=native -mcpu=native; do \
+		test -z "`$(CC) $$flag -c $$d/a.c -o $$d/a.o 2>&1 || echo refused`" && echo $$flag && break; \
+	done
+NATIVE = $(eval NATIVE := $(shell $(ASK_NATIVE)))$(NATIVE)
 
-.PHONY: all train test testcu clean
+# CFLAGS of the environment are those of other programs, and slow; make CFLAGS=... rules
+CFLAGS = -O3 $(if $(filter native,$(ARCH)),$(NATIVE),-march=$(ARCH)) -ffast-math -fno-finite-math-only
+WARNINGS = -Wall -Wextra -Wno-unknown-pragmas
+LDLIBS = -lm
+COMPILE = $(CC) $(CFLAGS) $(WARNINGS) $< $(OPENMP) -o $@ $(LDLIBS)
+CAN_WRITE = @test -w . || test -w $@ || { echo "$@: this folder is read-only, build in a copy of it" >&2; exit 1; }
+
+.PHONY: all help train test testcu clean
 
 all: train_sessa
 
+help:
+	@sed -n '/^# Variables/{s/^# //p;q;};s/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
+
 train_sessa: train_sessa.c
-	$(CC) $(CFLAGS) $(OPENMP) $(WARNINGS) $< -o $@ $(LDLIBS)
+	$(CAN_WRITE)
+	$(COMPILE)
 
 test_sessa: test_sessa.c train_sessa.c
-	$(CC) $(CFLAGS) $(OPENMP) $(WARNINGS) $< -o $@ $(LDLIBS)
+	$(CAN_WRITE)
+	$(COMPILE)
 
 # the same test in float64, where central differences check every gradient
 test_sessa64: test_sessa.c train_sessa.c
-	$(CC) $(CFLAGS) $(OPENMP) $(WARNINGS) -DREAL=double $< -o $@ $(LDLIBS)
+	$(CAN_WRITE)
+	$(COMPILE) -DREAL=double
 
 # how far back a layer reaches (dev/claims.md)
 influence: dev/influence.c train_sessa.c
-	$(CC) $(CFLAGS) $(OPENMP) $(WARNINGS) $< -o $@ $(LDLIBS)
+	$(CAN_WRITE)
+	$(COMPILE)
 
-# CUDA: the card's own architecture where there is one
-NVCC ?= nvcc
+# CUDA: nvcc from its usual place if it is not on the path, the card's own architecture where there is one
+NVCC ?= $(or $(shell command -v nvcc 2>/dev/null),$(firstword $(wildcard /usr/local/cuda/bin/nvcc /opt/cuda/bin/nvcc)),nvcc)
 CUDA_ARCH ?= $(or $(subst sm_90,sm_90a,$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sed -n '1s/^\([0-9]*\)\.\([0-9]*\).*/sm_\1\2/p')),sm_90a)
 NVCCFLAGS ?= -O3 --extended-lambda -gencode arch=$(subst sm_,compute_,$(CUDA_ARCH)),code=$(CUDA_ARCH) -diag-suppress 1675 -Xcompiler "$(CFLAGS) $(OPENMP) $(WARNINGS)"
 
@@ -41,8 +80,9 @@ test_sessacu: test_sessa.c train_sessa.cu train_sessa.c
 testcu: test_sessacu train_sessacu
 	./test_sessacu
 
-# ARGS: options of train_sessa. Without any, a run of the same settings and data is made again and replaces the one that is
-# there; with some, nothing is replaced unless they say --overwrite. What they name as --out or --resume is sampled from.
+# ARGS: options of train_sessa. Without any, a run of the same settings and data is made again and replaces the
+# one that is there; with some, nothing is replaced unless they say --overwrite. What they name as --out or
+# --resume is sampled from.
 train: train_sessa
 	@set -- $(ARGS); again=--again; out=; run=; data=; before=; \
 	for word; do \

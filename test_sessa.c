@@ -95,7 +95,11 @@ static void release(void) { while (n_lent) free(lent[--n_lent]); } // all that w
 static uint64_t chance = 20260424;
 static int random_int(int low, int high) { return low + (int)(random_u64(&chance) % (uint64_t)(high - low + 1)); }
 
-static double *zeros(int64_t n) { return (double *)lend((size_t)n * sizeof(double)); }
+// What the program is held against is computed in these numbers. Each of them is read and written as the loop says, so that
+// no optimiser sums in another order or makes vectors of it, whatever the flags that the tested code is compiled with.
+typedef volatile double precise;
+
+static precise *zeros(int64_t n) { return (precise *)lend((size_t)n * sizeof(double)); }
 static real *noise(int64_t n, double scale) {
     real *x = (real *)lend((size_t)n * sizeof(real));
     for (int64_t i = 0; i < n; i++) x[i] = (real)(scale * random_normal(&chance));
@@ -120,8 +124,8 @@ static int *random_ids(int64_t n, int V, int ignored) { // one in four is -1 whe
 
 // ‖x - ref‖ / max(‖ref‖, floor) over the first `width` of the ld columns of each row. Infinite if one of the other columns,
 // NaN before, was written.
-static double rows_error(const real *x, const double *ref, int64_t rows, int width, int ld, double floor) {
-    double difference = 0, size = 0;
+static double rows_error(const real *x, const precise *ref, int64_t rows, int width, int ld, double floor) {
+    precise difference = 0, size = 0;
     for (int64_t n = 0; n < rows; n++)
         for (int i = 0; i < ld; i++) {
             double value = (double)x[n * ld + i], wanted = ref[n * ld + i];
@@ -132,10 +136,10 @@ static double rows_error(const real *x, const double *ref, int64_t rows, int wid
         }
     return sqrt(difference) / fmax(sqrt(size), fmax(floor, 1e-200));
 }
-static double error_of(const real *x, const double *ref, int64_t n, double floor) { return rows_error(x, ref, 1, (int)n, (int)n, floor); }
-static void worst_of(double *worst, double error) { if (!(error <= *worst)) *worst = error; } // NaN stays
+static double error_of(const real *x, const precise *ref, int64_t n, double floor) { return rows_error(x, ref, 1, (int)n, (int)n, floor); }
+static void worst_of(precise *worst, double error) { if (!(error <= *worst)) *worst = error; } // NaN stays
 static double length_of(const real *x, int64_t n) {
-    double sum = 0;
+    precise sum = 0;
     for (int64_t i = 0; i < n; i++) sum += (double)x[i] * (double)x[i];
     return sqrt(sum);
 }
@@ -209,10 +213,10 @@ static void test_matmul(void) {
         Matrix b = {noise(2 * (K + pad) * (N + pad) + 1, 1), steps_b[kind_b][0], steps_b[kind_b][1]};
         const real *bias = random_int(0, 1) ? noise(N, 1) : NULL;
         real *out = poison((int64_t)M * ld), *before = noise((int64_t)M * ld, 1);
-        double *ref = zeros((int64_t)M * ld);
+        precise *ref = zeros((int64_t)M * ld);
         for (int m = 0; m < M; m++)
             for (int n = 0; n < N; n++) {
-                double sum = 0;
+                precise sum = 0;
                 for (int k = 0; k < K; k++) sum += (double)a.at[m * a.row + k * a.col] * (double)b.at[k * b.row + n * b.col];
                 ref[m * ld + n] = (double)alpha * sum + (beta == 0 ? 0 : (double)beta * (double)before[m * ld + n]) + (bias ? (double)bias[n] : 0);
                 if (beta != 0) out[m * ld + n] = before[m * ld + n];
@@ -228,7 +232,7 @@ static void test_matmul(void) {
     for (int i = 0; i < 80; i++) {
         int n = sizes[i % 8], D = widths[i / 8 % 5], backward = i / 40, ld = D + random_int(0, 3);
         real *lower = noise((int64_t)n * n, 0.7 / sqrt((double)n)), *x = poison((int64_t)n * ld);
-        double *ref = zeros((int64_t)n * ld);
+        precise *ref = zeros((int64_t)n * ld);
         for (int t = 0; t < n; t++) {
             for (int j = t; j < n; j++) lower[t * n + j] = 0;
             for (int e = 0; e < D; e++) ref[t * ld + e] = (double)(x[t * ld + e] = (real)random_normal(&chance));
@@ -259,17 +263,17 @@ static const int panel_heights[] = {0, 1, 3, 8}; // 0: the layer chooses
 enum { N_HEIGHTS = 4 };
 
 // [15, 16] o_t = Σ_{j≤t} p_tj v_j and, with dout, the gradients of Σ o·dout. Layouts are those of attention_forward.
-static void plain_attention(double *out, double *dq, double *dk, double *dv, const real *dout, const real *q, int ld, const real *k,
+static void plain_attention(precise *out, precise *dq, precise *dk, precise *dv, const real *dout, const real *q, int ld, const real *k,
                             const real *v, int ld_kv, int B, int T, int H, int G, int d, int first) {
-    double *p = zeros(T), *dp = zeros(T);
+    precise *p = zeros(T), *dp = zeros(T);
     for (int b = 0; b < B; b++)
         for (int h = 0; h < H; h++)
             for (int t = first; t < T; t++) {
                 size_t row = (size_t)b * (T - first) + t - first, at = (row * H + h) * d, at_q = row * ld + h * d, sum_at = at;
                 size_t kv = (size_t)b * T * ld_kv + h / (H / G) * d;
-                double sum = 0, mean = 0;
+                precise sum = 0, mean = 0;
                 for (int j = 0; j <= t; j++) {
-                    double logit = 0;
+                    precise logit = 0;
                     for (int i = 0; i < d; i++) logit += (double)q[at_q + i] * (double)k[kv + (size_t)j * ld_kv + i];
                     sum += p[j] = exp(logit / sqrt((double)d));
                 }
@@ -295,16 +299,16 @@ static void plain_attention(double *out, double *dq, double *dk, double *dv, con
 }
 
 // [17, 19-22] s_t = f_t + γ_t Σ_{j<t} α_tj s_j and, with ds, the gradients of Σ s·ds. The rows of s before first are given.
-static void plain_feedback(double *s, double *df, double *dq, double *dk, double *dgamma, const real *ds, const real *f, const real *q,
+static void plain_feedback(precise *s, precise *df, precise *dq, precise *dk, precise *dgamma, const real *ds, const real *f, const real *q,
                            int ld, const real *k, int ld_k, const real *gamma, int B, int T, int D, int first) {
-    double *alpha = zeros((int64_t)T * T), *dalpha = zeros(T);
+    precise *alpha = zeros((int64_t)T * T), *dalpha = zeros(T);
     for (int b = 0; b < B; b++) {
         size_t row0 = (size_t)b * (T - first), all0 = (size_t)b * T;
         for (int t = first; t < T; t++) {
             size_t row = row0 + t - first;
-            double sum = 0;
+            precise sum = 0;
             for (int j = 0; j < t; j++) {
-                double logit = 0;
+                precise logit = 0;
                 for (int i = 0; i < D; i++) logit += (double)q[row * ld + i] * (double)k[(all0 + j) * ld_k + i];
                 sum += alpha[t * T + j] = exp(logit / sqrt((double)D));
             }
@@ -317,7 +321,7 @@ static void plain_feedback(double *s, double *df, double *dq, double *dk, double
         if (!ds) continue;
         for (size_t i = all0 * D; i < (all0 + T) * D; i++) df[i] = (double)ds[i];
         for (int t = T - 1; t >= 0; t--) { // df_t is complete when the rows after it have given
-            double mean = 0;
+            precise mean = 0;
             for (int j = 0; j < t; j++) {
                 dalpha[j] = 0;
                 for (int i = 0; i < D; i++) {
@@ -351,7 +355,7 @@ static void test_attention(void) {
             int first = random_int(0, T - 1), ld = D + random_int(0, 3), P = panel_heights[i];
             real *q = noise((int64_t)B * T * ld, 1.5), *k = noise((int64_t)B * T * ld, 1), *v = noise((int64_t)B * T * ld, 1), *dout = noise((int64_t)B * T * D, 1);
             real *out = poison((int64_t)B * T * D), *stats = poison((int64_t)B * H * T * 2), *scratch = scratch_for(T);
-            double *ref = zeros((int64_t)B * T * D), *dq = zeros((int64_t)B * T * ld), *dk = zeros((int64_t)B * T * ld), *dv = zeros((int64_t)B * T * ld);
+            precise *ref = zeros((int64_t)B * T * D), *dq = zeros((int64_t)B * T * ld), *dk = zeros((int64_t)B * T * ld), *dv = zeros((int64_t)B * T * ld);
             plain_attention(ref, dq, dk, dv, dout, q, ld, k, v, ld, B, T, H, G, d, 0);
             attention_forward(out, stats, scratch, q, k, v, ld, B, T, H, G, d, 0, P);
             worst_of(&worst[0], error_of(out, ref, (int64_t)B * T * D, 0));
@@ -363,7 +367,7 @@ static void test_attention(void) {
             worst_of(&worst[4], rows_error(dv_layer, dv, (int64_t)B * T, G * d, ld, floor));
             int rows = B * (T - first); // the same with the positions before `first` known
             real *late = poison((int64_t)rows * D), *late_stats = poison((int64_t)rows * H * 2);
-            double *late_ref = zeros((int64_t)rows * D);
+            precise *late_ref = zeros((int64_t)rows * D);
             plain_attention(late_ref, NULL, NULL, NULL, NULL, q, ld, k, v, ld, B, T, H, G, d, first);
             attention_forward(late, late_stats, scratch, q, k, v, ld, B, T, H, G, d, first, P);
             worst_of(&worst[1], error_of(late, late_ref, (int64_t)rows * D, 0));
@@ -380,7 +384,7 @@ static void test_attention(void) {
             real *f = noise(size, 1), *q = noise(wide, 1.5), *k = noise(wide, 1), *gamma = noise(n, 1), *ds = noise(size, 1), *scratch = scratch_for(T);
             for (int64_t r = 0; r < n; r++) gamma[r] = (real)(0.999 * tanh((double)gamma[r]));
             real *s = poison(size), *stats = poison(2 * n), *df_layer = poison(size), *dq_layer = poison(wide), *dk_layer = poison(wide), *dgamma_layer = poison(n);
-            double *ref = zeros(size), *df = zeros(size), *dq = zeros(wide), *dk = zeros(wide), *dgamma = zeros(n), floor = 0.1 * length_of(ds, size);
+            precise *ref = zeros(size), *df = zeros(size), *dq = zeros(wide), *dk = zeros(wide), *dgamma = zeros(n), floor = 0.1 * length_of(ds, size);
             plain_feedback(ref, df, dq, dk, dgamma, ds, f, q, ld, k, ld, gamma, B, T, D, 0);
             feedback_forward(s, stats, scratch, f, q, k, ld, gamma, B, T, D, 0, P);
             worst_of(&worst[0], error_of(s, ref, size, 0));
@@ -389,7 +393,7 @@ static void test_attention(void) {
             worst_of(&worst[3], rows_error(dq_layer, dq, n, D, ld, floor));
             worst_of(&worst[4], rows_error(dk_layer, dk, n, D, ld, floor));
             worst_of(&worst[5], error_of(dgamma_layer, dgamma, n, floor));
-            double *late_ref = zeros(size);
+            precise *late_ref = zeros(size);
             real *late = poison(size), *late_stats = poison(2 * n);
             for (int b = 0; b < B; b++)
                 for (int r = 0; r < first * D; r++) late_ref[b * T * D + r] = (double)(late[b * T * D + r] = (real)random_normal(&chance));
@@ -413,12 +417,12 @@ static void test_extremes(void) {
     for (int i = 0; i < 2; i++) {
         real *f = noise(T * D, 1), *q = noise(T * D, 0.5), *k = noise(T * D, 0.5), *gamma = noise(T, 0), *ds = noise(T * D, 1), *scratch = scratch_for(T);
         real *s = poison(T * D), *stats = poison(2 * T), *df_layer = poison(T * D), *dq_layer = poison(T * D), *dk_layer = poison(T * D), *dgamma_layer = poison(T);
-        double *ref = zeros(T * D), *df = zeros(T * D), *dq = zeros(T * D), *dk = zeros(T * D), *dgamma = zeros(T), largest = 0, largest_f = 0;
+        precise *ref = zeros(T * D), *df = zeros(T * D), *dq = zeros(T * D), *dk = zeros(T * D), *dgamma = zeros(T), largest = 0, largest_f = 0;
         for (int t = 0; t < T; t++) gamma[t] = (real)gains[i];
         plain_feedback(ref, df, dq, dk, dgamma, ds, f, q, D, k, D, gamma, 1, T, D, 0);
         feedback_forward(s, stats, scratch, f, q, k, D, gamma, 1, T, D, 0, 0);
         feedback_backward(df_layer, dq_layer, dk_layer, dgamma_layer, scratch, ds, s, stats, q, k, D, gamma, 1, T, D, 0);
-        for (int e = 0; e < T * D; e++) { largest = fmax(largest, fabs((double)s[e])); largest_f = fmax(largest_f, fabs((double)f[e])); }
+        for (int e = 0; e < T * D; e++) { worst_of(&largest, fabs((double)s[e])); worst_of(&largest_f, fabs((double)f[e])); }
         check_error(error_of(s, ref, T * D, 0), bound_of(1e-5, 1e-13), "feedback, every gain %g: s", gains[i]);
         check_error(fmax(fmax(error_of(df_layer, df, T * D, 0), error_of(dgamma_layer, dgamma, T, 0)), fmax(error_of(dq_layer, dq, T * D, 0), error_of(dk_layer, dk, T * D, 0))),
                     bound_of(1e-4, 1e-12), "feedback, every gain %g: gradients", gains[i]);
@@ -427,13 +431,13 @@ static void test_extremes(void) {
     }
     for (int strict = 0; strict < 2; strict++) { // attention, feedback
         real *f = noise(T * D, 1), *q = noise(T * D, 0), *k = noise(T * D, 0), *gamma = noise(T, 0.3), *out = poison(T * D), *stats = poison(2 * T), *scratch = scratch_for(T);
-        double *ref = zeros(T * D);
+        precise *ref = zeros(T * D);
         for (int t = 0; t < T; t++) {
             q[t * D] = (real)(random_int(0, 1) ? 2e4 : -2e4); // times 1/sqrt(4)
             k[t * D] = (real)(t > T / 2 && random_int(0, 1) ? 1 : -1);
         }
         for (int t = 0; t < T; t++) {
-            double n = 0, all = strict ? t : t + 1, sum[D] = {0}, sum_all[D] = {0};
+            precise n = 0, all = strict ? t : t + 1, sum[D] = {0}, sum_all[D] = {0};
             for (int j = 0; j < all; j++) {
                 int match = (q[t * D] > 0) == (k[j * D] > 0);
                 n += match;
@@ -467,17 +471,18 @@ static void test_extremes(void) {
 
 // h_t = exp(-exp(A_log) Δ_t) h_{t-1} + Δ_t b_t x_t^T, y_t = c_t^T h_t + skip·x_t token by token, from the state h (B,S,E), and
 // with dy the gradients of Σ y·dy: the states are remembered, and dh runs back over them.
-static void plain_scan(double *y, double *h, double *dxbc, double *dstep, double *dA, double *dskip, const real *dy, const real *xbc,
+static void plain_scan(precise *y, precise *h, precise *dxbc, precise *dstep, precise *dA, precise *dskip, const real *dy, const real *xbc,
                        const real *step, const real *A_log, const real *skip, int B, int T, int E, int S, int heads) {
     int W = E + 2 * S, w = E / heads;
-    double *all = zeros((int64_t)(T + 1) * S), *dh = zeros(S);
+    precise *all = zeros((int64_t)(T + 1) * S), *dh = zeros(S);
     for (int b = 0; b < B; b++)
         for (int e = 0; e < E; e++) {
             double rate = exp((double)A_log[e / w]);
             for (int i = 0; i < S; i++) { all[i] = h[((int64_t)b * S + i) * E + e]; dh[i] = 0; }
             for (int t = 0; t < T; t++) {
                 const real *x = xbc + (int64_t)(b * T + t) * W;
-                double delta = (double)step[(b * T + t) * heads + e / w], sum = (double)skip[e / w] * (double)x[e];
+                double delta = (double)step[(b * T + t) * heads + e / w];
+                precise sum = (double)skip[e / w] * (double)x[e];
                 for (int i = 0; i < S; i++) {
                     all[(t + 1) * S + i] = exp(-rate * delta) * all[t * S + i] + delta * (double)x[E + i] * (double)x[e];
                     sum += (double)x[E + S + i] * all[(t + 1) * S + i];
@@ -487,7 +492,8 @@ static void plain_scan(double *y, double *h, double *dxbc, double *dstep, double
             for (int i = 0; i < S; i++) h[((int64_t)b * S + i) * E + e] = all[T * S + i];
             for (int t = T - 1; dy && t >= 0; t--) {
                 const real *x = xbc + (int64_t)(b * T + t) * W;
-                double *dx = dxbc + (int64_t)(b * T + t) * W, g = (double)dy[(int64_t)(b * T + t) * E + e], decay_gradient = 0;
+                precise *dx = dxbc + (int64_t)(b * T + t) * W, decay_gradient = 0;
+                double g = (double)dy[(int64_t)(b * T + t) * E + e];
                 double delta = (double)step[(b * T + t) * heads + e / w], decay = exp(-rate * delta);
                 dskip[e / w] += g * (double)x[e];
                 dx[e] += g * (double)skip[e / w];
@@ -517,7 +523,7 @@ static void test_scan(void) {
             for (int n = 0; n < N * heads; n++) step[n] = (real)(c % 4 ? exp((double)step[n] - 2) : n % 3 ? exp((double)step[n]) : 0); // some decay at once, some never
             real *y = poison((int64_t)N * E), *states = poison((int64_t)B * slots * S * E), *dxbc = poison((int64_t)N * W), *dstep = poison(N * 3 * heads), *dA = noise(heads, 0), *dskip = noise(heads, 0);
             real *scratch = (real *)lend(scan_scratch(E, S, heads) * (size_t)omp_get_max_threads() * sizeof(real));
-            double *ref = zeros((int64_t)N * E), *h = zeros((int64_t)B * S * E), *ref_x = zeros((int64_t)N * W), *ref_step = zeros(N * heads), *ref_A = zeros(heads), *ref_skip = zeros(heads);
+            precise *ref = zeros((int64_t)N * E), *h = zeros((int64_t)B * S * E), *ref_x = zeros((int64_t)N * W), *ref_step = zeros(N * heads), *ref_A = zeros(heads), *ref_skip = zeros(heads);
             plain_scan(ref, h, ref_x, ref_step, ref_A, ref_skip, dy, xbc, step, A_log, skip, B, T, E, S, heads);
             scan_forward(y, states, 1, scratch, xbc, step, A_log, skip, B, T, E, S, heads, P);
             worst_of(&worst[0], error_of(y, ref, (int64_t)N * E, 0));
@@ -529,7 +535,7 @@ static void test_scan(void) {
             worst_of(&worst[5], error_of(dA, ref_A, heads, floor));
             worst_of(&worst[6], error_of(dskip, ref_skip, heads, floor));
             real *state = noise((int64_t)S * E, 0); // the first sequence in two calls, the state carried over
-            double *late = zeros((int64_t)T * E), *carried = zeros((int64_t)S * E);
+            precise *late = zeros((int64_t)T * E), *carried = zeros((int64_t)S * E);
             plain_scan(late, carried, NULL, NULL, NULL, NULL, NULL, xbc, step, A_log, skip, 1, T, E, S, heads);
             if (first) scan_forward(y, state, 0, scratch, xbc, step, A_log, skip, 1, first, E, S, heads, P);
             scan_forward(y + (int64_t)first * E, state, 0, scratch, xbc + (int64_t)first * W, step + first * heads, A_log, skip, 1, T - first, E, S, heads, P);
@@ -594,10 +600,10 @@ static void test_memory(void) {
         for (int t = 0; t < T; t++) {
             gr[t] = (real)(c % 3 ? 0.999 * level * tanh((double)gr[t]) : 0.99);
             if (c % 3 == 0) for (int e = 0; e < D; e++) fr[t * D + e] = 1;
-            most_gamma = fmax(most_gamma, fabs((double)gr[t]));
+            worst_of(&most_gamma, fabs((double)gr[t]));
         }
         feedback_forward(sr, poison(2 * T), scratch_for(T), fr, qr, kr, D, gr, 1, T, D, 0, 0);
-        for (int t = 0; t < T * D; t++) { most_f = fmax(most_f, fabs((double)fr[t])); if (!(fabs((double)sr[t]) <= most_s)) most_s = fabs((double)sr[t]); }
+        for (int t = 0; t < T * D; t++) { worst_of(&most_f, fabs((double)fr[t])); worst_of(&most_s, fabs((double)sr[t])); }
         worst_of(&share, most_s * (1 - most_gamma) / most_f);
         release();
     }
@@ -711,7 +717,7 @@ static void norm_b(LayerCase *c) { gated_rmsnorm_backward(c->grad[0], c->grad[1]
 typedef struct { const Layer *layer; LayerCase c; } LayerSum;
 static double layer_sum(void *state) {
     LayerSum *sum_of = (LayerSum *)state;
-    double sum = 0;
+    precise sum = 0;
     sum_of->layer->forward(&sum_of->c);
     for (int i = 0; i < sum_of->layer->n_out; i++) sum += (double)sum_of->c.out[i] * (double)sum_of->c.dout[i];
     return sum;
@@ -744,7 +750,7 @@ static void check_layer(const Layer *layer, int P) {
     double worst = 0;
     for (int i = 0; i < layer->n_inputs; i++) {
         int n = layer->sizes[i];
-        double *ref = zeros(n);
+        precise *ref = zeros(n);
         if (memcmp(c->in[i], before[i], sizeof(real) * (size_t)n)) worst = INFINITY; // inputs are const
         for (int e = 0; e < n; e++) {
             ref[e] = difference(layer_sum, &state, &c->in[i][e]);
@@ -808,7 +814,7 @@ static void check_model(const char *name, Config c, int B, int T, int P, double 
     loss_of(&loss);
     model_backward(m, loss.dloss);
     for (int64_t i = 0; i < m->table.count; i++) grads[i] = m->grads[i] - start[i];
-    double mean = 0, worst = 0, *off = zeros(n_tensors), *size = zeros(n_tensors);
+    precise mean = 0, worst = 0, *off = zeros(n_tensors), *size = zeros(n_tensors);
     for (int r = 0; r < n_tensors; r++) {
         const Tensor *t = &m->table.rows[r];
         int all = t->count <= ENTRIES, n = all ? (int)t->count : ENTRIES;
@@ -857,7 +863,7 @@ static void test_training_parts(void) {
     heading("optimiser, dropout, schedule, initial values, sampling");
     enum { N = 1000, STEPS = 12 };
     real *w = noise(N, 1), *g = poison(N), *m = noise(N, 0), *v = noise(N, 0);
-    double *w_ref = zeros(N), *m_ref = zeros(N), *v_ref = zeros(N);
+    precise *w_ref = zeros(N), *m_ref = zeros(N), *v_ref = zeros(N);
     AdamW o = {0.01, 0.9, 0.97, 1e-6, 0.3};
     int cleared = 1;
     for (int i = 0; i < N; i++) w_ref[i] = (double)w[i];
@@ -913,9 +919,9 @@ static void test_training_parts(void) {
     Config c = config_with(SESSA, 50, 64, 1, 4, 4, 8);
     Model *model = create(&c, 1, 8, EVALUATE);
     initialise(model->params, &model->table, 1);
-    double largest = 0, square = 0;
+    precise largest = 0, square = 0;
     const Tensor *t = find_tensor(&model->table, "layers.0.mixer.proj_fb.weight"), *e = find_tensor(&model->table, "wte.weight"), *b = find_tensor(&model->table, "layers.0.mixer.gamma_bias");
-    for (int64_t i = 0; i < t->count; i++) largest = fmax(largest, fabs((double)model->params[t->offset + i]));
+    for (int64_t i = 0; i < t->count; i++) worst_of(&largest, fabs((double)model->params[t->offset + i]));
     for (int64_t i = 0; i < e->count; i++) square += (double)model->params[e->offset + i] * (double)model->params[e->offset + i];
     check(largest <= 0.125 && largest > 0.1245 && fabs(sqrt(square / (double)e->count) / 0.02 - 1) < 0.05 && model->params[b->offset] == 1,
           "initial values: uniform within 1/sqrt(D), embedding 0.02, gamma_bias 1");
@@ -924,7 +930,7 @@ static void test_training_parts(void) {
     enum { CHOICES = 6, DRAWS = 40000 };
     real *logits = noise(CHOICES, 1);
     Candidate *candidates = (Candidate *)lend(sizeof(Candidate) * CHOICES);
-    double total = 0, worst = 0, seen[CHOICES] = {0}, likely = 0;
+    precise total = 0, worst = 0, seen[CHOICES] = {0}, likely = 0;
     int best = 0, only_likely = 1;
     uint64_t random = 5;
     for (int i = 0; i < CHOICES; i++) { total += exp((double)logits[i] / 0.7); if (logits[i] > logits[best]) best = i; }
@@ -967,7 +973,7 @@ static void test_extend(void) {
         memcpy(TESTED_BACKEND.read(stepwise, PARAMS), whole->params, sizeof(real) * (size_t)whole->table.count);
         TESTED_BACKEND.write(stepwise, PARAMS);
         model_forward(whole, ids, ids, 1, T, off);
-        double worst = 0, *ref = zeros(V);
+        precise worst = 0, *ref = zeros(V);
         real *logits = poison(V), *first = poison(V);
         for (int round = 0; round < 2; round++) { // the second from the start again
             for (int p = 0, at = 0; p < 14; p++) {
@@ -1039,14 +1045,14 @@ static int *take_ids(const Safetensors *file, const char *name, int B, int T, in
 }
 
 static double tensor_norm(const FileTensor *t, int64_t from, int64_t to) {
-    double sum = 0;
+    precise sum = 0;
     for (int64_t i = from; i < to; i++) sum += number_of(t, i) * number_of(t, i);
     return sqrt(sum);
 }
 
 // ‖x - t‖ over the elements from..to of t; x has rows of `width` numbers, `stride` apart.
 static double tensor_distance(const FileTensor *t, const real *x, int64_t width, int64_t stride, int64_t from, int64_t to) {
-    double sum = 0;
+    precise sum = 0;
     for (int64_t i = from; i < to; i++) {
         double error = (double)x[i / width * stride + i % width] - number_of(t, i);
         sum += error * error;
@@ -1080,7 +1086,8 @@ static void check_losses(Model *m, const Safetensors *file, const FileTensor *lo
 // Every tensor of the dump, at four panel heights. In float64 all that is left of the error is the dump's own rounding to
 // float32: each number is off by at most 2^-24 of itself, so a tensor by at most 6e-8 of its norm.
 static void check_tensors(Model *m, const Safetensors *file, const int *inputs, const int *targets, int B, int T, double dloss) {
-    double bound = dump_bound > 0 ? dump_bound : bound_of(1e-5, 2e-7), means[2] = {0, 0}, *distance = zeros((int64_t)file->n_tensors * 2 * N_HEIGHTS);
+    double bound = dump_bound > 0 ? dump_bound : bound_of(1e-5, 2e-7);
+    precise means[2] = {0, 0}, *distance = zeros((int64_t)file->n_tensors * 2 * N_HEIGHTS);
     int counts[2] = {0, 0}, checked = 0;
     const Tensor **rows = (const Tensor **)lend(sizeof(Tensor *) * (size_t)(file->n_tensors + 1));
     for (int i = 0; i < file->n_tensors; i++) { // first: what is there, and is it what we have
@@ -1111,7 +1118,7 @@ static void check_tensors(Model *m, const Safetensors *file, const int *inputs, 
                 if (!row || (t->name[0] == 'g') != pass) continue;
                 int64_t half = pass && strstr(t->name, "proj_fb.bias") ? t->count / 2 : t->count, width = row->n_dims ? row->shape[row->n_dims - 1] : 1;
                 const real *x = (pass ? m->grads : m->acts_block) + row->offset;
-                double *place = distance + ((size_t)i * N_HEIGHTS + p) * 2;
+                precise *place = distance + ((size_t)i * N_HEIGHTS + p) * 2;
                 place[0] = tensor_distance(t, x, width, row->stride, 0, half);
                 place[1] = tensor_distance(t, x, width, row->stride, half, t->count);
             }
@@ -1190,14 +1197,14 @@ static const char *n_threads = "2";
 
 // The bytes of a file of the work folder with a zero behind them, NULL if there is none.
 static unsigned char *slurp(const char *name, size_t *size) {
-    char path[512], error[ERROR_SIZE];
+    char path[PATH_MAX], error[ERROR_SIZE];
     unsigned char *bytes = NULL;
     snprintf(path, sizeof(path), "%s/%s", work, name);
     return file_read(path, &bytes, size, error) ? NULL : (unsigned char *)keep(bytes);
 }
 
 static void spill(const char *name, const void *bytes, size_t size) {
-    char path[256];
+    char path[PATH_MAX];
     snprintf(path, sizeof(path), "%s/%s", work, name);
     FILE *out = fopen(path, "wb");
     if (!out || fwrite(bytes, 1, size, out) != size || fclose(out)) { printf("%s cannot be written\n", path); exit(1); }
@@ -1226,6 +1233,7 @@ static int open_work(const char *name) {
 static int same_tensors(const char *a, const char *b) {
     Safetensors x, y;
     char path[512], error[ERROR_SIZE];
+    memset(&y, 0, sizeof(y));
     snprintf(path, sizeof(path), "%s/%s", work, a);
     if (safetensors_read(&x, path, error)) return 0;
     snprintf(path, sizeof(path), "%s/%s", work, b);
@@ -1351,7 +1359,10 @@ static void write_tensors(const char *name, int N, int T, int32_t *inputs, int32
         tensors[i].data = (const unsigned char *)(i == 2 ? lags : i ? targets : inputs);
     }
     snprintf(path, sizeof(path), "%s/%s", work, name);
-    if (safetensors_write(path, NULL, tensors, lags ? 3 : 2, &meta, 1, 0, error)) { printf("%s\n", error); exit(1); }
+    if (safetensors_write(path, NULL, tensors, lags ? 3 : 2, &meta, 1, 0, error)) {
+        printf("%s\n", error);
+        exit(1);
+    }
 }
 
 // A text, a token shard and a set of 20 examples with some targets ignored.
@@ -1381,7 +1392,8 @@ static void check_resume(const char *name, const char *options) {
           "%s: 10 steps and 10 resumed write the bytes of 20, best weights too", name);
     int logged = same_logs("a.log", "b.log", 20); // once more from the middle, in two parts: the log is cut back
     double steps[64];
-    ok = !run("--resume half.safetensors --out c.safetensors --overwrite --steps 15 --log b.log " WATCH) && read_log("b.log", "step", steps, 64) == 15;
+    ok = !run("--resume half.safetensors --out c.safetensors --overwrite --steps 15 --log b.log " WATCH) &&
+         read_log("b.log", "step", steps, 64) == 15;
     ok = ok && !run("--resume c.safetensors --steps 20 --log b.log " WATCH);
     check(ok && logged && same_logs("a.log", "b.log", 20) && same_files("a.safetensors", "c.safetensors"), "%s: the log goes on, and is cut back to the resumed step", name);
 }
@@ -1423,7 +1435,8 @@ static void test_resume(void) {
         safetensors_free(&file);
     }
     check(whole == 5, "killed while saving, five times: the file is whole");
-    code = run("--data text --overwrite --dim 16 --layers 1 --heads 2 --seq 12 --batch 2 --steps 20 --eval-every 0 --out w.safetensors");
+    code = run("--data text --overwrite --dim 16 --layers 1 --heads 2 --seq 12 --batch 2 --steps 20 "
+               "--eval-every 0 --out w.safetensors");
     snprintf(path, sizeof(path), "%s/w.safetensors", work);
     if (!code && !(code = safetensors_read(&file, path, error))) {
         const char *warmup = safetensors_meta(&file, "warmup"), *length = safetensors_meta(&file, "decay_steps");
@@ -1443,7 +1456,9 @@ static void test_threads(void) {
         int ok = 1;
         for (int t = 0; t < 3; t++) {
             n_threads = counts[t];
-            ok &= !run("--data text --overwrite --dim 48 --layers 2 --heads 4 --dropout 0.1 --eval-every 0 --out t%d.safetensors %s", t, shapes[i]);
+            ok &= !run("--data text --overwrite --dim 48 --layers 2 --heads 4 --dropout 0.1 --eval-every 0 "
+                       "--out t%d.safetensors %s",
+                       t, shapes[i]);
         }
         n_threads = "2";
         check(ok && same_files("t0.safetensors", "t1.safetensors") && same_files("t0.safetensors", "t2.safetensors"), "the same bytes with 1, 2 and 3 threads: %s", shapes[i]);
@@ -1451,7 +1466,9 @@ static void test_threads(void) {
     static const char *data[] = {"text", "set.safetensors"};
     for (int i = 0; i < 2; i++) {
         double x[8], y[8], worst = 0;
-        int ok = !run("--data %s " TINY "--seq 12 --batch 8 --steps 6 --eval-every 0 --log x.log", data[i]) && !run("--data %s " TINY "--seq 12 --batch 4 --accum 2 --steps 6 --eval-every 0 --log y.log", data[i]);
+        int ok = !run("--data %s " TINY "--seq 12 --batch 8 --steps 6 --eval-every 0 --log x.log", data[i]) &&
+                 !run("--data %s " TINY "--seq 12 --batch 4 --accum 2 --steps 6 --eval-every 0 --log y.log",
+                      data[i]);
         ok = ok && read_log("x.log", "train_loss", x, 8) == 6 && read_log("y.log", "train_loss", y, 8) == 6;
         for (int s = 0; s < 6; s++) worst_of(&worst, ok ? fabs(x[s] - y[s]) / x[s] : NAN);
         check_error(worst, bound_of(1e-5, 1e-12), "%s: losses of --batch 4 --accum 2 against --batch 8", data[i]);
@@ -1467,13 +1484,19 @@ static int by_size(const void *a, const void *b) { return *(const int *)a - *(co
 static void test_order(void) {
     heading("which data a step sees");
     enum { N = 20 };
-    static const char same[] = "--data set.safetensors --val copy.safetensors", one[] = "--data one.safetensors --val copy.safetensors";
-    static const char still[] = "--overwrite --dim 16 --layers 1 --heads 2 --lr 0 --min-lr 0 --eval-every 0 --log o.log";
+    static const char same[] = "--data set.safetensors --val copy.safetensors", one[] = "--data "
+                                                                                        "one.safetensors "
+                                                                                        "--val "
+                                                                                        "copy.safetensors";
+    static const char still[] = "--overwrite --dim 16 --layers 1 --heads 2 --lr 0 --min-lr 0 --eval-every 0 "
+                                "--log o.log";
     double x[2 * N], y[2 * N], worst = 0, moved = 0;
     copy_file("set.safetensors", "copy.safetensors");
-    int ok = !run("%s %s --batch 20 --steps 1", same, still) && read_log("o.log", "train_loss", x, 2 * N) == 1 && read_log("o.log", "val_loss", y, 2 * N) == 1;
+    int ok = !run("%s %s --batch 20 --steps 1", same, still) &&
+             read_log("o.log", "train_loss", x, 2 * N) == 1 && read_log("o.log", "val_loss", y, 2 * N) == 1;
     check_error(ok ? fabs(x[0] - y[0]) / y[0] : NAN, 1e-6, "all examples in one batch: the training loss is the validation loss");
-    ok = !run("%s %s --batch 1 --steps 40", same, still) && read_log("o.log", "train_loss", x, 2 * N) == 2 * N;
+    ok =
+        !run("%s %s --batch 1 --steps 40", same, still) && read_log("o.log", "train_loss", x, 2 * N) == 2 * N;
     for (int i = 0; i < N; i++) moved += x[i] != x[N + i];
     qsort(x, N, sizeof(double), by_value);
     qsort(x + N, N, sizeof(double), by_value);
@@ -1482,7 +1505,8 @@ static void test_order(void) {
     check(moved > N / 2 && x[0] < x[N - 1], "in another order: %.0f of %d in another place", moved, N);
     write_tensors("one.safetensors", 1, 12, random_ids(12, 9, 0), random_ids(12, 9, 0), NULL);
     copy_file("one.safetensors", "copy.safetensors");
-    ok = !run("%s %s --batch 1 --steps 3 --dropout 0.5", one, still) && read_log("o.log", "train_loss", y, 2 * N) == 3;
+    ok = !run("%s %s --batch 1 --steps 3 --dropout 0.5", one, still) &&
+         read_log("o.log", "train_loss", y, 2 * N) == 3;
     check(ok && y[0] != y[1] && y[1] != y[2], "dropout: every step has a mask of its own");
     for (int seed = 1; seed < 4; seed++) { // 1000 places, sorted: independent ones have gaps of 7 times the mean
         Run r;
@@ -1529,7 +1553,9 @@ static void test_scores(void) {
     for (int i = 0; i < N * T; i++) if (targets[i] > 2) targets[i] = inputs[i]; // something to learn
     write_tensors("lags.safetensors", N, T, inputs, targets, lags);
     copy_file("lags.safetensors", "seen.safetensors");
-    int ok = !run("--data lags.safetensors --val seen.safetensors " TINY "--seq 12 --batch 8 --warmup 5 --steps 80 --lr 1e-2 --eval-every 0 --out s.safetensors --log s.log");
+    int ok = !run("--data lags.safetensors --val seen.safetensors " TINY "--seq 12 --batch 8 --warmup 5 "
+                                                                         "--steps 80 --lr 1e-2 --eval-every "
+                                                                         "0 --out s.safetensors --log s.log");
     double hits[2][8] = {{0}}, counts[2][8] = {{0}}, logged[128], by_lag[8] = {0};
     Model *m = load("s.safetensors", T, &file);
     if (!ok || !m) { check(0, "trained on an example set: %s", (char *)complaint); return; }
@@ -1673,7 +1699,8 @@ static void damage(const char *from, const char *to) {
 
 static void test_files(void) {
     heading("files: what is written is read, what is damaged is refused with one line and nothing is touched");
-    int ok = !run("--data text " SMALL "--steps 2 --out good.safetensors --log good.log"), read = 0, crossed = 0;
+    int ok = !run("--data text " SMALL "--steps 2 --out good.safetensors --log good.log"), read = 0,
+        crossed = 0;
     size_t size = 0;
     ok = ok && !run("--data text --load good.safetensors --lr 0 --min-lr 0 --batch 2 --steps 1 --out d.safetensors");
     Safetensors a, b;
@@ -1739,6 +1766,8 @@ static void test_files(void) {
         damage(edits[i][0], edits[i][1]);
         refuse(1, "--load bad.safetensors --data text --eval");
     }
+    damage("\"max_seq_len\":\"12\"", "\"max_seq_len\":\"3000000\"");
+    check(!run("--load bad.safetensors --generate 3 --window 8"), "a model of long sequences generates in a short window");
     const FileTensor *weight = safetensors_find(&a, "ln_f.weight"), *bias = safetensors_find(&a, "ln_f.bias"), *least = &a.tensors[0];
     for (int i = 0; i < a.n_tensors; i++) if (a.tensors[i].data < least->data) least = &a.tensors[i];
     snprintf(from, sizeof(from), "[%lld,%lld]", (long long)(bias->data - least->data), (long long)(bias->data - least->data) + 64);
@@ -1781,10 +1810,31 @@ static void test_files(void) {
     damaged[0] = 0;
     heading("the command line: what cannot work is refused");
     mkdir(strcat(strcpy(path, work), "/subfolder"), 0777);
-    static const char *wrong[] = {"--colour red", "dim", "--steps ten", "--steps 1.5", "--lr 1e-3x", "--lr nan", "--steps", "--dropout 1", "--batch 0", "--data text --heads 3 --dim 16",
-        "--data text --dim 16 --heads 16", "--data text --heads 4 --kv-heads 3", "--data text --mixer none", "--resume good.safetensors --load good.safetensors", "--generate 5",
-        "--eval", "--load good.safetensors --generate 5 --eval", "--resume good.safetensors --dim 32", "--resume good.safetensors --eps 1e-3", "--resume good.safetensors --mixer attention",
-        "--data text --out text", "--data text --log text", "--data text --val other --log other", "--load good.safetensors --data text --heads 4", "--load good.safetensors --generate 5 --prompt abZ"};
+    static const char *wrong[] = {"--colour red",
+                                  "dim",
+                                  "--steps ten",
+                                  "--steps 1.5",
+                                  "--lr 1e-3x",
+                                  "--lr nan",
+                                  "--steps",
+                                  "--dropout 1",
+                                  "--batch 0",
+                                  "--data text --heads 3 --dim 16",
+                                  "--data text --dim 16 --heads 16",
+                                  "--data text --heads 4 --kv-heads 3",
+                                  "--data text --mixer none",
+                                  "--resume good.safetensors --load good.safetensors",
+                                  "--generate 5",
+                                  "--eval",
+                                  "--load good.safetensors --generate 5 --eval",
+                                  "--resume good.safetensors --dim 32",
+                                  "--resume good.safetensors --eps 1e-3",
+                                  "--resume good.safetensors --mixer attention",
+                                  "--data text --out text",
+                                  "--data text --log text",
+                                  "--data text --val other --log other",
+                                  "--load good.safetensors --data text --heads 4",
+                                  "--load good.safetensors --generate 5 --prompt abZ"};
     for (int i = 0; i < 4; i++) { // a shard that says what is not so: one token more, one less, another version, none
         unsigned char *bytes = slurp("tokens.bin", &size);
         int32_t header[3] = {20240520, i == 2 ? 2 : 1, (int32_t)(i == 3 ? 0 : (int64_t)(size - 1024) / 2 + (i == 0) - (i == 1))};
@@ -1810,7 +1860,8 @@ static void test_files(void) {
     }
     check(ok && told == options && !complaint_size, "--help names all %d options", options);
     reason = "; nothing was saved before";
-    refuse(1, "--data text " TINY "--seq 12 --batch 2 --lr 1000 --warmup 0 --clip 0 --steps 400 --eval-every 0 --save-every 1000000 --out never.safetensors");
+    refuse(1, "--data text " TINY "--seq 12 --batch 2 --lr 1000 --warmup 0 --clip 0 --steps 400 --eval-every "
+                                  "0 --save-every 1000000 --out never.safetensors");
     reason = "";
 }
 
@@ -1820,7 +1871,9 @@ static void test_long_runs(void) {
     Safetensors file;
     char path[256], error[ERROR_SIZE], words[64];
     size_t size = 0, size_now = 0;
-    int code = run("--data text " TINY "--seq 12 --batch 2 --lr 1000 --warmup 0 --clip 0 --steps 400 --eval-every 0 --save-every 2 --out diverged.safetensors"), finite = 1, step = -1;
+    int code = run("--data text " TINY "--seq 12 --batch 2 --lr 1000 --warmup 0 --clip 0 --steps 400 "
+                                       "--eval-every 0 --save-every 2 --out diverged.safetensors"),
+        finite = 1, step = -1;
     snprintf(path, sizeof(path), "%s/diverged.safetensors", work);
     if (!safetensors_read(&file, path, error)) {
         step = atoi(safetensors_meta(&file, "step"));
@@ -1856,7 +1909,8 @@ static void test_long_runs(void) {
     model_free(run_here.model);
 
     size_t first = 0, known = 0;
-    char line[4000] = ""; // the log of the two steps, the first line 900 bytes longer, and two lines that a killed run left
+    char line[4000] =
+        ""; // the log of the two steps, the first line 900 bytes longer, and two lines that a killed run left
     const char *two = (const char *)slurp("good.log", &known);
     if (!check(two && known < 1000, "the log of two steps")) return;
     first = (size_t)(strchr(two, '\n') - two);
@@ -1869,13 +1923,495 @@ static void test_long_runs(void) {
     int lock = open_work("e.safetensors.lock");
     flock(lock, LOCK_EX);
     code = run("--resume good.safetensors --steps 3 --out e.safetensors --overwrite --log long.log");
-    check(code == 1 && complaint && strstr((char *)complaint, "another run") && slurp("e.safetensors.tmp.999999999", &size), "a run whose file another one is writing is refused, and removes nothing of it");
+    check(code == 1 && complaint && strstr((char *)complaint, "another run") &&
+              slurp("e.safetensors.tmp.999999999", &size),
+          "a run whose file another one is writing is refused, and removes nothing of it");
     close(lock);
     code = run("--resume good.safetensors --steps 3 --out e.safetensors --overwrite --log long.log");
     const char *log = (char *)slurp("long.log", &size);
-    check(!code && log && !memcmp(log, line, known + 900) && size > known + 960 && !strncmp(log + known + 900, "{\"step\": 3, \"train_loss\"", 24), "a log with a line of 1000 bytes is continued behind the resumed step");
-    check(!slurp("e.safetensors.tmp.999999999", &size) && !slurp("e.best.safetensors.tmp.0a1b2c3d", &size) && !slurp("e.safetensors.lock", &size), "what a killed run left, temporary files and locks, is gone after the next");
+    check(!code && log && !memcmp(log, line, known + 900) && size > known + 960 &&
+              !strncmp(log + known + 900, "{\"step\": 3, \"train_loss\"", 24),
+          "a log with a line of 1000 bytes is continued behind the resumed step");
+    check(!slurp("e.safetensors.tmp.999999999", &size) && !slurp("e.best.safetensors.tmp.0a1b2c3d", &size) &&
+              !slurp("e.safetensors.lock", &size),
+          "what a killed run left, temporary files and locks, is gone after the next");
     check(slurp("e.safetensors.tmp.mine", &size) != NULL, "and nothing else is");
+    release();
+}
+
+// ----------------------------------------------------------------------------
+// what a run may replace, and what it may say
+
+static const char run_of_text[] = "--data text --dim 16 --layers 1 --heads 2 --seq 12 --batch 2 --eval-every "
+                                  "5 --eval-batches 1";
+
+static int exists(const char *name) {
+    size_t size;
+    return slurp(name, &size) != NULL;
+}
+
+// The program must refuse with exit code 2, touch nothing and say these words.
+__attribute__((format(printf, 2, 3)))
+static void refuse_with(const char *words, const char *format, ...) {
+    char line[1024];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(line, sizeof(line), format, arguments);
+    va_end(arguments);
+    reason = words;
+    refuse(2, "%s", line);
+    reason = "";
+}
+
+// A run replaces a checkpoint, best weights or a log only if it wrote or resumed them, or is told to.
+static void test_places(void) {
+    heading("what a run replaces");
+    damaged[0] = 0;
+    int ok = !run("%s --steps 10 --out p.safetensors --log p.log", run_of_text);
+    check(ok && exists("p.best.safetensors"), "a run, its best weights and its log");
+    refuse_with("p.safetensors is there: a run of step 10, validation loss",
+                "%s --steps 3 --out p.safetensors", run_of_text);
+    refuse_with("p.best.safetensors is there: weights of step 10", "%s --steps 3 --out p",
+                run_of_text); // the same best weights
+    refuse_with("p.log is there: a log up to step 10", "%s --steps 3 --out q.safetensors --log p.log",
+                run_of_text);
+    refuse_with("one file", "%s --load p.best.safetensors --steps 3 --out p.safetensors", run_of_text);
+    refuse_with("one file", "%s --load p.safetensors --steps 3 --out p.safetensors --overwrite", run_of_text);
+    spill("notes", "my notes\n", 9);
+    refuse_with("is no log", "%s --steps 3 --out q.safetensors --log notes", run_of_text);
+    refuse_with("it is no log", "--resume p.safetensors --steps 12 --log notes");
+    refuse_with("notes is there: no checkpoint", "%s --steps 3 --out notes", run_of_text);
+    static const char *same[] = {"--out a --log a", "--out ./x --log x", "--out r --log r.best.safetensors",
+                                 "--val text",      "--out text",        "--log text"};
+    for (int i = 0; i < 6; i++) refuse_with("one file", "%s --steps 3 %s", run_of_text, same[i]);
+    refuse_with("one file", "--resume p.safetensors --steps 12 --log p.safetensors");
+    refuse_with("one file", "--resume p.safetensors --steps 12 --log p.best.safetensors");
+    run("%s --steps 4 --seed 5 --out other.safetensors --log other.log", run_of_text);
+    refuse_with("of another run", "--resume p.safetensors --steps 12 --log other.log --eval-every 0");
+    spill("void", "", 0);
+    ok = !run("%s --steps 3 --out void --log void.log", run_of_text) && exists("void.best.safetensors");
+    check(ok, "an empty file is nothing that could be lost");
+    ok = !run("%s --steps 10 --out again.safetensors --again", run_of_text);
+    ok = ok && !run("%s --steps 10 --out again.safetensors --again", run_of_text) &&
+         strstr((char *)output, "again.safetensors of the same settings and data is replaced");
+    check(ok && same_files("again.safetensors", "p.safetensors"), "--again replaces a run of the same "
+                                                                  "settings and data, and says so");
+    static const char *different[] = {"--seed 3", "--steps 11", "--lr 1e-3", "--layers 2", "--data other"};
+    for (int i = 0; i < 5; i++) {
+        char line[256];
+        snprintf(line, sizeof(line),
+                 "--data %s --dim 16 --layers %s --heads 2 --seq 12 --batch 2 --steps %s %s --out "
+                 "again.safetensors --again",
+                 i == 4 ? "other" : "text", i == 3 ? "2" : "1", i == 1 ? "11" : "10",
+                 i == 0 || i == 2 ? different[i] : "");
+        refuse_with("is there", "%s", line);
+    }
+    ok = !run("%s --steps 4 --out p.safetensors --log p.log --overwrite", run_of_text);
+    double steps[64];
+    check(ok && read_log("p.log", "step", steps, 64) == 4, "--overwrite replaces run and log");
+
+    spill("r.safetensors.lock", "", 0); // as a run in another container would hold it
+    int lock = open_work("r.safetensors.lock");
+    flock(lock, LOCK_EX);
+    uint64_t before = folder_state(0);
+    int code = run("%s --steps 3 --out r.safetensors", run_of_text);
+    check(code == 1 && strstr((char *)complaint, "another run is writing it") && folder_state(0) == before,
+          "two runs never share an --out");
+    close(lock);
+    int log = open_work("p.log");
+    flock(log, LOCK_EX);
+    code = run("--resume p.safetensors --steps 6 --log p.log");
+    check(code == 1 && strstr((char *)complaint, "another run is writing it"), "nor a --log");
+    close(log);
+    ok = !run("%s --steps 3 --out r.safetensors", run_of_text) && !exists("r.safetensors.lock");
+    check(ok, "a lock that a killed run left is taken over, and removed");
+    folder_state(1);
+    write_data();
+    release();
+}
+
+// What a stop or a kill left open is made when the run is resumed; what is said to be there is there.
+static void test_pieces(void) {
+    heading("missing pieces of resumed runs");
+    double steps[64], losses[64], scores[64];
+    size_t size = 0;
+    int ok = !run("%s --steps 12 --out a.safetensors --log a.log", run_of_text);
+    const char *log = (const char *)slurp("a.log", &size);
+    if (!check(ok && log, "a run of 12 steps")) return;
+    size_t last = size - 1;
+    while (last && log[last - 1] != '\n') last--;
+    spill("a.log", log, last); // killed before its last line
+    ok = !run("--resume a.safetensors --log a.log --eval-every 5 --eval-batches 1") &&
+         read_log("a.log", "step", steps, 64) == 12;
+    ok = ok && read_log("a.log", "val_loss", scores, 64) == 12 && isfinite(scores[11]) &&
+         read_log("a.log", "train_loss", losses, 64) == 12;
+    check(ok && steps[11] == 12 && isfinite(losses[11]), "a finished run's last log line is made at resume");
+    ok = !run("--resume a.safetensors --log a.log --eval-every 5 --eval-batches 1") &&
+         strstr((char *)output, "nothing to do");
+    check(ok, "and then there is nothing to do");
+    copy_file("a.safetensors", "b.safetensors");
+    copy_file("a.best.safetensors", "b.best.safetensors");
+    ok = !run("--resume b.safetensors --steps 13 --eval-every 0 --out c.safetensors") &&
+         same_files("c.best.safetensors", "a.best.safetensors");
+    check(ok, "resumed under another name the best weights go along");
+    discard("b.best.safetensors");
+    ok = !run("--resume b.safetensors --steps 13 --eval-every 0") && strstr((char *)output, "counts anew") &&
+         exists("b.best.safetensors");
+    check(ok, "best weights that are gone count anew, and that is said");
+    run("--data text --dim 16 --layers 1 --heads 2 --seq 12 --batch 2 --eval-every 0 --steps 6 --out "
+        "d.safetensors");
+    discard("d.best.safetensors"); // killed in the last validation
+    ok = !run("--resume d.safetensors --eval-every 0") && exists("d.best.safetensors");
+    check(ok, "best weights that a killed run never wrote are written");
+    pid_t child = start_and_wait_for_log("--run --data text --dim 16 --layers 1 --heads 2 --seq 12 --batch 1 "
+                                         "--eval-every 3 "
+                                         "--eval-batches 1000000 --steps 30 --out v.safetensors --log v.log",
+                                         "v.log", 2);
+    kill(child, SIGTERM); // most of the time in the validation of step 3
+    int code = finish(child);
+    ok = code == 130 && !run("--resume v.safetensors --log v.log --eval-every 3 --eval-batches 1000000");
+    ok = ok && !run("--data text --dim 16 --layers 1 --heads 2 --seq 12 --batch 1 --eval-every 3 "
+                    "--eval-batches 1000000 "
+                    "--steps 30 --out u.safetensors --log u.log");
+    check(ok && same_files("u.safetensors", "v.safetensors") &&
+              same_files("u.best.safetensors", "v.best.safetensors") && same_logs("u.log", "v.log", 30),
+          "a validation that a signal broke off is made up for: the bytes of a run that was not stopped");
+    run("%s --steps 12 --seed 4 --lr 1e-4 --out other.safetensors", run_of_text);
+    copy_file("other.best.safetensors", "a.best.safetensors");
+    refuse_with("not the best weights of the resumed run", "--resume a.safetensors --steps 14");
+    ok = !run("--resume c.safetensors --steps 15") && strstr((char *)output, "the schedule ends at step 12");
+    check(ok, "a schedule that is at its end is told");
+    ok = !run("--resume c.safetensors --steps 16 --lr 1e-3 --decay-steps 20") &&
+         strstr((char *)output, "--lr 0.001 in place of 0.003");
+    check(ok && strstr((char *)output, "--decay-steps 20 in place of 12"), "so is one that is changed at a "
+                                                                           "resume");
+    refuse_with("stands there twice", "%s --steps 3 --out z.safetensors --seed 3 --seed 4", run_of_text);
+    refuse_with("changes nothing", "%s --steps 3 --out z.safetensors --prompt a", run_of_text);
+    refuse_with("changes nothing", "--load a.safetensors --generate 3 --steps 4");
+    refuse_with("changes nothing", "--load a.safetensors --eval --data text --lr 1");
+    refuse_with("its bytes", "%s --steps 3 --out z.safetensors --vocab 20", run_of_text);
+    folder_state(1);
+    write_data();
+    release();
+}
+
+// Judged before it is saved: a validation that is not finite, or that had nothing to judge.
+static void test_judgement(void) {
+    heading("what is saved was judged");
+    enum { N = 4, T = 6 };
+    double scores[512];
+    char words[64];
+    static const char *wild[] = {"--eval-every 1", "--eval-every 0 --save-every 1"};
+    for (int i = 0; i < 2; i++) {
+        int code = run("--data text --overwrite --dim 16 --layers 1 --heads 2 --seq 32 --batch 4 --lr 1e3 "
+                       "--clip 0 --warmup 3 --steps 400 %s --out w.safetensors --log w.log",
+                       wild[i]);
+        const char *held = complaint ? strstr((char *)complaint, "w.safetensors holds step ") : NULL;
+        int step = held ? atoi(held + 25) : -1, lines = read_log("w.log", "val_loss", scores, 512);
+        snprintf(words, sizeof(words), "holds step %d\n", step);
+        int ok = code == 1 && step > 0 && step < 400 && lines >= step;
+        size_t size;
+        const char *log = (const char *)slurp("w.log", &size);
+        ok = ok && log && !strstr(log, "nan") && !strstr(log, "inf");
+        ok = ok && !run("--load w.safetensors --data text --eval") && isfinite(atof((char *)output + 9));
+        check(ok, "%s: a run that diverges leaves the last step whose validation is finite: %d", wild[i],
+              step);
+    }
+    int32_t *inputs = random_ids(N * T, 9, 0), *targets = random_ids(N * T, 9, 0),
+            *none = random_ids(N * T, 9, 0);
+    for (int i = 0; i < N * T; i++) none[i] = -1;
+    write_tensors("some.safetensors", N, T, inputs, targets, NULL);
+    write_tensors("none.safetensors", N, T, inputs, none, NULL);
+    int ok = !run("--data some.safetensors --val none.safetensors --dim 16 --layers 1 --heads 2 --batch 2 "
+                  "--steps 4 --eval-every 1 --out n.safetensors --log n.log");
+    read_log("n.log", "val_loss", scores, 512);
+    check(ok && isnan(scores[0]) && isnan(scores[3]) &&
+              same_tensors("n.best.safetensors", "n.best.safetensors"),
+          "a validation without a target gives no score, the last weights are kept as the best");
+    int code = run("--load n.best.safetensors --val none.safetensors --eval");
+    check(code == 1 && strstr((char *)complaint, "no targets"), "and --eval says so");
+    folder_state(1);
+    write_data();
+    release();
+}
+
+// The split that a model was validated on is what --eval evaluates, or the result says that it is not.
+static void test_split(void) {
+    heading("what --eval evaluates");
+    size_t size;
+    const char *text = (const char *)slurp("text", &size);
+    spill("held.txt", text + 3000, 1500);
+    spill("half.txt", text, 3000);
+    int ok = !run("--data half.txt --val held.txt --dim 16 --layers 1 --heads 2 --seq 12 --batch 4 --steps "
+                  "30 --eval-every 10 --out e.safetensors");
+    double of_val =
+        ok && !run("--load e.best.safetensors --val held.txt --eval") ? atof((char *)output + 9) : NAN;
+    static const char *ways[] = {"--data half.txt --val held.txt", "--data half.txt", "--data held.txt"};
+    for (int i = 0; i < 3; i++) {
+        ok = !run("--load e.best.safetensors %s --eval", ways[i]) && atof((char *)output + 9) == of_val &&
+             !strstr((char *)output, "last tenth");
+        check(ok, "%s: its validation text, %.6f", ways[i], of_val);
+    }
+    ok = !run("--load e.best.safetensors --data text --eval") && strstr((char *)output, "(the last tenth of "
+                                                                                        "text: not the text "
+                                                                                        "that the model was "
+                                                                                        "trained on)");
+    check(ok, "another text: the result says so");
+    discard("held.txt");
+    int code = run("--load e.best.safetensors --data half.txt --eval");
+    check(code == 1 && strstr((char *)complaint, "held.txt"), "its validation text is gone: refused, not the "
+                                                              "training text's loss");
+    folder_state(1);
+    write_data();
+    release();
+}
+
+static void refuse_data(const char *looks, const void *bytes, size_t size) {
+    spill("odd", bytes, size);
+    reason = looks;
+    refuse(1, "--data odd --dim 16 --layers 1 --heads 2 --seq 4 --batch 2 --steps 2 --overwrite --out "
+              "odd.safetensors");
+    reason = "";
+    int ok = !run("--data odd --format bytes --dim 16 --layers 1 --heads 2 --seq 4 --batch 2 --steps 2 "
+                  "--overwrite --out odd.safetensors");
+    check(ok && !run("--resume odd.safetensors --steps 3"),
+          "%s: --format bytes takes it, and a resumed run knows", looks);
+    release();
+}
+
+// Formats are told by what a file holds.
+static void test_formats(void) {
+    heading("formats of data");
+    enum { SIZE = 4000, N = 6, T = 8 };
+    static unsigned char bytes[2 * SIZE];
+    static const char words[] = "to be, or not to be: that is the question\n";
+    damaged[0] = 0;
+    for (int i = 0; i < SIZE; i++) bytes[2 * i] = (unsigned char)words[i % (sizeof(words) - 1)];
+    refuse_data("UTF-16", bytes, sizeof(bytes));
+    for (int i = 0; i < 2 * SIZE; i++) bytes[i] = (unsigned char)(i % 2 ? 0 : random_int(0, 64));
+    refuse_data("16-bit", bytes, sizeof(bytes));
+    for (int i = 0; i < 2 * SIZE; i++) bytes[i] = (unsigned char)random_int(0, i % 2 ? 196 : 255);
+    refuse_data("numbers", bytes, sizeof(bytes));
+    for (int i = 0; i < 2 * SIZE; i++) bytes[i] = (unsigned char)(i % 4 < 2 ? random_int(0, 255) : 0);
+    refuse_data("32-bit", bytes, sizeof(bytes));
+    memcpy(bytes, "PK\3\4", 4);
+    refuse_data("zip", bytes, sizeof(bytes));
+    memcpy(bytes, "\x89PNG", 4);
+    refuse_data("PNG", bytes, sizeof(bytes));
+    memcpy(bytes, "\xFF\xFE", 2);
+    refuse_data("UTF-16", bytes, sizeof(bytes));
+    static const char *texts[] = {"caf\xE9 au lait, s'il vous pla\xEEt; ",
+                                  "\xE4\xBD\xA0\xE5\xA5\xBD\xE4\xB8\x96\xE7\x95\x8C ",
+                                  "\x82\xB1\x82\xF1\x82\xC9\x82\xBF\x82\xCD ",
+                                  "PK is no zip archive; GIF8 no picture. ",
+                                  "e\bee\b",
+                                  "\033[1mbold\033[0m "};
+    for (int i = 0; i < 6; i++) { // Latin-1, UTF-8, Shift-JIS, letters of signatures, overstruck, escapes
+        size_t length = strlen(texts[i]);
+        for (int k = 0; k < 2 * SIZE; k++) bytes[k] = (unsigned char)texts[i][(size_t)k % length];
+        spill("text8", bytes, sizeof(bytes));
+        int ok = !run("--data text8 --dim 16 --layers 1 --heads 2 --seq 8 --batch 2 --steps 2 --overwrite "
+                      "--out t.safetensors");
+        check(ok && !complaint_size, "text number %d is taken without a word", i + 1);
+    }
+    for (int k = 0; k < SIZE; k++) bytes[k] = (unsigned char)(k % 37 == 36 ? 0 : 'a' + k % 5);
+    spill("zeros", bytes, SIZE);
+    int ok = !run("--data zeros --dim 16 --layers 1 --heads 2 --seq 8 --batch 2 --steps 2 --overwrite --out "
+                  "t.safetensors");
+    check(ok && complaint_size && strstr((char *)complaint, "108 bytes are 0"), "a text with zero bytes is "
+                                                                                "taken with a warning");
+
+    int32_t header[3] = {20240801, 7, 500};
+    static unsigned char wide[1024 + 4 * 500], narrow[1024 + 2 * 500];
+    for (int i = 0; i < 500; i++) {
+        uint32_t id = (uint32_t)random_int(0, 60000);
+        uint16_t half = (uint16_t)id;
+        memcpy(wide + 1024 + 4 * i, &id, 4);
+        memcpy(narrow + 1024 + 2 * i, &half, 2);
+    }
+    memcpy(wide, header, sizeof(header));
+    header[0] = 20240520;
+    header[1] = 1;
+    memcpy(narrow, header, sizeof(header));
+    spill("wide.bin", wide, sizeof(wide));
+    spill("narrow.bin", narrow, sizeof(narrow));
+    static const char shape[] = "--vocab 60001 --dim 4 --layers 1 --heads 2 --seq 8 --batch 2 --steps 3 "
+                                "--eval-every 0 --overwrite";
+    ok = !run("--data wide.bin %s --out a.safetensors", shape) &&
+         !run("--data narrow.bin %s --out b.safetensors", shape);
+    check(ok && same_tensors("a.safetensors", "b.safetensors"), "a Llama 3 shard of the same tokens as a "
+                                                                "GPT-2 shard trains the same weights");
+    ok = !run("--data narrow.bin --dim 2 --layers 1 --heads 1 --seq 4 --batch 1 --steps 0 --vocab 60001 "
+              "--out c.safetensors");
+    uint32_t large = 1 << 24;
+    memcpy(wide + 1024 + 40, &large, 4);
+    spill("large.bin", wide, sizeof(wide));
+    reason = "below 2^24";
+    refuse(1, "--data large.bin --dim 2 --layers 1 --heads 1 --seq 4 --batch 1 --steps 1 --out "
+              "c.safetensors");
+
+    int32_t *inputs = random_ids(N * T, 18, 0), *targets = random_ids(N * T, 18, 1);
+    inputs[5] = 18;
+    write_tensors("plain.safetensors", N, T, inputs, targets, NULL);
+    copy_file("plain.safetensors", "plain.st");
+    ok = !run("--data plain.st --dim 16 --layers 1 --heads 2 --batch 2 --steps 2 --overwrite --out "
+              "s.safetensors") &&
+         strstr((char *)output, "T 8, V 19,");
+    check(ok, "an example set is known without its name; its vocabulary is the largest id + 1, as its "
+              "metadata says less");
+    inputs[5] = 1 << 24;
+    write_tensors("far.safetensors", N, T, inputs, targets, NULL);
+    refuse(1, "--data far.safetensors --dim 2 --layers 1 --heads 1 --batch 2 --steps 1 --out c.safetensors");
+    reason = "";
+    folder_state(1);
+    write_data();
+    release();
+}
+
+// Weights in half precision, names that a shell would take apart, descriptors that are closed, characters cut
+// in two.
+static void test_oddities(void) {
+    heading("smaller things");
+    Safetensors file;
+    char path[512], error[ERROR_SIZE];
+    size_t size = 0;
+    int ok = !run("%s --steps 12 --out a.safetensors", run_of_text);
+    snprintf(path, sizeof(path), "%s/a.best.safetensors", work);
+    if (!check(ok && !safetensors_read(&file, path, error), "a checkpoint")) return;
+    FileTensor *halves = (FileTensor *)lend(sizeof(FileTensor) * (size_t)file.n_tensors);
+    for (int bf16 = 0; bf16 < 2; bf16++) {
+        double worst = 0;
+        for (int i = 0; i < file.n_tensors; i++) {
+            FileTensor *t = &halves[i];
+            *t = file.tensors[i];
+            if (strcmp(t->dtype, "F32")) continue;
+            uint16_t *numbers = (uint16_t *)lend(2 * (size_t)t->count + 2);
+            for (int64_t k = 0; k < t->count; k++) {
+                float value = (float)number_of(&file.tensors[i], k);
+                uint32_t bits;
+                memcpy(&bits, &value, 4);
+                int exponent =
+                    (int)(bits >> 23 & 255) - 127 + 15; // numbers that a half holds as normal ones, cut off
+                uint16_t half =
+                    (uint16_t)(bits >> 31 << 15 |
+                               (exponent > 0 ? (uint32_t)exponent << 10 | (bits >> 13 & 1023) : 0));
+                numbers[k] = bf16 ? (uint16_t)(bits >> 16) : half;
+            }
+            strcpy(t->dtype, bf16 ? "BF16" : "F16");
+            t->size = 2 * (size_t)t->count;
+            t->data = (const unsigned char *)numbers;
+            for (int64_t k = 0; k < t->count; k++) {
+                double value = number_of(&file.tensors[i], k), limit = bf16                   ? 1.0 / 128
+                                                                       : fabs(value) < 6.2e-5 ? 1
+                                                                                              : 1.0 / 1024;
+                worst_of(&worst, fabs((double)float_at(t, k) - value) / (fabs(value) * limit + 1e-30));
+            }
+        }
+        snprintf(path, sizeof(path), "%s/half.safetensors", work);
+        ok = !safetensors_write(path, NULL, halves, file.n_tensors, file.meta, file.n_meta, 0, error);
+        ok = ok && !run("--load half.safetensors --data text --eval") && isfinite(atof((char *)output + 9));
+        check_error(ok ? worst : NAN, 1, "weights in %s are read, their error in units of its last place",
+                    bf16 ? "BF16" : "F16");
+    }
+    static const unsigned char special[] = {
+        0, 0x7C, 0, 0xFC, 1, 0x7C, 1, 0, 0xFF, 3, 0, 0x80, 0, 0x3C}; // ±∞, NaN, 2^-24, 1023·2^-24, -0, 1
+    FileTensor t = {path, "F16", 1, {7}, 7, 14, special};
+    float f[7];
+    for (int i = 0; i < 7; i++) f[i] = float_at(&t, i);
+    ok = isinf(f[0]) && f[0] > 0 && isinf(f[1]) && f[1] < 0 && isnan(f[2]) && f[3] == ldexpf(1, -24) &&
+         f[4] == ldexpf(1023, -24) && f[5] == 0 && f[6] == 1;
+    check(ok, "F16: infinities, NaN, the smallest numbers");
+    safetensors_free(&file);
+
+    pid_t child = start_and_wait_for_log("--run --data text --dim 16 --layers 1 --heads 2 --seq 12 --batch 2 "
+                                         "--steps 100000 --out it's~$a.safetensors --log it's.log",
+                                         "it's.log", 3);
+    kill(child, SIGTERM);
+    kill(child, SIGINT);
+    usleep(20000);
+    kill(child, SIGTERM);
+    int code = finish(child);
+    char *command = output ? strstr((char *)output, "go on with: ") : NULL;
+    ok = code == 130 && command && strstr(command, " --resume 'it'\\''s $a.safetensors' ") &&
+         exists("it's $a.safetensors");
+    check(ok, "three signals, and a name that a shell takes apart: saved, and the command is quoted");
+    char shell[1024];
+    snprintf(shell, sizeof(shell), "cd %s && printf %%s %s", work, command ? strstr(command, "'it") : "");
+    FILE *pipe = popen(shell, "r");
+    char word[256] = "";
+    if (pipe && !fgets(word, sizeof(word), pipe)) word[0] = 0;
+    if (pipe) pclose(pipe);
+    check(!strncmp(word, "it's $a.safetensors", 19), "a shell reads it as the same name");
+
+    fflush(stdout);
+    if (!(child = fork())) { // with 0, 1 and 2 closed
+        char *words[] = {self,
+                         (char *)"--run",
+                         (char *)"--data",
+                         (char *)"text",
+                         (char *)"--dim",
+                         (char *)"16",
+                         (char *)"--layers",
+                         (char *)"1",
+                         (char *)"--heads",
+                         (char *)"2",
+                         (char *)"--seq",
+                         (char *)"12",
+                         (char *)"--batch",
+                         (char *)"2",
+                         (char *)"--steps",
+                         (char *)"3",
+                         (char *)"--out",
+                         (char *)"z.safetensors",
+                         (char *)"--log",
+                         (char *)"z.log",
+                         NULL};
+        if (chdir(work)) _exit(126);
+        close(0);
+        close(1);
+        close(2);
+        execv(self, words);
+        _exit(127);
+    }
+    int status = 0;
+    waitpid(child, &status, 0);
+    double steps[8];
+    ok = WIFEXITED(status) && WEXITSTATUS(status) == 1 && read_log("z.log", "step", steps, 8) == 3;
+    check(ok && !strncmp((char *)slurp("z.log", &size), "{\"step\": 1, ", 12), "descriptors 0 to 2 closed: "
+                                                                               "the log holds the log alone");
+
+    snprintf(path, sizeof(path), "%s/link.safetensors", work);
+    ok = !symlink("there.safetensors", path) && !run("%s --steps 3 --out link.safetensors", run_of_text);
+    struct stat info;
+    check(ok && exists("there.safetensors") && !lstat(path, &info) && S_ISLNK(info.st_mode), "a link to a "
+                                                                                             "file that is "
+                                                                                             "not there yet "
+                                                                                             "stays a link");
+
+    static const unsigned char cut[] = "a\xC3\xA9\xE2\x82\xAC\xF0\x9F\x98\x80\xFF\x80"
+                                       "b\xE2\x82"; // é, €, an emoji, no UTF-8, half a €
+    snprintf(path, sizeof(path), "%s/print", work);
+    fflush(stdout);
+    int kept = dup(1), to = open(path, O_RDWR | O_CREAT | O_TRUNC, 0666);
+    dup2(to, 1);
+    Character character = {{0}, 0};
+    int whole = 1;
+    for (size_t i = 0; i < sizeof(cut) - 1; i++) {
+        print_byte(&character, cut[i]);
+        fflush(stdout);
+        off_t at = lseek(to, 0, SEEK_END);
+        whole = whole && (at == 0 || at == 1 || at == 3 || at == 6 || at >= 10);
+    }
+    dup2(kept, 1);
+    close(kept);
+    close(to);
+    const unsigned char *printed = slurp("print", &size);
+    check(whole && printed && size == sizeof(cut) - 3 && !memcmp(printed, cut, size), "generation prints "
+                                                                                      "whole characters, and "
+                                                                                      "what is no UTF-8 as "
+                                                                                      "it is");
+    folder_state(1);
+    write_data();
     release();
 }
 
@@ -1914,21 +2450,37 @@ static void test_edges(void) {
     for (int i = 0; i < N_MIXERS; i++) {
         const char *name = mixers[i].name;
         double loss[8], val[8];
-        int ok = !run("--data text --overwrite --mixer %s --dim 2 --heads 1 --layers 1 --seq 1 --batch 1 --steps 3 --eval-every 1 --out e.safetensors --log e.log", name);
+        int ok = !run("--data text --overwrite --mixer %s --dim 2 --heads 1 --layers 1 --seq 1 --batch 1 "
+                      "--steps 3 --eval-every 1 --out e.safetensors --log e.log",
+                      name);
         check(ok && read_log("e.log", "train_loss", loss, 8) == 3 && fabs(loss[0] - log(12)) < 0.5, "%s: T 1, B 1, D 2", name);
         ok = !run("--load e.safetensors --generate 5 --prompt c") && output_size == 7 && !run("--load e.safetensors --generate 5 --prompt cdefghij") && output_size == 14;
         ok = ok && !run("--load e.safetensors --generate 5 --window 3 --prompt cdefghij") && output_size == 14 && !run("--load e.safetensors --generate 5") && output_size == 6;
         check(ok, "%s: a prompt of one token, one longer than the window, none", name);
-        ok = !run("--data same --overwrite --mixer %s --dim 2 --heads 1 --layers 2 --seq 5 --batch 2 --steps 3 --eval-every 1 --out v.safetensors --log v.log", name);
+        ok = !run("--data same --overwrite --mixer %s --dim 2 --heads 1 --layers 2 --seq 5 --batch 2 --steps "
+                  "3 --eval-every 1 --out v.safetensors --log v.log",
+                  name);
         ok = ok && read_log("v.log", "train_loss", loss, 8) == 3 && read_log("v.log", "val_loss", val, 8) == 3 && loss[0] == 0 && loss[2] == 0 && val[2] == 0;
         check(ok && !run("--load v.safetensors --generate 5") && !strcmp((char *)output, "aaaaa\n"), "%s: text of one distinct byte, V 1: loss 0", name);
-        ok = !run("--data wide.bin --overwrite --vocab 65536 --mixer %s --dim 2 --heads 1 --layers 1 --seq 3 --batch 2 --steps 2 --eval-every 0 --out w.safetensors --log w.log", name);
+        ok = !run("--data wide.bin --overwrite --vocab 65536 --mixer %s --dim 2 --heads 1 --layers 1 --seq 3 "
+                  "--batch 2 --steps 2 --eval-every 0 --out w.safetensors --log w.log",
+                  name);
         ok = ok && read_log("w.log", "train_loss", loss, 8) == 2 && fabs(loss[0] - log(65536)) < 0.05;
         check(ok && !run("--load w.safetensors --generate 3 --prompt 65535") && !strncmp((char *)output, "65535 ", 6), "%s: V 65536", name);
-        ok = !run("--data none.safetensors --val nothing.safetensors --mixer %s " TINY "--batch 2 --warmup 5 --seq 6 --steps 2 --weight-decay 0 --eval-every 0 --out m.safetensors --log m.log", name);
+        ok = !run("--data none.safetensors --val nothing.safetensors --mixer %s " TINY "--batch 2 --warmup 5 "
+                                                                                       "--seq 6 --steps 2 "
+                                                                                       "--weight-decay 0 "
+                                                                                       "--eval-every 0 --out "
+                                                                                       "m.safetensors --log "
+                                                                                       "m.log",
+                  name);
         ok = ok && read_log("m.log", "train_loss", loss, 8) == 2 && loss[0] == 0 && loss[1] == 0 && read_log("m.log", "grad_norm", loss, 8) == 2 && loss[0] == 0;
-        ok = ok && !run("--data none.safetensors --val nothing.safetensors --mixer %s " TINY "--batch 2 --warmup 5 --seq 6 --steps 1 --weight-decay 0 --eval-every 0 --out n.safetensors", name);
-        check(ok && same_tensors("m.best.safetensors", "n.best.safetensors"), "%s: all targets ignored: loss and gradient 0, the weights do not move", name);
+        ok = ok && !run("--data none.safetensors --val nothing.safetensors --mixer %s " TINY
+                        "--batch 2 --warmup 5 --seq 6 --steps 1 --weight-decay 0 --eval-every 0 --out "
+                        "n.safetensors",
+                        name);
+        check(ok && same_tensors("m.best.safetensors", "n.best.safetensors"),
+              "%s: all targets ignored: loss and gradient 0, the weights do not move", name);
     }
     for (int i = 0; i < N_MIXERS; i++) { // the last sample is what the saved weights generate
         const char *name = mixers[i].name;
@@ -2090,6 +2642,7 @@ static void with_half_a_gib(void) {
 
 static void test_memory_limits(void) {
     heading("what does not fit is refused before it is touched");
+    run("--data text " SMALL "--steps 2 --out good.safetensors");
     static const char meminfo[] = "MemTotal:  800000 kB\nMemFree:  3 kB\nMemAvailable:  409600 kB\nSwapFree:  0 kB\n";
     static const struct { const char *name, *files[5][2]; double mib; const char *who; } cases[] = {
         {"the machine", {{"proc/meminfo", meminfo}}, 400, "this machine"},
@@ -2334,6 +2887,12 @@ static void test_program(const glob_t *dumps) {
         test_resume();
         if (!ON_GPU) test_files();
         if (!ON_GPU) test_long_runs();
+        if (!ON_GPU) test_places();
+        if (!ON_GPU) test_pieces();
+        if (!ON_GPU) test_judgement();
+        if (!ON_GPU) test_split();
+        if (!ON_GPU) test_formats();
+        if (!ON_GPU) test_oddities();
         if (!ON_GPU) test_edges();
         if (!ON_GPU) test_memory_limits();
         if (!ON_GPU) test_terminal();
@@ -2454,7 +3013,7 @@ static double gpu_error(const X *device, const real *ref, int64_t rows, int widt
     int64_t n = rows * ld;
     X *numbers = (X *)lend((size_t)n * sizeof(X));
     real *x = (real *)lend((size_t)n * sizeof(real));
-    double *wanted = zeros(n);
+    precise *wanted = zeros(n);
     CUDA(cudaStreamSynchronize(gpu.stream));
     CUDA(cudaMemcpy(numbers, device, (size_t)n * sizeof(X), cudaMemcpyDeviceToHost));
     for (int64_t i = 0; i < n; i++) { x[i] = value_of(numbers[i]); wanted[i] = (double)ref[i]; }
@@ -2988,7 +3547,7 @@ static void test_gpu_passes(void) {
                 grads[pass] = copy_of(backend->read(m, GRADS), m->table.count);
                 backend->update(m, none, 1, 1);
             }
-            double *twice = zeros(m->table.count);
+            precise *twice = zeros(m->table.count);
             for (int64_t i = 0; i < m->table.count; i++) twice[i] = (double)grads[0][i];
             check_error(error_of(grads[1], twice, m->table.count, 0), 1e-5, "%s, %s", mixers[mixer].name,
                         way ? precision_names[gpu.precision] : "CPU");
@@ -3120,7 +3679,7 @@ static void test_gpu_decode(void) {
         memcpy(backend_gpu()->read(stepwise, PARAMS), whole->params, sizeof(real) * (size_t)whole->table.count);
         backend_gpu()->write(stepwise, PARAMS);
         model_forward(whole, ids, ids, 1, T, {0, 0, 0});
-        double worst = 0, *ref = zeros(V);
+        precise worst = 0, *ref = zeros(V);
         real *logits = poison(V);
         for (int t = 0; t < T; t++) {
             if (t < PROMPT_LENGTH - 1) continue;
@@ -3194,7 +3753,13 @@ int main(int argc, char **argv) {
     for (int i = 1; i < argc; i++) check_dump(argv[i]);
     if (argc == 1) {
         glob_t dumps;
+        char *name = strrchr(self, '/');
         memset(&dumps, 0, sizeof(dumps));
+        if (access("data", F_OK)) { // started from another folder: the dumps are beside the test
+            *name = 0;
+            if (chdir(self)) return 1;
+            *name = '/';
+        }
         glob("data/ref_*.safetensors", 0, NULL, &dumps);
 #ifdef TEST_CUDA
         uint64_t before = chance; // what follows draws the numbers that it draws without a GPU

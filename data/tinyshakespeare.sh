@@ -19,8 +19,11 @@ part=$file.part.$$
 trap 'rm -f "$part"' EXIT
 if command -v curl >/dev/null 2>&1; then
     curl --fail --silent --location --connect-timeout 10 --max-time 120 --output "$part" "$url"
-else
+elif command -v wget >/dev/null 2>&1; then
     wget --quiet --timeout=10 --tries=1 --output-document="$part" "$url"
+else
+    echo "TinyShakespeare cannot be fetched: neither curl nor wget is here ($url)" >&2
+    exit 1
 fi
 if [ ! -s "$part" ]; then
     echo "TinyShakespeare cannot be fetched from $url" >&2

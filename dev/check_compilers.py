@@ -47,7 +47,8 @@ def main():
             """The losses, and the bytes of the run."""
             subprocess.run([programs[name], "--data", os.path.join(ROOT, "train_sessa.c"), "--mixer", mixer, "--dim", "64", "--layers", "2",
                             "--heads", "2", "--seq", "40", "--batch", "4", "--steps", str(options.steps), "--warmup", "20",
-                            "--dropout", "0.1", "--eval-every", "0", "--save-every", "100000", "--log", folder + "/log", "--out", folder + "/out", "--overwrite"],
+                            "--dropout", "0.1", "--eval-every", "0", "--save-every", "100000", "--log", folder + "/log",
+                            "--out", folder + "/out", "--overwrite"],
                            check=True, stdout=subprocess.DEVNULL, env=dict(os.environ, OMP_NUM_THREADS=threads, OMP_WAIT_POLICY="passive"))
             with open(folder + "/log") as log, open(folder + "/out", "rb") as out:
                 return [json.loads(line)["train_loss"] for line in log], out.read()
