@@ -2025,8 +2025,8 @@ static double tested_update(Model *m, AdamW o, double clip, int64_t step) {
     return length;
 }
 
-// Device memory of a test, freed at its end, a guard band behind each piece. What the host and the device both read is rounded
-// to X on either side.
+// Device memory of a test, freed at its end, a guard band behind each piece. What the host and the device both read
+// is rounded to X on either side.
 static struct { void *at; size_t bytes; } gpu_lent[4096];
 static int n_gpu_lent;
 template <typename Y> static Y *gpu_lend(int64_t n) {
@@ -2104,8 +2104,10 @@ typedef struct { Panels p; Scratch weights, scratch; } Feedback;
 template <typename X> static Feedback feedback_on_gpu(int B, int T, int D, int P, int in_eights, int keep) {
     Feedback f = {feedback_panels<X>(B, T, D, P, in_eights, keep), {NULL, 0}, {NULL, 0}};
     const Panels *p = &f.p;
-    int64_t next[N_PARTS] = {p->inverse, p->weights, p->block, p->lambda, p->merge, p->dk, p->partial, p->flags, p->product, p->total};
-    static const char *const names[N_PARTS] = {"e", "M", "rhs", "block", "lambda", "merge", "dk", "partial", "flags", "product"};
+    int64_t next[N_PARTS] = {p->inverse, p->weights, p->block, p->lambda,  p->merge,
+                             p->dk,      p->partial, p->flags, p->product, p->total};
+    static const char *const names[N_PARTS] = {"e",     "M",  "rhs",     "block", "lambda",
+                                               "merge", "dk", "partial", "flags", "product"};
     f.weights = scratch_on_gpu(p->weights);
     f.scratch = scratch_on_gpu(p->total);
     for (int i = 0; i < N_PARTS; i++) {
@@ -2159,12 +2161,14 @@ static void compare_mixers(double *worst, const real *x, const real *w, const re
         way = attention_way<X>(B, T, H, G, d, E, 0);
         scratch_d = scratch_on_gpu(way.scratch);
         attention_forward(o, stats, scratch, proj, proj + D, proj + D + G * d, E, B, T, H, G, d, 0, 0);
-        attention_forward_gpu(o_d, stats_d, scratch_d, proj_d, proj_d + D, proj_d + D + G * d, E, B, T, H, G, d, 0, &way, st);
+        attention_forward_gpu(o_d, stats_d, scratch_d, proj_d, proj_d + D, proj_d + D + G * d, E, B, T, H, G, d, 0,
+                              &way, st);
         attention_backward(dproj, dproj + D, dproj + D + G * d, scratch, dout, stats, proj, proj + D, proj + D + G * d, E, B, T, H, G, d, 0);
         rope_backward(dproj, E, cosine, sine, N, T, H + G, d);
         add_rows(dbias, dproj, N, E, E);
-        attention_backward_gpu(dproj_d, dproj_d + D, dproj_d + D + G * d, dbias_d, scratch_d, dout_d, (const X *)o_d, stats_d, proj_d,
-                               proj_d + D, proj_d + D + G * d, E, B, T, H, G, d, &way, {cosine_d, sine_d, T, d / 2, 0, -1}, &sums, st);
+        attention_backward_gpu(dproj_d, dproj_d + D, dproj_d + D + G * d, dbias_d, scratch_d, dout_d,
+                               (const X *)o_d, stats_d, proj_d, proj_d + D, proj_d + D + G * d, E, B, T, H, G, d,
+                               &way, {cosine_d, sine_d, T, d / 2, 0, -1}, &sums, st);
         column_sums_gpu(&sums, st);
         chance = before;
         worst_of(&worst[ATTENTION_B], gpu_error(dproj_d, dproj, N, E, E, floor));
@@ -2179,22 +2183,25 @@ static void compare_mixers(double *worst, const real *x, const real *w, const re
         for (int n = 0; n < N; n++) gamma[n] = (real)(0.999 * tanh((double)gamma[n]));
         int keep = T % 2;
         Feedback m = feedback_on_gpu<X>(B, T, D, P, ld % 8 == 0 && first % 8 == 0, keep);
-        float *gamma_d = on_gpu<float>(gamma, N), *stats_d = gpu_poison<float>(2 * N), *dgamma_d = gpu_poison<float>(N);
+        float *gamma_d = on_gpu<float>(gamma, N), *stats_d = gpu_poison<float>(2 * N),
+              *dgamma_d = gpu_poison<float>(N);
         X *f_d = on_gpu<X>(f, size), *s_d = gpu_poison<X>(size), *late_d = on_gpu<X>(late, size),
             *df_d = gpu_poison<X>(size), *dq_d = gpu_poison<X>(wide_size), *dk_d = gpu_poison<X>(wide_size),
           *c_d = gpu_poison<X>(size);
         if (B == 1) {
             feedback_forward(late, stats, scratch, f, x, w, ld, gamma, B, T, D, first, 0);
-            feedback_forward_gpu(late_d, (X *)NULL, stats_d, m.weights, m.scratch, f_d, x_d, w_d, ld, gamma_d, B, T, D, first, &m.p, st);
+            feedback_forward_gpu(late_d, (X *)NULL, stats_d, m.weights, m.scratch, f_d, x_d, w_d, ld, gamma_d, B, T,
+                                 D, first, &m.p, st);
             worst_of(&worst[FEEDBACK_F], gpu_error(late_d, late, N, D, D, 0));
         }
         feedback_forward(s, stats, scratch, f, x, w, ld, gamma, B, T, D, 0, 0);
         m = feedback_on_gpu<X>(B, T, D, P, ld % 8 == 0, keep);
-        feedback_forward_gpu(s_d, c_d, stats_d, m.weights, m.scratch, f_d, x_d, w_d, ld, gamma_d, B, T, D, 0, &m.p, st);
+        feedback_forward_gpu(s_d, c_d, stats_d, m.weights, m.scratch, f_d, x_d, w_d, ld, gamma_d, B, T, D, 0, &m.p,
+                             st);
         worst_of(&worst[FEEDBACK_F], gpu_error(s_d, s, N, D, D, 0));
         feedback_backward(df, dq, dk, dgamma, scratch, dout, s, stats, x, w, ld, gamma, B, T, D, 0);
-        feedback_backward_gpu(df_d, dq_d, dk_d, dgamma_d, (float *)NULL, m.weights, m.scratch, dout_d, s_d, c_d, stats_d, x_d, w_d, ld,
-                              gamma_d, B, T, D, &m.p, (ColumnSums *)NULL, st);
+        feedback_backward_gpu(df_d, dq_d, dk_d, dgamma_d, (float *)NULL, m.weights, m.scratch, dout_d, s_d, c_d,
+                              stats_d, x_d, w_d, ld, gamma_d, B, T, D, &m.p, (ColumnSums *)NULL, st);
         worst_of(&worst[FEEDBACK_B], gpu_error(df_d, df, N, D, D, 0));
         worst_of(&worst[FEEDBACK_B], gpu_error(dq_d, dq, N, D, ld, floor));
         worst_of(&worst[FEEDBACK_B], gpu_error(dk_d, dk, N, D, ld, floor));
@@ -2208,11 +2215,12 @@ static void compare_mixers(double *worst, const real *x, const real *w, const re
         ColumnSums sums = sums_on_gpu(B, T, 2 * D);
         feedback_forward(s, stats, scratch, f, proj, proj + D, 2 * D, gamma, B, T, D, 0, 0);
         m = feedback_on_gpu<X>(B, T, D, P, 2 * D % 8 == 0, keep);
-        feedback_forward_gpu(s_d, c_d, stats_d, m.weights, m.scratch, f_d, proj_d, proj_d + D, 2 * D, gamma_d, B, T, D, 0, &m.p, st);
+        feedback_forward_gpu(s_d, c_d, stats_d, m.weights, m.scratch, f_d, proj_d, proj_d + D, 2 * D, gamma_d, B, T,
+                             D, 0, &m.p, st);
         feedback_backward(df, dproj, dproj + D, dgamma, scratch, dout, s, stats, proj, proj + D, 2 * D, gamma, B, T, D, 0);
         add_rows(dbias, dproj, N, 2 * D, 2 * D);
-        feedback_backward_gpu(df_d, dproj_d, dproj_d + D, dgamma_d, dbias_d, m.weights, m.scratch, dout_d, s_d, c_d, stats_d, proj_d,
-                              proj_d + D, 2 * D, gamma_d, B, T, D, &m.p, &sums, st);
+        feedback_backward_gpu(df_d, dproj_d, dproj_d + D, dgamma_d, dbias_d, m.weights, m.scratch, dout_d, s_d, c_d,
+                              stats_d, proj_d, proj_d + D, 2 * D, gamma_d, B, T, D, &m.p, &sums, st);
         column_sums_gpu(&sums, st);
         chance = before;
         worst_of(&worst[FEEDBACK_B], gpu_error(dproj_d, dproj, N, 2 * D, 2 * D, floor));
@@ -2220,10 +2228,11 @@ static void compare_mixers(double *worst, const real *x, const real *w, const re
         if (m.p.R >= T && other.p.R >= T) { // weights kept or computed again: the same bits
             X *other_d = gpu_poison<X>(wide_2D), *parts[] = {dproj_d, other_d};
             real *numbers[2];
-            feedback_forward_gpu(s_d, c_d, stats_d, other.weights, other.scratch, f_d, proj_d, proj_d + D, 2 * D, gamma_d, B, T, D, 0,
-                                 &other.p, st);
-            feedback_backward_gpu(df_d, other_d, other_d + D, dgamma_d, (float *)NULL, other.weights, other.scratch, dout_d, s_d, c_d,
-                                  stats_d, proj_d, proj_d + D, 2 * D, gamma_d, B, T, D, &other.p, (ColumnSums *)NULL, st);
+            feedback_forward_gpu(s_d, c_d, stats_d, other.weights, other.scratch, f_d, proj_d, proj_d + D, 2 * D,
+                                 gamma_d, B, T, D, 0, &other.p, st);
+            feedback_backward_gpu(df_d, other_d, other_d + D, dgamma_d, (float *)NULL, other.weights, other.scratch,
+                                  dout_d, s_d, c_d, stats_d, proj_d, proj_d + D, 2 * D, gamma_d, B, T, D, &other.p,
+                                  (ColumnSums *)NULL, st);
             CUDA(cudaStreamSynchronize(st));
             for (int i = 0; i < 2; i++)
                 CUDA(cudaMemcpy(numbers[i] = poison(wide_2D), parts[i], sizeof(X) * (size_t)wide_2D, cudaMemcpyDeviceToHost));
@@ -2575,10 +2584,11 @@ static void test_peaked(void) {
     for (int t = T - 1; t >= 0; t--)
         for (int i = 0; i < D; i++) lambda[t * D + i] = (real)(last[i] = (double)ds[t * D + i]
                 + (t < T - 1 ? 0.999 * last[i] : 0));
-    feedback_forward_gpu(s_d, c_d, stats_d, m.weights, m.scratch, f_d, q_d, k_d, D, gamma_d, 1, T, D, 0, &m.p, gpu.stream);
+    feedback_forward_gpu(s_d, c_d, stats_d, m.weights, m.scratch, f_d, q_d, k_d, D, gamma_d, 1, T, D, 0, &m.p,
+                         gpu.stream);
     check_error(gpu_error(s_d, s, T, D, D, 0), 0x1p-8, "s of a chain of 3000 rows: one rounding at most");
-    feedback_backward_gpu(ds_d, dq_d, dk_d, dgamma_d, (float *)NULL, m.weights, m.scratch, ds_d, s_d, c_d, stats_d, q_d, k_d, D, gamma_d,
-                          1, T, D, &m.p, (ColumnSums *)NULL, gpu.stream);
+    feedback_backward_gpu(ds_d, dq_d, dk_d, dgamma_d, (float *)NULL, m.weights, m.scratch, ds_d, s_d, c_d, stats_d,
+                          q_d, k_d, D, gamma_d, 1, T, D, &m.p, (ColumnSums *)NULL, gpu.stream);
     check_error(gpu_error(ds_d, lambda, T, D, D, 0), 0x1p-7, "its adjoint: two, of u and of the result");
     gpu_release();
 }
@@ -2730,7 +2740,7 @@ static void test_gpu_training(void) {
     if (gpu.hopper) check(bytes[2] <= 2 * bytes[1], "T doubled from 2048: memory at most doubled");
     check(bytes[4] <= 2 * bytes[3], "T doubled from 8192: memory at most doubled"); // without tiles a panel holds all rows before
     Config huge = config_with(SESSA, 50000, 4096, 200, 4, 4, 8192);
-    check(!backend_gpu()->create(&huge, 512, 8192, TRAIN, error) && strstr(error, "GiB"), "too large: %.90s", error);
+    check(!backend_gpu()->create(&huge, 64, 8192, TRAIN, error) && strstr(error, "GiB"), "too large: %.90s", error);
     free(text);
     release();
 }

@@ -55,6 +55,7 @@ enum { WORKSPACE = 32 << 20, N_PRODUCTS = 1 << 13 };
 static struct {
     Precision precision;
     int ready, hopper, processors; // hopper: bf16 has kernels of its own for this GPU
+    int clusters;                  // those in clusters too: not on every part of a GPU (MIG, MPS)
     CUresult (*encode_map)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
                            const cuuint64_t *, const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave,
                            CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
@@ -63,7 +64,7 @@ static struct {
     cudaEvent_t so_far;
     cublasLtHandle_t lt;
     char *workspace; // of each stream, for cuBLASLt and for sums over rows, one at a time in the order of the stream
-} gpu = {BF16, 0, 0, 0, NULL, NULL, NULL, NULL, NULL, NULL, NULL};
+} gpu = {BF16, 0, 0, 0, 0, NULL, NULL, NULL, NULL, NULL, NULL, NULL};
 static Product products[N_PRODUCTS]; // each at its key's hash, until another takes its place
 
 // What fails here is a broken machine or a broken program: one line, exit code 1.
@@ -83,7 +84,8 @@ static void lt_check(cublasStatus_t code, const char *what, int line) {
 // A pass that would ask for more than there is stops before it writes past that.
 static void must_fit(int64_t asked, int64_t room, const char *what) {
     if (asked <= room) return;
-    fprintf(stderr, "train_sessa: CUDA: %s: %lld asked for, room for %lld\n", what, (long long)asked, (long long)room);
+    fprintf(stderr, "train_sessa: CUDA: %s: %lld asked for, room for %lld\n", what, (long long)asked,
+            (long long)room);
     exit(1);
 }
 
@@ -94,8 +96,8 @@ static float *borrow(Scratch room, int64_t numbers) {
     return room.at;
 }
 
-// In a build for tests (-DGUARD_BANDS) GUARD known bytes lie behind every buffer of the device's memory; bands says where, and
-// whose. Without, there are none. They are NaN as numbers: who reads there shows as well.
+// In a build for tests (-DGUARD_BANDS) GUARD known bytes lie behind every buffer of the device's memory; bands says
+// where, and whose. Without, there are none. They are NaN as numbers: who reads there shows as well.
 #ifdef GUARD_BANDS
 enum { GUARD = 1024, GUARD_BYTE = 0xFF, MOST_BANDS = 1 << 16 };
 typedef struct { const char *at; size_t bytes; char name[40]; } Band;
@@ -185,6 +187,8 @@ __device__ static inline void wait_for_results(int crowd = 1) {
 #endif
 }
 
+static int clusters_fit(void); // below the kernels that it asks about
+
 // Opens the device once. FAILED and a line in error if there is none.
 static int gpu_open(char *error) {
     if (gpu.ready) return 0;
@@ -192,7 +196,8 @@ static int gpu_open(char *error) {
     cudaError_t code = cudaGetDeviceCount(&devices);
     if (code != cudaSuccess || devices == 0)
         return fail(error, NULL, "no CUDA device: %s", code == cudaSuccess ? "none is there" : cudaGetErrorString(code));
-    if ((code = cudaSetDevice(0)) != cudaSuccess || (code = cudaMalloc((void **)&gpu.workspace, 2 * (WORKSPACE + GUARD))) != cudaSuccess)
+    if ((code = cudaSetDevice(0)) != cudaSuccess ||
+        (code = cudaMalloc((void **)&gpu.workspace, 2 * (WORKSPACE + GUARD))) != cudaSuccess)
         return fail(error, NULL, "the CUDA device cannot be used: %s", cudaGetErrorString(code));
     for (int i = 0; i < 2; i++) {
         char *at = gpu.workspace + i * (WORKSPACE + GUARD);
@@ -212,6 +217,7 @@ static int gpu_open(char *error) {
     CUDA(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)&gpu.encode_map, 12000, cudaEnableDefault,
                                           &found));
     gpu.hopper = major == 9 && built.maxThreadsPerBlock == GROUP && found == cudaDriverEntryPointSuccess;
+    gpu.clusters = gpu.hopper && clusters_fit();
     if (!gpu.hopper && gpu.precision == BF16)
         fprintf(stderr, "train_sessa: bf16 is fast on a Hopper GPU, built with CUDA_ARCH=sm_90a; elsewhere it is slower\n");
     gpu.ready = 1;
@@ -331,8 +337,8 @@ __device__ static inline float block_max(float x, float *shared) {
 // Sums over rows, on the way of a pass that reads them anyway: each chunk of rows leaves one partial sum a column, and
 // one launch for a whole layer adds them up in the chunks' order, out[i] += Σ_c partial[c·stride + i].
 typedef struct { float *out; const float *partial; int chunks, stride, width; } ColumnSum;
-// add: to the gradients that are there, else over them, as all first passes behind an update do. The partial sums lie in
-// room .. end, those of the next pass from `next` on; how much that takes says column_sums_room.
+// add: to the gradients that are there, else over them, as all first passes behind an update do. The partial sums
+// lie in room .. end, those of the next pass from `next` on; how much that takes says column_sums_room.
 enum { MOST_SUMS = 16 };
 typedef struct { ColumnSum list[MOST_SUMS]; int n, add; float *room, *next, *end; } ColumnSums;
 enum { BLOCKS_AT_ONCE = 528, GROUP_COLUMNS = 128, ROW_BLOCK = 320, SUM_ROWS = 128 }; // 4 blocks a multiprocessor of an H100
@@ -356,7 +362,9 @@ typedef struct {
         return partial + ((int64_t)b * chunks + row / SUM_ROWS) * width + column;
     }
 } TileSums;
-static int64_t tile_sums_room(int width, int B, int T) { return (int64_t)B * ((T + SUM_ROWS - 1) / SUM_ROWS) * width; }
+static int64_t tile_sums_room(int width, int B, int T) {
+    return (int64_t)B * ((T + SUM_ROWS - 1) / SUM_ROWS) * width;
+}
 static TileSums tile_sums(ColumnSums *sums, float *out, int width, int B, int T) {
     TileSums place = {sums_place(sums, tile_sums_room(width, B, T)), width, (T + SUM_ROWS - 1) / SUM_ROWS};
     column_sum(sums, out, place.partial, B * place.chunks, width, width);
@@ -450,8 +458,8 @@ static int row_blocks(int N, int D, int in_eights, int most) { // most by ones
 template <typename F> static void rows(int N, int D, int in_eights, int most_blocks, cudaStream_t stream, F f) {
     int eights = in_eights && D <= MOST_IN_EIGHTS, blocks = row_blocks(N, D, eights, most_blocks);
     must_fit(D, MOST_COLUMNS, "columns of a row");
-    LAUNCH((!eights ? rows_kernel<1, 64, F> : D <= 8 * ROW_BLOCK ? rows_kernel<8, 1, F> : rows_kernel<8, 4, F>), blocks,
-           row_threads(D, eights), 0, stream, f);
+    auto kernel = !eights ? rows_kernel<1, 64, F> : D <= 8 * ROW_BLOCK ? rows_kernel<8, 1, F> : rows_kernel<8, 4, F>;
+    LAUNCH(kernel, blocks, row_threads(D, eights), 0, stream, f);
 }
 // (Σ x, Σ y) over the row's threads. shared: a number a warp, not the one of the sum before.
 __device__ static inline float2 row_sum(float x, float y, float2 *shared) {
@@ -577,8 +585,9 @@ static void matmul_gpu(MatrixOut<O> out, MatrixGPU<X> a, MatrixGPU<X> b, int M, 
     }
     if (bias) LT(cublasLtMatmulDescSetAttribute(&p->operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof(bias)));
     const float *alpha_at = scale ? scale : &alpha, *beta_at = scale ? scale + (beta == 0 ? 1 : 2) : &beta;
-    LT(cublasLtMatmul(gpu.lt, &p->operation, alpha_at, b.at, &p->a, a.at, &p->b, beta_at, out.at, &p->out, out.at, &p->out,
-                      &p->algo, gpu.workspace + (stream == gpu.side ? WORKSPACE + GUARD : 0), p->workspace, stream));
+    LT(cublasLtMatmul(gpu.lt, &p->operation, alpha_at, b.at, &p->a, a.at, &p->b, beta_at, out.at, &p->out, out.at,
+                      &p->out, &p->algo, gpu.workspace + (stream == gpu.side ? WORKSPACE + GUARD : 0), p->workspace,
+                      stream));
 }
 
 // ----------------------------------------------------------------------------
@@ -644,11 +653,13 @@ static TokenLists sort_tokens(int *lists, int *starts, const int *inp, int N, in
     return t;
 }
 
+// Numbers for the segments' sums: no more segments than rows, and no more than one a token that is not full.
+static int64_t embedding_scratch(int N, int V, int D) { return (int64_t)min_int(N, N / SEGMENT + V) * D; }
+
 // embedding_backward: a thread takes 8 columns of a segment and sums its rows, then 8 columns of a token and sums its
 // segments, whose sums lie in scratch: (segments,D). lists: those of sort_tokens in the device's memory.
-static int64_t embedding_scratch(int N, int V, int D) { return (int64_t)min_int(N, N / SEGMENT + V) * D; } // numbers
-static void embedding_backward_gpu(float *dwte, Scratch scratch, const float *dout, const int *lists, TokenLists t, int B, int T,
-                                   int D, cudaStream_t stream) {
+static void embedding_backward_gpu(float *dwte, Scratch scratch, const float *dout, const int *lists, TokenLists t,
+                                   int B, int T, int D, cudaStream_t stream) {
     float *partial = borrow(scratch, (int64_t)t.segments * D);
     const int *begins = lists + B * T, *tokens = begins + B * T + 1, *first = tokens + B * T;
     int in_eights = wide({D}, {dwte, partial, dout});
@@ -1920,15 +1931,16 @@ attention_ring_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_co
 #endif
 }
 
-static int in_ring(int T, int H, int G) { return T <= 1024 && H == G; }
-// How many of the ring's clusters the GPU takes at once; 0 on a part of one that has no room for any.
-static int ring_clusters(int T, cudaStream_t stream) {
-    int C = (T + 127) / 128, bytes = sizeof(RingShared), most = 0;
+static int in_ring(int T, int H, int G) { return gpu.clusters && T <= 1024 && H == G; }
+// How many clusters of C blocks the GPU takes at once.
+template <typename K> static int clusters_at_once(K *kernel, int C, int bytes) {
+    int most = 0;
     cudaLaunchAttribute attributes[2];
-    cudaLaunchConfig_t config = launch_config(attributes, C, 3 * GROUP, bytes, stream, C, 1);
-    allow_shared(attention_ring_kernel, bytes);
-    CUDA(cudaOccupancyMaxActiveClusters(&most, attention_ring_kernel, &config));
-    return most;
+    cudaLaunchConfig_t config = launch_config(attributes, C, 3 * GROUP, bytes, gpu.stream, C, 1);
+    allow_shared(kernel, bytes);
+    if (cudaOccupancyMaxActiveClusters(&most, kernel, &config) == cudaSuccess) return most;
+    cudaGetLastError();
+    return 0;
 }
 
 template <int DH>
@@ -1963,11 +1975,10 @@ static void attention_tiles_backward(bf16 *dq, bf16 *dk, bf16 *dv, const bf16 *d
     allow_shared(attention_dkv_kernel<DH>, sizeof(Shared));
     LAUNCH(attention_delta_kernel, (unsigned)(((int64_t)B * T * H + 31) / 32), 256, 0, stream, stats, dout, out, B, T, H,
            d);
-    int clusters = DH == 64 && in_ring(T, H, G) ? ring_clusters(T, stream) : 0;
-    if (clusters) {
-        int C = (T + 127) / 128, bytes = sizeof(RingShared);
-        LAUNCH_AS(C, 1, attention_ring_kernel, C * min_int(clusters, (B * H + 1) / 2), 3 * GROUP, bytes, stream, maps[0][0],
-                  maps[0][1], maps[0][2], maps[0][3], dq, dk, dv, stats, ld, B, T, H, d, scale, sigma);
+    if (DH == 64 && in_ring(T, H, G)) {
+        int C = (T + 127) / 128, bytes = sizeof(RingShared), most = clusters_at_once(attention_ring_kernel, C, bytes);
+        LAUNCH_AS(C, 1, attention_ring_kernel, C * min_int(most, (B * H + 1) / 2), 3 * GROUP, bytes, stream,
+                  maps[0][0], maps[0][1], maps[0][2], maps[0][3], dq, dk, dv, stats, ld, B, T, H, d, scale, sigma);
         return;
     }
     LAUNCH(attention_dq_kernel<DH>, gpu.processors, 3 * GROUP, sizeof(Shared), stream, maps[1][0], maps[1][1], maps[1][2],
@@ -1985,8 +1996,8 @@ typedef struct Heads {
     int64_t step(int64_t sequence, int64_t head) const { return by_head ? sequence : head; }
 } Heads;
 
-// How attention goes, for all batches of up to B sequences of up to T tokens: in tiles, or in panels of P rows. P asked for, 0:
-// 128 MiB of weights, but 16 rows at least.
+// How attention goes, for all batches of up to B sequences of up to T tokens: in tiles, or in panels of P rows. P
+// asked for, 0: 128 MiB of weights, but 16 rows at least.
 typedef struct {
     int tiles, by_head, P;
     int64_t scratch; // numbers: weights and their gradient
@@ -2027,8 +2038,9 @@ static void attention_head_gpu(int item, Heads heads, X *out, float *stats, floa
 }
 
 template <typename X>
-static void attention_forward_gpu(X *out, float *stats, Scratch scratch, const X *q, const X *k, const X *v, int ld, int B, int T,
-                                  int H, int G, int d, int first, const AttentionWay *way, cudaStream_t stream) {
+static void attention_forward_gpu(X *out, float *stats, Scratch scratch, const X *q, const X *k, const X *v, int ld,
+                                  int B, int T, int H, int G, int d, int first, const AttentionWay *way,
+                                  cudaStream_t stream) {
     if constexpr (sizeof(X) == sizeof(bf16))
         if (way->tiles) {
             auto tiles = d <= 64 ? attention_tiles<64> : attention_tiles<128>;
@@ -2072,9 +2084,10 @@ static void attention_group_backward_gpu(int item, Heads heads, X *dq, X *dk, X 
 // out: what the forward pass gave, for the tiles' delta. dbias, unless NULL: dq, dk, dv, which follow each other, are taken on
 // through RoPE, and their sums over the rows added to it.
 template <typename X>
-static void attention_backward_gpu(X *dq, X *dk, X *dv, float *dbias, Scratch scratch, const X *dout, const X *out, float *stats,
-                                   const X *q, const X *k, const X *v, int ld, int B, int T, int H, int G, int d,
-                                   const AttentionWay *way, Rope rope, ColumnSums *sums, cudaStream_t stream) {
+static void attention_backward_gpu(X *dq, X *dk, X *dv, float *dbias, Scratch scratch, const X *dout, const X *out,
+                                   float *stats, const X *q, const X *k, const X *v, int ld, int B, int T, int H,
+                                   int G, int d, const AttentionWay *way, Rope rope, ColumnSums *sums,
+                                   cudaStream_t stream) {
     int width = (H + 2 * G) * d;
     if constexpr (sizeof(X) == sizeof(bf16))
         if (way->tiles) {
@@ -2085,7 +2098,8 @@ static void attention_backward_gpu(X *dq, X *dk, X *dv, float *dbias, Scratch sc
         Heads heads = heads_of(way, B, H);
         float *both = attention_scratch(way, heads, T, scratch);
         for (int item = 0; item < heads.items; item++)
-            attention_group_backward_gpu(item, heads, dq, dk, dv, both, dout, stats, q, k, v, ld, T, H, G, d, way->P, stream);
+            attention_group_backward_gpu(item, heads, dq, dk, dv, both, dout, stats, q, k, v, ld, T, H, G, d,
+                                         way->P, stream);
     }
     if (dbias) rope_backward_gpu(dq, dbias, ld, rope, B * T, (H + G) * d, width, sums, stream);
 }
@@ -2106,10 +2120,11 @@ static void attention_backward_gpu(X *dq, X *dk, X *dv, float *dbias, Scratch sc
 
 enum { SEED = 64, BLOCK = 2 * SEED, REACH = 2048, CLUSTER = 8, N_PARTS = 10 };
 
-// How the feedback goes, for all batches of up to B sequences of up to T tokens, and what `weights` and scratch hold for it: where
-// each part begins, in floats, and its shape. Without tiles T ≤ 2048 is one panel and e has 256 MiB at most; with them, 512. A
-// panel's rows take what is before it REACH rows at a time. keep: e takes no more than twice of what a layer keeps besides (28·D
-// bytes a token), or is not kept. A smaller batch, or shorter sequences, leave parts of it unused.
+// How the feedback goes, for all batches of up to B sequences of up to T tokens, and what `weights` and scratch
+// hold for it: where each part begins, in floats, and its shape. Without tiles T ≤ 2048 is one panel and e has 256
+// MiB at most; with them, 512. A panel's rows take what is before it REACH rows at a time. keep: e takes no more
+// than twice of what a layer keeps besides (28·D bytes a token), or is not kept. A smaller batch, or shorter
+// sequences, leave parts of it unused.
 typedef struct {
     int B, T, asked;  // asked: the height of panels that a test wants, or 0
     int tiles, march, R, P; // R, P: heights of panels and of blocks; march: solved by one kernel, in clusters of so many blocks
@@ -2141,7 +2156,7 @@ template <typename X> static Panels feedback_panels(int B, int T, int D, int P, 
     p.lx = p.tiles ? p.ld : p.ld * (int64_t)(sizeof(float) / sizeof(X));
     int alone = p.tiles && P <= 0;
     p.march = alone && (int64_t)B * ((D + 127) / 128) >= 48;
-    if (alone && T > REACH) p.march = CLUSTER;
+    if (alone && T > REACH) p.march = gpu.clusters ? CLUSTER : 0;
     p.P = P > 0 || T <= BLOCK || p.march == 1 ? BLOCK : T <= 512 ? 2 * BLOCK : T <= 2048 ? 4 * BLOCK : 8 * BLOCK; // measured
     int most = 11 * D / p.P * p.P; // rows of e that a layer may need for a while
     p.kept = keep && alone && T <= 28 * D && (int64_t)B * T * p.ld <= 1 << 28;
@@ -2154,10 +2169,18 @@ template <typename X> static Panels feedback_panels(int B, int T, int D, int P, 
     p.m_step = p.rows * p.P;
     int64_t x = sizeof(X), rows = p.rows, block = min_int(p.P, T), wide_ = p.ld > D ? p.ld : D,
         all = (int64_t)T * D, tiles = (T + BLOCK - 1) / BLOCK;
-    int64_t sizes[] = {p.tiles ? rows * p.ld / 2 : rows * p.ld, rows * p.P * x / 4, all, block * D * x / 4, block * round_up(D, ATOM),
-                       round_up(rows, 2 * p.P) * p.P / 4 * x / 4, p.R < T ? all : 0,
-                       p.tiles ? 2 * tiles * rows : 0, p.tiles ? (rows + BLOCK - 1) / BLOCK : 0, p.tiles ? 0 : block * wide_};
-    int64_t *places[] = {&p.e, &p.inverse, &p.rhs, &p.block, &p.lambda, &p.merge, &p.dk, &p.partial, &p.flags, &p.product};
+    int64_t sizes[] = {p.tiles ? rows * p.ld / 2 : rows * p.ld,
+                       rows * p.P * x / 4,
+                       all,
+                       block * D * x / 4,
+                       block * round_up(D, ATOM),
+                       round_up(rows, 2 * p.P) * p.P / 4 * x / 4,
+                       p.R < T ? all : 0,
+                       p.tiles ? 2 * tiles * rows : 0,
+                       p.tiles ? (rows + BLOCK - 1) / BLOCK : 0,
+                       p.tiles ? 0 : block * wide_};
+    int64_t *places[] = {&p.e,     &p.inverse, &p.rhs,     &p.block, &p.lambda,
+                         &p.merge, &p.dk,      &p.partial, &p.flags, &p.product};
     for (int i = 0; i < N_PARTS; i++) {
         int64_t *end = i < 2 ? &p.weights : &p.total;
         *places[i] = *end;
@@ -2393,9 +2416,10 @@ template <int C> struct MarchShared {
     bf16 a[MARCH_SLOTS][2][ATOM][ATOM], b[MARCH_SLOTS][STRIP / ATOM][ATOM][ATOM], right[BUFFERS][STRIP / ATOM][C * BLOCK][ATOM];
     uint64_t full[MARCH_SLOTS], free[MARCH_SLOTS], written, handed, done;
 };
-// f (BACK: ds), c (BACK: df) and known, the sum over rows beyond begin .. end if not NULL, have T rows of D a sequence;
-// e and M begin with row r0; `map` is of s (BACK: of u). round: two places for each tile of a cluster, in turn. HEARS: known may
-// be there. A cluster reads it ahead; one block, which has no registers left for that, when it adds it.
+// f (BACK: ds), c (BACK: df) and known, the sum over rows beyond begin .. end if not NULL, have T rows of D a
+// sequence; e and M begin with row r0; `map` is of s (BACK: of u). round: two places for each tile of a cluster, in
+// turn. HEARS: known may be there. A cluster reads it ahead; one block, which has no registers left for that, when
+// it adds it.
 template <int BACK, int C, int HEARS>
 __global__ void __launch_bounds__(3 * GROUP, 1)
 feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_constant__ CUtensorMap M_map,
@@ -2488,8 +2512,8 @@ feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_co
         int number = 3 * step + turn, last = BACK ? mine : TILES - 1 - mine, bytes = sizeof(bf16) * STRIP * ATOM,
             ranks = ((2 << min(last, C - 1)) - 1) & ~(1 << rank);
         const bf16 *own = s->right[0][0][ATOM * mine];
-        bf16 *between = round + (int64_t)((sequence * (gridDim.x / C) + blockIdx.x / C) * 2 + number % 2) * (STRIP * ROWS)
-                        + mine * STRIP * ATOM;
+        int64_t strip = sequence * (gridDim.x / C) + blockIdx.x / C;
+        bf16 *between = round + (strip * 2 + number % 2) * (STRIP * ROWS) + mine * STRIP * ATOM;
         if (threadIdx.x == 0) barrier_expect(&s->handed, (TILES - rank - 2) * bytes);
         if (threadIdx.x % GROUP == 0 && ranks) {
             asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\ncp.async.bulk.commit_group;\n"
@@ -2595,16 +2619,16 @@ feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_co
 #endif
 }
 template <int BACK, int C, int HEARS>
-static void feedback_march_as(float *weights, float *scratch, const Panels *p, const bf16 *out, int64_t ld_out, const bf16 *f,
-                              bf16 *c, const float *known, RowScale scale, RowScale inverse, int B, int T, int D, int r0,
-                              int n, int begin, int end, cudaStream_t stream) {
+static void feedback_march_as(float *weights, float *scratch, const Panels *p, const bf16 *out, int64_t ld_out,
+                              const bf16 *f, bf16 *c, const float *known, RowScale scale, RowScale inverse, int B,
+                              int T, int D, int r0, int n, int begin, int end, cudaStream_t stream) {
     CUtensorMap e_map = tile_map((bf16 *)(weights + p->e), (int)p->lx, 1, n, p->lx, p->e_step, B, ATOM),
         M_map = tile_map((bf16 *)(weights + p->inverse), p->P, 1, n, p->P, p->m_step, B, ATOM),
         map = tile_map(out, D, 1, T, ld_out, T * ld_out, B, ATOM);
     int bytes = sizeof(MarchShared<C>), strips = (D + MarchShared<C>::STRIP - 1) / MarchShared<C>::STRIP;
     allow_shared(feedback_march_kernel<BACK, C, HEARS>, bytes);
-    LAUNCH_AS(C, 1, (feedback_march_kernel<BACK, C, HEARS>), dim3(C * strips, B), 3 * GROUP, bytes, stream, e_map, M_map, map, f, c,
-              known, (bf16 *)(scratch + p->lambda), scale, inverse, T, D, r0, begin, end);
+    LAUNCH_AS(C, 1, (feedback_march_kernel<BACK, C, HEARS>), dim3(C * strips, B), 3 * GROUP, bytes, stream, e_map,
+              M_map, map, f, c, known, (bf16 *)(scratch + p->lambda), scale, inverse, T, D, r0, begin, end);
 }
 template <int BACK>
 static void feedback_march_gpu(float *weights, float *scratch, const Panels *p, const bf16 *out, int64_t ld_out, const bf16 *f,
@@ -2613,6 +2637,12 @@ static void feedback_march_gpu(float *weights, float *scratch, const Panels *p, 
     auto march = p->march == CLUSTER ? feedback_march_as<BACK, CLUSTER, 1>
                : known ? feedback_march_as<BACK, 1, 1> : feedback_march_as<BACK, 1, 0>;
     march(weights, scratch, p, out, ld_out, f, c, known, scale, inverse, B, T, D, r0, n, begin, end, stream);
+}
+
+static int clusters_fit(void) {
+    int ring = clusters_at_once(attention_ring_kernel, CLUSTER, sizeof(RingShared)), bytes = sizeof(MarchShared<CLUSTER>);
+    return ring && clusters_at_once(feedback_march_kernel<0, CLUSTER, 1>, CLUSTER, bytes)
+                && clusters_at_once(feedback_march_kernel<1, CLUSTER, 1>, CLUSTER, bytes);
 }
 
 // A batch that fits what p was chosen for, and the memory for it.
@@ -2625,9 +2655,9 @@ static void feedback_fits(const Panels *p, int B, int T, Scratch weights, Scratc
 
 // c: (B,T,D) kept for the backward pass, or NULL; so are weights where p says so. f comes from `side` if not NULL.
 template <typename X>
-static void feedback_forward_gpu(X *s, X *c, float *stats, Scratch weights_room, Scratch scratch_room, const X *f, const X *q,
-                                 const X *k, int ld, const float *gamma, int B, int T, int D, int first, const Panels *panels,
-                                 cudaStream_t stream, cudaStream_t side = NULL) {
+static void feedback_forward_gpu(X *s, X *c, float *stats, Scratch weights_room, Scratch scratch_room, const X *f,
+                                 const X *q, const X *k, int ld, const float *gamma, int B, int T, int D, int first,
+                                 const Panels *panels, cudaStream_t stream, cudaStream_t side = NULL) {
     feedback_fits(panels, B, T, weights_room, scratch_room);
     Panels p = *panels;
     float *weights = weights_room.at, *scratch = scratch_room.at;
@@ -2645,8 +2675,8 @@ static void feedback_forward_gpu(X *s, X *c, float *stats, Scratch weights_room,
                                   1, 0, B, stream);
             if constexpr (sizeof(X) == sizeof(bf16))
                 if (p.march && !first) {
-                    feedback_march_gpu<0>(weights, scratch, &p, s, D, f, c, reach ? scratch + p.rhs : NULL, {gamma, stats, T},
-                                          {NULL, stats, T}, B, T, D, r0, n, reach, end, stream);
+                    feedback_march_gpu<0>(weights, scratch, &p, s, D, f, c, reach ? scratch + p.rhs : NULL,
+                                          {gamma, stats, T}, {NULL, stats, T}, B, T, D, r0, n, reach, end, stream);
                     continue;
                 }
             for (int i0 = reach; i0 < end; i0 += p.P) {
@@ -2832,9 +2862,10 @@ static void feedback_sequence_backward_gpu(X *df, X *dq, X *dk, float *dgamma, f
 
 // dbias, unless NULL: the sums of dq and dk, which follow each other, over the rows are added to it.
 template <typename X>
-static void feedback_backward_gpu(X *df, X *dq, X *dk, float *dgamma, float *dbias, Scratch weights_room, Scratch scratch_room,
-                                  const X *ds, const X *s, const X *c, float *stats, const X *q, const X *k, int ld, const float *gamma,
-                                  int B, int T, int D, const Panels *panels, ColumnSums *sums, cudaStream_t stream) {
+static void feedback_backward_gpu(X *df, X *dq, X *dk, float *dgamma, float *dbias, Scratch weights_room,
+                                  Scratch scratch_room, const X *ds, const X *s, const X *c, float *stats,
+                                  const X *q, const X *k, int ld, const float *gamma, int B, int T, int D,
+                                  const Panels *panels, ColumnSums *sums, cudaStream_t stream) {
     feedback_fits(panels, B, T, weights_room, scratch_room);
     Panels p = *panels;
     float *weights = weights_room.at, *scratch = scratch_room.at;
@@ -3046,7 +3077,8 @@ static void conv_backward_gpu(X *dinp, float *dweight, float *dbias, const X *do
     int pieces = (T + CONV_ROWS - 1) / CONV_ROWS, stride = (TAPS + 1) * W, chunks = conv_chunks(B, T, W);
     float *partial = sums_place(sums, (int64_t)chunks * stride);
     Conv<X> f = {inp, NULL, weight, bias, ld, T, W, 0, pieces};
-    LAUNCH(conv_backward_kernel<X>, dim3((W + 31) / 32, chunks), dim3(32, 8), 0, stream, dinp, partial, dout, f, B * pieces);
+    LAUNCH(conv_backward_kernel<X>, dim3((W + 31) / 32, chunks), dim3(32, 8), 0, stream, dinp, partial, dout, f,
+           B * pieces);
     column_sum(sums, dweight, partial, chunks, stride, TAPS * W);
     column_sum(sums, dbias, partial + TAPS * W, chunks, stride, W);
 }
@@ -3466,14 +3498,16 @@ static void scan_forward_gpu(X *y, float *states, float *carried, const X *xbc, 
     LAUNCH(scan_sequence_kernel<X>, dim3(heads, B), SCAN_THREADS, bytes, stream, y, states, carried, s);
 }
 template <typename X>
-static void scan_backward_gpu(X *dxbc, float *dstep, float *dA_log, float *dskip, Scratch scratch, const X *dy, const float *states,
-                              const X *xbc, const float *step, const float *A_log, const float *skip, int B, int T, int E, int S,
-                              int heads, int P, ColumnSums *sums, cudaStream_t stream) {
+static void scan_backward_gpu(X *dxbc, float *dstep, float *dA_log, float *dskip, Scratch scratch, const X *dy,
+                              const float *states, const X *xbc, const float *step, const float *A_log,
+                              const float *skip, int B, int T, int E, int S, int heads, int P, ColumnSums *sums,
+                              cudaStream_t stream) {
     Scan<X> s = scan_of(xbc, dy, step, A_log, skip, T, E, S, heads, P);
     int bytes = scan_bytes(S, E / heads, s.rows, sizeof(X), 1);
     float *parts = borrow(scratch, scan_scratch_gpu(B, T, S, heads));
     allow_shared(scan_sequence_backward_kernel<X>, bytes);
-    LAUNCH(scan_sequence_backward_kernel<X>, dim3(heads, B), SCAN_THREADS, bytes, stream, dxbc, dstep, parts, states, s);
+    LAUNCH(scan_sequence_backward_kernel<X>, dim3(heads, B), SCAN_THREADS, bytes, stream, dxbc, dstep, parts,
+           states, s);
     each((int64_t)B * T, 2 * S, s.in_eights, stream, [=] __device__ (auto V, int n, int i) { // db and dc: the heads' in their order
         float sum[V] = {}, part[V];
         for (int h = 0; h < heads; h++) {
@@ -3834,8 +3868,8 @@ typedef struct {
 } Recording;
 enum { N_RECORDINGS = 12 };
 
-// What all passes of a model do: chosen when it is made, by its largest batch, and with it the memory that they take. A smaller
-// batch, as evaluation's last, and generation behind a short prompt go the same way.
+// What all passes of a model do: chosen when it is made, by its largest batch, and with it the memory that they
+// take. A smaller batch, as evaluation's last, and generation behind a short prompt go the same way.
 typedef struct {
     AttentionWay attention;
     Panels feedback[2]; // 1: where positions begin at a multiple of 8, so that tiles can
@@ -3896,7 +3930,8 @@ static void direct_read_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int fir
     linear_forward_gpu(q, E, a->abar, as_x(m, w->W_proj), as_x(m, w->b_proj), N, D, E, stream);
     follow(side, stream);
     rope_forward_gpu(q, E, m->acts.cosine, m->acts.sine, N, T - first, H + G, d, first, 1, side);
-    attention_forward_gpu(w->W_o ? a->o : f, a->stats, m->acts.scratch, q, k, v, E, B, T, H, G, d, first, &m->ways.attention, side);
+    attention_forward_gpu(w->W_o ? a->o : f, a->stats, m->acts.scratch, q, k, v, E, B, T, H, G, d, first,
+                          &m->ways.attention, side);
     if (w->W_o) linear_forward_gpu(f, D, a->o, as_x(m, w->W_o), (const X *)NULL, N, D, D, side);
 }
 
@@ -3931,8 +3966,8 @@ static void sessa_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int first, cu
     const Panels *panels = &m->ways.feedback[first % 8 == 0];
     cudaStream_t side = m->ways.attention.tiles && panels->tiles ? gpu.side : stream;
     direct_read_forward_gpu(m, l, B, T, first, a->f, stream, side);
-    feedback_forward_gpu(a->s, a->c, a->fb_stats, a->fb_weights, m->acts.scratch, a->f, q, k, E, a->gamma, B, T, D, first, panels,
-                         stream, side);
+    feedback_forward_gpu(a->s, a->c, a->fb_stats, a->fb_weights, m->acts.scratch, a->f, q, k, E, a->gamma, B, T, D,
+                         first, panels, stream, side);
 }
 
 template <typename X> static void sessa_backward_gpu(ModelGPU<X> *m, int l, int B, int T, cudaStream_t stream) {
@@ -3941,8 +3976,8 @@ template <typename X> static void sessa_backward_gpu(ModelGPU<X> *m, int l, int 
     ActivationsGPU<X> *back = &m->acts;
     const X *q = a->proj + E - 2 * D, *k = q + D;
     feedback_backward_gpu(back->ds, back->dproj + E - 2 * D, back->dproj + E - D, back->dgamma,
-                          m->grad.layers[l].b_proj + E - 2 * D, a->fb_weights, back->scratch, back->ds, a->s, a->c, a->fb_stats,
-                          q, k, E, a->gamma, B, T, D, &m->ways.feedback[1], &m->sums, stream);
+                          m->grad.layers[l].b_proj + E - 2 * D, a->fb_weights, back->scratch, back->ds, a->s, a->c,
+                          a->fb_stats, q, k, E, a->gamma, B, T, D, &m->ways.feedback[1], &m->sums, stream);
     direct_read_backward_gpu(m, l, B, T, stream);
 }
 
@@ -4044,17 +4079,19 @@ template <typename X> static void mamba2_activations_gpu(ModelGPU<X> *m, int l, 
 static int64_t column_sums_room(const Config *c, int B, int T) {
     int D = c->d_model, E = 2 * D, W = E + 2 * c->state_dim, N = B * T, kv_width = c->n_kv_heads * (D / c->n_heads);
     auto pass = [&](int sums, int width) { return (int64_t)sums * sum_chunks(N, width, 1) * width; };
-    int64_t norm = 3 * (int64_t)row_blocks(N, D, 0, BLOCKS_AT_ONCE / 2) * D, layer = 2 * norm + pass(1, D) + pass(3, D); // gate, GELU
+    int64_t norm = 3 * (int64_t)row_blocks(N, D, 0, BLOCKS_AT_ONCE / 2) * D,
+            layer = 2 * norm + pass(1, D) + pass(3, D); // gate, GELU
     if (c->mixer == MAMBA2) {
         int heads = E / c->head_dim;
-        return layer + pass(1, E) + pass(2, heads) + pass(1, heads) + (int64_t)conv_chunks(B, T, W) * (TAPS + 1) * W;
+        return layer + pass(1, E) + pass(2, heads) + pass(1, heads) +
+               (int64_t)conv_chunks(B, T, W) * (TAPS + 1) * W;
     }
     layer += pass(1, D + 2 * kv_width);
     return c->mixer == SESSA ? layer + 2 * tile_sums_room(D, B, T) + pass(1, 2 * D) : layer;
 }
 
-// What the model's passes share: numbers of the feedback's weights, of scratch, of partial sums. A test may ask for panels
-// of any height.
+// What the model's passes share: numbers of the feedback's weights, of scratch, of partial sums. A test may ask for
+// panels of any height.
 typedef struct { int64_t weights, scratch, sums; } Room;
 template <typename X> static Room room_of(const Config *c, int B, int T, Mode mode, const Ways *ways) {
     int D = c->d_model, H = c->n_heads;
@@ -4069,7 +4106,8 @@ template <typename X> static Room room_of(const Config *c, int B, int T, Mode mo
     if (c->mixer == MAMBA2) at_least(room.scratch, scan_scratch_gpu(B, T, c->state_dim, 2 * D / c->head_dim));
     else add(*ways, 1);
     if (c->mixer != MAMBA2 && mode == GENERATE) add(*ways, 0);
-    for (int P = 1; P <= min_int(T, BLOCK) && mode == KEEP_ALL && c->mixer != MAMBA2; P++) add(ways_of<X>(c, B, T, P, 0), 1);
+    for (int P = 1; P <= min_int(T, BLOCK) && mode == KEEP_ALL && c->mixer != MAMBA2; P++)
+        add(ways_of<X>(c, B, T, P, 0), 1);
     if (mode == GENERATE) at_least(room.scratch, decode_parts(D, H) + c->vocab_size);
     if (mode >= TRAIN) at_least(room.scratch, embedding_scratch(B * T, c->vocab_size, D));
     return room;
@@ -4199,11 +4237,13 @@ template <typename X> static int64_t carve_memory(ModelGPU<X> *m, char *memory, 
     int64_t tokens = (int64_t)B * T;
     int there = memory != NULL;
     float **blocks[] = {&m->params, &m->exp_avg, &m->exp_avg_sq, &m->grads};
-    for (int i = 0; i < 4; i++) *blocks[i] = take<float>(&at, i == PARAMS || mode >= TRAIN ? m->count : 0, names[i], there);
+    for (int i = 0; i < 4; i++)
+        *blocks[i] = take<float>(&at, i == PARAMS || mode >= TRAIN ? m->count : 0, names[i], there);
     m->copy = sizeof(X) == sizeof(bf16) ? take<X>(&at, m->count, "copy of the parameters", there) : (X *)m->params;
     m->decayed = take<unsigned char>(&at, m->count / 64, "decayed", there);
     m->norm = take<double>(&at, 2, "norm", there);
-    m->inputs = (Inputs *)take<char>(&at, (int64_t)sizeof(Inputs) + (6 * tokens + 2) * (int64_t)sizeof(int), "inputs", there);
+    m->inputs = (Inputs *)take<char>(&at, (int64_t)sizeof(Inputs) + (6 * tokens + 2) * (int64_t)sizeof(int),
+                                     "inputs", there);
     m->x_block = take<X>(&at, m->x_table.count, "activations", there);
     m->f_block = take<float>(&at, m->f_table.count, "activations in float32", there);
     return at - memory;
@@ -4211,21 +4251,27 @@ template <typename X> static int64_t carve_memory(ModelGPU<X> *m, char *memory, 
 
 // What the launches cannot take is said before anything is allocated. FAILED and a line in error
 static int within_launches(const Config *c, int B, int T, size_t number, char *error) {
-    int64_t D = c->d_model, widest = c->mixer == MAMBA2 ? 2 * D + 2 * c->state_dim : D, row = c->mixer == MAMBA2 ? 2 * D : D;
+    int64_t D = c->d_model, widest = c->mixer == MAMBA2 ? 2 * D + 2 * c->state_dim : D,
+            row = c->mixer == MAMBA2 ? 2 * D : D;
     int most = 0, seeds = 2 * BLOCK * SEED_LD * (int)sizeof(float);
     CUDA(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
     if (B > MOST_SEQUENCES)
-        return fail(error, NULL, "--batch %d: the GPU takes at most %d sequences at once; --accum makes a step of more", B, MOST_SEQUENCES);
+        return fail(error, NULL,
+                    "--batch %d: the GPU takes at most %d sequences at once; --accum makes a step of more", B,
+                    MOST_SEQUENCES);
     if (row > MOST_COLUMNS)
-        return fail(error, NULL, "--dim %d: the GPU takes rows of at most %d numbers, here they have %lld", c->d_model, MOST_COLUMNS,
-                    (long long)row);
+        return fail(error, NULL, "--dim %d: the GPU takes rows of at most %d numbers, here they have %lld",
+                    c->d_model, MOST_COLUMNS, (long long)row);
     if ((int64_t)B * T * widest > MOST_PIECES)
-        return fail(error, NULL, "--batch %d times --seq %d: the GPU takes at most %lld tokens of this width at once", B, T,
+        return fail(error, NULL,
+                    "--batch %d times --seq %d: the GPU takes at most %lld tokens of this width at once", B, T,
                     (long long)(MOST_PIECES / widest));
     if (c->mixer == MAMBA2 && !scan_rows(c->state_dim, c->head_dim, (int)number))
-        return fail(error, NULL, "--head-dim %d with --state-dim %d: too large for the GPU's shared memory", c->head_dim, c->state_dim);
+        return fail(error, NULL, "--head-dim %d with --state-dim %d: too large for the GPU's shared memory",
+                    c->head_dim, c->state_dim);
     if (c->mixer == SESSA && most < seeds)
-        return fail(error, NULL, "the mixer sessa needs %d KiB of shared memory a block, this GPU has %d", seeds >> 10, most >> 10);
+        return fail(error, NULL, "the mixer sessa needs %d KiB of shared memory a block, this GPU has %d",
+                    seeds >> 10, most >> 10);
     return 0;
 }
 
