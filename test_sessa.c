@@ -2658,7 +2658,7 @@ static void test_memory_limits(void) {
     snprintf(root, sizeof(root), "%s/there", work);
     for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
         for (int f = 0; f < 5 && cases[i].files[f][0]; f++) pretend(cases[i].files[f][0], cases[i].files[f][1]);
-        Room left = memory_left(root);
+        MemoryLeft left = memory_left(root);
         check(left.bytes == cases[i].mib * 0x1p20 && !strcmp(left.who, cases[i].who), "%s: %s leaves %.1f MiB", cases[i].name, left.who, left.bytes / 0x1p20);
         forget(root);
     }

@@ -1766,14 +1766,14 @@ static void use_allowed_threads(void) {
 }
 
 // What of memory is left, and what leaves no more: a line says it.
-typedef struct { double bytes; const char *who; } Room;
+typedef struct { double bytes; const char *who; } MemoryLeft;
 
-static Room memory_left(const char *root) {
+static MemoryLeft memory_left(const char *root) {
     char path[PATH_MAX];
     struct rlimit limit;
     snprintf(path, sizeof(path), "%.4000s/proc/meminfo", root);
     double swap = number_in(path, "SwapFree:", 0);
-    Room left = {number_in(path, "MemAvailable:", 0) * 1024 + (swap > 0 ? swap * 1024 : 0), "this machine"};
+    MemoryLeft left = {number_in(path, "MemAvailable:", 0) * 1024 + (swap > 0 ? swap * 1024 : 0), "this machine"};
     double page = (double)sysconf(_SC_PAGESIZE), within = cgroup_least(root, "memory", cgroup_memory);
     if (isnan(left.bytes)) left.bytes = (double)sysconf(_SC_PHYS_PAGES) * page;
     if (within < left.bytes) {
@@ -1802,7 +1802,7 @@ static Room memory_left(const char *root) {
 enum { LARGE = 1 << 20 };
 static int check_room(double bytes, const char *path, const char *what, char *error) {
     if (bytes < LARGE) return 0;
-    Room left = memory_left("");
+    MemoryLeft left = memory_left("");
     if (bytes <= left.bytes) return 0;
     return fail(error, path, "%.200s does not fit: it needs %.1f MiB of memory, %s leaves %.1f", what,
                 bytes / 0x1p20, left.who, left.bytes / 0x1p20);
