@@ -2640,7 +2640,8 @@ static void feedback_march_gpu(float *weights, float *scratch, const Panels *p, 
 }
 
 static int clusters_fit(void) {
-    int ring = clusters_at_once(attention_ring_kernel, CLUSTER, sizeof(RingShared)), bytes = sizeof(MarchShared<CLUSTER>);
+    int ring = clusters_at_once(attention_ring_kernel, CLUSTER, sizeof(RingShared));
+    int bytes = sizeof(MarchShared<CLUSTER>);
     return ring && clusters_at_once(feedback_march_kernel<0, CLUSTER, 1>, CLUSTER, bytes)
                 && clusters_at_once(feedback_march_kernel<1, CLUSTER, 1>, CLUSTER, bytes);
 }
