@@ -2640,7 +2640,8 @@ static void feedback_march_gpu(float *weights, float *scratch, const Panels *p, 
 }
 
 static int clusters_fit(void) {
-    int ring = clusters_at_once(attention_ring_kernel, CLUSTER, sizeof(RingShared)), bytes = sizeof(MarchShared<CLUSTER>);
+    int ring = clusters_at_once(attention_ring_kernel, CLUSTER, sizeof(RingShared));
+    int bytes = sizeof(MarchShared<CLUSTER>);
     return ring && clusters_at_once(feedback_march_kernel<0, CLUSTER, 1>, CLUSTER, bytes)
                 && clusters_at_once(feedback_march_kernel<1, CLUSTER, 1>, CLUSTER, bytes);
 }
@@ -4306,6 +4307,8 @@ template <typename X> static Model *model_create_gpu(const Config *c, int B, int
     CUDA(cudaMemGetInfo(&present, &all));
     for (int keep = mode >= TRAIN;; keep = 0) { // without, the feedback's weights are computed again
         m->ways = ways_of<X>(c, B, T, 0, keep);
+        m->x_block = NULL; // no place yet, sizes alone
+        m->f_block = NULL;
         carve_activations_gpu(m, B, T, mode);
         if (m->host.table.count >= 0 && m->x_table.count >= 0 && m->f_table.count >= 0 && m->host.table.count < PTRDIFF_MAX / 64)
             needed = (double)carve_memory(m, NULL, B, T, mode);

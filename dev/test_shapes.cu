@@ -59,6 +59,8 @@ template <typename X> static void meet_ways(const ModelGPU<X> *m, const Shape *s
         read = direct && training && way->tiles;
     int64_t blocks = (p->rows + 127) / 128 * ((D + 127) / 128) * B;
     Panels alone = feedback_panels<X>(s->left, T, D, 0, p->tiles, p->kept);
+    int other_way = s->left < B && (alone.march != p->march || alone.R != p->R),
+        fewer_than_heads = B >= c->n_heads && s->left < c->n_heads;
     if (gpu.hopper) {
         meet("feedback: tiles, blocks of 128", tiles && !p->march && p->P == 128);
         meet("feedback: tiles, blocks of 256", tiles && !p->march && p->P == 256);
@@ -84,11 +86,11 @@ template <typename X> static void meet_ways(const ModelGPU<X> *m, const Shape *s
     meet("feedback: no tiles, several panels", plain && several);
     meet("feedback: no tiles, several panels of short sequences", plain && several && T <= REACH);
     meet("feedback: bf16 without tiles", plain && bf16_);
-    meet("feedback: a part of the batch would choose otherwise", fed && s->left < B && (alone.march != p->march || alone.R != p->R));
+    meet("feedback: a part of the batch would choose otherwise", fed && other_way);
     meet("attention: panels by head", panels && way->by_head && way->P >= T);
     meet("attention: panels by sequence", panels && !way->by_head);
     meet("attention: several panels", panels && way->P < T);
-    meet("attention: panels by head, fewer sequences left than heads", panels && way->by_head && B >= c->n_heads && s->left < c->n_heads);
+    meet("attention: panels by head, fewer sequences left than heads", panels && way->by_head && fewer_than_heads);
     meet("attention: panels in bf16", panels && bf16_);
     int rows_ = direct ? 0 : scan_rows(c->state_dim, c->head_dim, sizeof(X)),
         scan_eights = c->state_dim % 8 == 0 && c->head_dim % 8 == 0;
