@@ -2500,7 +2500,7 @@ static void test_edges(void) {
 static void pretend(const char *name, const char *text) {
     char path[512];
     snprintf(path, sizeof(path), "%s/there/%s", work, name);
-    for (char *slash = path + strlen(work) + 1; (slash = strchr(slash, '/')); slash++) {
+    for (char *slash = strchr(path + strlen(work) + 1, '/'); slash; slash = strchr(slash + 1, '/')) {
         *slash = 0;
         mkdir(path, 0777);
         *slash = '/';

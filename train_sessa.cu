@@ -4194,7 +4194,8 @@ template <typename X> static void carve_activations_gpu(ModelGPU<X> *m, int B, i
 // Points the weights into a block of the device: first to addresses of a block that is nowhere and follows the table, then
 // to the places of the tensors that stand there.
 template <typename X> static void device_weights(const ModelGPU<X> *m, Weights *w, float *block) {
-    Table table = {NULL, 0, 0};
+    Table table;
+    memset(&table, 0, sizeof(table));
     real *nowhere = (real *)sizeof(real), **fields = (real **)(void *)w->layers;
     size_t n = (size_t)m->host.config.n_layers * sizeof(LayerWeights) / sizeof(real *);
     auto move = [&](real **field) {
@@ -4709,5 +4710,8 @@ static int run_cuda_program(int argc, char **argv) {
 }
 
 #ifdef SESSA_CUDA_MAIN
-int main(int argc, char **argv) { return run_cuda_program(argc, argv); }
+int main(int argc, char **argv) {
+    start_again(argv);
+    return run_cuda_program(argc, argv);
+}
 #endif
