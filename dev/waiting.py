@@ -57,12 +57,12 @@ class Run:
         self.process.wait()
 
 
-def rates(runs):
-    """Steps a second of each, over the same window."""
+def rates(runs, windows=1):
+    """Steps a second of each, over the same time."""
     for run in runs:
         run.begin()
     before, start = [run.lines() for run in runs], time.monotonic()
-    time.sleep(args.window)
+    time.sleep(args.window * windows)
     after, taken = [run.lines() for run in runs], time.monotonic() - start
     for run in runs:
         run.end()
@@ -101,7 +101,7 @@ def under_quota(share, threads):
     variables = {**own, "OMP_NUM_THREADS": str(threads)}
     with quota(share) as cgroup:
         if cgroup:
-            return rates([Run(args.program, folder, variables, cores, cgroup)])[0]
+            return rates([Run(args.program, folder, variables, cores, cgroup)], 3)[0]
     stand_ins.add(share)
     run = Run(args.program, folder, variables, cores[:1])
     ended = threading.Event()
@@ -114,7 +114,7 @@ def under_quota(share, threads):
                 ended.wait(0.05)
     if share < 1:
         threading.Thread(target=stop_and_go, daemon=True).start()
-    result = rates([run])[0]
+    result = rates([run], 3)[0]
     ended.set()
     return result
 
