@@ -25,7 +25,7 @@ USERS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREADS"
 class Run:
     """A training that goes on until it is killed."""
 
-    def __init__(self, program, folder, variables, cores, cgroup=None):
+    def __init__(self, program, folder, variables, cores, cgroup=None, stdout=subprocess.DEVNULL):
         self.folder = tempfile.mkdtemp(dir=folder)
         self.log = os.path.join(self.folder, "log")
         environment = {name: value for name, value in os.environ.items() if name not in USERS}
@@ -37,7 +37,7 @@ class Run:
                     procs.write(str(os.getpid()))
         command = [program, "--data", args.data, "--steps", "1000000", "--eval-every", "0", "--log", self.log, "--out",
                    os.path.join(self.folder, "x.safetensors")] + args.options.split()
-        self.process = subprocess.Popen(command, env={**environment, **variables}, preexec_fn=inside, stdout=subprocess.DEVNULL)
+        self.process = subprocess.Popen(command, env={**environment, **variables}, preexec_fn=inside, stdout=stdout)
 
     def lines(self):
         with contextlib.suppress(OSError), open(self.log, "rb") as log:
@@ -57,16 +57,16 @@ class Run:
         self.process.wait()
 
 
-def rates(runs):
-    """Steps a second of each, over the same window."""
+def rates(runs, windows=1):
+    """Steps a second of each, over the same time."""
     for run in runs:
         run.begin()
     before, start = [run.lines() for run in runs], time.monotonic()
-    time.sleep(args.window)
+    time.sleep(args.window * windows)
     after, taken = [run.lines() for run in runs], time.monotonic() - start
     for run in runs:
         run.end()
-    return [max(b - a, 0.5) / taken for a, b in zip(before, after)]
+    return [max(b - a, 0.5) / taken for a, b in zip(before, after)]     # no step at all: not none, for a ratio
 
 
 @contextlib.contextmanager
@@ -101,7 +101,7 @@ def under_quota(share, threads):
     variables = {**own, "OMP_NUM_THREADS": str(threads)}
     with quota(share) as cgroup:
         if cgroup:
-            return rates([Run(args.program, folder, variables, cores, cgroup)])[0]
+            return rates([Run(args.program, folder, variables, cores, cgroup)], 3)[0]
     stand_ins.add(share)
     run = Run(args.program, folder, variables, cores[:1])
     ended = threading.Event()
@@ -114,9 +114,20 @@ def under_quota(share, threads):
                 ended.wait(0.05)
     if share < 1:
         threading.Thread(target=stop_and_go, daemon=True).start()
-    result = rates([run])[0]
+    result = rates([run], 3)[0]
     ended.set()
     return result
+
+
+def told_threads(share):
+    """The number of threads that the program says it takes under a quota; None where there can be none."""
+    with quota(share) as cgroup:
+        if not cgroup:
+            return None
+        run = Run(args.program, folder, own, cores, cgroup, stdout=subprocess.PIPE)
+        first = run.process.stdout.readline().decode()
+        run.end()
+    return int(first.split(" threads")[0].split()[-1])
 
 
 def alone(program=None, variables=None):
@@ -179,4 +190,8 @@ with tempfile.TemporaryDirectory() as folder:
         note = " (no cgroup: bound to one core, stopped half of the time)" if {"half": 0.5, "core": 1}.get(key) in stand_ins else ""
         print(f"{'ok  ' if held else 'FAIL'} {what}: {median:.2f} (from {ratios[0]:.2f} to {ratios[-1]:.2f}), bound {sense} {bound}{note}",
               flush=True)
+    told = told_threads(1)
+    if told is not None:
+        failed += told != 1
+        print(f"{'ok  ' if told == 1 else 'FAIL'} a quota of one core, nothing said of threads: {told}")
 sys.exit(failed > 0)
