@@ -61,6 +61,7 @@ a `char *error` and returns 0, or FAILED (WRONG_OPTION for what the user typed) 
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <time.h>
 #include <unistd.h>
 #ifdef _OPENMP
@@ -2178,18 +2179,21 @@ static const Backend cpu_backend = {"CPU", model_create, model_free, cpu_bytes, 
 static volatile sig_atomic_t interrupted, saving, told;
 static int terminal = -1; // a descriptor on which Ctrl-C is answered, -1: there is none
 
-enum { MAX_LOCKS = 2 };
+enum { MAX_LOCKS = 3 };
 static char lock_paths[MAX_LOCKS][PATH_MAX + 8]; // of the lock files that this process holds, see take_lock
 static int lock_files[MAX_LOCKS];
 static volatile sig_atomic_t n_locks;
 
-// Nothing but system calls: it runs in signal handlers and at exit. The locks themselves end with the
-// process.
+// Nothing but system calls: it runs in signal handlers and at exit. The locks themselves end with the process.
+// What has taken the name of a lock file meanwhile stays.
 static void remove_locks(void) {
     while (n_locks > 0) {
+        struct stat mine, there;
         int i = n_locks - 1;
         n_locks = i;
-        unlink(lock_paths[i]);
+        int named = !fstat(lock_files[i], &mine) && !lstat(lock_paths[i], &there);
+        if (named && mine.st_ino == there.st_ino && mine.st_dev == there.st_dev && !there.st_size)
+            unlink(lock_paths[i]);
         close(lock_files[i]);
     }
 }
@@ -2363,31 +2367,61 @@ static int lock_descriptor(int fd) {
 }
 
 static void warn_of_no_locks(const char *path) {
+    static int told_before = 0;
     char line[ERROR_SIZE];
+    if (told_before++) return;
     fail(line, path, "the file system knows no locks: nothing keeps two runs from writing it at once");
     fprintf(stderr, "train_sessa: warning: %s\n", line);
 }
 
-// Locks `target`, which path names, by a file beside it: the file itself gets another inode with each save.
-// What killed runs left, the lock file or temporary ones, belongs to whoever holds the lock. A lock file is
-// removed by its holder: whoever opened it before that, and locks it after, sees that the name now means
-// another file, or none, and begins again.
-static int take_lock(const char *path, const char *target, char *error) {
+// A place where a file is written: what its path names, settled once, and what may be replaced there: nothing,
+// the file that lay there when the run began, or the one that the run left last.
+typedef struct {
+    const char *path, *like; // as the user named it; the file whose rights a new one gets, NULL: none
+    char target[PATH_MAX];   // what path names once links are followed
+    int lock;                // the index of its lock, -1: none
+    int there;               // a file lies there that may be replaced, which is
+    struct stat known;
+} Place;
+
+static int settle(Place *p, const char *path, const char *like, char *error) {
+    memset(p, 0, sizeof(*p));
+    p->path = path;
+    p->like = like;
+    p->lock = -1;
+    if (resolve(path, p->target, error)) return FAILED;
+    p->there = !lstat(p->target, &p->known);
+    return p->there || errno == ENOENT ? 0 : fail(error, path, "cannot be written: %s", strerror(errno));
+}
+
+// Opens the lock file of a place and locks it: its descriptor, or -1 with the line. *locked: see lock_descriptor. A file of
+// that name that is no lock, which is empty, is another program's, and stays.
+static int open_lock(const char *path, const char *name, int flags, int *locked, char *error) {
+    struct stat info;
+    int fd = open(name, O_RDWR | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC | flags, 0666), problem = errno;
+    if (fd < 0 && problem == EACCES) fd = open(name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC); // another user's
+    if (fd < 0) return fail(error, path, "cannot be locked, %.250s: %s", name, strerror(problem));
+    int is_lock = !fstat(fd, &info) && S_ISREG(info.st_mode) && !info.st_size;
+    *locked = is_lock ? lock_descriptor(fd) : 0;
+    if (*locked) return fd;
+    close(fd);
+    return is_lock ? fail(error, path, "another run is writing it")
+                   : fail(error, path, "cannot be locked: %.250s is there and is no lock", name);
+}
+
+// Locks a place by a file beside it: the file itself gets another inode with each save. What killed runs left, the lock file
+// or temporary ones, belongs to whoever holds the lock. A lock file is removed by its holder: whoever opened it before that,
+// and locks it after, sees that the name now means another file, or none, and begins again.
+static int take_lock(Place *p, char *error) {
     char *name = lock_paths[n_locks];
     struct stat mine, there;
-    snprintf(name, sizeof(lock_paths[0]), "%s.lock", target);
+    snprintf(name, sizeof(lock_paths[0]), "%s.lock", p->target);
     for (;;) {
-        int fd = open(name, O_RDWR | O_CREAT | O_CLOEXEC, 0666), problem = errno;
-        if (fd < 0 && problem == EACCES) fd = open(name, O_RDONLY | O_CLOEXEC); // left by another user's run
-        if (fd < 0) return fail(error, path, "cannot be written: %s", strerror(problem));
-        int locked = lock_descriptor(fd);
-        if (!locked) {
-            close(fd);
-            return fail(error, path, "another run is writing it");
-        }
-        int named = !fstat(fd, &mine) && !stat(name, &there);
-        problem = errno;
+        int locked, fd = open_lock(p->path, name, O_CREAT, &locked, error);
+        if (fd < 0) return FAILED;
+        int named = !fstat(fd, &mine) && !lstat(name, &there), problem = errno;
         if (locked > 0 && named && same_place(&mine, &there)) {
+            p->lock = n_locks;
             lock_files[n_locks] = fd;
             n_locks = n_locks + 1;
             return 0;
@@ -2395,115 +2429,150 @@ static int take_lock(const char *path, const char *target, char *error) {
         close(fd);
         if (locked > 0 && (named || problem == ENOENT)) continue; // its holder removed it meanwhile
         unlink(name);
-        if (locked > 0) return fail(error, path, "cannot be written: %s", strerror(problem));
-        warn_of_no_locks(path);
+        if (locked > 0) return fail(error, p->path, "cannot be written: %s", strerror(problem));
+        warn_of_no_locks(p->path);
         return 0;
     }
 }
 
-// Removes the temporary files of target that killed runs left: <target>.tmp.<hexadecimal digits>. The lock
-// must be held.
+// Before something is replaced: the lock must still be ours, and what lies there the file that may be replaced. A lock file
+// that somebody removed, or that stayed behind when the folder was moved, is made again.
+static int still_ours(Place *p, char *error) {
+    struct stat mine, now;
+    if (p->lock >= 0) {
+        const char *name = lock_paths[p->lock];
+        int named = !lstat(name, &now), problem = errno, locked;
+        if (!named && problem != ENOENT) return fail(error, p->path, "cannot be written: %s", strerror(problem));
+        if (named && (fstat(lock_files[p->lock], &mine) || !same_place(&mine, &now)))
+            return fail(error, p->path, "another run has taken it over");
+        int fd = named ? -1 : open_lock(p->path, name, O_CREAT | O_EXCL, &locked, error);
+        if (!named && fd < 0) return FAILED;
+        if (!named) close(lock_files[p->lock]);
+        if (!named) lock_files[p->lock] = fd;
+    }
+    if (lstat(p->target, &now))
+        return errno == ENOENT ? 0 : fail(error, p->path, "cannot be written: %s", strerror(errno));
+    int same = p->there && same_place(&now, &p->known) && now.st_size == p->known.st_size;
+    if (same && now.st_mtime == p->known.st_mtime) return 0;
+    return fail(error, p->path, "another file was put there meanwhile, which stays");
+}
+
+// Removes the temporary files of target that killed runs left: <target>.tmp.<eight hexadecimal digits>, or the process
+// number of an earlier version. The lock must be held.
 static void remove_leftovers(const char *target) {
     char folder[PATH_MAX];
+    struct stat info;
     const char *name = strrchr(target, '/') + 1;
     snprintf(folder, sizeof(folder), "%.*s", (int)(name - target), target);
     DIR *dir = opendir(folder);
     for (struct dirent *entry; dir && (entry = readdir(dir));) {
         const char *rest = entry->d_name + strlen(name);
-        if (strncmp(entry->d_name, name, strlen(name)) || strncmp(rest, ".tmp.", 5) || !rest[5]) continue;
-        if (!rest[5 + strspn(rest + 5, "0123456789abcdef")]) unlinkat(dirfd(dir), entry->d_name, 0);
+        if (strncmp(entry->d_name, name, strlen(name)) || strncmp(rest, ".tmp.", 5)) continue;
+        size_t digits = strspn(rest + 5, "0123456789"), hexadecimal = strspn(rest + 5, "0123456789abcdef");
+        int ours = hexadecimal == 8 ? !rest[13] : digits > 0 && !rest[5 + digits];
+        ours = ours && !fstatat(dirfd(dir), entry->d_name, &info, AT_SYMLINK_NOFOLLOW) && S_ISREG(info.st_mode);
+        if (ours) unlinkat(dirfd(dir), entry->d_name, 0);
     }
     if (dir) closedir(dir);
 }
 
-// A file on its way: what path names, and the temporary file beside it that will take its place.
+// A file on its way: the temporary file that will take its place.
 typedef struct {
-    char target[PATH_MAX], temporary[PATH_MAX + 32];
+    Place *place;
+    char temporary[PATH_MAX + 32];
     int fd;
 } Replacement;
 
 // Whether the rename at the end of a save will be allowed, as far as that can be known beforehand.
-static int replaceable(const char *path, Replacement *r, const struct stat *old, char *error) {
+static int replaceable(const Replacement *r, char *error) {
+    const Place *p = r->place;
     struct stat folder;
     char folder_path[PATH_MAX];
-    snprintf(folder_path, sizeof(folder_path), "%.*s", (int)(strrchr(r->target, '/') + 1 - r->target),
-             r->target);
-    if (!S_ISREG(old->st_mode)) return fail(error, path, "cannot be written: not a regular file");
-    int fd = access(r->target, W_OK)
-                 ? -1
-                 : open(r->target, O_WRONLY | O_CLOEXEC); // one that is read-only or append-only stays
-    if (fd < 0) return fail(error, path, "cannot be written: %s", strerror(errno));
+    snprintf(folder_path, sizeof(folder_path), "%.*s", (int)(strrchr(p->target, '/') + 1 - p->target), p->target);
+    if (!S_ISREG(p->known.st_mode)) return fail(error, p->path, "cannot be written: not a regular file");
+    // one that is read-only or append-only stays
+    int fd = access(p->target, W_OK) ? -1 : open(p->target, O_WRONLY | O_CLOEXEC);
+    if (fd < 0) return fail(error, p->path, "cannot be written: %s", strerror(errno));
     close(fd);
     uid_t user = geteuid();
     int sticky = !stat(folder_path, &folder) && (folder.st_mode & S_ISVTX);
-    if (sticky && user && old->st_uid != user && folder.st_uid != user)
-        return fail(error, path,
-                    "cannot be replaced: it is another user's, in a folder where only owners may");
-    if (!link(r->target, r->temporary)) unlink(r->temporary);
-    else if (errno == EXDEV) return fail(error, path, "cannot be replaced: it is a mount point of its own");
+    if (sticky && user && p->known.st_uid != user && folder.st_uid != user)
+        return fail(error, p->path, "cannot be replaced: it is another user's, in a folder where only owners may");
+    if (!link(p->target, r->temporary)) unlink(r->temporary);
+    else if (errno == EXDEV) return fail(error, p->path, "cannot be replaced: it is a mount point of its own");
     return 0;
 }
 
-// Creates the temporary file that will take the place of path. It gets owner and rights of the file that is
-// there, or else of `like` (NULL: none), so that what only its owner may read stays so.
-static int replacement_open(Replacement *r, const char *path, const char *like, char *error) {
+// Creates the temporary file that will take a place. It gets owner and rights of the file that is there, or else of `like`,
+// so that what only its owner may read stays so; what is new can be written by its owner, or it could not be replaced again.
+static int replacement_open(Replacement *r, Place *p, char *error) {
     static unsigned n_made = 0;
-    struct stat old;
-    if (resolve(path, r->target, error)) return FAILED;
-    int there = !stat(r->target, &old);
-    if (!there && errno != ENOENT) return fail(error, path, "cannot be written: %s", strerror(errno));
-    int known = there || (like && !stat(like, &old));
+    struct stat old = p->known;
+    int there = p->there && !lstat(p->target, &old), known = there || (p->like && !stat(p->like, &old));
+    r->place = p;
     r->fd = -1;
     for (int tries = 0; r->fd < 0 && tries < 100; tries++) { // O_EXCL: two names cannot meet
         struct timespec now;
         clock_gettime(CLOCK_REALTIME, &now);
         uint64_t name = splitmix64((uint64_t)now.tv_nsec ^ ((uint64_t)getpid() << 32) ^ splitmix64(++n_made));
-        snprintf(r->temporary, sizeof(r->temporary), "%s.tmp.%08x", r->target, (unsigned)name);
-        if (there && !tries && replaceable(path, r, &old, error)) return FAILED;
+        snprintf(r->temporary, sizeof(r->temporary), "%s.tmp.%08x", p->target, (unsigned)name);
+        if (there && !tries && replaceable(r, error)) return FAILED;
         r->fd = open(r->temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, known ? 0600 : 0666);
         if (r->fd < 0 && errno != EEXIST && errno != EINTR) break;
     }
-    if (r->fd < 0) return fail(error, path, "cannot be written: %s", strerror(errno));
+    if (r->fd < 0) return fail(error, p->path, "cannot be written: %s", strerror(errno));
     int owned = known && old.st_uid == geteuid() && old.st_gid == getegid();
     if (known && !owned) // root going on with a user's run; others may not
         if (fchown(r->fd, old.st_uid, old.st_gid)) errno = 0;
-    if (known && fchmod(r->fd, old.st_mode & 0777)) errno = 0;
+    if (!known && fstat(r->fd, &old)) errno = 0;
+    if (fchmod(r->fd, (known ? old.st_mode & 0777 : (old.st_mode & 0777) | 0600))) errno = 0;
     return 0;
 }
 
-// Ends what replacement_open began. ok: all `size` bytes were written; they are flushed to the disk, only
-// then get their name, and then the folder is flushed, too: there is at any moment the old file or the new
-// one, whole. Not ok, or `trial`: the temporary file is removed, and the old one stays.
-static int replacement_close(Replacement *r, const char *path, int ok, uint64_t size, int trial,
-                             char *error) {
+// A finished temporary file whose place is another file's by now: it is kept under a name that no run removes.
+static void keep_aside(const Replacement *r, char *error) {
+    char kept[PATH_MAX + 32], problem[ERROR_SIZE];
+    snprintf(kept, sizeof(kept), "%s.kept.%s", r->place->target, strrchr(r->temporary, '.') + 1);
+    memcpy(problem, error, sizeof(problem));
+    if (rename(r->temporary, kept)) unlink(r->temporary);
+    else fail(error, NULL, "%.250s; what was to take its place is %.200s", problem, kept);
+}
+
+// Ends what replacement_open began. ok: all `size` bytes were written; they are flushed to the disk, only then get their
+// name, and then the folder is flushed, too: there is at any moment the old file or the new one, whole. Not ok, or `trial`:
+// the temporary file is removed, and the old one stays.
+static int replacement_close(Replacement *r, int ok, uint64_t size, int trial, char *error) {
+    Place *p = r->place;
     struct stat written;
     int problem = ok ? 0 : errno, flushed = ok && !flush_to_disk(r->fd) && !fstat(r->fd, &written);
     if (ok && !flushed) problem = errno;
     if (flushed && (uint64_t)written.st_size != size) problem = EIO;
     if (close(r->fd) && !problem && errno != EINTR) problem = errno;
-    if (!problem && !trial && rename(r->temporary, r->target)) problem = errno;
+    if (!problem && !trial && still_ours(p, error)) {
+        keep_aside(r, error);
+        return FAILED;
+    }
+    if (!problem && !trial && rename(r->temporary, p->target)) problem = errno;
     if ((problem || trial) && unlink(r->temporary) && !problem) problem = errno;
-    if (problem) return fail(error, path, "cannot be written: %s", strerror(problem));
+    if (problem) return fail(error, p->path, "cannot be written: %s", strerror(problem));
     if (trial) return 0;
-    char *slash = strrchr(r->target, '/');
-    slash[1] = 0;
-    int folder = open(r->target, O_RDONLY | O_CLOEXEC);
+    p->there = 1;
+    p->known = written;
+    if (lstat(p->target, &written) == 0) p->known = written;
+    char folder_path[PATH_MAX];
+    snprintf(folder_path, sizeof(folder_path), "%.*s", (int)(strrchr(p->target, '/') + 1 - p->target), p->target);
+    int folder = open(folder_path, O_RDONLY | O_CLOEXEC);
     if (folder < 0) return 0;
     flush_to_disk(folder);
     close(folder);
     return 0;
 }
 
-// Copies a file, whole or not at all; a new one gets the rights of `like`.
-static int file_copy(const char *from, const char *to, const char *like, char *error) {
-    unsigned char *bytes;
-    size_t size;
+// Writes the bytes to a place, whole or not at all.
+static int write_whole(Place *place, const unsigned char *bytes, size_t size, char *error) {
     Replacement file;
-    if (file_read(from, &bytes, &size, error)) return FAILED;
-    int result = replacement_open(&file, to, like, error);
-    if (!result) result = replacement_close(&file, to, !write_all(file.fd, bytes, size), size, 0, error);
-    free(bytes);
-    return result;
+    if (replacement_open(&file, place, error)) return FAILED;
+    return replacement_close(&file, !write_all(file.fd, bytes, size), size, 0, error);
 }
 
 // ----------------------------------------------------------------------------
@@ -2891,28 +2960,29 @@ static void write_header(Text *out, const FileTensor *tensors, int n_tensors, co
     while (!out->failed && out->size % 8) text_add(out, " ");
 }
 
-// Writes a safetensors file with the tensors in the order given, whole or not at all (see replacement_close);
-// a new file gets the rights of `like` (NULL: none). trial: all of it is done but for the last step, and
-// nothing is left: tells before a long run whether path can be written.
-static int safetensors_write(const char *path, const char *like, const FileTensor *tensors, int n_tensors,
-                             const Meta *meta, int n_meta, int trial, char *error) {
+// Writes a safetensors file with the tensors in the order given, whole or not at all (see replacement_close). trial: all of
+// it is done but for the last step, and nothing is left: tells before a long run whether the place can be written. *total:
+// the bytes of the file, or NULL.
+static int safetensors_write(Place *place, const FileTensor *tensors, int n_tensors, const Meta *meta, int n_meta, int trial,
+                             uint64_t *total, char *error) {
     Replacement file;
     Text header = {NULL, 0, 0, 0};
     for (int i = 0; i < n_meta; i++)
         if (!utf8_valid((const unsigned char *)meta[i].value, strlen(meta[i].value)))
-            return fail(error, path, "'%.80s', '%.80s' cannot be stored: not UTF-8", meta[i].key, meta[i].value);
+            return fail(error, place->path, "'%.80s', '%.80s' cannot be stored: not UTF-8", meta[i].key, meta[i].value);
     write_header(&header, tensors, n_tensors, meta, n_meta);
     uint64_t length = header.size, size = 8 + length;
-    int result = header.failed ? fail(error, path, "cannot be written: out of memory")
-                               : replacement_open(&file, path, like, error);
+    int result = header.failed ? fail(error, place->path, "cannot be written: out of memory")
+                               : replacement_open(&file, place, error);
     if (!result) {
         int ok = !write_all(file.fd, &length, 8) && !write_all(file.fd, header.text, header.size);
         for (int i = 0; i < n_tensors; i++) {
             ok = ok && !write_all(file.fd, tensors[i].data, tensors[i].size);
             size += tensors[i].size;
         }
-        result = replacement_close(&file, path, ok, size, trial, error);
+        result = replacement_close(&file, ok, size, trial, error);
     }
+    if (total) *total = size;
     free(header.text);
     return result;
 }
@@ -3078,10 +3148,16 @@ static const Signature signatures[] = {
     {"ARROW1", 6, 0, "an Arrow file"},
     {"\x89HDF", 4, 0, "an HDF5 file"},
     {"\x93NUMPY", 6, 0, "a NumPy array (.npy)"},
-    {"\x80\2}", 3, 0, "a Python pickle"},
+    {"\x80\2", 2, 0, "a Python pickle"},
     {"\x80\3", 2, 0, "a Python pickle"},
-    {"\x80\4\x95", 3, 0, "a Python pickle"},
-    {"\x80\5\x95", 3, 0, "a Python pickle"},
+    {"\x80\4", 2, 0, "a Python pickle"},
+    {"\x80\5", 2, 0, "a Python pickle"},
+    {"!<arch>\n", 8, 0, "an ar archive"},
+    {"070701", 6, 0, "a cpio archive"},
+    {"BM", 2, 0, "a BMP image"},
+    {"P5\n", 3, 0, "a PGM image"},
+    {"P6\n", 3, 0, "a PPM image"},
+    {"MThd", 4, 0, "a MIDI file"},
     {"GGUF", 4, 0, "a GGUF model"},
     {"\xC6\xD7\x34\x01", 4, 0, "a model of llm.c (magic 20240326)"},
     {"\xC7\xD7\x34\x01", 4, 0, "a state of llm.c (magic 20240327)"},
@@ -3098,6 +3174,21 @@ static int is_signed_by(const Signature *s, const unsigned char *bytes, size_t s
     for (int i = 0; i < s->n; i++) printable = printable && s->bytes[i] >= 32 && s->bytes[i] < 127;
     if (printable && only_letters && strcmp(s->bytes, "%PDF-")) return 0;
     return size >= (size_t)(s->at + s->n) && !memcmp(bytes + s->at, s->bytes, (size_t)s->n);
+}
+
+// Whether every other byte is one of few, as in UTF-16 of an alphabet that is not Latin, and control characters stand
+// between them, which no text with a byte for a letter holds.
+static int is_utf16(const unsigned char *bytes, size_t size) {
+    size_t count[2][256] = {{0}}, most[2] = {0}, controls[2] = {0}, half = size / 2;
+    for (size_t i = 0; i < size; i++) {
+        count[i % 2][bytes[i]]++;
+        controls[i % 2] += bytes[i] < 32 && bytes[i] != '\n' && bytes[i] != '\r' && bytes[i] != '\t';
+    }
+    for (int parity = 0; parity < 2; parity++)
+        for (int byte = 0; byte < 256; byte++)
+            most[parity] = count[parity][byte] > most[parity] ? count[parity][byte] : most[parity];
+    int high = most[0] < most[1]; // where the alphabet's number stands
+    return size >= 64 && most[high] > half / 5 * 3 && most[1 - high] < half / 5 * 2 && controls[0] + controls[1] > size / 50;
 }
 
 // What bytes look like that are no text: NULL where they may be one. Numbers of 16 or 32 bits, token ids or
@@ -3126,6 +3217,8 @@ static const char *looks_like(const unsigned char *bytes, size_t size) {
             return "UTF-16 text (convert it: iconv -f UTF-16 -t UTF-8)";
         return "raw 16-bit numbers, token ids maybe";
     }
+    if (zeros[0] + zeros[1] + zeros[2] + zeros[3] > size / 4) return "numbers, or UTF-32: a quarter of its bytes are 0";
+    if (is_utf16(bytes, size)) return "UTF-16 text (convert it: iconv -f UTF-16 -t UTF-8)";
     if (controls > size / 10 || (controls > size / 50 && !utf8_valid(bytes, size)))
         return "numbers or packed data, no text";
     return NULL;
@@ -3216,7 +3309,7 @@ static void copy_sequence(int *inputs, int *targets, const Dataset *set, int64_t
 // options: one table drives the command line, its help, the metadata of files and what a resumed run must repeat
 
 typedef struct {
-    const char *data, *val, *format, *mixer, *log, *out, *load, *resume, *prompt, *data_content, *val_content;
+    const char *data, *val, *format, *mixer, *log, *out, *load, *resume, *prompt, *data_content, *val_content, *started_from;
     int64_t vocab, dim, layers, heads, kv_heads, head_dim, state_dim, seq, steps, batch, accum, warmup,
         decay_steps, seed, eval_every, eval_batches, sample_every, save_every, overwrite, again, generate,
         eval, top_k, window, step, validated;
@@ -3311,6 +3404,7 @@ static const Option option_table[] = {
     {STATE, "data_content", "data_content", TEXT, FIELD(data_content), "", 0, 0,
      "kind, size and hash of --data"},
     {STATE, "val_content", "val_content", TEXT, FIELD(val_content), "", 0, 0, "of --val"},
+    {STATE, "started_from", "started_from", TEXT, FIELD(started_from), "", 0, 0, "kind, size and hash of --load"},
     {STATE, "validated", "validated", INTEGER, FIELD(validated), "-1", -1, 1e11,
      "step of the last validation, -1: not known"},
     {STATE, "train_loss", "train_loss", NUMBER, FIELD(train_loss), "-1", -1, 1e300,
@@ -3358,16 +3452,9 @@ static int is_given(const Settings *s, const char *name) {
     return s->given[find_option(name, strlen(name)) - option_table];
 }
 
-// Whether an option is stored in a run's file, and, not `resume`, in one of weights alone: the model, where
-// training stood, and what it was validated on.
-static int is_stored(const Option *option, int resume) {
-    return option->key &&
-           (resume || option->group == MODEL || option->group == STATE || !strcmp(option->name, "val"));
-}
-
 // Whether a run's file may lack it: it is not always set, or came later.
 static int may_lack(const Option *option) {
-    static const char *keys[] = {"val", "data_format", "validated", "train_loss", "grad_norm"};
+    static const char *keys[] = {"val", "data_format", "validated", "train_loss", "grad_norm", "started_from"};
     for (size_t i = 0; i < sizeof(keys) / sizeof(keys[0]); i++)
         if (!strcmp(option->key, keys[i])) return 1;
     return 0;
@@ -3431,6 +3518,10 @@ static int check_use(const Settings *s, char *error) {
                          : sampling  ? "without --sample-every or --generate"
                                      : "without --generate");
     }
+    if (is_given(s, "gamma-max") && strcmp(o->mixer, "sessa"))
+        return wrong(error, NULL, "--gamma-max changes nothing with --mixer %s", o->mixer);
+    if (o->again && (o->resume || o->overwrite))
+        return wrong(error, NULL, "--again goes with neither --resume nor --overwrite");
     if (strcmp(o->format, "auto") && strcmp(o->format, "bytes"))
         return wrong(error, NULL, "--format takes auto or bytes, not '%s'", o->format);
     return 0;
@@ -3445,8 +3536,10 @@ typedef struct {
     Config config;
     Options stored;           // of a resumed run: as its file has them
     char best_path[PATH_MAX]; // beside --out: the weights with the lowest validation loss
-    char old_best[PATH_MAX]; // of a run resumed under another name: where they lie until the first save, else
-                             // empty
+    Place out_place, best_place, log_place;
+    unsigned char *old_best;  // of a run resumed under another name: the best weights so far, until its first save
+    size_t n_old_best;
+    char started_from[96];    // kind, size and hash of --load
     Safetensors file;         // of --load or --resume; options may point into it
     unsigned char vocab[256]; // the bytes of a text model's tokens
     int vocab_bytes;          // their number, 0: tokens are ids
@@ -3486,8 +3579,8 @@ static int config_of(Config *c, const Options *o, char *error) {
 
 typedef enum { WEIGHTS, RESUMABLE } Content;
 
-// The options that belong in a file, as its metadata; each as text that reads back as the same value. Returns
-// their number.
+// The options that a file stores, as its metadata; each as text that reads back as the same value. Returns their number.
+// Weights alone do not say how many steps the run has: it may go on without a change of them.
 static int metadata_of(const Run *run, Content content, Meta *meta, char texts[][96], char *error) {
     static char format[] = "format", pt[] = "pt"; // which readers of the transformers family ask for
     const Options *o = &run->settings.values;
@@ -3496,7 +3589,8 @@ static int metadata_of(const Run *run, Content content, Meta *meta, char texts[]
     meta[n++] = first;
     for (int i = 0; i < N_OPTIONS; i++) {
         const Option *option = &option_table[i];
-        const char *text = is_stored(option, content == RESUMABLE) ? option_text(texts[i], o, option) : NULL;
+        int stored = option->key && (content == RESUMABLE || strcmp(option->name, "steps"));
+        const char *text = stored ? option_text(texts[i], o, option) : NULL;
         Options copy;
         if (!text) continue;
         if (set_option(&copy, option, text, error)) return FAILED; // what is written can be read
@@ -3506,8 +3600,9 @@ static int metadata_of(const Run *run, Content content, Meta *meta, char texts[]
     return n;
 }
 
-// Writes the weights, and RESUMABLE all that a run needs to go on, to path. trial: see safetensors_write.
-static int save_checkpoint(Run *run, const char *path, Content content, int trial, char *error) {
+// Writes the weights, and RESUMABLE all that a run needs to go on, to a place. trial, total: see safetensors_write.
+static int save_checkpoint(Run *run, Place *place, Content content, int trial, uint64_t *total, char *error) {
+    const char *path = place->path;
     int n_blocks = content == RESUMABLE ? 3 : 1, n = 0, n_rows = run->table.n;
     FileTensor *tensors = (FileTensor *)calloc((size_t)(n_blocks * n_rows + 1), sizeof(FileTensor));
     char (*names)[96] = (char (*)[96])malloc((size_t)(n_blocks * n_rows) * 96), texts[N_OPTIONS][96];
@@ -3541,8 +3636,7 @@ static int save_checkpoint(Run *run, const char *path, Content content, int tria
     }
     int n_meta = result ? 0 : metadata_of(run, content, meta, texts, error);
     if (n_meta < 0) result = FAILED;
-    const char *like = run->settings.values.out; // who may read the run may read its best weights
-    if (!result) result = safetensors_write(path, like, tensors, n, meta, n_meta, trial, error);
+    if (!result) result = safetensors_write(place, tensors, n, meta, n_meta, trial, total, error);
     free(tensors);
     free(names);
     free(numbers);
@@ -3551,17 +3645,16 @@ static int save_checkpoint(Run *run, const char *path, Content content, int tria
 
 // The best weights beside the run's file.
 static int save_best(Run *run, char *error) {
-    int result = save_checkpoint(run, run->best_path, WEIGHTS, 0, error);
-    if (!result) run->old_best[0] = 0;
-    return result;
+    if (save_checkpoint(run, &run->best_place, WEIGHTS, 0, NULL, error)) return FAILED;
+    run->n_old_best = 0;
+    return 0;
 }
 
 // The run. One resumed under another name takes the best weights so far with it.
 static int save_run(Run *run, char *error) {
-    const char *out = run->settings.values.out;
-    if (run->old_best[0] && file_copy(run->old_best, run->best_path, out, error)) return FAILED;
-    run->old_best[0] = 0;
-    return save_checkpoint(run, out, RESUMABLE, 0, error);
+    if (run->n_old_best && write_whole(&run->best_place, run->old_best, run->n_old_best, error)) return FAILED;
+    run->n_old_best = 0;
+    return save_checkpoint(run, &run->out_place, RESUMABLE, 0, NULL, error);
 }
 
 // An element of a tensor of F32, F16 or BF16.
@@ -3603,11 +3696,21 @@ static int load_block(Run *run, const char *path, Block block, char *error) {
             float value = float_at(t, k);
             if (!values && !isfinite(value))
                 return fail(error, path, "tensor %s holds a number that is not finite", name);
+            if (!values && block == EXP_AVG_SQ && value < 0)
+                return fail(error, path, "tensor %s holds a square below 0", name);
             if (values) values[row->offset + k] = (real)value;
         }
     }
     if (values) run->backend->write(run->model, block);
     return 0;
+}
+
+// What may be given at a resume and differ from what the run stores: the data's content is compared instead.
+static int may_differ_at_resume(const Option *option) {
+    static const char schedule[] = " steps lr min-lr decay-steps ";
+    char word[24];
+    snprintf(word, sizeof(word), " %s ", option->name);
+    return option->group == DATA || strstr(schedule, word) != NULL;
 }
 
 // Takes the options from a checkpoint, those of the model or, to resume, all that are stored, and the
@@ -3621,9 +3724,7 @@ static int settings_from_file(Run *run, const char *path, int resume, char *erro
         const Option *option = &option_table[i];
         if (!option->key || (!resume && option->group != MODEL)) continue;
         const char *text = safetensors_meta(&run->file, option->key), *name = option->name;
-        int schedule = !strcmp(name, "steps") || !strcmp(name, "lr") || !strcmp(name, "min-lr") ||
-                       !strcmp(name, "decay-steps");
-        int may_differ = resume ? schedule || option->group == DATA : !strcmp(name, "seq");
+        int may_differ = resume ? may_differ_at_resume(option) : !strcmp(name, "seq");
         Options other = s->values;
         int of_mamba2 = !strncmp(option->key, "mamba_", 6);
         if (!text && (may_lack(option) || (of_mamba2 && strcmp(s->values.mixer, "mamba2")))) continue;
@@ -3662,7 +3763,10 @@ static int find_validation(Run *run, char *error) {
     const char *trained_on = safetensors_meta(&run->file, "data_content");
     const char *validated_on = safetensors_meta(&run->file, "val_content"),
                *val = safetensors_meta(&run->file, "val");
-    if (!trained_on) return 0; // another program's weights
+    if (!trained_on) { // another program's weights, or an earlier version's
+        fail(run->val_note, NULL, " (the last tenth of %.200s: the weights do not say what they were trained on)", o->data);
+        return 0;
+    }
     if (validated_on && *validated_on && !strcmp(run->train.content, validated_on)) {
         run->val_begin = 0;
     } else if (strcmp(run->train.content, trained_on)) {
@@ -3857,7 +3961,8 @@ static void print_quoted(const char *word) {
     int plain = *word != 0, hostile = 0;
     for (const char *c = word; *c; c++) {
         plain = plain && (isalnum((unsigned char)*c) || strchr("-_./=:,+@%", *c));
-        hostile = hostile || (unsigned char)*c < 32 || *c == 127;
+        int c1 = (unsigned char)c[0] == 0xC2 && (unsigned char)c[1] >= 0x80 && (unsigned char)c[1] < 0xA0;
+        hostile = hostile || c1 || (unsigned char)*c < 32 || *c == 127;
     }
     hostile = hostile || !utf8_valid((const unsigned char *)word, strlen(word));
     if (!plain) fputs(hostile ? "$'" : "'", stdout);
@@ -3879,13 +3984,18 @@ static int lies_there(const char *path, char *error) {
     return errno == ENOENT || errno == ENOTDIR ? 0 : fail(error, path, "%s", strerror(errno));
 }
 
-// Whether two paths name one file, or would.
+// Whether two paths name one file, or would: the same name in the same folder, however that is reached.
 static int same_file(const char *a, const char *b) {
     struct stat s, t;
     char one[PATH_MAX], other[PATH_MAX], problem[ERROR_SIZE];
     if (!a || !b) return 0;
-    if (!stat(a, &s) && !stat(b, &t)) return same_place(&s, &t);
-    return !resolve(a, one, problem) && !resolve(b, other, problem) && !strcmp(one, other);
+    int a_there = !stat(a, &s), b_there = !stat(b, &t);
+    if (a_there || b_there) return a_there && b_there && same_place(&s, &t);
+    if (resolve(a, one, problem) || resolve(b, other, problem)) return 0;
+    char *one_name = strrchr(one, '/'), *other_name = strrchr(other, '/');
+    if (strcmp(one_name, other_name)) return 0;
+    one_name[1] = other_name[1] = 0;
+    return !stat(one, &s) && !stat(other, &t) && same_place(&s, &t);
 }
 
 // The place of the best weights beside a run's file: x.best.safetensors beside x.safetensors.
@@ -3896,109 +4006,122 @@ static int best_beside(char best[PATH_MAX], const char *out, char *error) {
     return fail(error, out, "cannot be written: the path is too long");
 }
 
-// Locks the run's file and its best weights; from then on what killed runs left there is nobody's, and is
-// removed.
-static int claim_places(Run *run, char *error) {
-    const char *paths[] = {run->settings.values.out, run->best_path};
-    char target[PATH_MAX];
-    for (int i = 0; i < 2; i++) {
-        int held = n_locks;
-        if (resolve(paths[i], target, error) || take_lock(paths[i], target, error)) return FAILED;
-        if (n_locks > held) remove_leftovers(target);
-    }
-    return 0;
+// Whether path names a lock or a temporary file of the place.
+static int is_servant(const char *path, const Place *place) {
+    char target[PATH_MAX], problem[ERROR_SIZE];
+    size_t length = strlen(place->target);
+    if (!path || resolve(path, target, problem) || strncmp(target, place->target, length)) return 0;
+    return !strcmp(target + length, ".lock") || !strncmp(target + length, ".tmp.", 5);
 }
 
-// Two of a run's files that are one file would destroy each other.
+// Two of a run's files that are one file would destroy each other; so would standard output and the log.
 static int check_distinct(const Run *run, char *error) {
     const Options *o = &run->settings.values;
     const char *names[] = {"--data", "--val", "--load", "--resume", "--out", "the best weights", "--log"};
     const char *paths[] = {o->data, o->val, o->load, o->resume, o->out, run->best_path, o->log};
-    for (int i = 0; i < 7; i++)
+    struct stat file, standard;
+    for (int i = 0; i < 7; i++) {
         for (int j = 0; j < i; j++) {
             int resumed = i == 4 && j == 3; // a run goes on in its own file
             if (resumed || !same_file(paths[i], paths[j])) continue;
             return wrong(error, NULL, "%s and %s are one file: %.200s", names[j], names[i], paths[i]);
         }
+        if (is_servant(paths[i], &run->out_place) || is_servant(paths[i], &run->best_place))
+            return wrong(error, NULL, "%s, %.200s: names that end in .lock or .tmp.* are the run's own", names[i], paths[i]);
+        for (int fd = 1; fd <= 2 && i >= 4; fd++)
+            if (paths[i] && !fstat(fd, &standard) && S_ISREG(standard.st_mode) && !stat(paths[i], &file) &&
+                same_place(&file, &standard))
+                return wrong(error, NULL, "%s and standard %s are one file: %.200s", names[i], fd == 1 ? "output" : "error",
+                             paths[i]);
+    }
     return 0;
 }
 
-// What lies at path, for the line that refuses to replace it. text: ERROR_SIZE bytes
+// Settles where the run's file, its best weights and its log lie, and locks these places.
+static int claim_places(Run *run, char *error) {
+    const Options *o = &run->settings.values;
+    struct stat info;
+    int stream = o->log && !stat(o->log, &info) && !S_ISREG(info.st_mode), result;
+    // who may read the run, or the one that goes on, may read what is written
+    const char *like = !stat(o->out, &info) ? o->out : o->resume;
+    if (settle(&run->out_place, o->out, like, error) || settle(&run->best_place, run->best_path, like, error)) return FAILED;
+    if ((result = check_distinct(run, error))) return result;
+    if (take_lock(&run->out_place, error) || take_lock(&run->best_place, error)) return FAILED;
+    if (!o->log || stream) return 0;
+    return settle(&run->log_place, o->log, NULL, error) || take_lock(&run->log_place, error) ? FAILED : 0;
+}
+
+// What lies at path and how one goes on with it, for the line that refuses to replace it. text: ERROR_SIZE bytes
 static void describe(char *text, const char *path) {
     Safetensors file;
-    char problem[ERROR_SIZE];
-    if (safetensors_read(&file, path, problem)) {
-        fail(text, NULL, "no checkpoint");
-        return;
-    }
-    const char *step = safetensors_meta(&file, "step"), *loss = safetensors_meta(&file, "best_val_loss");
-    int run = safetensors_find(&file, "exp_avg.wte.weight") != NULL;
+    char problem[ERROR_SIZE], state[96] = "";
+    memset(&file, 0, sizeof(file));
+    int known = !safetensors_read(&file, path, problem);
+    int run = known && safetensors_find(&file, "exp_avg.wte.weight");
+    int weights = known && safetensors_find(&file, "wte.weight");
+    const char *step = known ? safetensors_meta(&file, "step") : NULL, *loss = step ? safetensors_meta(&file, "best_val_loss") : NULL;
     double best = loss && strlen(loss) < 40 ? strtod(loss, NULL) : 1e300;
-    fail(text, NULL, "%s",
-         run                                     ? "a run"
-         : safetensors_find(&file, "wte.weight") ? "weights"
-                                                 : "no checkpoint");
-    size_t used = strlen(text);
-    if (step) snprintf(text + used, ERROR_SIZE - used, " of step %.20s", step);
-    used = strlen(text);
-    if (step && best < 1e300) snprintf(text + used, ERROR_SIZE - used, ", validation loss %.4f", best);
+    if (step && best < 1e300) snprintf(state, sizeof(state), " of step %.20s, validation loss %.4f", step, best);
+    else if (step) snprintf(state, sizeof(state), " of step %.20s", step);
+    if (run) fail(text, NULL, "a run%s; --resume %.150s goes on with it,", state, path);
+    else if (weights) fail(text, NULL, "weights%s; --load %.150s starts from them,", state, path);
+    else fail(text, NULL, "no checkpoint;");
     safetensors_free(&file);
 }
 
-// Whether the checkpoint at path stores this run's settings and data. Weights alone store less: the model and
-// the data.
-static int is_same_run(const Run *run, const char *path) {
-    Safetensors file;
-    char problem[ERROR_SIZE], text[96];
-    if (safetensors_read(&file, path, problem)) return 0;
-    int is_run = safetensors_find(&file, "exp_avg.wte.weight") != NULL, same = 1;
+// Whether a checkpoint stores this run's settings and data. going_on: as far as a resumed run may not change them, and what
+// an earlier version did not store counts as equal.
+static int is_same_run(const Run *run, const Safetensors *file, int going_on) {
+    char text[96];
+    int same = 1;
     for (int i = 0; i < N_OPTIONS; i++) {
         const Option *option = &option_table[i];
-        int content = option->group == STATE && strstr(option->name, "_content") != NULL;
-        if (!content && option->group != MODEL && !(is_run && option->group == TRAINING)) continue;
-        const char *theirs = safetensors_meta(&file, option->key),
-                   *ours = option_text(text, &run->settings.values, option);
+        int content = !strcmp(option->name, "started_from") || (option->group == STATE && strstr(option->name, "_content"));
+        if (!content && option->group != MODEL && option->group != TRAINING) continue;
+        const char *theirs = safetensors_meta(file, option->key), *ours = option_text(text, &run->settings.values, option);
+        int of_run = !strcmp(option->name, "steps") && !safetensors_find(file, "exp_avg.wte.weight");
+        if (of_run || (going_on && (!theirs || may_differ_at_resume(option)))) continue;
         same = same && (theirs && ours ? !strcmp(theirs, ours) : !theirs == !ours);
     }
-    safetensors_free(&file);
     return same;
 }
 
-// What a log holds up to a step: where the lines of the steps before it end, and its own.
+// What a log holds: where the lines of the steps before a certain one end, and its own; its size; the last step up to that
+// one; whether all its lines are a log's, whether it is this run's, whether the step's line has a validation.
 typedef struct { long before, upto, size; int64_t last; int is_log, own, validated, failed; } LogScan;
 
-// Reads the lines of a log up to `step`. loss: of that step as its file has it, -1: not known. `own` says
-// whether the log is this run's: if its line of the step has the same loss, or if it ends right before or
-// begins right behind the step.
+// Reads a log, of which `step` was the last that the run's file knows, with this loss, -1: not known. It is the run's if it
+// is empty, if the step's line has that loss, or if it begins right behind the step and says so (previous_loss).
 static LogScan log_scan(FILE *file, int64_t step, double loss) {
-    static const char start[] = "{\"step\": ";
-    char line[4096], expected[32], stands[32] = "";
-    LogScan scan = {0, 0, 0, 0, 1, 1, 0, 0};
-    long long logged;
-    int whole = 1;
+    char line[4096], expected[32], previous[64], stands[32];
+    LogScan scan;
+    long long logged = 0, first = 0, last = 0;
+    int whole = 1, end = 0;
+    memset(&scan, 0, sizeof(scan));
+    scan.is_log = 1;
     snprintf(expected, sizeof(expected), "%.9g", loss);
-    while (whole && fgets(line, sizeof(line), file)) {
+    snprintf(previous, sizeof(previous), "\"previous_loss\": %s}", loss < 0 ? "null" : expected);
+    while (scan.is_log && whole && fgets(line, sizeof(line), file)) {
         size_t length = strlen(line);
         whole = length > 0 && line[length - 1] == '\n';
-        int begins = !strncmp(line, start, whole || length >= sizeof(start) ? sizeof(start) - 1 : length);
-        if (!begins && !scan.last) scan.is_log = 0;
-        if (!whole || !begins ||
-            sscanf(line, "{\"step\": %lld, \"train_loss\": %30[^,}]", &logged, stands) < 1)
-            break;
-        if (logged > step) {
-            if (scan.last < step)
-                scan.own = !scan.last && logged == step + 1; // begun when the run was resumed there
-            break;
-        }
+        if (!whole && last) break; // the torn end of a killed run
+        int fields = sscanf(line, "{\"step\": %lld, \"train_loss\": %30[^,}]%n", &logged, stands, &end);
+        scan.is_log = whole && fields == 2 && logged > last;
+        last = logged;
+        if (!scan.is_log) break;
+        if (!first) first = logged;
+        if (logged == first && logged == step + 1) scan.own = strstr(line, previous) != NULL;
+        if (logged > step) continue;
         scan.last = logged;
         scan.upto = ftell(file);
         if (logged < step) scan.before = scan.upto;
         if (logged < step) continue;
-        scan.own = loss < 0 || !*stands || !strcmp(stands, expected);
+        scan.own = loss < 0 || !strcmp(stands, expected);
         scan.validated = strstr(line, "\"val_loss\"") != NULL;
     }
-    if (scan.last && scan.last < step - 1 && step < INT64_MAX) scan.own = 0; // a log has no holes
+    if (loss < 0 && last > step && first <= step) scan.own = 0; // an earlier version's run: nothing is cut off unproved
     scan.failed = ferror(file) || fseek(file, 0, SEEK_END) || (scan.size = ftell(file)) < 0;
+    if (!scan.size) scan.own = 1;
     return scan;
 }
 
@@ -4008,7 +4131,8 @@ static int check_log_free(const Options *o, char *error) {
     int there = lies_there(o->log, error);
     if (there <= 0) return there;
     FILE *file = fopen(o->log, "r");
-    LogScan scan = {0, 0, 0, 0, 0, 0, 0, 0};
+    LogScan scan;
+    memset(&scan, 0, sizeof(scan));
     if (file) {
         scan = log_scan(file, INT64_MAX, -1);
         fclose(file);
@@ -4024,20 +4148,23 @@ static int check_log_free(const Options *o, char *error) {
 // A run replaces what it wrote or resumed and nothing else, unless it is told to.
 static int check_free(const Run *run, char *error) {
     const Options *o = &run->settings.values;
-    char what[ERROR_SIZE];
+    char what[ERROR_SIZE], problem[ERROR_SIZE];
     const char *paths[] = {o->out, run->best_path};
     int own = o->resume && same_file(o->out, o->resume), there[2], result = check_log_free(o, error);
     if (result) return result;
     if (own || o->overwrite) return 0;
     for (int i = 0; i < 2; i++) {
+        Safetensors file;
         there[i] = lies_there(paths[i], error);
         if (there[i] < 0) return FAILED;
-        if (!there[i] || (o->again && is_same_run(run, paths[i]))) continue;
+        int same = there[i] && o->again && !safetensors_read(&file, paths[i], problem);
+        if (same) {
+            same = is_same_run(run, &file, 0);
+            safetensors_free(&file);
+        }
+        if (!there[i] || same) continue;
         describe(what, paths[i]);
-        return wrong(error, NULL,
-                     "%.150s is there: %.100s; %s%.100s goes on with it, --out names another place, "
-                     "--overwrite replaces it",
-                     paths[i], what, i ? "--load " : "--resume ", paths[i]);
+        return wrong(error, NULL, "%.150s is there: %.250s --out names another place, --overwrite replaces it", paths[i], what);
     }
     for (int i = 0; i < 2 && o->again; i++)
         if (there[i]) {
@@ -4047,34 +4174,37 @@ static int check_free(const Run *run, char *error) {
     return 0;
 }
 
-// Of a resumed run: the best weights so far lie beside its file. Where they do not, the lowest loss counts
-// anew, and that is said; where another run's lie there, they are not touched.
+// Of a resumed run: the best weights so far lie beside its file. Where they do not, the lowest loss counts anew, and that is
+// said; where another run's lie there, they are not touched. They are this run's if they have its settings and data and, of
+// a run that knows a lowest loss, none above it.
 static int check_best(Run *run, char *error) {
     Options *o = &run->settings.values;
     char path[PATH_MAX];
+    unsigned char *bytes;
+    size_t size;
     Safetensors file;
     if (best_beside(path, o->resume, error)) return FAILED;
-    if (o->best_val >= 1e300) return 0;
-    int there = lies_there(path, error);
+    int there = lies_there(path, error), first = o->best_val >= 1e300;
     if (there < 0) return FAILED;
-    if (!there) {
-        fail(error, NULL, "%.200s is not there: the lowest validation loss, %.4f, counts anew", path,
-             o->best_val);
+    if (!there && !first) {
+        fail(error, NULL, "%.200s is not there: the lowest validation loss, %.4f, counts anew", path, o->best_val);
         printf("%s\n", error);
         o->best_val = 1e300;
-        return 0;
     }
-    if (safetensors_read(&file, path, error)) return FAILED;
-    const char *loss = safetensors_meta(&file, "best_val_loss"), *content = safetensors_meta(&file, "data_"
-                                                                                                    "conten"
-                                                                                                    "t");
-    int other = (content && strcmp(content, o->data_content)) || (loss && strtod(loss, NULL) > o->best_val);
-    safetensors_free(&file);
+    if (!there) return 0;
+    int other = safetensors_read(&file, path, error);
+    if (!other) {
+        const char *loss = safetensors_meta(&file, "best_val_loss");
+        other = !is_same_run(run, &file, 1) || (!first && loss && strtod(loss, NULL) > o->best_val);
+        safetensors_free(&file);
+    }
     if (other && !o->overwrite)
-        return wrong(error, path,
-                     "not the best weights of the resumed run: move it away, or --overwrite replaces it");
+        return wrong(error, path, "not the best weights of the resumed run: move it away, or --overwrite replaces it");
     if (other) o->best_val = 1e300;
-    else if (!same_file(path, run->best_path)) snprintf(run->old_best, sizeof(run->old_best), "%s", path);
+    if (other || first || same_file(path, run->best_path)) return 0;
+    if (file_read(path, &bytes, &size, error)) return FAILED;
+    run->old_best = bytes;
+    run->n_old_best = size;
     return 0;
 }
 
@@ -4297,32 +4427,38 @@ typedef struct { int64_t step; double loss, grad_norm, rate, tokens, elapsed; } 
 typedef struct {
     const char *path;
     FILE *file;         // NULL: none was asked for
+    int stream;         // a pipe or a device: what is written there stays
     int created, lines; // it was not there before; lines written since
     int64_t last;       // the step of its last line, 0: none
-    int complete;       // when it was opened, that line held a validation
+    long last_line;     // where that line begins
+    int complete;       // that line holds a validation
+    int begins;         // it begins with a resumed run: its first line names the loss before it
+    double previous;
 } Log;
 
-// Opens the log: a new one for a new run; of a resumed one it is cut back to the resumed step, or, `again`,
-// to the step before it where the step's own line has no validation. A pipe or a device is written as it is.
-// A file that is no log of this run is not touched, unless --overwrite says so.
-static int log_open(Log *log, const Options *o, int again, char *error) {
+// Opens the log: a new one for a new run; of a resumed one it is cut back to the resumed step. A pipe or a device is written
+// as it is. A file that is no log of this run is not touched, unless --overwrite says so.
+static int log_open(Log *log, const Options *o, char *error) {
     struct stat info;
     memset(log, 0, sizeof(*log));
     log->path = o->log;
+    log->previous = o->train_loss >= 0 ? o->train_loss : NAN;
     if (!o->log) return 0;
-    int there = !stat(o->log, &info), stream = there && !S_ISREG(info.st_mode);
-    int fd = open(o->log, stream ? O_WRONLY | O_NONBLOCK | O_CLOEXEC : O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+    int there = !stat(o->log, &info);
+    log->stream = there && !S_ISREG(info.st_mode);
+    int fd = open(o->log, log->stream ? O_WRONLY | O_NONBLOCK | O_CLOEXEC : O_RDWR | O_CREAT | O_CLOEXEC, 0666);
     if (fd < 0) return fail(error, o->log, "%s", errno == ENXIO ? "nobody reads this pipe" : strerror(errno));
-    int locked = stream ? 1 : lock_descriptor(fd);
-    if (stream) fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) & ~O_NONBLOCK);
+    int locked = log->stream ? 1 : lock_descriptor(fd);
+    if (log->stream) fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) & ~O_NONBLOCK);
     if (locked < 0) warn_of_no_locks(o->log);
-    log->file = locked ? fdopen(fd, stream ? "w" : "r+") : NULL;
+    log->file = locked ? fdopen(fd, log->stream ? "w" : "r+") : NULL;
     if (!log->file) {
         close(fd);
         return fail(error, o->log, "%s", locked ? strerror(errno) : "another run is writing it");
     }
     log->created = !there;
-    if (stream) return 0;
+    log->begins = o->resume != NULL;
+    if (log->stream) return 0;
     LogScan scan = log_scan(log->file, o->resume ? o->step : 0, o->train_loss);
     int result = scan.failed ? fail(error, o->log, "%s", strerror(errno)) : 0;
     if (result) {
@@ -4331,16 +4467,16 @@ static int log_open(Log *log, const Options *o, int again, char *error) {
         memset(&scan, 0, sizeof(scan));
     } else if (scan.size && !o->resume) {
         result = wrong(error, o->log, "it was written meanwhile");
-    } else if (scan.size && !scan.is_log) {
+    } else if (!scan.is_log) {
         result = wrong(error, o->log, "it is no log: another --log, or --overwrite");
-    } else if (scan.size && !scan.own) {
-        result = wrong(error, o->log, "the log of another run: another --log, or --overwrite");
+    } else if (!scan.own) {
+        result = wrong(error, o->log, "nothing shows that it is the log of this run: another --log, or --overwrite");
     }
-    int keep_line = scan.last < o->step || scan.validated || !again;
-    long kept = keep_line ? scan.upto : scan.before;
-    log->last = keep_line ? scan.last : o->step - 1;
+    log->last = scan.last;
+    log->last_line = scan.before;
     log->complete = scan.validated;
-    if (!result && (ftruncate(fd, kept) || fseek(log->file, kept, SEEK_SET)))
+    log->begins = log->begins && !scan.last;
+    if (!result && (ftruncate(fd, scan.upto) || fseek(log->file, scan.upto, SEEK_SET)))
         result = fail(error, o->log, "%s", strerror(errno));
     if (!result) return 0;
     fclose(log->file);
@@ -4348,20 +4484,36 @@ static int log_open(Log *log, const Options *o, int again, char *error) {
     return result;
 }
 
-// Writes the line of a step; score: of the validation there, NULL: none. FAILED if the line is not on its way
-// to the disk.
+// Writes the line of a step; score: of the validation there, NULL: none. The line that stands there is written again if it
+// lacks the validation. FAILED if the line is not on its way to the disk: then it is taken back, that the log stays whole.
 static int log_line(Log *log, const Step *s, const Score *score, char *error) {
-    if (!log->file || s->step <= log->last) return 0; // the line stands there
-    log->last = s->step;
+    int again = s->step == log->last;
+    if (!log->file || s->step < log->last || (again && (!score || log->complete || log->stream))) return 0;
+    if (!again) log->last_line = ftell(log->file);
+    if (again) fseek(log->file, log->last_line, SEEK_SET);
     fprintf(log->file, "{\"step\": %lld", (long long)s->step);
     print_member(log->file, "train_loss", s->loss, 9);
     if (score) print_score(log->file, score);
     print_member(log->file, "lr", s->rate, 9);
     print_member(log->file, "grad_norm", s->grad_norm, 9);
     print_member(log->file, "tok_per_s", s->tokens / s->elapsed, 6);
+    if (log->begins && !log->last_line) print_member(log->file, "previous_loss", log->previous, 9);
     fprintf(log->file, "}\n");
-    log->lines++;
-    return fflush(log->file) || ferror(log->file) ? fail(error, log->path, "%s", strerror(errno)) : 0;
+    log->last = s->step;
+    log->complete = score != NULL;
+    if (!fflush(log->file) && !ferror(log->file)) {
+        log->lines++;
+        return log->stream || !again || !ftruncate(fileno(log->file), ftell(log->file)) ? 0
+             : fail(error, log->path, "%s", strerror(errno));
+    }
+    fail(error, log->path, "%s", strerror(errno));
+    clearerr(log->file);
+    if (log->stream || ftruncate(fileno(log->file), log->last_line)) return FAILED;
+    fseek(log->file, log->last_line, SEEK_SET);
+    log->last = s->step - 1;
+    char problem[ERROR_SIZE];
+    if (again) log_line(log, s, NULL, problem); // as it stood there
+    return FAILED;
 }
 
 // A log that was made for nothing is removed.
@@ -4509,10 +4661,10 @@ static int is_printed(const Options *o, const Training *t, const Step *s, double
            silent + s->elapsed > 10;
 }
 
-// What follows an update, in this order: the step is judged, then come the log's line, the best weights, the
-// run's file; so whatever ends the program in between, nothing is named that is not there. The line of the
-// run's last step waits for the validation of the whole split, which conclude_run makes. A log that fails, or
-// best weights, do not keep the run from being saved, and end it.
+// What follows an update, in this order: the step is judged, then come the log's line, the best weights, the run's file; so
+// whatever ends the program in between, nothing is named that is not there. The line of the run's last step gets the
+// validation of the whole split from conclude_run. A log that fails, or best weights, do not keep the run from being saved,
+// and end it.
 static int conclude_step(Run *run, Training *t, const Step *s, char *error) {
     Options *o = &run->settings.values;
     int last = o->step == o->steps, due = o->eval_every && o->step % o->eval_every == 0;
@@ -4530,7 +4682,7 @@ static int conclude_step(Run *run, Training *t, const Step *s, char *error) {
     int scored = score.count > 0, result = 0;
     if (due && !score.broken) o->validated = o->step;
     saving = 1;
-    if (!last) result = log_line(&t->log, s, scored ? &score : NULL, error);
+    if (!last || !t->log.stream) result = log_line(&t->log, s, last || !scored ? NULL : &score, error);
     if (!result && scored && score.loss < o->best_val) {
         o->best_val = score.loss;
         if ((result = save_best(run, error))) {
@@ -4578,17 +4730,33 @@ static int conclude_run(Run *run, Training *t, const Step *s, char *error) {
     return result;
 }
 
-// Makes what a run needs while it trains, and tries everything that a save will ask for, the way the save
-// does it.
-static int begin_training(Run *run, Training *t, int again, char *error) {
+// Whether the file system has room for what a run keeps there: its file, the best weights, and a temporary file beside them.
+static int check_disk(const Run *run, uint64_t run_size, uint64_t best_size, char *error) {
+    struct statvfs disk;
+    char folder[PATH_MAX];
+    const Place *out = &run->out_place, *best = &run->best_place;
+    snprintf(folder, sizeof(folder), "%.*s", (int)(strrchr(out->target, '/') + 1 - out->target), out->target);
+    if (statvfs(folder, &disk)) return 0; // the saves will tell
+    double kept = (double)(out->there ? out->known.st_size : 0) + (double)(best->there ? best->known.st_size : 0);
+    double needed = (double)run_size + (double)best_size + (double)run_size - kept;
+    double left = (double)disk.f_bavail * (double)disk.f_frsize;
+    if (needed <= left) return 0;
+    return fail(error, out->path, "No space left on device: the run's files take another %.1f MiB, %.1f are left", needed / 0x1p20,
+                left / 0x1p20);
+}
+
+// Makes what a run needs while it trains, and tries everything that a save will ask for, the way the save does it.
+static int begin_training(Run *run, Training *t, char *error) {
     Options *o = &run->settings.values;
-    if (save_checkpoint(run, o->out, RESUMABLE, 1, error) ||
-        save_checkpoint(run, run->best_path, WEIGHTS, 1, error))
+    uint64_t run_size = 0, best_size = 0;
+    if (run->out_place.lock >= 0) remove_leftovers(run->out_place.target);
+    if (run->best_place.lock >= 0) remove_leftovers(run->best_place.target);
+    if (save_checkpoint(run, &run->out_place, RESUMABLE, 1, &run_size, error)) return FAILED;
+    if (save_checkpoint(run, &run->best_place, WEIGHTS, 1, &best_size, error)) return FAILED;
+    if (check_disk(run, run_size, best_size, error)) return FAILED;
+    if (o->sample_every && !(t->sampler = run->backend->create(&run->config, 1, (int)o->seq, GENERATE, error)))
         return FAILED;
-    if (o->sample_every &&
-        !(t->sampler = run->backend->create(&run->config, 1, (int)o->seq, GENERATE, error)))
-        return FAILED;
-    return log_open(&t->log, o, again, error);
+    return log_open(&t->log, o, error);
 }
 
 // The steps up to the last one, or to a signal.
@@ -4641,31 +4809,39 @@ static int train(Run *run, const char *program, char *error) {
            tokens = (double)(o->accum * o->batch * o->seq);
     Step s = {o->step, known ? o->train_loss : NAN, known ? o->grad_norm : NAN, rate, tokens, NAN};
     install_handlers(WHILE_TRAINING);
-    int result = begin_training(run, &t, known && (pending || finished), error);
-    int missing = t.log.file && known && (t.log.last == o->step - 1 || (finished && !t.log.complete));
+    int result = begin_training(run, &t, error);
+    int missing = t.log.file && known && finished && !t.log.complete && !t.log.stream;
     int renamed = o->resume && strcmp(o->out, o->resume);
     int incomplete = o->step == o->steps && o->resume &&
                      (pending || missing || renamed || !lies_there(run->best_path, error));
     int idle = finished && !incomplete;
     if (!result && idle)
         printf("nothing to do: %lld of %lld steps are done\n", (long long)o->step, (long long)o->steps);
-    if (!result && (pending || (missing && !finished))) result = conclude_step(run, &t, &s, error);
+    if (!result && !idle && pending) result = conclude_step(run, &t, &s, error);
     if (!result && !idle) result = train_steps(run, &t, &s, error);
     if (!result && !idle && (interrupted || renamed)) result = save_stopped(run, &t, error);
     if (!result && !idle && o->step == o->steps) result = conclude_run(run, &t, &s, error);
     log_close(&t.log);
     if (t.sampler) run->backend->destroy(t.sampler);
     if (result == FAILED) {
-        char problem[ERROR_SIZE];
+        char problem[ERROR_SIZE], ignored[ERROR_SIZE];
+        int held = t.saved && lies_there(t.saved, ignored) == 1;
         memcpy(problem, error, sizeof(problem));
-        if (!t.saved) fail(error, NULL, "%.290s; nothing was saved before", problem);
-        else fail(error, NULL, "%.290s; %.180s holds step %lld", problem, t.saved, (long long)t.saved_step);
+        if (held) fail(error, NULL, "%.290s; %.180s holds step %lld", problem, t.saved, (long long)t.saved_step);
+        else if (t.saved) fail(error, NULL, "%.290s; %.180s is not there any more", problem, t.saved);
+        else if (o->best_val < 1e300 && lies_there(run->best_path, ignored) == 1)
+            fail(error, NULL, "%.290s; only the best weights were saved before, %.160s", problem, run->best_path);
+        else fail(error, NULL, "%.290s; nothing was saved before", problem);
     }
     if (result || idle) return result;
     if (!t.complete) {
         print_resume_command(run, program);
         return 130;
     }
+    char problem[ERROR_SIZE];
+    if (lies_there(o->out, problem) != 1) return fail(error, o->out, "it is not there any more");
+    if (lies_there(run->best_path, problem) != 1)
+        return fail(error, run->best_path, "the best weights are not there any more; the run is saved");
     printf("saved to ");
     print_quoted(o->out);
     printf(", the best weights to ");
@@ -4676,6 +4852,17 @@ static int train(Run *run, const char *program, char *error) {
 
 // ----------------------------------------------------------------------------
 // the program
+
+// Reads the file of --load or --resume; what a run was started from is stored with it.
+static int read_checkpoint(Run *run, const char *path, char *error) {
+    unsigned char *bytes;
+    size_t size;
+    if (file_read(path, &bytes, &size, error)) return FAILED;
+    unsigned long long hash = (unsigned long long)hash_bytes(bytes, size);
+    snprintf(run->started_from, sizeof(run->started_from), "checkpoint, %zu bytes, hash %016llx", size, hash);
+    if (run->settings.values.load) run->settings.values.started_from = run->started_from;
+    return safetensors_parse(&run->file, bytes, size, path, error);
+}
 
 // Opens files and data and makes the model, ready to go.
 static int prepare(Run *run, char *error) {
@@ -4691,9 +4878,10 @@ static int prepare(Run *run, char *error) {
     if (o->resume && !is_given(&run->settings, "out")) o->out = o->resume;
     if (training) { // before anything is read that another run might be writing
         install_handlers(BEFORE_TRAINING);
-        if (best_beside(run->best_path, o->out, error) || claim_places(run, error)) return FAILED;
+        if (best_beside(run->best_path, o->out, error)) return FAILED;
+        if ((result = claim_places(run, error))) return result;
     }
-    if (path && safetensors_read(&run->file, path, error)) return FAILED;
+    if (path && read_checkpoint(run, path, error)) return FAILED;
     if (o->resume && !safetensors_find(&run->file, "exp_avg.wte.weight") &&
         safetensors_find(&run->file, "wte.weight"))
         return fail(error, path,
@@ -4832,6 +5020,7 @@ static int run_program(int argc, char **argv, const Backend *backend) {
     free(run.targets);
     free(run.hits);
     free(run.order);
+    free(run.old_best);
     dataset_free(&run.train);
     dataset_free(&run.val);
     safetensors_free(&run.file);

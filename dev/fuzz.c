@@ -404,7 +404,7 @@ static void fuzz_log(const uint8_t *data, size_t size) {
     o->step = data[0] >> 2;
     o->overwrite = data[0] >> 1 & 1;
     o->resume = o->step ? "fuzz" : NULL;
-    int opened = !log_open(&log, o, data[0] & 1, error);
+    int opened = !log_open(&log, o, error);
     if (!opened) require_line();
     long kept = opened ? ftell(log.file) : (long)size - 1; // what is refused is not touched
     REQUIRE(kept >= 0 && (size_t)kept < size && (!opened || !kept || data[kept] == '\n') &&

@@ -223,7 +223,8 @@ static int measure(Run *run, const Measure *given, const char *path, char *error
     snprintf(texts[1], 32, "%d", o.map);
     Meta meta[] = {{(char *)"mixer", (char *)options->mixer}, {(char *)"seq_len", texts[0]}, {(char *)"map_layer", texts[1]},
                    {(char *)"weights", (char *)(options->load ? options->load : "random")}, {(char *)"data", (char *)options->data}};
-    int result = safetensors_write(path, NULL, tensors, n_tensors, meta, 5, 0, error);
+    Place place;
+    int result = settle(&place, path, NULL, error) || safetensors_write(&place, tensors, n_tensors, meta, 5, 0, NULL, error);
     if (!result) printf("%s: %s, %d layers, T %d, %d sequences\n", path, options->mixer, L, T, o.sequences);
     return result;
 }
@@ -449,7 +450,9 @@ int main(int argc, char **argv) {
         if (parse_number(argv[2], &gamma) || parse_integer(argv[3], 4096, 65536, &T) || !(fabs(gamma) > 0 && fabs(gamma) <= 0.9)) return usage();
         uniform(gamma, (int)T, argc == 5);
         Meta meta[] = {{(char *)"gamma", argv[2]}, {(char *)"seq_len", argv[3]}};
-        if (argc == 5 && safetensors_write(argv[4], NULL, tensors, n_tensors, meta, 2, 0, error)) {
+        Place place;
+        if (argc == 5 && (settle(&place, argv[4], NULL, error) ||
+                          safetensors_write(&place, tensors, n_tensors, meta, 2, 0, NULL, error))) {
             fprintf(stderr, "influence: %s\n", error);
             return 1;
         }
