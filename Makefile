@@ -9,11 +9,13 @@
 
 # What the compiler takes is asked when something is built, once: at its first use such a variable becomes the answer.
 #
-# OpenMP as gcc and clang have it, or as Apple's clang has it with the libomp of Homebrew or MacPorts; else none
+# OpenMP as gcc and clang have it, or as Apple's clang has it with the libomp of Homebrew or MacPorts; else none.
+# What is built with it must run: a library that only the linker finds is none. (126: a program for another processor.)
 MACPORTS = /opt/local
 ASK_OPENMP = \
 	d=`mktemp -d` && trap 'rm -rf $$d' EXIT && echo 'int main(void) { return omp_get_max_threads() < 1; }' >$$d/a.c && \
-	try() { $(CC) -include omp.h $$d/a.c "$$@" -o $$d/a >/dev/null 2>&1 && echo "$$@"; } && { \
+	runs() { $$d/a; test $$? -eq 0 -o $$? -eq 126; } && \
+	try() { { $(CC) -include omp.h $$d/a.c "$$@" -o $$d/a && runs; } >/dev/null 2>&1 && echo "$$@"; } && { \
 		try -fopenmp || \
 		try -Xpreprocessor -fopenmp -lomp || \
 		try -Xpreprocessor -fopenmp -I$(MACPORTS)/include/libomp -L$(MACPORTS)/lib/libomp -lomp || \

@@ -3427,7 +3427,7 @@ static int settle_vocabulary(Run *run, Dataset **sets, const char **paths, int n
 // Opens --data and --val, settles the vocabulary and the splits. To evaluate --val, --data is not needed.
 static int open_data(Run *run, char *error) {
     Options *o = &run->settings.values;
-    Dataset *sets[2];
+    Dataset *sets[2] = {NULL, NULL};
     const char *paths[2], **contents[] = {&o->data_content, &o->val_content};
     int n_sets = 0, val_alone = o->eval && o->val;
     for (int i = val_alone; i < (o->val ? 2 : 1); i++) {
