@@ -79,11 +79,17 @@ train_sessacu: train_sessa.cu train_sessa.c
 test_sessacu: test_sessa.c train_sessa.cu train_sessa.c
 	$(NVCC) $(NVCCFLAGS) -DTEST_CUDA -x cu $< -o $@ -lcublasLt
 
-testcu: test_sessacu train_sessacu
-	./test_sessacu
+# random shapes, and the branches that they meet: ./test_shapes SEED FIRST COUNT
+test_shapes: dev/test_shapes.cu train_sessa.cu train_sessa.c
+	$(NVCC) $(NVCCFLAGS) $< -o $@ -lcublasLt
 
-# ARGS: options of train_sessa. Without any, a run of the same settings and data is made again and replaces the one that is
-# there; with some, nothing is replaced unless they say --overwrite. What they name as --out or --resume is sampled from.
+testcu: test_sessacu test_shapes train_sessacu
+	./test_sessacu
+	./test_shapes 1 0 300
+
+# ARGS: options of train_sessa. Without any, a run of the same settings and data is made again and replaces the
+# one that is there; with some, nothing is replaced unless they say --overwrite. What they name as --out or
+# --resume is sampled from.
 train: train_sessa
 	@set -- $(ARGS); again=--again; out=; run=; data=; before=; \
 	for word; do \
@@ -106,4 +112,4 @@ test: test_sessa test_sessa64 train_sessa
 	./test_sessa
 
 clean:
-	rm -f train_sessa test_sessa test_sessa64 influence train_sessacu test_sessacu
+	rm -f train_sessa test_sessa test_sessa64 influence train_sessacu test_sessacu test_shapes

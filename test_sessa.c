@@ -13,6 +13,7 @@ binary again as `test_sessa --run OPTIONS`, in a folder of its own, so that thre
 */
 #define SESSA_NO_MAIN
 #ifdef TEST_CUDA
+#define GUARD_BANDS
 #include "train_sessa.cu"
 #define TESTED_BACKEND (*backend_gpu())
 enum { ON_GPU = 1 };
@@ -37,6 +38,8 @@ enum { ON_GPU = 0 };
 #endif
 #include <dirent.h>
 #include <glob.h>
+#include <poll.h>
+#include <sched.h>
 #include <sys/wait.h>
 
 enum { IS_DOUBLE = sizeof(real) == sizeof(double) };
@@ -1196,14 +1199,14 @@ static const char *n_threads = "2";
 
 // The bytes of a file of the work folder with a zero behind them, NULL if there is none.
 static unsigned char *slurp(const char *name, size_t *size) {
-    char path[512], error[ERROR_SIZE];
+    char path[PATH_MAX], error[ERROR_SIZE];
     unsigned char *bytes = NULL;
     snprintf(path, sizeof(path), "%s/%s", work, name);
     return file_read(path, &bytes, size, error) ? NULL : (unsigned char *)keep(bytes);
 }
 
 static void spill(const char *name, const void *bytes, size_t size) {
-    char path[256];
+    char path[PATH_MAX];
     snprintf(path, sizeof(path), "%s/%s", work, name);
     FILE *out = fopen(path, "wb");
     if (!out || fwrite(bytes, 1, size, out) != size || fclose(out)) { printf("%s cannot be written\n", path); exit(1); }
@@ -1232,6 +1235,7 @@ static int open_work(const char *name) {
 static int same_tensors(const char *a, const char *b) {
     Safetensors x, y;
     char path[512], error[ERROR_SIZE];
+    memset(&y, 0, sizeof(y));
     snprintf(path, sizeof(path), "%s/%s", work, a);
     if (safetensors_read(&x, path, error)) return 0;
     snprintf(path, sizeof(path), "%s/%s", work, b);
@@ -1265,6 +1269,8 @@ static uint64_t folder_state(int remove) {
     return state;
 }
 
+static void (*prepare_child)(void); // what start() does in the child before it becomes the program, NULL: nothing
+
 // Starts this binary in the work folder. Words are split at spaces, a ~ inside a word stands for a space.
 static pid_t start(const char *line) {
     static char text[4096];
@@ -1283,6 +1289,7 @@ static pid_t start(const char *line) {
     if (child) return child;
     alarm(120); // a program that hangs is a failure, not a test without an end
     if (chdir(work) || !freopen("../stdout", "wb", stdout) || !freopen("../stderr", "wb", stderr)) _exit(126);
+    if (prepare_child) prepare_child();
     execv(self, words);
     _exit(127);
 }
@@ -1354,7 +1361,10 @@ static void write_tensors(const char *name, int N, int T, int32_t *inputs, int32
         tensors[i].data = (const unsigned char *)(i == 2 ? lags : i ? targets : inputs);
     }
     snprintf(path, sizeof(path), "%s/%s", work, name);
-    if (safetensors_write(path, NULL, tensors, lags ? 3 : 2, &meta, 1, 0, error)) { printf("%s\n", error); exit(1); }
+    if (safetensors_write(path, NULL, tensors, lags ? 3 : 2, &meta, 1, 0, error)) {
+        printf("%s\n", error);
+        exit(1);
+    }
 }
 
 // A text, a token shard and a set of 20 examples with some targets ignored.
@@ -1384,7 +1394,8 @@ static void check_resume(const char *name, const char *options) {
           "%s: 10 steps and 10 resumed write the bytes of 20, best weights too", name);
     int logged = same_logs("a.log", "b.log", 20); // once more from the middle, in two parts: the log is cut back
     double steps[64];
-    ok = !run("--resume half.safetensors --out c.safetensors --overwrite --steps 15 --log b.log " WATCH) && read_log("b.log", "step", steps, 64) == 15;
+    ok = !run("--resume half.safetensors --out c.safetensors --overwrite --steps 15 --log b.log " WATCH) &&
+         read_log("b.log", "step", steps, 64) == 15;
     ok = ok && !run("--resume c.safetensors --steps 20 --log b.log " WATCH);
     check(ok && logged && same_logs("a.log", "b.log", 20) && same_files("a.safetensors", "c.safetensors"), "%s: the log goes on, and is cut back to the resumed step", name);
 }
@@ -1426,7 +1437,8 @@ static void test_resume(void) {
         safetensors_free(&file);
     }
     check(whole == 5, "killed while saving, five times: the file is whole");
-    code = run("--data text --overwrite --dim 16 --layers 1 --heads 2 --seq 12 --batch 2 --steps 20 --eval-every 0 --out w.safetensors");
+    code = run("--data text --overwrite --dim 16 --layers 1 --heads 2 --seq 12 --batch 2 --steps 20 "
+               "--eval-every 0 --out w.safetensors");
     snprintf(path, sizeof(path), "%s/w.safetensors", work);
     if (!code && !(code = safetensors_read(&file, path, error))) {
         const char *warmup = safetensors_meta(&file, "warmup"), *length = safetensors_meta(&file, "decay_steps");
@@ -1446,7 +1458,9 @@ static void test_threads(void) {
         int ok = 1;
         for (int t = 0; t < 3; t++) {
             n_threads = counts[t];
-            ok &= !run("--data text --overwrite --dim 48 --layers 2 --heads 4 --dropout 0.1 --eval-every 0 --out t%d.safetensors %s", t, shapes[i]);
+            ok &= !run("--data text --overwrite --dim 48 --layers 2 --heads 4 --dropout 0.1 --eval-every 0 "
+                       "--out t%d.safetensors %s",
+                       t, shapes[i]);
         }
         n_threads = "2";
         check(ok && same_files("t0.safetensors", "t1.safetensors") && same_files("t0.safetensors", "t2.safetensors"), "the same bytes with 1, 2 and 3 threads: %s", shapes[i]);
@@ -1454,7 +1468,9 @@ static void test_threads(void) {
     static const char *data[] = {"text", "set.safetensors"};
     for (int i = 0; i < 2; i++) {
         double x[8], y[8], worst = 0;
-        int ok = !run("--data %s " TINY "--seq 12 --batch 8 --steps 6 --eval-every 0 --log x.log", data[i]) && !run("--data %s " TINY "--seq 12 --batch 4 --accum 2 --steps 6 --eval-every 0 --log y.log", data[i]);
+        int ok = !run("--data %s " TINY "--seq 12 --batch 8 --steps 6 --eval-every 0 --log x.log", data[i]) &&
+                 !run("--data %s " TINY "--seq 12 --batch 4 --accum 2 --steps 6 --eval-every 0 --log y.log",
+                      data[i]);
         ok = ok && read_log("x.log", "train_loss", x, 8) == 6 && read_log("y.log", "train_loss", y, 8) == 6;
         for (int s = 0; s < 6; s++) worst_of(&worst, ok ? fabs(x[s] - y[s]) / x[s] : NAN);
         check_error(worst, bound_of(1e-5, 1e-12), "%s: losses of --batch 4 --accum 2 against --batch 8", data[i]);
@@ -1470,13 +1486,19 @@ static int by_size(const void *a, const void *b) { return *(const int *)a - *(co
 static void test_order(void) {
     heading("which data a step sees");
     enum { N = 20 };
-    static const char same[] = "--data set.safetensors --val copy.safetensors", one[] = "--data one.safetensors --val copy.safetensors";
-    static const char still[] = "--overwrite --dim 16 --layers 1 --heads 2 --lr 0 --min-lr 0 --eval-every 0 --log o.log";
+    static const char same[] = "--data set.safetensors --val copy.safetensors", one[] = "--data "
+                                                                                        "one.safetensors "
+                                                                                        "--val "
+                                                                                        "copy.safetensors";
+    static const char still[] = "--overwrite --dim 16 --layers 1 --heads 2 --lr 0 --min-lr 0 --eval-every 0 "
+                                "--log o.log";
     double x[2 * N], y[2 * N], worst = 0, moved = 0;
     copy_file("set.safetensors", "copy.safetensors");
-    int ok = !run("%s %s --batch 20 --steps 1", same, still) && read_log("o.log", "train_loss", x, 2 * N) == 1 && read_log("o.log", "val_loss", y, 2 * N) == 1;
+    int ok = !run("%s %s --batch 20 --steps 1", same, still) &&
+             read_log("o.log", "train_loss", x, 2 * N) == 1 && read_log("o.log", "val_loss", y, 2 * N) == 1;
     check_error(ok ? fabs(x[0] - y[0]) / y[0] : NAN, 1e-6, "all examples in one batch: the training loss is the validation loss");
-    ok = !run("%s %s --batch 1 --steps 40", same, still) && read_log("o.log", "train_loss", x, 2 * N) == 2 * N;
+    ok =
+        !run("%s %s --batch 1 --steps 40", same, still) && read_log("o.log", "train_loss", x, 2 * N) == 2 * N;
     for (int i = 0; i < N; i++) moved += x[i] != x[N + i];
     qsort(x, N, sizeof(double), by_value);
     qsort(x + N, N, sizeof(double), by_value);
@@ -1485,7 +1507,8 @@ static void test_order(void) {
     check(moved > N / 2 && x[0] < x[N - 1], "in another order: %.0f of %d in another place", moved, N);
     write_tensors("one.safetensors", 1, 12, random_ids(12, 9, 0), random_ids(12, 9, 0), NULL);
     copy_file("one.safetensors", "copy.safetensors");
-    ok = !run("%s %s --batch 1 --steps 3 --dropout 0.5", one, still) && read_log("o.log", "train_loss", y, 2 * N) == 3;
+    ok = !run("%s %s --batch 1 --steps 3 --dropout 0.5", one, still) &&
+         read_log("o.log", "train_loss", y, 2 * N) == 3;
     check(ok && y[0] != y[1] && y[1] != y[2], "dropout: every step has a mask of its own");
     for (int seed = 1; seed < 4; seed++) { // 1000 places, sorted: independent ones have gaps of 7 times the mean
         Run r;
@@ -1532,7 +1555,9 @@ static void test_scores(void) {
     for (int i = 0; i < N * T; i++) if (targets[i] > 2) targets[i] = inputs[i]; // something to learn
     write_tensors("lags.safetensors", N, T, inputs, targets, lags);
     copy_file("lags.safetensors", "seen.safetensors");
-    int ok = !run("--data lags.safetensors --val seen.safetensors " TINY "--seq 12 --batch 8 --warmup 5 --steps 80 --lr 1e-2 --eval-every 0 --out s.safetensors --log s.log");
+    int ok = !run("--data lags.safetensors --val seen.safetensors " TINY "--seq 12 --batch 8 --warmup 5 "
+                                                                         "--steps 80 --lr 1e-2 --eval-every "
+                                                                         "0 --out s.safetensors --log s.log");
     double hits[2][8] = {{0}}, counts[2][8] = {{0}}, logged[128], by_lag[8] = {0};
     Model *m = load("s.safetensors", T, &file);
     if (!ok || !m) { check(0, "trained on an example set: %s", (char *)complaint); return; }
@@ -1676,7 +1701,8 @@ static void damage(const char *from, const char *to) {
 
 static void test_files(void) {
     heading("files: what is written is read, what is damaged is refused with one line and nothing is touched");
-    int ok = !run("--data text " SMALL "--steps 2 --out good.safetensors --log good.log"), read = 0, crossed = 0;
+    int ok = !run("--data text " SMALL "--steps 2 --out good.safetensors --log good.log"), read = 0,
+        crossed = 0;
     size_t size = 0;
     ok = ok && !run("--data text --load good.safetensors --lr 0 --min-lr 0 --batch 2 --steps 1 --out d.safetensors");
     Safetensors a, b;
@@ -1742,6 +1768,8 @@ static void test_files(void) {
         damage(edits[i][0], edits[i][1]);
         refuse(1, "--load bad.safetensors --data text --eval");
     }
+    damage("\"max_seq_len\":\"12\"", "\"max_seq_len\":\"3000000\"");
+    check(!run("--load bad.safetensors --generate 3 --window 8"), "a model of long sequences generates in a short window");
     const FileTensor *weight = safetensors_find(&a, "ln_f.weight"), *bias = safetensors_find(&a, "ln_f.bias"), *least = &a.tensors[0];
     for (int i = 0; i < a.n_tensors; i++) if (a.tensors[i].data < least->data) least = &a.tensors[i];
     snprintf(from, sizeof(from), "[%lld,%lld]", (long long)(bias->data - least->data), (long long)(bias->data - least->data) + 64);
@@ -1784,10 +1812,31 @@ static void test_files(void) {
     damaged[0] = 0;
     heading("the command line: what cannot work is refused");
     mkdir(strcat(strcpy(path, work), "/subfolder"), 0777);
-    static const char *wrong[] = {"--colour red", "dim", "--steps ten", "--steps 1.5", "--lr 1e-3x", "--lr nan", "--steps", "--dropout 1", "--batch 0", "--data text --heads 3 --dim 16",
-        "--data text --dim 16 --heads 16", "--data text --heads 4 --kv-heads 3", "--data text --mixer none", "--resume good.safetensors --load good.safetensors", "--generate 5",
-        "--eval", "--load good.safetensors --generate 5 --eval", "--resume good.safetensors --dim 32", "--resume good.safetensors --eps 1e-3", "--resume good.safetensors --mixer attention",
-        "--data text --out text", "--data text --log text", "--data text --val other --log other", "--load good.safetensors --data text --heads 4", "--load good.safetensors --generate 5 --prompt abZ"};
+    static const char *wrong[] = {"--colour red",
+                                  "dim",
+                                  "--steps ten",
+                                  "--steps 1.5",
+                                  "--lr 1e-3x",
+                                  "--lr nan",
+                                  "--steps",
+                                  "--dropout 1",
+                                  "--batch 0",
+                                  "--data text --heads 3 --dim 16",
+                                  "--data text --dim 16 --heads 16",
+                                  "--data text --heads 4 --kv-heads 3",
+                                  "--data text --mixer none",
+                                  "--resume good.safetensors --load good.safetensors",
+                                  "--generate 5",
+                                  "--eval",
+                                  "--load good.safetensors --generate 5 --eval",
+                                  "--resume good.safetensors --dim 32",
+                                  "--resume good.safetensors --eps 1e-3",
+                                  "--resume good.safetensors --mixer attention",
+                                  "--data text --out text",
+                                  "--data text --log text",
+                                  "--data text --val other --log other",
+                                  "--load good.safetensors --data text --heads 4",
+                                  "--load good.safetensors --generate 5 --prompt abZ"};
     for (int i = 0; i < 4; i++) { // a shard that says what is not so: one token more, one less, another version, none
         unsigned char *bytes = slurp("tokens.bin", &size);
         int32_t header[3] = {20240520, i == 2 ? 2 : 1, (int32_t)(i == 3 ? 0 : (int64_t)(size - 1024) / 2 + (i == 0) - (i == 1))};
@@ -1813,7 +1862,8 @@ static void test_files(void) {
     }
     check(ok && told == options && !complaint_size, "--help names all %d options", options);
     reason = "; nothing was saved before";
-    refuse(1, "--data text " TINY "--seq 12 --batch 2 --lr 1000 --warmup 0 --clip 0 --steps 400 --eval-every 0 --save-every 1000000 --out never.safetensors");
+    refuse(1, "--data text " TINY "--seq 12 --batch 2 --lr 1000 --warmup 0 --clip 0 --steps 400 --eval-every "
+                                  "0 --save-every 1000000 --out never.safetensors");
     reason = "";
 }
 
@@ -1823,7 +1873,9 @@ static void test_long_runs(void) {
     Safetensors file;
     char path[256], error[ERROR_SIZE], words[64];
     size_t size = 0, size_now = 0;
-    int code = run("--data text " TINY "--seq 12 --batch 2 --lr 1000 --warmup 0 --clip 0 --steps 400 --eval-every 0 --save-every 2 --out diverged.safetensors"), finite = 1, step = -1;
+    int code = run("--data text " TINY "--seq 12 --batch 2 --lr 1000 --warmup 0 --clip 0 --steps 400 "
+                                       "--eval-every 0 --save-every 2 --out diverged.safetensors"),
+        finite = 1, step = -1;
     snprintf(path, sizeof(path), "%s/diverged.safetensors", work);
     if (!safetensors_read(&file, path, error)) {
         step = atoi(safetensors_meta(&file, "step"));
@@ -1859,7 +1911,8 @@ static void test_long_runs(void) {
     model_free(run_here.model);
 
     size_t first = 0, known = 0;
-    char line[4000] = ""; // the log of the two steps, the first line 900 bytes longer, and two lines that a killed run left
+    char line[4000] =
+        ""; // the log of the two steps, the first line 900 bytes longer, and two lines that a killed run left
     const char *two = (const char *)slurp("good.log", &known);
     if (!check(two && known < 1000, "the log of two steps")) return;
     first = (size_t)(strchr(two, '\n') - two);
@@ -1872,13 +1925,495 @@ static void test_long_runs(void) {
     int lock = open_work("e.safetensors.lock");
     flock(lock, LOCK_EX);
     code = run("--resume good.safetensors --steps 3 --out e.safetensors --overwrite --log long.log");
-    check(code == 1 && complaint && strstr((char *)complaint, "another run") && slurp("e.safetensors.tmp.999999999", &size), "a run whose file another one is writing is refused, and removes nothing of it");
+    check(code == 1 && complaint && strstr((char *)complaint, "another run") &&
+              slurp("e.safetensors.tmp.999999999", &size),
+          "a run whose file another one is writing is refused, and removes nothing of it");
     close(lock);
     code = run("--resume good.safetensors --steps 3 --out e.safetensors --overwrite --log long.log");
     const char *log = (char *)slurp("long.log", &size);
-    check(!code && log && !memcmp(log, line, known + 900) && size > known + 960 && !strncmp(log + known + 900, "{\"step\": 3, \"train_loss\"", 24), "a log with a line of 1000 bytes is continued behind the resumed step");
-    check(!slurp("e.safetensors.tmp.999999999", &size) && !slurp("e.best.safetensors.tmp.0a1b2c3d", &size) && !slurp("e.safetensors.lock", &size), "what a killed run left, temporary files and locks, is gone after the next");
+    check(!code && log && !memcmp(log, line, known + 900) && size > known + 960 &&
+              !strncmp(log + known + 900, "{\"step\": 3, \"train_loss\"", 24),
+          "a log with a line of 1000 bytes is continued behind the resumed step");
+    check(!slurp("e.safetensors.tmp.999999999", &size) && !slurp("e.best.safetensors.tmp.0a1b2c3d", &size) &&
+              !slurp("e.safetensors.lock", &size),
+          "what a killed run left, temporary files and locks, is gone after the next");
     check(slurp("e.safetensors.tmp.mine", &size) != NULL, "and nothing else is");
+    release();
+}
+
+// ----------------------------------------------------------------------------
+// what a run may replace, and what it may say
+
+static const char run_of_text[] = "--data text --dim 16 --layers 1 --heads 2 --seq 12 --batch 2 --eval-every "
+                                  "5 --eval-batches 1";
+
+static int exists(const char *name) {
+    size_t size;
+    return slurp(name, &size) != NULL;
+}
+
+// The program must refuse with exit code 2, touch nothing and say these words.
+__attribute__((format(printf, 2, 3)))
+static void refuse_with(const char *words, const char *format, ...) {
+    char line[1024];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(line, sizeof(line), format, arguments);
+    va_end(arguments);
+    reason = words;
+    refuse(2, "%s", line);
+    reason = "";
+}
+
+// A run replaces a checkpoint, best weights or a log only if it wrote or resumed them, or is told to.
+static void test_places(void) {
+    heading("what a run replaces");
+    damaged[0] = 0;
+    int ok = !run("%s --steps 10 --out p.safetensors --log p.log", run_of_text);
+    check(ok && exists("p.best.safetensors"), "a run, its best weights and its log");
+    refuse_with("p.safetensors is there: a run of step 10, validation loss",
+                "%s --steps 3 --out p.safetensors", run_of_text);
+    refuse_with("p.best.safetensors is there: weights of step 10", "%s --steps 3 --out p",
+                run_of_text); // the same best weights
+    refuse_with("p.log is there: a log up to step 10", "%s --steps 3 --out q.safetensors --log p.log",
+                run_of_text);
+    refuse_with("one file", "%s --load p.best.safetensors --steps 3 --out p.safetensors", run_of_text);
+    refuse_with("one file", "%s --load p.safetensors --steps 3 --out p.safetensors --overwrite", run_of_text);
+    spill("notes", "my notes\n", 9);
+    refuse_with("is no log", "%s --steps 3 --out q.safetensors --log notes", run_of_text);
+    refuse_with("it is no log", "--resume p.safetensors --steps 12 --log notes");
+    refuse_with("notes is there: no checkpoint", "%s --steps 3 --out notes", run_of_text);
+    static const char *same[] = {"--out a --log a", "--out ./x --log x", "--out r --log r.best.safetensors",
+                                 "--val text",      "--out text",        "--log text"};
+    for (int i = 0; i < 6; i++) refuse_with("one file", "%s --steps 3 %s", run_of_text, same[i]);
+    refuse_with("one file", "--resume p.safetensors --steps 12 --log p.safetensors");
+    refuse_with("one file", "--resume p.safetensors --steps 12 --log p.best.safetensors");
+    run("%s --steps 4 --seed 5 --out other.safetensors --log other.log", run_of_text);
+    refuse_with("of another run", "--resume p.safetensors --steps 12 --log other.log --eval-every 0");
+    spill("void", "", 0);
+    ok = !run("%s --steps 3 --out void --log void.log", run_of_text) && exists("void.best.safetensors");
+    check(ok, "an empty file is nothing that could be lost");
+    ok = !run("%s --steps 10 --out again.safetensors --again", run_of_text);
+    ok = ok && !run("%s --steps 10 --out again.safetensors --again", run_of_text) &&
+         strstr((char *)output, "again.safetensors of the same settings and data is replaced");
+    check(ok && same_files("again.safetensors", "p.safetensors"), "--again replaces a run of the same "
+                                                                  "settings and data, and says so");
+    static const char *different[] = {"--seed 3", "--steps 11", "--lr 1e-3", "--layers 2", "--data other"};
+    for (int i = 0; i < 5; i++) {
+        char line[256];
+        snprintf(line, sizeof(line),
+                 "--data %s --dim 16 --layers %s --heads 2 --seq 12 --batch 2 --steps %s %s --out "
+                 "again.safetensors --again",
+                 i == 4 ? "other" : "text", i == 3 ? "2" : "1", i == 1 ? "11" : "10",
+                 i == 0 || i == 2 ? different[i] : "");
+        refuse_with("is there", "%s", line);
+    }
+    ok = !run("%s --steps 4 --out p.safetensors --log p.log --overwrite", run_of_text);
+    double steps[64];
+    check(ok && read_log("p.log", "step", steps, 64) == 4, "--overwrite replaces run and log");
+
+    spill("r.safetensors.lock", "", 0); // as a run in another container would hold it
+    int lock = open_work("r.safetensors.lock");
+    flock(lock, LOCK_EX);
+    uint64_t before = folder_state(0);
+    int code = run("%s --steps 3 --out r.safetensors", run_of_text);
+    check(code == 1 && strstr((char *)complaint, "another run is writing it") && folder_state(0) == before,
+          "two runs never share an --out");
+    close(lock);
+    int log = open_work("p.log");
+    flock(log, LOCK_EX);
+    code = run("--resume p.safetensors --steps 6 --log p.log");
+    check(code == 1 && strstr((char *)complaint, "another run is writing it"), "nor a --log");
+    close(log);
+    ok = !run("%s --steps 3 --out r.safetensors", run_of_text) && !exists("r.safetensors.lock");
+    check(ok, "a lock that a killed run left is taken over, and removed");
+    folder_state(1);
+    write_data();
+    release();
+}
+
+// What a stop or a kill left open is made when the run is resumed; what is said to be there is there.
+static void test_pieces(void) {
+    heading("missing pieces of resumed runs");
+    double steps[64], losses[64], scores[64];
+    size_t size = 0;
+    int ok = !run("%s --steps 12 --out a.safetensors --log a.log", run_of_text);
+    const char *log = (const char *)slurp("a.log", &size);
+    if (!check(ok && log, "a run of 12 steps")) return;
+    size_t last = size - 1;
+    while (last && log[last - 1] != '\n') last--;
+    spill("a.log", log, last); // killed before its last line
+    ok = !run("--resume a.safetensors --log a.log --eval-every 5 --eval-batches 1") &&
+         read_log("a.log", "step", steps, 64) == 12;
+    ok = ok && read_log("a.log", "val_loss", scores, 64) == 12 && isfinite(scores[11]) &&
+         read_log("a.log", "train_loss", losses, 64) == 12;
+    check(ok && steps[11] == 12 && isfinite(losses[11]), "a finished run's last log line is made at resume");
+    ok = !run("--resume a.safetensors --log a.log --eval-every 5 --eval-batches 1") &&
+         strstr((char *)output, "nothing to do");
+    check(ok, "and then there is nothing to do");
+    copy_file("a.safetensors", "b.safetensors");
+    copy_file("a.best.safetensors", "b.best.safetensors");
+    ok = !run("--resume b.safetensors --steps 13 --eval-every 0 --out c.safetensors") &&
+         same_files("c.best.safetensors", "a.best.safetensors");
+    check(ok, "resumed under another name the best weights go along");
+    discard("b.best.safetensors");
+    ok = !run("--resume b.safetensors --steps 13 --eval-every 0") && strstr((char *)output, "counts anew") &&
+         exists("b.best.safetensors");
+    check(ok, "best weights that are gone count anew, and that is said");
+    run("--data text --dim 16 --layers 1 --heads 2 --seq 12 --batch 2 --eval-every 0 --steps 6 --out "
+        "d.safetensors");
+    discard("d.best.safetensors"); // killed in the last validation
+    ok = !run("--resume d.safetensors --eval-every 0") && exists("d.best.safetensors");
+    check(ok, "best weights that a killed run never wrote are written");
+    pid_t child = start_and_wait_for_log("--run --data text --dim 16 --layers 1 --heads 2 --seq 12 --batch 1 "
+                                         "--eval-every 3 "
+                                         "--eval-batches 1000000 --steps 30 --out v.safetensors --log v.log",
+                                         "v.log", 2);
+    kill(child, SIGTERM); // most of the time in the validation of step 3
+    int code = finish(child);
+    ok = code == 130 && !run("--resume v.safetensors --log v.log --eval-every 3 --eval-batches 1000000");
+    ok = ok && !run("--data text --dim 16 --layers 1 --heads 2 --seq 12 --batch 1 --eval-every 3 "
+                    "--eval-batches 1000000 "
+                    "--steps 30 --out u.safetensors --log u.log");
+    check(ok && same_files("u.safetensors", "v.safetensors") &&
+              same_files("u.best.safetensors", "v.best.safetensors") && same_logs("u.log", "v.log", 30),
+          "a validation that a signal broke off is made up for: the bytes of a run that was not stopped");
+    run("%s --steps 12 --seed 4 --lr 1e-4 --out other.safetensors", run_of_text);
+    copy_file("other.best.safetensors", "a.best.safetensors");
+    refuse_with("not the best weights of the resumed run", "--resume a.safetensors --steps 14");
+    ok = !run("--resume c.safetensors --steps 15") && strstr((char *)output, "the schedule ends at step 12");
+    check(ok, "a schedule that is at its end is told");
+    ok = !run("--resume c.safetensors --steps 16 --lr 1e-3 --decay-steps 20") &&
+         strstr((char *)output, "--lr 0.001 in place of 0.003");
+    check(ok && strstr((char *)output, "--decay-steps 20 in place of 12"), "so is one that is changed at a "
+                                                                           "resume");
+    refuse_with("stands there twice", "%s --steps 3 --out z.safetensors --seed 3 --seed 4", run_of_text);
+    refuse_with("changes nothing", "%s --steps 3 --out z.safetensors --prompt a", run_of_text);
+    refuse_with("changes nothing", "--load a.safetensors --generate 3 --steps 4");
+    refuse_with("changes nothing", "--load a.safetensors --eval --data text --lr 1");
+    refuse_with("its bytes", "%s --steps 3 --out z.safetensors --vocab 20", run_of_text);
+    folder_state(1);
+    write_data();
+    release();
+}
+
+// Judged before it is saved: a validation that is not finite, or that had nothing to judge.
+static void test_judgement(void) {
+    heading("what is saved was judged");
+    enum { N = 4, T = 6 };
+    double scores[512];
+    char words[64];
+    static const char *wild[] = {"--eval-every 1", "--eval-every 0 --save-every 1"};
+    for (int i = 0; i < 2; i++) {
+        int code = run("--data text --overwrite --dim 16 --layers 1 --heads 2 --seq 32 --batch 4 --lr 1e3 "
+                       "--clip 0 --warmup 3 --steps 400 %s --out w.safetensors --log w.log",
+                       wild[i]);
+        const char *held = complaint ? strstr((char *)complaint, "w.safetensors holds step ") : NULL;
+        int step = held ? atoi(held + 25) : -1, lines = read_log("w.log", "val_loss", scores, 512);
+        snprintf(words, sizeof(words), "holds step %d\n", step);
+        int ok = code == 1 && step > 0 && step < 400 && lines >= step;
+        size_t size;
+        const char *log = (const char *)slurp("w.log", &size);
+        ok = ok && log && !strstr(log, "nan") && !strstr(log, "inf");
+        ok = ok && !run("--load w.safetensors --data text --eval") && isfinite(atof((char *)output + 9));
+        check(ok, "%s: a run that diverges leaves the last step whose validation is finite: %d", wild[i],
+              step);
+    }
+    int32_t *inputs = random_ids(N * T, 9, 0), *targets = random_ids(N * T, 9, 0),
+            *none = random_ids(N * T, 9, 0);
+    for (int i = 0; i < N * T; i++) none[i] = -1;
+    write_tensors("some.safetensors", N, T, inputs, targets, NULL);
+    write_tensors("none.safetensors", N, T, inputs, none, NULL);
+    int ok = !run("--data some.safetensors --val none.safetensors --dim 16 --layers 1 --heads 2 --batch 2 "
+                  "--steps 4 --eval-every 1 --out n.safetensors --log n.log");
+    read_log("n.log", "val_loss", scores, 512);
+    check(ok && isnan(scores[0]) && isnan(scores[3]) &&
+              same_tensors("n.best.safetensors", "n.best.safetensors"),
+          "a validation without a target gives no score, the last weights are kept as the best");
+    int code = run("--load n.best.safetensors --val none.safetensors --eval");
+    check(code == 1 && strstr((char *)complaint, "no targets"), "and --eval says so");
+    folder_state(1);
+    write_data();
+    release();
+}
+
+// The split that a model was validated on is what --eval evaluates, or the result says that it is not.
+static void test_split(void) {
+    heading("what --eval evaluates");
+    size_t size;
+    const char *text = (const char *)slurp("text", &size);
+    spill("held.txt", text + 3000, 1500);
+    spill("half.txt", text, 3000);
+    int ok = !run("--data half.txt --val held.txt --dim 16 --layers 1 --heads 2 --seq 12 --batch 4 --steps "
+                  "30 --eval-every 10 --out e.safetensors");
+    double of_val =
+        ok && !run("--load e.best.safetensors --val held.txt --eval") ? atof((char *)output + 9) : NAN;
+    static const char *ways[] = {"--data half.txt --val held.txt", "--data half.txt", "--data held.txt"};
+    for (int i = 0; i < 3; i++) {
+        ok = !run("--load e.best.safetensors %s --eval", ways[i]) && atof((char *)output + 9) == of_val &&
+             !strstr((char *)output, "last tenth");
+        check(ok, "%s: its validation text, %.6f", ways[i], of_val);
+    }
+    ok = !run("--load e.best.safetensors --data text --eval") && strstr((char *)output, "(the last tenth of "
+                                                                                        "text: not the text "
+                                                                                        "that the model was "
+                                                                                        "trained on)");
+    check(ok, "another text: the result says so");
+    discard("held.txt");
+    int code = run("--load e.best.safetensors --data half.txt --eval");
+    check(code == 1 && strstr((char *)complaint, "held.txt"), "its validation text is gone: refused, not the "
+                                                              "training text's loss");
+    folder_state(1);
+    write_data();
+    release();
+}
+
+static void refuse_data(const char *looks, const void *bytes, size_t size) {
+    spill("odd", bytes, size);
+    reason = looks;
+    refuse(1, "--data odd --dim 16 --layers 1 --heads 2 --seq 4 --batch 2 --steps 2 --overwrite --out "
+              "odd.safetensors");
+    reason = "";
+    int ok = !run("--data odd --format bytes --dim 16 --layers 1 --heads 2 --seq 4 --batch 2 --steps 2 "
+                  "--overwrite --out odd.safetensors");
+    check(ok && !run("--resume odd.safetensors --steps 3"),
+          "%s: --format bytes takes it, and a resumed run knows", looks);
+    release();
+}
+
+// Formats are told by what a file holds.
+static void test_formats(void) {
+    heading("formats of data");
+    enum { SIZE = 4000, N = 6, T = 8 };
+    static unsigned char bytes[2 * SIZE];
+    static const char words[] = "to be, or not to be: that is the question\n";
+    damaged[0] = 0;
+    for (int i = 0; i < SIZE; i++) bytes[2 * i] = (unsigned char)words[i % (sizeof(words) - 1)];
+    refuse_data("UTF-16", bytes, sizeof(bytes));
+    for (int i = 0; i < 2 * SIZE; i++) bytes[i] = (unsigned char)(i % 2 ? 0 : random_int(0, 64));
+    refuse_data("16-bit", bytes, sizeof(bytes));
+    for (int i = 0; i < 2 * SIZE; i++) bytes[i] = (unsigned char)random_int(0, i % 2 ? 196 : 255);
+    refuse_data("numbers", bytes, sizeof(bytes));
+    for (int i = 0; i < 2 * SIZE; i++) bytes[i] = (unsigned char)(i % 4 < 2 ? random_int(0, 255) : 0);
+    refuse_data("32-bit", bytes, sizeof(bytes));
+    memcpy(bytes, "PK\3\4", 4);
+    refuse_data("zip", bytes, sizeof(bytes));
+    memcpy(bytes, "\x89PNG", 4);
+    refuse_data("PNG", bytes, sizeof(bytes));
+    memcpy(bytes, "\xFF\xFE", 2);
+    refuse_data("UTF-16", bytes, sizeof(bytes));
+    static const char *texts[] = {"caf\xE9 au lait, s'il vous pla\xEEt; ",
+                                  "\xE4\xBD\xA0\xE5\xA5\xBD\xE4\xB8\x96\xE7\x95\x8C ",
+                                  "\x82\xB1\x82\xF1\x82\xC9\x82\xBF\x82\xCD ",
+                                  "PK is no zip archive; GIF8 no picture. ",
+                                  "e\bee\b",
+                                  "\033[1mbold\033[0m "};
+    for (int i = 0; i < 6; i++) { // Latin-1, UTF-8, Shift-JIS, letters of signatures, overstruck, escapes
+        size_t length = strlen(texts[i]);
+        for (int k = 0; k < 2 * SIZE; k++) bytes[k] = (unsigned char)texts[i][(size_t)k % length];
+        spill("text8", bytes, sizeof(bytes));
+        int ok = !run("--data text8 --dim 16 --layers 1 --heads 2 --seq 8 --batch 2 --steps 2 --overwrite "
+                      "--out t.safetensors");
+        check(ok && !complaint_size, "text number %d is taken without a word", i + 1);
+    }
+    for (int k = 0; k < SIZE; k++) bytes[k] = (unsigned char)(k % 37 == 36 ? 0 : 'a' + k % 5);
+    spill("zeros", bytes, SIZE);
+    int ok = !run("--data zeros --dim 16 --layers 1 --heads 2 --seq 8 --batch 2 --steps 2 --overwrite --out "
+                  "t.safetensors");
+    check(ok && complaint_size && strstr((char *)complaint, "108 bytes are 0"), "a text with zero bytes is "
+                                                                                "taken with a warning");
+
+    int32_t header[3] = {20240801, 7, 500};
+    static unsigned char wide[1024 + 4 * 500], narrow[1024 + 2 * 500];
+    for (int i = 0; i < 500; i++) {
+        uint32_t id = (uint32_t)random_int(0, 60000);
+        uint16_t half = (uint16_t)id;
+        memcpy(wide + 1024 + 4 * i, &id, 4);
+        memcpy(narrow + 1024 + 2 * i, &half, 2);
+    }
+    memcpy(wide, header, sizeof(header));
+    header[0] = 20240520;
+    header[1] = 1;
+    memcpy(narrow, header, sizeof(header));
+    spill("wide.bin", wide, sizeof(wide));
+    spill("narrow.bin", narrow, sizeof(narrow));
+    static const char shape[] = "--vocab 60001 --dim 4 --layers 1 --heads 2 --seq 8 --batch 2 --steps 3 "
+                                "--eval-every 0 --overwrite";
+    ok = !run("--data wide.bin %s --out a.safetensors", shape) &&
+         !run("--data narrow.bin %s --out b.safetensors", shape);
+    check(ok && same_tensors("a.safetensors", "b.safetensors"), "a Llama 3 shard of the same tokens as a "
+                                                                "GPT-2 shard trains the same weights");
+    ok = !run("--data narrow.bin --dim 2 --layers 1 --heads 1 --seq 4 --batch 1 --steps 0 --vocab 60001 "
+              "--out c.safetensors");
+    uint32_t large = 1 << 24;
+    memcpy(wide + 1024 + 40, &large, 4);
+    spill("large.bin", wide, sizeof(wide));
+    reason = "below 2^24";
+    refuse(1, "--data large.bin --dim 2 --layers 1 --heads 1 --seq 4 --batch 1 --steps 1 --out "
+              "c.safetensors");
+
+    int32_t *inputs = random_ids(N * T, 18, 0), *targets = random_ids(N * T, 18, 1);
+    inputs[5] = 18;
+    write_tensors("plain.safetensors", N, T, inputs, targets, NULL);
+    copy_file("plain.safetensors", "plain.st");
+    ok = !run("--data plain.st --dim 16 --layers 1 --heads 2 --batch 2 --steps 2 --overwrite --out "
+              "s.safetensors") &&
+         strstr((char *)output, "T 8, V 19,");
+    check(ok, "an example set is known without its name; its vocabulary is the largest id + 1, as its "
+              "metadata says less");
+    inputs[5] = 1 << 24;
+    write_tensors("far.safetensors", N, T, inputs, targets, NULL);
+    refuse(1, "--data far.safetensors --dim 2 --layers 1 --heads 1 --batch 2 --steps 1 --out c.safetensors");
+    reason = "";
+    folder_state(1);
+    write_data();
+    release();
+}
+
+// Weights in half precision, names that a shell would take apart, descriptors that are closed, characters cut
+// in two.
+static void test_oddities(void) {
+    heading("smaller things");
+    Safetensors file;
+    char path[512], error[ERROR_SIZE];
+    size_t size = 0;
+    int ok = !run("%s --steps 12 --out a.safetensors", run_of_text);
+    snprintf(path, sizeof(path), "%s/a.best.safetensors", work);
+    if (!check(ok && !safetensors_read(&file, path, error), "a checkpoint")) return;
+    FileTensor *halves = (FileTensor *)lend(sizeof(FileTensor) * (size_t)file.n_tensors);
+    for (int bf16 = 0; bf16 < 2; bf16++) {
+        double worst = 0;
+        for (int i = 0; i < file.n_tensors; i++) {
+            FileTensor *t = &halves[i];
+            *t = file.tensors[i];
+            if (strcmp(t->dtype, "F32")) continue;
+            uint16_t *numbers = (uint16_t *)lend(2 * (size_t)t->count + 2);
+            for (int64_t k = 0; k < t->count; k++) {
+                float value = (float)number_of(&file.tensors[i], k);
+                uint32_t bits;
+                memcpy(&bits, &value, 4);
+                int exponent =
+                    (int)(bits >> 23 & 255) - 127 + 15; // numbers that a half holds as normal ones, cut off
+                uint16_t half =
+                    (uint16_t)(bits >> 31 << 15 |
+                               (exponent > 0 ? (uint32_t)exponent << 10 | (bits >> 13 & 1023) : 0));
+                numbers[k] = bf16 ? (uint16_t)(bits >> 16) : half;
+            }
+            strcpy(t->dtype, bf16 ? "BF16" : "F16");
+            t->size = 2 * (size_t)t->count;
+            t->data = (const unsigned char *)numbers;
+            for (int64_t k = 0; k < t->count; k++) {
+                double value = number_of(&file.tensors[i], k), limit = bf16                   ? 1.0 / 128
+                                                                       : fabs(value) < 6.2e-5 ? 1
+                                                                                              : 1.0 / 1024;
+                worst_of(&worst, fabs((double)float_at(t, k) - value) / (fabs(value) * limit + 1e-30));
+            }
+        }
+        snprintf(path, sizeof(path), "%s/half.safetensors", work);
+        ok = !safetensors_write(path, NULL, halves, file.n_tensors, file.meta, file.n_meta, 0, error);
+        ok = ok && !run("--load half.safetensors --data text --eval") && isfinite(atof((char *)output + 9));
+        check_error(ok ? worst : NAN, 1, "weights in %s are read, their error in units of its last place",
+                    bf16 ? "BF16" : "F16");
+    }
+    static const unsigned char special[] = {
+        0, 0x7C, 0, 0xFC, 1, 0x7C, 1, 0, 0xFF, 3, 0, 0x80, 0, 0x3C}; // ±∞, NaN, 2^-24, 1023·2^-24, -0, 1
+    FileTensor t = {path, "F16", 1, {7}, 7, 14, special};
+    float f[7];
+    for (int i = 0; i < 7; i++) f[i] = float_at(&t, i);
+    ok = isinf(f[0]) && f[0] > 0 && isinf(f[1]) && f[1] < 0 && isnan(f[2]) && f[3] == ldexpf(1, -24) &&
+         f[4] == ldexpf(1023, -24) && f[5] == 0 && f[6] == 1;
+    check(ok, "F16: infinities, NaN, the smallest numbers");
+    safetensors_free(&file);
+
+    pid_t child = start_and_wait_for_log("--run --data text --dim 16 --layers 1 --heads 2 --seq 12 --batch 2 "
+                                         "--steps 100000 --out it's~$a.safetensors --log it's.log",
+                                         "it's.log", 3);
+    kill(child, SIGTERM);
+    kill(child, SIGINT);
+    usleep(20000);
+    kill(child, SIGTERM);
+    int code = finish(child);
+    char *command = output ? strstr((char *)output, "go on with: ") : NULL;
+    ok = code == 130 && command && strstr(command, " --resume 'it'\\''s $a.safetensors' ") &&
+         exists("it's $a.safetensors");
+    check(ok, "three signals, and a name that a shell takes apart: saved, and the command is quoted");
+    char shell[1024];
+    snprintf(shell, sizeof(shell), "cd %s && printf %%s %s", work, command ? strstr(command, "'it") : "");
+    FILE *pipe = popen(shell, "r");
+    char word[256] = "";
+    if (pipe && !fgets(word, sizeof(word), pipe)) word[0] = 0;
+    if (pipe) pclose(pipe);
+    check(!strncmp(word, "it's $a.safetensors", 19), "a shell reads it as the same name");
+
+    fflush(stdout);
+    if (!(child = fork())) { // with 0, 1 and 2 closed
+        char *words[] = {self,
+                         (char *)"--run",
+                         (char *)"--data",
+                         (char *)"text",
+                         (char *)"--dim",
+                         (char *)"16",
+                         (char *)"--layers",
+                         (char *)"1",
+                         (char *)"--heads",
+                         (char *)"2",
+                         (char *)"--seq",
+                         (char *)"12",
+                         (char *)"--batch",
+                         (char *)"2",
+                         (char *)"--steps",
+                         (char *)"3",
+                         (char *)"--out",
+                         (char *)"z.safetensors",
+                         (char *)"--log",
+                         (char *)"z.log",
+                         NULL};
+        if (chdir(work)) _exit(126);
+        close(0);
+        close(1);
+        close(2);
+        execv(self, words);
+        _exit(127);
+    }
+    int status = 0;
+    waitpid(child, &status, 0);
+    double steps[8];
+    ok = WIFEXITED(status) && WEXITSTATUS(status) == 1 && read_log("z.log", "step", steps, 8) == 3;
+    check(ok && !strncmp((char *)slurp("z.log", &size), "{\"step\": 1, ", 12), "descriptors 0 to 2 closed: "
+                                                                               "the log holds the log alone");
+
+    snprintf(path, sizeof(path), "%s/link.safetensors", work);
+    ok = !symlink("there.safetensors", path) && !run("%s --steps 3 --out link.safetensors", run_of_text);
+    struct stat info;
+    check(ok && exists("there.safetensors") && !lstat(path, &info) && S_ISLNK(info.st_mode), "a link to a "
+                                                                                             "file that is "
+                                                                                             "not there yet "
+                                                                                             "stays a link");
+
+    static const unsigned char cut[] = "a\xC3\xA9\xE2\x82\xAC\xF0\x9F\x98\x80\xFF\x80"
+                                       "b\xE2\x82"; // é, €, an emoji, no UTF-8, half a €
+    snprintf(path, sizeof(path), "%s/print", work);
+    fflush(stdout);
+    int kept = dup(1), to = open(path, O_RDWR | O_CREAT | O_TRUNC, 0666);
+    dup2(to, 1);
+    Character character = {{0}, 0};
+    int whole = 1;
+    for (size_t i = 0; i < sizeof(cut) - 1; i++) {
+        print_byte(&character, cut[i]);
+        fflush(stdout);
+        off_t at = lseek(to, 0, SEEK_END);
+        whole = whole && (at == 0 || at == 1 || at == 3 || at == 6 || at >= 10);
+    }
+    dup2(kept, 1);
+    close(kept);
+    close(to);
+    const unsigned char *printed = slurp("print", &size);
+    check(whole && printed && size == sizeof(cut) - 3 && !memcmp(printed, cut, size), "generation prints "
+                                                                                      "whole characters, and "
+                                                                                      "what is no UTF-8 as "
+                                                                                      "it is");
+    folder_state(1);
+    write_data();
     release();
 }
 
@@ -1917,21 +2452,37 @@ static void test_edges(void) {
     for (int i = 0; i < N_MIXERS; i++) {
         const char *name = mixers[i].name;
         double loss[8], val[8];
-        int ok = !run("--data text --overwrite --mixer %s --dim 2 --heads 1 --layers 1 --seq 1 --batch 1 --steps 3 --eval-every 1 --out e.safetensors --log e.log", name);
+        int ok = !run("--data text --overwrite --mixer %s --dim 2 --heads 1 --layers 1 --seq 1 --batch 1 "
+                      "--steps 3 --eval-every 1 --out e.safetensors --log e.log",
+                      name);
         check(ok && read_log("e.log", "train_loss", loss, 8) == 3 && fabs(loss[0] - log(12)) < 0.5, "%s: T 1, B 1, D 2", name);
         ok = !run("--load e.safetensors --generate 5 --prompt c") && output_size == 7 && !run("--load e.safetensors --generate 5 --prompt cdefghij") && output_size == 14;
         ok = ok && !run("--load e.safetensors --generate 5 --window 3 --prompt cdefghij") && output_size == 14 && !run("--load e.safetensors --generate 5") && output_size == 6;
         check(ok, "%s: a prompt of one token, one longer than the window, none", name);
-        ok = !run("--data same --overwrite --mixer %s --dim 2 --heads 1 --layers 2 --seq 5 --batch 2 --steps 3 --eval-every 1 --out v.safetensors --log v.log", name);
+        ok = !run("--data same --overwrite --mixer %s --dim 2 --heads 1 --layers 2 --seq 5 --batch 2 --steps "
+                  "3 --eval-every 1 --out v.safetensors --log v.log",
+                  name);
         ok = ok && read_log("v.log", "train_loss", loss, 8) == 3 && read_log("v.log", "val_loss", val, 8) == 3 && loss[0] == 0 && loss[2] == 0 && val[2] == 0;
         check(ok && !run("--load v.safetensors --generate 5") && !strcmp((char *)output, "aaaaa\n"), "%s: text of one distinct byte, V 1: loss 0", name);
-        ok = !run("--data wide.bin --overwrite --vocab 65536 --mixer %s --dim 2 --heads 1 --layers 1 --seq 3 --batch 2 --steps 2 --eval-every 0 --out w.safetensors --log w.log", name);
+        ok = !run("--data wide.bin --overwrite --vocab 65536 --mixer %s --dim 2 --heads 1 --layers 1 --seq 3 "
+                  "--batch 2 --steps 2 --eval-every 0 --out w.safetensors --log w.log",
+                  name);
         ok = ok && read_log("w.log", "train_loss", loss, 8) == 2 && fabs(loss[0] - log(65536)) < 0.05;
         check(ok && !run("--load w.safetensors --generate 3 --prompt 65535") && !strncmp((char *)output, "65535 ", 6), "%s: V 65536", name);
-        ok = !run("--data none.safetensors --val nothing.safetensors --mixer %s " TINY "--batch 2 --warmup 5 --seq 6 --steps 2 --weight-decay 0 --eval-every 0 --out m.safetensors --log m.log", name);
+        ok = !run("--data none.safetensors --val nothing.safetensors --mixer %s " TINY "--batch 2 --warmup 5 "
+                                                                                       "--seq 6 --steps 2 "
+                                                                                       "--weight-decay 0 "
+                                                                                       "--eval-every 0 --out "
+                                                                                       "m.safetensors --log "
+                                                                                       "m.log",
+                  name);
         ok = ok && read_log("m.log", "train_loss", loss, 8) == 2 && loss[0] == 0 && loss[1] == 0 && read_log("m.log", "grad_norm", loss, 8) == 2 && loss[0] == 0;
-        ok = ok && !run("--data none.safetensors --val nothing.safetensors --mixer %s " TINY "--batch 2 --warmup 5 --seq 6 --steps 1 --weight-decay 0 --eval-every 0 --out n.safetensors", name);
-        check(ok && same_tensors("m.best.safetensors", "n.best.safetensors"), "%s: all targets ignored: loss and gradient 0, the weights do not move", name);
+        ok = ok && !run("--data none.safetensors --val nothing.safetensors --mixer %s " TINY
+                        "--batch 2 --warmup 5 --seq 6 --steps 1 --weight-decay 0 --eval-every 0 --out "
+                        "n.safetensors",
+                        name);
+        check(ok && same_tensors("m.best.safetensors", "n.best.safetensors"),
+              "%s: all targets ignored: loss and gradient 0, the weights do not move", name);
     }
     for (int i = 0; i < N_MIXERS; i++) { // the last sample is what the saved weights generate
         const char *name = mixers[i].name;
@@ -1943,6 +2494,358 @@ static void test_edges(void) {
         check(ok, "%s: samples while training are those of the saved weights, and change no bit of the run", name);
     }
     chance = before;
+    release();
+}
+
+// Writes a file of a machine that is not this one, in the work folder's subfolder `there`.
+static void pretend(const char *name, const char *text) {
+    char path[512];
+    snprintf(path, sizeof(path), "%s/there/%s", work, name);
+    for (char *slash = path + strlen(work) + 1; (slash = strchr(slash, '/')); slash++) {
+        *slash = 0;
+        mkdir(path, 0777);
+        *slash = '/';
+    }
+    snprintf(path, sizeof(path), "there/%s", name);
+    spill(path, text, strlen(text));
+}
+
+static void forget(const char *path) { // removes a folder with all that it holds
+    char inner[600];
+    DIR *dir = opendir(path);
+    for (struct dirent *entry; dir && (entry = readdir(dir)) != NULL;) {
+        if (!strcmp(entry->d_name, ".") || !strcmp(entry->d_name, "..")) continue;
+        snprintf(inner, sizeof(inner), "%.300s/%.255s", path, entry->d_name);
+        if (unlink(inner)) forget(inner);
+    }
+    if (dir) closedir(dir);
+    rmdir(path);
+}
+
+#if defined(_OPENMP) && defined(__linux__)
+static void without_wishes(void) { // the environment of a user who wishes for nothing
+    static const char *const names[] = {"OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_PROC_BIND", "OMP_PLACES", "KMP_BLOCKTIME"};
+    for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++) unsetenv(names[i]);
+}
+static void on_one_core(void) {
+    without_wishes();
+    cpu_set_t all, one;
+    CPU_ZERO(&one);
+    sched_getaffinity(0, sizeof(all), &all);
+    for (int i = 0; i < CPU_SETSIZE && !CPU_COUNT(&one); i++)
+        if (CPU_ISSET(i, &all)) CPU_SET(i, &one);
+    sched_setaffinity(0, sizeof(one), &one);
+}
+#endif
+
+#if defined(_OPENMP) && defined(__linux__) && !defined(KMP_VERSION_MAJOR)
+// Whether the environment with which a program was started last holds the text.
+static int started_with(pid_t child, const char *text) {
+    static char environment[1 << 16];
+    char path[64];
+    snprintf(path, sizeof(path), "/proc/%d/environ", (int)child);
+    int fd = open(path, O_RDONLY);
+    ssize_t n = fd < 0 ? 0 : read(fd, environment, sizeof(environment));
+    if (fd >= 0) close(fd);
+    return n > 0 && memmem(environment, (size_t)n, text, strlen(text)) != NULL;
+}
+#endif
+
+static void test_threads_allowed(void) {
+    heading("as many threads as the process may use, and how they wait");
+    static const struct { const char *name, *files[4][2]; int threads; } cases[] = {
+        {"no /sys, no /proc", {{NULL, NULL}}, 8},
+        {"version 2, no quota", {{"proc/self/cgroup", "0::/a\n"}, {"sys/fs/cgroup/a/cpu.max", "max 100000\n"}}, 8},
+        {"version 2, 1.5 cores", {{"proc/self/cgroup", "0::/a\n"}, {"sys/fs/cgroup/a/cpu.max", "150000 100000\n"}}, 2},
+        {"version 2, half a core further up", {{"proc/self/cgroup", "0::/a/b/c\n"}, {"sys/fs/cgroup/a/cpu.max", "10000 20000\n"}, {"sys/fs/cgroup/a/b/c/cpu.max", "300000 100000\n"}}, 1},
+        {"version 2 in a container, 3 cores", {{"proc/self/cgroup", "0::/\n"}, {"sys/fs/cgroup/cpu.max", "300000 100000\n"}}, 3},
+        {"version 1 in a container, 2.2 cores", {{"proc/self/cgroup", "5:memory:/m\n3:cpuacct,cpu:/docker/0a1b\n"}, {"sys/fs/cgroup/cpu/cpu.cfs_quota_us", "220000\n"}, {"sys/fs/cgroup/cpu/cpu.cfs_period_us", "100000\n"}}, 3},
+        {"version 1, no quota", {{"proc/self/cgroup", "3:cpu:/a\n"}, {"sys/fs/cgroup/cpu/a/cpu.cfs_quota_us", "-1\n"}, {"sys/fs/cgroup/cpu/a/cpu.cfs_period_us", "100000\n"}}, 8},
+        {"version 1, another controller's", {{"proc/self/cgroup", "3:cpuset:/a\n"}, {"sys/fs/cgroup/cpu/a/cpu.cfs_quota_us", "100000\n"}, {"sys/fs/cgroup/cpu/a/cpu.cfs_period_us", "100000\n"}}, 8},
+    };
+    char root[96];
+    snprintf(root, sizeof(root), "%s/there", work);
+    for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+        for (int f = 0; f < 4 && cases[i].files[f][0]; f++) pretend(cases[i].files[f][0], cases[i].files[f][1]);
+        int threads = threads_within(root, 8);
+        check(threads == cases[i].threads, "%s: %d of 8 threads", cases[i].name, threads);
+        forget(root);
+    }
+#if defined(_OPENMP) && defined(__linux__)
+    prepare_child = on_one_core;
+    int code = run("--data text " TINY "--seq 12 --batch 2 --steps 1 --eval-every 0 --out u.safetensors");
+    check(!code && output && strstr((char *)output, ", 1 threads,"), "bound to one core: 1 thread, told at the start");
+    prepare_child = NULL;
+    n_threads = "3";
+    code = run("--data text " TINY "--seq 12 --batch 2 --steps 1 --eval-every 0 --out u.safetensors");
+    check(!code && output && strstr((char *)output, ", 3 threads,"), "OMP_NUM_THREADS=3 rules");
+    n_threads = "2";
+#endif
+#if defined(_OPENMP) && defined(__linux__) && !defined(KMP_VERSION_MAJOR)
+    static const char line[] = "--run --data text " SMALL "--steps 100000 --eval-every 0 --out u.safetensors --log u.log";
+    for (int wishes = 0; wishes < 2; wishes++) {
+        discard("u.log");
+        prepare_child = wishes ? NULL : without_wishes; // the test itself runs with OMP_WAIT_POLICY=passive
+        pid_t child = start_and_wait_for_log(line, "u.log", 2);
+        int bounded = started_with(child, "GOMP_SPINCOUNT="), again = started_with(child, "SESSA_STARTED_AGAIN=");
+        kill(child, SIGINT);
+        code = finish(child);
+        if (wishes) check(code == 130 && !bounded && !again, "OMP_WAIT_POLICY set: that rules, the program is started once");
+        else check(code == 130 && bounded == again && (again || omp_get_num_procs() == 1), "waiting is bounded: started again, once, with GOMP_SPINCOUNT");
+    }
+    prepare_child = NULL;
+    fflush(stdout);
+    pid_t child = fork();
+    if (!child) { // what has been started again, and what finds a mark that is not its own
+        char mark[32], *none[] = {self, NULL};
+        without_wishes();
+        snprintf(mark, sizeof(mark), "%d", (int)getpid());
+        setenv("GOMP_SPINCOUNT", "1000", 1);
+        setenv("SESSA_STARTED_AGAIN", mark, 1);
+        start_again(none);
+        int clean = !getenv("GOMP_SPINCOUNT") && !getenv("SESSA_STARTED_AGAIN");
+        setenv("GOMP_SPINCOUNT", "7", 1);
+        setenv("SESSA_STARTED_AGAIN", "1", 1);
+        start_again(none);
+        _exit(clean && getenv("GOMP_SPINCOUNT") && !getenv("SESSA_STARTED_AGAIN") ? 0 : 1);
+    }
+    check(!finish(child), "then its environment is as it was before");
+#endif
+    release();
+}
+
+static void on_small_stacks(void) {
+    struct rlimit limit = {256 << 10, 256 << 10};
+    setrlimit(RLIMIT_STACK, &limit);
+    setenv("OMP_STACKSIZE", "128k", 1);
+}
+
+static void test_stacks(void) {
+    heading("stacks of 128 KiB a thread, 256 KiB for the first");
+    prepare_child = on_small_stacks;
+    for (int i = 0; i < N_MIXERS; i++) { // threads at products together; each at whole sequences
+        const char *name = mixers[i].name;
+        int ok = !run("--data text --overwrite --mixer %s --dim 96 --layers 2 --heads 4 --seq 200 --batch 4 --steps 2 --eval-every 1 --sample-every 2 --log s.log --out s.safetensors", name);
+        ok = ok && !run("--data text --overwrite --mixer %s --dim 96 --layers 1 --heads 1 --seq 300 --batch 1 --steps 2 --eval-every 0 --out s.safetensors", name);
+        ok = ok && (IS_DOUBLE || !run("--resume s.safetensors --steps 3 --eval-every 0")) && !run("--load s.best.safetensors --generate 20");
+        check(ok, "%s: trains, saves, resumes and generates", name);
+    }
+    prepare_child = NULL;
+    release();
+}
+
+#if defined(__linux__) && !defined(__SANITIZE_ADDRESS__)
+static int bounded_resource;
+static void with_half_a_gib(void) {
+    struct rlimit limit = {512 << 20, 512 << 20};
+    setrlimit(bounded_resource, &limit);
+}
+#endif
+
+static void test_memory_limits(void) {
+    heading("what does not fit is refused before it is touched");
+    run("--data text " SMALL "--steps 2 --out good.safetensors");
+    static const char meminfo[] = "MemTotal:  800000 kB\nMemFree:  3 kB\nMemAvailable:  409600 kB\nSwapFree:  0 kB\n";
+    static const struct { const char *name, *files[5][2]; double mib; const char *who; } cases[] = {
+        {"the machine", {{"proc/meminfo", meminfo}}, 400, "this machine"},
+        {"the machine, 100 MiB of swap", {{"proc/meminfo", "MemAvailable:  409600 kB\nSwapFree:  102400 kB\n"}}, 500, "this machine"},
+        {"version 2", {{"proc/meminfo", meminfo}, {"proc/self/cgroup", "0::/a\n"}, {"sys/fs/cgroup/a/memory.max", "104857600\n"}, {"sys/fs/cgroup/a/memory.current", "62914560\n"}}, 40, "its cgroup"},
+        {"version 2, half of it cache of files", {{"proc/meminfo", meminfo}, {"proc/self/cgroup", "0::/a\n"}, {"sys/fs/cgroup/a/memory.max", "104857600\n"}, {"sys/fs/cgroup/a/memory.current", "62914560\n"}, {"sys/fs/cgroup/a/memory.stat", "anon 31457280\ninactive_file 20971520\nactive_file 10485760\n"}}, 70, "its cgroup"},
+        {"version 2, further up", {{"proc/meminfo", meminfo}, {"proc/self/cgroup", "0::/a/b\n"}, {"sys/fs/cgroup/a/b/memory.max", "max\n"}, {"sys/fs/cgroup/a/memory.max", "104857600\n"}, {"sys/fs/cgroup/a/memory.current", "94371840\n"}}, 10, "its cgroup"},
+        {"version 1 in a container", {{"proc/meminfo", meminfo}, {"proc/self/cgroup", "4:memory:/docker/0a1b\n"}, {"sys/fs/cgroup/memory/memory.limit_in_bytes", "209715200\n"}, {"sys/fs/cgroup/memory/memory.usage_in_bytes", "209715201\n"}, {"sys/fs/cgroup/memory/memory.stat", "inactive_file 7\ntotal_inactive_file 1048577\n"}}, 1, "its cgroup"},
+        {"version 1, no limit", {{"proc/meminfo", meminfo}, {"proc/self/cgroup", "4:memory:/a\n"}, {"sys/fs/cgroup/memory/a/memory.limit_in_bytes", "9223372036854771712\n"}, {"sys/fs/cgroup/memory/a/memory.usage_in_bytes", "1\n"}}, 400, "this machine"},
+    };
+    char root[96];
+    snprintf(root, sizeof(root), "%s/there", work);
+    for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+        for (int f = 0; f < 5 && cases[i].files[f][0]; f++) pretend(cases[i].files[f][0], cases[i].files[f][1]);
+        MemoryLeft left = memory_left(root);
+        check(left.bytes == cases[i].mib * 0x1p20 && !strcmp(left.who, cases[i].who), "%s: %s leaves %.1f MiB", cases[i].name, left.who, left.bytes / 0x1p20);
+        forget(root);
+    }
+#if defined(__linux__) && !defined(__SANITIZE_ADDRESS__) // whose shadow is larger than any limit
+    static const struct { int resource; const char *name, *options; } limits[] = {
+        {RLIMIT_AS, "ulimit -v", "--data text --dim 2048 --layers 2 --seq 12 --batch 2 --steps 1 --out u.safetensors"},
+        {RLIMIT_DATA, "ulimit -d", "--data text --dim 16 --layers 1 --seq 500 --batch 4000 --steps 1 --out u.safetensors"},
+        {RLIMIT_AS, "ulimit -v", "--data sparse --format bytes " TINY "--steps 1 --out u.safetensors"},
+        {RLIMIT_DATA, "ulimit -d", "--load good.safetensors --generate 900000000"},
+    };
+    char path[256];
+    spill("sparse", "", 0);
+    snprintf(path, sizeof(path), "%s/sparse", work);
+    int made = !truncate(path, 1 << 30);
+    prepare_child = with_half_a_gib;
+    for (int i = 0; i < 4; i++) {
+        struct rusage usage;
+        char line[512];
+        int status = 0;
+        bounded_resource = limits[i].resource;
+        snprintf(line, sizeof(line), "--run %s", limits[i].options);
+        pid_t child = start(line);
+        wait4(child, &status, 0, &usage);
+        complaint = slurp("../stderr", &complaint_size);
+        const char *first = (const char *)complaint, *end = first ? strchr(first, '\n') : NULL;
+        int told = end && !end[1] && strstr(first, "does not fit: it needs ") && strstr(first, limits[i].name);
+        if (told) complaint[end - first] = 0;
+        check(made && WIFEXITED(status) && WEXITSTATUS(status) == 1 && told && usage.ru_maxrss < 100 << 10, "%s of 512 MiB, %ld MiB touched: %.100s",
+              limits[i].name, (long)usage.ru_maxrss >> 10, told ? strstr(first, "it needs") : "not refused");
+    }
+    prepare_child = NULL;
+    discard("sparse");
+#endif
+    release();
+}
+
+// A terminal, as far as the program's lines go: a window of so many columns, the rows that went up included.
+enum { SCREEN_ROWS = 400, SCREEN_COLUMNS = 256 };
+typedef struct {
+    char rows[SCREEN_ROWS][SCREEN_COLUMNS + 1];
+    int columns, row, column, wraps, in_command, commands; // wraps: of lines of steps; commands: escape sequences
+} Screen;
+
+static void show(Screen *s, const char *bytes, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        char c = bytes[i], *row = s->rows[s->row];
+        if (c == 27) s->in_command = 1;
+        else if (s->in_command) {
+            s->in_command = !isalpha((unsigned char)c);
+            if (c != 'J') continue;
+            s->commands++;
+            memset(row + s->column, 0, (size_t)(SCREEN_COLUMNS - s->column));
+            memset(s->rows + s->row + 1, 0, sizeof(s->rows[0]) * (size_t)(SCREEN_ROWS - 1 - s->row));
+        } else if (c == '\r') s->column = 0;
+        else if (c == '\n') s->row += s->row + 1 < SCREEN_ROWS;
+        else {
+            if (s->column == s->columns) {
+                s->wraps += !strncmp(row, "step", 4) || !strncmp(row, "val", 3) || !strncmp(row, "loss", 4);
+                s->column = 0;
+                s->row += s->row + 1 < SCREEN_ROWS;
+            }
+            for (int k = 0; k < s->column; k++) if (!s->rows[s->row][k]) s->rows[s->row][k] = ' ';
+            s->rows[s->row][s->column++] = c;
+        }
+    }
+}
+
+static int terminal_fd;
+static const char *terminal_name, *terminal_type;
+static void at_terminal(void) {
+    setsid();
+    int fd = open(terminal_name, O_RDWR);
+#ifdef TIOCSCTTY
+    ioctl(fd, TIOCSCTTY, 0);
+#endif
+    dup2(fd, 0);
+    dup2(fd, 1);
+    dup2(fd, 2);
+    close(terminal_fd);
+    setenv("TERM", terminal_type, 1);
+    unsetenv("COLUMNS");
+}
+
+static void resize(Screen *s, int columns) {
+    struct winsize size;
+    memset(&size, 0, sizeof(size));
+    size.ws_col = (unsigned short)columns;
+    size.ws_row = 24;
+    ioctl(terminal_fd, TIOCSWINSZ, &size);
+    s->columns = columns ? columns : 80;
+}
+
+// Shows what comes within so many milliseconds of silence, or up to the text; 0 at the end of it all.
+static int watch(Screen *s, int patience, const char *text) {
+    static char bytes[1 << 16];
+    struct pollfd ready = {terminal_fd, POLLIN, 0};
+    while (poll(&ready, 1, patience) > 0) {
+        ssize_t n = read(terminal_fd, bytes, sizeof(bytes));
+        if (n <= 0) return 0;
+        show(s, bytes, (size_t)n);
+        if (text && memmem(bytes, (size_t)n, text, strlen(text))) break;
+    }
+    return 1;
+}
+
+static pid_t start_at_terminal(Screen *s, int columns, const char *type, const char *line) {
+    memset(s, 0, sizeof(*s));
+    terminal_fd = posix_openpt(O_RDWR | O_NOCTTY);
+    if (terminal_fd < 0 || grantpt(terminal_fd) || unlockpt(terminal_fd) || !(terminal_name = ptsname(terminal_fd))) return -1;
+    int slave = open(terminal_name, O_RDWR | O_NOCTTY); // macOS takes a size only while someone has it open
+    resize(s, columns);
+    terminal_type = type;
+    prepare_child = at_terminal;
+    pid_t child = start(line);
+    prepare_child = NULL;
+    close(slave);
+    return child;
+}
+
+static void test_terminal(void) {
+    heading("the line of a step: in place on a terminal of any width, often enough in a file");
+    static const struct { int columns; const char *type, *row; } cases[] = {
+        {20, "xterm", "val "}, {40, "xterm", "step 10/30 | loss "}, {80, "xterm", "step 10/30 | loss "},
+        {200, "xterm", "step 10/30 | loss "}, {0, "xterm", "step 10/30 | loss "}, {40, "dumb", "step 10/30 | loss "}};
+    static Screen s;
+    int status = 0;
+    for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+        pid_t child = start_at_terminal(&s, cases[i].columns, cases[i].type, "--run --data text " SMALL "--steps 30 --eval-every 10 --eval-batches 2 --out y.safetensors");
+        if (child < 0) { check(0, "no pseudo-terminal"); return; }
+        while (watch(&s, 60000, NULL)) continue;
+        waitpid(child, &status, 0);
+        close(terminal_fd);
+        int rows = 0, whole = 0, spaces = 0;
+        const char *first = "";
+        for (int r = 0; r < SCREEN_ROWS; r++) {
+            char *row = s.rows[r], *val = strstr(row, "val "), *end = row + strlen(row);
+            while (end > row && end[-1] == ' ') *--end = 0;
+            if (strncmp(row, "step", 4) && strncmp(row, "val ", 4) && strncmp(row, "loss", 4)) continue;
+            if (!rows++) first = row;
+            strtod(val ? val + 4 : row, &end);
+            whole += val && (!*end || (rows == 3 && end[0] == ' ' && end[1] == '(')); // nothing of a longer line behind it
+            spaces += strstr(row, "  ") != NULL;
+        }
+        int dumb = !strcmp(cases[i].type, "dumb");
+        check(!status && rows == 3 && whole == 3 && !spaces && !s.wraps && !strncmp(first, cases[i].row, strlen(cases[i].row)) && (s.commands == 0) == dumb,
+              "%d columns, %s: three validations, nothing else stays: %s", cases[i].columns, cases[i].type, first);
+    }
+    pid_t child = start_at_terminal(&s, 80, "xterm", "--run --data text " SMALL "--steps 100000 --eval-every 0 --out y.safetensors");
+    watch(&s, 60000, "step 5/");
+    kill(child, SIGSTOP);
+    waitpid(child, &status, WUNTRACED);
+    watch(&s, 100, NULL);
+    int before = s.wraps, left = (int)strlen(s.rows[s.row]);
+    resize(&s, 40);
+    kill(child, SIGCONT);
+    for (int i = 0; i < 30; i++) watch(&s, 60000, "step");
+    int narrow = (int)strlen(s.rows[s.row]), more = s.wraps - before;
+    check(!before && left > 60 && left < 80 && narrow > 20 && narrow < 40 && more <= 1, "made narrower, from 80 to 40 columns: the next line fits, %d and then %d wide", left, narrow);
+    if (write(terminal_fd, "\3", 1) != 1) check(0, "Ctrl-C cannot be typed");
+    while (watch(&s, 60000, NULL)) continue;
+    waitpid(child, &status, 0);
+    close(terminal_fd);
+    int ending = 0, hint = 0;
+    for (int r = 0; r < SCREEN_ROWS; r++) {
+        ending += !strncmp(s.rows[r], "ending after this step", 22);
+        hint += !strncmp(s.rows[r], "go on with: ", 12);
+    }
+    check(WIFEXITED(status) && WEXITSTATUS(status) == 130 && ending == 1 && hint == 1, "Ctrl-C: what is said of it begins a row");
+    int code = run("--data text " SMALL "--steps 250 --eval-every 120 --eval-batches 1 --out y.safetensors"), lines = 0;
+    for (const char *at = (char *)output; at && (at = strstr(at, "step ")); at++) lines += at == (char *)output || at[-1] == '\n';
+    check(!code && lines == 6 && !memchr(output, 27, output_size) && !memchr(output, '\r', output_size), "a file: steps 1, 100, 120, 200, 240, 250, and no command of a terminal");
+    Options o;
+    Training t;
+    memset(&o, 0, sizeof(o));
+    memset(&t, 0, sizeof(t));
+    Step quick = {7, 1, 1, 1, 1, 0.1}, slow = {7, 1, 1, 1, 1, 4}, slower = {7, 1, 1, 1, 1, 11}, of_before = {7, 1, 1, 1, 1, NAN};
+    int standard_output = dup(STDOUT_FILENO), null = open("/dev/null", O_WRONLY);
+    fflush(stdout);
+    dup2(null, STDOUT_FILENO); // no terminal
+    o.step = 7;
+    int often = !is_printed(&o, &t, &quick, 9.8) && is_printed(&o, &t, &quick, 9.95) && !is_printed(&o, &t, &slow, 4) && is_printed(&o, &t, &slow, 8) &&
+                is_printed(&o, &t, &slower, 11) && !is_printed(&o, &t, &of_before, 3);
+    dup2(standard_output, STDOUT_FILENO);
+    close(standard_output);
+    close(null);
+    check(often, "a file: silent for ten seconds at most, where no step takes longer");
     release();
 }
 
@@ -1986,8 +2889,18 @@ static void test_program(const glob_t *dumps) {
         test_resume();
         if (!ON_GPU) test_files();
         if (!ON_GPU) test_long_runs();
+        if (!ON_GPU) test_places();
+        if (!ON_GPU) test_pieces();
+        if (!ON_GPU) test_judgement();
+        if (!ON_GPU) test_split();
+        if (!ON_GPU) test_formats();
+        if (!ON_GPU) test_oddities();
         if (!ON_GPU) test_edges();
+        if (!ON_GPU) test_memory_limits();
+        if (!ON_GPU) test_terminal();
     }
+    if (!ON_GPU) test_threads_allowed();
+    if (!ON_GPU) test_stacks();
     if (!ON_GPU) test_threads();
     if (!ON_GPU) test_order();
     setenv("TEST_PRECISION", "fp32", 1); // for texts that the CPU's forward passes give
@@ -2032,6 +2945,11 @@ template <typename X> static void fetch_activations(ModelGPU<X> *g, Model *m) {
     }
 }
 
+// Panels of height P, 0: as the model chose them
+template <typename X> static void ask_height(ModelGPU<X> *g, int P) {
+    g->ways = ways_of<X>(&g->host.config, g->host.B, g->host.T, P, P == 0);
+    g->host.P = P;
+}
 static Model *tested_create(const Config *c, int B, int T, Mode mode, char *error) {
     tested_gpu = backend_gpu()->create(c, B, T, mode, error);
     return tested_gpu ? model_create(c, B, T, mode, error) : NULL;
@@ -2046,7 +2964,8 @@ static void hand_over(Model *m, Block block, const real *from) {
 }
 static void tested_forward(Model *m, const int *inputs, const int *targets, int B, int T, Dropout drop) {
     hand_over(m, PARAMS, m->params);
-    tested_gpu->P = m->P;
+    if (gpu.precision == BF16) ask_height((ModelGPU<bf16> *)tested_gpu, m->P);
+    else ask_height((ModelGPU<float> *)tested_gpu, m->P);
     backend_gpu()->forward(tested_gpu, inputs, targets, B, T, drop);
     if (gpu.precision == BF16) fetch_activations((ModelGPU<bf16> *)tested_gpu, m);
     else fetch_activations((ModelGPU<float> *)tested_gpu, m);
@@ -2067,12 +2986,25 @@ static double tested_update(Model *m, AdamW o, double clip, int64_t step) {
     return length;
 }
 
-// Device memory of a test, freed at its end. What the host and the device both read is rounded to X on either side.
-static void *gpu_lent[4096];
+// Device memory of a test, freed at its end, a guard band behind each piece. What the host and the device both read
+// is rounded to X on either side.
+static struct { void *at; size_t bytes; } gpu_lent[4096];
 static int n_gpu_lent;
+template <typename Y> static Y *gpu_lend(int64_t n) {
+    size_t bytes = (size_t)n * sizeof(Y);
+    char *memory;
+    CUDA(cudaMalloc((void **)&memory, bytes + GUARD));
+    guard(memory + bytes, memory + bytes + GUARD, "buffer lent to a test", n_gpu_lent);
+    gpu_lent[n_gpu_lent++] = {memory, bytes + GUARD};
+    return (Y *)memory;
+}
 static void gpu_release(void) {
     CUDA(cudaStreamSynchronize(gpu.stream));
-    while (n_gpu_lent) CUDA(cudaFree(gpu_lent[--n_gpu_lent]));
+    while (n_gpu_lent) {
+        n_gpu_lent--;
+        unguard(gpu_lent[n_gpu_lent].at, gpu_lent[n_gpu_lent].bytes);
+        CUDA(cudaFree(gpu_lent[n_gpu_lent].at));
+    }
     release();
 }
 static float value_of(float x) { return x; }
@@ -2080,23 +3012,22 @@ static float value_of(bf16 x) { return __bfloat162float(x); }
 static void set_value(float *x, float value) { *x = value; }
 static void set_value(bf16 *x, float value) { *x = __float2bfloat16(value); }
 template <typename X> static X *on_gpu(real *host, int64_t n) { // a copy; host is rounded
-    X *device, *numbers = (X *)malloc((size_t)(n + 1) * sizeof(X));
+    X *device = gpu_lend<X>(n), *numbers = (X *)malloc((size_t)(n + 1) * sizeof(X));
     for (int64_t i = 0; i < n; i++) {
         set_value(&numbers[i], host[i]);
         host[i] = value_of(numbers[i]);
     }
-    CUDA(cudaMalloc((void **)&device, (size_t)(n + 1) * sizeof(X)));
     CUDA(cudaMemcpy(device, numbers, (size_t)n * sizeof(X), cudaMemcpyHostToDevice));
     free(numbers);
-    return (X *)(gpu_lent[n_gpu_lent++] = device);
+    return device;
 }
 template <typename X> static X *gpu_poison(int64_t n) { return on_gpu<X>(poison(n), n); }
 static int *ids_on_gpu(const int *ids, int64_t n) {
-    int *device;
-    CUDA(cudaMalloc((void **)&device, (size_t)n * sizeof(int)));
+    int *device = gpu_lend<int>(n);
     CUDA(cudaMemcpy(device, ids, (size_t)n * sizeof(int), cudaMemcpyHostToDevice));
-    return (int *)(gpu_lent[n_gpu_lent++] = device);
+    return device;
 }
+static Scratch scratch_on_gpu(int64_t n) { return {gpu_poison<float>(n), n}; }
 template <typename X>
 static double gpu_error(const X *device, const real *ref, int64_t rows, int width, int ld, double floor) {
     int64_t n = rows * ld;
@@ -2115,10 +3046,8 @@ static void add_rows(real *sum, const real *dout, int N, int width, int ld) {
         for (int i = 0; i < width; i++) sum[i] += dout[n * ld + i];
 }
 static Mask mask_on_gpu(Dropout drop, int place) {
-    uint64_t key = dropout_key(drop), *device;
-    CUDA(cudaMalloc((void **)&device, sizeof(key)));
+    uint64_t key = dropout_key(drop), *device = gpu_lend<uint64_t>(1);
     CUDA(cudaMemcpy(device, &key, sizeof(key), cudaMemcpyHostToDevice));
-    gpu_lent[n_gpu_lent++] = device;
     return mask_of(device, drop.probability, place);
 }
 
@@ -2126,12 +3055,27 @@ enum { EMBEDDING, LAYERNORM, LINEAR, GELU, ROPE, GAIN, GATE, RESIDUAL, CROSSENTR
        ATTENTION_F, ATTENTION_B,
        FEEDBACK_F, FEEDBACK_B, N_GPU_LAYERS };
 
-static ColumnSums sums_on_gpu(int B, int T, int D, int E) {
-    ColumnSums sums;
-    sums.n = 0;
-    sums.add = 1;
-    sums.room = sums.next = gpu_poison<float>(column_sums_room(B, T, D, E));
-    return sums;
+static ColumnSums sums_on_gpu(int B, int T, int width) { // for a pass or two of up to `width` columns
+    int64_t numbers = 8 * ((int64_t)BLOCKS_AT_ONCE * GROUP_COLUMNS + width) + 2 * tile_sums_room(width, B, T);
+    float *room = gpu_poison<float>(numbers);
+    return {{}, 0, 1, room, room, room + numbers};
+}
+// The feedback's memory for a way, with bands between its parts.
+typedef struct { Panels p; Scratch weights, scratch; } Feedback;
+template <typename X> static Feedback feedback_on_gpu(int B, int T, int D, int P, int in_eights, int keep) {
+    Feedback f = {feedback_panels<X>(B, T, D, P, in_eights, keep), {NULL, 0}, {NULL, 0}};
+    const Panels *p = &f.p;
+    int64_t next[N_PARTS] = {p->inverse, p->weights, p->block, p->lambda,  p->merge,
+                             p->dk,      p->partial, p->flags, p->product, p->total};
+    static const char *const names[N_PARTS] = {"e",     "M",  "rhs",     "block", "lambda",
+                                               "merge", "dk", "partial", "flags", "product"};
+    f.weights = scratch_on_gpu(p->weights);
+    f.scratch = scratch_on_gpu(p->total);
+    for (int i = 0; i < N_PARTS; i++) {
+        float *at = i < 2 ? f.weights.at : f.scratch.at;
+        guard(at + p->ends[i], at + next[i], names[i], -1);
+    }
+    return f;
 }
 
 // Attention and feedback on the GPU and in C on the same numbers, rounded to X already; P < 0: a random height of panels
@@ -2151,17 +3095,18 @@ static void compare_mixers(double *worst, const real *x, const real *w, const re
             *scratch = scratch_for(T), *dq = poison(wide_size), *dk = poison(wide_size), *dv = poison(wide_size);
         X *v_d = on_gpu<X>(v, wide_size), *o_d = gpu_poison<X>(size), *dq_d = gpu_poison<X>(wide_size),
             *dk_d = gpu_poison<X>(wide_size), *dv_d = gpu_poison<X>(wide_size);
-        float *stats_d = gpu_poison<float>(2 * (int64_t)N * H),
-            *scratch_d = gpu_poison<float>(attention_scratch(in_tiles(x_d, w_d, v_d, ld, d), B, T, H, G, 0));
+        float *stats_d = gpu_poison<float>(2 * (int64_t)N * H);
+        AttentionWay way = attention_way<X>(B, T, H, G, d, ld, 0);
+        Scratch scratch_d = scratch_on_gpu(way.scratch);
         attention_forward(o, stats, scratch, x, w, v, ld, B, T, H, G, d, first, 0);
-        attention_forward_gpu(o_d, stats_d, scratch_d, x_d, w_d, v_d, ld, B, T, H, G, d, first, 0, st);
+        attention_forward_gpu(o_d, stats_d, scratch_d, x_d, w_d, v_d, ld, B, T, H, G, d, first, &way, st);
         worst_of(&worst[ATTENTION_F], gpu_error(o_d, o, late, D, D, 0));
         attention_forward(o, stats, scratch, x, w, v, ld, B, T, H, G, d, 0, 0);
-        attention_forward_gpu(o_d, stats_d, scratch_d, x_d, w_d, v_d, ld, B, T, H, G, d, 0, 0, st);
+        attention_forward_gpu(o_d, stats_d, scratch_d, x_d, w_d, v_d, ld, B, T, H, G, d, 0, &way, st);
         worst_of(&worst[ATTENTION_F], gpu_error(o_d, o, N, D, D, 0));
         attention_backward(dq, dk, dv, scratch, dout, stats, x, w, v, ld, B, T, H, G, d, 0);
         attention_backward_gpu(dq_d, dk_d, dv_d, (float *)NULL, scratch_d, dout_d, (const X *)o_d, stats_d, x_d, w_d, v_d, ld, B, T, H,
-                               G, d, 0, {}, (ColumnSums *)NULL, st);
+                               G, d, &way, {}, (ColumnSums *)NULL, st);
         worst_of(&worst[ATTENTION_B], gpu_error(dq_d, dq, N, D, ld, floor));
         worst_of(&worst[ATTENTION_B], gpu_error(dk_d, dk, N, G * d, ld, floor));
         worst_of(&worst[ATTENTION_B], gpu_error(dv_d, dv, N, G * d, ld, floor));
@@ -2173,14 +3118,18 @@ static void compare_mixers(double *worst, const real *x, const real *w, const re
         rope_table(cosine, sine, T, d);
         X *proj_d = on_gpu<X>(proj, wide_E), *dproj_d = gpu_poison<X>(wide_E);
         float *dbias_d = on_gpu<float>(dbias, E), *cosine_d = on_gpu<float>(cosine, pairs), *sine_d = on_gpu<float>(sine, pairs);
-        ColumnSums sums = sums_on_gpu(B, T, D, E);
+        ColumnSums sums = sums_on_gpu(B, T, E);
+        way = attention_way<X>(B, T, H, G, d, E, 0);
+        scratch_d = scratch_on_gpu(way.scratch);
         attention_forward(o, stats, scratch, proj, proj + D, proj + D + G * d, E, B, T, H, G, d, 0, 0);
-        attention_forward_gpu(o_d, stats_d, scratch_d, proj_d, proj_d + D, proj_d + D + G * d, E, B, T, H, G, d, 0, 0, st);
+        attention_forward_gpu(o_d, stats_d, scratch_d, proj_d, proj_d + D, proj_d + D + G * d, E, B, T, H, G, d, 0,
+                              &way, st);
         attention_backward(dproj, dproj + D, dproj + D + G * d, scratch, dout, stats, proj, proj + D, proj + D + G * d, E, B, T, H, G, d, 0);
         rope_backward(dproj, E, cosine, sine, N, T, H + G, d);
         add_rows(dbias, dproj, N, E, E);
-        attention_backward_gpu(dproj_d, dproj_d + D, dproj_d + D + G * d, dbias_d, scratch_d, dout_d, (const X *)o_d, stats_d, proj_d,
-                               proj_d + D, proj_d + D + G * d, E, B, T, H, G, d, 0, {cosine_d, sine_d, T, d / 2, 0, -1}, &sums, st);
+        attention_backward_gpu(dproj_d, dproj_d + D, dproj_d + D + G * d, dbias_d, scratch_d, dout_d,
+                               (const X *)o_d, stats_d, proj_d, proj_d + D, proj_d + D + G * d, E, B, T, H, G, d,
+                               &way, {cosine_d, sine_d, T, d / 2, 0, -1}, &sums, st);
         column_sums_gpu(&sums, st);
         chance = before;
         worst_of(&worst[ATTENTION_B], gpu_error(dproj_d, dproj, N, E, E, floor));
@@ -2193,29 +3142,27 @@ static void compare_mixers(double *worst, const real *x, const real *w, const re
             *stats = poison(2 * N), *scratch = scratch_for(T), *df = poison(size);
         real *dq = poison(wide_size), *dk = poison(wide_size), *dgamma = poison(N);
         for (int n = 0; n < N; n++) gamma[n] = (real)(0.999 * tanh((double)gamma[n]));
-        int64_t floats = 0, of_weights = 0;
         int keep = T % 2;
-        for (int way = 0; way < 8; way++) {
-            Panels p = feedback_panels<X>(B, T, D, way / 4 ? P : 0, way % 2, way / 2 % 2);
-            floats = p.total > floats ? p.total : floats;
-            of_weights = p.weights > of_weights ? p.weights : of_weights;
-        }
+        Feedback m = feedback_on_gpu<X>(B, T, D, P, ld % 8 == 0 && first % 8 == 0, keep);
         float *gamma_d = on_gpu<float>(gamma, N), *stats_d = gpu_poison<float>(2 * N),
-            *scratch_d = gpu_poison<float>(floats), *weights_d = gpu_poison<float>(of_weights), *dgamma_d = gpu_poison<float>(N);
+              *dgamma_d = gpu_poison<float>(N);
         X *f_d = on_gpu<X>(f, size), *s_d = gpu_poison<X>(size), *late_d = on_gpu<X>(late, size),
             *df_d = gpu_poison<X>(size), *dq_d = gpu_poison<X>(wide_size), *dk_d = gpu_poison<X>(wide_size),
           *c_d = gpu_poison<X>(size);
         if (B == 1) {
             feedback_forward(late, stats, scratch, f, x, w, ld, gamma, B, T, D, first, 0);
-            feedback_forward_gpu(late_d, (X *)NULL, stats_d, weights_d, keep, scratch_d, f_d, x_d, w_d, ld, gamma_d, B, T, D, first, P, st);
+            feedback_forward_gpu(late_d, (X *)NULL, stats_d, m.weights, m.scratch, f_d, x_d, w_d, ld, gamma_d, B, T,
+                                 D, first, &m.p, st);
             worst_of(&worst[FEEDBACK_F], gpu_error(late_d, late, N, D, D, 0));
         }
         feedback_forward(s, stats, scratch, f, x, w, ld, gamma, B, T, D, 0, 0);
-        feedback_forward_gpu(s_d, c_d, stats_d, weights_d, keep, scratch_d, f_d, x_d, w_d, ld, gamma_d, B, T, D, 0, P, st);
+        m = feedback_on_gpu<X>(B, T, D, P, ld % 8 == 0, keep);
+        feedback_forward_gpu(s_d, c_d, stats_d, m.weights, m.scratch, f_d, x_d, w_d, ld, gamma_d, B, T, D, 0, &m.p,
+                             st);
         worst_of(&worst[FEEDBACK_F], gpu_error(s_d, s, N, D, D, 0));
         feedback_backward(df, dq, dk, dgamma, scratch, dout, s, stats, x, w, ld, gamma, B, T, D, 0);
-        feedback_backward_gpu(df_d, dq_d, dk_d, dgamma_d, (float *)NULL, weights_d, keep, scratch_d, dout_d, s_d, c_d, stats_d, x_d, w_d, ld,
-                              gamma_d, B, T, D, P, (ColumnSums *)NULL, st);
+        feedback_backward_gpu(df_d, dq_d, dk_d, dgamma_d, (float *)NULL, m.weights, m.scratch, dout_d, s_d, c_d,
+                              stats_d, x_d, w_d, ld, gamma_d, B, T, D, &m.p, (ColumnSums *)NULL, st);
         worst_of(&worst[FEEDBACK_B], gpu_error(df_d, df, N, D, D, 0));
         worst_of(&worst[FEEDBACK_B], gpu_error(dq_d, dq, N, D, ld, floor));
         worst_of(&worst[FEEDBACK_B], gpu_error(dk_d, dk, N, D, ld, floor));
@@ -2226,22 +3173,27 @@ static void compare_mixers(double *worst, const real *x, const real *w, const re
         real *proj = noise(wide_2D, 1), *dproj = poison(wide_2D), *dbias = noise(2 * D, 1);
         X *proj_d = on_gpu<X>(proj, wide_2D), *dproj_d = gpu_poison<X>(wide_2D);
         float *dbias_d = on_gpu<float>(dbias, 2 * D);
-        ColumnSums sums = sums_on_gpu(B, T, D, 2 * D);
+        ColumnSums sums = sums_on_gpu(B, T, 2 * D);
         feedback_forward(s, stats, scratch, f, proj, proj + D, 2 * D, gamma, B, T, D, 0, 0);
-        feedback_forward_gpu(s_d, c_d, stats_d, weights_d, keep, scratch_d, f_d, proj_d, proj_d + D, 2 * D, gamma_d, B, T, D, 0, P, st);
+        m = feedback_on_gpu<X>(B, T, D, P, 2 * D % 8 == 0, keep);
+        feedback_forward_gpu(s_d, c_d, stats_d, m.weights, m.scratch, f_d, proj_d, proj_d + D, 2 * D, gamma_d, B, T,
+                             D, 0, &m.p, st);
         feedback_backward(df, dproj, dproj + D, dgamma, scratch, dout, s, stats, proj, proj + D, 2 * D, gamma, B, T, D, 0);
         add_rows(dbias, dproj, N, 2 * D, 2 * D);
-        feedback_backward_gpu(df_d, dproj_d, dproj_d + D, dgamma_d, dbias_d, weights_d, keep, scratch_d, dout_d, s_d, c_d, stats_d, proj_d,
-                              proj_d + D, 2 * D, gamma_d, B, T, D, P, &sums, st);
+        feedback_backward_gpu(df_d, dproj_d, dproj_d + D, dgamma_d, dbias_d, m.weights, m.scratch, dout_d, s_d, c_d,
+                              stats_d, proj_d, proj_d + D, 2 * D, gamma_d, B, T, D, &m.p, &sums, st);
         column_sums_gpu(&sums, st);
         chance = before;
         worst_of(&worst[FEEDBACK_B], gpu_error(dproj_d, dproj, N, 2 * D, 2 * D, floor));
-        if (feedback_panels<X>(B, T, D, P, 0).R >= T) { // weights kept or computed again: the same bits
+        Feedback other = feedback_on_gpu<X>(B, T, D, P, 2 * D % 8 == 0, !keep);
+        if (m.p.R >= T && other.p.R >= T) { // weights kept or computed again: the same bits
             X *other_d = gpu_poison<X>(wide_2D), *parts[] = {dproj_d, other_d};
             real *numbers[2];
-            feedback_forward_gpu(s_d, c_d, stats_d, weights_d, !keep, scratch_d, f_d, proj_d, proj_d + D, 2 * D, gamma_d, B, T, D, 0, P, st);
-            feedback_backward_gpu(df_d, other_d, other_d + D, dgamma_d, (float *)NULL, weights_d, !keep, scratch_d, dout_d, s_d, c_d,
-                                  stats_d, proj_d, proj_d + D, 2 * D, gamma_d, B, T, D, P, (ColumnSums *)NULL, st);
+            feedback_forward_gpu(s_d, c_d, stats_d, other.weights, other.scratch, f_d, proj_d, proj_d + D, 2 * D,
+                                 gamma_d, B, T, D, 0, &other.p, st);
+            feedback_backward_gpu(df_d, other_d, other_d + D, dgamma_d, (float *)NULL, other.weights, other.scratch,
+                                  dout_d, s_d, c_d, stats_d, proj_d, proj_d + D, 2 * D, gamma_d, B, T, D, &other.p,
+                                  (ColumnSums *)NULL, st);
             CUDA(cudaStreamSynchronize(st));
             for (int i = 0; i < 2; i++)
                 CUDA(cudaMemcpy(numbers[i] = poison(wide_2D), parts[i], sizeof(X) * (size_t)wide_2D, cudaMemcpyDeviceToHost));
@@ -2286,7 +3238,8 @@ static void compare_scan(double *worst, int eights, real *dout, X *dout_d, int B
     real *A_log = noise(H, 1), *skip = noise(H, 1), *dA = noise(H, 1), *dskip = noise(H, 1), *y_scan = poison(size), *kept = poison(states);
     real *scan = (real *)lend(scan_scratch(D, S, H) * (size_t)omp_get_max_threads() * sizeof(real));
     float *A_d = on_gpu<float>(A_log, H), *skip_d = on_gpu<float>(skip, H), *dA_d = on_gpu<float>(dA, H), *dskip_d = on_gpu<float>(dskip, H), *kept_d = gpu_poison<float>(states);
-    float *carried_d = on_gpu<float>(noise((int64_t)S * D, 0), (int64_t)S * D), *scan_d = gpu_poison<float>(scan_scratch_gpu(B, T, S, H));
+    float *carried_d = on_gpu<float>(noise((int64_t)S * D, 0), (int64_t)S * D);
+    Scratch scan_d = scratch_on_gpu(scan_scratch_gpu(B, T, S, H));
     X *y_scan_d = gpu_poison<X>(size);
     scan_forward(y_scan, kept, 1, scan, xbc, step, A_log, skip, B, T, D, S, H, P);
     if (first) scan_forward_gpu(y_scan_d, kept_d, carried_d, xbc_d, step_d, A_d, skip_d, 1, first, D, S, H, P, st);
@@ -2328,11 +3281,11 @@ template <typename X> static void compare_layers(double *worst, int even, int T)
     float *dout_f = on_gpu<float>(dout, size);
     double floor = 0.1 * sqrt((double)size);
     Dropout drop = {random_int(0, 1) ? 0.3 : 0, 11, 5};
-    ColumnSums sums = sums_on_gpu(B, T, D, ld);
+    ColumnSums sums = sums_on_gpu(B, T, 3 * ld);
     { // embedding, with dropout
         real *o = poison(size), *dwte = noise((int64_t)V * D, 1);
-        float *o_d = gpu_poison<float>(size), *dwte_d = on_gpu<float>(dwte, (int64_t)V * D),
-            *partial = gpu_poison<float>(size);
+        float *o_d = gpu_poison<float>(size), *dwte_d = on_gpu<float>(dwte, (int64_t)V * D);
+        Scratch partial = scratch_on_gpu(embedding_scratch(N, V, D));
         int *lists = (int *)lend(sizeof(int) * (size_t)(4 * N + 2)), *starts = (int *)lend(sizeof(int) * (size_t)(V
                 + 1));
         TokenLists t = sort_tokens(lists, starts, ids, N, V);
@@ -2583,9 +3536,8 @@ static void test_peaked(void) {
             (int64_t)T * D), *s_d = gpu_poison<bf16>((int64_t)T * D), *ds_d = on_gpu<bf16>(ds, (int64_t)T * D);
     bf16 *dq_d = gpu_poison<bf16>((int64_t)T * D), *dk_d = gpu_poison<bf16>((int64_t)T * D),
          *c_d = gpu_poison<bf16>((int64_t)T * D);
-    float *gamma_d = on_gpu<float>(gamma, T), *stats_d = gpu_poison<float>(2 * T), *dgamma_d = gpu_poison<float>(T),
-        *weights_d = gpu_poison<float>(feedback_panels<bf16>(1, T, D, 0).weights),
-        *scratch_d = gpu_poison<float>(feedback_panels<bf16>(1, T, D, 0).total);
+    float *gamma_d = on_gpu<float>(gamma, T), *stats_d = gpu_poison<float>(2 * T), *dgamma_d = gpu_poison<float>(T);
+    Feedback m = feedback_on_gpu<bf16>(1, T, D, 0, 1, 0);
     double last[D] = {0};
     for (int t = 0; t < T; t++)
         for (int i = 0; i < D; i++) s[t * D + i] = (real)(last[i] = (double)f[t * D + i] + (t ? 0.999 * last[i] : 0));
@@ -2593,10 +3545,11 @@ static void test_peaked(void) {
     for (int t = T - 1; t >= 0; t--)
         for (int i = 0; i < D; i++) lambda[t * D + i] = (real)(last[i] = (double)ds[t * D + i]
                 + (t < T - 1 ? 0.999 * last[i] : 0));
-    feedback_forward_gpu(s_d, c_d, stats_d, weights_d, 0, scratch_d, f_d, q_d, k_d, D, gamma_d, 1, T, D, 0, 0, gpu.stream);
+    feedback_forward_gpu(s_d, c_d, stats_d, m.weights, m.scratch, f_d, q_d, k_d, D, gamma_d, 1, T, D, 0, &m.p,
+                         gpu.stream);
     check_error(gpu_error(s_d, s, T, D, D, 0), 0x1p-8, "s of a chain of 3000 rows: one rounding at most");
-    feedback_backward_gpu(ds_d, dq_d, dk_d, dgamma_d, (float *)NULL, weights_d, 0, scratch_d, ds_d, s_d, c_d, stats_d, q_d, k_d, D, gamma_d,
-                          1, T, D, 0, (ColumnSums *)NULL, gpu.stream);
+    feedback_backward_gpu(ds_d, dq_d, dk_d, dgamma_d, (float *)NULL, m.weights, m.scratch, ds_d, s_d, c_d, stats_d,
+                          q_d, k_d, D, gamma_d, 1, T, D, &m.p, (ColumnSums *)NULL, gpu.stream);
     check_error(gpu_error(ds_d, lambda, T, D, D, 0), 0x1p-7, "its adjoint: two, of u and of the result");
     gpu_release();
 }
@@ -2748,7 +3701,7 @@ static void test_gpu_training(void) {
     if (gpu.hopper) check(bytes[2] <= 2 * bytes[1], "T doubled from 2048: memory at most doubled");
     check(bytes[4] <= 2 * bytes[3], "T doubled from 8192: memory at most doubled"); // without tiles a panel holds all rows before
     Config huge = config_with(SESSA, 50000, 4096, 200, 4, 4, 8192);
-    check(!backend_gpu()->create(&huge, 512, 8192, TRAIN, error) && strstr(error, "GiB"), "too large: %.90s", error);
+    check(!backend_gpu()->create(&huge, 64, 8192, TRAIN, error) && strstr(error, "GiB"), "too large: %.90s", error);
     free(text);
     release();
 }
@@ -2789,7 +3742,9 @@ static int run_tested(int argc, char **argv) {
     const char *wanted = getenv("TEST_PRECISION");
     for (int p = FP32; wanted && p <= BF16; p++)
         if (!strcmp(wanted, precision_names[p])) gpu.precision = (Precision)p;
-    return run_cuda_program(argc, argv);
+    int code = run_cuda_program(argc, argv);
+    unguard(gpu.workspace, 2 * (WORKSPACE + GUARD));
+    return n_broken ? 1 : code;
 }
 
 static void test_cuda(const glob_t *dumps) {
@@ -2817,11 +3772,13 @@ static void test_cuda(const glob_t *dumps) {
     }
     gpu.precision = FP32;
     dump_bound = 1e-4;
+    check(n_broken == 0 && n_bands > 0, "nothing was written behind any buffer so far");
 }
 #endif
 
 int main(int argc, char **argv) {
     if (argc > 1 && !strcmp(argv[1], "--run")) { // the program, started by start()
+        start_again(argv);
         argv[1] = argv[0];
         return run_tested(argc - 1, argv + 1);
     }

@@ -31,10 +31,11 @@ says +=. A layer checks nothing and cannot fail, and none allocates: scratch com
 a `char *error` and returns 0, or FAILED (WRONG_OPTION for what the user typed) with one line there.
 */
 #if defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__
-#error "built with -Ofast, or with -ffast-math alone, the program cannot see that a loss is not finite: add -fno-finite-math-only"
+#error "-Ofast and -ffast-math hide a loss that is not finite: add -fno-finite-math-only"
 #endif
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
-#error "safetensors, token shards and checkpoints are little-endian, and the program copies them as they are: this machine is not"
+#error                                                                                                       \
+    "safetensors, token shards and checkpoints are little-endian, and the program copies them as they are: this machine is not"
 #endif
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -56,6 +57,7 @@ a `char *error` and returns 0, or FAILED (WRONG_OPTION for what the user typed) 
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
@@ -68,6 +70,7 @@ static inline int omp_get_max_threads(void) { return 1; }
 static inline int omp_get_num_threads(void) { return 1; }
 static inline int omp_get_thread_num(void) { return 0; }
 static inline int omp_in_parallel(void) { return 0; }
+static inline void omp_set_num_threads(int threads) { (void)threads; }
 #endif
 
 #ifdef __clang__ // up to version 14 it is deaf to GCC's pragma; it knows no noclone, and makes no clones
@@ -195,10 +198,11 @@ enum { VECTOR_BYTES = 16, TILE_ROWS = 6 };
 enum {
     LANES = VECTOR_BYTES / (int)sizeof(real),
     TILE_COLS = 2 * LANES,
-    LOW_ROWS = TILE_ROWS / 3,    // a lower tile for what is left below the full ones
-    BLOCK_K = 256,               // a packed strip of B, BLOCK_K × TILE_COLS, comes from the L2 cache
-    BLOCK_N = 8 * TILE_COLS,     // a packed block of B, BLOCK_K × BLOCK_N, stays there
-    PARALLEL_WORK = 1 << 17      // multiply-adds below which a product is not worth waking the threads
+    LOW_ROWS = TILE_ROWS / 3, // a lower tile for what is left below the full ones
+    BLOCK_K = 256,            // a packed strip of B, BLOCK_K × TILE_COLS, comes from the L2 cache
+    BLOCK_N = 8 * TILE_COLS,  // a packed block of B, BLOCK_K × BLOCK_N, stays there
+    NARROW_N = 2 * TILE_COLS, // one that a thread alone packs, 64 KiB at most: threads may have 128 of stack
+    PARALLEL_WORK = 1 << 17   // multiply-adds below which a product is not worth waking the threads
 };
 typedef real Vector __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
 
@@ -289,8 +293,9 @@ static inline void tile_product(real *out, ptrdiff_t ld, Matrix a, const real *b
 // A thread's part of matmul. Of each block of B every thread packs some strips; then, of the tiles of `out` over that
 // block, counted row by row, it computes an equal share. The barriers keep the block whole while anyone reads it. Which
 // thread takes a tile changes no sum: the bits do not depend on the number of threads.
-ONE_COPY static void matmul_share(real *out, ptrdiff_t ld, Matrix a, Matrix b, int M, int N, int K, real alpha, real beta,
-                         const real *bias, real *packed, int thread, int threads) {
+ONE_COPY static void matmul_share(real *out, ptrdiff_t ld, Matrix a, Matrix b, int M, int N, int K,
+                                  real alpha, real beta, const real *bias, real *packed, int thread,
+                                  int threads) {
     real edge[LOW_ROWS * BLOCK_K], sum[TILE_ROWS * TILE_COLS], zeros[TILE_COLS] = {0};
     int high = M / TILE_ROWS, low = (M % TILE_ROWS + LOW_ROWS - 1) / LOW_ROWS; // rows of tiles, a low one a third of the work
     for (int n0 = 0; n0 < N; n0 += BLOCK_N)
@@ -334,10 +339,10 @@ ONE_COPY static void matmul_share(real *out, ptrdiff_t ld, Matrix a, Matrix b, i
         }
 }
 
-// Does `work` for item = 0 .. items-1: one item a thread where `parallel` says so and the threads are free, else one after
-// the other. (An `if` clause would open a region of one thread, inside which no threads can be had without starting them.)
-// `work` is a call of a function that is compiled as ONE_COPY: two copies, one for threads and one for a thread alone, may
-// round differently.
+// Does `work` for item = 0 .. items-1: one item a thread where `parallel` says so and the threads are free,
+// else one after the other. (An `if` clause would open a region of one thread, inside which no threads can be
+// had without starting them.) `work` is a call of a function that is compiled as ONE_COPY: two copies, one
+// for threads and one for a thread alone, may round differently.
 #define FOR_ITEMS(parallel, items, work) do {                                           \
         if (omp_in_parallel() || (items) == 1 || !(parallel)) {                         \
             for (int item = 0; item < (items); item++) work;                            \
@@ -361,11 +366,25 @@ static inline void row_product(real *out, Matrix a, Matrix b, int N, int K, real
     for (int j = 0; j < N; j++) out[j] = alpha * sum[j] + (beta == 0 ? 0 : beta * out[j]) + (bias ? bias[j] : 0);
 }
 
-ONE_COPY static void row_strip(real *out, Matrix a, Matrix b, int N, int K, real alpha, real beta, const real *bias, int j0) {
+ONE_COPY static void row_strip(real *out, Matrix a, Matrix b, int N, int K, real alpha, real beta,
+                               const real *bias, int j0) {
     Matrix strip = {b.at + j0 * b.col, b.row, b.col};
     if (bias) bias += j0;
     if (N - j0 >= TILE_COLS) row_product(out + j0, a, strip, TILE_COLS, K, alpha, beta, bias);
     else row_product(out + j0, a, strip, N - j0, K, alpha, beta, bias);
+}
+
+// The calling thread does all of it, NARROW_N columns at a time: the same tiles, so the same sums.
+__attribute__((noinline)) // what it packs is on no other function's stack
+static void
+matmul_alone(real *out, ptrdiff_t ld, Matrix a, Matrix b, int M, int N, int K, real alpha, real beta,
+             const real *bias) {
+    real packed[BLOCK_K * NARROW_N] __attribute__((aligned(64)));
+    for (int j = 0; j < N; j += NARROW_N) {
+        Matrix columns = {b.at + j * b.col, b.row, b.col};
+        matmul_share(out + j, ld, a, columns, M, min_int(NARROW_N, N - j), K, alpha, beta,
+                     bias ? bias + j : NULL, packed, 0, 1);
+    }
 }
 
 // out = alpha·A·B + beta·out + bias: A (M,K), B (K,N), out (M,N) with `ld` elements from row to row, bias (N) or NULL.
@@ -373,7 +392,8 @@ ONE_COPY static void row_strip(real *out, Matrix a, Matrix b, int N, int K, real
 //     for i < M: for j < N: out[i][j] = alpha · Σ_k A[i][k]·B[k][j] + beta · out[i][j] + bias[j]
 // All threads share the work, unless they are at work already: then the calling thread does all of it.
 static void matmul(real *out, ptrdiff_t ld, Matrix a, Matrix b, int M, int N, int K, real alpha, real beta, const real *bias) {
-    real packed[BLOCK_K * BLOCK_N] __attribute__((aligned(64)));
+    static real packed[BLOCK_K * BLOCK_N]
+        __attribute__((aligned(64))); // of the one product that all threads are at
     if (K == 0 && beta == 1 && !bias) return;
     if (M > 1 && N == 1 && ld == 1 && !bias) {
         matmul(out, M, transpose(b), transpose(a), 1, M, K, alpha, beta, NULL);
@@ -385,7 +405,7 @@ static void matmul(real *out, ptrdiff_t ld, Matrix a, Matrix b, int M, int N, in
         return;
     }
     if (omp_in_parallel() || (int64_t)M * N * K < PARALLEL_WORK) {
-        matmul_share(out, ld, a, b, M, N, K, alpha, beta, bias, packed, 0, 1);
+        matmul_alone(out, ld, a, b, M, N, K, alpha, beta, bias);
         return;
     }
     #pragma omp parallel
@@ -457,8 +477,8 @@ static double random_normal(uint64_t *state) { // Box and Muller
 typedef struct { double probability; uint64_t seed, micro_step; } Dropout;
 static const Dropout no_dropout = {0, 0, 0};
 
-// Where threads share out single numbers, a share is blocks of this many, whole vectors: compilers round the rest of a vector
-// in other ways, and where a rest is must not depend on the number of threads.
+// Where threads share out single numbers, a share is blocks of this many, whole vectors: compilers round the
+// rest of a vector in other ways, and where a rest is must not depend on the number of threads.
 enum { NUMBERS = 2048 };
 static inline int64_t block_end(int64_t from, int64_t n) { return n - from < NUMBERS ? n : from + NUMBERS; }
 
@@ -670,7 +690,8 @@ static inline void softmax_columns(real *w, real *stats, int known, const real *
         for (int r = 0; r < m; r++) w[(size_t)j * n + r] *= sum[r];
 }
 
-ONE_COPY static void softmax_block(real *w, real *stats, int known, const real *gain, int n, int seen, int cols, int m) {
+ONE_COPY static void softmax_block(real *w, real *stats, int known, const real *gain, int n, int seen,
+                                   int cols, int m) {
     if (m == TILE_COLS) softmax_columns(w, stats, known, gain, n, seen, cols, TILE_COLS);
     else if (n == 1) softmax_columns(w, stats, known, gain, 1, seen, cols, 1); // generation: one row, vectors along it
     else softmax_columns(w, stats, known, gain, n, seen, cols, m);
@@ -713,8 +734,9 @@ static void softmax_panel_backward(real *dweights, real *weights, real *delta, c
 // (B,T-first,H·d). stats (B,H,T-first,2) is kept for the backward pass, which computes the weights again, panel by panel.
 // Item b·H + h is head h of sequence b. Of its panel, the rows i0..i0+n-1, it computes
 //     weights = softmax_panel(q_I, k),   out_I = weights · v
-ONE_COPY static void attention_head(int item, real *out, real *stats, real *scratch, const real *q, const real *k, const real *v,
-                           int ld, int T, int H, int G, int d, int first, int P) {
+ONE_COPY static void attention_head(int item, real *out, real *stats, real *scratch, const real *q,
+                                    const real *k, const real *v, int ld, int T, int H, int G, int d,
+                                    int first, int P) {
     size_t b = (size_t)(item / H), rows = (size_t)(T - first), kv = b * (size_t)T * ld + item % H / (H / G) * d;
     real *weights = scratch + panel_scratch(T) * (size_t)omp_get_thread_num();
     for (int i0 = first; i0 < T; i0 += P) {
@@ -737,8 +759,9 @@ static void attention_forward(real *out, real *stats, real *scratch, const real 
 //     dq_t = σ(d) Σ_j dlogit_tj k_j,   dk_j = σ(d) Σ_t dlogit_tj q_t
 // each line a matrix product for a panel of rows t. dq, dk, dv have the layout of q, k, v. Item b·G + g is the heads of one
 // group: they add to the same dk and dv. Panels run from the last: it sees all keys, so it writes what the others add to.
-ONE_COPY static void attention_group_backward(int item, real *dq, real *dk, real *dv, real *scratch, const real *dout, real *stats,
-                                     const real *q, const real *k, const real *v, int ld, int T, int H, int G, int d, int P) {
+ONE_COPY static void attention_group_backward(int item, real *dq, real *dk, real *dv, real *scratch,
+                                              const real *dout, real *stats, const real *q, const real *k,
+                                              const real *v, int ld, int T, int H, int G, int d, int P) {
     real *weights = scratch + panel_scratch(T) * (size_t)omp_get_thread_num(), *dlogits = weights + PANEL_MAX * (size_t)T;
     real scale = 1 / (real)sqrt((double)d);
     int b = item / G, first_head = item % G * (H / G);
@@ -806,8 +829,9 @@ static void gain_backward(real *dx, real *dweight, real *dbias, real *dgamma, co
 // f (B,T-first,D); q', k': D columns of rows ld apart, q' for the positions first..T-1 and k' for 0..T-1; gamma
 // (B,T-first), stats (B,T-first,2); s (B,T,D), its rows before first known. Kept for the backward pass: q', k', gamma,
 // stats and s, all O(T). |gamma| < 1 keeps it bounded: |s| ≤ max|f| / (1 - max|gamma|). Sequence b:
-ONE_COPY static void feedback_sequence(int b, real *s, real *stats, real *scratch, const real *f, const real *q, const real *k, int ld,
-                              const real *gamma, int T, int D, int first, int P) {
+ONE_COPY static void feedback_sequence(int b, real *s, real *stats, real *scratch, const real *f,
+                                       const real *q, const real *k, int ld, const real *gamma, int T, int D,
+                                       int first, int P) {
     real *A = scratch + panel_scratch(T) * (size_t)omp_get_thread_num(), *s_b = s + (size_t)b * T * D;
     for (int i0 = first; i0 < T; i0 += P) {
         int n = min_int(P, T - i0);
@@ -839,8 +863,10 @@ static void feedback_forward(real *s, real *stats, real *scratch, const real *f,
 // Panels from the last, in which α is computed again.
 // df, ds, s (B,T,D), df may be ds itself; dgamma (B,T); dq', dk' with the layout of q', k'. Sequence b, its λ being ds
 // before and df after:
-ONE_COPY static void feedback_sequence_backward(int b, real *df, real *dq, real *dk, real *dgamma, real *scratch, const real *s,
-                                       real *stats, const real *q, const real *k, int ld, const real *gamma, int T, int D, int P) {
+ONE_COPY static void feedback_sequence_backward(int b, real *df, real *dq, real *dk, real *dgamma,
+                                                real *scratch, const real *s, real *stats, const real *q,
+                                                const real *k, int ld, const real *gamma, int T, int D,
+                                                int P) {
     real *A = scratch + panel_scratch(T) * (size_t)omp_get_thread_num(), scale = 1 / (real)sqrt((double)D);
     real *dlogits = A + PANEL_MAX * (size_t)T, *inside = dlogits + PANEL_MAX * (size_t)T;
     real *lambda = df + (size_t)b * T * D;
@@ -1049,8 +1075,9 @@ static void chunk_weights(real *M, real *fades, real *delta, const real *cb, con
 
 // Head h of a chunk: y = decay ⊙ y + (M + skip·I) x, and what it adds to the state: fresh (n,E), with next =
 // decay_last · state.
-ONE_COPY static void scan_head(int h, real *y, real *next, real *fresh, const real *state, const real *cb, const real *keep,
-                      const real *x, const real *step, real skip, int n, int E, int S, int heads) {
+ONE_COPY static void scan_head(int h, real *y, real *next, real *fresh, const real *state, const real *cb,
+                               const real *keep, const real *x, const real *step, real skip, int n, int E,
+                               int S, int heads) {
     int w = E / heads, W = E + 2 * S;
     real M[CHUNK * CHUNK], fades[CHUNK * CHUNK], delta[CHUNK], decay = 1;
     chunk_weights(M, fades, delta, cb, keep, step, n, heads, h);
@@ -1068,8 +1095,9 @@ ONE_COPY static void scan_head(int h, real *y, real *next, real *fresh, const re
         for (int i = h * w; i < (h + 1) * w; i++) next[(size_t)s * E + i] = decay * state[(size_t)s * E + i];
 }
 
-ONE_COPY static void scan_sequence(int b, real *y, real *states, int kept, real *scratch, const real *xbc, const real *step,
-                          const real *A_log, const real *skip, int T, int E, int S, int heads, int P) {
+ONE_COPY static void scan_sequence(int b, real *y, real *states, int kept, real *scratch, const real *xbc,
+                                   const real *step, const real *A_log, const real *skip, int T, int E, int S,
+                                   int heads, int P) {
     size_t size = (size_t)S * (size_t)E;
     real *keep = scratch + scan_scratch(E, S, heads) * (size_t)omp_get_thread_num(), *cb = keep + CHUNK * heads;
     real *fresh = cb + CHUNK * CHUNK;
@@ -1106,7 +1134,8 @@ static void scan_forward(real *y, real *states, int kept, real *scratch, const r
 // which columns h, heads + h and 2·heads + h are the gradients of Δ, A_log and skip from that row.
 typedef struct { const real *state, *keep, *cb, *x, *step, *dy, *faded, *read, *pulled; real *dh, *dx, *dstep; } ScanChunk;
 
-ONE_COPY static void scan_head_backward(int h, const ScanChunk *k, real *dcb, real A_log, real skip, int n, int E, int S, int heads) {
+ONE_COPY static void scan_head_backward(int h, const ScanChunk *k, real *dcb, real A_log, real skip, int n,
+                                        int E, int S, int heads) {
     int w = E / heads, W = E + 2 * S, last = n - 1;
     real M[CHUNK * CHUNK], fades[CHUNK * CHUNK], dM[CHUNK * CHUNK], ddelta[CHUNK] = {0}, delta[CHUNK];
     double dL[CHUNK] = {0}; // in double what is added here is taken away there without a trace
@@ -1153,9 +1182,10 @@ ONE_COPY static void scan_head_backward(int h, const ScanChunk *k, real *dcb, re
     }
 }
 
-ONE_COPY static void scan_sequence_backward(int b, real *dxbc, real *dstep, real *scratch, const real *dy, const real *states,
-                                   const real *xbc, const real *step, const real *A_log, const real *skip, int T, int E, int S,
-                                   int heads, int P) {
+ONE_COPY static void scan_sequence_backward(int b, real *dxbc, real *dstep, real *scratch, const real *dy,
+                                            const real *states, const real *xbc, const real *step,
+                                            const real *A_log, const real *skip, int T, int E, int S,
+                                            int heads, int P) {
     size_t size = (size_t)S * (size_t)E;
     int w = E / heads, W = E + 2 * S;
     real *keep = scratch + scan_scratch(E, S, heads) * (size_t)omp_get_thread_num(), *cb = keep + CHUNK * heads;
@@ -1630,6 +1660,160 @@ static int find_mixer(const char *name) {
 }
 
 // ----------------------------------------------------------------------------
+// the machine: the threads and the memory that this process may use
+//
+// `root` is where /proc and /sys lie: "", but in tests. Where there are none nothing bounds.
+
+// A number in a file: number `field` of the line that begins with `key`. NAN if there is none.
+static double number_in(const char *path, const char *key, int field) {
+    char text[8192] = "\n", line[64], *end;
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    ssize_t n = fd < 0 ? 0 : read(fd, text + 1, sizeof(text) - 2);
+    if (fd >= 0) close(fd);
+    text[n > 0 ? n + 1 : 1] = 0;
+    snprintf(line, sizeof(line), "\n%s", key);
+    const char *at = strstr(text, line);
+    if (at) at += strlen(line);
+    for (; at && field > 0; field--) at = strchr(at, ' ') ? strchr(at, ' ') + 1 : NULL;
+    double number = at ? strtod(at, &end) : NAN;
+    return at && end > at ? number : NAN;
+}
+static double number_of_cgroup(const char *folder, const char *file, const char *key, int field) {
+    char path[PATH_MAX];
+    return snprintf(path, sizeof(path), "%s/%s", folder, file) < PATH_MAX ? number_in(path, key, field) : NAN;
+}
+
+// The cores that a cgroup may keep busy, and the bytes that it may still take: the cache of files makes room.
+// Its files have the names of version 2 or those of version 1. INFINITY: it sets no bound.
+static double cgroup_cores(const char *folder) {
+    double quota = number_of_cgroup(folder, "cpu.max", "", 0),
+           period = number_of_cgroup(folder, "cpu.max", "", 1);
+    if (isnan(period)) {
+        quota = number_of_cgroup(folder, "cpu.cfs_quota_us", "", 0);
+        period = number_of_cgroup(folder, "cpu.cfs_period_us", "", 0);
+    }
+    return quota > 0 && period > 0 ? quota / period : INFINITY;
+}
+static double cgroup_memory(const char *folder) {
+    static const char *names[2][4] = {
+        {"memory.max", "memory.current", "inactive_file ", "active_file "},
+        {"memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file ", "total_active_file "}};
+    double least = INFINITY;
+    for (int i = 0; i < 2; i++) {
+        double left =
+            number_of_cgroup(folder, names[i][0], "", 0) - number_of_cgroup(folder, names[i][1], "", 0);
+        for (int k = 2; k < 4; k++) {
+            double cache = number_of_cgroup(folder, "memory.stat", names[i][k], 0);
+            if (cache > 0) left += cache;
+        }
+        if (left < least) least = left > 0 ? left : 0;
+    }
+    return least;
+}
+
+// The least that `bound` gives for the folders of this process's cgroup of a controller and of all cgroups
+// above. A line of /proc/self/cgroup is "4:memory:/path" in version 1, "0::/path" in version 2. In a
+// container the path may be the host's: then only the last folder on the way up, where the container's own
+// cgroup is mounted, is there.
+static double cgroup_least(const char *root, const char *controller, double (*bound)(const char *)) {
+    char line[PATH_MAX], folder[2 * PATH_MAX];
+    double least = INFINITY;
+    snprintf(folder, sizeof(folder), "%s/proc/self/cgroup", root);
+    FILE *file = fopen(folder, "r");
+    while (file && fgets(line, sizeof(line), file)) {
+        char *list = strchr(line, ':'), *path = list ? strchr(list + 1, ':') : NULL, wanted[32], names[256];
+        if (!path) continue;
+        *path++ = 0;
+        path[strcspn(path, "\n")] = 0;
+        snprintf(wanted, sizeof(wanted), ",%s,", controller);
+        snprintf(names, sizeof(names), ",%s,", list + 1);
+        int second = !list[1];
+        if (!second && !strstr(names, wanted)) continue;
+        for (int i = 0; i < 1 + second; i++) { // version 2, beside version 1, may be mounted one folder lower
+            snprintf(folder, sizeof(folder), "%s/sys/fs/cgroup%s%s", root, second ? "" : "/",
+                     second ? (i ? "/unified" : "") : controller);
+            size_t top = strlen(folder);
+            snprintf(folder + top, sizeof(folder) - top, "%s", path);
+            for (size_t length = strlen(folder); length >= top; length--) {
+                int whole = !folder[length] || folder[length] == '/' || length == top;
+                folder[length] = 0;
+                double here = whole ? bound(folder) : INFINITY;
+                if (here < least) least = here;
+            }
+        }
+    }
+    if (file) fclose(file);
+    return least;
+}
+
+// How many of `threads` the quota of the cgroup lets run at once, a part of a core as a whole one.
+static int threads_within(const char *root, int threads) {
+    double cores = ceil(cgroup_least(root, "cpu", cgroup_cores));
+    return cores < threads ? (int)cores : threads;
+}
+
+// OpenMP counts the cores that this process may run on, and heeds what the user set; of quotas it knows
+// nothing. How long its threads spin at a barrier before they sleep is bounded: on a core that another
+// program wants they spin in the way of the thread they wait for. Of GNU's, start_again sees to that.
+enum { SPINS = 1000, SPIN_MILLISECONDS = 0 };
+static void use_allowed_threads(void) {
+    const char *wanted = getenv("OMP_NUM_THREADS");
+    int threads = wanted && *wanted ? omp_get_max_threads() : threads_within("", omp_get_max_threads());
+    if (threads < omp_get_max_threads()) omp_set_num_threads(threads);
+#ifdef KMP_VERSION_MAJOR // LLVM's and Intel's
+    if (!getenv("KMP_BLOCKTIME") && !getenv("OMP_WAIT_POLICY")) kmp_set_blocktime(SPIN_MILLISECONDS);
+#endif
+}
+
+// What of memory is left, and what leaves no more: a line says it.
+typedef struct { double bytes; const char *who; } MemoryLeft;
+
+static MemoryLeft memory_left(const char *root) {
+    char path[PATH_MAX];
+    struct rlimit limit;
+    snprintf(path, sizeof(path), "%.4000s/proc/meminfo", root);
+    double swap = number_in(path, "SwapFree:", 0);
+    MemoryLeft left = {number_in(path, "MemAvailable:", 0) * 1024 + (swap > 0 ? swap * 1024 : 0), "this machine"};
+    double page = (double)sysconf(_SC_PAGESIZE), within = cgroup_least(root, "memory", cgroup_memory);
+    if (isnan(left.bytes)) left.bytes = (double)sysconf(_SC_PHYS_PAGES) * page;
+    if (within < left.bytes) {
+        left.bytes = within;
+        left.who = "its cgroup";
+    }
+    static const struct {
+        int limit, field;
+        const char *name;
+    } limits[] = {{RLIMIT_AS, 0, "ulimit -v"}, {RLIMIT_DATA, 5, "ulimit -d"}};
+    snprintf(path, sizeof(path), "%.4000s/proc/self/statm", root);
+    for (int i = 0; i < 2; i++) {
+        double used = number_in(path, "", limits[i].field) * page;
+        if (getrlimit(limits[i].limit, &limit) || limit.rlim_cur == RLIM_INFINITY) continue;
+        double rest = (double)limit.rlim_cur - (used > 0 ? used : 0);
+        if (rest >= left.bytes) continue;
+        left.bytes = rest > 0 ? rest : 0;
+        left.who = limits[i].name;
+    }
+    return left;
+}
+
+// 0 if so many bytes can be had; else FAILED and the line, which begins with the path (NULL: none) and
+// `what`. Linux gives memory out that is not there, and ends the program when it is touched, so whatever
+// grows with a file or an option asks before it is allocated; what is smaller than LARGE need not.
+enum { LARGE = 1 << 20 };
+static int check_room(double bytes, const char *path, const char *what, char *error) {
+    if (bytes < LARGE) return 0;
+    MemoryLeft left = memory_left("");
+    if (bytes <= left.bytes) return 0;
+    return fail(error, path, "%.200s does not fit: it needs %.1f MiB of memory, %s leaves %.1f", what,
+                bytes / 0x1p20, left.who, left.bytes / 0x1p20);
+}
+
+// realloc for what grows: NULL, and the old memory stays, also where so much would not fit.
+static void *grow(void *old, size_t bytes) {
+    return bytes >= LARGE && (double)bytes > memory_left("").bytes ? NULL : realloc(old, bytes);
+}
+
+// ----------------------------------------------------------------------------
 // the model's memory: the one list of parameters and the one list of activations
 
 // Adds every parameter's row to the table, under its name in files, and points the weights into the block (if not NULL).
@@ -1706,7 +1890,8 @@ static void *allocate(int64_t count, size_t size, int *whole) {
     enum { HUGE_PAGE = 1 << 21 };
     void *memory = NULL;
     size_t bytes = count < 0 || !*whole ? 0 : ((size_t)count + 1) * size;
-    *whole = bytes && !posix_memalign(&memory, bytes < HUGE_PAGE ? 64 : HUGE_PAGE, bytes);
+    *whole = bytes && (!posix_memalign(&memory, bytes < HUGE_PAGE ? 64 : HUGE_PAGE, bytes) ||
+                       !posix_memalign(&memory, 64, bytes));
     if (!*whole) return NULL;
 #ifdef MADV_HUGEPAGE
     if (bytes >= HUGE_PAGE) madvise(memory, bytes, MADV_HUGEPAGE);
@@ -1714,10 +1899,11 @@ static void *allocate(int64_t count, size_t size, int *whole) {
     return memset(memory, 0, bytes);
 }
 
-// A model for batches of up to B sequences of T tokens, its parameters 0. NULL, and a line in error, if it does not fit.
+// A model for batches of up to B sequences of T tokens, its parameters 0. NULL, and a line in error, if it
+// does not fit: that is known before anything large is touched, and all of it is touched here, so no later
+// step can run out of memory.
 static Model *model_create(const Config *c, int B, int T, Mode mode, char *error) {
-    int whole = 1, training = mode >= TRAIN;
-    double present = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE), gib = 0x1p30;
+    int whole = 1, training = mode >= TRAIN, threads = 0;
     Model *m = (Model *)allocate(1, sizeof(Model), &whole);
     if (!m) { fail(error, NULL, "out of memory"); return NULL; }
     m->config = *c;
@@ -1738,14 +1924,19 @@ static Model *model_create(const Config *c, int B, int T, Mode mode, char *error
     }
     int64_t n = m->table.count, n_acts = m->acts_table.count;
     m->bytes = n < 0 || n_acts < 0 ? INFINITY : ((double)n * (training ? 4 : 1) + (double)n_acts) * sizeof(real);
-    whole = m->bytes < present;
+    double bytes = m->bytes + 2.0 * B * T * sizeof(int) + LARGE; // and what else is small
+    #pragma omp parallel reduction(+ : threads)
+    threads++; // they are started here: what their stacks take is not left for the model
+    int fits = whole = !check_room(bytes, NULL, "the model", error);
     m->acts_block = (real *)allocate(n_acts, sizeof(real), &whole);
     m->inputs = (int *)allocate((int64_t)B * T, sizeof(int), &whole);
     m->targets = (int *)allocate((int64_t)B * T, sizeof(int), &whole);
     real **blocks[] = {&m->params, &m->grads, &m->exp_avg, &m->exp_avg_sq};
     for (int i = 0; i < (training ? 4 : 1); i++) *blocks[i] = (real *)allocate(n, sizeof(real), &whole);
     if (!whole) {
-        fail(error, NULL, "the model does not fit: it needs %.1f GiB of memory, this machine has %.1f", m->bytes / gib, present / gib);
+        if (fits)
+            fail(error, NULL, "the model does not fit: the system refuses %.1f MiB of memory",
+                 bytes / 0x1p20);
         model_free(m);
         return NULL;
     }
@@ -1981,8 +2172,9 @@ static const Backend cpu_backend = {"CPU", model_create, model_free, cpu_bytes, 
 // ----------------------------------------------------------------------------
 // signals: what asks for an end lets the step end and be saved
 
-// Of this process; the handler reads and writes them. `interrupted`: the signal that asked for an end, 0: none. While
-// `saving`, nothing ends the program. `told`: the terminal has been told what a second Ctrl-C does.
+// Of this process; the handler reads and writes them. `interrupted`: the signal that asked for an end, 0:
+// none. While `saving`, nothing ends the program. `told`: the terminal has been told what a second Ctrl-C
+// does.
 static volatile sig_atomic_t interrupted, saving, told;
 static int terminal = -1; // a descriptor on which Ctrl-C is answered, -1: there is none
 
@@ -1991,7 +2183,8 @@ static char lock_paths[MAX_LOCKS][PATH_MAX + 8]; // of the lock files that this 
 static int lock_files[MAX_LOCKS];
 static volatile sig_atomic_t n_locks;
 
-// Nothing but system calls: it runs in signal handlers and at exit. The locks themselves end with the process.
+// Nothing but system calls: it runs in signal handlers and at exit. The locks themselves end with the
+// process.
 static void remove_locks(void) {
     while (n_locks > 0) {
         int i = n_locks - 1;
@@ -2001,10 +2194,12 @@ static void remove_locks(void) {
     }
 }
 
-// While training: the first of these signals ends the step, which is then saved, and so does any later one. Only a second
-// Ctrl-C typed at a terminal, once that has been told, ends the program at once; one that another program sends does not.
+// While training: the first of these signals ends the step, which is then saved, and so does any later one.
+// Only a second Ctrl-C typed at a terminal, once that has been told, ends the program at once; one that
+// another program sends does not.
 static void on_signal(int number, siginfo_t *info, void *context) {
-    static const char line[] = "\nending after this step, to save it; Ctrl-C again ends at once, without saving\n";
+    static const char line[] = "\nending after this step, to save it; Ctrl-C again ends at once, without "
+                               "saving\n";
     int problem = errno;
     (void)context;
 #ifdef __linux__
@@ -2042,7 +2237,8 @@ static void install_handlers(Phase phase) {
     if (phase == WHILE_TRAINING) action.sa_sigaction = on_signal;
     else action.sa_handler = phase == BEFORE_TRAINING ? on_early_signal : on_interrupt;
     for (int i = 0; i < n; i++) {
-        int ignored = !sigaction(numbers[i], NULL, &before) && !(before.sa_flags & SA_SIGINFO) && before.sa_handler == SIG_IGN;
+        int ignored = !sigaction(numbers[i], NULL, &before) && !(before.sa_flags & SA_SIGINFO) &&
+                      before.sa_handler == SIG_IGN;
         if (numbers[i] == SIGHUP && ignored) continue; // under nohup
         sigaction(numbers[i], &action, NULL);
     }
@@ -2060,10 +2256,16 @@ static void install_handlers(Phase phase) {
 static int file_read(const char *path, unsigned char **bytes, size_t *size, char *error) {
     struct stat info;
     *bytes = NULL;
-    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); // a pipe without a writer would not be opened else
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); // a pipe without a writer: no waiting
     if (fd < 0) return fail(error, path, "%s", strerror(errno));
-    const char *problem = fstat(fd, &info) ? strerror(errno) : S_ISREG(info.st_mode) ? NULL : "a folder or a device, not a file";
+    const char *problem = fstat(fd, &info)        ? strerror(errno)
+                          : S_ISREG(info.st_mode) ? NULL
+                                                  : "a folder or a device, not a file";
     size_t got = 0, room = problem ? 0 : (size_t)info.st_size + 1; // one byte more than there should be
+    if (check_room((double)room, path, "it", error)) {
+        close(fd);
+        return FAILED;
+    }
     unsigned char *memory = problem ? NULL : (unsigned char *)malloc(room);
     if (!problem && !memory) problem = "it does not fit in memory";
     while (!problem && got < room) {
@@ -2099,7 +2301,8 @@ static int write_all(int fd, const void *bytes, size_t n) {
     return 0;
 }
 
-// Makes what was written last through a power cut; 0, or -1 with errno. Not every file system can flush: that is no error.
+// Makes what was written last through a power cut; 0, or -1 with errno. Not every file system can flush: that
+// is no error.
 static int flush_to_disk(int fd) {
     int result;
 #ifdef F_FULLFSYNC
@@ -2113,10 +2316,13 @@ static int flush_to_disk(int fd) {
 // Puts folder and name together; 0, or -1 when they are too long. path: PATH_MAX bytes.
 static int join_path(char *path, const char *folder, size_t folder_length, const char *name) {
     int slash = folder_length > 0 && folder[folder_length - 1] != '/';
-    return snprintf(path, PATH_MAX, "%.*s%s%s", (int)folder_length, folder, slash ? "/" : "", name) < PATH_MAX ? 0 : -1;
+    return snprintf(path, PATH_MAX, "%.*s%s%s", (int)folder_length, folder, slash ? "/" : "", name) < PATH_MAX
+               ? 0
+               : -1;
 }
 
-// The place that path names once all links are followed, also where there is no file yet. target: PATH_MAX bytes.
+// The place that path names once all links are followed, also where there is no file yet. target: PATH_MAX
+// bytes.
 static int resolve(const char *path, char *target, char *error) {
     char next[PATH_MAX], link[PATH_MAX], folder[PATH_MAX];
     int fits = snprintf(next, sizeof(next), "%s", path) < PATH_MAX;
@@ -2129,7 +2335,8 @@ static int resolve(const char *path, char *target, char *error) {
         if (length < 0) { // no link: a name that is free, in a folder that must be there
             snprintf(link, sizeof(link), "%s", name);
             snprintf(folder, sizeof(folder), "%.*s", head ? (int)head : 1, head ? next : ".");
-            if (!realpath(folder, next) || !*link) return fail(error, path, "cannot be written: %s", strerror(errno));
+            if (!realpath(folder, next) || !*link)
+                return fail(error, path, "cannot be written: %s", strerror(errno));
             fits = !join_path(target, next, strlen(next), link);
             if (fits) return 0;
         } else {
@@ -2138,13 +2345,16 @@ static int resolve(const char *path, char *target, char *error) {
             fits = !join_path(next, folder, link[0] == '/' ? 0 : head, link);
         }
     }
-    return fail(error, path, "cannot be written: %s", fits ? "its links lead in a circle" : "the path is too long");
+    return fail(error, path, "cannot be written: %s",
+                fits ? "its links lead in a circle" : "the path is too long");
 }
 
-static int same_place(const struct stat *a, const struct stat *b) { return a->st_dev == b->st_dev && a->st_ino == b->st_ino; }
+static int same_place(const struct stat *a, const struct stat *b) {
+    return a->st_dev == b->st_dev && a->st_ino == b->st_ino;
+}
 
-// Locks an open file for this process, until it ends, in whatever way, and in whatever container: 1 if that is done, 0 if
-// another one holds the lock, -1 with errno if the file system knows no locks.
+// Locks an open file for this process, until it ends, in whatever way, and in whatever container: 1 if that
+// is done, 0 if another one holds the lock, -1 with errno if the file system knows no locks.
 static int lock_descriptor(int fd) {
     int result;
     do result = flock(fd, LOCK_EX | LOCK_NB);
@@ -2158,9 +2368,10 @@ static void warn_of_no_locks(const char *path) {
     fprintf(stderr, "train_sessa: warning: %s\n", line);
 }
 
-// Locks `target`, which path names, by a file beside it: the file itself gets another inode with each save. What killed runs left, the lock
-// file or temporary ones, belongs to whoever holds the lock. A lock file is removed by its holder: whoever opened it before
-// that, and locks it after, sees that the name now means another file, or none, and begins again.
+// Locks `target`, which path names, by a file beside it: the file itself gets another inode with each save.
+// What killed runs left, the lock file or temporary ones, belongs to whoever holds the lock. A lock file is
+// removed by its holder: whoever opened it before that, and locks it after, sees that the name now means
+// another file, or none, and begins again.
 static int take_lock(const char *path, const char *target, char *error) {
     char *name = lock_paths[n_locks];
     struct stat mine, there;
@@ -2174,21 +2385,24 @@ static int take_lock(const char *path, const char *target, char *error) {
             close(fd);
             return fail(error, path, "another run is writing it");
         }
-        int current = !fstat(fd, &mine) && !stat(name, &there) && same_place(&mine, &there);
-        if (locked > 0 && current) {
+        int named = !fstat(fd, &mine) && !stat(name, &there);
+        problem = errno;
+        if (locked > 0 && named && same_place(&mine, &there)) {
             lock_files[n_locks] = fd;
             n_locks = n_locks + 1;
             return 0;
         }
         close(fd);
-        if (locked > 0) continue;
+        if (locked > 0 && (named || problem == ENOENT)) continue; // its holder removed it meanwhile
         unlink(name);
+        if (locked > 0) return fail(error, path, "cannot be written: %s", strerror(problem));
         warn_of_no_locks(path);
         return 0;
     }
 }
 
-// Removes the temporary files of target that killed runs left: <target>.tmp.<hexadecimal digits>. The lock must be held.
+// Removes the temporary files of target that killed runs left: <target>.tmp.<hexadecimal digits>. The lock
+// must be held.
 static void remove_leftovers(const char *target) {
     char folder[PATH_MAX];
     const char *name = strrchr(target, '/') + 1;
@@ -2212,27 +2426,33 @@ typedef struct {
 static int replaceable(const char *path, Replacement *r, const struct stat *old, char *error) {
     struct stat folder;
     char folder_path[PATH_MAX];
-    snprintf(folder_path, sizeof(folder_path), "%.*s", (int)(strrchr(r->target, '/') + 1 - r->target), r->target);
+    snprintf(folder_path, sizeof(folder_path), "%.*s", (int)(strrchr(r->target, '/') + 1 - r->target),
+             r->target);
     if (!S_ISREG(old->st_mode)) return fail(error, path, "cannot be written: not a regular file");
-    int fd = access(r->target, W_OK) ? -1 : open(r->target, O_WRONLY | O_CLOEXEC); // one that is read-only or append-only stays
+    int fd = access(r->target, W_OK)
+                 ? -1
+                 : open(r->target, O_WRONLY | O_CLOEXEC); // one that is read-only or append-only stays
     if (fd < 0) return fail(error, path, "cannot be written: %s", strerror(errno));
     close(fd);
     uid_t user = geteuid();
     int sticky = !stat(folder_path, &folder) && (folder.st_mode & S_ISVTX);
     if (sticky && user && old->st_uid != user && folder.st_uid != user)
-        return fail(error, path, "cannot be replaced: it is another user's, in a folder where only owners may");
+        return fail(error, path,
+                    "cannot be replaced: it is another user's, in a folder where only owners may");
     if (!link(r->target, r->temporary)) unlink(r->temporary);
     else if (errno == EXDEV) return fail(error, path, "cannot be replaced: it is a mount point of its own");
     return 0;
 }
 
-// Creates the temporary file that will take the place of path. It gets owner and rights of the file that is there, or else
-// of `like` (NULL: none), so that what only its owner may read stays so.
+// Creates the temporary file that will take the place of path. It gets owner and rights of the file that is
+// there, or else of `like` (NULL: none), so that what only its owner may read stays so.
 static int replacement_open(Replacement *r, const char *path, const char *like, char *error) {
     static unsigned n_made = 0;
     struct stat old;
     if (resolve(path, r->target, error)) return FAILED;
-    int there = !stat(r->target, &old), known = there || (like && !stat(like, &old));
+    int there = !stat(r->target, &old);
+    if (!there && errno != ENOENT) return fail(error, path, "cannot be written: %s", strerror(errno));
+    int known = there || (like && !stat(like, &old));
     r->fd = -1;
     for (int tries = 0; r->fd < 0 && tries < 100; tries++) { // O_EXCL: two names cannot meet
         struct timespec now;
@@ -2244,16 +2464,18 @@ static int replacement_open(Replacement *r, const char *path, const char *like, 
         if (r->fd < 0 && errno != EEXIST && errno != EINTR) break;
     }
     if (r->fd < 0) return fail(error, path, "cannot be written: %s", strerror(errno));
-    if (known && (old.st_uid != geteuid() || old.st_gid != getegid())) // root going on with a user's run; others may not
+    int owned = known && old.st_uid == geteuid() && old.st_gid == getegid();
+    if (known && !owned) // root going on with a user's run; others may not
         if (fchown(r->fd, old.st_uid, old.st_gid)) errno = 0;
     if (known && fchmod(r->fd, old.st_mode & 0777)) errno = 0;
     return 0;
 }
 
-// Ends what replacement_open began. ok: all `size` bytes were written; they are flushed to the disk, only then get their
-// name, and then the folder is flushed, too: there is at any moment the old file or the new one, whole. Not ok, or `trial`:
-// the temporary file is removed, and the old one stays.
-static int replacement_close(Replacement *r, const char *path, int ok, uint64_t size, int trial, char *error) {
+// Ends what replacement_open began. ok: all `size` bytes were written; they are flushed to the disk, only
+// then get their name, and then the folder is flushed, too: there is at any moment the old file or the new
+// one, whole. Not ok, or `trial`: the temporary file is removed, and the old one stays.
+static int replacement_close(Replacement *r, const char *path, int ok, uint64_t size, int trial,
+                             char *error) {
     struct stat written;
     int problem = ok ? 0 : errno, flushed = ok && !flush_to_disk(r->fd) && !fstat(r->fd, &written);
     if (ok && !flushed) problem = errno;
@@ -2476,7 +2698,7 @@ static void json_tensor(Json *j, FileTensor *t, const unsigned char *data, int64
 // exhausted.
 static void *json_grow(Json *j, void *array, int n, size_t item) {
     if (n & (n - 1)) return array;
-    void *larger = realloc(array, (n ? (size_t)n * 2 : 1) * item);
+    void *larger = grow(array, (n ? (size_t)n * 2 : 1) * item);
     if (!larger) json_fail(j, "memory is exhausted");
     return larger ? larger : array;
 }
@@ -2602,7 +2824,7 @@ typedef struct {
 static void text_put(Text *t, const char *bytes, size_t n) {
     if (t->size + n > t->room && !t->failed) {
         size_t room = 2 * t->room + n;
-        char *larger = (char *)realloc(t->text, room);
+        char *larger = (char *)grow(t->text, room);
         if (larger) {
             t->text = larger;
             t->room = room;
@@ -2669,11 +2891,11 @@ static void write_header(Text *out, const FileTensor *tensors, int n_tensors, co
     while (!out->failed && out->size % 8) text_add(out, " ");
 }
 
-// Writes a safetensors file with the tensors in the order given, whole or not at all (see replacement_close); a new file
-// gets the rights of `like` (NULL: none). trial: all of it is done but for the last step, and nothing is left: tells before
-// a long run whether path can be written.
-static int safetensors_write(const char *path, const char *like, const FileTensor *tensors, int n_tensors, const Meta *meta,
-                             int n_meta, int trial, char *error) {
+// Writes a safetensors file with the tensors in the order given, whole or not at all (see replacement_close);
+// a new file gets the rights of `like` (NULL: none). trial: all of it is done but for the last step, and
+// nothing is left: tells before a long run whether path can be written.
+static int safetensors_write(const char *path, const char *like, const FileTensor *tensors, int n_tensors,
+                             const Meta *meta, int n_meta, int trial, char *error) {
     Replacement file;
     Text header = {NULL, 0, 0, 0};
     for (int i = 0; i < n_meta; i++)
@@ -2681,7 +2903,8 @@ static int safetensors_write(const char *path, const char *like, const FileTenso
             return fail(error, path, "'%.80s', '%.80s' cannot be stored: not UTF-8", meta[i].key, meta[i].value);
     write_header(&header, tensors, n_tensors, meta, n_meta);
     uint64_t length = header.size, size = 8 + length;
-    int result = header.failed ? fail(error, path, "cannot be written: out of memory") : replacement_open(&file, path, like, error);
+    int result = header.failed ? fail(error, path, "cannot be written: out of memory")
+                               : replacement_open(&file, path, like, error);
     if (!result) {
         int ok = !write_all(file.fd, &length, 8) && !write_all(file.fd, header.text, header.size);
         for (int i = 0; i < n_tensors; i++) {
@@ -2697,10 +2920,10 @@ static int safetensors_write(const char *path, const char *like, const FileTenso
 // ----------------------------------------------------------------------------
 // data: text, token shards, example sets
 
-// Text is any file of bytes, a token is a byte's place in the vocabulary. A shard is llm.c's: 256 int32 (magic, version,
-// number of tokens, the rest unused), then the tokens: uint16 of GPT-2 (magic 20240520, version 1) or uint32 of Llama 3
-// (20240801, 7). An example set is a safetensors file with `inputs` and `targets` (N,T), and maybe `lags` (N,T): how far
-// back lies what each target asks for.
+// Text is any file of bytes, a token is a byte's place in the vocabulary. A shard is llm.c's: 256 int32
+// (magic, version, number of tokens, the rest unused), then the tokens: uint16 of GPT-2 (magic 20240520,
+// version 1) or uint32 of Llama 3 (20240801, 7). An example set is a safetensors file with `inputs` and
+// `targets` (N,T), and maybe `lags` (N,T): how far back lies what each target asks for.
 typedef enum { DATA_TEXT, DATA_SHARD, DATA_EXAMPLES } DataKind;
 
 typedef struct {
@@ -2712,7 +2935,8 @@ typedef struct {
     int32_t *lags;             // EXAMPLES: (count, width) or NULL
     int64_t count;             // tokens or examples
     int width;                 // EXAMPLES: T of the file
-    int vocab_hint;            // EXAMPLES: the metadata's vocab_size, or 0; SHARD: of the tokenizer that llm.c makes it with
+    int vocab_hint; // EXAMPLES: the metadata's vocab_size, or 0; SHARD: of the tokenizer that llm.c makes it
+                    // with
     int max_id;                // SHARD, EXAMPLES: the largest id, -1 if there is none
     int64_t zeros;             // TEXT: bytes that are 0
     char content[96];          // kind, size and hash: what a resumed run must find again
@@ -2754,7 +2978,8 @@ static int shard_read(Dataset *data, size_t size, const char *path, char *error)
     if (header[1] != version)
         return fail(error, path, "a token shard of version %d; only %d is known", header[1], version);
     if (header[2] < 1 || (uint64_t)header[2] * (wide ? 4 : 2) != size - SHARD_HEADER)
-        return fail(error, path, "a token shard whose header says %d tokens; the file holds %zu bytes of them", header[2],
+        return fail(error, path,
+                    "a token shard whose header says %d tokens; the file holds %zu bytes of them", header[2],
                     size - SHARD_HEADER);
     data->count = header[2];
     data->vocab_hint = wide ? 128256 : 50257;
@@ -2769,11 +2994,14 @@ static int shard_read(Dataset *data, size_t size, const char *path, char *error)
     return 0;
 }
 
-// An integer tensor as int32; raises max_id to its largest number. Every number must be `low` or more and below 2^24, the
-// largest vocabulary. NULL and the line if one is not, or if the dtype is no integer's.
+// An integer tensor as int32; raises max_id to its largest number. Every number must be `low` or more and
+// below 2^24, the largest vocabulary. NULL and the line if one is not, or if the dtype is no integer's.
 static int32_t *ids_read(const FileTensor *tensor, int low, int *max_id, const char *path, char *error) {
     int bits = dtype_bits(tensor->dtype), is_signed = *tensor->dtype == 'I', integer = is_signed || *tensor->dtype == 'U';
     int fits = integer && (uint64_t)tensor->count < SIZE_MAX / 4;
+    char what[80];
+    snprintf(what, sizeof(what), "'%.60s'", tensor->name);
+    if (fits && check_room((double)tensor->count * 4, path, what, error)) return NULL;
     int32_t *ids = fits ? (int32_t *)malloc((size_t)tensor->count * 4 + 1) : NULL;
     if (!ids) fail(error, path, integer ? "'%s' does not fit in memory" : "'%s' is no tensor of integers", tensor->name);
     for (int64_t i = 0; ids && i < tensor->count; i++) {
@@ -2781,8 +3009,9 @@ static int32_t *ids_read(const FileTensor *tensor, int low, int *max_id, const c
         memcpy(&word, tensor->data + i * bits / 8, (size_t)bits / 8);
         int64_t id = is_signed ? (int64_t)(word << (64 - bits)) >> (64 - bits) : (int64_t)word; // extend the sign
         if (id < low || id >= MAX_VOCAB) {
-            fail(error, path, "'%s' holds %lld at [%lld,%lld]; what it holds is %d or more and below 2^24", tensor->name,
-                 (long long)id, (long long)(i / tensor->shape[1]), (long long)(i % tensor->shape[1]), low);
+            fail(error, path, "'%s' holds %lld at [%lld,%lld]; what it holds is %d or more and below 2^24",
+                 tensor->name, (long long)id, (long long)(i / tensor->shape[1]),
+                 (long long)(i % tensor->shape[1]), low);
             free(ids);
             return NULL;
         }
@@ -2871,9 +3100,10 @@ static int is_signed_by(const Signature *s, const unsigned char *bytes, size_t s
     return size >= (size_t)(s->at + s->n) && !memcmp(bytes + s->at, s->bytes, (size_t)s->n);
 }
 
-// What bytes look like that are no text: NULL where they may be one. Numbers of 16 or 32 bits, token ids or the letters of
-// UTF-16, leave zeros at the same place of each number; other numbers and packed data leave control characters
-// everywhere, which texts of no encoding hold (but for those of white space, backspace, escape and a zero as a separator).
+// What bytes look like that are no text: NULL where they may be one. Numbers of 16 or 32 bits, token ids or
+// the letters of UTF-16, leave zeros at the same place of each number; other numbers and packed data leave
+// control characters everywhere, which texts of no encoding hold (but for those of white space, backspace,
+// escape and a zero as a separator).
 static const char *looks_like(const unsigned char *bytes, size_t size) {
     size_t zeros[4] = {0}, controls = 0, letters[2] = {0}, quarter = size / 4;
     for (size_t i = 0; i < size; i++) {
@@ -2887,14 +3117,17 @@ static const char *looks_like(const unsigned char *bytes, size_t size) {
     for (size_t i = 0; i < sizeof(signatures) / sizeof(signatures[0]); i++)
         if (is_signed_by(&signatures[i], bytes, size, only_letters)) return signatures[i].what;
     if (size < 8) return NULL;
-    if (size % 4 == 0 && zeros[3] > quarter - quarter / 100 - 1 && zeros[2] > quarter / 2) return "raw 32-bit numbers, token ids maybe";
+    if (size % 4 == 0 && zeros[3] > quarter - quarter / 100 - 1 && zeros[2] > quarter / 2)
+        return "raw 32-bit numbers, token ids maybe";
     for (int odd = 0; odd < 2 && size % 2 == 0; odd++) {
         size_t here = zeros[odd] + zeros[odd + 2], there = zeros[1 - odd] + zeros[3 - odd], half = size / 2;
         if (here < half / 4 || here < 8 * there) continue;
-        if (letters[1 - odd] > half - half / 50 - 1) return "UTF-16 text (convert it: iconv -f UTF-16 -t UTF-8)";
+        if (letters[1 - odd] > half - half / 50 - 1)
+            return "UTF-16 text (convert it: iconv -f UTF-16 -t UTF-8)";
         return "raw 16-bit numbers, token ids maybe";
     }
-    if (controls > size / 10 || (controls > size / 50 && !utf8_valid(bytes, size))) return "numbers or packed data, no text";
+    if (controls > size / 10 || (controls > size / 50 && !utf8_valid(bytes, size)))
+        return "numbers or packed data, no text";
     return NULL;
 }
 
@@ -2905,8 +3138,10 @@ static int is_safetensors(const unsigned char *bytes, size_t size) {
     return length >= 2 && length <= size - 8 && length <= MAX_HEADER && bytes[8] == '{';
 }
 
-// Tells the kind of a file by what it holds; a file named *.safetensors must be one. as_bytes: any file is text.
-static int data_kind(DataKind *kind, const unsigned char *bytes, size_t size, int as_bytes, const char *path, char *error) {
+// Tells the kind of a file by what it holds; a file named *.safetensors must be one. as_bytes: any file is
+// text.
+static int data_kind(DataKind *kind, const unsigned char *bytes, size_t size, int as_bytes, const char *path,
+                     char *error) {
     size_t length = strlen(path);
     int32_t magic = 0;
     int named = length >= 12 && !strcmp(path + length - 12, ".safetensors");
@@ -2956,7 +3191,8 @@ static int dataset_encode(Dataset *data, const unsigned char *vocab, int vocab_s
     for (int64_t i = 0; i < data->count; i++) {
         int byte = data->bytes[i];
         if (ids[byte] < 0)
-            return fail(error, path, "the vocabulary lacks '%c', 0x%02X, the byte at offset %lld", byte, (unsigned)byte, (long long)i);
+            return fail(error, path, "the vocabulary lacks the byte 0x%02X at offset %lld", (unsigned)byte,
+                        (long long)i);
         data->bytes[i] = (unsigned char)ids[byte];
     }
     return 0;
@@ -2981,10 +3217,11 @@ static void copy_sequence(int *inputs, int *targets, const Dataset *set, int64_t
 
 typedef struct {
     const char *data, *val, *format, *mixer, *log, *out, *load, *resume, *prompt, *data_content, *val_content;
-    int64_t vocab, dim, layers, heads, kv_heads, head_dim, state_dim, seq, steps, batch, accum, warmup, decay_steps, seed,
-        eval_every, eval_batches, sample_every, save_every, overwrite, again, generate, eval, top_k, window, step, validated;
-    double gamma_max, lr, min_lr, beta1, beta2, eps, weight_decay, clip, dropout, temperature, top_p, best_val, train_loss,
-        grad_norm;
+    int64_t vocab, dim, layers, heads, kv_heads, head_dim, state_dim, seq, steps, batch, accum, warmup,
+        decay_steps, seed, eval_every, eval_batches, sample_every, save_every, overwrite, again, generate,
+        eval, top_k, window, step, validated;
+    double gamma_max, lr, min_lr, beta1, beta2, eps, weight_decay, clip, dropout, temperature, top_p,
+        best_val, train_loss, grad_norm;
 } Options;
 
 typedef enum { DATA, MODEL, TRAINING, WATCHING, FILES, INSTEAD, STATE } Group; // STATE: in files, not on the command line
@@ -3001,57 +3238,85 @@ typedef struct {
 
 #define FIELD(field) offsetof(Options, field)
 static const Option option_table[] = {
-    {DATA, "data", "data", TEXT, FIELD(data), "data/tinyshakespeare.txt", 0, 0, "text, token shard (.bin) or examples (.safetensors)"},
+    {DATA, "data", "data", TEXT, FIELD(data), "data/tinyshakespeare.txt", 0, 0,
+     "text, token shard (.bin) or examples (.safetensors)"},
     {DATA, "val", "val", TEXT, FIELD(val), NULL, 0, 0, "validation data (else the last 10 % of --data)"},
-    {DATA, "format", "data_format", TEXT, FIELD(format), "auto", 0, 0, "auto: told by what the file holds; bytes: any file as text"},
-    {MODEL, "vocab", "vocab_size", INTEGER, FIELD(vocab), NULL, 1, MAX_VOCAB, "of shards (else the tokenizer's: 50257, 128256), of examples (else from them)"},
+    {DATA, "format", "data_format", TEXT, FIELD(format), "auto", 0, 0,
+     "auto: told by what the file holds; bytes: any file as text"},
+    {MODEL, "vocab", "vocab_size", INTEGER, FIELD(vocab), NULL, 1, MAX_VOCAB,
+     "of shards (else the tokenizer's: 50257, 128256), of examples (else from them)"},
     {MODEL, "mixer", "mixer", TEXT, FIELD(mixer), "sessa", 0, 0, "sessa, attention (no feedback) or mamba2"},
     {MODEL, "dim", "d_model", INTEGER, FIELD(dim), "128", 1, 1 << 16, "width D"},
     {MODEL, "layers", "n_layers", INTEGER, FIELD(layers), "5", 1, 4096, "layers L"},
-    {MODEL, "heads", "n_heads", INTEGER, FIELD(heads), "4", 1, 1 << 16, "query heads H, a divisor of D; D/H is even"},
-    {MODEL, "kv-heads", "n_kv_heads", INTEGER, FIELD(kv_heads), NULL, 1, 1 << 16, "key/value heads G, a divisor of H (else H)"},
-    {MODEL, "head-dim", "mamba_head_dim", INTEGER, FIELD(head_dim), NULL, 1, 1 << 17, "mamba2: width w of a head, a divisor of 2D (else 64, or 2D)"},
-    {MODEL, "state-dim", "mamba_state_dim", INTEGER, FIELD(state_dim), NULL, 1, 1024, "mamba2: state of a channel (else 64)"},
+    {MODEL, "heads", "n_heads", INTEGER, FIELD(heads), "4", 1, 1 << 16,
+     "query heads H, a divisor of D; D/H is even"},
+    {MODEL, "kv-heads", "n_kv_heads", INTEGER, FIELD(kv_heads), NULL, 1, 1 << 16,
+     "key/value heads G, a divisor of H (else H)"},
+    {MODEL, "head-dim", "mamba_head_dim", INTEGER, FIELD(head_dim), NULL, 1, 1 << 17,
+     "mamba2: width w of a head, a divisor of 2D (else 64, or 2D)"},
+    {MODEL, "state-dim", "mamba_state_dim", INTEGER, FIELD(state_dim), NULL, 1, 1024,
+     "mamba2: state of a channel (else 64)"},
     {MODEL, "seq", "max_seq_len", INTEGER, FIELD(seq), "64", 1, 1 << 24, "tokens T of a training sequence"},
-    {MODEL, "gamma-max", "gamma_max", NUMBER, FIELD(gamma_max), "0.999", 1e-6, 0.999999, "bound of the feedback gain"},
+    {MODEL, "gamma-max", "gamma_max", NUMBER, FIELD(gamma_max), "0.999", 1e-6, 0.999999,
+     "bound of the feedback gain"},
     {TRAINING, "steps", "steps", INTEGER, FIELD(steps), "2000", 0, 1e11, "updates of the weights"},
     {TRAINING, "batch", "batch", INTEGER, FIELD(batch), "12", 1, 1 << 20, "sequences of a micro-batch"},
     {TRAINING, "accum", "accum", INTEGER, FIELD(accum), "1", 1, 1 << 20, "micro-batches of a step"},
     {TRAINING, "lr", "lr", NUMBER, FIELD(lr), "3e-3", 0, 1e3, "learning rate"},
-    {TRAINING, "min-lr", "min_lr", NUMBER, FIELD(min_lr), NULL, 0, 1e3, "learning rate at the schedule's end (else lr/10)"},
-    {TRAINING, "warmup", "warmup", INTEGER, FIELD(warmup), NULL, 0, 1e12, "steps of linear warm-up (else 15 % of --decay-steps, up to 300)"},
-    {TRAINING, "decay-steps", "decay_steps", INTEGER, FIELD(decay_steps), NULL, 1, 1e12, "length of the schedule (else --steps)"},
+    {TRAINING, "min-lr", "min_lr", NUMBER, FIELD(min_lr), NULL, 0, 1e3,
+     "learning rate at the schedule's end (else lr/10)"},
+    {TRAINING, "warmup", "warmup", INTEGER, FIELD(warmup), NULL, 0, 1e12,
+     "steps of linear warm-up (else 15 % of --decay-steps, up to 300)"},
+    {TRAINING, "decay-steps", "decay_steps", INTEGER, FIELD(decay_steps), NULL, 1, 1e12,
+     "length of the schedule (else --steps)"},
     {TRAINING, "beta1", "beta1", NUMBER, FIELD(beta1), "0.9", 0, 0.9999999, "AdamW"},
     {TRAINING, "beta2", "beta2", NUMBER, FIELD(beta2), "0.99", 0, 0.9999999, "AdamW"},
     {TRAINING, "eps", "eps", NUMBER, FIELD(eps), "1e-8", 1e-30, 1, "AdamW"},
-    {TRAINING, "weight-decay", "weight_decay", NUMBER, FIELD(weight_decay), "0.1", 0, 1e3, "AdamW, on matrices"},
+    {TRAINING, "weight-decay", "weight_decay", NUMBER, FIELD(weight_decay), "0.1", 0, 1e3,
+     "AdamW, on matrices"},
     {TRAINING, "clip", "clip", NUMBER, FIELD(clip), "1", 0, 1e30, "bound of the gradient's norm, 0: none"},
     {TRAINING, "dropout", "dropout", NUMBER, FIELD(dropout), "0", 0, 0.999, "probability"},
-    {TRAINING, "seed", "seed", INTEGER, FIELD(seed), "1337", 0, 9e15, "of weights, data order, dropout and sampling"},
-    {WATCHING, "eval-every", NULL, INTEGER, FIELD(eval_every), "250", 0, 1e12, "steps between validations, 0: only at the end"},
-    {WATCHING, "eval-batches", NULL, INTEGER, FIELD(eval_batches), "20", 1, 1e9, "batches of a validation; the last takes all"},
-    {WATCHING, "sample-every", NULL, INTEGER, FIELD(sample_every), "0", 0, 1e12, "steps between samples, 0: none"},
+    {TRAINING, "seed", "seed", INTEGER, FIELD(seed), "1337", 0, 9e15,
+     "of weights, data order, dropout and sampling"},
+    {WATCHING, "eval-every", NULL, INTEGER, FIELD(eval_every), "250", 0, 1e12,
+     "steps between validations, 0: only at the end"},
+    {WATCHING, "eval-batches", NULL, INTEGER, FIELD(eval_batches), "20", 1, 1e9,
+     "batches of a validation; the last takes all"},
+    {WATCHING, "sample-every", NULL, INTEGER, FIELD(sample_every), "0", 0, 1e12,
+     "steps between samples, 0: none"},
     {WATCHING, "log", NULL, TEXT, FIELD(log), NULL, 0, 0, "one JSON object a line, one line a step"},
-    {FILES, "out", NULL, TEXT, FIELD(out), "sessa.safetensors", 0, 0, "the run, to resume; the best weights lie beside it"},
-    {FILES, "save-every", NULL, INTEGER, FIELD(save_every), NULL, 1, 1e12, "steps between saves (else eval-every)"},
-    {FILES, "overwrite", NULL, FLAG, FIELD(overwrite), "0", 0, 1, "replace what lies at --out, beside it and at --log"},
-    {FILES, "again", NULL, FLAG, FIELD(again), "0", 0, 1, "replace a run of the same settings and data, as make train does"},
-    {FILES, "load", NULL, TEXT, FIELD(load), NULL, 0, 0, "start from, evaluate or generate with these weights"},
+    {FILES, "out", NULL, TEXT, FIELD(out), "sessa.safetensors", 0, 0,
+     "the run, to resume; the best weights lie beside it"},
+    {FILES, "save-every", NULL, INTEGER, FIELD(save_every), NULL, 1, 1e12,
+     "steps between saves (else eval-every)"},
+    {FILES, "overwrite", NULL, FLAG, FIELD(overwrite), "0", 0, 1,
+     "replace what lies at --out, beside it and at --log"},
+    {FILES, "again", NULL, FLAG, FIELD(again), "0", 0, 1,
+     "replace a run of the same settings and data, as make train does"},
+    {FILES, "load", NULL, TEXT, FIELD(load), NULL, 0, 0,
+     "start from, evaluate or generate with these weights"},
     {FILES, "resume", NULL, TEXT, FIELD(resume), NULL, 0, 0, "go on exactly where this run stopped"},
     {INSTEAD, "generate", NULL, INTEGER, FIELD(generate), NULL, 1, 1e9, "write that many tokens with --load"},
     {INSTEAD, "prompt", NULL, TEXT, FIELD(prompt), "", 0, 0, "text (or token ids) to go on from"},
     {INSTEAD, "temperature", NULL, NUMBER, FIELD(temperature), "1", 0, 1e6, "0: always the likeliest token"},
     {INSTEAD, "top-k", NULL, INTEGER, FIELD(top_k), "0", 0, 1 << 24, "only the k likeliest tokens, 0: all"},
-    {INSTEAD, "top-p", NULL, NUMBER, FIELD(top_p), "1", 1e-9, 1, "only the likeliest tokens of that total probability"},
-    {INSTEAD, "window", NULL, INTEGER, FIELD(window), NULL, 0, 1 << 30, "positions remembered (else the model's seq), 0: all"},
+    {INSTEAD, "top-p", NULL, NUMBER, FIELD(top_p), "1", 1e-9, 1,
+     "only the likeliest tokens of that total probability"},
+    {INSTEAD, "window", NULL, INTEGER, FIELD(window), NULL, 0, 1 << 30,
+     "positions remembered (else the model's seq), 0: all"},
     {INSTEAD, "eval", NULL, FLAG, FIELD(eval), "0", 0, 1, "validation loss of --load on the whole split"},
     {STATE, "step", "step", INTEGER, FIELD(step), "0", 0, 1e11, "updates done"},
-    {STATE, "best_val_loss", "best_val_loss", NUMBER, FIELD(best_val), "1e300", 0, 1e300, "lowest validation loss so far"},
-    {STATE, "data_content", "data_content", TEXT, FIELD(data_content), "", 0, 0, "kind, size and hash of --data"},
+    {STATE, "best_val_loss", "best_val_loss", NUMBER, FIELD(best_val), "1e300", 0, 1e300,
+     "lowest validation loss so far"},
+    {STATE, "data_content", "data_content", TEXT, FIELD(data_content), "", 0, 0,
+     "kind, size and hash of --data"},
     {STATE, "val_content", "val_content", TEXT, FIELD(val_content), "", 0, 0, "of --val"},
-    {STATE, "validated", "validated", INTEGER, FIELD(validated), "-1", -1, 1e11, "step of the last validation, -1: not known"},
-    {STATE, "train_loss", "train_loss", NUMBER, FIELD(train_loss), "-1", -1, 1e300, "of the last step, -1: not known"},
-    {STATE, "grad_norm", "grad_norm", NUMBER, FIELD(grad_norm), "-1", -1, 1e300, "of the last step, -1: not known"},
+    {STATE, "validated", "validated", INTEGER, FIELD(validated), "-1", -1, 1e11,
+     "step of the last validation, -1: not known"},
+    {STATE, "train_loss", "train_loss", NUMBER, FIELD(train_loss), "-1", -1, 1e300,
+     "of the last step, -1: not known"},
+    {STATE, "grad_norm", "grad_norm", NUMBER, FIELD(grad_norm), "-1", -1, 1e300,
+     "of the last step, -1: not known"},
 };
 #undef FIELD
 enum { N_OPTIONS = sizeof(option_table) / sizeof(option_table[0]) };
@@ -3093,10 +3358,11 @@ static int is_given(const Settings *s, const char *name) {
     return s->given[find_option(name, strlen(name)) - option_table];
 }
 
-// Whether an option is stored in a run's file, and, not `resume`, in one of weights alone: the model, where training
-// stood, and what it was validated on.
+// Whether an option is stored in a run's file, and, not `resume`, in one of weights alone: the model, where
+// training stood, and what it was validated on.
 static int is_stored(const Option *option, int resume) {
-    return option->key && (resume || option->group == MODEL || option->group == STATE || !strcmp(option->name, "val"));
+    return option->key &&
+           (resume || option->group == MODEL || option->group == STATE || !strcmp(option->name, "val"));
 }
 
 // Whether a run's file may lack it: it is not always set, or came later.
@@ -3138,7 +3404,8 @@ static int parse_options(Settings *s, int argc, char **argv, char *error) {
         if (!option) return wrong(error, NULL, "unknown option '%s' (--help lists them)", argv[i]);
         const char *value = equals ? equals + 1 : option->type == FLAG ? "1" : ++i < argc ? argv[i] : "";
         if (!*value && strcmp(option->name, "prompt")) return wrong(error, NULL, "--%s takes a value", option->name);
-        if (s->given[option - option_table]) return wrong(error, NULL, "--%s stands there twice", option->name);
+        if (s->given[option - option_table])
+            return wrong(error, NULL, "--%s stands there twice", option->name);
         if (set_option(&s->values, option, value, error)) return WRONG_OPTION;
         s->given[option - option_table] = 1;
     }
@@ -3158,8 +3425,11 @@ static int check_use(const Settings *s, char *error) {
         else if (o->eval) used = group == MODEL || group == DATA || strstr(" load eval batch ", word);
         else used = group != INSTEAD || (sampling && o->sample_every);
         if (s->given[i] && !used)
-            return wrong(error, NULL, "--%s changes nothing %s", name, o->generate ? "with --generate" : o->eval ? "with --eval"
-                         : sampling ? "without --sample-every or --generate" : "without --generate");
+            return wrong(error, NULL, "--%s changes nothing %s", name,
+                         o->generate ? "with --generate"
+                         : o->eval   ? "with --eval"
+                         : sampling  ? "without --sample-every or --generate"
+                                     : "without --generate");
     }
     if (strcmp(o->format, "auto") && strcmp(o->format, "bytes"))
         return wrong(error, NULL, "--format takes auto or bytes, not '%s'", o->format);
@@ -3175,13 +3445,15 @@ typedef struct {
     Config config;
     Options stored;           // of a resumed run: as its file has them
     char best_path[PATH_MAX]; // beside --out: the weights with the lowest validation loss
-    char old_best[PATH_MAX];  // of a run resumed under another name: where they lie until the first save, else empty
+    char old_best[PATH_MAX]; // of a run resumed under another name: where they lie until the first save, else
+                             // empty
     Safetensors file;         // of --load or --resume; options may point into it
     unsigned char vocab[256]; // the bytes of a text model's tokens
     int vocab_bytes;          // their number, 0: tokens are ids
     Dataset train, val;       // val is unused when it is the rest of train
     const Dataset *val_set;
-    char val_note[ERROR_SIZE]; // what --eval says of the text, where it is not the one that the model was validated on
+    char val_note[ERROR_SIZE]; // what --eval says of the text, where it is not the one that the model was
+                               // validated on
     int64_t train_end, val_begin, val_end; // tokens or examples of the two splits
     Model *model;
     int model_T;              // its longest sequence: of a training batch, or what generation remembers
@@ -3190,6 +3462,7 @@ typedef struct {
     char *hits;               // (batch, seq)
     int32_t *order;           // example sets: this epoch's permutation
     int64_t order_epoch;
+    int in_place;             // the line of a step stands on the terminal, the cursor on it
 } Run;
 
 // The model that the options describe.
@@ -3206,14 +3479,15 @@ static int config_of(Config *c, const Options *o, char *error) {
     if (o->dim / o->heads % 2) return wrong(error, NULL, "--dim / --heads must be even, not %d", c->d_model / c->n_heads);
     if (o->heads % o->kv_heads)
         return wrong(error, NULL, "--kv-heads %d does not divide --heads %d", c->n_kv_heads, c->n_heads);
-    if (o->batch * o->accum > INT_MAX / 64 / o->seq)
+    if (!o->generate && o->batch * o->accum > INT_MAX / 64 / o->seq)
         return wrong(error, NULL, "--batch times --accum times --seq must not exceed %d tokens", INT_MAX / 64);
     return 0;
 }
 
 typedef enum { WEIGHTS, RESUMABLE } Content;
 
-// The options that belong in a file, as its metadata; each as text that reads back as the same value. Returns their number.
+// The options that belong in a file, as its metadata; each as text that reads back as the same value. Returns
+// their number.
 static int metadata_of(const Run *run, Content content, Meta *meta, char texts[][96], char *error) {
     static char format[] = "format", pt[] = "pt"; // which readers of the transformers family ask for
     const Options *o = &run->settings.values;
@@ -3238,7 +3512,8 @@ static int save_checkpoint(Run *run, const char *path, Content content, int tria
     FileTensor *tensors = (FileTensor *)calloc((size_t)(n_blocks * n_rows + 1), sizeof(FileTensor));
     char (*names)[96] = (char (*)[96])malloc((size_t)(n_blocks * n_rows) * 96), texts[N_OPTIONS][96];
     size_t count = (size_t)run->table.count;
-    float *numbers = (float *)malloc(sizeof(real) == sizeof(float) ? sizeof(float) : (size_t)n_blocks * count * sizeof(float));
+    float *numbers = (float *)grow(
+        NULL, sizeof(real) == sizeof(float) ? sizeof(float) : (size_t)n_blocks * count * sizeof(float));
     Meta meta[N_OPTIONS + 1];
     int result = tensors && names && numbers ? 0 : fail(error, path, "cannot be written: out of memory");
     for (int block = 0; !result && block < n_blocks; block++) {
@@ -3276,8 +3551,9 @@ static int save_checkpoint(Run *run, const char *path, Content content, int tria
 
 // The best weights beside the run's file.
 static int save_best(Run *run, char *error) {
-    run->old_best[0] = 0;
-    return save_checkpoint(run, run->best_path, WEIGHTS, 0, error);
+    int result = save_checkpoint(run, run->best_path, WEIGHTS, 0, error);
+    if (!result) run->old_best[0] = 0;
+    return result;
 }
 
 // The run. One resumed under another name takes the best weights so far with it.
@@ -3309,8 +3585,8 @@ static float float_at(const FileTensor *t, int64_t i) {
     return value;
 }
 
-// Reads one block of the table's tensors from the run's file into the model. While there is no model yet it only checks
-// them: that they are there, with their dtypes and shapes, all numbers finite.
+// Reads one block of the table's tensors from the run's file into the model. While there is no model yet it
+// only checks them: that they are there, with their dtypes and shapes, all numbers finite.
 static int load_block(Run *run, const char *path, Block block, char *error) {
     real *values = run->model ? run->backend->read(run->model, block) : NULL;
     for (int i = 0; i < run->table.n; i++) {
@@ -3325,7 +3601,8 @@ static int load_block(Run *run, const char *path, Block block, char *error) {
             return fail(error, path, "tensor %s has another dtype or shape than the model's", name);
         for (int64_t k = 0; k < row->count; k++) {
             float value = float_at(t, k);
-            if (!values && !isfinite(value)) return fail(error, path, "tensor %s holds a number that is not finite", name);
+            if (!values && !isfinite(value))
+                return fail(error, path, "tensor %s holds a number that is not finite", name);
             if (values) values[row->offset + k] = (real)value;
         }
     }
@@ -3333,9 +3610,10 @@ static int load_block(Run *run, const char *path, Block block, char *error) {
     return 0;
 }
 
-// Takes the options from a checkpoint, those of the model or, to resume, all that are stored, and the vocabulary. What was
-// given on the command line as well must agree, but for --seq of a model and, of a run, --steps, the schedule's rates and
-// length (print_changes tells what changes), and --data and --val, whose content is compared later.
+// Takes the options from a checkpoint, those of the model or, to resume, all that are stored, and the
+// vocabulary. What was given on the command line as well must agree, but for --seq of a model and, of a run,
+// --steps, the schedule's rates and length (print_changes tells what changes), and --data and --val, whose
+// content is compared later.
 static int settings_from_file(Run *run, const char *path, int resume, char *error) {
     Settings *s = &run->settings;
     char given[96], stored[96], problem[ERROR_SIZE], seen[256] = {0};
@@ -3343,7 +3621,8 @@ static int settings_from_file(Run *run, const char *path, int resume, char *erro
         const Option *option = &option_table[i];
         if (!option->key || (!resume && option->group != MODEL)) continue;
         const char *text = safetensors_meta(&run->file, option->key), *name = option->name;
-        int schedule = !strcmp(name, "steps") || !strcmp(name, "lr") || !strcmp(name, "min-lr") || !strcmp(name, "decay-steps");
+        int schedule = !strcmp(name, "steps") || !strcmp(name, "lr") || !strcmp(name, "min-lr") ||
+                       !strcmp(name, "decay-steps");
         int may_differ = resume ? schedule || option->group == DATA : !strcmp(name, "seq");
         Options other = s->values;
         int of_mamba2 = !strncmp(option->key, "mamba_", 6);
@@ -3375,21 +3654,26 @@ static int read_set(Run *run, Dataset *set, const char *path, char *error) {
     return dataset_read(set, path, !strcmp(run->settings.values.format, "bytes"), error);
 }
 
-// What --eval without --val evaluates: of the text that the model was trained on its validation part, which may be a file
-// of its own, or the text that it was validated on; of another text the last tenth, and the result says so.
+// What --eval without --val evaluates: of the text that the model was trained on its validation part, which
+// may be a file of its own, or the text that it was validated on; of another text the last tenth, and the
+// result says so.
 static int find_validation(Run *run, char *error) {
     Options *o = &run->settings.values;
     const char *trained_on = safetensors_meta(&run->file, "data_content");
-    const char *validated_on = safetensors_meta(&run->file, "val_content"), *val = safetensors_meta(&run->file, "val");
+    const char *validated_on = safetensors_meta(&run->file, "val_content"),
+               *val = safetensors_meta(&run->file, "val");
     if (!trained_on) return 0; // another program's weights
     if (validated_on && *validated_on && !strcmp(run->train.content, validated_on)) {
         run->val_begin = 0;
     } else if (strcmp(run->train.content, trained_on)) {
-        fail(run->val_note, NULL, " (the last tenth of %.200s: not the text that the model was trained on)", o->data);
+        fail(run->val_note, NULL, " (the last tenth of %.200s: not the text that the model was trained on)",
+             o->data);
     } else if (validated_on && *validated_on) {
         char problem[ERROR_SIZE];
         if (!val || read_set(run, &run->val, val, problem) || strcmp(run->val.content, validated_on))
-            return fail(error, o->data, "the model was trained on all of it and validated on another file, %.200s: give that as --val",
+            return fail(error, o->data,
+                        "the model was trained on all of it and validated on another file, %.200s: give that "
+                        "as --val",
                         val ? val : "not named");
         o->val = val;
     }
@@ -3407,15 +3691,19 @@ static int settle_vocabulary(Run *run, Dataset **sets, const char **paths, int n
     }
     if (kind == DATA_TEXT && !loaded) { // the distinct bytes, sorted
         if (is_given(&run->settings, "vocab"))
-            return wrong(error, NULL, "--vocab is for token shards and example sets: the vocabulary of a text is its bytes");
+            return wrong(error, NULL,
+                         "--vocab is for token shards and example sets: the vocabulary of a text is its "
+                         "bytes");
         for (int i = 0; i < n_sets; i++)
             for (int64_t k = 0; k < sets[i]->count; k++) seen[sets[i]->bytes[k]] = 1;
         for (int byte = 0; byte < 256; byte++)
             if (seen[byte]) run->vocab[run->vocab_bytes++] = (unsigned char)byte;
         o->vocab = run->vocab_bytes;
     }
-    if (kind == DATA_TEXT && !run->vocab_bytes) return fail(error, paths[0], "it is text, but the model's tokens are ids");
-    if (kind != DATA_TEXT && run->vocab_bytes) return fail(error, paths[0], "it holds token ids, but the model's tokens are bytes");
+    if (kind == DATA_TEXT && !run->vocab_bytes)
+        return fail(error, paths[0], "it is text, but the model's tokens are ids");
+    if (kind != DATA_TEXT && run->vocab_bytes)
+        return fail(error, paths[0], "it holds token ids, but the model's tokens are bytes");
     for (int i = 0; kind == DATA_TEXT && i < n_sets; i++)
         if (dataset_encode(sets[i], run->vocab, run->vocab_bytes, paths[i], error)) return FAILED;
     if (!o->vocab) o->vocab = hint > max_id ? hint : max_id + 1;
@@ -3435,7 +3723,8 @@ static int open_data(Run *run, char *error) {
         const char *path = i ? o->val : o->data;
         if (read_set(run, set, path, error)) return FAILED;
         if (o->resume && strcmp(*contents[i], set->content))
-            return fail(error, path, "%s; the run being resumed read %.90s", set->content, **contents[i] ? *contents[i] : "none");
+            return fail(error, path, "%s; the run being resumed read %.90s", set->content,
+                        **contents[i] ? *contents[i] : "none");
         *contents[i] = set->content;
     }
     run->train_end = o->val ? run->train.count : run->train.count * 9 / 10;
@@ -3464,7 +3753,8 @@ static int open_data(Run *run, char *error) {
             return fail(error, paths[i], "it holds sequences of %d tokens, not of %d", sets[i]->width, (int)o->seq);
     }
     static const char too_short[] = "%s takes %lld of its tokens or examples, there are %lld";
-    int64_t least = kind == DATA_EXAMPLES ? 1 : o->seq + 1, n_train = run->train_end, n_val = run->val_end - run->val_begin;
+    int64_t least = kind == DATA_EXAMPLES ? 1 : o->seq + 1, n_train = run->train_end,
+            n_val = run->val_end - run->val_begin;
     if (!o->eval && n_train < least) return fail(error, o->data, too_short, "training", (long long)least, (long long)n_train);
     if (n_val < least) return fail(error, paths[n_sets - 1], too_short, "validation", (long long)least, (long long)n_val);
     return 0;
@@ -3503,8 +3793,8 @@ typedef struct {
     int broken;    // a signal broke it off: it says nothing
 } Score;
 
-// Over consecutive windows of the validation split: all of them, or max_batches evenly spaced batches. A signal that asks
-// for an end breaks it off, unless it `lasts`.
+// Over consecutive windows of the validation split: all of them, or max_batches evenly spaced batches. A
+// signal that asks for an end breaks it off, unless it `lasts`.
 static Score evaluate(Run *run, int64_t max_batches, int lasts) {
     const Options *o = &run->settings.values;
     const Dataset *set = run->val_set;
@@ -3562,10 +3852,31 @@ static void print_score(FILE *out, const Score *score) {
 // ----------------------------------------------------------------------------
 // what a run writes: its places, and whose files lie there
 
-// Whether a file with something in it lies there.
-static int is_file(const char *path) {
+// Prints a word so that a shell reads it as one, and a terminal is not commanded by it.
+static void print_quoted(const char *word) {
+    int plain = *word != 0, hostile = 0;
+    for (const char *c = word; *c; c++) {
+        plain = plain && (isalnum((unsigned char)*c) || strchr("-_./=:,+@%", *c));
+        hostile = hostile || (unsigned char)*c < 32 || *c == 127;
+    }
+    hostile = hostile || !utf8_valid((const unsigned char *)word, strlen(word));
+    if (!plain) fputs(hostile ? "$'" : "'", stdout);
+    for (const char *c = word; *c; c++) {
+        unsigned char byte = (unsigned char)*c;
+        if (hostile && (byte < 32 || byte > 126)) printf("\\%03o", byte);
+        else if (byte == '\'') fputs(hostile ? "\\'" : "'\\''", stdout);
+        else if (byte == '\\' && hostile) fputs("\\\\", stdout);
+        else putchar(byte);
+    }
+    if (!plain) putchar('\'');
+}
+
+// Whether a file with something in it lies there: 1 or 0, FAILED where that cannot be told.
+static int lies_there(const char *path, char *error) {
     struct stat info;
-    return path && !stat(path, &info) && S_ISREG(info.st_mode) && info.st_size > 0;
+    if (!path) return 0;
+    if (!stat(path, &info)) return S_ISREG(info.st_mode) && info.st_size > 0;
+    return errno == ENOENT || errno == ENOTDIR ? 0 : fail(error, path, "%s", strerror(errno));
 }
 
 // Whether two paths name one file, or would.
@@ -3585,7 +3896,8 @@ static int best_beside(char best[PATH_MAX], const char *out, char *error) {
     return fail(error, out, "cannot be written: the path is too long");
 }
 
-// Locks the run's file and its best weights; from then on what killed runs left there is nobody's, and is removed.
+// Locks the run's file and its best weights; from then on what killed runs left there is nobody's, and is
+// removed.
 static int claim_places(Run *run, char *error) {
     const char *paths[] = {run->settings.values.out, run->best_path};
     char target[PATH_MAX];
@@ -3622,7 +3934,10 @@ static void describe(char *text, const char *path) {
     const char *step = safetensors_meta(&file, "step"), *loss = safetensors_meta(&file, "best_val_loss");
     int run = safetensors_find(&file, "exp_avg.wte.weight") != NULL;
     double best = loss && strlen(loss) < 40 ? strtod(loss, NULL) : 1e300;
-    fail(text, NULL, "%s", run ? "a run" : safetensors_find(&file, "wte.weight") ? "weights" : "no checkpoint");
+    fail(text, NULL, "%s",
+         run                                     ? "a run"
+         : safetensors_find(&file, "wte.weight") ? "weights"
+                                                 : "no checkpoint");
     size_t used = strlen(text);
     if (step) snprintf(text + used, ERROR_SIZE - used, " of step %.20s", step);
     used = strlen(text);
@@ -3630,7 +3945,8 @@ static void describe(char *text, const char *path) {
     safetensors_free(&file);
 }
 
-// Whether the checkpoint at path stores this run's settings and data. Weights alone store less: the model and the data.
+// Whether the checkpoint at path stores this run's settings and data. Weights alone store less: the model and
+// the data.
 static int is_same_run(const Run *run, const char *path) {
     Safetensors file;
     char problem[ERROR_SIZE], text[96];
@@ -3640,7 +3956,8 @@ static int is_same_run(const Run *run, const char *path) {
         const Option *option = &option_table[i];
         int content = option->group == STATE && strstr(option->name, "_content") != NULL;
         if (!content && option->group != MODEL && !(is_run && option->group == TRAINING)) continue;
-        const char *theirs = safetensors_meta(&file, option->key), *ours = option_text(text, &run->settings.values, option);
+        const char *theirs = safetensors_meta(&file, option->key),
+                   *ours = option_text(text, &run->settings.values, option);
         same = same && (theirs && ours ? !strcmp(theirs, ours) : !theirs == !ours);
     }
     safetensors_free(&file);
@@ -3648,14 +3965,15 @@ static int is_same_run(const Run *run, const char *path) {
 }
 
 // What a log holds up to a step: where the lines of the steps before it end, and its own.
-typedef struct { long before, upto, size; int64_t last; int is_log, own, validated; } LogScan;
+typedef struct { long before, upto, size; int64_t last; int is_log, own, validated, failed; } LogScan;
 
-// Reads the lines of a log up to `step`. loss: of that step as its file has it, -1: not known. `own` says whether the log is
-// this run's: if it has a line of the step that has the same loss, or ends before.
+// Reads the lines of a log up to `step`. loss: of that step as its file has it, -1: not known. `own` says
+// whether the log is this run's: if its line of the step has the same loss, or if it ends right before or
+// begins right behind the step.
 static LogScan log_scan(FILE *file, int64_t step, double loss) {
     static const char start[] = "{\"step\": ";
     char line[4096], expected[32], stands[32] = "";
-    LogScan scan = {0, 0, 0, 0, 1, 1, 0};
+    LogScan scan = {0, 0, 0, 0, 1, 1, 0, 0};
     long long logged;
     int whole = 1;
     snprintf(expected, sizeof(expected), "%.9g", loss);
@@ -3664,9 +3982,12 @@ static LogScan log_scan(FILE *file, int64_t step, double loss) {
         whole = length > 0 && line[length - 1] == '\n';
         int begins = !strncmp(line, start, whole || length >= sizeof(start) ? sizeof(start) - 1 : length);
         if (!begins && !scan.last) scan.is_log = 0;
-        if (!whole || !begins || sscanf(line, "{\"step\": %lld, \"train_loss\": %30[^,}]", &logged, stands) < 1) break;
+        if (!whole || !begins ||
+            sscanf(line, "{\"step\": %lld, \"train_loss\": %30[^,}]", &logged, stands) < 1)
+            break;
         if (logged > step) {
-            if (scan.last < step) scan.own = !scan.last && logged == step + 1; // begun when the run was resumed there
+            if (scan.last < step)
+                scan.own = !scan.last && logged == step + 1; // begun when the run was resumed there
             break;
         }
         scan.last = logged;
@@ -3676,22 +3997,28 @@ static LogScan log_scan(FILE *file, int64_t step, double loss) {
         scan.own = loss < 0 || !*stands || !strcmp(stands, expected);
         scan.validated = strstr(line, "\"val_loss\"") != NULL;
     }
-    if (!fseek(file, 0, SEEK_END)) scan.size = ftell(file);
+    if (scan.last && scan.last < step - 1 && step < INT64_MAX) scan.own = 0; // a log has no holes
+    scan.failed = ferror(file) || fseek(file, 0, SEEK_END) || (scan.size = ftell(file)) < 0;
     return scan;
 }
 
 // A new run begins no log where one lies.
 static int check_log_free(const Options *o, char *error) {
-    if (o->resume || o->overwrite || !is_file(o->log)) return 0;
+    if (o->resume || o->overwrite) return 0;
+    int there = lies_there(o->log, error);
+    if (there <= 0) return there;
     FILE *file = fopen(o->log, "r");
-    LogScan scan = {0, 0, 0, 0, 0, 0, 0};
+    LogScan scan = {0, 0, 0, 0, 0, 0, 0, 0};
     if (file) {
         scan = log_scan(file, INT64_MAX, -1);
         fclose(file);
     }
-    static const char what[] = "%.250s is there: %s up to step %lld; --resume goes on with its run, --log names another place, --overwrite replaces it";
+    static const char what[] = "%.250s is there: %s up to step %lld; --resume goes on with its run, --log "
+                               "names another place, --overwrite replaces it";
     if (scan.is_log) return wrong(error, NULL, what, o->log, "a log", (long long)scan.last);
-    return wrong(error, NULL, "%.250s is there, and is no log; --log names another place, --overwrite replaces it", o->log);
+    return wrong(error, NULL,
+                 "%.250s is there, and is no log; --log names another place, --overwrite replaces it",
+                 o->log);
 }
 
 // A run replaces what it wrote or resumed and nothing else, unless it is told to.
@@ -3699,40 +4026,53 @@ static int check_free(const Run *run, char *error) {
     const Options *o = &run->settings.values;
     char what[ERROR_SIZE];
     const char *paths[] = {o->out, run->best_path};
-    int own = o->resume && same_file(o->out, o->resume);
-    if (check_log_free(o, error)) return WRONG_OPTION;
+    int own = o->resume && same_file(o->out, o->resume), there[2], result = check_log_free(o, error);
+    if (result) return result;
     if (own || o->overwrite) return 0;
     for (int i = 0; i < 2; i++) {
-        if (!is_file(paths[i]) || (o->again && is_same_run(run, paths[i]))) continue;
+        there[i] = lies_there(paths[i], error);
+        if (there[i] < 0) return FAILED;
+        if (!there[i] || (o->again && is_same_run(run, paths[i]))) continue;
         describe(what, paths[i]);
-        return wrong(error, NULL, "%.150s is there: %.100s; %s%.100s goes on with it, --out names another place, --overwrite replaces it",
+        return wrong(error, NULL,
+                     "%.150s is there: %.100s; %s%.100s goes on with it, --out names another place, "
+                     "--overwrite replaces it",
                      paths[i], what, i ? "--load " : "--resume ", paths[i]);
     }
     for (int i = 0; i < 2 && o->again; i++)
-        if (is_file(paths[i])) printf("%s of the same settings and data is replaced\n", paths[i]);
+        if (there[i]) {
+            print_quoted(paths[i]);
+            printf(" of the same settings and data is replaced\n");
+        }
     return 0;
 }
 
-// Of a resumed run: the best weights so far lie beside its file. Where they do not, the lowest loss counts anew, and that is
-// said; where another run's lie there, they are not touched.
+// Of a resumed run: the best weights so far lie beside its file. Where they do not, the lowest loss counts
+// anew, and that is said; where another run's lie there, they are not touched.
 static int check_best(Run *run, char *error) {
     Options *o = &run->settings.values;
     char path[PATH_MAX];
     Safetensors file;
     if (best_beside(path, o->resume, error)) return FAILED;
     if (o->best_val >= 1e300) return 0;
-    if (!is_file(path)) {
-        fail(error, NULL, "%.200s is not there: the lowest validation loss, %.4f, counts anew", path, o->best_val);
+    int there = lies_there(path, error);
+    if (there < 0) return FAILED;
+    if (!there) {
+        fail(error, NULL, "%.200s is not there: the lowest validation loss, %.4f, counts anew", path,
+             o->best_val);
         printf("%s\n", error);
         o->best_val = 1e300;
         return 0;
     }
     if (safetensors_read(&file, path, error)) return FAILED;
-    const char *loss = safetensors_meta(&file, "best_val_loss"), *content = safetensors_meta(&file, "data_content");
+    const char *loss = safetensors_meta(&file, "best_val_loss"), *content = safetensors_meta(&file, "data_"
+                                                                                                    "conten"
+                                                                                                    "t");
     int other = (content && strcmp(content, o->data_content)) || (loss && strtod(loss, NULL) > o->best_val);
     safetensors_free(&file);
     if (other && !o->overwrite)
-        return wrong(error, path, "not the best weights of the resumed run: move it away, or --overwrite replaces it");
+        return wrong(error, path,
+                     "not the best weights of the resumed run: move it away, or --overwrite replaces it");
     if (other) o->best_val = 1e300;
     else if (!same_file(path, run->best_path)) snprintf(run->old_best, sizeof(run->old_best), "%s", path);
     return 0;
@@ -3754,11 +4094,13 @@ static void print_changes(const Run *run) {
         if (option->group != TRAINING || !run->settings.given[i] || !strcmp(option->name, "steps")) continue;
         const char *now = option_text(ours, o, option), *before = option_text(theirs, &run->stored, option);
         if (strcmp(now, before))
-            printf("from step %lld on: --%s %s in place of %s\n", (long long)o->step + 1, option->name, now, before);
+            printf("from step %lld on: --%s %s in place of %s\n", (long long)o->step + 1, option->name, now,
+                   before);
     }
     int64_t first = o->step > o->decay_steps ? o->step : o->decay_steps;
     if (o->resume && o->steps > first)
-        printf("the schedule ends at step %lld: the steps after it are made with the lowest rate, %g; --decay-steps %lld stretches it\n",
+        printf("the schedule ends at step %lld: the steps after it are made with the lowest rate, %g; "
+               "--decay-steps %lld stretches it\n",
                (long long)o->decay_steps, o->min_lr, (long long)o->steps);
 }
 
@@ -3838,13 +4180,17 @@ static int encode_prompt(const Run *run, const char *prompt, int *ids, char *err
 // A character of UTF-8 whose bytes are still to come.
 typedef struct { unsigned char bytes[4]; int n; } Character;
 
-// Prints a byte, or keeps it while it begins a character of UTF-8: what is read as text is whole at any moment, and what the
-// last token leaves unfinished is not printed. Bytes that are no UTF-8 are printed as they are.
+// Prints a byte, or keeps it while it begins a character of UTF-8: what is read as text is whole at any
+// moment, and what the last token leaves unfinished is not printed. Bytes that are no UTF-8 are printed as
+// they are.
 static void print_byte(Character *c, unsigned char byte) {
     c->bytes[c->n++] = byte;
     while (c->n > 0) {
         unsigned char first = c->bytes[0];
-        int length = first >= 0xC2 && first < 0xE0 ? 2 : (first & 0xF0) == 0xE0 ? 3 : first >= 0xF0 && first <= 0xF4 ? 4 : 1;
+        int length = first >= 0xC2 && first < 0xE0    ? 2
+                     : (first & 0xF0) == 0xE0         ? 3
+                     : first >= 0xF0 && first <= 0xF4 ? 4
+                                                      : 1;
         int follow = 1;
         while (follow < c->n && follow < length && (c->bytes[follow] & 0xC0) == 0x80) follow++;
         if (follow == c->n && follow < length) return; // it may go on
@@ -3862,6 +4208,9 @@ static int generate(Run *run, const char *prompt, int64_t n, uint64_t random, ch
     int V = run->config.vocab_size, T = run->model_T, result = 0;
     int fed = 0, begin = 0; // the model has seen `fed` tokens and remembers them from `begin` on
     Character character = {{0}, 0};
+    double bytes =
+        (double)V * (sizeof(real) + sizeof(Candidate)) + ((double)n + (double)strlen(prompt)) * sizeof(int);
+    if (check_room(bytes, NULL, "what is generated", error)) return FAILED;
     real *logits = (real *)malloc((size_t)V * sizeof(real));
     Candidate *candidates = (Candidate *)malloc((size_t)V * sizeof(Candidate));
     int *tokens = (int *)malloc((strlen(prompt) + 2 + (size_t)n) * sizeof(int));
@@ -3953,9 +4302,9 @@ typedef struct {
     int complete;       // when it was opened, that line held a validation
 } Log;
 
-// Opens the log: a new one for a new run; of a resumed one it is cut back to the resumed step, or, `again`, to the step
-// before it where the step's own line has no validation. A pipe or a device is written as it is. A file that is no log of
-// this run is not touched, unless --overwrite says so.
+// Opens the log: a new one for a new run; of a resumed one it is cut back to the resumed step, or, `again`,
+// to the step before it where the step's own line has no validation. A pipe or a device is written as it is.
+// A file that is no log of this run is not touched, unless --overwrite says so.
 static int log_open(Log *log, const Options *o, int again, char *error) {
     struct stat info;
     memset(log, 0, sizeof(*log));
@@ -3975,23 +4324,32 @@ static int log_open(Log *log, const Options *o, int again, char *error) {
     log->created = !there;
     if (stream) return 0;
     LogScan scan = log_scan(log->file, o->resume ? o->step : 0, o->train_loss);
-    int result = 0;
-    if (o->overwrite && !(o->resume && scan.is_log && scan.own)) memset(&scan, 0, sizeof(scan));
-    else if (scan.size && !o->resume) result = wrong(error, o->log, "it was written meanwhile");
-    else if (scan.size && !scan.is_log) result = wrong(error, o->log, "it is no log: another --log, or --overwrite");
-    else if (scan.size && !scan.own) result = wrong(error, o->log, "the log of another run: another --log, or --overwrite");
+    int result = scan.failed ? fail(error, o->log, "%s", strerror(errno)) : 0;
+    if (result) {
+        // what could not be read is not cut
+    } else if (o->overwrite && !(o->resume && scan.is_log && scan.own)) {
+        memset(&scan, 0, sizeof(scan));
+    } else if (scan.size && !o->resume) {
+        result = wrong(error, o->log, "it was written meanwhile");
+    } else if (scan.size && !scan.is_log) {
+        result = wrong(error, o->log, "it is no log: another --log, or --overwrite");
+    } else if (scan.size && !scan.own) {
+        result = wrong(error, o->log, "the log of another run: another --log, or --overwrite");
+    }
     int keep_line = scan.last < o->step || scan.validated || !again;
     long kept = keep_line ? scan.upto : scan.before;
     log->last = keep_line ? scan.last : o->step - 1;
     log->complete = scan.validated;
-    if (!result && (ftruncate(fd, kept) || fseek(log->file, kept, SEEK_SET))) result = fail(error, o->log, "%s", strerror(errno));
+    if (!result && (ftruncate(fd, kept) || fseek(log->file, kept, SEEK_SET)))
+        result = fail(error, o->log, "%s", strerror(errno));
     if (!result) return 0;
     fclose(log->file);
     log->file = NULL;
     return result;
 }
 
-// Writes the line of a step; score: of the validation there, NULL: none. FAILED if the line is not on its way to the disk.
+// Writes the line of a step; score: of the validation there, NULL: none. FAILED if the line is not on its way
+// to the disk.
 static int log_line(Log *log, const Step *s, const Score *score, char *error) {
     if (!log->file || s->step <= log->last) return 0; // the line stands there
     log->last = s->step;
@@ -4014,28 +4372,10 @@ static void log_close(Log *log) {
     log->file = NULL;
 }
 
-// Prints a word so that a shell reads it as one, and a terminal is not commanded by it.
-static void print_quoted(const char *word) {
-    int plain = *word != 0, hostile = 0;
-    for (const char *c = word; *c; c++) {
-        plain = plain && (isalnum((unsigned char)*c) || strchr("-_./=:,+@%", *c));
-        hostile = hostile || (unsigned char)*c < 32 || *c == 127;
-    }
-    hostile = hostile || !utf8_valid((const unsigned char *)word, strlen(word));
-    if (!plain) fputs(hostile ? "$'" : "'", stdout);
-    for (const char *c = word; *c; c++) {
-        unsigned char byte = (unsigned char)*c;
-        if (hostile && (byte < 32 || byte > 126)) printf("\\%03o", byte);
-        else if (byte == '\'') fputs(hostile ? "\\'" : "'\\''", stdout);
-        else if (byte == '\\' && hostile) fputs("\\\\", stdout);
-        else putchar(byte);
-    }
-    if (!plain) putchar('\'');
-}
-
 // Prints how to go on after a stop: --resume and what was given of the rows that a checkpoint does not hold.
-static void print_resume_command(const Run *run, const char *program) {
+static void print_resume_command(Run *run, const char *program) {
     const Settings *s = &run->settings;
+    run->in_place = 0;
     printf("\nstopped after step %lld, saved to ", (long long)s->values.step);
     print_quoted(s->values.out);
     printf("\ngo on with: ");
@@ -4052,19 +4392,67 @@ static void print_resume_command(const Run *run, const char *program) {
     printf("\n");
 }
 
-// The line that a step writes to the terminal, over the one before, or to a file.
-static void print_step(const Options *o, const Step *s, double left, const Score *score) {
-    int last = o->step == o->steps, is_terminal = isatty(STDOUT_FILENO);
-    printf("%sstep %lld/%lld | loss %.4f | norm %.3f | lr %.2e", is_terminal ? "\r" : "", (long long)o->step, (long long)o->steps,
-           s->loss, s->grad_norm, s->rate);
-    if (isfinite(s->elapsed)) // else the step was made before the run was resumed
-        printf(" | %.1f ms | %.0f tok/s | %lld:%02d left", s->elapsed * 1e3, s->tokens / s->elapsed, (long long)left / 60,
-               (int)((long long)left % 60));
-    if (score) printf(" | val %.4f", score->loss);
-    if (score && !isnan(score->accuracy)) printf(", accuracy %.4f", score->accuracy);
-    if (score && last) printf(" (whole split)");
-    printf(!is_terminal || score ? "\n" : "  ");
+// The columns of the terminal that standard output is, 0: it is none.
+static int terminal_columns(void) {
+    struct winsize size;
+    int64_t told = 0;
+    const char *columns = getenv("COLUMNS");
+    if (!isatty(STDOUT_FILENO)) return 0;
+    if (!ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) && size.ws_col > 0) return size.ws_col;
+    return columns && !parse_integer(columns, 1, 10000, &told) ? (int)told : 80;
+}
+
+// Moves to the next row where a line stands in place: what is printed then begins there.
+static void end_line(Run *run) {
+    if (run->in_place) printf("\n");
+    run->in_place = 0;
+}
+
+// The line of a step. A file gets it whole. A terminal gets the fields that fit, over the line before, and
+// unless it stays, as a validation does, the cursor goes back to its begin: when the window is made narrower,
+// and the line is broken in two, that is still the begin, and all behind it is cleared.
+static void print_step(Run *run, const Step *s, double left, const Score *score) {
+    enum { STEP, LOSS, NORM, RATE, TIME, SPEED, LEFT, VALIDATION, ACCURACY, N_FIELDS };
+    static const int first_to_go[] = {NORM, RATE,     SPEED, TIME,
+                                      LEFT, ACCURACY, LOSS,  STEP}; // the last one is never left out
+    const Options *o = &run->settings.values;
+    const char *terminal_type = getenv("TERM");
+    char fields[N_FIELDS][80], line[N_FIELDS * 80] = "";
+    int last = o->step == o->steps, columns = terminal_columns(), length = 0;
+    int commands = terminal_type && strcmp(terminal_type, "dumb");
+    memset(fields, 0, sizeof(fields));
+    snprintf(fields[STEP], 80, "step %lld/%lld", (long long)o->step, (long long)o->steps);
+    snprintf(fields[LOSS], 80, "loss %.4f", s->loss);
+    snprintf(fields[NORM], 80, "norm %.3f", s->grad_norm);
+    snprintf(fields[RATE], 80, "lr %.2e", s->rate);
+    if (isfinite(s->elapsed)) { // else the step was made before the run was resumed
+        snprintf(fields[TIME], 80, "%.1f ms", s->elapsed * 1e3);
+        snprintf(fields[SPEED], 80, "%.0f tok/s", s->tokens / s->elapsed);
+        snprintf(fields[LEFT], 80, "%lld:%02d left", (long long)left / 60, (int)((long long)left % 60));
+    }
+    if (score) snprintf(fields[VALIDATION], 80, "val %.4f", score->loss);
+    if (score && !isnan(score->accuracy)) snprintf(fields[ACCURACY], 80, "accuracy %.4f", score->accuracy);
+    if (score && last) strcat(fields[isnan(score->accuracy) ? VALIDATION : ACCURACY], " (whole split)");
+    for (size_t gone = 0; gone <= sizeof(first_to_go) / sizeof(first_to_go[0]); gone++) {
+        length = 0;
+        for (int i = 0; i < N_FIELDS; i++)
+            if (fields[i][0])
+                length += snprintf(line + length, sizeof(line) - (size_t)length, "%s%s",
+                                   !length         ? ""
+                                   : i == ACCURACY ? ", "
+                                                   : " | ",
+                                   fields[i]);
+        if (!columns || length < columns || gone == sizeof(first_to_go) / sizeof(first_to_go[0])) break;
+        if (score || first_to_go[gone] != STEP) fields[first_to_go[gone]][0] = 0;
+    }
+    int stays = !columns || score || last, room = columns - 1; // a full row would be left at once
+    if (columns && length > room) length = room > 0 ? room : 0;
+    printf("%s%.*s", columns ? "\r" : "", length, line);
+    if (columns && commands) printf("\033[J");
+    else if (columns) printf("%*s", room - length, "");
+    printf(stays ? "\n" : "\r");
     fflush(stdout);
+    run->in_place = !stays;
 }
 
 // Prints a sample, with a model made for generation: the one that trains keeps no cache of the past.
@@ -4075,6 +4463,7 @@ static int print_sample(Run *run, Model *sampler, char *error) {
     memcpy(params, run->backend->read(trained, PARAMS), sizeof(real) * (size_t)run->table.count);
     run->backend->write(sampler, PARAMS);
     run->model = sampler;
+    end_line(run);
     printf("---\n");
     int result = generate(run, "", 200, splitmix64((uint64_t)(o->seed + o->step)), error);
     printf("---\n");
@@ -4086,15 +4475,15 @@ static int print_sample(Run *run, Model *sampler, char *error) {
 typedef struct {
     Log log;
     Model *sampler;         // prints samples; NULL: none are asked for
-    double start;           // seconds
+    double start, told;     // seconds; when the last line was printed
     int64_t first_step;     // that it began with
     const char *saved;      // the file that holds saved_step, NULL: none yet
     int64_t saved_step;
     int complete;           // the run's last step is concluded
 } Training;
 
-// Validates: as --eval-every asks, if `due`, else, before a save, one batch, so that what is saved is not only finite but
-// has a finite loss. FAILED, with the line, if it has none: then nothing may be saved.
+// Validates: as --eval-every asks, if `due`, else, before a save, one batch, so that what is saved is not
+// only finite but has a finite loss. FAILED, with the line, if it has none: then nothing may be saved.
 static int judge(Run *run, int due, int to_save, Score *score, char *error) {
     const Options *o = &run->settings.values;
     memset(score, 0, sizeof(*score));
@@ -4106,14 +4495,24 @@ static int judge(Run *run, int due, int to_save, Score *score, char *error) {
     }
     if (!quick.count || isfinite(quick.loss)) return 0;
     *score = quick;
-    return fail(error, NULL, "step %lld: the validation loss is %g: stopped, this step is not saved; a lower --lr may help",
+    return fail(error, NULL,
+                "step %lld: the validation loss is %g: stopped, this step is not saved; a lower --lr may "
+                "help",
                 (long long)o->step, quick.loss);
 }
 
-// What follows an update, in this order: the step is judged, then come the log's line, the best weights, the run's file; so
-// whatever ends the program in between, nothing is named that is not there. The line of the run's last step waits for the
-// validation of the whole split, which conclude_run makes. A log that fails, or best weights, do not keep the run from being
-// saved, and end it.
+// Whether a step without a validation gets its line: on a terminal each; in a file the first, every
+// hundredth, and one that would leave the file silent for over ten seconds, if the next step takes as long.
+// silent: seconds since a line.
+static int is_printed(const Options *o, const Training *t, const Step *s, double silent) {
+    return isatty(STDOUT_FILENO) || o->step == t->first_step + 1 || o->step % 100 == 0 ||
+           silent + s->elapsed > 10;
+}
+
+// What follows an update, in this order: the step is judged, then come the log's line, the best weights, the
+// run's file; so whatever ends the program in between, nothing is named that is not there. The line of the
+// run's last step waits for the validation of the whole split, which conclude_run makes. A log that fails, or
+// best weights, do not keep the run from being saved, and end it.
 static int conclude_step(Run *run, Training *t, const Step *s, char *error) {
     Options *o = &run->settings.values;
     int last = o->step == o->steps, due = o->eval_every && o->step % o->eval_every == 0;
@@ -4140,7 +4539,8 @@ static int conclude_step(Run *run, Training *t, const Step *s, char *error) {
         }
     }
     if (result || to_save) {
-        if (t->log.file) flush_to_disk(fileno(t->log.file)); // a power cut must not leave a run ahead of its log
+        if (t->log.file)
+            flush_to_disk(fileno(t->log.file)); // a power cut must not leave a run ahead of its log
         int saved = save_run(run, result ? second : error);
         if (!saved) {
             t->saved = o->out;
@@ -4150,35 +4550,44 @@ static int conclude_step(Run *run, Training *t, const Step *s, char *error) {
     }
     saving = 0;
     if (result || last) return result;
-    double left = (seconds() - t->start) / (double)(o->step - t->first_step) * (double)(o->steps - o->step);
-    if (isatty(STDOUT_FILENO) || scored || o->step == t->first_step + 1 || o->step % 100 == 0)
-        print_step(o, s, left, scored ? &score : NULL);
+    double now = seconds(),
+           left = (now - t->start) / (double)(o->step - t->first_step) * (double)(o->steps - o->step);
+    if (scored || is_printed(o, t, s, now - t->told)) {
+        print_step(run, s, left, scored ? &score : NULL);
+        t->told = now;
+    }
     return 0;
 }
 
-// The end of the last step: the whole split, the log's last line, and, if no validation came before, the last weights as
-// the best. A signal that breaks the validation off leaves this to a resumed run.
+// The end of the last step: the whole split, the log's last line, and, if no validation came before, the last
+// weights as the best. A signal that breaks the validation off leaves this to a resumed run.
 static int conclude_run(Run *run, Training *t, const Step *s, char *error) {
     Options *o = &run->settings.values;
     Score score = evaluate(run, 0, 0);
     int scored = score.count > 0 && !score.broken, result = 0;
     if (scored && !isfinite(score.loss))
-        result = fail(error, NULL, "step %lld: the validation loss of the whole split is %g", (long long)o->step, score.loss);
+        result = fail(error, NULL, "step %lld: the validation loss of the whole split is %g",
+                      (long long)o->step, score.loss);
     saving = 1;
     int logged = log_line(&t->log, s, scored ? &score : NULL, error);
     if (!result) result = logged;
     if (!result && !score.broken && o->best_val >= 1e300) result = save_best(run, error);
     saving = 0;
-    if (!result) print_step(o, s, 0, scored ? &score : NULL);
+    if (!result) print_step(run, s, 0, scored ? &score : NULL);
     t->complete = !result && !score.broken;
     return result;
 }
 
-// Makes what a run needs while it trains, and tries everything that a save will ask for, the way the save does it.
+// Makes what a run needs while it trains, and tries everything that a save will ask for, the way the save
+// does it.
 static int begin_training(Run *run, Training *t, int again, char *error) {
     Options *o = &run->settings.values;
-    if (save_checkpoint(run, o->out, RESUMABLE, 1, error) || save_checkpoint(run, run->best_path, WEIGHTS, 1, error)) return FAILED;
-    if (o->sample_every && !(t->sampler = run->backend->create(&run->config, 1, (int)o->seq, GENERATE, error))) return FAILED;
+    if (save_checkpoint(run, o->out, RESUMABLE, 1, error) ||
+        save_checkpoint(run, run->best_path, WEIGHTS, 1, error))
+        return FAILED;
+    if (o->sample_every &&
+        !(t->sampler = run->backend->create(&run->config, 1, (int)o->seq, GENERATE, error)))
+        return FAILED;
     return log_open(&t->log, o, again, error);
 }
 
@@ -4192,7 +4601,8 @@ static int train_steps(Run *run, Training *t, Step *s, char *error) {
         s->elapsed = seconds() - begin;
         s->step = o->step;
         if (conclude_step(run, t, s, error)) return FAILED;
-        if (o->sample_every && o->step % o->sample_every == 0 && print_sample(run, t->sampler, error) && !ferror(stdout))
+        if (o->sample_every && o->step % o->sample_every == 0 && print_sample(run, t->sampler, error) &&
+            !ferror(stdout))
             return FAILED; // if it is standard output that fails, nobody reads any more: no reason to stop
     }
     return 0;
@@ -4219,22 +4629,26 @@ static int train(Run *run, const char *program, char *error) {
     Options *o = &run->settings.values;
     Training t;
     memset(&t, 0, sizeof(t));
-    t.start = seconds();
+    t.start = t.told = seconds();
     t.first_step = t.saved_step = o->step;
     t.saved = o->resume;
-    // what a stop or a kill left open of the resumed step is done first: its validation, its line, of the last step the end
+    // what a stop or a kill left open of the resumed step is done first: its validation, its line, of the
+    // last step the end
     int known = o->resume && o->step > 0 && o->train_loss >= 0, finished = o->step >= o->steps;
     int due = o->eval_every && o->step > 0 && o->step % o->eval_every == 0;
     int pending = known && due && o->validated >= 0 && o->validated < o->step;
-    double rate = learning_rate(o->resume ? &run->stored : o, o->step - 1), tokens = (double)(o->accum * o->batch * o->seq);
+    double rate = learning_rate(o->resume ? &run->stored : o, o->step - 1),
+           tokens = (double)(o->accum * o->batch * o->seq);
     Step s = {o->step, known ? o->train_loss : NAN, known ? o->grad_norm : NAN, rate, tokens, NAN};
     install_handlers(WHILE_TRAINING);
     int result = begin_training(run, &t, known && (pending || finished), error);
     int missing = t.log.file && known && (t.log.last == o->step - 1 || (finished && !t.log.complete));
     int renamed = o->resume && strcmp(o->out, o->resume);
-    int incomplete = o->step == o->steps && o->resume && (pending || missing || renamed || !is_file(run->best_path));
+    int incomplete = o->step == o->steps && o->resume &&
+                     (pending || missing || renamed || !lies_there(run->best_path, error));
     int idle = finished && !incomplete;
-    if (!result && idle) printf("nothing to do: %lld of %lld steps are done\n", (long long)o->step, (long long)o->steps);
+    if (!result && idle)
+        printf("nothing to do: %lld of %lld steps are done\n", (long long)o->step, (long long)o->steps);
     if (!result && (pending || (missing && !finished))) result = conclude_step(run, &t, &s, error);
     if (!result && !idle) result = train_steps(run, &t, &s, error);
     if (!result && !idle && (interrupted || renamed)) result = save_stopped(run, &t, error);
@@ -4242,9 +4656,10 @@ static int train(Run *run, const char *program, char *error) {
     log_close(&t.log);
     if (t.sampler) run->backend->destroy(t.sampler);
     if (result == FAILED) {
-        size_t used = strlen(error);
-        if (t.saved) snprintf(error + used, ERROR_SIZE - used, "; %.200s holds step %lld", t.saved, (long long)t.saved_step);
-        else snprintf(error + used, ERROR_SIZE - used, "; nothing was saved before");
+        char problem[ERROR_SIZE];
+        memcpy(problem, error, sizeof(problem));
+        if (!t.saved) fail(error, NULL, "%.290s; nothing was saved before", problem);
+        else fail(error, NULL, "%.290s; %.180s holds step %lld", problem, t.saved, (long long)t.saved_step);
     }
     if (result || idle) return result;
     if (!t.complete) {
@@ -4279,8 +4694,10 @@ static int prepare(Run *run, char *error) {
         if (best_beside(run->best_path, o->out, error) || claim_places(run, error)) return FAILED;
     }
     if (path && safetensors_read(&run->file, path, error)) return FAILED;
-    if (o->resume && !safetensors_find(&run->file, "exp_avg.wte.weight") && safetensors_find(&run->file, "wte.weight"))
-        return fail(error, path, "it holds weights alone, no run that could be resumed; --load starts from them");
+    if (o->resume && !safetensors_find(&run->file, "exp_avg.wte.weight") &&
+        safetensors_find(&run->file, "wte.weight"))
+        return fail(error, path,
+                    "it holds weights alone, no run that could be resumed; --load starts from them");
     if (path && (result = settings_from_file(run, path, o->resume != NULL, error))) return result;
     // defaults that depend on other options
     if (!o->kv_heads) o->kv_heads = o->heads;
@@ -4290,6 +4707,7 @@ static int prepare(Run *run, char *error) {
     if (!o->decay_steps) o->decay_steps = o->steps > 0 ? o->steps : 1;
     if (o->warmup < 0) o->warmup = o->decay_steps < 2000 ? o->decay_steps * 3 / 20 : 300;
     if (!o->save_every) o->save_every = o->eval_every;
+    if (!o->resume) o->validated = 0;
     if (config_of(&run->config, o, error)) return WRONG_OPTION;
     if (training && (result = check_distinct(run, error))) return result;
     if (training && !o->again && (result = check_free(run, error))) return result;
@@ -4315,12 +4733,16 @@ static int prepare(Run *run, char *error) {
     run->model = backend->create(&run->config, B, T, training ? TRAIN : o->eval ? EVALUATE : GENERATE, error);
     if (!run->model) return FAILED;
     size_t tokens = (size_t)B * (size_t)T * (size_t)(training ? o->accum : 1);
+    size_t examples = run->train.kind == DATA_EXAMPLES ? (size_t)run->train_end : 1;
+    double bytes = (double)tokens * (2 * sizeof(int) + 1) + (double)examples * sizeof(int32_t);
+    if (check_room(bytes, NULL, "a step's data", error)) return FAILED;
     run->inputs = (int *)malloc(tokens * sizeof(int));
     run->targets = (int *)malloc(tokens * sizeof(int));
     run->hits = (char *)malloc(tokens);
-    size_t examples = run->train.kind == DATA_EXAMPLES ? (size_t)run->train_end : 1;
     run->order = (int32_t *)malloc(examples * sizeof(int32_t));
     if (!run->inputs || !run->targets || !run->hits || !run->order) return fail(error, NULL, "out of memory");
+    memset(run->order, 0,
+           examples * sizeof(int32_t)); // touched: what is asked for later is told what is left
     for (int block = 0; block < n_blocks; block++)
         if (load_block(run, path, (Block)block, error)) return FAILED;
     if (!path) {
@@ -4356,16 +4778,29 @@ static int perform(Run *run, const char *program, char *error) {
            c->n_layers, c->n_heads, c->n_kv_heads, c->max_seq_len, c->vocab_size, (double)run->table.count / 1e6,
            run->backend->name, omp_get_max_threads(), run->backend->bytes(run->model) / 0x1p20);
     int shard = run->train.kind == DATA_SHARD && !o->load && !o->resume && !is_given(&run->settings, "vocab");
-    if (shard) printf("vocabulary: %d, that of the tokenizer of such shards; --vocab names another\n", c->vocab_size);
+    if (shard)
+        printf("vocabulary: %d, that of the tokenizer of such shards; --vocab names another\n",
+               c->vocab_size);
     print_changes(run);
     return train(run, program, error);
 }
 
-// Gives 0, 1 and 2 back to standard input, output and error where they were closed: else the first file that is opened
-// takes the number, and gets what is printed. They read and write nothing, and printing still fails.
+// Gives 0, 1 and 2 back to standard input, output and error where they were closed: else the first file that
+// is opened takes the number, and gets what is printed. They read and write nothing, and printing still
+// fails.
 static void open_closed(void) {
     for (int fd = 0; fd <= 2; fd++)
-        if (fcntl(fd, F_GETFD) < 0 && errno == EBADF && open("/dev/null", fd ? O_RDONLY : O_WRONLY) != fd) return;
+        if (fcntl(fd, F_GETFD) < 0 && errno == EBADF && open("/dev/null", fd ? O_RDONLY : O_WRONLY) != fd)
+            return;
+}
+
+// Takes the stack that the deepest call will need: where memory is limited, the system kills a program whose
+// stack cannot grow, and here an allocation fails later instead, which ends in a line.
+__attribute__((noinline)) static void take_stack(void) {
+    enum { PAGE = 4096, STACK = 176 << 10 };
+    volatile char stack[STACK];
+    for (int i = 0; i < STACK; i += PAGE) stack[i] = 0;
+    (void)stack[0];
 }
 
 // Everything between the command line and the exit code.
@@ -4375,7 +4810,9 @@ static int run_program(int argc, char **argv, const Backend *backend) {
     memset(&run, 0, sizeof(run));
     run.backend = backend;
     run.order_epoch = -1;
+    take_stack();
     open_closed();
+    use_allowed_threads();
     atexit(remove_locks);
     int result = parse_options(&run.settings, argc, argv, error);
     if (result == 1) {
@@ -4384,7 +4821,9 @@ static int run_program(int argc, char **argv, const Backend *backend) {
     } else if (!result && !(result = prepare(&run, error))) {
         result = perform(&run, argv[0], error);
     }
+    end_line(&run);
     if (!result && (fflush(stdout) || ferror(stdout))) result = fail(error, "standard output", "closed, or on a full disk");
+    if (result) fflush(stdout); // before the line of the error
     if (result < 0) fprintf(stderr, "train_sessa: %s\n", error);
     remove_locks();
     if (run.model) backend->destroy(run.model);
@@ -4399,6 +4838,43 @@ static int run_program(int argc, char **argv, const Backend *backend) {
     return result == WRONG_OPTION ? 2 : result == FAILED ? 1 : result;
 }
 
+// GNU's OpenMP reads before main how often a waiting thread looks before it sleeps, 300,000 times by default;
+// so the program starts itself again, once, with that bounded. What the user says of it, and of the cores
+// that threads are bound to, rules: a thread that OpenMP has bound would hand that on. Valgrind follows no
+// program into its next start. Where it cannot be done the program goes on as it is; a program that it starts
+// finds the environment as it was.
+__attribute__((unused)) // by programs that include this file
+static void start_again(char **argv) {
+#if defined(_OPENMP) && defined(__linux__) && !defined(KMP_VERSION_MAJOR)
+    static const char spins[] = "GOMP_SPINCOUNT", mark[] = "SESSA_STARTED_AGAIN";
+    static const char *const of_user[] = {spins, "OMP_WAIT_POLICY", "OMP_PROC_BIND", "OMP_PLACES",
+                                          "GOMP_CPU_AFFINITY"};
+    char path[PATH_MAX], text[32];
+    const char *marked = getenv(mark), *preloaded = getenv("LD_PRELOAD");
+    snprintf(text, sizeof(text), "%d", (int)getpid()); // the same after an exec
+    if (marked) {
+        if (!strcmp(marked, text)) unsetenv(spins);
+        unsetenv(mark);
+        return;
+    }
+    for (size_t i = 0; i < sizeof(of_user) / sizeof(of_user[0]); i++)
+        if (getenv(of_user[i])) return;
+    ssize_t length = readlink("/proc/self/exe", path, sizeof(path) - 1);
+    if (length < 0 || omp_get_max_threads() == 1 || (preloaded && strstr(preloaded, "vgpreload"))) return;
+    path[length] = 0;
+    if (setenv(mark, text, 1)) return;
+    snprintf(text, sizeof(text), "%d", SPINS);
+    if (!setenv(spins, text, 1)) execv(path, argv);
+    unsetenv(spins);
+    unsetenv(mark);
+#else
+    (void)argv;
+#endif
+}
+
 #ifndef SESSA_NO_MAIN // the test and the CUDA twin include this file and bring their own
-int main(int argc, char **argv) { return run_program(argc, argv, &cpu_backend); }
+int main(int argc, char **argv) {
+    start_again(argv);
+    return run_program(argc, argv, &cpu_backend);
+}
 #endif

@@ -55,6 +55,7 @@ enum { WORKSPACE = 32 << 20, N_PRODUCTS = 1 << 13 };
 static struct {
     Precision precision;
     int ready, hopper, processors; // hopper: bf16 has kernels of its own for this GPU
+    int clusters;                  // those in clusters too: not on every part of a GPU (MIG, MPS)
     CUresult (*encode_map)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
                            const cuuint64_t *, const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave,
                            CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
@@ -63,7 +64,7 @@ static struct {
     cudaEvent_t so_far;
     cublasLtHandle_t lt;
     char *workspace; // of each stream, for cuBLASLt and for sums over rows, one at a time in the order of the stream
-} gpu = {BF16, 0, 0, 0, NULL, NULL, NULL, NULL, NULL, NULL, NULL};
+} gpu = {BF16, 0, 0, 0, 0, NULL, NULL, NULL, NULL, NULL, NULL, NULL};
 static Product products[N_PRODUCTS]; // each at its key's hash, until another takes its place
 
 // What fails here is a broken machine or a broken program: one line, exit code 1.
@@ -79,6 +80,64 @@ static void lt_check(cublasStatus_t code, const char *what, int line) {
 }
 #define CUDA(call) cuda_check(call, #call, __LINE__)
 #define LT(call) lt_check(call, #call, __LINE__)
+
+// A pass that would ask for more than there is stops before it writes past that.
+static void must_fit(int64_t asked, int64_t room, const char *what) {
+    if (asked <= room) return;
+    fprintf(stderr, "train_sessa: CUDA: %s: %lld asked for, room for %lld\n", what, (long long)asked,
+            (long long)room);
+    exit(1);
+}
+
+// Memory of the device that layers use one after the other, and how much of it there is.
+typedef struct { float *at; int64_t numbers; } Scratch;
+static float *borrow(Scratch room, int64_t numbers) {
+    must_fit(numbers, room.numbers, "a layer's scratch");
+    return room.at;
+}
+
+// In a build for tests (-DGUARD_BANDS) GUARD known bytes lie behind every buffer of the device's memory; bands says
+// where, and whose. Without, there are none. They are NaN as numbers: who reads there shows as well.
+#ifdef GUARD_BANDS
+enum { GUARD = 1024, GUARD_BYTE = 0xFF, MOST_BANDS = 1 << 16 };
+typedef struct { const char *at; size_t bytes; char name[40]; } Band;
+static Band bands[MOST_BANDS];
+static int n_bands, n_broken; // bands there are; those found written to
+static void guard(const void *from, const void *end, const char *name, int layer) {
+    must_fit(n_bands + 1, MOST_BANDS, "guard bands");
+    Band *band = &bands[n_bands++];
+    band->at = (const char *)from;
+    band->bytes = (size_t)((const char *)end - (const char *)from);
+    snprintf(band->name, sizeof(band->name), layer < 0 ? "%.30s" : "%.25s %d", name, layer);
+    CUDA(cudaMemset((void *)from, GUARD_BYTE, band->bytes));
+}
+static int broken(const Band *band) {
+    unsigned char bytes[2 * GUARD];
+    for (size_t at = 0; at < band->bytes; at += sizeof(bytes)) {
+        size_t n = band->bytes - at < sizeof(bytes) ? band->bytes - at : sizeof(bytes);
+        CUDA(cudaMemcpy(bytes, band->at + at, n, cudaMemcpyDeviceToHost));
+        for (size_t b = 0; b < n; b++) if (bytes[b] != GUARD_BYTE) return 1;
+    }
+    return 0;
+}
+// The memory from .. from+bytes is given back: its bands are looked at, one line for each that was written to.
+static void unguard(const void *from, size_t bytes) {
+    int kept = 0;
+    CUDA(cudaDeviceSynchronize());
+    for (int i = 0; i < n_bands; i++) {
+        if (bands[i].at < (const char *)from || bands[i].at >= (const char *)from + bytes) bands[kept++] = bands[i];
+        else if (broken(&bands[i])) {
+            n_broken++;
+            fprintf(stderr, "train_sessa: CUDA: written behind %s\n", bands[i].name);
+        }
+    }
+    n_bands = kept;
+}
+#else
+enum { GUARD = 0 };
+static void guard(const void *, const void *, const char *, int) {}
+static void unguard(const void *, size_t) {}
+#endif
 
 // Starts a kernel, each `cluster` of whose blocks may reach each other's shared memory (0: none do). ahead: on Hopper it starts
 // while the one before still works, makes ready what does not depend on it, and waits for its results. Every kernel has to: who
@@ -128,6 +187,8 @@ __device__ static inline void wait_for_results(int crowd = 1) {
 #endif
 }
 
+static int clusters_fit(void); // below the kernels that it asks about
+
 // Opens the device once. FAILED and a line in error if there is none.
 static int gpu_open(char *error) {
     if (gpu.ready) return 0;
@@ -135,9 +196,14 @@ static int gpu_open(char *error) {
     cudaError_t code = cudaGetDeviceCount(&devices);
     if (code != cudaSuccess || devices == 0)
         return fail(error, NULL, "no CUDA device: %s", code == cudaSuccess ? "none is there" : cudaGetErrorString(code));
-    if ((code = cudaSetDevice(0)) != cudaSuccess || (code = cudaMalloc((void **)&gpu.workspace, 2 * WORKSPACE)) != cudaSuccess)
+    if ((code = cudaSetDevice(0)) != cudaSuccess ||
+        (code = cudaMalloc((void **)&gpu.workspace, 2 * (WORKSPACE + GUARD))) != cudaSuccess)
         return fail(error, NULL, "the CUDA device cannot be used: %s", cudaGetErrorString(code));
-    CUDA(cudaMemset(gpu.workspace, 0, 2 * WORKSPACE));
+    for (int i = 0; i < 2; i++) {
+        char *at = gpu.workspace + i * (WORKSPACE + GUARD);
+        CUDA(cudaMemset(at, 0, WORKSPACE));
+        guard(at + WORKSPACE, at + WORKSPACE + GUARD, "workspace", i);
+    }
     cudaStream_t *streams[] = {&gpu.late, &gpu.side, &gpu.stream};
     for (int i = 0; i < 3; i++) CUDA(cudaStreamCreateWithPriority(streams[i], cudaStreamDefault, -i));
     CUDA(cudaEventCreateWithFlags(&gpu.so_far, cudaEventDisableTiming));
@@ -151,11 +217,14 @@ static int gpu_open(char *error) {
     CUDA(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)&gpu.encode_map, 12000, cudaEnableDefault,
                                           &found));
     gpu.hopper = major == 9 && built.maxThreadsPerBlock == GROUP && found == cudaDriverEntryPointSuccess;
+    gpu.clusters = gpu.hopper && clusters_fit();
     if (!gpu.hopper && gpu.precision == BF16)
         fprintf(stderr, "train_sessa: bf16 is fast on a Hopper GPU, built with CUDA_ARCH=sm_90a; elsewhere it is slower\n");
     gpu.ready = 1;
     return 0;
 }
+
+enum { MOST_SEQUENCES = 65535 }; // of a batch: the y and z of a grid
 
 static inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
@@ -218,16 +287,18 @@ static int wide(std::initializer_list<int64_t> strides, std::initializer_list<co
 // for n < rows: for i < width, in steps of V: f(V, n, i), which does the numbers i .. i+V-1 of row n, V a number that the
 // compiler knows: 8, or 1. A thread takes one such piece. This pass and those below go from the last row to the first: products
 // go the other way, and what was written last is still in the L2 cache.
+const int64_t MOST_PIECES = 0xFFFFFF00;
 template <int N> struct Known { __host__ __device__ constexpr operator int() const { return N; } };
 template <int V, typename F> __global__ void each_kernel(F f, unsigned rows, unsigned pieces) {
     wait_for_results();
-    unsigned item = blockIdx.x * blockDim.x + threadIdx.x; // there are fewer than 2^32 pieces
+    unsigned item = blockIdx.x * blockDim.x + threadIdx.x; // there are at most MOST_PIECES
     if (item >= rows * pieces) return;
     item = rows * pieces - 1 - item;
     f(Known<V>(), (int)(item / pieces), (int)(item % pieces) * V);
 }
 template <typename F> static void each(int64_t rows, int width, int in_eights, cudaStream_t stream, F f) {
     int pieces = in_eights ? width / 8 : width;
+    must_fit(rows * pieces, MOST_PIECES, "threads of a pass");
     unsigned blocks = (unsigned)((rows * pieces + 255) / 256);
     if (blocks) LAUNCH((in_eights ? each_kernel<8, F> : each_kernel<1, F>), blocks, 256, 0, stream, f, (unsigned)rows,
                        (unsigned)pieces);
@@ -266,15 +337,21 @@ __device__ static inline float block_max(float x, float *shared) {
 // Sums over rows, on the way of a pass that reads them anyway: each chunk of rows leaves one partial sum a column, and
 // one launch for a whole layer adds them up in the chunks' order, out[i] += Σ_c partial[c·stride + i].
 typedef struct { float *out; const float *partial; int chunks, stride, width; } ColumnSum;
-// add: to the gradients that are there, else over them, as all first passes behind an update do
-typedef struct { ColumnSum list[14]; int n, add; float *room, *next; } ColumnSums;
+// add: to the gradients that are there, else over them, as all first passes behind an update do. The partial sums
+// lie in room .. end, those of the next pass from `next` on; how much that takes says column_sums_room.
+enum { MOST_SUMS = 16 };
+typedef struct { ColumnSum list[MOST_SUMS]; int n, add; float *room, *next, *end; } ColumnSums;
 enum { BLOCKS_AT_ONCE = 528, GROUP_COLUMNS = 128, ROW_BLOCK = 320, SUM_ROWS = 128 }; // 4 blocks a multiprocessor of an H100
-static int64_t column_sums_room(int B, int T, int D, int E) { // numbers: for each pass with sums of a layer, ln_f's, and tiles
-    return 8 * ((int64_t)BLOCKS_AT_ONCE * GROUP_COLUMNS + E) +
-           (3 * (int64_t)BLOCKS_AT_ONCE + 2 * (int64_t)B * (T / SUM_ROWS + 1)) * D;
+static float *sums_place(ColumnSums *sums, int64_t numbers) {
+    float *place = sums->next;
+    must_fit(numbers, sums->end - place, "partial sums over rows");
+    sums->next += numbers;
+    return place;
 }
-static void column_sum(ColumnSums *sums, float *out, int at, int chunks, int stride, int width) {
-    if (out) sums->list[sums->n++] = {out, sums->next + at, chunks, stride, width};
+static void column_sum(ColumnSums *sums, float *out, const float *partial, int chunks, int stride, int width) {
+    if (!out) return;
+    must_fit(sums->n + 1, MOST_SUMS, "sums over rows");
+    sums->list[sums->n++] = {out, partial, chunks, stride, width};
 }
 
 // Where a product in tiles leaves the sums of `width` columns over each SUM_ROWS rows of a sequence. NULL: nowhere
@@ -285,10 +362,12 @@ typedef struct {
         return partial + ((int64_t)b * chunks + row / SUM_ROWS) * width + column;
     }
 } TileSums;
+static int64_t tile_sums_room(int width, int B, int T) {
+    return (int64_t)B * ((T + SUM_ROWS - 1) / SUM_ROWS) * width;
+}
 static TileSums tile_sums(ColumnSums *sums, float *out, int width, int B, int T) {
-    TileSums place = {sums->next, width, (T + SUM_ROWS - 1) / SUM_ROWS};
-    column_sum(sums, out, 0, B * place.chunks, width, width);
-    sums->next += (int64_t)B * place.chunks * width;
+    TileSums place = {sums_place(sums, tile_sums_room(width, B, T)), width, (T + SUM_ROWS - 1) / SUM_ROWS};
+    column_sum(sums, out, place.partial, B * place.chunks, width, width);
     return place;
 }
 
@@ -340,15 +419,23 @@ __global__ void __launch_bounds__(256, 4) each_with_sums_kernel(F f, float *part
         __syncthreads();
     }
 }
+static int sum_groups(int width, int in_eights) {
+    int columns = in_eights ? GROUP_COLUMNS : 16;
+    return (width + columns - 1) / columns;
+}
+static int sum_chunks(int N, int width, int in_eights) { // most in eights
+    int chunks = BLOCKS_AT_ONCE / sum_groups(width, in_eights);
+    return chunks < 1 ? 1 : min_int(chunks, (N + 15) / 16);
+}
 template <int SUMS, typename F>
 static void each_with_sums(float *const (&outs)[SUMS], ColumnSums *sums, int N, int width, int in_eights, cudaStream_t stream,
                            F f) {
-    int columns = in_eights ? GROUP_COLUMNS : 16, groups = (width + columns - 1) / columns, chunks = BLOCKS_AT_ONCE / groups;
-    chunks = chunks < 1 ? 1 : min_int(chunks, (N + 15) / 16);
-    LAUNCH((in_eights ? each_with_sums_kernel<8, SUMS, F> : each_with_sums_kernel<1, SUMS, F>), dim3(groups, chunks), 256, 0,
-           stream, f, sums->next, N, width);
-    for (int k = 0; k < SUMS; k++) column_sum(sums, outs[k], k * width, chunks, SUMS * width, k == 2 ? 1 : width);
-    sums->next += (int64_t)chunks * SUMS * width;
+    int chunks = sum_chunks(N, width, in_eights);
+    float *partial = sums_place(sums, (int64_t)chunks * SUMS * width);
+    LAUNCH((in_eights ? each_with_sums_kernel<8, SUMS, F> : each_with_sums_kernel<1, SUMS, F>),
+           dim3(sum_groups(width, in_eights), chunks), 256, 0, stream, f, partial, N, width);
+    for (int k = 0; k < SUMS; k++)
+        column_sum(sums, outs[k], partial + k * width, chunks, SUMS * width, k == 2 ? 1 : width);
 }
 
 // for n < N: f(V, PIECES), a pass with sums along row n: threadIdx.y takes a row, threadIdx.x a piece of V of its columns
@@ -359,13 +446,20 @@ template <int V, int PIECES, typename F> __global__ void __launch_bounds__(ROW_B
     f(Known<V>(), Known<PIECES>());
 }
 __device__ static inline int last_first(void) { return (gridDim.x - 1 - blockIdx.x) * blockDim.y + threadIdx.y; } // the row
-template <typename F> static int rows(int N, int D, int in_eights, int most_blocks, cudaStream_t stream, F f) {
-    int eights = in_eights && D <= 32 * ROW_BLOCK, pieces = eights ? (D + 7) / 8 : D;
-    int x = (int)round_up(min_int(pieces, ROW_BLOCK), 32), y = ROW_BLOCK / x, blocks = (N + y - 1) / y;
-    if (most_blocks && blocks > most_blocks) blocks = most_blocks;
-    LAUNCH((!eights ? rows_kernel<1, 64, F> : pieces <= ROW_BLOCK ? rows_kernel<8, 1, F> : rows_kernel<8, 4, F>), blocks,
-           dim3(x, y), 0, stream, f);
-    return blocks;
+enum { MOST_COLUMNS = 64 * ROW_BLOCK, MOST_IN_EIGHTS = 4 * 8 * ROW_BLOCK }; // of a row
+static dim3 row_threads(int D, int in_eights) {
+    int x = (int)round_up(min_int(in_eights ? (D + 7) / 8 : D, ROW_BLOCK), 32);
+    return dim3(x, ROW_BLOCK / x);
+}
+static int row_blocks(int N, int D, int in_eights, int most) { // most by ones
+    int y = (int)row_threads(D, in_eights).y, blocks = (N + y - 1) / y;
+    return most ? min_int(blocks, most) : blocks;
+}
+template <typename F> static void rows(int N, int D, int in_eights, int most_blocks, cudaStream_t stream, F f) {
+    int eights = in_eights && D <= MOST_IN_EIGHTS, blocks = row_blocks(N, D, eights, most_blocks);
+    must_fit(D, MOST_COLUMNS, "columns of a row");
+    auto kernel = !eights ? rows_kernel<1, 64, F> : D <= 8 * ROW_BLOCK ? rows_kernel<8, 1, F> : rows_kernel<8, 4, F>;
+    LAUNCH(kernel, blocks, row_threads(D, eights), 0, stream, f);
 }
 // (Σ x, Σ y) over the row's threads. shared: a number a warp, not the one of the sum before.
 __device__ static inline float2 row_sum(float x, float y, float2 *shared) {
@@ -491,8 +585,9 @@ static void matmul_gpu(MatrixOut<O> out, MatrixGPU<X> a, MatrixGPU<X> b, int M, 
     }
     if (bias) LT(cublasLtMatmulDescSetAttribute(&p->operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof(bias)));
     const float *alpha_at = scale ? scale : &alpha, *beta_at = scale ? scale + (beta == 0 ? 1 : 2) : &beta;
-    LT(cublasLtMatmul(gpu.lt, &p->operation, alpha_at, b.at, &p->a, a.at, &p->b, beta_at, out.at, &p->out, out.at, &p->out,
-                      &p->algo, gpu.workspace + (stream == gpu.side ? WORKSPACE : 0), p->workspace, stream));
+    LT(cublasLtMatmul(gpu.lt, &p->operation, alpha_at, b.at, &p->a, a.at, &p->b, beta_at, out.at, &p->out, out.at,
+                      &p->out, &p->algo, gpu.workspace + (stream == gpu.side ? WORKSPACE + GUARD : 0), p->workspace,
+                      stream));
 }
 
 // ----------------------------------------------------------------------------
@@ -558,10 +653,14 @@ static TokenLists sort_tokens(int *lists, int *starts, const int *inp, int N, in
     return t;
 }
 
+// Numbers for the segments' sums: no more segments than rows, and no more than one a token that is not full.
+static int64_t embedding_scratch(int N, int V, int D) { return (int64_t)min_int(N, N / SEGMENT + V) * D; }
+
 // embedding_backward: a thread takes 8 columns of a segment and sums its rows, then 8 columns of a token and sums its
-// segments. lists: those of sort_tokens in the device's memory. partial: scratch (segments,D)
-static void embedding_backward_gpu(float *dwte, float *partial, const float *dout, const int *lists, TokenLists t, int B, int T,
-                                   int D, cudaStream_t stream) {
+// segments, whose sums lie in scratch: (segments,D). lists: those of sort_tokens in the device's memory.
+static void embedding_backward_gpu(float *dwte, Scratch scratch, const float *dout, const int *lists, TokenLists t,
+                                   int B, int T, int D, cudaStream_t stream) {
+    float *partial = borrow(scratch, (int64_t)t.segments * D);
     const int *begins = lists + B * T, *tokens = begins + B * T + 1, *first = tokens + B * T;
     int in_eights = wide({D}, {dwte, partial, dout});
     auto add_row = [=] __device__ (auto V, float *sum, const float *row) {
@@ -636,9 +735,10 @@ template <typename X>
 static void layernorm_backward_gpu(float *dx, float *dweight, float *dbias, X *dbranch, float *dbranch_bias,
                                    Mask mask, int fresh, const X *dout, const X *x, const float *mean, const float *rstd,
                                    const float *weight, int N, int D, ColumnSums *sums, cudaStream_t stream) {
-    float *partial = sums->next;
-    int in_eights = wide({D}, {dx, dbranch, dout, x, weight});
-    int chunks = rows(N, D, in_eights, BLOCKS_AT_ONCE / 2, stream, [=] __device__ (auto V, auto PIECES) {
+    int in_eights = wide({D}, {dx, dbranch, dout, x, weight}) && D <= MOST_IN_EIGHTS,
+        chunks = row_blocks(N, D, in_eights, BLOCKS_AT_ONCE / 2);
+    float *partial = sums_place(sums, (int64_t)chunks * 3 * D);
+    rows(N, D, in_eights, BLOCKS_AT_ONCE / 2, stream, [=] __device__ (auto V, auto PIECES) {
         __shared__ float2 shared[2][ROW_BLOCK / 32];
         __shared__ float parts[ROW_BLOCK * V];
         float sums[3][PIECES][V] = {}, v[PIECES][V], g[PIECES][V], d[PIECES][V] = {};
@@ -691,10 +791,9 @@ static void layernorm_backward_gpu(float *dx, float *dweight, float *dbias, X *d
                 }
             }
     });
-    column_sum(sums, dweight, 0, chunks, 3 * D, D);
-    column_sum(sums, dbias, D, chunks, 3 * D, D);
-    column_sum(sums, dbranch_bias, 2 * D, chunks, 3 * D, D);
-    sums->next += (int64_t)chunks * 3 * D;
+    column_sum(sums, dweight, partial, chunks, 3 * D, D);
+    column_sum(sums, dbias, partial + D, chunks, 3 * D, D);
+    column_sum(sums, dbranch_bias, partial + 2 * D, chunks, 3 * D, D);
 }
 
 // One product of cuBLASLt.
@@ -1257,6 +1356,7 @@ static void product_tiles(F f, Part<bf16> a, Part<bf16> b, int M, int N, int K, 
     dim3 blocks((N + BN - 1) / BN, (M + 127) / 128, B * items);
     int threads = 2 * GROUP + 32, bytes = sizeof(Shared);
     allow_shared(kernel, bytes);
+    must_fit((int64_t)B * items, MOST_SEQUENCES, "items of a product");
     int ahead = BN == 64 || blocks.z > 1; // of one long sequence the large products lose by it: measured
     LAUNCH_AS(0, ahead, kernel, blocks, threads, bytes, stream, a_map, b_map, a.place, b.place, f, M, N, K, shift, items);
 }
@@ -1831,11 +1931,17 @@ attention_ring_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_co
 #endif
 }
 
-static int in_tiles(const bf16 *q, const bf16 *k, const bf16 *v, int ld, int d) {
-    return gpu.hopper && d <= 128 && wide({d, ld}, {q, k, v});
+static int in_ring(int T, int H, int G) { return gpu.clusters && T <= 1024 && H == G; }
+// How many clusters of C blocks the GPU takes at once.
+template <typename K> static int clusters_at_once(K *kernel, int C, int bytes) {
+    int most = 0;
+    cudaLaunchAttribute attributes[2];
+    cudaLaunchConfig_t config = launch_config(attributes, C, 3 * GROUP, bytes, gpu.stream, C, 1);
+    allow_shared(kernel, bytes);
+    if (cudaOccupancyMaxActiveClusters(&most, kernel, &config) == cudaSuccess) return most;
+    cudaGetLastError();
+    return 0;
 }
-static int in_tiles(const float *, const float *, const float *, int, int) { return 0; }
-static int in_ring(int T, int H, int G) { return T <= 1024 && H == G; }
 
 template <int DH>
 static void attention_tiles(bf16 *out, float *stats, const bf16 *q, const bf16 *k, const bf16 *v, int ld, int B, int T,
@@ -1870,13 +1976,9 @@ static void attention_tiles_backward(bf16 *dq, bf16 *dk, bf16 *dv, const bf16 *d
     LAUNCH(attention_delta_kernel, (unsigned)(((int64_t)B * T * H + 31) / 32), 256, 0, stream, stats, dout, out, B, T, H,
            d);
     if (DH == 64 && in_ring(T, H, G)) {
-        int C = (T + 127) / 128, bytes = sizeof(RingShared), most = 0;
-        allow_shared(attention_ring_kernel, bytes);
-        cudaLaunchAttribute attributes[2];
-        cudaLaunchConfig_t config = launch_config(attributes, C, 3 * GROUP, bytes, stream, C, 1);
-        CUDA(cudaOccupancyMaxActiveClusters(&most, attention_ring_kernel, &config));
-        LAUNCH_AS(C, 1, attention_ring_kernel, C * min_int(most, (B * H + 1) / 2), 3 * GROUP, bytes, stream, maps[0][0],
-                  maps[0][1], maps[0][2], maps[0][3], dq, dk, dv, stats, ld, B, T, H, d, scale, sigma);
+        int C = (T + 127) / 128, bytes = sizeof(RingShared), most = clusters_at_once(attention_ring_kernel, C, bytes);
+        LAUNCH_AS(C, 1, attention_ring_kernel, C * min_int(most, (B * H + 1) / 2), 3 * GROUP, bytes, stream,
+                  maps[0][0], maps[0][1], maps[0][2], maps[0][3], dq, dk, dv, stats, ld, B, T, H, d, scale, sigma);
         return;
     }
     LAUNCH(attention_dq_kernel<DH>, gpu.processors, 3 * GROUP, sizeof(Shared), stream, maps[1][0], maps[1][1], maps[1][2],
@@ -1893,19 +1995,27 @@ typedef struct Heads {
     int items, batch, by_head; // by_head: an item is a head, the batch its sequences; else the other way
     int64_t step(int64_t sequence, int64_t head) const { return by_head ? sequence : head; }
 } Heads;
-static Heads heads_of(int B, int T, int H, int G) {
-    int by_head = B >= H || G != H || T > 1024;
-    return {by_head ? H : B, by_head ? B : H, by_head};
-}
 
-// Panel height: 128 MiB of weights, but 16 rows at least.
-static int attention_panel(int P, int batch, int T) {
-    int64_t ld = round_up(T, 64), height = (32 << 20) / (batch * ld);
-    return min_int(P > 0 ? P : height < 16 ? 16 : height > T ? T : (int)height, T);
+// How attention goes, for all batches of up to B sequences of up to T tokens: in tiles, or in panels of P rows. P
+// asked for, 0: 128 MiB of weights, but 16 rows at least.
+typedef struct {
+    int tiles, by_head, P;
+    int64_t scratch; // numbers: weights and their gradient
+} AttentionWay;
+template <typename X> static AttentionWay attention_way(int B, int T, int H, int G, int d, int ld, int P) {
+    AttentionWay way = {gpu.hopper && sizeof(X) == sizeof(bf16) && d <= 128 && d % 8 == 0 && ld % 8 == 0,
+                        B >= H || G != H || T > 1024, 0, 0};
+    int batch = way.by_head ? B : H;
+    int64_t lw = round_up(T, 64), height = (32 << 20) / (batch * lw);
+    way.P = min_int(P > 0 ? P : height < 16 ? 16 : height > T ? T : (int)height, T);
+    way.scratch = way.tiles ? 0 : 2 * (int64_t)batch * way.P * lw;
+    return way;
 }
-static int64_t attention_scratch(int tiles, int B, int T, int H, int G, int P) { // numbers
-    Heads heads = heads_of(B, T, H, G);
-    return tiles ? 0 : 2 * (int64_t)heads.batch * attention_panel(P, heads.batch, T) * round_up(T, 64);
+static Heads heads_of(const AttentionWay *way, int B, int H) {
+    return {way->by_head ? H : B, way->by_head ? B : H, way->by_head};
+}
+static float *attention_scratch(const AttentionWay *way, Heads heads, int T, Scratch scratch) {
+    return borrow(scratch, 2 * (int64_t)heads.batch * way->P * round_up(T, 64));
 }
 
 // attention_head of a batch of heads.
@@ -1928,18 +2038,19 @@ static void attention_head_gpu(int item, Heads heads, X *out, float *stats, floa
 }
 
 template <typename X>
-static void attention_forward_gpu(X *out, float *stats, float *scratch, const X *q, const X *k, const X *v, int ld, int B, int T,
-                                  int H, int G, int d, int first, int P, cudaStream_t stream) {
+static void attention_forward_gpu(X *out, float *stats, Scratch scratch, const X *q, const X *k, const X *v, int ld,
+                                  int B, int T, int H, int G, int d, int first, const AttentionWay *way,
+                                  cudaStream_t stream) {
     if constexpr (sizeof(X) == sizeof(bf16))
-        if (in_tiles(q, k, v, ld, d)) {
+        if (way->tiles) {
             auto tiles = d <= 64 ? attention_tiles<64> : attention_tiles<128>;
             tiles(out, stats, q, k, v, ld, B, T, H, G, d, first, stream);
             return;
         }
-    Heads heads = heads_of(B, T, H, G);
-    P = attention_panel(P, heads.batch, T);
+    Heads heads = heads_of(way, B, H);
+    float *weights = attention_scratch(way, heads, T, scratch);
     for (int item = 0; item < heads.items; item++)
-        attention_head_gpu(item, heads, out, stats, scratch, q, k, v, ld, T, H, G, d, first, P, stream);
+        attention_head_gpu(item, heads, out, stats, weights, q, k, v, ld, T, H, G, d, first, way->P, stream);
 }
 
 // attention_group_backward of a batch of heads: the first head of a group writes dk and dv, the others add.
@@ -1973,19 +2084,23 @@ static void attention_group_backward_gpu(int item, Heads heads, X *dq, X *dk, X 
 // out: what the forward pass gave, for the tiles' delta. dbias, unless NULL: dq, dk, dv, which follow each other, are taken on
 // through RoPE, and their sums over the rows added to it.
 template <typename X>
-static void attention_backward_gpu(X *dq, X *dk, X *dv, float *dbias, float *scratch, const X *dout, const X *out, float *stats,
-                                   const X *q, const X *k, const X *v, int ld, int B, int T, int H, int G, int d, int P, Rope rope,
-                                   ColumnSums *sums, cudaStream_t stream) {
-    int width = (H + 2 * G) * d, tiled = 0;
+static void attention_backward_gpu(X *dq, X *dk, X *dv, float *dbias, Scratch scratch, const X *dout, const X *out,
+                                   float *stats, const X *q, const X *k, const X *v, int ld, int B, int T, int H,
+                                   int G, int d, const AttentionWay *way, Rope rope, ColumnSums *sums,
+                                   cudaStream_t stream) {
+    int width = (H + 2 * G) * d;
     if constexpr (sizeof(X) == sizeof(bf16))
-        if ((tiled = in_tiles(q, k, v, ld, d))) {
+        if (way->tiles) {
             auto tiles = d <= 64 ? attention_tiles_backward<64> : attention_tiles_backward<128>;
             tiles(dq, dk, dv, dout, out, (float2 *)stats, q, k, v, ld, B, T, H, G, d, stream);
         }
-    Heads heads = heads_of(B, T, H, G);
-    P = attention_panel(P, heads.batch, T);
-    for (int item = 0; item < heads.items && !tiled; item++)
-        attention_group_backward_gpu(item, heads, dq, dk, dv, scratch, dout, stats, q, k, v, ld, T, H, G, d, P, stream);
+    if (!way->tiles) {
+        Heads heads = heads_of(way, B, H);
+        float *both = attention_scratch(way, heads, T, scratch);
+        for (int item = 0; item < heads.items; item++)
+            attention_group_backward_gpu(item, heads, dq, dk, dv, both, dout, stats, q, k, v, ld, T, H, G, d,
+                                         way->P, stream);
+    }
     if (dbias) rope_backward_gpu(dq, dbias, ld, rope, B * T, (H + G) * d, width, sums, stream);
 }
 
@@ -2003,35 +2118,45 @@ static void attention_backward_gpu(X *dq, X *dk, X *dv, float *dbias, float *scr
 // logits' product: e = exp(logit - m) needs no exact maximum, only one within the numbers' range, so m is 0 unless a
 // row's maximum is beyond e^±40; those rows are done again. Without, products are cuBLASLt's, and m is the maximum.
 
-enum { SEED = 64, BLOCK = 2 * SEED, REACH = 2048, CLUSTER = 8 };
+enum { SEED = 64, BLOCK = 2 * SEED, REACH = 2048, CLUSTER = 8, N_PARTS = 10 };
 
-// What `weights` and scratch hold: where each part begins, in floats, and its shape. Without tiles T ≤ 2048 is one panel
-// and e has 256 MiB at most; with them, 512. A panel's rows take what is before it REACH rows at a time. keep: e takes no
-// more than twice of what a layer keeps besides (28·D bytes a token), or is not kept.
+// How the feedback goes, for all batches of up to B sequences of up to T tokens, and what `weights` and scratch
+// hold for it: where each part begins, in floats, and its shape. Without tiles T ≤ 2048 is one panel and e has 256
+// MiB at most; with them, 512. A panel's rows take what is before it REACH rows at a time. keep: e takes no more
+// than twice of what a layer keeps besides (28·D bytes a token), or is not kept. A smaller batch, or shorter
+// sequences, leave parts of it unused.
 typedef struct {
+    int B, T, asked;  // asked: the height of panels that a test wants, or 0
     int tiles, march, R, P; // R, P: heights of panels and of blocks; march: solved by one kernel, in clusters of so many blocks
     int kept;         // weights stay as they are for the backward pass, in one panel
     int64_t ld, lx;   // from row to row of e: in floats before the softmax (without tiles), in X
-    int64_t e;        // weights: (B,R,ld)
-    int64_t inverse;  // (B,R,P) X, the blocks of M on its diagonal
+    int64_t rows;     // of a panel: R, and T at most
+    int64_t e_step, m_step; // from one sequence's e, M to the next: in X
+    int64_t e;        // weights: (B,rows,ld)
+    int64_t inverse;  // (B,rows,P) X, the blocks of M on its diagonal
     int64_t weights;  // both
     int64_t rhs;      // scratch: (B,T,D) the sum e_{I,<} s_<; backward λ's right-hand side h
     int64_t block;    // (B,P,D) X, what M multiplies
     int64_t lambda;   // (B,P,D), D rounded up to tiles; the march's tiles on their way round
     int64_t merge;    // (B,R/2P,P/2,P/2) X
     int64_t dk;       // (B,T,D) dk' while several panels add to it
-    int64_t partial;  // tiles: (B,T/128,R) maxima and sums of the tiles' rows, and which 128 rows to do again
+    int64_t partial;  // tiles: (B,T/128,rows) maxima and sums of the tiles' rows
+    int64_t flags;    // tiles: (B,rows/128) which rows to do again
     int64_t product;  // no tiles: (B,P,ld or D), a product before it is passed on
     int64_t total;
+    int64_t ends[N_PARTS]; // where each part's numbers end, in this order; behind them a band in a build for tests
 } Panels;
 template <typename X> static Panels feedback_panels(int B, int T, int D, int P, int in_eights = 1, int keep = 0) {
-    Panels p;
+    Panels p = {};
+    p.B = B;
+    p.T = T;
+    p.asked = P;
     p.tiles = gpu.hopper && sizeof(X) == 2 && D % 8 == 0 && in_eights && P % 8 == 0;
     p.ld = round_up(T, 64);
     p.lx = p.tiles ? p.ld : p.ld * (int64_t)(sizeof(float) / sizeof(X));
     int alone = p.tiles && P <= 0;
     p.march = alone && (int64_t)B * ((D + 127) / 128) >= 48;
-    if (alone && T > REACH) p.march = CLUSTER;
+    if (alone && T > REACH) p.march = gpu.clusters ? CLUSTER : 0;
     p.P = P > 0 || T <= BLOCK || p.march == 1 ? BLOCK : T <= 512 ? 2 * BLOCK : T <= 2048 ? 4 * BLOCK : 8 * BLOCK; // measured
     int most = 11 * D / p.P * p.P; // rows of e that a layer may need for a while
     p.kept = keep && alone && T <= 28 * D && (int64_t)B * T * p.ld <= 1 << 28;
@@ -2039,17 +2164,28 @@ template <typename X> static Panels feedback_panels(int B, int T, int D, int P, 
     p.R = min_int(p.R, (int)round_up(T, p.P));
     while (P <= 0 && p.R > p.P && (int64_t)B * p.R * p.ld > (p.tiles ? 1 << 28 : 1 << 26))
         p.R = (int)round_up(p.R / 2, p.P);
-    int64_t x = sizeof(X), rows = min_int(p.R, T), block = min_int(p.P, T), wide_ = p.ld > D ? p.ld : D,
+    p.rows = min_int(p.R, T);
+    p.e_step = p.rows * p.lx;
+    p.m_step = p.rows * p.P;
+    int64_t x = sizeof(X), rows = p.rows, block = min_int(p.P, T), wide_ = p.ld > D ? p.ld : D,
         all = (int64_t)T * D, tiles = (T + BLOCK - 1) / BLOCK;
-    int64_t sizes[] = {p.tiles ? rows * p.ld / 2 : rows * p.ld, rows * p.P * x / 4, all, block * D * x / 4, block * round_up(D, ATOM),
-                       round_up(rows, 2 * p.P) * p.P / 4 * x / 4, p.R < T ? all : 0,
-                       p.tiles ? (2 * tiles + 1) * rows : 0, p.tiles ? 0 : block * wide_};
-    int64_t *places[] = {&p.e, &p.inverse, &p.rhs, &p.block, &p.lambda, &p.merge, &p.dk, &p.partial, &p.product};
-    p.weights = p.total = 0;
-    for (int i = 0; i < 9; i++) {
+    int64_t sizes[] = {p.tiles ? rows * p.ld / 2 : rows * p.ld,
+                       rows * p.P * x / 4,
+                       all,
+                       block * D * x / 4,
+                       block * round_up(D, ATOM),
+                       round_up(rows, 2 * p.P) * p.P / 4 * x / 4,
+                       p.R < T ? all : 0,
+                       p.tiles ? 2 * tiles * rows : 0,
+                       p.tiles ? (rows + BLOCK - 1) / BLOCK : 0,
+                       p.tiles ? 0 : block * wide_};
+    int64_t *places[] = {&p.e,     &p.inverse, &p.rhs,     &p.block, &p.lambda,
+                         &p.merge, &p.dk,      &p.partial, &p.flags, &p.product};
+    for (int i = 0; i < N_PARTS; i++) {
         int64_t *end = i < 2 ? &p.weights : &p.total;
         *places[i] = *end;
-        *end += round_up(B * sizes[i] + 1, 64);
+        p.ends[i] = *end + B * sizes[i];
+        *end += round_up(B * sizes[i] + 1, 64) + GUARD / (int64_t)sizeof(float);
     }
     return p;
 }
@@ -2209,13 +2345,11 @@ static void copy_gpu(Y *out, int ld, const X *x, int N, int D, cudaStream_t stre
     });
 }
 
-template <typename X> static int64_t e_step(const Panels *p, int T) { return min_int(p->R, T) * p->lx; }
-
 // e of the panel of rows r0 .. r0+n-1, with their m and 1/z (known: given), and the inverses M.
 template <typename X>
 static void feedback_panel(float *weights, float *scratch, const Panels *p, float *stats, int known, const X *q, const X *k, int ld,
                            const float *gamma, int B, int T, int D, int first, int r0, int n, cudaStream_t stream) {
-    int64_t rows = T - first, row = r0 - first, step = e_step<X>(p, T), m_step = (int64_t)min_int(p->R, T) * p->P;
+    int64_t rows = T - first, row = r0 - first, step = p->e_step, m_step = p->m_step;
     ProductWay way = {B, 1, p->tiles ? NULL : scratch + p->product, stream};
     X *e = (X *)(weights + p->e), *M = (X *)(weights + p->inverse), *scaled = (X *)(scratch + p->merge);
     RowScale scale = {gamma + row, stats + 2 * row, rows};
@@ -2223,9 +2357,9 @@ static void feedback_panel(float *weights, float *scratch, const Panels *p, floa
         int tiles = (T + BLOCK - 1) / BLOCK, blocks = (n + BLOCK - 1) / BLOCK,
             width = min_int((int)round_up(r0 + n + ATOM, BLOCK), (int)p->ld); // a step of K may reach past n
         float2 *partial = (float2 *)(scratch + p->partial), *known_stats = (float2 *)stats + row;
-        int *flags = (int *)(partial + (int64_t)B * tiles * min_int(p->R, T));
+        int *flags = (int *)(scratch + p->flags);
         LogitExp f = {e, known ? known_stats : NULL, NULL, known ? NULL : partial, p->lx, step, rows,
-                      1.44269504f / sqrtf((float)D), r0, min_int(p->R, T), tiles, blocks};
+                      1.44269504f / sqrtf((float)D), r0, (int)p->rows, tiles, blocks};
         for (int again = 0; p->tiles && again < 2 - known; again++) {
             if (again) { f.stats = known_stats; f.flags = flags; }
             product_tiles<0, 0, OUT_LOWER, BLOCK>(f, part_of(q + row * ld, ld, rows * ld, (int)(rows - row), D),
@@ -2236,7 +2370,7 @@ static void feedback_panel(float *weights, float *scratch, const Panels *p, floa
     }
     if (!p->tiles) {
         float *logits = weights + p->e;
-        int64_t floats = min_int(p->R, T) * p->ld;
+        int64_t floats = p->rows * p->ld;
         for (int i0 = r0; i0 < r0 + n; i0 += p->P) {
             int m = min_int(p->P, r0 + n - i0);
             matmul_gpu(into(logits + (i0 - r0) * p->ld, p->ld, floats), rows_of_gpu(q + (i0 - first) * (int64_t)ld, ld,
@@ -2282,9 +2416,11 @@ template <int C> struct MarchShared {
     bf16 a[MARCH_SLOTS][2][ATOM][ATOM], b[MARCH_SLOTS][STRIP / ATOM][ATOM][ATOM], right[BUFFERS][STRIP / ATOM][C * BLOCK][ATOM];
     uint64_t full[MARCH_SLOTS], free[MARCH_SLOTS], written, handed, done;
 };
-// f (BACK: ds), c (BACK: df) and known, the sum over rows beyond begin .. end if not NULL, have T rows of D a sequence;
-// e and M begin with row r0; `map` is of s (BACK: of u). round: two places for each tile of a cluster, in turn
-template <int BACK, int C>
+// f (BACK: ds), c (BACK: df) and known, the sum over rows beyond begin .. end if not NULL, have T rows of D a
+// sequence; e and M begin with row r0; `map` is of s (BACK: of u). round: two places for each tile of a cluster, in
+// turn. HEARS: known may be there. A cluster reads it ahead; one block, which has no registers left for that, when
+// it adds it.
+template <int BACK, int C, int HEARS>
 __global__ void __launch_bounds__(3 * GROUP, 1)
 feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_constant__ CUtensorMap M_map,
                       const __grid_constant__ CUtensorMap map, const bf16 *f, bf16 *c, const float *known, bf16 *round,
@@ -2376,7 +2512,8 @@ feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_co
         int number = 3 * step + turn, last = BACK ? mine : TILES - 1 - mine, bytes = sizeof(bf16) * STRIP * ATOM,
             ranks = ((2 << min(last, C - 1)) - 1) & ~(1 << rank);
         const bf16 *own = s->right[0][0][ATOM * mine];
-        bf16 *between = round + ((sequence * (gridDim.x / C) + blockIdx.x / C) * 2 + number % 2) * STRIP * ROWS + mine * STRIP * ATOM;
+        int64_t strip = sequence * (gridDim.x / C) + blockIdx.x / C;
+        bf16 *between = round + (strip * 2 + number % 2) * (STRIP * ROWS) + mine * STRIP * ATOM;
         if (threadIdx.x == 0) barrier_expect(&s->handed, (TILES - rank - 2) * bytes);
         if (threadIdx.x % GROUP == 0 && ranks) {
             asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\ncp.async.bulk.commit_group;\n"
@@ -2430,6 +2567,11 @@ feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_co
                 uint32_t two = given[n][half];
                 float *v = &sum[n][2 * half];
                 if (C > 1) { v[0] += beyond[n][half].x; v[1] += beyond[n][half].y; }
+                if (C == 1 && HEARS && at[half] >= 0 && n0 + n * 8 < D) {
+                    float2 more = *(const float2 *)(known + at[half] + n * 8);
+                    v[0] += more.x;
+                    v[1] += more.y;
+                }
                 if (BACK) { v[0] += low(two); v[1] += high(two); put(0, half, n, pack_two(v[0], v[1])); }
                 else put(0, half, n, pack_two(low(two) + factor[half] * v[0], high(two) + factor[half] * v[1]));
             }
@@ -2476,27 +2618,51 @@ feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_co
     if (C > 1) barrier_wait(&s->written, blocks - 1); // nobody needs this block's memory any more
 #endif
 }
-template <int BACK, int C>
+template <int BACK, int C, int HEARS>
+static void feedback_march_as(float *weights, float *scratch, const Panels *p, const bf16 *out, int64_t ld_out,
+                              const bf16 *f, bf16 *c, const float *known, RowScale scale, RowScale inverse, int B,
+                              int T, int D, int r0, int n, int begin, int end, cudaStream_t stream) {
+    CUtensorMap e_map = tile_map((bf16 *)(weights + p->e), (int)p->lx, 1, n, p->lx, p->e_step, B, ATOM),
+        M_map = tile_map((bf16 *)(weights + p->inverse), p->P, 1, n, p->P, p->m_step, B, ATOM),
+        map = tile_map(out, D, 1, T, ld_out, T * ld_out, B, ATOM);
+    int bytes = sizeof(MarchShared<C>), strips = (D + MarchShared<C>::STRIP - 1) / MarchShared<C>::STRIP;
+    allow_shared(feedback_march_kernel<BACK, C, HEARS>, bytes);
+    LAUNCH_AS(C, 1, (feedback_march_kernel<BACK, C, HEARS>), dim3(C * strips, B), 3 * GROUP, bytes, stream, e_map,
+              M_map, map, f, c, known, (bf16 *)(scratch + p->lambda), scale, inverse, T, D, r0, begin, end);
+}
+template <int BACK>
 static void feedback_march_gpu(float *weights, float *scratch, const Panels *p, const bf16 *out, int64_t ld_out, const bf16 *f,
                                bf16 *c, const float *known, RowScale scale, RowScale inverse, int B, int T, int D, int r0,
                                int n, int begin, int end, cudaStream_t stream) {
-    int64_t rows = min_int(p->R, T);
-    CUtensorMap e_map = tile_map((bf16 *)(weights + p->e), (int)p->lx, 1, n, p->lx, rows * p->lx, B, ATOM),
-        M_map = tile_map((bf16 *)(weights + p->inverse), p->P, 1, n, p->P, rows * p->P, B, ATOM),
-        map = tile_map(out, D, 1, T, ld_out, T * ld_out, B, ATOM);
-    int bytes = sizeof(MarchShared<C>), strips = (D + MarchShared<C>::STRIP - 1) / MarchShared<C>::STRIP;
-    allow_shared(feedback_march_kernel<BACK, C>, bytes);
-    LAUNCH_AS(C, 1, (feedback_march_kernel<BACK, C>), dim3(C * strips, B), 3 * GROUP, bytes, stream, e_map, M_map, map, f, c,
-              known, (bf16 *)(scratch + p->lambda), scale, inverse, T, D, r0, begin, end);
+    auto march = p->march == CLUSTER ? feedback_march_as<BACK, CLUSTER, 1>
+               : known ? feedback_march_as<BACK, 1, 1> : feedback_march_as<BACK, 1, 0>;
+    march(weights, scratch, p, out, ld_out, f, c, known, scale, inverse, B, T, D, r0, n, begin, end, stream);
 }
 
-// c: (B,T,D) kept for the backward pass, or NULL; keep: so are weights. f comes from `side` if not NULL.
+static int clusters_fit(void) {
+    int ring = clusters_at_once(attention_ring_kernel, CLUSTER, sizeof(RingShared));
+    int bytes = sizeof(MarchShared<CLUSTER>);
+    return ring && clusters_at_once(feedback_march_kernel<0, CLUSTER, 1>, CLUSTER, bytes)
+                && clusters_at_once(feedback_march_kernel<1, CLUSTER, 1>, CLUSTER, bytes);
+}
+
+// A batch that fits what p was chosen for, and the memory for it.
+static void feedback_fits(const Panels *p, int B, int T, Scratch weights, Scratch scratch) {
+    must_fit(B, p->B, "sequences of the feedback");
+    must_fit(T, p->T, "tokens of the feedback");
+    borrow(weights, p->weights);
+    borrow(scratch, p->total);
+}
+
+// c: (B,T,D) kept for the backward pass, or NULL; so are weights where p says so. f comes from `side` if not NULL.
 template <typename X>
-static void feedback_forward_gpu(X *s, X *c, float *stats, float *weights, int keep, float *scratch, const X *f, const X *q,
-                                 const X *k, int ld, const float *gamma, int B, int T, int D, int first, int P,
-                                 cudaStream_t stream, cudaStream_t side = NULL) {
-    Panels p = feedback_panels<X>(B, T, D, P, wide({ld, first}, {s, f, q, k, scratch}), keep);
-    int64_t rows = T - first, step = e_step<X>(&p, T), all = (int64_t)T * D, m_step = (int64_t)min_int(p.R, T) * p.P;
+static void feedback_forward_gpu(X *s, X *c, float *stats, Scratch weights_room, Scratch scratch_room, const X *f,
+                                 const X *q, const X *k, int ld, const float *gamma, int B, int T, int D, int first,
+                                 const Panels *panels, cudaStream_t stream, cudaStream_t side = NULL) {
+    feedback_fits(panels, B, T, weights_room, scratch_room);
+    Panels p = *panels;
+    float *weights = weights_room.at, *scratch = scratch_room.at;
+    int64_t rows = T - first, step = p.e_step, all = (int64_t)T * D, m_step = p.m_step;
     X *e = (X *)(weights + p.e), *M = (X *)(weights + p.inverse), *block = (X *)(scratch + p.block);
     ProductWay way = {B, wide({D}, {s, c, f, scratch}), p.tiles ? NULL : scratch + p.product, stream};
     for (int r0 = first; r0 < T; r0 += p.R) {
@@ -2510,9 +2676,8 @@ static void feedback_forward_gpu(X *s, X *c, float *stats, float *weights, int k
                                   1, 0, B, stream);
             if constexpr (sizeof(X) == sizeof(bf16))
                 if (p.march && !first) {
-                    auto march = p.march == 1 ? feedback_march_gpu<0, 1> : feedback_march_gpu<0, CLUSTER>;
-                    march(weights, scratch, &p, s, D, f, c, reach ? scratch + p.rhs : NULL, {gamma, stats, T}, {NULL, stats, T}, B,
-                          T, D, r0, n, reach, end, stream);
+                    feedback_march_gpu<0>(weights, scratch, &p, s, D, f, c, reach ? scratch + p.rhs : NULL,
+                                          {gamma, stats, T}, {NULL, stats, T}, B, T, D, r0, n, reach, end, stream);
                     continue;
                 }
             for (int i0 = reach; i0 < end; i0 += p.P) {
@@ -2589,8 +2754,7 @@ static void feedback_sequence_backward_gpu(X *df, X *dq, X *dk, float *dgamma, f
                                            const float *gamma, int B, int T, int D, int r0, TileSums dq_sums, TileSums dk_sums,
                                            cudaStream_t stream) {
     int n = min_int(p->R, T - r0);
-    int64_t step = e_step<X>(p, T), all = (int64_t)T * D, wide_step = (int64_t)T * ld,
-        m_step = (int64_t)min_int(p->R, T) * p->P;
+    int64_t step = p->e_step, all = (int64_t)T * D, wide_step = (int64_t)T * ld, m_step = p->m_step;
     float *lambda = scratch + p->lambda, *dk_sum = scratch + p->dk, sigma = 1 / sqrtf((float)D);
     ProductWay way = {B, wide({D, ld}, {df, dq, dk, ds, s, c, scratch}), p->tiles ? NULL : scratch + p->product, stream};
     X *e = (X *)(weights + p->e), *M = (X *)(weights + p->inverse), *block = (X *)(scratch + p->block);
@@ -2598,11 +2762,10 @@ static void feedback_sequence_backward_gpu(X *df, X *dq, X *dk, float *dgamma, f
     for (int low = (n - 1) / REACH * REACH; low >= 0; low -= REACH) {
         int end = min_int(low + REACH, n), heard = r0 + end < T;
         float *h_all = scratch + p->rhs;
-        if constexpr (sizeof(X) == sizeof(bf16)) {
-            auto march = p->march == 1 ? feedback_march_gpu<1, 1> : feedback_march_gpu<1, CLUSTER>;
-            if (p->march) march(weights, scratch, p, dq, ld, ds, df, heard ? h_all : NULL, {gamma, stats, T}, {NULL, stats, T}, B,
-                                T, D, r0, n, r0 + low, r0 + end, stream);
-        }
+        if constexpr (sizeof(X) == sizeof(bf16))
+            if (p->march)
+                feedback_march_gpu<1>(weights, scratch, p, dq, ld, ds, df, heard ? h_all : NULL, {gamma, stats, T},
+                                      {NULL, stats, T}, B, T, D, r0, n, r0 + low, r0 + end, stream);
         for (int at = p->march ? -1 : (end - 1) / p->P * p->P; at >= low; at -= p->P) {
             int m = min_int(p->P, end - at), i0 = r0 + at, alone = i0 + m == T;
             float *h = alone ? NULL : h_all + (int64_t)i0 * D;
@@ -2700,12 +2863,15 @@ static void feedback_sequence_backward_gpu(X *df, X *dq, X *dk, float *dgamma, f
 
 // dbias, unless NULL: the sums of dq and dk, which follow each other, over the rows are added to it.
 template <typename X>
-static void feedback_backward_gpu(X *df, X *dq, X *dk, float *dgamma, float *dbias, float *weights, int keep, float *scratch,
-                                  const X *ds, const X *s, const X *c, float *stats, const X *q, const X *k, int ld, const float *gamma,
-                                  int B, int T, int D, int P, ColumnSums *sums, cudaStream_t stream) {
-    Panels p = feedback_panels<X>(B, T, D, P, wide({ld}, {df, dq, dk, ds, s, q, k, scratch}), keep);
+static void feedback_backward_gpu(X *df, X *dq, X *dk, float *dgamma, float *dbias, Scratch weights_room,
+                                  Scratch scratch_room, const X *ds, const X *s, const X *c, float *stats,
+                                  const X *q, const X *k, int ld, const float *gamma, int B, int T, int D,
+                                  const Panels *panels, ColumnSums *sums, cudaStream_t stream) {
+    feedback_fits(panels, B, T, weights_room, scratch_room);
+    Panels p = *panels;
+    float *weights = weights_room.at, *scratch = scratch_room.at;
     TileSums dq_sums = {}, dk_sums = {}; // on the way to memory: with tiles, and dk' where one panel holds the whole of it
-    int summed = dbias && p.tiles && P <= 0, dk_summed = summed && p.R >= T;
+    int summed = dbias && p.tiles && p.asked <= 0, dk_summed = summed && p.R >= T;
     if (summed) dq_sums = tile_sums(sums, dbias, D, B, T);
     if (dk_summed) dk_sums = tile_sums(sums, dbias + D, D, B, T);
     for (int r0 = (T - 1) / p.R * p.R; r0 >= 0; r0 -= p.R)
@@ -2902,16 +3068,20 @@ __global__ void __launch_bounds__(256, 3) conv_backward_kernel(X *dinp, float *p
     for (int y = 0; y < 8; y++) sum += parts[y][k][threadIdx.x];
     partial[(int64_t)blockIdx.y * (TAPS + 1) * f.W + (k < TAPS ? c * TAPS + k : f.W * TAPS + c)] = sum;
 }
+static int conv_chunks(int B, int T, int W) {
+    int pieces = (T + CONV_ROWS - 1) / CONV_ROWS;
+    return min_int((B * pieces + 7) / 8, 1 + BLOCKS_AT_ONCE * GROUP_COLUMNS / W);
+}
 template <typename X>
 static void conv_backward_gpu(X *dinp, float *dweight, float *dbias, const X *dout, const X *inp, int ld, const float *weight,
                               const float *bias, int B, int T, int W, ColumnSums *sums, cudaStream_t stream) {
-    int pieces = (T + CONV_ROWS - 1) / CONV_ROWS, stride = (TAPS + 1) * W;
-    int chunks = min_int((B * pieces + 7) / 8, 1 + BLOCKS_AT_ONCE * GROUP_COLUMNS / W);
+    int pieces = (T + CONV_ROWS - 1) / CONV_ROWS, stride = (TAPS + 1) * W, chunks = conv_chunks(B, T, W);
+    float *partial = sums_place(sums, (int64_t)chunks * stride);
     Conv<X> f = {inp, NULL, weight, bias, ld, T, W, 0, pieces};
-    LAUNCH(conv_backward_kernel<X>, dim3((W + 31) / 32, chunks), dim3(32, 8), 0, stream, dinp, sums->next, dout, f, B * pieces);
-    column_sum(sums, dweight, 0, chunks, stride, TAPS * W);
-    column_sum(sums, dbias, TAPS * W, chunks, stride, W);
-    sums->next += (int64_t)chunks * stride;
+    LAUNCH(conv_backward_kernel<X>, dim3((W + 31) / 32, chunks), dim3(32, 8), 0, stream, dinp, partial, dout, f,
+           B * pieces);
+    column_sum(sums, dweight, partial, chunks, stride, TAPS * W);
+    column_sum(sums, dbias, partial + TAPS * W, chunks, stride, W);
 }
 
 // A thread takes one head of one row, forward and backward.
@@ -3329,17 +3499,20 @@ static void scan_forward_gpu(X *y, float *states, float *carried, const X *xbc, 
     LAUNCH(scan_sequence_kernel<X>, dim3(heads, B), SCAN_THREADS, bytes, stream, y, states, carried, s);
 }
 template <typename X>
-static void scan_backward_gpu(X *dxbc, float *dstep, float *dA_log, float *dskip, float *scratch, const X *dy, const float *states,
-                              const X *xbc, const float *step, const float *A_log, const float *skip, int B, int T, int E, int S,
-                              int heads, int P, ColumnSums *sums, cudaStream_t stream) {
+static void scan_backward_gpu(X *dxbc, float *dstep, float *dA_log, float *dskip, Scratch scratch, const X *dy,
+                              const float *states, const X *xbc, const float *step, const float *A_log,
+                              const float *skip, int B, int T, int E, int S, int heads, int P, ColumnSums *sums,
+                              cudaStream_t stream) {
     Scan<X> s = scan_of(xbc, dy, step, A_log, skip, T, E, S, heads, P);
     int bytes = scan_bytes(S, E / heads, s.rows, sizeof(X), 1);
+    float *parts = borrow(scratch, scan_scratch_gpu(B, T, S, heads));
     allow_shared(scan_sequence_backward_kernel<X>, bytes);
-    LAUNCH(scan_sequence_backward_kernel<X>, dim3(heads, B), SCAN_THREADS, bytes, stream, dxbc, dstep, scratch, states, s);
+    LAUNCH(scan_sequence_backward_kernel<X>, dim3(heads, B), SCAN_THREADS, bytes, stream, dxbc, dstep, parts,
+           states, s);
     each((int64_t)B * T, 2 * S, s.in_eights, stream, [=] __device__ (auto V, int n, int i) { // db and dc: the heads' in their order
         float sum[V] = {}, part[V];
         for (int h = 0; h < heads; h++) {
-            read_some<V>(part, scratch + ((int64_t)n * heads + h) * 2 * S + i);
+            read_some<V>(part, parts + ((int64_t)n * heads + h) * 2 * S + i);
             for (int e = 0; e < V; e++) sum[e] += part[e];
         }
         write_some<V>(dxbc + (int64_t)n * (E + 2 * S) + E + i, sum);
@@ -3648,6 +3821,8 @@ static void decode_out_gpu(float *x, const X *gated, const X *weight, const X *b
 
 // Numbers of scratch: the parts, then the logits.
 static int64_t decode_parts(int D, int H) { return 2 * (int64_t)H * decode_splits(H) * (D + 2); }
+// Whether the launches' shared memory suffices: a row and a factor for each part.
+static int decodes(int D, int H) { return 4 * (int64_t)D + 8 * (int64_t)H * decode_splits(H) <= 40 << 10; }
 
 // ----------------------------------------------------------------------------
 // the model
@@ -3657,7 +3832,8 @@ template <typename X> struct LayerActivationsGPU {
     X *x;                       // (N,D)
     float *ln_mean, *ln_rstd;   // (N)
     X *n, *ag, *abar, *proj, *o, *f, *s, *c, *gated, *branch; // dag takes the place of ag; c: feedback's (e s)/z
-    float *stats, *gamma, *fb_stats, *fb_weights;
+    float *stats, *gamma, *fb_stats;
+    Scratch fb_weights;
     X *xbc, *y_scan, *normed, *tail; // mamba2
     float *step, *rms, *states, *carried;
 };
@@ -3671,7 +3847,8 @@ template <typename X> struct ActivationsGPU {
     float *losses;                  // (N)
     char *hits;                     // (N) 1: no other logit was larger than the target's
     X *ds, *dout, *dbranch, *dabar, *dproj, *dy, *dxbc;
-    float *dgamma, *dstep, *cosine, *sine, *scratch;
+    float *dgamma, *dstep, *cosine, *sine;
+    Scratch scratch;
 };
 
 // What a step reads from the device's memory, because it changes from step to step; room for ids behind it: inputs,
@@ -3691,6 +3868,19 @@ typedef struct {
     cudaGraphExec_t graph;
 } Recording;
 enum { N_RECORDINGS = 12 };
+
+// What all passes of a model do: chosen when it is made, by its largest batch, and with it the memory that they
+// take. A smaller batch, as evaluation's last, and generation behind a short prompt go the same way.
+typedef struct {
+    AttentionWay attention;
+    Panels feedback[2]; // 1: where positions begin at a multiple of 8, so that tiles can
+} Ways;
+template <typename X> static Ways ways_of(const Config *c, int B, int T, int P, int keep) {
+    int D = c->d_model, d = D / c->n_heads, E = proj_width(c);
+    Ways ways = {attention_way<X>(B, T, c->n_heads, c->n_kv_heads, d, E, P),
+                 {feedback_panels<X>(B, T, D, P, 0, keep), feedback_panels<X>(B, T, D, P, E % 8 == 0, keep)}};
+    return ways;
+}
 
 // The first member is a Model as the other parts know it: configuration, table of parameters, and in the host's memory
 // a copy of the parameters or of what belongs to them, made when asked for. The device's blocks have their tensors at
@@ -3714,7 +3904,8 @@ template <typename X> struct ModelGPU {
     int *host_lists, *starts;                    // of sort_tokens: page-locked; (V+1)
     ColumnSums sums;
     Recording recordings[N_RECORDINGS];
-    int oldest, dlogits_ready, decodes, keep; // keep: the feedback's weights, for the backward pass
+    int oldest, dlogits_ready, decodes;
+    Ways ways;
 };
 
 // So many layers are updated before the next forward pass begins, the others while it goes through these.
@@ -3740,7 +3931,8 @@ static void direct_read_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int fir
     linear_forward_gpu(q, E, a->abar, as_x(m, w->W_proj), as_x(m, w->b_proj), N, D, E, stream);
     follow(side, stream);
     rope_forward_gpu(q, E, m->acts.cosine, m->acts.sine, N, T - first, H + G, d, first, 1, side);
-    attention_forward_gpu(w->W_o ? a->o : f, a->stats, m->acts.scratch, q, k, v, E, B, T, H, G, d, first, m->host.P, side);
+    attention_forward_gpu(w->W_o ? a->o : f, a->stats, m->acts.scratch, q, k, v, E, B, T, H, G, d, first,
+                          &m->ways.attention, side);
     if (w->W_o) linear_forward_gpu(f, D, a->o, as_x(m, w->W_o), (const X *)NULL, N, D, D, side);
 }
 
@@ -3756,7 +3948,7 @@ template <typename X> static void direct_read_backward_gpu(ModelGPU<X> *m, int l
     if (w->W_o) linear_backward_gpu(dout, dw->W_o, back->ds, D, a->o, as_x(m, w->W_o), N, D, D, m->sums.add, stream,
                                    in_ring(T, H, G) ? gpu.side : stream);
     attention_backward_gpu(back->dproj, dk, dv, dw->b_proj, back->scratch, dout, out, a->stats, a->proj, k, v, E, B, T, H, G, d,
-                           m->host.P, {back->cosine, back->sine, T, d / 2, 0, -1}, &m->sums, stream);
+                           &m->ways.attention, {back->cosine, back->sine, T, d / 2, 0, -1}, &m->sums, stream);
     linear_backward_gpu(back->dabar, dw->W_proj, back->dproj, E, a->abar, as_x(m, w->W_proj), N, D, E, m->sums.add, stream, stream);
 }
 
@@ -3769,13 +3961,14 @@ static void attention_mixer_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int
 // beside each other.
 template <typename X>
 static void sessa_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int first, cudaStream_t stream) {
-    int D = m->host.config.d_model, E = proj_width(&m->host.config), d = D / m->host.config.n_heads, P = m->host.P;
+    int D = m->host.config.d_model, E = proj_width(&m->host.config);
     LayerActivationsGPU<X> *a = &m->acts.layers[l];
     const X *q = a->proj + (size_t)first * E + E - 2 * D, *k = a->proj + E - D;
-    cudaStream_t side = in_tiles(a->proj, a->proj, a->proj, E, d) && P % 8 == 0 && first % 8 == 0 ? gpu.side : stream;
+    const Panels *panels = &m->ways.feedback[first % 8 == 0];
+    cudaStream_t side = m->ways.attention.tiles && panels->tiles ? gpu.side : stream;
     direct_read_forward_gpu(m, l, B, T, first, a->f, stream, side);
-    feedback_forward_gpu(a->s, a->c, a->fb_stats, a->fb_weights, m->keep, m->acts.scratch, a->f, q, k, E, a->gamma, B, T, D,
-                         first, P, stream, side);
+    feedback_forward_gpu(a->s, a->c, a->fb_stats, a->fb_weights, m->acts.scratch, a->f, q, k, E, a->gamma, B, T, D,
+                         first, panels, stream, side);
 }
 
 template <typename X> static void sessa_backward_gpu(ModelGPU<X> *m, int l, int B, int T, cudaStream_t stream) {
@@ -3784,8 +3977,8 @@ template <typename X> static void sessa_backward_gpu(ModelGPU<X> *m, int l, int 
     ActivationsGPU<X> *back = &m->acts;
     const X *q = a->proj + E - 2 * D, *k = q + D;
     feedback_backward_gpu(back->ds, back->dproj + E - 2 * D, back->dproj + E - D, back->dgamma,
-                          m->grad.layers[l].b_proj + E - 2 * D, a->fb_weights, m->keep, back->scratch, back->ds, a->s, a->c, a->fb_stats,
-                          q, k, E, a->gamma, B, T, D, m->host.P, &m->sums, stream);
+                          m->grad.layers[l].b_proj + E - 2 * D, a->fb_weights, back->scratch, back->ds, a->s, a->c,
+                          a->fb_stats, q, k, E, a->gamma, B, T, D, &m->ways.feedback[1], &m->sums, stream);
     direct_read_backward_gpu(m, l, B, T, stream);
 }
 
@@ -3848,7 +4041,10 @@ template <typename Y>
 static Y *add_activation(Table *table, Y *block, int layer, const char *name, int n_dims, int64_t d0, int64_t d1, int64_t d2) {
     if (table->count >= 0) table->count = round_up(table->count, 64);
     add_tensor(table, NULL, layer, name, n_dims, d0, d1, d2);
-    return block ? block + table->rows[table->n - 1].offset : NULL;
+    const Tensor *row = &table->rows[table->n - 1];
+    if (table->count >= 0) table->count += GUARD / (int64_t)sizeof(Y);
+    if (block) guard(block + row->offset + row->count, block + round_up(table->count, 64), name, layer);
+    return block ? block + row->offset : NULL;
 }
 
 template <typename X> static void mamba2_activations_gpu(ModelGPU<X> *m, int l, int B, int T, Mode mode) {
@@ -3880,6 +4076,44 @@ template <typename X> static void mamba2_activations_gpu(ModelGPU<X> *m, int l, 
     m->acts.dstep = add_activation(f, fb, -1, "dstep", 3, B, T, 3 * heads);
 }
 
+// Numbers for the partial sums of a layer's passes, and of ln_f's, which come before the first layer's.
+static int64_t column_sums_room(const Config *c, int B, int T) {
+    int D = c->d_model, E = 2 * D, W = E + 2 * c->state_dim, N = B * T, kv_width = c->n_kv_heads * (D / c->n_heads);
+    auto pass = [&](int sums, int width) { return (int64_t)sums * sum_chunks(N, width, 1) * width; };
+    int64_t norm = 3 * (int64_t)row_blocks(N, D, 0, BLOCKS_AT_ONCE / 2) * D,
+            layer = 2 * norm + pass(1, D) + pass(3, D); // gate, GELU
+    if (c->mixer == MAMBA2) {
+        int heads = E / c->head_dim;
+        return layer + pass(1, E) + pass(2, heads) + pass(1, heads) +
+               (int64_t)conv_chunks(B, T, W) * (TAPS + 1) * W;
+    }
+    layer += pass(1, D + 2 * kv_width);
+    return c->mixer == SESSA ? layer + 2 * tile_sums_room(D, B, T) + pass(1, 2 * D) : layer;
+}
+
+// What the model's passes share: numbers of the feedback's weights, of scratch, of partial sums. A test may ask for
+// panels of any height.
+typedef struct { int64_t weights, scratch, sums; } Room;
+template <typename X> static Room room_of(const Config *c, int B, int T, Mode mode, const Ways *ways) {
+    int D = c->d_model, H = c->n_heads;
+    Room room = {0, 0, column_sums_room(c, B, T)};
+    auto at_least = [](int64_t &size, int64_t numbers) { if (size < numbers) size = numbers; };
+    auto add = [&](const Ways &w, int tiles) {
+        at_least(room.scratch, w.attention.scratch);
+        if (c->mixer != SESSA) return;
+        at_least(room.scratch, w.feedback[tiles].total);
+        at_least(room.weights, w.feedback[tiles].weights);
+    };
+    if (c->mixer == MAMBA2) at_least(room.scratch, scan_scratch_gpu(B, T, c->state_dim, 2 * D / c->head_dim));
+    else add(*ways, 1);
+    if (c->mixer != MAMBA2 && mode == GENERATE) add(*ways, 0);
+    for (int P = 1; P <= min_int(T, BLOCK) && mode == KEEP_ALL && c->mixer != MAMBA2; P++)
+        add(ways_of<X>(c, B, T, P, 0), 1);
+    if (mode == GENERATE) at_least(room.scratch, decode_parts(D, H) + c->vocab_size);
+    if (mode >= TRAIN) at_least(room.scratch, embedding_scratch(B * T, c->vocab_size, D));
+    return room;
+}
+
 // The list of carve_activations, in two blocks. The outputs of LayerNorm, GELU and gate are not shared as there, but kept for the
 // backward pass; a KEEP_ALL model shares nothing but f and the branch.
 template <typename X> static void carve_activations_gpu(ModelGPU<X> *m, int B, int T, Mode mode) {
@@ -3892,13 +4126,7 @@ template <typename X> static void carve_activations_gpu(ModelGPU<X> *m, int B, i
     float *fb = m->f_block;
     t->n = f->n = 0;
     t->count = f->count = 0;
-    Panels panels = feedback_panels<X>(B, T, D, 0, E % 8 == 0, m->keep), others[] = { // of tests, of generation
-        feedback_panels<X>(B, T, D, keep_all, 0), feedback_panels<X>(B, T, D, keep_all, 1)};
-    auto most = [&](int64_t Panels::*size) {
-        int64_t numbers = panels.*size;
-        for (Panels &p : others) if (mode != TRAIN && p.*size > numbers) numbers = p.*size;
-        return numbers;
-    };
+    Room room = room_of<X>(c, B, T, mode, &m->ways);
     X *read = training ? add_activation(t, x, -1, "encoded", 3, B, T, D) : NULL; // by the next layer
     for (int l = 0; l < c->n_layers; l++) {
         LayerActivationsGPU<X> *a = &acts->layers[l];
@@ -3926,8 +4154,8 @@ template <typename X> static void carve_activations_gpu(ModelGPU<X> *m, int B, i
             if (sessa) a->gamma = add_activation(f, fb, l, "gamma", 2, B, T, 1);
             a->c = sessa && training ? add_activation(t, x, l, "fb_c", 3, B, T, D) : NULL;
             if (sessa) a->fb_stats = add_activation(f, fb, l, "fb_stats", 3, B, T, 2);
-            if (sessa && (l == 0 || panels.kept))
-                a->fb_weights = add_activation(f, fb, l, "fb_weights", 1, most(&Panels::weights), 1, 1);
+            if (sessa && (l == 0 || m->ways.feedback[1].kept))
+                a->fb_weights = {add_activation(f, fb, l, "fb_weights", 1, room.weights, 1, 1), room.weights};
             a->n = add_activation(t, x, l, "ln", 3, B, T, D);
             a->abar = add_activation(t, x, l, "abar", 3, B, T, D);
             a->gated = add_activation(t, x, l, "gated", 3, B, T, D);
@@ -3950,15 +4178,8 @@ template <typename X> static void carve_activations_gpu(ModelGPU<X> *m, int B, i
     acts->hits = (char *)add_activation(f, fb, -1, "hits", 1, B * (int64_t)T / 4 + 1, 1, 1);
     acts->cosine = add_activation(f, fb, -1, "cosine", 2, T, d / 2, 1);
     acts->sine = add_activation(f, fb, -1, "sine", 2, T, d / 2, 1);
-    int tiles = gpu.hopper && sizeof(X) == sizeof(bf16) && d % 8 == 0 && d <= 128;
-    int64_t scratch = 0, wanted[] = {
-        mamba2 ? scan_scratch_gpu(B, T, c->state_dim, 2 * D / c->head_dim)
-               : attention_scratch(tiles, B, T, H, c->n_kv_heads, 0),
-        sessa ? most(&Panels::total) : 0,
-        mode == GENERATE ? decode_parts(D, H) + c->vocab_size : 0};
-    for (int64_t numbers : wanted) scratch = scratch > numbers ? scratch : numbers;
-    acts->scratch = add_activation(f, fb, -1, "scratch", 1, scratch, 1, 1);
-    m->decodes = mode == GENERATE && !mamba2 && D <= 8192;
+    acts->scratch = {add_activation(f, fb, -1, "scratch", 1, room.scratch, 1, 1), room.scratch};
+    m->decodes = mode == GENERATE && !mamba2 && decodes(D, H);
     if (!training) return;
     acts->dout = acts->layers[0].branch; // free by then
     acts->ds = add_activation(t, x, -1, "ds", 3, B, T, D);
@@ -3966,7 +4187,8 @@ template <typename X> static void carve_activations_gpu(ModelGPU<X> *m, int B, i
     acts->dbranch = add_activation(t, x, -1, "dbranch", 3, B, T, D);
     acts->dproj = add_activation(t, x, -1, "dproj", 3, B, T, E);
     acts->dgamma = add_activation(f, fb, -1, "dgamma", 2, B, T, 1);
-    m->sums.room = m->sums.next = add_activation(f, fb, -1, "sums", 1, column_sums_room(B, T, D, E), 1, 1);
+    m->sums.room = m->sums.next = add_activation(f, fb, -1, "sums", 1, room.sums, 1, 1);
+    m->sums.end = m->sums.room + room.sums;
 }
 
 // Points the weights into a block of the device: first to addresses of a block that is nowhere and follows the table, then
@@ -3990,6 +4212,7 @@ template <typename X> static void device_weights(const ModelGPU<X> *m, Weights *
 template <typename X> static void model_free_gpu(Model *model) {
     ModelGPU<X> *m = (ModelGPU<X> *)model;
     if (gpu.ready) cudaDeviceSynchronize();
+    unguard(m->memory, m->memory ? (size_t)(m->host.bytes - 2 * WORKSPACE) : 0);
     cudaFree(m->memory);
     cudaFreeHost(m->host_inputs);
     for (cudaEvent_t *event : {&m->loss_there, &m->lists_there, &m->norm_there})
@@ -4002,33 +4225,60 @@ template <typename X> static void model_free_gpu(Model *model) {
     for (size_t i = 0; i < sizeof(blocks) / sizeof(blocks[0]); i++) free(blocks[i]);
 }
 
-// The parts of the model's memory, one after the other; memory NULL: only their sizes.
-template <typename Y> static Y *take(char **memory, int64_t count) {
-    char *at = *memory;
-    *memory += round_up(count * (int64_t)sizeof(Y), 256);
+// The parts of the model's memory, one after the other; there 0: only their sizes.
+template <typename Y> static Y *take(char **memory, int64_t count, const char *name, int there) {
+    char *at = *memory, *end = at + count * (int64_t)sizeof(Y);
+    *memory += round_up(count * (int64_t)sizeof(Y), 256) + GUARD;
+    if (there) guard(end, *memory, name, -1);
     return (Y *)at;
 }
 template <typename X> static int64_t carve_memory(ModelGPU<X> *m, char *memory, int B, int T, Mode mode) {
+    static const char *const names[] = {"parameters", "first moments", "second moments", "gradients"};
     char *at = memory;
     int64_t tokens = (int64_t)B * T;
+    int there = memory != NULL;
     float **blocks[] = {&m->params, &m->exp_avg, &m->exp_avg_sq, &m->grads};
-    for (int i = 0; i < 4; i++) *blocks[i] = take<float>(&at, i == PARAMS || mode >= TRAIN ? m->count : 0);
-    m->copy = sizeof(X) == sizeof(bf16) ? take<X>(&at, m->count) : (X *)m->params;
-    m->decayed = take<unsigned char>(&at, m->count / 64);
-    m->norm = take<double>(&at, 2);
-    m->inputs = (Inputs *)take<char>(&at, (int64_t)sizeof(Inputs) + (6 * tokens + 2) * (int64_t)sizeof(int));
-    m->x_block = take<X>(&at, m->x_table.count);
-    m->f_block = take<float>(&at, m->f_table.count);
+    for (int i = 0; i < 4; i++)
+        *blocks[i] = take<float>(&at, i == PARAMS || mode >= TRAIN ? m->count : 0, names[i], there);
+    m->copy = sizeof(X) == sizeof(bf16) ? take<X>(&at, m->count, "copy of the parameters", there) : (X *)m->params;
+    m->decayed = take<unsigned char>(&at, m->count / 64, "decayed", there);
+    m->norm = take<double>(&at, 2, "norm", there);
+    m->inputs = (Inputs *)take<char>(&at, (int64_t)sizeof(Inputs) + (6 * tokens + 2) * (int64_t)sizeof(int),
+                                     "inputs", there);
+    m->x_block = take<X>(&at, m->x_table.count, "activations", there);
+    m->f_block = take<float>(&at, m->f_table.count, "activations in float32", there);
     return at - memory;
 }
 
+// What the launches cannot take is said before anything is allocated. FAILED and a line in error
+static int within_launches(const Config *c, int B, int T, size_t number, char *error) {
+    int64_t D = c->d_model, widest = c->mixer == MAMBA2 ? 2 * D + 2 * c->state_dim : D,
+            row = c->mixer == MAMBA2 ? 2 * D : D;
+    int most = 0, seeds = 2 * BLOCK * SEED_LD * (int)sizeof(float);
+    CUDA(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
+    if (B > MOST_SEQUENCES)
+        return fail(error, NULL,
+                    "--batch %d: the GPU takes at most %d sequences at once; --accum makes a step of more", B,
+                    MOST_SEQUENCES);
+    if (row > MOST_COLUMNS)
+        return fail(error, NULL, "--dim %d: the GPU takes rows of at most %d numbers, here they have %lld",
+                    c->d_model, MOST_COLUMNS, (long long)row);
+    if ((int64_t)B * T * widest > MOST_PIECES)
+        return fail(error, NULL,
+                    "--batch %d times --seq %d: the GPU takes at most %lld tokens of this width at once", B, T,
+                    (long long)(MOST_PIECES / widest));
+    if (c->mixer == MAMBA2 && !scan_rows(c->state_dim, c->head_dim, (int)number))
+        return fail(error, NULL, "--head-dim %d with --state-dim %d: too large for the GPU's shared memory",
+                    c->head_dim, c->state_dim);
+    if (c->mixer == SESSA && most < seeds)
+        return fail(error, NULL, "the mixer sessa needs %d KiB of shared memory a block, this GPU has %d",
+                    seeds >> 10, most >> 10);
+    return 0;
+}
+
 template <typename X> static Model *model_create_gpu(const Config *c, int B, int T, Mode mode, char *error) {
-    if (gpu_open(error)) return NULL;
+    if (gpu_open(error) || within_launches(c, B, T, sizeof(X), error)) return NULL;
     int whole = 1, d = c->d_model / c->n_heads;
-    if (c->mixer == MAMBA2 && !scan_rows(c->state_dim, c->head_dim, sizeof(X))) {
-        fail(error, NULL, "--head-dim %d with --state-dim %d: too large for the GPU's shared memory", c->head_dim, c->state_dim);
-        return NULL;
-    }
     ModelGPU<X> *m = (ModelGPU<X> *)allocate(1, sizeof(ModelGPU<X>), &whole);
     if (!m) { fail(error, NULL, "out of memory"); return NULL; }
     m->host.config = *c;
@@ -4055,11 +4305,14 @@ template <typename X> static Model *model_create_gpu(const Config *c, int B, int
     double needed = INFINITY;
     size_t present = 0, all = 0;
     CUDA(cudaMemGetInfo(&present, &all));
-    for (m->keep = mode >= TRAIN;; m->keep = 0) { // without, weights are computed again
+    for (int keep = mode >= TRAIN;; keep = 0) { // without, the feedback's weights are computed again
+        m->ways = ways_of<X>(c, B, T, 0, keep);
+        m->x_block = NULL; // no place yet, sizes alone
+        m->f_block = NULL;
         carve_activations_gpu(m, B, T, mode);
         if (m->host.table.count >= 0 && m->x_table.count >= 0 && m->f_table.count >= 0 && m->host.table.count < PTRDIFF_MAX / 64)
             needed = (double)carve_memory(m, NULL, B, T, mode);
-        if (!m->keep || needed < 0.9 * (double)present) break;
+        if (!keep || needed < 0.9 * (double)present) break;
     }
     cudaError_t code = cudaErrorMemoryAllocation;
     if (needed <= (double)present) code = cudaMalloc((void **)&m->memory, (size_t)needed);
@@ -4181,6 +4434,8 @@ static void model_forward_gpu(Model *model, const int *inputs, const int *target
     int D = m->host.config.d_model, V = m->host.config.vocab_size, N = B * T, early = early_layers(&m->host.config);
     ActivationsGPU<X> *acts = &m->acts;
     Inputs *host = m->host_inputs;
+    must_fit(B, m->host.B, "sequences of a batch");
+    must_fit(T, m->host.T, "tokens of a sequence");
     CUDA(cudaEventSynchronize(m->loss_there)); // nothing reads the last batch there any more
     host->dropout_key = dropout_key(drop);
     memcpy(host->ids, inputs, sizeof(int) * (size_t)N);
@@ -4259,17 +4514,17 @@ template <typename X> static void model_backward_gpu(Model *model, double dloss)
     ModelGPU<X> *m = (ModelGPU<X> *)model;
     cudaStream_t stream = gpu.stream;
     int B = m->host.batch_B, T = m->host.batch_T, N = B * T, D = m->host.config.d_model;
-    Inputs *host = m->host_inputs;
+    Inputs *host = m->host_inputs, *device = m->inputs;
     int *lists = m->inputs->ids + (m->host_lists - host->ids);
-    host->scale[0] = (float)dloss;
-    CUDA(cudaMemcpyAsync(m->inputs->scale, host->scale, sizeof(host->scale), cudaMemcpyHostToDevice, stream));
+    float scale = (float)dloss;
+    each(1, 1, 0, stream, [=] __device__ (auto, int, int) { device->scale[0] = scale; });
     replay(m, {{m->sums.add ? 2 : 1, B, T, m->host.P, m->host.drop.probability}, 0, NULL},
            [&] { backward_launches_gpu(m, B, T, m->host.drop.probability, stream); });
     CUDA(cudaEventSynchronize(m->lists_there)); // those of the batch before
     TokenLists t = sort_tokens(m->host_lists, m->starts, host->ids, N, m->host.config.vocab_size);
     CUDA(cudaMemcpyAsync(lists, m->host_lists, sizeof(int) * (4 * (size_t)N + 2), cudaMemcpyHostToDevice, stream));
     CUDA(cudaEventRecord(m->lists_there, stream));
-    embedding_backward_gpu(m->grad.wte, (float *)m->acts.dproj, m->acts.residual, lists, t, B, T, D, stream);
+    embedding_backward_gpu(m->grad.wte, m->acts.scratch, m->acts.residual, lists, t, B, T, D, stream);
     m->sums.add = 1;
 }
 
@@ -4334,7 +4589,7 @@ template <typename X> static void hidden_decode_gpu(ModelGPU<X> *m, cudaStream_t
     int D = c->d_model, H = c->n_heads, G = c->n_kv_heads, d = D / H, E = proj_width(c), feedback = c->mixer == SESSA,
         splits = decode_splits(H);
     const int *first = &m->inputs->first;
-    float *x = m->acts.residual, *parts = m->acts.scratch;
+    float *x = m->acts.residual, *parts = borrow(m->acts.scratch, decode_parts(D, H) + c->vocab_size);
     Rope rope = {m->acts.cosine, m->acts.sine, m->host.T, d / 2, 0, 1};
     embedding_forward_gpu(x, m->inputs->ids, m->weights.wte, mask_of(NULL, 0, 0), 1, 1, D, stream);
     for (int l = 0; l < c->n_layers; l++) {
@@ -4356,7 +4611,9 @@ template <typename X> static void model_extend_gpu(Model *model, const int *toke
     ModelGPU<X> *m = (ModelGPU<X> *)model;
     cudaStream_t stream = gpu.stream;
     int D = m->host.config.d_model, V = m->host.config.vocab_size;
-    float *row = m->acts.scratch + decode_parts(D, m->host.config.n_heads);
+    int64_t parts = decode_parts(D, m->host.config.n_heads);
+    float *row = borrow(m->acts.scratch, parts + V) + parts;
+    must_fit(first + n, m->host.T, "tokens of a sequence");
     m->host_inputs->first = first;
     memcpy(m->host_inputs->ids, tokens, sizeof(int) * (size_t)n);
     CUDA(cudaMemcpyAsync(m->inputs, m->host_inputs, sizeof(Inputs) + sizeof(int) * (size_t)n, cudaMemcpyHostToDevice, stream));

@@ -2,7 +2,8 @@
 
   data/mqar.py                                         # data/mqar_{train,val,test}.safetensors
   data/mqar.py --pairs 4 --queries 4 --lag 24 64 --test-lag 65 256 --train 500 --val 100 --test 100 --prefix /tmp/mqar
-  ./train_sessa --data data/mqar_train.safetensors --val data/mqar_val.safetensors --dim 128 --layers 4
+  ./train_sessa --data data/mqar_train.safetensors --val data/mqar_val.safetensors --dim 128 --layers 4 \
+    --out mqar.safetensors
 
 The task is the Sessa paper's (arXiv 2604.18580), after Arora et al. 2024; it publishes no parameters, these are ours. An example is
 

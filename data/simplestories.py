@@ -3,7 +3,8 @@
   data/simplestories.py                                # fetches 2 of the 7 files of stories, and the tokenizer
   data/simplestories.py --files 7
   data/simplestories.py --text train.txt --val-text val.txt --tokenizer tokenizer.json    # from stories that are there already
-  ./train_sessa --data data/simplestories_train.bin --val data/simplestories_val.bin --vocab 4096
+  ./train_sessa --data data/simplestories_train.bin --val data/simplestories_val.bin --vocab 4096 \
+    --out simplestories.safetensors
 
 Stories come from the dataset SimpleStories/SimpleStories, the tokenizer (4,096 tokens) from SimpleStories/SimpleStories-1.25M,
 both on huggingface.co. A text file holds one story a paragraph: empty lines stand between stories. Each story ends with the

@@ -2,7 +2,8 @@
 
   data/symbolsoup.py                                   # data/symbolsoup_{train,val,test}.safetensors: 20,000, 2,000, 2,000
   data/symbolsoup.py --train 500 --val 100 --test 100 --seed 3 --prefix /tmp/soup
-  ./train_sessa --data data/symbolsoup_train.safetensors --val data/symbolsoup_val.safetensors --dim 256 --layers 4
+  ./train_sessa --data data/symbolsoup_train.safetensors --val data/symbolsoup_val.safetensors --dim 256 --layers 4 \
+    --out symbolsoup.safetensors
 
 The task is that of the Sessa paper (arXiv 2604.18580), written anew from its description. An example is the text
 

@@ -117,7 +117,8 @@ def c_times(program, folder, shape, steps, threads):
     write_shard(val, V, B * T + 1)
     options = dict(data=train, val=val, vocab=V, dim=D, layers=L, heads=H, seq=T, batch=B, steps=SKIPPED + steps, eval_every=0, lr=1e-3,
                    log=log, out=os.path.join(folder, "out.safetensors"))
-    command = [program] + [text for name, value in options.items() for text in ("--" + name.replace("_", "-"), str(value))] + ["--overwrite"]
+    command = [program, "--overwrite"]
+    command += [text for name, value in options.items() for text in ("--" + name.replace("_", "-"), str(value))]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)}: exit code {done.returncode}: {done.stderr.strip()}")

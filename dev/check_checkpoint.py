@@ -91,7 +91,8 @@ def main():
     ok = True
     if o.program:
         val = ("--val", o.val) if o.val else ()
-        theirs = float(re.search(r"^val_loss (\S+)", run(o.program, "--eval", "--load", o.checkpoint, "--data", o.data, *val), re.M)[1])
+        said = run(o.program, "--eval", "--load", o.checkpoint, "--data", o.data, *val)
+        theirs = float(re.search(r"^val_loss (\S+)", said, re.M)[1])
         error = abs(theirs - ours) / max(abs(ours), 1e-30)
         ok = error <= 1e-5
         print(f"validation loss of {o.program}: {theirs:.8f}, relative error {error:.1e}, bound 1e-5: {'ok' if ok else 'FAIL'}")

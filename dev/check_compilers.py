@@ -56,8 +56,8 @@ def main():
         def train(name, mixer, threads, shape=EVEN, steps=options.steps):
             """The losses, and the bytes of the run."""
             head = ["--head-dim", str(int(shape[1]) // 2)] if mixer == "mamba2" and shape is ODD else []
-            subprocess.run([programs[name], "--data", os.path.join(ROOT, "train_sessa.c"), "--mixer", mixer, "--layers", "2", *shape, *head,
-                            "--steps", str(steps), "--warmup", "20", "--dropout", "0.1", "--eval-every", "0", "--save-every", "100000",
+            subprocess.run([programs[name], "--data", os.path.join(ROOT, "train_sessa.c"), "--mixer", mixer, "--layers", "2",
+                            *shape, *head, "--steps", str(steps), "--warmup", "20", "--dropout", "0.1", "--eval-every", "0", "--save-every", "100000",
                             "--log", folder + "/log", "--out", folder + "/out", "--overwrite"],
                            check=True, stdout=subprocess.DEVNULL, env=dict(os.environ, OMP_NUM_THREADS=threads, OMP_WAIT_POLICY="passive"))
             with open(folder + "/log") as log, open(folder + "/out", "rb") as out:

@@ -136,7 +136,8 @@ static void walk_examples(const Safetensors *file) {
 }
 
 // A safetensors file as safetensors_write writes it, in memory.
-static unsigned char *write_in_memory(size_t *size, const FileTensor *tensors, int n_tensors, const Meta *meta, int n_meta) {
+static unsigned char *write_in_memory(size_t *size, const FileTensor *tensors, int n_tensors,
+                                      const Meta *meta, int n_meta) {
     Text header = {NULL, 0, 0, 0}, out = {NULL, 0, 0, 0};
     write_header(&header, tensors, n_tensors, meta, n_meta);
     uint64_t length = header.size;
@@ -406,7 +407,8 @@ static void fuzz_log(const uint8_t *data, size_t size) {
     int opened = !log_open(&log, o, data[0] & 1, error);
     if (!opened) require_line();
     long kept = opened ? ftell(log.file) : (long)size - 1; // what is refused is not touched
-    REQUIRE(kept >= 0 && (size_t)kept < size && (!opened || !kept || data[kept] == '\n') && (opened || !o->overwrite));
+    REQUIRE(kept >= 0 && (size_t)kept < size && (!opened || !kept || data[kept] == '\n') &&
+            (opened || !o->overwrite));
     log.lines = 1; // not to be removed
     log_close(&log);
     REQUIRE(!stat(path[0][0], &info) && info.st_size == kept);

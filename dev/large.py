@@ -37,7 +37,7 @@ def logits(program, folder):
     logs = []
     for name, batch, accum in (("whole", 516, 1), ("halves", 258, 2)):
         code, text = run(program, "--data %s/train.bin --val %s/val.bin --vocab 65536 --dim 4 --heads 1 --layers 1 --seq 64 --batch %d --accum %d "
-                         "--steps 2 --warmup 1 --eval-every 0 --log %s/%s.log --out %s/l.safetensors --overwrite" % (folder, folder, batch, accum, folder, name, folder))
+                         "--steps 2 --warmup 1 --eval-every 0 --overwrite --log %s/%s.log --out %s/l.safetensors" % (folder, folder, batch, accum, folder, name, folder))
         check(code == 0, "%d sequences of 64 tokens, V 65536: %.2f · 2^31 logits" % (batch, batch * 64 * 65536 / 2**31), text)
         logs.append([json.loads(line) for line in open("%s/%s.log" % (folder, name))] if code == 0 else [])
     off = max([abs(x[key] - y[key]) / x[key] for x, y in zip(*logs) for key in ("train_loss", "grad_norm")], default=1)
