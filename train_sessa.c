@@ -1927,6 +1927,7 @@ static Model *model_create(const Config *c, int B, int T, Mode mode, char *error
     double bytes = m->bytes + 2.0 * B * T * sizeof(int) + LARGE; // and what else is small
     #pragma omp parallel reduction(+ : threads)
     threads++; // they are started here: what their stacks take is not left for the model
+    (void)threads; // built without OpenMP, nothing reads it
     int fits = whole = !check_room(bytes, NULL, "the model", error);
     m->acts_block = (real *)allocate(n_acts, sizeof(real), &whole);
     m->inputs = (int *)allocate((int64_t)B * T, sizeof(int), &whole);
