@@ -7,13 +7,16 @@
 #
 # Variables: CC, CFLAGS, OPENMP= (for one thread), ARCH (native; x86-64-v3 for valgrind), NVCC, CUDA_ARCH
 
-# What the compiler takes is asked when something is built, once: at its first use such a variable becomes the answer.
+# What the compiler takes is asked once, when something is built: at its first use such a variable becomes the answer.
 #
-# OpenMP as gcc and clang have it, or as Apple's clang has it with the libomp of Homebrew or MacPorts; else none
+# OpenMP as gcc and clang have it, or as Apple's clang has it with the libomp of Homebrew or MacPorts; else none.
+# What is built with it must run: a library that only the linker finds is none. (126: for another processor.)
 MACPORTS = /opt/local
 ASK_OPENMP = \
-	d=`mktemp -d` && trap 'rm -rf $$d' EXIT && echo 'int main(void) { return omp_get_max_threads() < 1; }' >$$d/a.c && \
-	try() { $(CC) -include omp.h $$d/a.c "$$@" -o $$d/a >/dev/null 2>&1 && echo "$$@"; } && { \
+	d=`mktemp -d` && trap 'rm -rf $$d' EXIT && \
+	echo 'int main(void) { return omp_get_max_threads() < 1; }' >$$d/a.c && \
+	runs() { $$d/a; test $$? -eq 0 -o $$? -eq 126; } && \
+	try() { { $(CC) -include omp.h $$d/a.c "$$@" -o $$d/a && runs; } >/dev/null 2>&1 && echo "$$@"; } && { \
 		try -fopenmp || \
 		try -Xpreprocessor -fopenmp -lomp || \
 		try -Xpreprocessor -fopenmp -I$(MACPORTS)/include/libomp -L$(MACPORTS)/lib/libomp -lomp || \
@@ -67,7 +70,8 @@ influence: dev/influence.c train_sessa.c
 	$(COMPILE)
 
 # CUDA: nvcc from its usual place if it is not on the path, the card's own architecture where there is one
-NVCC ?= $(or $(shell command -v nvcc 2>/dev/null),$(firstword $(wildcard /usr/local/cuda/bin/nvcc /opt/cuda/bin/nvcc)),nvcc)
+USUAL_NVCC = $(firstword $(wildcard /usr/local/cuda/bin/nvcc /opt/cuda/bin/nvcc) nvcc)
+NVCC ?= $(or $(shell command -v nvcc 2>/dev/null),$(USUAL_NVCC))
 CUDA_ARCH ?= $(or $(subst sm_90,sm_90a,$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sed -n '1s/^\([0-9]*\)\.\([0-9]*\).*/sm_\1\2/p')),sm_90a)
 NVCCFLAGS ?= -O3 --extended-lambda -gencode arch=$(subst sm_,compute_,$(CUDA_ARCH)),code=$(CUDA_ARCH) -diag-suppress 1675 -Xcompiler "$(CFLAGS) $(OPENMP) $(WARNINGS)"
 

@@ -3,6 +3,7 @@ The test of train_sessa.c: every layer against the plain loops of its equations,
 differences (in float64), whole models against dumps of the PyTorch reference, and the program as a user runs it.
 
     ./test_sessa                     everything, and the dumps data/ref_*.safetensors
+    ./test_sessa --layers            the same without the program as it is run: for emulators and other slow machines
     ./test_sessa my.safetensors ...  only these dumps: any model that you dumped, with the tensors that you chose
 
 Built twice: as it is (float32), and with -DREAL=double, where errors are rounding errors of float64 and so tiny that a
@@ -3802,8 +3803,9 @@ int main(int argc, char **argv) {
     gpu.precision = FP32; // 1e-4 in float32
     dump_bound = 1e-4;
 #endif
-    for (int i = 1; i < argc; i++) check_dump(argv[i]);
-    if (argc == 1) {
+    int only_layers = argc == 2 && !strcmp(argv[1], "--layers"), everything = argc == 1 || only_layers;
+    for (int i = 1; i < argc && !everything; i++) check_dump(argv[i]);
+    if (everything) {
         glob_t dumps;
         char *name = strrchr(self, '/');
         memset(&dumps, 0, sizeof(dumps));
@@ -3830,7 +3832,7 @@ int main(int argc, char **argv) {
         }
         test_training_parts();
         test_extend();
-        test_program(&dumps);
+        if (!only_layers) test_program(&dumps);
         if (!dumps.gl_pathc) check(0, "no dump data/ref_*.safetensors (dev/ makes them)");
         for (size_t i = 0; i < dumps.gl_pathc; i++) check_dump(dumps.gl_pathv[i]);
         globfree(&dumps);

@@ -1928,6 +1928,7 @@ static Model *model_create(const Config *c, int B, int T, Mode mode, char *error
     double bytes = m->bytes + 2.0 * B * T * sizeof(int) + LARGE; // and what else is small
     #pragma omp parallel reduction(+ : threads)
     threads++; // they are started here: what their stacks take is not left for the model
+    (void)threads; // built without OpenMP, nothing reads it
     int fits = whole = !check_room(bytes, NULL, "the model", error);
     m->acts_block = (real *)allocate(n_acts, sizeof(real), &whole);
     m->inputs = (int *)allocate((int64_t)B * T, sizeof(int), &whole);
@@ -3819,7 +3820,7 @@ static int settle_vocabulary(Run *run, Dataset **sets, const char **paths, int n
 // Opens --data and --val, settles the vocabulary and the splits. To evaluate --val, --data is not needed.
 static int open_data(Run *run, char *error) {
     Options *o = &run->settings.values;
-    Dataset *sets[2];
+    Dataset *sets[2] = {NULL, NULL};
     const char *paths[2], **contents[] = {&o->data_content, &o->val_content};
     int n_sets = 0, val_alone = o->eval && o->val;
     for (int i = val_alone; i < (o->val ? 2 : 1); i++) {
