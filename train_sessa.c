@@ -3315,7 +3315,7 @@ typedef struct {
         decay_steps, seed, eval_every, eval_batches, sample_every, save_every, overwrite, again, generate,
         eval, top_k, window, step, validated;
     double gamma_max, lr, min_lr, beta1, beta2, eps, weight_decay, clip, dropout, temperature, top_p,
-        best_val, train_loss, grad_norm;
+        best_val, train_loss, previous_loss, grad_norm;
 } Options;
 
 typedef enum { DATA, MODEL, TRAINING, WATCHING, FILES, INSTEAD, STATE } Group; // STATE: in files, not on the command line
@@ -3410,6 +3410,7 @@ static const Option option_table[] = {
      "step of the last validation, -1: not known"},
     {STATE, "train_loss", "train_loss", NUMBER, FIELD(train_loss), "-1", -1, 1e300,
      "of the last step, -1: not known"},
+    {STATE, "previous_loss", "previous_loss", NUMBER, FIELD(previous_loss), "-1", -1, 1e300, "of the step before it"},
     {STATE, "grad_norm", "grad_norm", NUMBER, FIELD(grad_norm), "-1", -1, 1e300,
      "of the last step, -1: not known"},
 };
@@ -3455,7 +3456,8 @@ static int is_given(const Settings *s, const char *name) {
 
 // Whether a run's file may lack it: it is not always set, or came later.
 static int may_lack(const Option *option) {
-    static const char *keys[] = {"val", "data_format", "validated", "train_loss", "grad_norm", "started_from"};
+    static const char *keys[] = {"val", "data_format", "validated", "train_loss", "previous_loss", "grad_norm",
+                                 "started_from"};
     for (size_t i = 0; i < sizeof(keys) / sizeof(keys[0]); i++)
         if (!strcmp(option->key, keys[i])) return 1;
     return 0;
@@ -3540,6 +3542,7 @@ typedef struct {
     Place out_place, best_place, log_place;
     unsigned char *old_best;  // of a run resumed under another name: the best weights so far, until its first save
     size_t n_old_best;
+    int replaces_best;        // what lies at the place of the best weights is another run's, and may go
     char started_from[96];    // kind, size and hash of --load
     Safetensors file;         // of --load or --resume; options may point into it
     unsigned char vocab[256]; // the bytes of a text model's tokens
@@ -3647,15 +3650,22 @@ static int save_checkpoint(Run *run, Place *place, Content content, int trial, u
 // The best weights beside the run's file.
 static int save_best(Run *run, char *error) {
     if (save_checkpoint(run, &run->best_place, WEIGHTS, 0, NULL, error)) return FAILED;
-    run->n_old_best = 0;
+    run->n_old_best = run->replaces_best = 0;
     return 0;
 }
 
-// The run. One resumed under another name takes the best weights so far with it.
+// The run. One resumed under another name takes the best weights so far with it; one that replaces another run, as it was
+// told to, takes that one's best weights away: they would not be its own.
 static int save_run(Run *run, char *error) {
-    if (run->n_old_best && write_whole(&run->best_place, run->old_best, run->n_old_best, error)) return FAILED;
-    run->n_old_best = 0;
-    return save_checkpoint(run, &run->out_place, RESUMABLE, 0, NULL, error);
+    if (run->n_old_best) {
+        if (write_whole(&run->best_place, run->old_best, run->n_old_best, error)) return FAILED;
+        run->n_old_best = run->replaces_best = 0;
+    }
+    if (save_checkpoint(run, &run->out_place, RESUMABLE, 0, NULL, error)) return FAILED;
+    Place *best = &run->best_place;
+    if (run->replaces_best && best->there && !still_ours(best, error)) best->there = unlink(best->target) != 0;
+    run->replaces_best = 0;
+    return 0;
 }
 
 // An element of a tensor of F32, F16 or BF16.
@@ -4091,16 +4101,18 @@ static int is_same_run(const Run *run, const Safetensors *file, int going_on) {
 // one; whether all its lines are a log's, whether it is this run's, whether the step's line has a validation.
 typedef struct { long before, upto, size; int64_t last; int is_log, own, validated, failed; } LogScan;
 
-// Reads a log, of which `step` was the last that the run's file knows, with this loss, -1: not known. It is the run's if it
-// is empty, if the step's line has that loss, or if it begins right behind the step and says so (previous_loss).
-static LogScan log_scan(FILE *file, int64_t step, double loss) {
-    char line[4096], expected[32], previous[64], stands[32];
+// Reads a log, of which `step` was the last that the run's file knows, with this loss and that of the step before, -1: not
+// known. It is the run's if it is empty, if the step's line has that loss, if it ends with the line before, which has its
+// loss, or if it begins right behind the step and says so (previous_loss).
+static LogScan log_scan(FILE *file, int64_t step, double loss, double before) {
+    char line[4096], expected[32], earlier[32], previous[64], stands[32];
     LogScan scan;
     long long logged = 0, first = 0, last = 0;
     int whole = 1, end = 0;
     memset(&scan, 0, sizeof(scan));
     scan.is_log = 1;
     snprintf(expected, sizeof(expected), "%.9g", loss);
+    snprintf(earlier, sizeof(earlier), "%.9g", before);
     snprintf(previous, sizeof(previous), "\"previous_loss\": %s}", loss < 0 ? "null" : expected);
     while (scan.is_log && whole && fgets(line, sizeof(line), file)) {
         size_t length = strlen(line);
@@ -4116,12 +4128,14 @@ static LogScan log_scan(FILE *file, int64_t step, double loss) {
         scan.last = logged;
         scan.upto = ftell(file);
         if (logged < step) scan.before = scan.upto;
+        scan.own = logged == step - 1 && before >= 0 && !strcmp(stands, earlier);
         if (logged < step) continue;
         scan.own = loss < 0 || !strcmp(stands, expected);
         scan.validated = strstr(line, "\"val_loss\"") != NULL;
     }
     if (loss < 0 && last > step && first <= step) scan.own = 0; // an earlier version's run: nothing is cut off unproved
     scan.failed = ferror(file) || fseek(file, 0, SEEK_END) || (scan.size = ftell(file)) < 0;
+    if (scan.last == step - 1 && last > step) scan.own = 0;
     if (!scan.size) scan.own = 1;
     return scan;
 }
@@ -4135,7 +4149,7 @@ static int check_log_free(const Options *o, char *error) {
     LogScan scan;
     memset(&scan, 0, sizeof(scan));
     if (file) {
-        scan = log_scan(file, INT64_MAX, -1);
+        scan = log_scan(file, INT64_MAX, -1, -1);
         fclose(file);
     }
     static const char what[] = "%.250s is there: %s up to step %lld; --resume goes on with its run, --log "
@@ -4147,12 +4161,13 @@ static int check_log_free(const Options *o, char *error) {
 }
 
 // A run replaces what it wrote or resumed and nothing else, unless it is told to.
-static int check_free(const Run *run, char *error) {
+static int check_free(Run *run, char *error) {
     const Options *o = &run->settings.values;
     char what[ERROR_SIZE], problem[ERROR_SIZE];
     const char *paths[] = {o->out, run->best_path};
     int own = o->resume && same_file(o->out, o->resume), there[2], result = check_log_free(o, error);
     if (result) return result;
+    run->replaces_best = !own && (o->overwrite || o->again);
     if (own || o->overwrite) return 0;
     for (int i = 0; i < 2; i++) {
         Safetensors file;
@@ -4193,8 +4208,14 @@ static int check_best(Run *run, char *error) {
         o->best_val = 1e300;
     }
     if (!there) return 0;
-    int other = safetensors_read(&file, path, error);
-    if (!other) {
+    if (file_read(path, &bytes, &size, error)) return FAILED;
+    int damaged = safetensors_parse(&file, bytes, size, path, error), other = damaged;
+    if (damaged && !o->overwrite) {
+        char problem[ERROR_SIZE];
+        memcpy(problem, error, sizeof(problem));
+        return fail(error, NULL, "%.400s; move it away, or --overwrite replaces it", problem);
+    }
+    if (!damaged) {
         const char *loss = safetensors_meta(&file, "best_val_loss");
         other = !is_same_run(run, &file, 1) || (!first && loss && strtod(loss, NULL) > o->best_val);
         safetensors_free(&file);
@@ -4202,6 +4223,7 @@ static int check_best(Run *run, char *error) {
     if (other && !o->overwrite)
         return wrong(error, path, "not the best weights of the resumed run: move it away, or --overwrite replaces it");
     if (other) o->best_val = 1e300;
+    if (other && same_file(path, run->best_path)) run->replaces_best = 1;
     if (other || first || same_file(path, run->best_path)) return 0;
     if (file_read(path, &bytes, &size, error)) return FAILED;
     run->old_best = bytes;
@@ -4460,7 +4482,7 @@ static int log_open(Log *log, const Options *o, char *error) {
     log->created = !there;
     log->begins = o->resume != NULL;
     if (log->stream) return 0;
-    LogScan scan = log_scan(log->file, o->resume ? o->step : 0, o->train_loss);
+    LogScan scan = log_scan(log->file, o->resume ? o->step : 0, o->train_loss, o->previous_loss);
     int result = scan.failed ? fail(error, o->log, "%s", strerror(errno)) : 0;
     if (result) {
         // what could not be read is not cut
@@ -4491,7 +4513,8 @@ static int log_line(Log *log, const Step *s, const Score *score, char *error) {
     int again = s->step == log->last;
     if (!log->file || s->step < log->last || (again && (!score || log->complete || log->stream))) return 0;
     if (!again) log->last_line = ftell(log->file);
-    if (again) fseek(log->file, log->last_line, SEEK_SET);
+    if (!again && !log->stream && log->last_line < 0) return fail(error, log->path, "%s", strerror(errno));
+    if (again && fseek(log->file, log->last_line, SEEK_SET)) return fail(error, log->path, "%s", strerror(errno));
     fprintf(log->file, "{\"step\": %lld", (long long)s->step);
     print_member(log->file, "train_loss", s->loss, 9);
     if (score) print_score(log->file, score);
@@ -4684,11 +4707,12 @@ static int conclude_step(Run *run, Training *t, const Step *s, char *error) {
     if (due && !score.broken) o->validated = o->step;
     saving = 1;
     if (!last || !t->log.stream) result = log_line(&t->log, s, last || !scored ? NULL : &score, error);
+    if (result) o->validated = validated_before; // the resumed run makes up for it
     if (!result && scored && score.loss < o->best_val) {
         o->best_val = score.loss;
         if ((result = save_best(run, error))) {
             o->best_val = best_before;
-            o->validated = validated_before; // the resumed run makes up for it
+            o->validated = validated_before;
         }
     }
     if (result || to_save) {
@@ -4769,6 +4793,7 @@ static int train_steps(Run *run, Training *t, Step *s, char *error) {
         if (train_step(run, &s->loss, &s->grad_norm, error)) return FAILED;
         s->elapsed = seconds() - begin;
         s->step = o->step;
+        o->previous_loss = o->train_loss;
         if (conclude_step(run, t, s, error)) return FAILED;
         if (o->sample_every && o->step % o->sample_every == 0 && print_sample(run, t->sampler, error) &&
             !ferror(stdout))
@@ -4811,13 +4836,15 @@ static int train(Run *run, const char *program, char *error) {
     Step s = {o->step, known ? o->train_loss : NAN, known ? o->grad_norm : NAN, rate, tokens, NAN};
     install_handlers(WHILE_TRAINING);
     int result = begin_training(run, &t, error);
-    int missing = t.log.file && known && finished && !t.log.complete && !t.log.stream;
+    int no_line = t.log.file && known && !t.log.stream && t.log.last == o->step - 1;
+    int missing = t.log.file && known && !t.log.stream && finished && !t.log.complete;
     int renamed = o->resume && strcmp(o->out, o->resume);
     int incomplete = o->step == o->steps && o->resume &&
                      (pending || missing || renamed || !lies_there(run->best_path, error));
     int idle = finished && !incomplete;
     if (!result && idle)
         printf("nothing to do: %lld of %lld steps are done\n", (long long)o->step, (long long)o->steps);
+    if (!result && !idle && no_line) result = log_line(&t.log, &s, NULL, error);
     if (!result && !idle && pending) result = conclude_step(run, &t, &s, error);
     if (!result && !idle) result = train_steps(run, &t, &s, error);
     if (!result && !idle && (interrupted || renamed)) result = save_stopped(run, &t, error);

@@ -58,14 +58,6 @@ def default(number):
 # ---------------------------------------------------------------------------
 # what is promised
 
-def as_far_as(lines, whole):
-    """Whether a log is the beginning of another; its last line may lack the validation that was broken off."""
-    if not lines or len(lines) > len(whole):
-        return not lines
-    last = {key: value for key, value in whole[len(lines) - 1].items() if not key.startswith(("val_", "accuracy_"))}
-    return lines[:-1] == whole[:len(lines) - 1] and lines[-1] in (whole[len(lines) - 1], last)
-
-
 def judge(tools, scenario, folder, outcome, begun=True, must_stop=True):
     """What is wrong after a run was sent signals: a list of words. begun: training had begun when the first one came;
     must_stop: there were steps left, so that it may not just have gone on."""
@@ -98,7 +90,7 @@ def judge(tools, scenario, folder, outcome, begun=True, must_stop=True):
     if outcome.code == STOPPED and RUN not in files:
         problems.append("exit code 130, and no run was saved")
     lines, torn = log_lines(files.get(LOG, b""))
-    if torn or not as_far_as(lines, scenario.lines):
+    if torn or not faults.as_far_as(lines, scenario.lines):
         problems.append("the log: " + (torn or "other lines than those of an undisturbed run"))
     elif outcome.code == STOPPED and RUN in files and len(lines) > step_of(files[RUN]):
         words = "the log has %d lines, the run that was saved is of step %d"
