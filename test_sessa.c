@@ -1,15 +1,19 @@
 /*
-The test of train_sessa.c: every layer against the plain loops of its equations, every gradient against central
-differences (in float64), whole models against dumps of the PyTorch reference, and the program as a user runs it.
+The test of train_sessa.c: every layer against the plain loops of its equations, every gradient against
+central differences (in float64), whole models against dumps of the PyTorch reference, and the program as a
+user runs it.
 
     ./test_sessa                     everything, and the dumps data/ref_*.safetensors
-    ./test_sessa --layers            the same without the program as it is run: for emulators and other slow machines
-    ./test_sessa my.safetensors ...  only these dumps: any model that you dumped, with the tensors that you chose
+    ./test_sessa --layers            the same without the program as it is run: for emulators and other slow
+machines
+    ./test_sessa my.safetensors ...  only these dumps: any model that you dumped, with the tensors that you
+chose
 
-Built twice: as it is (float32), and with -DREAL=double, where errors are rounding errors of float64 and so tiny that a
-wrong term cannot hide behind them. Each line is one check: what, the error measured, its bound, ok or FAIL. Errors are
-relative and of whole tensors, ‖x - ref‖/‖ref‖, unless the line says otherwise. The program is run by starting this very
-binary again as `test_sessa --run OPTIONS`, in a folder of its own, so that threads, signals and exit codes are real.
+Built twice: as it is (float32), and with -DREAL=double, where errors are rounding errors of float64 and so
+tiny that a wrong term cannot hide behind them. Each line is one check: what, the error measured, its bound,
+ok or FAIL. Errors are relative and of whole tensors, ‖x - ref‖/‖ref‖, unless the line says otherwise. The
+program is run by starting this very binary again as `test_sessa --run OPTIONS`, in a folder of its own, so
+that threads, signals and exit codes are real.
 */
 #define SESSA_NO_MAIN
 #ifdef TEST_CUDA
@@ -97,8 +101,9 @@ static void release(void) { while (n_lent) free(lent[--n_lent]); } // all that w
 static uint64_t chance = 20260424;
 static int random_int(int low, int high) { return low + (int)(random_u64(&chance) % (uint64_t)(high - low + 1)); }
 
-// What the program is held against is computed in these numbers. Each of them is read and written as the loop says, so that
-// no optimiser sums in another order or makes vectors of it, whatever the flags that the tested code is compiled with.
+// What the program is held against is computed in these numbers. Each of them is read and written as the loop
+// says, so that no optimiser sums in another order or makes vectors of it, whatever the flags that the tested
+// code is compiled with.
 typedef volatile double precise;
 
 static precise *zeros(int64_t n) { return (precise *)lend((size_t)n * sizeof(double)); }
@@ -138,7 +143,9 @@ static double rows_error(const real *x, const precise *ref, int64_t rows, int wi
         }
     return sqrt(difference) / fmax(sqrt(size), fmax(floor, 1e-200));
 }
-static double error_of(const real *x, const precise *ref, int64_t n, double floor) { return rows_error(x, ref, 1, (int)n, (int)n, floor); }
+static double error_of(const real *x, const precise *ref, int64_t n, double floor) {
+    return rows_error(x, ref, 1, (int)n, (int)n, floor);
+}
 static void worst_of(precise *worst, double error) { if (!(error <= *worst)) *worst = error; } // NaN stays
 static double length_of(const real *x, int64_t n) {
     precise sum = 0;
@@ -265,8 +272,9 @@ static const int panel_heights[] = {0, 1, 3, 8}; // 0: the layer chooses
 enum { N_HEIGHTS = 4 };
 
 // [15, 16] o_t = Σ_{j≤t} p_tj v_j and, with dout, the gradients of Σ o·dout. Layouts are those of attention_forward.
-static void plain_attention(precise *out, precise *dq, precise *dk, precise *dv, const real *dout, const real *q, int ld, const real *k,
-                            const real *v, int ld_kv, int B, int T, int H, int G, int d, int first) {
+static void plain_attention(precise *out, precise *dq, precise *dk, precise *dv, const real *dout,
+                            const real *q, int ld, const real *k, const real *v, int ld_kv, int B, int T,
+                            int H, int G, int d, int first) {
     precise *p = zeros(T), *dp = zeros(T);
     for (int b = 0; b < B; b++)
         for (int h = 0; h < H; h++)
@@ -301,8 +309,9 @@ static void plain_attention(precise *out, precise *dq, precise *dk, precise *dv,
 }
 
 // [17, 19-22] s_t = f_t + γ_t Σ_{j<t} α_tj s_j and, with ds, the gradients of Σ s·ds. The rows of s before first are given.
-static void plain_feedback(precise *s, precise *df, precise *dq, precise *dk, precise *dgamma, const real *ds, const real *f, const real *q,
-                           int ld, const real *k, int ld_k, const real *gamma, int B, int T, int D, int first) {
+static void plain_feedback(precise *s, precise *df, precise *dq, precise *dk, precise *dgamma, const real *ds,
+                           const real *f, const real *q, int ld, const real *k, int ld_k, const real *gamma,
+                           int B, int T, int D, int first) {
     precise *alpha = zeros((int64_t)T * T), *dalpha = zeros(T);
     for (int b = 0; b < B; b++) {
         size_t row0 = (size_t)b * (T - first), all0 = (size_t)b * T;
@@ -357,7 +366,8 @@ static void test_attention(void) {
             int first = random_int(0, T - 1), ld = D + random_int(0, 3), P = panel_heights[i];
             real *q = noise((int64_t)B * T * ld, 1.5), *k = noise((int64_t)B * T * ld, 1), *v = noise((int64_t)B * T * ld, 1), *dout = noise((int64_t)B * T * D, 1);
             real *out = poison((int64_t)B * T * D), *stats = poison((int64_t)B * H * T * 2), *scratch = scratch_for(T);
-            precise *ref = zeros((int64_t)B * T * D), *dq = zeros((int64_t)B * T * ld), *dk = zeros((int64_t)B * T * ld), *dv = zeros((int64_t)B * T * ld);
+            precise *ref = zeros((int64_t)B * T * D), *dq = zeros((int64_t)B * T * ld),
+                    *dk = zeros((int64_t)B * T * ld), *dv = zeros((int64_t)B * T * ld);
             plain_attention(ref, dq, dk, dv, dout, q, ld, k, v, ld, B, T, H, G, d, 0);
             attention_forward(out, stats, scratch, q, k, v, ld, B, T, H, G, d, 0, P);
             worst_of(&worst[0], error_of(out, ref, (int64_t)B * T * D, 0));
@@ -386,7 +396,8 @@ static void test_attention(void) {
             real *f = noise(size, 1), *q = noise(wide, 1.5), *k = noise(wide, 1), *gamma = noise(n, 1), *ds = noise(size, 1), *scratch = scratch_for(T);
             for (int64_t r = 0; r < n; r++) gamma[r] = (real)(0.999 * tanh((double)gamma[r]));
             real *s = poison(size), *stats = poison(2 * n), *df_layer = poison(size), *dq_layer = poison(wide), *dk_layer = poison(wide), *dgamma_layer = poison(n);
-            precise *ref = zeros(size), *df = zeros(size), *dq = zeros(wide), *dk = zeros(wide), *dgamma = zeros(n), floor = 0.1 * length_of(ds, size);
+            precise *ref = zeros(size), *df = zeros(size), *dq = zeros(wide), *dk = zeros(wide),
+                    *dgamma = zeros(n), floor = 0.1 * length_of(ds, size);
             plain_feedback(ref, df, dq, dk, dgamma, ds, f, q, ld, k, ld, gamma, B, T, D, 0);
             feedback_forward(s, stats, scratch, f, q, k, ld, gamma, B, T, D, 0, P);
             worst_of(&worst[0], error_of(s, ref, size, 0));
@@ -419,12 +430,16 @@ static void test_extremes(void) {
     for (int i = 0; i < 2; i++) {
         real *f = noise(T * D, 1), *q = noise(T * D, 0.5), *k = noise(T * D, 0.5), *gamma = noise(T, 0), *ds = noise(T * D, 1), *scratch = scratch_for(T);
         real *s = poison(T * D), *stats = poison(2 * T), *df_layer = poison(T * D), *dq_layer = poison(T * D), *dk_layer = poison(T * D), *dgamma_layer = poison(T);
-        precise *ref = zeros(T * D), *df = zeros(T * D), *dq = zeros(T * D), *dk = zeros(T * D), *dgamma = zeros(T), largest = 0, largest_f = 0;
+        precise *ref = zeros(T * D), *df = zeros(T * D), *dq = zeros(T * D), *dk = zeros(T * D),
+                *dgamma = zeros(T), largest = 0, largest_f = 0;
         for (int t = 0; t < T; t++) gamma[t] = (real)gains[i];
         plain_feedback(ref, df, dq, dk, dgamma, ds, f, q, D, k, D, gamma, 1, T, D, 0);
         feedback_forward(s, stats, scratch, f, q, k, D, gamma, 1, T, D, 0, 0);
         feedback_backward(df_layer, dq_layer, dk_layer, dgamma_layer, scratch, ds, s, stats, q, k, D, gamma, 1, T, D, 0);
-        for (int e = 0; e < T * D; e++) { worst_of(&largest, fabs((double)s[e])); worst_of(&largest_f, fabs((double)f[e])); }
+        for (int e = 0; e < T * D; e++) {
+            worst_of(&largest, fabs((double)s[e]));
+            worst_of(&largest_f, fabs((double)f[e]));
+        }
         check_error(error_of(s, ref, T * D, 0), bound_of(1e-5, 1e-13), "feedback, every gain %g: s", gains[i]);
         check_error(fmax(fmax(error_of(df_layer, df, T * D, 0), error_of(dgamma_layer, dgamma, T, 0)), fmax(error_of(dq_layer, dq, T * D, 0), error_of(dk_layer, dk, T * D, 0))),
                     bound_of(1e-4, 1e-12), "feedback, every gain %g: gradients", gains[i]);
@@ -473,8 +488,9 @@ static void test_extremes(void) {
 
 // h_t = exp(-exp(A_log) Δ_t) h_{t-1} + Δ_t b_t x_t^T, y_t = c_t^T h_t + skip·x_t token by token, from the state h (B,S,E), and
 // with dy the gradients of Σ y·dy: the states are remembered, and dh runs back over them.
-static void plain_scan(precise *y, precise *h, precise *dxbc, precise *dstep, precise *dA, precise *dskip, const real *dy, const real *xbc,
-                       const real *step, const real *A_log, const real *skip, int B, int T, int E, int S, int heads) {
+static void plain_scan(precise *y, precise *h, precise *dxbc, precise *dstep, precise *dA, precise *dskip,
+                       const real *dy, const real *xbc, const real *step, const real *A_log, const real *skip,
+                       int B, int T, int E, int S, int heads) {
     int W = E + 2 * S, w = E / heads;
     precise *all = zeros((int64_t)(T + 1) * S), *dh = zeros(S);
     for (int b = 0; b < B; b++)
@@ -525,7 +541,9 @@ static void test_scan(void) {
             for (int n = 0; n < N * heads; n++) step[n] = (real)(c % 4 ? exp((double)step[n] - 2) : n % 3 ? exp((double)step[n]) : 0); // some decay at once, some never
             real *y = poison((int64_t)N * E), *states = poison((int64_t)B * slots * S * E), *dxbc = poison((int64_t)N * W), *dstep = poison(N * 3 * heads), *dA = noise(heads, 0), *dskip = noise(heads, 0);
             real *scratch = (real *)lend(scan_scratch(E, S, heads) * (size_t)omp_get_max_threads() * sizeof(real));
-            precise *ref = zeros((int64_t)N * E), *h = zeros((int64_t)B * S * E), *ref_x = zeros((int64_t)N * W), *ref_step = zeros(N * heads), *ref_A = zeros(heads), *ref_skip = zeros(heads);
+            precise *ref = zeros((int64_t)N * E), *h = zeros((int64_t)B * S * E),
+                    *ref_x = zeros((int64_t)N * W), *ref_step = zeros(N * heads), *ref_A = zeros(heads),
+                    *ref_skip = zeros(heads);
             plain_scan(ref, h, ref_x, ref_step, ref_A, ref_skip, dy, xbc, step, A_log, skip, B, T, E, S, heads);
             scan_forward(y, states, 1, scratch, xbc, step, A_log, skip, B, T, E, S, heads, P);
             worst_of(&worst[0], error_of(y, ref, (int64_t)N * E, 0));
@@ -605,7 +623,10 @@ static void test_memory(void) {
             worst_of(&most_gamma, fabs((double)gr[t]));
         }
         feedback_forward(sr, poison(2 * T), scratch_for(T), fr, qr, kr, D, gr, 1, T, D, 0, 0);
-        for (int t = 0; t < T * D; t++) { worst_of(&most_f, fabs((double)fr[t])); worst_of(&most_s, fabs((double)sr[t])); }
+        for (int t = 0; t < T * D; t++) {
+            worst_of(&most_f, fabs((double)fr[t]));
+            worst_of(&most_s, fabs((double)sr[t]));
+        }
         worst_of(&share, most_s * (1 - most_gamma) / most_f);
         release();
     }
@@ -1269,7 +1290,8 @@ static uint64_t folder_state(int remove) {
     return state;
 }
 
-static void (*prepare_child)(void); // what start() does in the child before it becomes the program, NULL: nothing
+static void (*prepare_child)(
+    void); // what start() does in the child before it becomes the program, NULL: nothing
 
 // Starts this binary in the work folder. Words are split at spaces, a ~ inside a word stands for a space.
 static pid_t start(const char *line) {
@@ -1771,7 +1793,8 @@ static void test_files(void) {
         refuse(1, "--load bad.safetensors --data text --eval");
     }
     damage("\"max_seq_len\":\"12\"", "\"max_seq_len\":\"3000000\"");
-    check(!run("--load bad.safetensors --generate 3 --window 8"), "a model of long sequences generates in a short window");
+    check(!run("--load bad.safetensors --generate 3 --window 8"), "a model of long sequences generates in a "
+                                                                  "short window");
     const FileTensor *weight = safetensors_find(&a, "ln_f.weight"), *bias = safetensors_find(&a, "ln_f.bias"), *least = &a.tensors[0];
     for (int i = 0; i < a.n_tensors; i++) if (a.tensors[i].data < least->data) least = &a.tensors[i];
     snprintf(from, sizeof(from), "[%lld,%lld]", (long long)(bias->data - least->data), (long long)(bias->data - least->data) + 64);
@@ -1901,13 +1924,15 @@ static void test_long_runs(void) {
     run_here.settings.values.warmup = 0;
     run_here.settings.values.min_lr = 0;
     Place place;
-    int saved = !settle(&place, path, NULL, error) && !save_checkpoint(&run_here, &place, RESUMABLE, 0, NULL, error);
+    int saved =
+        !settle(&place, path, NULL, error) && !save_checkpoint(&run_here, &place, RESUMABLE, 0, NULL, error);
     int refused = 0;
     const unsigned char *before = slurp("diverged.safetensors", &size);
     real *spoilt[] = {run_here.model->params, run_here.model->exp_avg, run_here.model->exp_avg_sq};
     for (int i = 0; i < 3; i++) {
         spoilt[i][7] = (real)(i ? NAN : INFINITY);
-        refused += save_checkpoint(&run_here, &place, RESUMABLE, 0, NULL, error) && strstr(error, "not finite");
+        refused += save_checkpoint(&run_here, &place, RESUMABLE, 0, NULL, error) && strstr(error, "not "
+                                                                                                  "finite");
         spoilt[i][7] = 0;
     }
     const unsigned char *now = slurp("diverged.safetensors", &size_now);
@@ -1920,7 +1945,8 @@ static void test_long_runs(void) {
     const char *two = (const char *)slurp("good.log", &known);
     if (!check(two && known < 1000, "the log of two steps")) return;
     first = (size_t)(strchr(two, '\n') - two);
-    snprintf(line, sizeof(line), "%.*s%900s%s{\"step\": 3, \"train_loss\": 2}\n{\"st", (int)first, two, "", two + first);
+    snprintf(line, sizeof(line), "%.*s%900s%s{\"step\": 3, \"train_loss\": 2}\n{\"st", (int)first, two, "",
+             two + first);
     spill("long.log", line, strlen(line));
     spill("e.safetensors.tmp.999999999", "x", 1);
     spill("e.best.safetensors.tmp.0a1b2c3d", "x", 1);
@@ -2036,6 +2062,96 @@ static void test_places(void) {
     release();
 }
 
+// Files of others beside a run, and what happens to its places while it trains.
+static void test_strangers(void) {
+    heading("files of others stay");
+    size_t size;
+    char line[2 * PATH_MAX], path[512];
+    damaged[0] = 0;
+    spill("poetry.lock", "precious\n", 9);
+    uint64_t before = folder_state(0);
+    int code = run("%s --steps 3 --out poetry", run_of_text);
+    check(code == 1 && strstr((char *)complaint, "is no lock") && folder_state(0) == before,
+          "a lock file of another program stays, and the run is refused");
+    spill("m.safetensors.tmp.12345678", "base", 4);
+    refuse_with("the run's own", "--data m.safetensors.tmp.12345678 --dim 16 --heads 2 --out m.safetensors");
+    refuse_with("the run's own", "%s --steps 3 --out m.safetensors --log m.safetensors.lock", run_of_text);
+    spill("z.safetensors", "hi\n", 3);
+    spill("z.safetensors.lock", "", 0);
+    spill("z.safetensors.tmp.0123cafe", "x", 1);
+    run("%s --steps 3 --out z.safetensors", run_of_text);
+    check(exists("z.safetensors.tmp.0123cafe"), "a run that is refused removes nothing");
+
+    int ok = !run("%s --steps 10 --out a.safetensors --log a.log", run_of_text);
+    const char *log = ok ? (const char *)slurp("a.log", &size) : NULL;
+    const char *eleventh = "{\"step\": 11, \"train_loss\": 2.5, \"lr\": 1}\n{\"step\": 12, \"train_loss\": "
+                           "2.5}\n";
+    static const char nine[] = "{\"step\": 8, \"train_loss\": 1.5}\n{\"step\": 9, \"train_loss\": 1.5}\n";
+    static const char zeros[] = "\0\0\0\x18 ftypmp42\nmore\nlines\n";
+    if (!check(log != NULL, "a run of ten steps")) return;
+    snprintf(line, sizeof(line), "%.4000s{\"note\": 1}\n", log);
+    const struct { const char *what, *bytes; size_t size; } logs[] = {
+        {"zeros", zeros, sizeof(zeros) - 1},
+        {"a first step that is no number", "{\"step\": \"first\", \"note\": 1}\n", 30},
+        {"lines without a train_loss", "{\"step\": 1, \"loss\": 1.5}\n{\"step\": 2, \"loss\": 1.5}\n", 50},
+        {"another run's up to the step before", nine, sizeof(nine) - 1},
+        {"another run's from the step behind on", eleventh, strlen(eleventh)},
+        {"a torn first line", "{\"step\": ", 9},
+        {"a line of another kind", line, strlen(line)},
+    };
+    for (size_t i = 0; i < sizeof(logs) / sizeof(logs[0]); i++) {
+        spill("other.log", logs[i].bytes, logs[i].size);
+        before = folder_state(0);
+        code = run("--resume a.safetensors --steps 12 --log other.log");
+        check(code == 2 && folder_state(0) == before, "at a resume a log of this kind is not touched: %s",
+              logs[i].what);
+    }
+    ok = !run("--resume a.safetensors --steps 12 --out b.safetensors --log b.log");
+    copy_file("b.log", "c.log");
+    ok = ok && !run("--resume a.safetensors --steps 11 --out c.safetensors --log c.log");
+    double steps[8];
+    check(ok && read_log("c.log", "step", steps, 8) == 1 && steps[0] == 11, "a log that begins with a "
+                                                                            "resumed run goes on");
+
+    run("--data text --dim 32 --layers 1 --heads 2 --seq 12 --batch 2 --steps 40 --eval-every 5 --out "
+        "wide.safetensors");
+    copy_file("wide.best.safetensors", "a.best.safetensors");
+    refuse_with("not the best weights", "--resume a.safetensors --steps 14");
+    run("%s --steps 10 --lr 1e-2 --out own.safetensors", run_of_text);
+    discard("own.safetensors");
+    refuse_with("own.best.safetensors is there", "%s --steps 10 --out own.safetensors --again", run_of_text);
+    run("%s --steps 10 --out base.safetensors", run_of_text);
+    run("%s --steps 10 --load base.best.safetensors --out tuned.safetensors", run_of_text);
+    refuse_with("tuned.safetensors is there", "%s --steps 10 --out tuned.safetensors --again", run_of_text);
+
+    static const char endless[] = "--run --data text --dim 16 --layers 1 --heads 2 --seq 12 --batch 2 "
+                                  "--steps 100000 "
+                                  "--eval-every 0 --out s.safetensors --log s.log";
+    pid_t child = start_and_wait_for_log(endless, "s.log", 3);
+    spill("s.safetensors", "mine\n", 5);
+    kill(child, SIGTERM);
+    code = finish(child);
+    const char *kept = complaint ? strstr((char *)complaint, "its place is ") : NULL;
+    const char *mine = (const char *)slurp("s.safetensors", &size);
+    ok = code == 1 && kept && size == 5 && !strncmp(mine, "mine\n", 5);
+    snprintf(path, sizeof(path), "%.400s", kept ? kept + 13 : "");
+    path[strcspn(path, "\n;")] = 0;
+    struct stat info;
+    check(ok && !stat(path, &info) && info.st_size > 1000, "a file that appears at --out stays, and the run "
+                                                           "is kept beside it");
+    mode_t mask = umask(0222);
+    ok = !run("%s --steps 12 --out u.safetensors", run_of_text);
+    umask(mask);
+    check(ok, "an umask that takes the right to write away");
+    snprintf(line, sizeof(line),
+             "cd %s && %s --run %s --steps 3 --out so.safetensors --log so.log >so.log 2>so.err", work, self,
+             run_of_text);
+    check(system(line) != 0 && exists("so.err"), "a log that is standard output is refused");
+    folder_state(1);
+    write_data();
+    release();
+}
+
 // What a stop or a kill left open is made when the run is resumed; what is said to be there is there.
 static void test_pieces(void) {
     heading("missing pieces of resumed runs");
@@ -2053,7 +2169,8 @@ static void test_pieces(void) {
          read_log("a.log", "step", steps, 64) == 12;
     ok = ok && read_log("a.log", "val_loss", scores, 64) == 12 && isfinite(scores[11]) &&
          read_log("a.log", "train_loss", losses, 64) == 12;
-    check(ok && steps[11] == 12 && isfinite(losses[11]), "a finished run's last validation is made at resume, and stands in its log line");
+    check(ok && steps[11] == 12 && isfinite(losses[11]), "a finished run's last validation is made at "
+                                                         "resume, and stands in its log line");
     ok = !run("--resume a.safetensors --log a.log --eval-every 5 --eval-batches 1") &&
          strstr((char *)output, "nothing to do");
     check(ok, "and then there is nothing to do");
@@ -2532,7 +2649,8 @@ static void forget(const char *path) { // removes a folder with all that it hold
 
 #if defined(_OPENMP) && defined(__linux__)
 static void without_wishes(void) { // the environment of a user who wishes for nothing
-    static const char *const names[] = {"OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_PROC_BIND", "OMP_PLACES", "KMP_BLOCKTIME"};
+    static const char *const names[] = {"OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT",
+                                        "OMP_PROC_BIND",   "OMP_PLACES",      "KMP_BLOCKTIME"};
     for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++) unsetenv(names[i]);
 }
 static void on_one_core(void) {
@@ -2561,20 +2679,44 @@ static int started_with(pid_t child, const char *text) {
 
 static void test_threads_allowed(void) {
     heading("as many threads as the process may use, and how they wait");
-    static const struct { const char *name, *files[4][2]; int threads; } cases[] = {
+    static const struct { const char *name, *files[4][2]; int threads;
+    } cases[] = {
         {"no /sys, no /proc", {{NULL, NULL}}, 8},
-        {"version 2, no quota", {{"proc/self/cgroup", "0::/a\n"}, {"sys/fs/cgroup/a/cpu.max", "max 100000\n"}}, 8},
-        {"version 2, 1.5 cores", {{"proc/self/cgroup", "0::/a\n"}, {"sys/fs/cgroup/a/cpu.max", "150000 100000\n"}}, 2},
-        {"version 2, half a core further up", {{"proc/self/cgroup", "0::/a/b/c\n"}, {"sys/fs/cgroup/a/cpu.max", "10000 20000\n"}, {"sys/fs/cgroup/a/b/c/cpu.max", "300000 100000\n"}}, 1},
-        {"version 2 in a container, 3 cores", {{"proc/self/cgroup", "0::/\n"}, {"sys/fs/cgroup/cpu.max", "300000 100000\n"}}, 3},
-        {"version 1 in a container, 2.2 cores", {{"proc/self/cgroup", "5:memory:/m\n3:cpuacct,cpu:/docker/0a1b\n"}, {"sys/fs/cgroup/cpu/cpu.cfs_quota_us", "220000\n"}, {"sys/fs/cgroup/cpu/cpu.cfs_period_us", "100000\n"}}, 3},
-        {"version 1, no quota", {{"proc/self/cgroup", "3:cpu:/a\n"}, {"sys/fs/cgroup/cpu/a/cpu.cfs_quota_us", "-1\n"}, {"sys/fs/cgroup/cpu/a/cpu.cfs_period_us", "100000\n"}}, 8},
-        {"version 1, another controller's", {{"proc/self/cgroup", "3:cpuset:/a\n"}, {"sys/fs/cgroup/cpu/a/cpu.cfs_quota_us", "100000\n"}, {"sys/fs/cgroup/cpu/a/cpu.cfs_period_us", "100000\n"}}, 8},
+        {"version 2, no quota",
+         {{"proc/self/cgroup", "0::/a\n"}, {"sys/fs/cgroup/a/cpu.max", "max 100000\n"}},
+         8},
+        {"version 2, 1.5 cores",
+         {{"proc/self/cgroup", "0::/a\n"}, {"sys/fs/cgroup/a/cpu.max", "150000 100000\n"}},
+         2},
+        {"version 2, half a core further up",
+         {{"proc/self/cgroup", "0::/a/b/c\n"},
+          {"sys/fs/cgroup/a/cpu.max", "10000 20000\n"},
+          {"sys/fs/cgroup/a/b/c/cpu.max", "300000 100000\n"}},
+         1},
+        {"version 2 in a container, 3 cores",
+         {{"proc/self/cgroup", "0::/\n"}, {"sys/fs/cgroup/cpu.max", "300000 100000\n"}},
+         3},
+        {"version 1 in a container, 2.2 cores",
+         {{"proc/self/cgroup", "5:memory:/m\n3:cpuacct,cpu:/docker/0a1b\n"},
+          {"sys/fs/cgroup/cpu/cpu.cfs_quota_us", "220000\n"},
+          {"sys/fs/cgroup/cpu/cpu.cfs_period_us", "100000\n"}},
+         3},
+        {"version 1, no quota",
+         {{"proc/self/cgroup", "3:cpu:/a\n"},
+          {"sys/fs/cgroup/cpu/a/cpu.cfs_quota_us", "-1\n"},
+          {"sys/fs/cgroup/cpu/a/cpu.cfs_period_us", "100000\n"}},
+         8},
+        {"version 1, another controller's",
+         {{"proc/self/cgroup", "3:cpuset:/a\n"},
+          {"sys/fs/cgroup/cpu/a/cpu.cfs_quota_us", "100000\n"},
+          {"sys/fs/cgroup/cpu/a/cpu.cfs_period_us", "100000\n"}},
+         8},
     };
     char root[96];
     snprintf(root, sizeof(root), "%s/there", work);
     for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
-        for (int f = 0; f < 4 && cases[i].files[f][0]; f++) pretend(cases[i].files[f][0], cases[i].files[f][1]);
+        for (int f = 0; f < 4 && cases[i].files[f][0]; f++)
+            pretend(cases[i].files[f][0], cases[i].files[f][1]);
         int threads = threads_within(root, 8);
         check(threads == cases[i].threads, "%s: %d of 8 threads", cases[i].name, threads);
         forget(root);
@@ -2582,7 +2724,8 @@ static void test_threads_allowed(void) {
 #if defined(_OPENMP) && defined(__linux__)
     prepare_child = on_one_core;
     int code = run("--data text " TINY "--seq 12 --batch 2 --steps 1 --eval-every 0 --out u.safetensors");
-    check(!code && output && strstr((char *)output, ", 1 threads,"), "bound to one core: 1 thread, told at the start");
+    check(!code && output && strstr((char *)output, ", 1 threads,"), "bound to one core: 1 thread, told at "
+                                                                     "the start");
     prepare_child = NULL;
     n_threads = "3";
     code = run("--data text " TINY "--seq 12 --batch 2 --steps 1 --eval-every 0 --out u.safetensors");
@@ -2590,16 +2733,24 @@ static void test_threads_allowed(void) {
     n_threads = "2";
 #endif
 #if defined(_OPENMP) && defined(__linux__) && !defined(KMP_VERSION_MAJOR)
-    static const char line[] = "--run --data text " SMALL "--steps 100000 --eval-every 0 --out u.safetensors --log u.log";
+    static const char line[] = "--run --data text " SMALL "--steps 100000 --eval-every 0 --out u.safetensors "
+                                                          "--log u.log";
     for (int wishes = 0; wishes < 2; wishes++) {
         discard("u.log");
         prepare_child = wishes ? NULL : without_wishes; // the test itself runs with OMP_WAIT_POLICY=passive
         pid_t child = start_and_wait_for_log(line, "u.log", 2);
-        int bounded = started_with(child, "GOMP_SPINCOUNT="), again = started_with(child, "SESSA_STARTED_AGAIN=");
+        int bounded = started_with(child, "GOMP_SPINCOUNT="), again = started_with(child, "SESSA_STARTED_"
+                                                                                          "AGAIN=");
         kill(child, SIGINT);
         code = finish(child);
-        if (wishes) check(code == 130 && !bounded && !again, "OMP_WAIT_POLICY set: that rules, the program is started once");
-        else check(code == 130 && bounded == again && (again || omp_get_num_procs() == 1), "waiting is bounded: started again, once, with GOMP_SPINCOUNT");
+        if (wishes)
+            check(code == 130 && !bounded && !again, "OMP_WAIT_POLICY set: that rules, the program is "
+                                                     "started once");
+        else
+            check(code == 130 && bounded == again && (again || omp_get_num_procs() == 1), "waiting is "
+                                                                                          "bounded: started "
+                                                                                          "again, once, with "
+                                                                                          "GOMP_SPINCOUNT");
     }
     prepare_child = NULL;
     fflush(stdout);
@@ -2633,9 +2784,14 @@ static void test_stacks(void) {
     prepare_child = on_small_stacks;
     for (int i = 0; i < N_MIXERS; i++) { // threads at products together; each at whole sequences
         const char *name = mixers[i].name;
-        int ok = !run("--data text --overwrite --mixer %s --dim 96 --layers 2 --heads 4 --seq 200 --batch 4 --steps 2 --eval-every 1 --sample-every 2 --log s.log --out s.safetensors", name);
-        ok = ok && !run("--data text --overwrite --mixer %s --dim 96 --layers 1 --heads 1 --seq 300 --batch 1 --steps 2 --eval-every 0 --out s.safetensors", name);
-        ok = ok && (IS_DOUBLE || !run("--resume s.safetensors --steps 3 --eval-every 0")) && !run("--load s.best.safetensors --generate 20");
+        int ok = !run("--data text --overwrite --mixer %s --dim 96 --layers 2 --heads 4 --seq 200 --batch 4 "
+                      "--steps 2 --eval-every 1 --sample-every 2 --log s.log --out s.safetensors",
+                      name);
+        ok = ok && !run("--data text --overwrite --mixer %s --dim 96 --layers 1 --heads 1 --seq 300 --batch "
+                        "1 --steps 2 --eval-every 0 --out s.safetensors",
+                        name);
+        ok = ok && (IS_DOUBLE || !run("--resume s.safetensors --steps 3 --eval-every 0")) &&
+             !run("--load s.best.safetensors --generate 20");
         check(ok, "%s: trains, saves, resumes and generates", name);
     }
     prepare_child = NULL;
@@ -2653,28 +2809,71 @@ static void with_half_a_gib(void) {
 static void test_memory_limits(void) {
     heading("what does not fit is refused before it is touched");
     run("--data text " SMALL "--steps 2 --out good.safetensors");
-    static const char meminfo[] = "MemTotal:  800000 kB\nMemFree:  3 kB\nMemAvailable:  409600 kB\nSwapFree:  0 kB\n";
-    static const struct { const char *name, *files[5][2]; double mib; const char *who; } cases[] = {
+    static const char meminfo[] = "MemTotal:  800000 kB\nMemFree:  3 kB\nMemAvailable:  409600 kB\nSwapFree: "
+                                  " 0 kB\n";
+    static const struct { const char *name, *files[5][2]; double mib; const char *who;
+    } cases[] = {
         {"the machine", {{"proc/meminfo", meminfo}}, 400, "this machine"},
-        {"the machine, 100 MiB of swap", {{"proc/meminfo", "MemAvailable:  409600 kB\nSwapFree:  102400 kB\n"}}, 500, "this machine"},
-        {"version 2", {{"proc/meminfo", meminfo}, {"proc/self/cgroup", "0::/a\n"}, {"sys/fs/cgroup/a/memory.max", "104857600\n"}, {"sys/fs/cgroup/a/memory.current", "62914560\n"}}, 40, "its cgroup"},
-        {"version 2, half of it cache of files", {{"proc/meminfo", meminfo}, {"proc/self/cgroup", "0::/a\n"}, {"sys/fs/cgroup/a/memory.max", "104857600\n"}, {"sys/fs/cgroup/a/memory.current", "62914560\n"}, {"sys/fs/cgroup/a/memory.stat", "anon 31457280\ninactive_file 20971520\nactive_file 10485760\n"}}, 70, "its cgroup"},
-        {"version 2, further up", {{"proc/meminfo", meminfo}, {"proc/self/cgroup", "0::/a/b\n"}, {"sys/fs/cgroup/a/b/memory.max", "max\n"}, {"sys/fs/cgroup/a/memory.max", "104857600\n"}, {"sys/fs/cgroup/a/memory.current", "94371840\n"}}, 10, "its cgroup"},
-        {"version 1 in a container", {{"proc/meminfo", meminfo}, {"proc/self/cgroup", "4:memory:/docker/0a1b\n"}, {"sys/fs/cgroup/memory/memory.limit_in_bytes", "209715200\n"}, {"sys/fs/cgroup/memory/memory.usage_in_bytes", "209715201\n"}, {"sys/fs/cgroup/memory/memory.stat", "inactive_file 7\ntotal_inactive_file 1048577\n"}}, 1, "its cgroup"},
-        {"version 1, no limit", {{"proc/meminfo", meminfo}, {"proc/self/cgroup", "4:memory:/a\n"}, {"sys/fs/cgroup/memory/a/memory.limit_in_bytes", "9223372036854771712\n"}, {"sys/fs/cgroup/memory/a/memory.usage_in_bytes", "1\n"}}, 400, "this machine"},
+        {"the machine, 100 MiB of swap",
+         {{"proc/meminfo", "MemAvailable:  409600 kB\nSwapFree:  102400 kB\n"}},
+         500,
+         "this machine"},
+        {"version 2",
+         {{"proc/meminfo", meminfo},
+          {"proc/self/cgroup", "0::/a\n"},
+          {"sys/fs/cgroup/a/memory.max", "104857600\n"},
+          {"sys/fs/cgroup/a/memory.current", "62914560\n"}},
+         40,
+         "its cgroup"},
+        {"version 2, half of it cache of files",
+         {{"proc/meminfo", meminfo},
+          {"proc/self/cgroup", "0::/a\n"},
+          {"sys/fs/cgroup/a/memory.max", "104857600\n"},
+          {"sys/fs/cgroup/a/memory.current", "62914560\n"},
+          {"sys/fs/cgroup/a/memory.stat", "anon 31457280\ninactive_file 20971520\nactive_file 10485760\n"}},
+         70,
+         "its cgroup"},
+        {"version 2, further up",
+         {{"proc/meminfo", meminfo},
+          {"proc/self/cgroup", "0::/a/b\n"},
+          {"sys/fs/cgroup/a/b/memory.max", "max\n"},
+          {"sys/fs/cgroup/a/memory.max", "104857600\n"},
+          {"sys/fs/cgroup/a/memory.current", "94371840\n"}},
+         10,
+         "its cgroup"},
+        {"version 1 in a container",
+         {{"proc/meminfo", meminfo},
+          {"proc/self/cgroup", "4:memory:/docker/0a1b\n"},
+          {"sys/fs/cgroup/memory/memory.limit_in_bytes", "209715200\n"},
+          {"sys/fs/cgroup/memory/memory.usage_in_bytes", "209715201\n"},
+          {"sys/fs/cgroup/memory/memory.stat", "inactive_file 7\ntotal_inactive_file 1048577\n"}},
+         1,
+         "its cgroup"},
+        {"version 1, no limit",
+         {{"proc/meminfo", meminfo},
+          {"proc/self/cgroup", "4:memory:/a\n"},
+          {"sys/fs/cgroup/memory/a/memory.limit_in_bytes", "9223372036854771712\n"},
+          {"sys/fs/cgroup/memory/a/memory.usage_in_bytes", "1\n"}},
+         400,
+         "this machine"},
     };
     char root[96];
     snprintf(root, sizeof(root), "%s/there", work);
     for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
-        for (int f = 0; f < 5 && cases[i].files[f][0]; f++) pretend(cases[i].files[f][0], cases[i].files[f][1]);
+        for (int f = 0; f < 5 && cases[i].files[f][0]; f++)
+            pretend(cases[i].files[f][0], cases[i].files[f][1]);
         MemoryLeft left = memory_left(root);
-        check(left.bytes == cases[i].mib * 0x1p20 && !strcmp(left.who, cases[i].who), "%s: %s leaves %.1f MiB", cases[i].name, left.who, left.bytes / 0x1p20);
+        check(left.bytes == cases[i].mib * 0x1p20 && !strcmp(left.who, cases[i].who),
+              "%s: %s leaves %.1f MiB", cases[i].name, left.who, left.bytes / 0x1p20);
         forget(root);
     }
 #if defined(__linux__) && !defined(__SANITIZE_ADDRESS__) // whose shadow is larger than any limit
-    static const struct { int resource; const char *name, *options; } limits[] = {
-        {RLIMIT_AS, "ulimit -v", "--data text --dim 2048 --layers 2 --seq 12 --batch 2 --steps 1 --out u.safetensors"},
-        {RLIMIT_DATA, "ulimit -d", "--data text --dim 16 --layers 1 --seq 500 --batch 4000 --steps 1 --out u.safetensors"},
+    static const struct { int resource; const char *name, *options;
+    } limits[] = {
+        {RLIMIT_AS, "ulimit -v",
+         "--data text --dim 2048 --layers 2 --seq 12 --batch 2 --steps 1 --out u.safetensors"},
+        {RLIMIT_DATA, "ulimit -d",
+         "--data text --dim 16 --layers 1 --seq 500 --batch 4000 --steps 1 --out u.safetensors"},
         {RLIMIT_AS, "ulimit -v", "--data sparse --format bytes " TINY "--steps 1 --out u.safetensors"},
         {RLIMIT_DATA, "ulimit -d", "--load good.safetensors --generate 900000000"},
     };
@@ -2693,10 +2892,12 @@ static void test_memory_limits(void) {
         wait4(child, &status, 0, &usage);
         complaint = slurp("../stderr", &complaint_size);
         const char *first = (const char *)complaint, *end = first ? strchr(first, '\n') : NULL;
-        int told = end && !end[1] && strstr(first, "does not fit: it needs ") && strstr(first, limits[i].name);
+        int told =
+            end && !end[1] && strstr(first, "does not fit: it needs ") && strstr(first, limits[i].name);
         if (told) complaint[end - first] = 0;
-        check(made && WIFEXITED(status) && WEXITSTATUS(status) == 1 && told && usage.ru_maxrss < 100 << 10, "%s of 512 MiB, %ld MiB touched: %.100s",
-              limits[i].name, (long)usage.ru_maxrss >> 10, told ? strstr(first, "it needs") : "not refused");
+        check(made && WIFEXITED(status) && WEXITSTATUS(status) == 1 && told && usage.ru_maxrss < 100 << 10,
+              "%s of 512 MiB, %ld MiB touched: %.100s", limits[i].name, (long)usage.ru_maxrss >> 10,
+              told ? strstr(first, "it needs") : "not refused");
     }
     prepare_child = NULL;
     discard("sparse");
@@ -2708,7 +2909,8 @@ static void test_memory_limits(void) {
 enum { SCREEN_ROWS = 400, SCREEN_COLUMNS = 256 };
 typedef struct {
     char rows[SCREEN_ROWS][SCREEN_COLUMNS + 1];
-    int columns, row, column, wraps, in_command, commands; // wraps: of lines of steps; commands: escape sequences
+    int columns, row, column, wraps, in_command,
+        commands; // wraps: of lines of steps; commands: escape sequences
 } Screen;
 
 static void show(Screen *s, const char *bytes, size_t n) {
@@ -2776,7 +2978,9 @@ static int watch(Screen *s, int patience, const char *text) {
 static pid_t start_at_terminal(Screen *s, int columns, const char *type, const char *line) {
     memset(s, 0, sizeof(*s));
     terminal_fd = posix_openpt(O_RDWR | O_NOCTTY);
-    if (terminal_fd < 0 || grantpt(terminal_fd) || unlockpt(terminal_fd) || !(terminal_name = ptsname(terminal_fd))) return -1;
+    if (terminal_fd < 0 || grantpt(terminal_fd) || unlockpt(terminal_fd) ||
+        !(terminal_name = ptsname(terminal_fd)))
+        return -1;
     int slave = open(terminal_name, O_RDWR | O_NOCTTY); // macOS takes a size only while someone has it open
     resize(s, columns);
     terminal_type = type;
@@ -2789,13 +2993,19 @@ static pid_t start_at_terminal(Screen *s, int columns, const char *type, const c
 
 static void test_terminal(void) {
     heading("the line of a step: in place on a terminal of any width, often enough in a file");
-    static const struct { int columns; const char *type, *row; } cases[] = {
-        {20, "xterm", "val "}, {40, "xterm", "step 10/30 | loss "}, {80, "xterm", "step 10/30 | loss "},
-        {200, "xterm", "step 10/30 | loss "}, {0, "xterm", "step 10/30 | loss "}, {40, "dumb", "step 10/30 | loss "}};
+    static const struct { int columns; const char *type, *row;
+    } cases[] = {{20, "xterm", "val "},
+                 {40, "xterm", "step 10/30 | loss "},
+                 {80, "xterm", "step 10/30 | loss "},
+                 {200, "xterm", "step 10/30 | loss "},
+                 {0, "xterm", "step 10/30 | loss "},
+                 {40, "dumb", "step 10/30 | loss "}};
     static Screen s;
     int status = 0;
     for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
-        pid_t child = start_at_terminal(&s, cases[i].columns, cases[i].type, "--run --data text " SMALL "--steps 30 --eval-every 10 --eval-batches 2 --out y.safetensors");
+        pid_t child = start_at_terminal(&s, cases[i].columns, cases[i].type,
+                                        "--run --data text " SMALL "--steps 30 --eval-every 10 "
+                                                                   "--eval-batches 2 --out y.safetensors");
         if (child < 0) { check(0, "no pseudo-terminal"); return; }
         while (watch(&s, 60000, NULL)) continue;
         waitpid(child, &status, 0);
@@ -2808,14 +3018,19 @@ static void test_terminal(void) {
             if (strncmp(row, "step", 4) && strncmp(row, "val ", 4) && strncmp(row, "loss", 4)) continue;
             if (!rows++) first = row;
             strtod(val ? val + 4 : row, &end);
-            whole += val && (!*end || (rows == 3 && end[0] == ' ' && end[1] == '(')); // nothing of a longer line behind it
+            whole += val && (!*end || (rows == 3 && end[0] == ' ' &&
+                                       end[1] == '(')); // nothing of a longer line behind it
             spaces += strstr(row, "  ") != NULL;
         }
         int dumb = !strcmp(cases[i].type, "dumb");
-        check(!status && rows == 3 && whole == 3 && !spaces && !s.wraps && !strncmp(first, cases[i].row, strlen(cases[i].row)) && (s.commands == 0) == dumb,
-              "%d columns, %s: three validations, nothing else stays: %s", cases[i].columns, cases[i].type, first);
+        check(!status && rows == 3 && whole == 3 && !spaces && !s.wraps &&
+                  !strncmp(first, cases[i].row, strlen(cases[i].row)) && (s.commands == 0) == dumb,
+              "%d columns, %s: three validations, nothing else stays: %s", cases[i].columns, cases[i].type,
+              first);
     }
-    pid_t child = start_at_terminal(&s, 80, "xterm", "--run --data text " SMALL "--steps 100000 --eval-every 0 --out y.safetensors");
+    pid_t child = start_at_terminal(&s, 80, "xterm",
+                                    "--run --data text " SMALL "--steps 100000 --eval-every 0 --out "
+                                                               "y.safetensors");
     watch(&s, 60000, "step 5/");
     kill(child, SIGSTOP);
     waitpid(child, &status, WUNTRACED);
@@ -2825,7 +3040,8 @@ static void test_terminal(void) {
     kill(child, SIGCONT);
     for (int i = 0; i < 30; i++) watch(&s, 60000, "step");
     int narrow = (int)strlen(s.rows[s.row]), more = s.wraps - before;
-    check(!before && left > 60 && left < 80 && narrow > 20 && narrow < 40 && more <= 1, "made narrower, from 80 to 40 columns: the next line fits, %d and then %d wide", left, narrow);
+    check(!before && left > 60 && left < 80 && narrow > 20 && narrow < 40 && more <= 1,
+          "made narrower, from 80 to 40 columns: the next line fits, %d and then %d wide", left, narrow);
     if (write(terminal_fd, "\3", 1) != 1) check(0, "Ctrl-C cannot be typed");
     while (watch(&s, 60000, NULL)) continue;
     waitpid(child, &status, 0);
@@ -2835,20 +3051,26 @@ static void test_terminal(void) {
         ending += !strncmp(s.rows[r], "ending after this step", 22);
         hint += !strncmp(s.rows[r], "go on with: ", 12);
     }
-    check(WIFEXITED(status) && WEXITSTATUS(status) == 130 && ending == 1 && hint == 1, "Ctrl-C: what is said of it begins a row");
-    int code = run("--data text " SMALL "--steps 250 --eval-every 120 --eval-batches 1 --out y.safetensors"), lines = 0;
-    for (const char *at = (char *)output; at && (at = strstr(at, "step ")); at++) lines += at == (char *)output || at[-1] == '\n';
-    check(!code && lines == 6 && !memchr(output, 27, output_size) && !memchr(output, '\r', output_size), "a file: steps 1, 100, 120, 200, 240, 250, and no command of a terminal");
+    check(WIFEXITED(status) && WEXITSTATUS(status) == 130 && ending == 1 && hint == 1, "Ctrl-C: what is said "
+                                                                                       "of it begins a row");
+    int code = run("--data text " SMALL "--steps 250 --eval-every 120 --eval-batches 1 --out y.safetensors"),
+        lines = 0;
+    for (const char *at = (char *)output; at && (at = strstr(at, "step ")); at++)
+        lines += at == (char *)output || at[-1] == '\n';
+    check(!code && lines == 6 && !memchr(output, 27, output_size) && !memchr(output, '\r', output_size),
+          "a file: steps 1, 100, 120, 200, 240, 250, and no command of a terminal");
     Options o;
     Training t;
     memset(&o, 0, sizeof(o));
     memset(&t, 0, sizeof(t));
-    Step quick = {7, 1, 1, 1, 1, 0.1}, slow = {7, 1, 1, 1, 1, 4}, slower = {7, 1, 1, 1, 1, 11}, of_before = {7, 1, 1, 1, 1, NAN};
+    Step quick = {7, 1, 1, 1, 1, 0.1}, slow = {7, 1, 1, 1, 1, 4}, slower = {7, 1, 1, 1, 1, 11},
+         of_before = {7, 1, 1, 1, 1, NAN};
     int standard_output = dup(STDOUT_FILENO), null = open("/dev/null", O_WRONLY);
     fflush(stdout);
     dup2(null, STDOUT_FILENO); // no terminal
     o.step = 7;
-    int often = !is_printed(&o, &t, &quick, 9.8) && is_printed(&o, &t, &quick, 9.95) && !is_printed(&o, &t, &slow, 4) && is_printed(&o, &t, &slow, 8) &&
+    int often = !is_printed(&o, &t, &quick, 9.8) && is_printed(&o, &t, &quick, 9.95) &&
+                !is_printed(&o, &t, &slow, 4) && is_printed(&o, &t, &slow, 8) &&
                 is_printed(&o, &t, &slower, 11) && !is_printed(&o, &t, &of_before, 3);
     dup2(standard_output, STDOUT_FILENO);
     close(standard_output);
@@ -2898,6 +3120,7 @@ static void test_program(const glob_t *dumps) {
         if (!ON_GPU) test_files();
         if (!ON_GPU) test_long_runs();
         if (!ON_GPU) test_places();
+        if (!ON_GPU) test_strangers();
         if (!ON_GPU) test_pieces();
         if (!ON_GPU) test_judgement();
         if (!ON_GPU) test_split();
@@ -2994,8 +3217,8 @@ static double tested_update(Model *m, AdamW o, double clip, int64_t step) {
     return length;
 }
 
-// Device memory of a test, freed at its end, a guard band behind each piece. What the host and the device both read
-// is rounded to X on either side.
+// Device memory of a test, freed at its end, a guard band behind each piece. What the host and the device
+// both read is rounded to X on either side.
 static struct { void *at; size_t bytes; } gpu_lent[4096];
 static int n_gpu_lent;
 template <typename Y> static Y *gpu_lend(int64_t n) {
@@ -3130,14 +3353,14 @@ static void compare_mixers(double *worst, const real *x, const real *w, const re
         way = attention_way<X>(B, T, H, G, d, E, 0);
         scratch_d = scratch_on_gpu(way.scratch);
         attention_forward(o, stats, scratch, proj, proj + D, proj + D + G * d, E, B, T, H, G, d, 0, 0);
-        attention_forward_gpu(o_d, stats_d, scratch_d, proj_d, proj_d + D, proj_d + D + G * d, E, B, T, H, G, d, 0,
-                              &way, st);
+        attention_forward_gpu(o_d, stats_d, scratch_d, proj_d, proj_d + D, proj_d + D + G * d, E, B, T, H, G,
+                              d, 0, &way, st);
         attention_backward(dproj, dproj + D, dproj + D + G * d, scratch, dout, stats, proj, proj + D, proj + D + G * d, E, B, T, H, G, d, 0);
         rope_backward(dproj, E, cosine, sine, N, T, H + G, d);
         add_rows(dbias, dproj, N, E, E);
         attention_backward_gpu(dproj_d, dproj_d + D, dproj_d + D + G * d, dbias_d, scratch_d, dout_d,
-                               (const X *)o_d, stats_d, proj_d, proj_d + D, proj_d + D + G * d, E, B, T, H, G, d,
-                               &way, {cosine_d, sine_d, T, d / 2, 0, -1}, &sums, st);
+                               (const X *)o_d, stats_d, proj_d, proj_d + D, proj_d + D + G * d, E, B, T, H, G,
+                               d, &way, {cosine_d, sine_d, T, d / 2, 0, -1}, &sums, st);
         column_sums_gpu(&sums, st);
         chance = before;
         worst_of(&worst[ATTENTION_B], gpu_error(dproj_d, dproj, N, E, E, floor));
@@ -3159,18 +3382,18 @@ static void compare_mixers(double *worst, const real *x, const real *w, const re
           *c_d = gpu_poison<X>(size);
         if (B == 1) {
             feedback_forward(late, stats, scratch, f, x, w, ld, gamma, B, T, D, first, 0);
-            feedback_forward_gpu(late_d, (X *)NULL, stats_d, m.weights, m.scratch, f_d, x_d, w_d, ld, gamma_d, B, T,
-                                 D, first, &m.p, st);
+            feedback_forward_gpu(late_d, (X *)NULL, stats_d, m.weights, m.scratch, f_d, x_d, w_d, ld, gamma_d,
+                                 B, T, D, first, &m.p, st);
             worst_of(&worst[FEEDBACK_F], gpu_error(late_d, late, N, D, D, 0));
         }
         feedback_forward(s, stats, scratch, f, x, w, ld, gamma, B, T, D, 0, 0);
         m = feedback_on_gpu<X>(B, T, D, P, ld % 8 == 0, keep);
-        feedback_forward_gpu(s_d, c_d, stats_d, m.weights, m.scratch, f_d, x_d, w_d, ld, gamma_d, B, T, D, 0, &m.p,
-                             st);
+        feedback_forward_gpu(s_d, c_d, stats_d, m.weights, m.scratch, f_d, x_d, w_d, ld, gamma_d, B, T, D, 0,
+                             &m.p, st);
         worst_of(&worst[FEEDBACK_F], gpu_error(s_d, s, N, D, D, 0));
         feedback_backward(df, dq, dk, dgamma, scratch, dout, s, stats, x, w, ld, gamma, B, T, D, 0);
-        feedback_backward_gpu(df_d, dq_d, dk_d, dgamma_d, (float *)NULL, m.weights, m.scratch, dout_d, s_d, c_d,
-                              stats_d, x_d, w_d, ld, gamma_d, B, T, D, &m.p, (ColumnSums *)NULL, st);
+        feedback_backward_gpu(df_d, dq_d, dk_d, dgamma_d, (float *)NULL, m.weights, m.scratch, dout_d, s_d,
+                              c_d, stats_d, x_d, w_d, ld, gamma_d, B, T, D, &m.p, (ColumnSums *)NULL, st);
         worst_of(&worst[FEEDBACK_B], gpu_error(df_d, df, N, D, D, 0));
         worst_of(&worst[FEEDBACK_B], gpu_error(dq_d, dq, N, D, ld, floor));
         worst_of(&worst[FEEDBACK_B], gpu_error(dk_d, dk, N, D, ld, floor));
@@ -3184,12 +3407,13 @@ static void compare_mixers(double *worst, const real *x, const real *w, const re
         ColumnSums sums = sums_on_gpu(B, T, 2 * D);
         feedback_forward(s, stats, scratch, f, proj, proj + D, 2 * D, gamma, B, T, D, 0, 0);
         m = feedback_on_gpu<X>(B, T, D, P, 2 * D % 8 == 0, keep);
-        feedback_forward_gpu(s_d, c_d, stats_d, m.weights, m.scratch, f_d, proj_d, proj_d + D, 2 * D, gamma_d, B, T,
-                             D, 0, &m.p, st);
+        feedback_forward_gpu(s_d, c_d, stats_d, m.weights, m.scratch, f_d, proj_d, proj_d + D, 2 * D, gamma_d,
+                             B, T, D, 0, &m.p, st);
         feedback_backward(df, dproj, dproj + D, dgamma, scratch, dout, s, stats, proj, proj + D, 2 * D, gamma, B, T, D, 0);
         add_rows(dbias, dproj, N, 2 * D, 2 * D);
-        feedback_backward_gpu(df_d, dproj_d, dproj_d + D, dgamma_d, dbias_d, m.weights, m.scratch, dout_d, s_d, c_d,
-                              stats_d, proj_d, proj_d + D, 2 * D, gamma_d, B, T, D, &m.p, &sums, st);
+        feedback_backward_gpu(df_d, dproj_d, dproj_d + D, dgamma_d, dbias_d, m.weights, m.scratch, dout_d,
+                              s_d, c_d, stats_d, proj_d, proj_d + D, 2 * D, gamma_d, B, T, D, &m.p, &sums,
+                              st);
         column_sums_gpu(&sums, st);
         chance = before;
         worst_of(&worst[FEEDBACK_B], gpu_error(dproj_d, dproj, N, 2 * D, 2 * D, floor));
@@ -3197,11 +3421,11 @@ static void compare_mixers(double *worst, const real *x, const real *w, const re
         if (m.p.R >= T && other.p.R >= T) { // weights kept or computed again: the same bits
             X *other_d = gpu_poison<X>(wide_2D), *parts[] = {dproj_d, other_d};
             real *numbers[2];
-            feedback_forward_gpu(s_d, c_d, stats_d, other.weights, other.scratch, f_d, proj_d, proj_d + D, 2 * D,
-                                 gamma_d, B, T, D, 0, &other.p, st);
-            feedback_backward_gpu(df_d, other_d, other_d + D, dgamma_d, (float *)NULL, other.weights, other.scratch,
-                                  dout_d, s_d, c_d, stats_d, proj_d, proj_d + D, 2 * D, gamma_d, B, T, D, &other.p,
-                                  (ColumnSums *)NULL, st);
+            feedback_forward_gpu(s_d, c_d, stats_d, other.weights, other.scratch, f_d, proj_d, proj_d + D,
+                                 2 * D, gamma_d, B, T, D, 0, &other.p, st);
+            feedback_backward_gpu(df_d, other_d, other_d + D, dgamma_d, (float *)NULL, other.weights,
+                                  other.scratch, dout_d, s_d, c_d, stats_d, proj_d, proj_d + D, 2 * D,
+                                  gamma_d, B, T, D, &other.p, (ColumnSums *)NULL, st);
             CUDA(cudaStreamSynchronize(st));
             for (int i = 0; i < 2; i++)
                 CUDA(cudaMemcpy(numbers[i] = poison(wide_2D), parts[i], sizeof(X) * (size_t)wide_2D, cudaMemcpyDeviceToHost));
@@ -3544,7 +3768,8 @@ static void test_peaked(void) {
             (int64_t)T * D), *s_d = gpu_poison<bf16>((int64_t)T * D), *ds_d = on_gpu<bf16>(ds, (int64_t)T * D);
     bf16 *dq_d = gpu_poison<bf16>((int64_t)T * D), *dk_d = gpu_poison<bf16>((int64_t)T * D),
          *c_d = gpu_poison<bf16>((int64_t)T * D);
-    float *gamma_d = on_gpu<float>(gamma, T), *stats_d = gpu_poison<float>(2 * T), *dgamma_d = gpu_poison<float>(T);
+    float *gamma_d = on_gpu<float>(gamma, T), *stats_d = gpu_poison<float>(2 * T),
+          *dgamma_d = gpu_poison<float>(T);
     Feedback m = feedback_on_gpu<bf16>(1, T, D, 0, 1, 0);
     double last[D] = {0};
     for (int t = 0; t < T; t++)
@@ -3556,8 +3781,8 @@ static void test_peaked(void) {
     feedback_forward_gpu(s_d, c_d, stats_d, m.weights, m.scratch, f_d, q_d, k_d, D, gamma_d, 1, T, D, 0, &m.p,
                          gpu.stream);
     check_error(gpu_error(s_d, s, T, D, D, 0), 0x1p-8, "s of a chain of 3000 rows: one rounding at most");
-    feedback_backward_gpu(ds_d, dq_d, dk_d, dgamma_d, (float *)NULL, m.weights, m.scratch, ds_d, s_d, c_d, stats_d,
-                          q_d, k_d, D, gamma_d, 1, T, D, &m.p, (ColumnSums *)NULL, gpu.stream);
+    feedback_backward_gpu(ds_d, dq_d, dk_d, dgamma_d, (float *)NULL, m.weights, m.scratch, ds_d, s_d, c_d,
+                          stats_d, q_d, k_d, D, gamma_d, 1, T, D, &m.p, (ColumnSums *)NULL, gpu.stream);
     check_error(gpu_error(ds_d, lambda, T, D, D, 0), 0x1p-7, "its adjoint: two, of u and of the result");
     gpu_release();
 }
@@ -3709,7 +3934,8 @@ static void test_gpu_training(void) {
     if (gpu.hopper) check(bytes[2] <= 2 * bytes[1], "T doubled from 2048: memory at most doubled");
     check(bytes[4] <= 2 * bytes[3], "T doubled from 8192: memory at most doubled"); // without tiles a panel holds all rows before
     Config huge = config_with(SESSA, 50000, 4096, 200, 4, 4, 8192);
-    check(!backend_gpu()->create(&huge, 64, 8192, TRAIN, error) && strstr(error, "GiB"), "too large: %.90s", error);
+    check(!backend_gpu()->create(&huge, 64, 8192, TRAIN, error) && strstr(error, "GiB"), "too large: %.90s",
+          error);
     free(text);
     release();
 }

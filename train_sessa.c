@@ -1774,7 +1774,8 @@ static MemoryLeft memory_left(const char *root) {
     struct rlimit limit;
     snprintf(path, sizeof(path), "%.4000s/proc/meminfo", root);
     double swap = number_in(path, "SwapFree:", 0);
-    MemoryLeft left = {number_in(path, "MemAvailable:", 0) * 1024 + (swap > 0 ? swap * 1024 : 0), "this machine"};
+    MemoryLeft left = {number_in(path, "MemAvailable:", 0) * 1024 + (swap > 0 ? swap * 1024 : 0), "this "
+                                                                                                  "machine"};
     double page = (double)sysconf(_SC_PAGESIZE), within = cgroup_least(root, "memory", cgroup_memory);
     if (isnan(left.bytes)) left.bytes = (double)sysconf(_SC_PHYS_PAGES) * page;
     if (within < left.bytes) {
@@ -2185,8 +2186,8 @@ static char lock_paths[MAX_LOCKS][PATH_MAX + 8]; // of the lock files that this 
 static int lock_files[MAX_LOCKS];
 static volatile sig_atomic_t n_locks;
 
-// Nothing but system calls: it runs in signal handlers and at exit. The locks themselves end with the process.
-// What has taken the name of a lock file meanwhile stays.
+// Nothing but system calls: it runs in signal handlers and at exit. The locks themselves end with the
+// process. What has taken the name of a lock file meanwhile stays.
 static void remove_locks(void) {
     while (n_locks > 0) {
         struct stat mine, there;
@@ -2375,8 +2376,8 @@ static void warn_of_no_locks(const char *path) {
     fprintf(stderr, "train_sessa: warning: %s\n", line);
 }
 
-// A place where a file is written: what its path names, settled once, and what may be replaced there: nothing,
-// the file that lay there when the run began, or the one that the run left last.
+// A place where a file is written: what its path names, settled once, and what may be replaced there:
+// nothing, the file that lay there when the run began, or the one that the run left last.
 typedef struct {
     const char *path, *like; // as the user named it; the file whose rights a new one gets, NULL: none
     char target[PATH_MAX];   // what path names once links are followed
@@ -2395,12 +2396,13 @@ static int settle(Place *p, const char *path, const char *like, char *error) {
     return p->there || errno == ENOENT ? 0 : fail(error, path, "cannot be written: %s", strerror(errno));
 }
 
-// Opens the lock file of a place and locks it: its descriptor, or -1 with the line. *locked: see lock_descriptor. A file of
-// that name that is no lock, which is empty, is another program's, and stays.
+// Opens the lock file of a place and locks it: its descriptor, or -1 with the line. *locked: see
+// lock_descriptor. A file of that name that is no lock, which is empty, is another program's, and stays.
 static int open_lock(const char *path, const char *name, int flags, int *locked, char *error) {
     struct stat info;
     int fd = open(name, O_RDWR | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC | flags, 0666), problem = errno;
-    if (fd < 0 && problem == EACCES) fd = open(name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC); // another user's
+    if (fd < 0 && problem == EACCES)
+        fd = open(name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC); // another user's
     if (fd < 0) return fail(error, path, "cannot be locked, %.250s: %s", name, strerror(problem));
     int is_lock = !fstat(fd, &info) && S_ISREG(info.st_mode) && !info.st_size;
     *locked = is_lock ? lock_descriptor(fd) : 0;
@@ -2410,9 +2412,10 @@ static int open_lock(const char *path, const char *name, int flags, int *locked,
                    : fail(error, path, "cannot be locked: %.250s is there and is no lock", name);
 }
 
-// Locks a place by a file beside it: the file itself gets another inode with each save. What killed runs left, the lock file
-// or temporary ones, belongs to whoever holds the lock. A lock file is removed by its holder: whoever opened it before that,
-// and locks it after, sees that the name now means another file, or none, and begins again.
+// Locks a place by a file beside it: the file itself gets another inode with each save. What killed runs
+// left, the lock file or temporary ones, belongs to whoever holds the lock. A lock file is removed by its
+// holder: whoever opened it before that, and locks it after, sees that the name now means another file, or
+// none, and begins again.
 static int take_lock(Place *p, char *error) {
     char *name = lock_paths[n_locks];
     struct stat mine, there;
@@ -2436,14 +2439,16 @@ static int take_lock(Place *p, char *error) {
     }
 }
 
-// Before something is replaced: the lock must still be ours, and what lies there the file that may be replaced. A lock file
-// that somebody removed, or that stayed behind when the folder was moved, is made again.
+// Before something is replaced: the lock must still be ours, and what lies there the file that may be
+// replaced. A lock file that somebody removed, or that stayed behind when the folder was moved, is made
+// again.
 static int still_ours(Place *p, char *error) {
     struct stat mine, now;
     if (p->lock >= 0) {
         const char *name = lock_paths[p->lock];
         int named = !lstat(name, &now), problem = errno, locked;
-        if (!named && problem != ENOENT) return fail(error, p->path, "cannot be written: %s", strerror(problem));
+        if (!named && problem != ENOENT)
+            return fail(error, p->path, "cannot be written: %s", strerror(problem));
         if (named && (fstat(lock_files[p->lock], &mine) || !same_place(&mine, &now)))
             return fail(error, p->path, "another run has taken it over");
         int fd = named ? -1 : open_lock(p->path, name, O_CREAT | O_EXCL, &locked, error);
@@ -2458,8 +2463,8 @@ static int still_ours(Place *p, char *error) {
     return fail(error, p->path, "another file was put there meanwhile, which stays");
 }
 
-// Removes the temporary files of target that killed runs left: <target>.tmp.<eight hexadecimal digits>, or the process
-// number of an earlier version. The lock must be held.
+// Removes the temporary files of target that killed runs left: <target>.tmp.<eight hexadecimal digits>, or
+// the process number of an earlier version. The lock must be held.
 static void remove_leftovers(const char *target) {
     char folder[PATH_MAX];
     struct stat info;
@@ -2471,7 +2476,8 @@ static void remove_leftovers(const char *target) {
         if (strncmp(entry->d_name, name, strlen(name)) || strncmp(rest, ".tmp.", 5)) continue;
         size_t digits = strspn(rest + 5, "0123456789"), hexadecimal = strspn(rest + 5, "0123456789abcdef");
         int ours = hexadecimal == 8 ? !rest[13] : digits > 0 && !rest[5 + digits];
-        ours = ours && !fstatat(dirfd(dir), entry->d_name, &info, AT_SYMLINK_NOFOLLOW) && S_ISREG(info.st_mode);
+        ours =
+            ours && !fstatat(dirfd(dir), entry->d_name, &info, AT_SYMLINK_NOFOLLOW) && S_ISREG(info.st_mode);
         if (ours) unlinkat(dirfd(dir), entry->d_name, 0);
     }
     if (dir) closedir(dir);
@@ -2489,7 +2495,8 @@ static int replaceable(const Replacement *r, char *error) {
     const Place *p = r->place;
     struct stat folder;
     char folder_path[PATH_MAX];
-    snprintf(folder_path, sizeof(folder_path), "%.*s", (int)(strrchr(p->target, '/') + 1 - p->target), p->target);
+    snprintf(folder_path, sizeof(folder_path), "%.*s", (int)(strrchr(p->target, '/') + 1 - p->target),
+             p->target);
     if (!S_ISREG(p->known.st_mode)) return fail(error, p->path, "cannot be written: not a regular file");
     // one that is read-only or append-only stays
     int fd = access(p->target, W_OK) ? -1 : open(p->target, O_WRONLY | O_CLOEXEC);
@@ -2498,14 +2505,17 @@ static int replaceable(const Replacement *r, char *error) {
     uid_t user = geteuid();
     int sticky = !stat(folder_path, &folder) && (folder.st_mode & S_ISVTX);
     if (sticky && user && p->known.st_uid != user && folder.st_uid != user)
-        return fail(error, p->path, "cannot be replaced: it is another user's, in a folder where only owners may");
+        return fail(error, p->path,
+                    "cannot be replaced: it is another user's, in a folder where only owners may");
     if (!link(p->target, r->temporary)) unlink(r->temporary);
-    else if (errno == EXDEV) return fail(error, p->path, "cannot be replaced: it is a mount point of its own");
+    else if (errno == EXDEV)
+        return fail(error, p->path, "cannot be replaced: it is a mount point of its own");
     return 0;
 }
 
-// Creates the temporary file that will take a place. It gets owner and rights of the file that is there, or else of `like`,
-// so that what only its owner may read stays so; what is new can be written by its owner, or it could not be replaced again.
+// Creates the temporary file that will take a place. It gets owner and rights of the file that is there, or
+// else of `like`, so that what only its owner may read stays so; what is new can be written by its owner, or
+// it could not be replaced again.
 static int replacement_open(Replacement *r, Place *p, char *error) {
     static unsigned n_made = 0;
     struct stat old = p->known;
@@ -2530,7 +2540,8 @@ static int replacement_open(Replacement *r, Place *p, char *error) {
     return 0;
 }
 
-// A finished temporary file whose place is another file's by now: it is kept under a name that no run removes.
+// A finished temporary file whose place is another file's by now: it is kept under a name that no run
+// removes.
 static void keep_aside(const Replacement *r, char *error) {
     char kept[PATH_MAX + 32], problem[ERROR_SIZE];
     snprintf(kept, sizeof(kept), "%s.kept.%s", r->place->target, strrchr(r->temporary, '.') + 1);
@@ -2539,9 +2550,9 @@ static void keep_aside(const Replacement *r, char *error) {
     else fail(error, NULL, "%.250s; what was to take its place is %.200s", problem, kept);
 }
 
-// Ends what replacement_open began. ok: all `size` bytes were written; they are flushed to the disk, only then get their
-// name, and then the folder is flushed, too: there is at any moment the old file or the new one, whole. Not ok, or `trial`:
-// the temporary file is removed, and the old one stays.
+// Ends what replacement_open began. ok: all `size` bytes were written; they are flushed to the disk, only
+// then get their name, and then the folder is flushed, too: there is at any moment the old file or the new
+// one, whole. Not ok, or `trial`: the temporary file is removed, and the old one stays.
 static int replacement_close(Replacement *r, int ok, uint64_t size, int trial, char *error) {
     Place *p = r->place;
     struct stat written;
@@ -2561,7 +2572,8 @@ static int replacement_close(Replacement *r, int ok, uint64_t size, int trial, c
     p->known = written;
     if (lstat(p->target, &written) == 0) p->known = written;
     char folder_path[PATH_MAX];
-    snprintf(folder_path, sizeof(folder_path), "%.*s", (int)(strrchr(p->target, '/') + 1 - p->target), p->target);
+    snprintf(folder_path, sizeof(folder_path), "%.*s", (int)(strrchr(p->target, '/') + 1 - p->target),
+             p->target);
     int folder = open(folder_path, O_RDONLY | O_CLOEXEC);
     if (folder < 0) return 0;
     flush_to_disk(folder);
@@ -2961,16 +2973,17 @@ static void write_header(Text *out, const FileTensor *tensors, int n_tensors, co
     while (!out->failed && out->size % 8) text_add(out, " ");
 }
 
-// Writes a safetensors file with the tensors in the order given, whole or not at all (see replacement_close). trial: all of
-// it is done but for the last step, and nothing is left: tells before a long run whether the place can be written. *total:
-// the bytes of the file, or NULL.
-static int safetensors_write(Place *place, const FileTensor *tensors, int n_tensors, const Meta *meta, int n_meta, int trial,
-                             uint64_t *total, char *error) {
+// Writes a safetensors file with the tensors in the order given, whole or not at all (see replacement_close).
+// trial: all of it is done but for the last step, and nothing is left: tells before a long run whether the
+// place can be written. *total: the bytes of the file, or NULL.
+static int safetensors_write(Place *place, const FileTensor *tensors, int n_tensors, const Meta *meta,
+                             int n_meta, int trial, uint64_t *total, char *error) {
     Replacement file;
     Text header = {NULL, 0, 0, 0};
     for (int i = 0; i < n_meta; i++)
         if (!utf8_valid((const unsigned char *)meta[i].value, strlen(meta[i].value)))
-            return fail(error, place->path, "'%.80s', '%.80s' cannot be stored: not UTF-8", meta[i].key, meta[i].value);
+            return fail(error, place->path, "'%.80s', '%.80s' cannot be stored: not UTF-8", meta[i].key,
+                        meta[i].value);
     write_header(&header, tensors, n_tensors, meta, n_meta);
     uint64_t length = header.size, size = 8 + length;
     int result = header.failed ? fail(error, place->path, "cannot be written: out of memory")
@@ -3177,8 +3190,8 @@ static int is_signed_by(const Signature *s, const unsigned char *bytes, size_t s
     return size >= (size_t)(s->at + s->n) && !memcmp(bytes + s->at, s->bytes, (size_t)s->n);
 }
 
-// Whether every other byte is one of few, as in UTF-16 of an alphabet that is not Latin, and control characters stand
-// between them, which no text with a byte for a letter holds.
+// Whether every other byte is one of few, as in UTF-16 of an alphabet that is not Latin, and control
+// characters stand between them, which no text with a byte for a letter holds.
 static int is_utf16(const unsigned char *bytes, size_t size) {
     size_t count[2][256] = {{0}}, most[2] = {0}, controls[2] = {0}, half = size / 2;
     for (size_t i = 0; i < size; i++) {
@@ -3189,7 +3202,8 @@ static int is_utf16(const unsigned char *bytes, size_t size) {
         for (int byte = 0; byte < 256; byte++)
             most[parity] = count[parity][byte] > most[parity] ? count[parity][byte] : most[parity];
     int high = most[0] < most[1]; // where the alphabet's number stands
-    return size >= 64 && most[high] > half / 5 * 3 && most[1 - high] < half / 5 * 2 && controls[0] + controls[1] > size / 50;
+    return size >= 64 && most[high] > half / 5 * 3 && most[1 - high] < half / 5 * 2 &&
+           controls[0] + controls[1] > size / 50;
 }
 
 // What bytes look like that are no text: NULL where they may be one. Numbers of 16 or 32 bits, token ids or
@@ -3218,7 +3232,8 @@ static const char *looks_like(const unsigned char *bytes, size_t size) {
             return "UTF-16 text (convert it: iconv -f UTF-16 -t UTF-8)";
         return "raw 16-bit numbers, token ids maybe";
     }
-    if (zeros[0] + zeros[1] + zeros[2] + zeros[3] > size / 4) return "numbers, or UTF-32: a quarter of its bytes are 0";
+    if (zeros[0] + zeros[1] + zeros[2] + zeros[3] > size / 4)
+        return "numbers, or UTF-32: a quarter of its bytes are 0";
     if (is_utf16(bytes, size)) return "UTF-16 text (convert it: iconv -f UTF-16 -t UTF-8)";
     if (controls > size / 10 || (controls > size / 50 && !utf8_valid(bytes, size)))
         return "numbers or packed data, no text";
@@ -3310,7 +3325,8 @@ static void copy_sequence(int *inputs, int *targets, const Dataset *set, int64_t
 // options: one table drives the command line, its help, the metadata of files and what a resumed run must repeat
 
 typedef struct {
-    const char *data, *val, *format, *mixer, *log, *out, *load, *resume, *prompt, *data_content, *val_content, *started_from;
+    const char *data, *val, *format, *mixer, *log, *out, *load, *resume, *prompt, *data_content, *val_content,
+        *started_from;
     int64_t vocab, dim, layers, heads, kv_heads, head_dim, state_dim, seq, steps, batch, accum, warmup,
         decay_steps, seed, eval_every, eval_batches, sample_every, save_every, overwrite, again, generate,
         eval, top_k, window, step, validated;
@@ -3405,12 +3421,14 @@ static const Option option_table[] = {
     {STATE, "data_content", "data_content", TEXT, FIELD(data_content), "", 0, 0,
      "kind, size and hash of --data"},
     {STATE, "val_content", "val_content", TEXT, FIELD(val_content), "", 0, 0, "of --val"},
-    {STATE, "started_from", "started_from", TEXT, FIELD(started_from), "", 0, 0, "kind, size and hash of --load"},
+    {STATE, "started_from", "started_from", TEXT, FIELD(started_from), "", 0, 0,
+     "kind, size and hash of --load"},
     {STATE, "validated", "validated", INTEGER, FIELD(validated), "-1", -1, 1e11,
      "step of the last validation, -1: not known"},
     {STATE, "train_loss", "train_loss", NUMBER, FIELD(train_loss), "-1", -1, 1e300,
      "of the last step, -1: not known"},
-    {STATE, "previous_loss", "previous_loss", NUMBER, FIELD(previous_loss), "-1", -1, 1e300, "of the step before it"},
+    {STATE, "previous_loss", "previous_loss", NUMBER, FIELD(previous_loss), "-1", -1, 1e300,
+     "of the step before it"},
     {STATE, "grad_norm", "grad_norm", NUMBER, FIELD(grad_norm), "-1", -1, 1e300,
      "of the last step, -1: not known"},
 };
@@ -3456,8 +3474,8 @@ static int is_given(const Settings *s, const char *name) {
 
 // Whether a run's file may lack it: it is not always set, or came later.
 static int may_lack(const Option *option) {
-    static const char *keys[] = {"val", "data_format", "validated", "train_loss", "previous_loss", "grad_norm",
-                                 "started_from"};
+    static const char *keys[] = {"val",           "data_format", "validated",   "train_loss",
+                                 "previous_loss", "grad_norm",   "started_from"};
     for (size_t i = 0; i < sizeof(keys) / sizeof(keys[0]); i++)
         if (!strcmp(option->key, keys[i])) return 1;
     return 0;
@@ -3540,7 +3558,8 @@ typedef struct {
     Options stored;           // of a resumed run: as its file has them
     char best_path[PATH_MAX]; // beside --out: the weights with the lowest validation loss
     Place out_place, best_place, log_place;
-    unsigned char *old_best;  // of a run resumed under another name: the best weights so far, until its first save
+    unsigned char
+        *old_best; // of a run resumed under another name: the best weights so far, until its first save
     size_t n_old_best;
     int replaces_best;        // what lies at the place of the best weights is another run's, and may go
     char started_from[96];    // kind, size and hash of --load
@@ -3583,8 +3602,8 @@ static int config_of(Config *c, const Options *o, char *error) {
 
 typedef enum { WEIGHTS, RESUMABLE } Content;
 
-// The options that a file stores, as its metadata; each as text that reads back as the same value. Returns their number.
-// Weights alone do not say how many steps the run has: it may go on without a change of them.
+// The options that a file stores, as its metadata; each as text that reads back as the same value. Returns
+// their number. Weights alone do not say how many steps the run has: it may go on without a change of them.
 static int metadata_of(const Run *run, Content content, Meta *meta, char texts[][96], char *error) {
     static char format[] = "format", pt[] = "pt"; // which readers of the transformers family ask for
     const Options *o = &run->settings.values;
@@ -3604,7 +3623,8 @@ static int metadata_of(const Run *run, Content content, Meta *meta, char texts[]
     return n;
 }
 
-// Writes the weights, and RESUMABLE all that a run needs to go on, to a place. trial, total: see safetensors_write.
+// Writes the weights, and RESUMABLE all that a run needs to go on, to a place. trial, total: see
+// safetensors_write.
 static int save_checkpoint(Run *run, Place *place, Content content, int trial, uint64_t *total, char *error) {
     const char *path = place->path;
     int n_blocks = content == RESUMABLE ? 3 : 1, n = 0, n_rows = run->table.n;
@@ -3654,8 +3674,8 @@ static int save_best(Run *run, char *error) {
     return 0;
 }
 
-// The run. One resumed under another name takes the best weights so far with it; one that replaces another run, as it was
-// told to, takes that one's best weights away: they would not be its own.
+// The run. One resumed under another name takes the best weights so far with it; one that replaces another
+// run, as it was told to, takes that one's best weights away: they would not be its own.
 static int save_run(Run *run, char *error) {
     if (run->n_old_best) {
         if (write_whole(&run->best_place, run->old_best, run->n_old_best, error)) return FAILED;
@@ -3663,7 +3683,8 @@ static int save_run(Run *run, char *error) {
     }
     if (save_checkpoint(run, &run->out_place, RESUMABLE, 0, NULL, error)) return FAILED;
     Place *best = &run->best_place;
-    if (run->replaces_best && best->there && !still_ours(best, error)) best->there = unlink(best->target) != 0;
+    if (run->replaces_best && best->there && !still_ours(best, error))
+        best->there = unlink(best->target) != 0;
     run->replaces_best = 0;
     return 0;
 }
@@ -3775,7 +3796,8 @@ static int find_validation(Run *run, char *error) {
     const char *validated_on = safetensors_meta(&run->file, "val_content"),
                *val = safetensors_meta(&run->file, "val");
     if (!trained_on) { // another program's weights, or an earlier version's
-        fail(run->val_note, NULL, " (the last tenth of %.200s: the weights do not say what they were trained on)", o->data);
+        fail(run->val_note, NULL,
+             " (the last tenth of %.200s: the weights do not say what they were trained on)", o->data);
         return 0;
     }
     if (validated_on && *validated_on && !strcmp(run->train.content, validated_on)) {
@@ -4038,12 +4060,13 @@ static int check_distinct(const Run *run, char *error) {
             return wrong(error, NULL, "%s and %s are one file: %.200s", names[j], names[i], paths[i]);
         }
         if (is_servant(paths[i], &run->out_place) || is_servant(paths[i], &run->best_place))
-            return wrong(error, NULL, "%s, %.200s: names that end in .lock or .tmp.* are the run's own", names[i], paths[i]);
+            return wrong(error, NULL, "%s, %.200s: names that end in .lock or .tmp.* are the run's own",
+                         names[i], paths[i]);
         for (int fd = 1; fd <= 2 && i >= 4; fd++)
             if (paths[i] && !fstat(fd, &standard) && S_ISREG(standard.st_mode) && !stat(paths[i], &file) &&
                 same_place(&file, &standard))
-                return wrong(error, NULL, "%s and standard %s are one file: %.200s", names[i], fd == 1 ? "output" : "error",
-                             paths[i]);
+                return wrong(error, NULL, "%s and standard %s are one file: %.200s", names[i],
+                             fd == 1 ? "output" : "error", paths[i]);
     }
     return 0;
 }
@@ -4055,14 +4078,16 @@ static int claim_places(Run *run, char *error) {
     int stream = o->log && !stat(o->log, &info) && !S_ISREG(info.st_mode), result;
     // who may read the run, or the one that goes on, may read what is written
     const char *like = !stat(o->out, &info) ? o->out : o->resume;
-    if (settle(&run->out_place, o->out, like, error) || settle(&run->best_place, run->best_path, like, error)) return FAILED;
+    if (settle(&run->out_place, o->out, like, error) || settle(&run->best_place, run->best_path, like, error))
+        return FAILED;
     if ((result = check_distinct(run, error))) return result;
     if (take_lock(&run->out_place, error) || take_lock(&run->best_place, error)) return FAILED;
     if (!o->log || stream) return 0;
     return settle(&run->log_place, o->log, NULL, error) || take_lock(&run->log_place, error) ? FAILED : 0;
 }
 
-// What lies at path and how one goes on with it, for the line that refuses to replace it. text: ERROR_SIZE bytes
+// What lies at path and how one goes on with it, for the line that refuses to replace it. text: ERROR_SIZE
+// bytes
 static void describe(char *text, const char *path) {
     Safetensors file;
     char problem[ERROR_SIZE], state[96] = "";
@@ -4070,9 +4095,11 @@ static void describe(char *text, const char *path) {
     int known = !safetensors_read(&file, path, problem);
     int run = known && safetensors_find(&file, "exp_avg.wte.weight");
     int weights = known && safetensors_find(&file, "wte.weight");
-    const char *step = known ? safetensors_meta(&file, "step") : NULL, *loss = step ? safetensors_meta(&file, "best_val_loss") : NULL;
+    const char *step = known ? safetensors_meta(&file, "step") : NULL,
+               *loss = step ? safetensors_meta(&file, "best_val_loss") : NULL;
     double best = loss && strlen(loss) < 40 ? strtod(loss, NULL) : 1e300;
-    if (step && best < 1e300) snprintf(state, sizeof(state), " of step %.20s, validation loss %.4f", step, best);
+    if (step && best < 1e300)
+        snprintf(state, sizeof(state), " of step %.20s, validation loss %.4f", step, best);
     else if (step) snprintf(state, sizeof(state), " of step %.20s", step);
     if (run) fail(text, NULL, "a run%s; --resume %.150s goes on with it,", state, path);
     else if (weights) fail(text, NULL, "weights%s; --load %.150s starts from them,", state, path);
@@ -4080,16 +4107,18 @@ static void describe(char *text, const char *path) {
     safetensors_free(&file);
 }
 
-// Whether a checkpoint stores this run's settings and data. going_on: as far as a resumed run may not change them, and what
-// an earlier version did not store counts as equal.
+// Whether a checkpoint stores this run's settings and data. going_on: as far as a resumed run may not change
+// them, and what an earlier version did not store counts as equal.
 static int is_same_run(const Run *run, const Safetensors *file, int going_on) {
     char text[96];
     int same = 1;
     for (int i = 0; i < N_OPTIONS; i++) {
         const Option *option = &option_table[i];
-        int content = !strcmp(option->name, "started_from") || (option->group == STATE && strstr(option->name, "_content"));
+        int content = !strcmp(option->name, "started_from") ||
+                      (option->group == STATE && strstr(option->name, "_content"));
         if (!content && option->group != MODEL && option->group != TRAINING) continue;
-        const char *theirs = safetensors_meta(file, option->key), *ours = option_text(text, &run->settings.values, option);
+        const char *theirs = safetensors_meta(file, option->key),
+                   *ours = option_text(text, &run->settings.values, option);
         int of_run = !strcmp(option->name, "steps") && !safetensors_find(file, "exp_avg.wte.weight");
         if (of_run || (going_on && (!theirs || may_differ_at_resume(option)))) continue;
         same = same && (theirs && ours ? !strcmp(theirs, ours) : !theirs == !ours);
@@ -4097,13 +4126,14 @@ static int is_same_run(const Run *run, const Safetensors *file, int going_on) {
     return same;
 }
 
-// What a log holds: where the lines of the steps before a certain one end, and its own; its size; the last step up to that
-// one; whether all its lines are a log's, whether it is this run's, whether the step's line has a validation.
+// What a log holds: where the lines of the steps before a certain one end, and its own; its size; the last
+// step up to that one; whether all its lines are a log's, whether it is this run's, whether the step's line
+// has a validation.
 typedef struct { long before, upto, size; int64_t last; int is_log, own, validated, failed; } LogScan;
 
-// Reads a log, of which `step` was the last that the run's file knows, with this loss and that of the step before, -1: not
-// known. It is the run's if it is empty, if the step's line has that loss, if it ends with the line before, which has its
-// loss, or if it begins right behind the step and says so (previous_loss).
+// Reads a log, of which `step` was the last that the run's file knows, with this loss and that of the step
+// before, -1: not known. It is the run's if it is empty, if the step's line has that loss, if it ends with
+// the line before, which has its loss, or if it begins right behind the step and says so (previous_loss).
 static LogScan log_scan(FILE *file, int64_t step, double loss, double before) {
     char line[4096], expected[32], earlier[32], previous[64], stands[32];
     LogScan scan;
@@ -4133,7 +4163,8 @@ static LogScan log_scan(FILE *file, int64_t step, double loss, double before) {
         scan.own = loss < 0 || !strcmp(stands, expected);
         scan.validated = strstr(line, "\"val_loss\"") != NULL;
     }
-    if (loss < 0 && last > step && first <= step) scan.own = 0; // an earlier version's run: nothing is cut off unproved
+    if (loss < 0 && last > step && first <= step)
+        scan.own = 0; // an earlier version's run: nothing is cut off unproved
     scan.failed = ferror(file) || fseek(file, 0, SEEK_END) || (scan.size = ftell(file)) < 0;
     if (scan.last == step - 1 && last > step) scan.own = 0;
     if (!scan.size) scan.own = 1;
@@ -4180,7 +4211,9 @@ static int check_free(Run *run, char *error) {
         }
         if (!there[i] || same) continue;
         describe(what, paths[i]);
-        return wrong(error, NULL, "%.150s is there: %.250s --out names another place, --overwrite replaces it", paths[i], what);
+        return wrong(error, NULL,
+                     "%.150s is there: %.250s --out names another place, --overwrite replaces it", paths[i],
+                     what);
     }
     for (int i = 0; i < 2 && o->again; i++)
         if (there[i]) {
@@ -4190,9 +4223,9 @@ static int check_free(Run *run, char *error) {
     return 0;
 }
 
-// Of a resumed run: the best weights so far lie beside its file. Where they do not, the lowest loss counts anew, and that is
-// said; where another run's lie there, they are not touched. They are this run's if they have its settings and data and, of
-// a run that knows a lowest loss, none above it.
+// Of a resumed run: the best weights so far lie beside its file. Where they do not, the lowest loss counts
+// anew, and that is said; where another run's lie there, they are not touched. They are this run's if they
+// have its settings and data and, of a run that knows a lowest loss, none above it.
 static int check_best(Run *run, char *error) {
     Options *o = &run->settings.values;
     char path[PATH_MAX];
@@ -4203,7 +4236,8 @@ static int check_best(Run *run, char *error) {
     int there = lies_there(path, error), first = o->best_val >= 1e300;
     if (there < 0) return FAILED;
     if (!there && !first) {
-        fail(error, NULL, "%.200s is not there: the lowest validation loss, %.4f, counts anew", path, o->best_val);
+        fail(error, NULL, "%.200s is not there: the lowest validation loss, %.4f, counts anew", path,
+             o->best_val);
         printf("%s\n", error);
         o->best_val = 1e300;
     }
@@ -4221,7 +4255,8 @@ static int check_best(Run *run, char *error) {
         safetensors_free(&file);
     }
     if (other && !o->overwrite)
-        return wrong(error, path, "not the best weights of the resumed run: move it away, or --overwrite replaces it");
+        return wrong(error, path,
+                     "not the best weights of the resumed run: move it away, or --overwrite replaces it");
     if (other) o->best_val = 1e300;
     if (other && same_file(path, run->best_path)) run->replaces_best = 1;
     if (other || first || same_file(path, run->best_path)) return 0;
@@ -4459,8 +4494,8 @@ typedef struct {
     double previous;
 } Log;
 
-// Opens the log: a new one for a new run; of a resumed one it is cut back to the resumed step. A pipe or a device is written
-// as it is. A file that is no log of this run is not touched, unless --overwrite says so.
+// Opens the log: a new one for a new run; of a resumed one it is cut back to the resumed step. A pipe or a
+// device is written as it is. A file that is no log of this run is not touched, unless --overwrite says so.
 static int log_open(Log *log, const Options *o, char *error) {
     struct stat info;
     memset(log, 0, sizeof(*log));
@@ -4469,7 +4504,8 @@ static int log_open(Log *log, const Options *o, char *error) {
     if (!o->log) return 0;
     int there = !stat(o->log, &info);
     log->stream = there && !S_ISREG(info.st_mode);
-    int fd = open(o->log, log->stream ? O_WRONLY | O_NONBLOCK | O_CLOEXEC : O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+    int fd =
+        open(o->log, log->stream ? O_WRONLY | O_NONBLOCK | O_CLOEXEC : O_RDWR | O_CREAT | O_CLOEXEC, 0666);
     if (fd < 0) return fail(error, o->log, "%s", errno == ENXIO ? "nobody reads this pipe" : strerror(errno));
     int locked = log->stream ? 1 : lock_descriptor(fd);
     if (log->stream) fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) & ~O_NONBLOCK);
@@ -4493,7 +4529,8 @@ static int log_open(Log *log, const Options *o, char *error) {
     } else if (!scan.is_log) {
         result = wrong(error, o->log, "it is no log: another --log, or --overwrite");
     } else if (!scan.own) {
-        result = wrong(error, o->log, "nothing shows that it is the log of this run: another --log, or --overwrite");
+        result = wrong(error, o->log,
+                       "nothing shows that it is the log of this run: another --log, or --overwrite");
     }
     log->last = scan.last;
     log->last_line = scan.before;
@@ -4507,14 +4544,16 @@ static int log_open(Log *log, const Options *o, char *error) {
     return result;
 }
 
-// Writes the line of a step; score: of the validation there, NULL: none. The line that stands there is written again if it
-// lacks the validation. FAILED if the line is not on its way to the disk: then it is taken back, that the log stays whole.
+// Writes the line of a step; score: of the validation there, NULL: none. The line that stands there is
+// written again if it lacks the validation. FAILED if the line is not on its way to the disk: then it is
+// taken back, that the log stays whole.
 static int log_line(Log *log, const Step *s, const Score *score, char *error) {
     int again = s->step == log->last;
     if (!log->file || s->step < log->last || (again && (!score || log->complete || log->stream))) return 0;
     if (!again) log->last_line = ftell(log->file);
     if (!again && !log->stream && log->last_line < 0) return fail(error, log->path, "%s", strerror(errno));
-    if (again && fseek(log->file, log->last_line, SEEK_SET)) return fail(error, log->path, "%s", strerror(errno));
+    if (again && fseek(log->file, log->last_line, SEEK_SET))
+        return fail(error, log->path, "%s", strerror(errno));
     fprintf(log->file, "{\"step\": %lld", (long long)s->step);
     print_member(log->file, "train_loss", s->loss, 9);
     if (score) print_score(log->file, score);
@@ -4685,10 +4724,10 @@ static int is_printed(const Options *o, const Training *t, const Step *s, double
            silent + s->elapsed > 10;
 }
 
-// What follows an update, in this order: the step is judged, then come the log's line, the best weights, the run's file; so
-// whatever ends the program in between, nothing is named that is not there. The line of the run's last step gets the
-// validation of the whole split from conclude_run. A log that fails, or best weights, do not keep the run from being saved,
-// and end it.
+// What follows an update, in this order: the step is judged, then come the log's line, the best weights, the
+// run's file; so whatever ends the program in between, nothing is named that is not there. The line of the
+// run's last step gets the validation of the whole split from conclude_run. A log that fails, or best
+// weights, do not keep the run from being saved, and end it.
 static int conclude_step(Run *run, Training *t, const Step *s, char *error) {
     Options *o = &run->settings.values;
     int last = o->step == o->steps, due = o->eval_every && o->step % o->eval_every == 0;
@@ -4755,22 +4794,26 @@ static int conclude_run(Run *run, Training *t, const Step *s, char *error) {
     return result;
 }
 
-// Whether the file system has room for what a run keeps there: its file, the best weights, and a temporary file beside them.
+// Whether the file system has room for what a run keeps there: its file, the best weights, and a temporary
+// file beside them.
 static int check_disk(const Run *run, uint64_t run_size, uint64_t best_size, char *error) {
     struct statvfs disk;
     char folder[PATH_MAX];
     const Place *out = &run->out_place, *best = &run->best_place;
     snprintf(folder, sizeof(folder), "%.*s", (int)(strrchr(out->target, '/') + 1 - out->target), out->target);
     if (statvfs(folder, &disk)) return 0; // the saves will tell
-    double kept = (double)(out->there ? out->known.st_size : 0) + (double)(best->there ? best->known.st_size : 0);
+    double kept =
+        (double)(out->there ? out->known.st_size : 0) + (double)(best->there ? best->known.st_size : 0);
     double needed = (double)run_size + (double)best_size + (double)run_size - kept;
     double left = (double)disk.f_bavail * (double)disk.f_frsize;
     if (needed <= left) return 0;
-    return fail(error, out->path, "No space left on device: the run's files take another %.1f MiB, %.1f are left", needed / 0x1p20,
-                left / 0x1p20);
+    return fail(error, out->path,
+                "No space left on device: the run's files take another %.1f MiB, %.1f are left",
+                needed / 0x1p20, left / 0x1p20);
 }
 
-// Makes what a run needs while it trains, and tries everything that a save will ask for, the way the save does it.
+// Makes what a run needs while it trains, and tries everything that a save will ask for, the way the save
+// does it.
 static int begin_training(Run *run, Training *t, char *error) {
     Options *o = &run->settings.values;
     uint64_t run_size = 0, best_size = 0;
@@ -4779,7 +4822,8 @@ static int begin_training(Run *run, Training *t, char *error) {
     if (save_checkpoint(run, &run->out_place, RESUMABLE, 1, &run_size, error)) return FAILED;
     if (save_checkpoint(run, &run->best_place, WEIGHTS, 1, &best_size, error)) return FAILED;
     if (check_disk(run, run_size, best_size, error)) return FAILED;
-    if (o->sample_every && !(t->sampler = run->backend->create(&run->config, 1, (int)o->seq, GENERATE, error)))
+    if (o->sample_every &&
+        !(t->sampler = run->backend->create(&run->config, 1, (int)o->seq, GENERATE, error)))
         return FAILED;
     return log_open(&t->log, o, error);
 }
@@ -4855,10 +4899,12 @@ static int train(Run *run, const char *program, char *error) {
         char problem[ERROR_SIZE], ignored[ERROR_SIZE];
         int held = t.saved && lies_there(t.saved, ignored) == 1;
         memcpy(problem, error, sizeof(problem));
-        if (held) fail(error, NULL, "%.290s; %.180s holds step %lld", problem, t.saved, (long long)t.saved_step);
+        if (held)
+            fail(error, NULL, "%.290s; %.180s holds step %lld", problem, t.saved, (long long)t.saved_step);
         else if (t.saved) fail(error, NULL, "%.290s; %.180s is not there any more", problem, t.saved);
         else if (o->best_val < 1e300 && lies_there(run->best_path, ignored) == 1)
-            fail(error, NULL, "%.290s; only the best weights were saved before, %.160s", problem, run->best_path);
+            fail(error, NULL, "%.290s; only the best weights were saved before, %.160s", problem,
+                 run->best_path);
         else fail(error, NULL, "%.290s; nothing was saved before", problem);
     }
     if (result || idle) return result;
