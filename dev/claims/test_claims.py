@@ -14,6 +14,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.normpath(os.path.join(HERE, "..", ".."))
 sys.path[:0] = [HERE, os.path.join(ROOT, "dev"), os.path.join(ROOT, "data")]
 import curriculum
+import knife
 import soup
 import symbolsoup
 from examples import Stream
@@ -146,6 +147,69 @@ def test_curriculum():
         assert "1 of 1" in out and "0 of 1 (seed 1 at stage 0 with" in out
         assert os.path.exists(os.path.join(folder, "curriculum.md"))
     run("curriculum.py", "--program", "/nowhere/train_sessa", code=1)
+
+
+def test_knife():
+    """Feedback cut in all layers is the attention mixer with the same weights. Where attention is even keys say nothing, and where
+    feedback is even its keys do not. Each cut changes what it should alone."""
+    if not PROGRAM:
+        raise Skip("--program is not given")
+    with tempfile.TemporaryDirectory() as folder:
+        path = lambda name: os.path.join(folder, name)
+        subprocess.run([sys.executable, os.path.join(ROOT, "data", "mqar.py"), "--train", "50", "--val", "20", "--test", "0", "--pairs", "4",
+                        "--queries", "4", "--lag", "24", "64", "--prefix", path("d")], check=True, capture_output=True)
+        subprocess.run([PROGRAM, "--data", path("d_train.safetensors"), "--val", path("d_val.safetensors"), "--dim", "16", "--layers", "2",
+                        "--heads", "2", "--steps", "30", "--lr", "1e-2", "--out", path("s.safetensors")], check=True, capture_output=True)
+        whole = knife.Checkpoint(path("s.best.safetensors"))
+
+        def loss(name, header, data):
+            checkpoint = knife.Checkpoint(path("s.best.safetensors"))
+            checkpoint.header = header
+            checkpoint.write(path(name), data)
+            return knife.evaluate(PROGRAM, path(name), [path("d_val.safetensors")])["loss"][0]
+
+        def noisy(data, names, rows=None):
+            """The same with other numbers in these tensors of every layer."""
+            data = bytearray(data)
+            for l in range(2):
+                for name in names:
+                    begin, end = whole.header[f"layers.{l}.mixer.{name}"]["data_offsets"]
+                    begin += (end - begin) // 2 if rows == "second half" else 0
+                    data[begin:end] = np.random.default_rng(l).normal(size=(end - begin) // 4).astype("<f4").tobytes()
+            return data
+
+        before = loss("same.safetensors", whole.header, whole.data)
+        uncut = {kind: loss(kind + ".safetensors", whole.header, whole.cut(kind, None)) for kind in knife.CUTS}
+        assert len({round(x, 6) for x in (before, *uncut.values())}) == 4, (before, uncut)      # each does something
+
+        feedback = ("proj_fb.weight", "proj_fb.bias", "gamma_ctx.weight", "gamma_bias")
+        header = {name: x for name, x in whole.header.items() if not name.endswith(feedback)}
+        header["__metadata__"] = {**header["__metadata__"], "mixer": "attention"}
+        data, kept = bytearray(), {}
+        for name, x in header.items():      # packed again: a reader may want no holes
+            if name != "__metadata__":
+                begin, end = x["data_offsets"]
+                kept[name] = {**x, "data_offsets": [len(data), len(data) + end - begin]}
+                data += whole.data[begin:end]
+        kept["__metadata__"] = header["__metadata__"]
+        assert abs(loss("attention.safetensors", kept, data) - uncut["feedback"]) < 2e-6
+
+        keys = ("k_proj.weight", "k_proj.bias")
+        assert loss("a.safetensors", whole.header, noisy(whole.cut("even-attention", None), keys)) == uncut["even-attention"]
+        assert loss("b.safetensors", whole.header, noisy(whole.data, keys)) != before
+        same = noisy(whole.cut("feedback", None), feedback[:2])
+        assert loss("c.safetensors", whole.header, same) == uncut["feedback"]
+        assert whole.cut("even-feedback", 0) != whole.cut("even-feedback", 1) != whole.data
+
+        run("knife.py", path("s.best.safetensors"), "--cut", "feedback", 1, "--cut", "even-attention", "all", "--out", path("cut.safetensors"))
+        assert sum(a != b for a, b in zip(knife.Checkpoint(path("cut.safetensors")).data, whole.data)) > 100
+        out = run("knife.py", path("s.best.safetensors"), "--try", path("d_val.safetensors"), "--json", path("k.json"), "--program", PROGRAM)
+        assert out.count("\n") == 2 + 1 + 3 * 3
+        run("plot_recall.py", path("k.json"), "--fewest", 1, "--level", 0.25, "four", "--out", path("k.svg"))
+        assert os.path.getsize(path("k.svg")) > 5000
+        run("knife.py", path("attention.safetensors"), "--cut", "feedback", 0, "--out", path("x.safetensors"), code=1)
+        run("knife.py", path("k.json"), "--cut", "feedback", 0, "--out", path("x.safetensors"), code=1)
+        run("plot_recall.py", path("s.safetensors"), code=1)
 
 
 if __name__ == "__main__":
