@@ -32,7 +32,8 @@ replaced letters, is exact. The ladder is what is left if less is known, and is 
   pairs, blocks apart          a style's letters as a Markov chain
 
 with the styles' letters and pairs of letters as an endless block has them. These six are predictors, not bounds: what treats letters
-as independent is not the best that can be made of them.
+as independent is not the best that can be made of them, and expects more of itself than it reaches. The exact posterior's accuracy
+is told twice, by hits and by the mean of its largest posterior, which has the smaller error.
 """
 import argparse
 import csv
@@ -200,7 +201,8 @@ def score(p, labels):
 
 def tell(name, p, labels):
     accuracy, error, expected, loss = score(p, labels)
-    print(f"{name:30s} {accuracy:.4f} ± {error:.4f}   it expects {expected:.4f}   loss {loss:.4f}", flush=True)
+    spread = p.max(1).std() / len(p) ** 0.5
+    print(f"{name:30s} {accuracy:.4f} ± {error:.4f}   it expects {expected:.4f} ± {spread:.4f}   loss {loss:.4f}", flush=True)
 
 
 def read_author(folder):
