@@ -2,8 +2,10 @@
 dev/test_data.py.
 With --program ./train_sessa the program must also read what they write.
 """
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,6 +18,7 @@ DATA = os.path.join(HERE, "..", "data")
 sys.path[:0] = [DATA, HERE]
 import match
 import mqar
+import prose
 import sessa
 import symbolsoup
 from runner import Skip, run_tests
@@ -75,7 +78,6 @@ def test_symbolsoup():
 
 def test_bytes():
     """The defaults' files are byte for byte those of the tables in claims.md, whatever options came since."""
-    import hashlib
     want = {"symbolsoup": "1a510cc05636bc7563b050c4ae6e550dc8f2971d7019647f9ef5a77f8446c642",
             "mqar": "9fb718153f6f86e2b8aa239af8184fed2fe8afd2c38979c960b75c3803d55a5a"}
     with tempfile.TemporaryDirectory() as folder:
@@ -177,6 +179,48 @@ def test_mqar_repeat():
         run("mqar.py", *arguments, "--train", 20, "--val", 20, "--test", 0, "--prefix", os.path.join(folder, "x"))
         assert read_metadata(os.path.join(folder, "x_train.safetensors"))["repeat"] == "1"
         read_with_program(os.path.join(folder, "x_train.safetensors"), os.path.join(folder, "x_val.safetensors"))
+
+
+def test_prose_paragraphs():
+    sentence = "This is a sentence of the kind that a book has, with all the little words which belong to it, and it ends."
+    page = f"<html><head><title>{sentence}</title></head><body><p>{sentence}<p>It has <b>two</b>\n parts.<pre>{sentence}</pre><ul><li>x</ul></body>"
+    assert [x for x in prose.of_html(page) if x] == [sentence, "It has two parts.", "x"]
+    pod = f"=head1 NAME\n\n{sentence}\nIt has C<code> and L<links>.\n\n    my $code = 1;\n\nThe :ref:`end <label>` of ``it``.\n"
+    assert prose.of_text(pod) == [sentence + " It has code and links.", "The end of it."]
+    assert prose.is_prose(sentence) and prose.is_prose(f'"{sentence}"')
+    for other in (sentence.lower(), sentence[:60] + ".", sentence[:-1], sentence + " {[_]} = <%$#@> ~|~|~ 0x7f {}{}.", sentence.replace("a ", "ä "),
+                  "Debian Ubuntu Fedora Gentoo Slackware Mandriva Knoppix Suse Redhat Centos Mint Arch Void Alpine Nix Guix and Devuan."):
+        assert not prose.is_prose(other), other
+
+
+def test_prose_of_a_package():
+    """A small package of our own, unpacked and read as a real one is: order, doubles, other languages, licence, hash."""
+    if not shutil.which("dpkg-deb"):
+        raise Skip("dpkg-deb is not there")
+    sentence = "This is sentence {} of the kind that a book has, with all the little words which belong to it, and so it ends."
+    number = ["one", "two", "three", "four"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = lambda *names: os.path.join(folder, *names)
+        os.makedirs(path("deb", "DEBIAN"))
+        os.makedirs(path("deb", "usr", "share", "doc", "git-doc", "html"))
+        os.makedirs(path("kept"))
+        doc = lambda *names: path("deb", "usr", "share", "doc", "git-doc", *names)
+        for name, text in ((path("deb", "DEBIAN", "control"), "Package: git-doc\nVersion: 1:2-3\nArchitecture: all\nMaintainer: x <x@x>\nDescription: x\n"),
+                           (doc("copyright"), "License: ours\n"), (doc("b.de.html"), "<p>" + sentence.format("five")),
+                           (doc("html", "a.html"), f"<p>{sentence.format(number[0])}<p>x<p>{sentence.format('‘two’')}"),
+                           (doc("z.txt"), "\n\n".join(sentence.format(n) for n in ("'two'", *number[2:])))):
+            with open(name, "w") as file:
+                file.write(text)
+        subprocess.run(["dpkg-deb", "-b", "--root-owner-group", path("deb"), path("kept", "git-doc_1%3a2-3_all.deb")], check=True, capture_output=True)
+        for _ in range(2):
+            out = run("prose.py", "--packages", "git-doc", "--keep", path("kept"), "--out", path("t.txt"))
+            text = open(path("t.txt")).read()
+            found = sorted(text.rstrip("\n").split("\n\n"))
+            assert found == sorted(sentence.format(n) for n in ("one", "'two'", "three", "four")), found
+            assert text.index("three") < text.index("four") and hashlib.sha256(text.encode()).hexdigest()[:16] in out
+        assert "| git-doc | 1:2-3 | GPL-2 | 2 | 0.0 |" in open(path("t.md")).read()
+        assert open(path("t_copyright", "git-doc")).read() == "License: ours\n"
+        run("prose.py", "--packages", "git-doc", "--keep", path("kept"), "--out", path("t.md", "x.txt"), code=1, output="Not a directory")
 
 
 def test_simplestories_conversion():

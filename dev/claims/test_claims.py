@@ -3,6 +3,7 @@ the program must also read what they write.
 """
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import curriculum
 import knife
 import soup
 import symbolsoup
+import theory
 from examples import Stream
 from runner import Skip, run_tests
 
@@ -123,6 +125,35 @@ def test_plateau():
     assert curriculum.plateau(1, 1, n=10) == 1
     # two values among two: alike in half the examples; else a coin, then the other one
     assert abs(curriculum.plateau(2, 2, 2) - (0.5 + 0.5 * 0.75)) < 0.01
+
+
+def test_theory():
+    """The recursion is the inverse of I - γU; its closed form; the slopes of the stacks; and position, strictly rising."""
+    T, gain = 60, 0.6
+    U = np.tril(np.ones((T, T)), -1) / np.maximum(np.arange(T), 1)[:, None]
+    S = np.linalg.inv(np.eye(T) - gain * U)
+    for j in (0, 7):
+        assert np.abs(theory.feedback(np.eye(T)[j], gain) - S[:, j]).max() < 1e-13
+        for t in range(j + 1, T):
+            closed = np.log(gain) + math.lgamma(j + 1) - math.lgamma(j + 1 + gain) + math.lgamma(t + gain) - math.lgamma(t + 1)
+            assert abs(S[t, j] / np.exp(closed) - 1) < 1e-12
+    layer = np.eye(T) + (S - np.eye(T)) * np.arange(1, T + 1) ** gain
+    assert np.abs(theory.stack(3, gain, T, 7) - np.linalg.matrix_power(layer, 3)[:, 7]).max() < 1e-10
+    for _, mixer, compensated, slope in theory.FAMILIES[:2]:
+        for k in (1, 2, 3):
+            for g in (0.4, 0.7):
+                found = theory.slope(theory.stack(k, g, 16384, 0, mixer, compensated), 0, 500, 16384)
+                assert abs(found - slope(k, g)) < 0.05, (mixer, k, g, found)
+    for g in (0.2, 0.8):
+        s = theory.feedback(np.ones(2000), g)
+        assert np.abs(s / theory.position(g, 2000) - 1).max() < 1e-11 and (np.diff(s) > 0).all() and s[-1] < 1 / (1 - g)
+    try:
+        import matplotlib   # noqa: F401
+    except ImportError:
+        raise Skip("the pictures: matplotlib is not installed")
+    with tempfile.TemporaryDirectory() as folder:
+        out = run("theory.py", "--length", 1000, "--profiles", os.path.join(folder, "a.svg"), "--position", os.path.join(folder, "b.png"))
+        assert out.count("| feedback |") == 3 and os.path.getsize(os.path.join(folder, "a.svg")) > 5000
 
 
 def run(script, *arguments, code=0):
