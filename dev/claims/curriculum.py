@@ -9,7 +9,10 @@
 A stage starts from the weights of the one before:
 
   0  2 pairs, keys of one token, no noise      2  4 pairs, keys of three tokens, no noise
-  1  2 pairs, keys of three tokens, no noise   3  4 pairs among noise, three quarters of it distractors: claims.md's small setting
+  1  2 pairs, keys of three tokens, no noise   3  4 pairs among noise, three quarters of it distractors
+
+the last being claims.md's small setting. --setting large leads to that of the GPU's table, D 128, L 4: after stage 2 come 8 and 16
+pairs without noise, then 16 pairs among noise, 8 of them asked for.
 
 The gate: a stage ends when its validation accuracy is --gate or more, and the next begins; one that has not got there by its last
 step ends the run, "not matched". The last stage is trained to the end of its schedule and tested at lags up to --far. A run is
@@ -46,22 +49,33 @@ class Stage:
     steps: int      # at most
     batch: int
     lr: float
+    queries: int = 0    # as many as pairs
 
     def tokens(self):
         """Of the longest example."""
-        noise = self.lag[1] - self.pairs * (self.key_length + 1) - 2
-        return 3 + 2 * self.pairs * (self.key_length + 1) + noise
+        queries = self.queries or self.pairs
+        noise = self.lag[1] - (self.pairs + queries) * (self.key_length + 1) // 2 - 2
+        return 3 + (self.pairs + queries) * (self.key_length + 1) + noise
 
     def data(self):
-        return ["--pairs", self.pairs, "--queries", self.pairs, "--key-length", self.key_length, "--shared", self.key_length - 1]
+        return ["--pairs", self.pairs, "--queries", self.queries or self.pairs, "--key-length", self.key_length, "--shared", self.key_length - 1]
 
 
-STAGES = [
+SMALL = [
     Stage(2, 1, (6, 6), 50000, 8000, 128, 5e-3),
     Stage(2, 3, (10, 10), 50000, 4000, 128, 4e-3),
     Stage(4, 3, (18, 18), 50000, 3000, 64, 3e-3),
     Stage(4, 3, (24, 64), 100000, 3000, 32, 2e-3),
 ]
+LARGE = [
+    Stage(2, 1, (6, 6), 50000, 8000, 128, 2e-3),
+    Stage(2, 3, (10, 10), 50000, 4000, 128, 2e-3),
+    Stage(4, 3, (18, 18), 50000, 4000, 128, 2e-3),
+    Stage(8, 3, (34, 34), 100000, 4000, 128, 2e-3),
+    Stage(16, 3, (66, 66), 100000, 6000, 128, 1e-3),
+    Stage(16, 3, (64, 192), 100000, 8000, 128, 1e-3, queries=8),
+]
+SETTINGS = {"small": ((64, 2, 4), SMALL), "large": ((128, 4, 4), LARGE)}      # width, depth, heads of Sessa
 # lags of the test sets and their sizes: the farther, the longer a text, and its attention grows with the square
 TESTS = [((65, 256), 400), ((257, 512), 150), ((513, 1024), 100), ((1025, 2048), 50), ((2049, 4096), 30)]
 
@@ -94,7 +108,7 @@ def make_data(o):
     """({stage: prefix of its files}, [(path, lags) of the tests])"""
     prefixes, tests = {}, []
     script, extra = [sys.executable, os.path.join(ROOT, "data", "mqar.py")], ["--repeat"] if o.repeat else []
-    for i, stage in enumerate(STAGES):
+    for i, stage in enumerate(o.stages):
         prefixes[i] = os.path.join(o.folder, "data", f"stage{i}")
         if i >= o.first and not os.path.exists(prefixes[i] + "_val.safetensors"):
             call([*script, *stage.data(), *extra, "--lag", *stage.lag, "--train", o.train or stage.train, "--val", 400, "--test", 0,
@@ -105,7 +119,7 @@ def make_data(o):
         prefix = os.path.join(o.folder, "data", f"far{lags[1]}")
         tests.append(prefix + "_test.safetensors")
         if not os.path.exists(tests[-1]):
-            call([*script, *STAGES[-1].data(), *extra, "--lag", *STAGES[-1].lag, "--test-lag", *lags, "--train", 0, "--val", 0,
+            call([*script, *o.stages[-1].data(), *extra, "--lag", *o.stages[-1].lag, "--test-lag", *lags, "--train", 0, "--val", 0,
                   "--test", n, "--prefix", prefix], o)
     return prefixes, tests
 
@@ -117,7 +131,7 @@ def last_accuracy(log):
 
 def train_stage(i, stem, before, shape, seed, scale, prefixes, o):
     """(steps made, accuracy at the end, first step at which it was at the gate or None); the weights are in stem.safetensors."""
-    stage, last = STAGES[i], i == len(STAGES) - 1
+    stage, last = o.stages[i], i == len(o.stages) - 1
     steps = min(stage.steps, o.steps or stage.steps)
     rate, passed, accuracy = stage.lr * scale, None, 0
     for step in range(min(EVERY, steps), steps + 1, EVERY):
@@ -166,16 +180,17 @@ def one_run(model, shape, seed, scale, prefixes, tests, o):
         return
     os.makedirs(folder, exist_ok=True)
     before, stages = None, []
-    for i in range(o.first, len(STAGES)):
+    for i in range(o.first, len(o.stages)):
         stem = os.path.join(folder, f"stage{i}")
         steps, accuracy, passed = train_stage(i, stem, before, shape, seed, scale, prefixes, o)
         stages.append({"stage": i, "steps": steps, "accuracy": accuracy, "passed": passed})
-        print(f"{model}, seed {seed}, rates × {scale:g}, stage {i}: {steps} steps, accuracy {accuracy:.4f}", flush=True)
+        if not o.dry_run:
+            print(f"{model}, seed {seed}, rates × {scale:g}, stage {i}: {steps} steps, accuracy {accuracy:.4f}", flush=True)
         before = stem + ".safetensors"
-        if passed is None and i < len(STAGES) - 1:
+        if passed is None and i < len(o.stages) - 1:
             break
     result = {"model": model, "seed": seed, "scale": scale, "first": o.first, "gate": o.gate, "stages": stages}
-    if stages[-1]["stage"] == len(STAGES) - 1:
+    if stages[-1]["stage"] == len(o.stages) - 1:
         result["test"], result["by_lag"] = far_accuracy(before, tests, o)
     if not o.dry_run:
         with open(result_path, "w") as file:
@@ -209,7 +224,7 @@ def table(o):
         done = [r for r in rows if "by_lag" in r]
         stopped = ", ".join(f"seed {r['seed']} at stage {r['stages'][-1]['stage']} with {r['stages'][-1]['accuracy']:.2f}"
                             for r in rows if "by_lag" not in r)
-        line = [model, f"{first}–3", f"{scale:g}", ", ".join(str(r["seed"]) for r in rows),
+        line = [model, f"{first}–{len(o.stages) - 1}", f"{scale:g}", ", ".join(str(r["seed"]) for r in rows),
                 f"{len(done)} of {len(rows)}" + (f" ({stopped})" if stopped else ""),
                 ", ".join(str(sum(s["steps"] for s in r["stages"][:-1])) for r in done),
                 mean_and_each([r["stages"][-1]["accuracy"] for r in done]), mean_and_each([r["test"] for r in done])]
@@ -224,19 +239,21 @@ def main():
                         choices=("sessa", "attention", "mamba2", "nofeedback"), help="[all four]")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5], help="[1 2 3 4 5]")
     parser.add_argument("--scales", nargs="+", type=float, default=[1.0], help="factors of the learning rates [1]")
+    parser.add_argument("--setting", choices=SETTINGS, default="small", help="[small]")
     parser.add_argument("--first", type=int, choices=(0, 1), default=0, help="the first stage [0]")
     parser.add_argument("--gate", type=float, default=0.95, help="accuracy that ends a stage [0.95]")
-    parser.add_argument("--repeat", action="store_true", help="queries with replacement; wants a --folder of its own")
+    parser.add_argument("--repeat", action="store_true", help="queries with replacement")
     parser.add_argument("--far", type=int, default=4096, help="longest lag of the tests [4096]")
     parser.add_argument("--steps", type=int, help="at most, of every stage: to try it out")
     parser.add_argument("--train", type=int, help="examples of every stage: to try it out")
     parser.add_argument("--program", default=os.path.join(ROOT, "train_sessa"), help="[./train_sessa]")
-    parser.add_argument("--folder", help="[runs/curriculum, with --repeat runs/curriculum-repeat]")
+    parser.add_argument("--folder", help="[runs/curriculum, -large and -repeat after it as it is asked]")
     parser.add_argument("--table", action="store_true", help="only make the table again")
     parser.add_argument("--plateau", nargs=2, type=int, metavar=("PAIRS", "QUERIES"), help="print the accuracy without matching")
     parser.add_argument("--dry-run", action="store_true", help="print the commands only")
     o = parser.parse_args()
-    o.folder = o.folder or os.path.join(ROOT, "runs", "curriculum" + ("-repeat" if o.repeat else ""))
+    shape, o.stages = SETTINGS[o.setting]
+    o.folder = o.folder or os.path.join(ROOT, "runs", "curriculum" + "-large" * (o.setting == "large") + "-repeat" * o.repeat)
     if o.plateau:
         print(f"{plateau(*o.plateau):.4f}, with --repeat {plateau(*o.plateau, repeat=True):.4f}")
         return
@@ -246,7 +263,7 @@ def main():
     if not o.table:
         prefixes, tests = make_data(o)
         shapes = dict(zip(("sessa", "attention", "mamba2", "nofeedback"),
-                          (shape for _, shape in match.rows(VOCAB, match.Shape("sessa", 64, 2, 4)))))
+                          (shape for _, shape in match.rows(VOCAB, match.Shape("sessa", *shape)))))
         for seed in o.seeds:            # the models side by side, should it be stopped early
             for scale in o.scales:
                 for model in o.models:
