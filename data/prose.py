@@ -5,8 +5,8 @@
   data/prose.py --keep /tmp/debs                       # packages that lie there are not fetched again
   ./train_sessa --data data/prose.txt --seq 8192 --out prose.safetensors
 
-Nothing is installed, and none of the text is part of this repository. prose.md beside the text names each package's version, its
-licence, and how much came of it; the packages' own copyright files are kept beside that, in the folder prose_copyright.
+Nothing is installed, and none of the text is part of this repository. prose_licences.txt beside the text names each package's
+version, its licence, and how much came of it; the packages' own copyright files follow there in full.
 
 A document is one file of a package: HTML, plain text, Perl's pod, the kernel's reStructuredText, or a dictionary. Taken are its
 paragraphs that read as prose: a sentence's length or more, begun with a capital and ended with a mark, nearly all letters, with
@@ -20,6 +20,7 @@ import hashlib
 import html.parser
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -173,46 +174,45 @@ def collect(unpacked, seen):
     return out
 
 
+def write(path, text):
+    try:
+        with open(path + ".part", "w") as file:
+            file.write(text)
+        os.replace(path + ".part", path)
+    except OSError as error:
+        sys.exit(f"{path}: {error.strerror}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--packages", nargs="+", choices=PACKAGES, default=list(PACKAGES), help="only these")
     parser.add_argument("--keep", metavar="FOLDER", help="where packages are kept [nowhere]")
     parser.add_argument("--out", default=os.path.join(os.path.dirname(os.path.abspath(__file__)), "prose.txt"), help="[data/prose.txt]")
     o = parser.parse_args()
-    stem = os.path.splitext(o.out)[0]
-    texts, rows, seen = [], [], set()
+    texts, rows, copyrights, seen = [], [], [], set()
     with tempfile.TemporaryDirectory() as temporary:
         if o.keep:
             os.makedirs(o.keep, exist_ok=True)
-        try:
-            os.makedirs(stem + "_copyright", exist_ok=True)
-        except OSError as error:
-            sys.exit(f"{stem}_copyright: {error.strerror}")
         for package in o.packages:
             path, (name, version) = fetch(package, o.keep or temporary)
             unpacked = os.path.join(temporary, name)
             run(["dpkg-deb", "-x", path, unpacked])
-            made = collect(unpacked, seen)
+            made, version = collect(unpacked, seen), version.replace("%3a", ":")
             try:
-                with open(os.path.join(unpacked, "usr/share/doc", name, "copyright"), "rb") as source:
-                    with open(os.path.join(stem + "_copyright", name), "wb") as file:
-                        file.write(source.read())
+                with open(os.path.join(unpacked, "usr", "share", "doc", name, "copyright"), errors="replace") as file:
+                    copyrights.append(f"\n{'=' * 80}\n{name} {version}\n\n{file.read()}")
             except OSError as error:
                 sys.exit(f"{error.filename}: {error.strerror}")
-            run(["rm", "-rf", unpacked])
-            size = sum(map(len, made))
-            rows.append(f"| {name} | {version.replace('%3a', ':')} | {PACKAGES[package]} | {len(made):,} | {size / 1e6:.1f} |")
+            shutil.rmtree(unpacked)
+            rows.append(f"{name:24s} {version:28s} {PACKAGES[package]:24s} {len(made):6,d} documents {sum(map(len, made)) / 1e6:6.1f} MB")
             print(rows[-1], flush=True)
             texts += made
     Stream(0).shuffle(texts)
     text = "".join(texts)
-    with open(o.out + ".part", "w") as file:
-        file.write(text)
-    os.replace(o.out + ".part", o.out)
     digest = hashlib.sha256(text.encode()).hexdigest()
-    with open(stem + ".md", "w") as file:
-        file.write("| package | version | licence | documents | MB |\n| --- | --- | --- | --- | --- |\n" + "\n".join(rows) + "\n\n")
-        file.write(f"{len(text):,} bytes, sha256 {digest}. The licences are those of most of a package; prose_copyright has them all.\n")
+    told = f"{len(text):,} bytes, sha256 {digest}. A package's licence is that of most of it; all of them follow.\n"
+    write(os.path.splitext(o.out)[0] + "_licences.txt", "\n".join([*rows, "", told, *copyrights]))
+    write(o.out, text)
     print(f"{o.out}: {len(text):,} bytes, {len(set(text))} different, sha256 {digest[:16]}…")
 
 
