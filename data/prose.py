@@ -1,18 +1,22 @@
-"""English prose for long contexts, 50 MB or more, from free books and documentation that Debian packages: data/prose.txt.
+"""English prose for long contexts, 50 MB or more, from free books and documentation that Debian packages:
+data/prose.txt.
 
   data/prose.py                                        # fetches 150 MB of packages with apt-get download; needs Debian
   data/prose.py --packages anarchism perl-doc --out /tmp/some.txt
   data/prose.py --keep /tmp/debs                       # packages that lie there are not fetched again
   ./train_sessa --data data/prose.txt --seq 8192 --out prose.safetensors
 
-Nothing is installed, and none of the text is part of this repository. prose_licences.txt beside the text names each package's
-version, its licence, and how much came of it; the packages' own copyright files follow there in full.
+Nothing is installed, and none of the text is part of this repository. prose_licences.txt beside the text
+names each package's version, its licence, and how much came of it; the packages' own copyright files follow
+there in full.
 
-A document is one file of a package: HTML, plain text, Perl's pod, the kernel's reStructuredText, or a dictionary. Taken are its
-paragraphs that read as prose: a sentence's length or more, begun with a capital and ended with a mark, nearly all letters, with
-the little words of English; no code, no tables, no lists of names, no paragraph twice. Typographic marks become ASCII, and all else
-that is not ASCII loses its paragraph. Paragraphs of a document keep their order, one a line with an empty line after it; documents
-come in random order, the same every time. The text depends on the release of Debian, and so does a loss on it: tell it by its hash.
+A document is one file of a package: HTML, plain text, Perl's pod, the kernel's reStructuredText, or a
+dictionary. Taken are its paragraphs that read as prose: a sentence's length or more, begun with a capital and
+ended with a mark, nearly all letters, with the little words of English; no code, no tables, no lists of
+names, no paragraph twice. Typographic marks become ASCII, and all else that is not ASCII loses its paragraph.
+Paragraphs of a document keep their order, one a line with an empty line after it; documents come in random
+order, the same every time. The text depends on the release of Debian, and so does a loss on it: tell it by
+its hash.
 """
 import argparse
 import gzip
@@ -34,7 +38,7 @@ PACKAGES = {
     "debian-policy": "GPL-2+",
     "debian-reference-en": "GPL-2+",
     "developers-reference": "GPL-2+",
-    "dict-gcide": "GPL-3+",
+    "dict-gcide": "GPL-2+",
     "erlang-doc": "Apache-2.0",
     "git-doc": "GPL-2",
     "harden-doc": "GPL-2+",
@@ -113,13 +117,14 @@ def documents(folder):
     out = []
     for place, folders, names in os.walk(folder):
         folders.sort()
-        if re.search(r"/(po|locale|source/translations|translations)(/|$)", place) or re.search(r"/html/(?!en)[a-z]{2}(-[A-Z]{2})?(/|$)", place):
+        if re.search(r"/(po|locale|translations|html/(?!en)[a-z]{2}(-[A-Z]{2})?)(/|$)", place):
             continue        # other languages
         for name in sorted(names):
             path = os.path.join(place, name)
             kind = re.sub(r"\.(gz|dz)$", "", name).rsplit(".", 1)[-1].lower()
             # a page in another language ends as in .de.html
-            if os.path.islink(path) or name.startswith(("copyright", "changelog")) or re.search(r"\.(?!en)[a-z]{2}(-[a-z]{2})?\.(html|txt)", name):
+            other = re.search(r"\.(?!en)[a-z]{2}(-[a-z]{2})?\.(html|txt)", name)
+            if other or os.path.islink(path) or name.startswith(("copyright", "changelog")):
                 continue
             if kind not in ("html", "htm", "txt", "pod", "rst", "dict"):
                 continue

@@ -1,4 +1,5 @@
-"""Diffuse recall, led there in stages: who matches keys at all, after how many steps, and how far from where it was learned.
+"""Diffuse recall, led there in stages: who matches keys at all, after how many steps, and how far from where
+it was learned.
 
   dev/claims/curriculum.py --models sessa attention --seeds 1 2 3      # about 3 minutes a run on one CPU thread
   dev/claims/curriculum.py --first 1                                   # without stage 0
@@ -11,14 +12,16 @@ A stage starts from the weights of the one before:
   0  2 pairs, keys of one token, no noise      2  4 pairs, keys of three tokens, no noise
   1  2 pairs, keys of three tokens, no noise   3  4 pairs among noise, three quarters of it distractors
 
-the last being claims.md's small setting. --setting large leads to that of the GPU's table, D 128, L 4: after stage 2 come 8 and 16
-pairs without noise, then 16 pairs among noise, 8 of them asked for.
+the last being claims.md's small setting. --setting large leads to that of the GPU's table, D 128, L 4: after
+stage 2 come 8 and 16 pairs without noise, then 16 pairs among noise, 8 of them asked for.
 
-The gate: a stage ends when its validation accuracy is --gate or more, and the next begins; one that has not got there by its last
-step ends the run, "not matched". The last stage is trained to the end of its schedule and tested at lags up to --far. A run is
-stopped and resumed at every validation, so that a stage ends at a step which depends on nothing but the run itself.
+The gate: a stage ends when its validation accuracy is --gate or more, and the next begins; one that has not
+got there by its last step ends the run, "not matched". The last stage is trained to the end of its schedule
+and tested at lags up to --far. A run is stopped and resumed at every validation, so that a stage ends at a
+step which depends on nothing but the run itself.
 
-Folder runs/curriculum: data, one folder a run, its result.json (what is finished is not run again), curriculum.md with the table.
+Folder runs/curriculum: data, one folder a run, its result.json (what is finished is not run again),
+curriculum.md with the table.
 """
 import argparse
 import json
@@ -58,7 +61,8 @@ class Stage:
         return 3 + (self.pairs + queries) * (self.key_length + 1) + noise
 
     def data(self):
-        return ["--pairs", self.pairs, "--queries", self.queries or self.pairs, "--key-length", self.key_length, "--shared", self.key_length - 1]
+        return ["--pairs", self.pairs, "--queries", self.queries or self.pairs,
+                "--key-length", self.key_length, "--shared", self.key_length - 1]
 
 
 SMALL = [
@@ -81,12 +85,14 @@ TESTS = [((65, 256), 400), ((257, 512), 150), ((513, 1024), 100), ((1025, 2048),
 
 
 def plateau(pairs, queries, symbols=128, repeat=False, n=20000):
-    """Accuracy of who knows an example's values, strikes out those given, and matches no key: it says the commonest of those left."""
+    """Accuracy of who knows an example's values, strikes out those given, and matches no key: it says the commonest of
+    those left, which is the best that can be done, for the order of the queries tells nothing."""
     random, hits = np.random.default_rng(0), 0
     for _ in range(n):
         values = random.integers(0, symbols, pairs)
         left = np.bincount(values, minlength=symbols)
-        for value in values[random.integers(0, pairs, queries) if repeat else random.permutation(pairs)[:queries]]:
+        asked = random.integers(0, pairs, queries) if repeat else random.permutation(pairs)[:queries]
+        for value in values[asked]:
             hits += left.argmax() == value
             left[value] -= not repeat
     return hits / n / queries
@@ -98,9 +104,11 @@ def call(command, o):
     if o.dry_run:
         print("$", " ".join(command))
         return ""
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", env={"OMP_NUM_THREADS": "1", **os.environ})
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace",
+                          env={"OMP_NUM_THREADS": "1", **os.environ})
     if done.returncode:
-        sys.exit(f"{' '.join(command)}: exit code {done.returncode}: {(done.stderr.strip().splitlines() or ['no word said'])[-1]}")
+        said = (done.stderr.strip().splitlines() or ["no word said"])[-1]
+        sys.exit(f"{' '.join(command)}: exit code {done.returncode}: {said}")
     return done.stdout
 
 
@@ -111,15 +119,16 @@ def make_data(o):
     for i, stage in enumerate(o.stages):
         prefixes[i] = os.path.join(o.folder, "data", f"stage{i}")
         if i >= o.first and not os.path.exists(prefixes[i] + "_val.safetensors"):
-            call([*script, *stage.data(), *extra, "--lag", *stage.lag, "--train", o.train or stage.train, "--val", 400, "--test", 0,
-                  "--prefix", prefixes[i]], o)
+            call([*script, *stage.data(), *extra, "--lag", *stage.lag, "--train", o.train or stage.train, "--val", 400,
+                  "--test", 0, "--prefix", prefixes[i]], o)
     for lags, n in TESTS:
         if lags[0] > o.far:
             continue
         prefix = os.path.join(o.folder, "data", f"far{lags[1]}")
         tests.append(prefix + "_test.safetensors")
         if not os.path.exists(tests[-1]):
-            call([*script, *o.stages[-1].data(), *extra, "--lag", *o.stages[-1].lag, "--test-lag", *lags, "--train", 0, "--val", 0,
+            last = o.stages[-1]
+            call([*script, *last.data(), *extra, "--lag", *last.lag, "--test-lag", *lags, "--train", 0, "--val", 0,
                   "--test", n, "--prefix", prefix], o)
     return prefixes, tests
 

@@ -1,4 +1,5 @@
-"""The knife: cuts one path of a trained model, in its file, without training; the same program then tells what the path carried.
+"""The knife: cuts one path of a trained model, in its file, without training; the same program then tells
+what the path carried.
 
   dev/claims/knife.py sessa.best.safetensors --cut feedback 1 --out cut.safetensors
   ./train_sessa --load cut.safetensors --val far_test.safetensors --eval
@@ -11,7 +12,8 @@ Cuts, of a layer or of all layers (`all`), each exact, for what is set to zero i
   even-feedback    q' = 0: every score is 0, and α_tj = 1/t for all j < t. Its gain stays: the path sums, and chooses nothing
   even-attention   q = 0: every score is 0, rotated or not, and position t attends to all j ≤ t alike
 
-A trained model was never shown its cut self, so a loss says that the path is used, and not that it could not be done without.
+A trained model was never shown its cut self, so a loss says that the path is used, and not that it could not
+be done without.
 """
 import argparse
 import json
@@ -106,7 +108,8 @@ def try_all(checkpoint, o):
                 continue
             checkpoint.write(path, data)
             results[name] = evaluate(o.program, path, o.sets)
-            shown = [f"{a:.3f}" if a is not None else f"loss {loss:.3f}" for a, loss in zip(results[name]["accuracy"], results[name]["loss"])]
+            shown = [f"loss {loss:.3f}" if accuracy is None else f"{accuracy:.3f}"
+                     for accuracy, loss in zip(results[name]["accuracy"], results[name]["loss"])]
             print(f"| {name} | " + " | ".join(shown) + " |", flush=True)
     return results
 
@@ -114,7 +117,8 @@ def try_all(checkpoint, o):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("weights", help="a checkpoint, or a run's file")
-    parser.add_argument("--cut", nargs=2, action="append", default=[], metavar=("KIND", "LAYER"), help="one cut; may be given again")
+    parser.add_argument("--cut", nargs=2, action="append", default=[], metavar=("KIND", "LAYER"),
+                        help="one cut; may be given again")
     parser.add_argument("--out", help="the file with the cuts")
     parser.add_argument("--try", nargs="+", dest="sets", metavar="SET", help="evaluate every single cut on these")
     parser.add_argument("--json", help="keep what --try found, for plot_recall.py")

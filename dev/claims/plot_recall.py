@@ -1,10 +1,12 @@
-"""Accuracy by lag, as knife.py and curriculum.py found it: one line a cut of a model, what it was trained on shaded.
+"""Accuracy by lag, as knife.py and curriculum.py found it: one line a cut of a model, what it was trained on
+shaded.
 
   dev/claims/plot_recall.py sessa.json --cuts "as it is" "feedback 0" "feedback 1" --out knife.svg
   dev/claims/plot_recall.py sessa.json attention.json --names Sessa Transformer --cuts "as it is" "feedback all" --out recall.svg
   dev/claims/plot_recall.py runs/curriculum/sessa_*/result.json --out seeds.svg      # one line a run
 
-A bin of lags is drawn at its geometric middle; bars are two standard errors, of a bin's targets taken as independent.
+A bin of lags is drawn at its geometric middle; bars are two standard errors, of a bin's targets taken as
+independent.
 """
 import argparse
 import json
@@ -40,8 +42,8 @@ def main():
     parser.add_argument("--title", default="")
     parser.add_argument("--out", default="recall.svg", help="[recall.svg]")
     o = parser.parse_args()
-    names = o.names or [os.path.basename(os.path.dirname(os.path.abspath(p))) if os.path.basename(p) == "result.json" else
-                        os.path.splitext(os.path.basename(p))[0] for p in o.files]
+    names = o.names or [os.path.basename(os.path.dirname(os.path.abspath(path))) if path.endswith("result.json") else
+                        os.path.splitext(os.path.basename(path))[0] for path in o.files]
     if len(names) != len(o.files):
         parser.error(f"{len(names)} names for {len(o.files)} files")
 
@@ -52,11 +54,12 @@ def main():
             points = [(low * 2 ** 0.5, a, 2 * (a * (1 - a) / n) ** 0.5) for low, (a, n) in sorted(by_lag.items()) if n >= o.fewest]
             if points and (not o.cuts or cut in o.cuts):
                 x, y, error = zip(*points)
-                axis.errorbar(x, y, error, color=f"C{i % 10}", ls=("-", "--", ":", "-.")[k % 4], marker="o^sv"[k % 4], ms=4, lw=1.4,
-                              capsize=2, label=name if cut == "as it is" else f"{name}, {cut}")
+                axis.errorbar(x, y, error, color=f"C{i % 10}", ls=("-", "--", ":", "-.")[k % 4], marker="o^sv"[k % 4],
+                              ms=4, lw=1.4, capsize=2, label=name if cut == "as it is" else f"{name}, {cut}")
     for accuracy, name in o.level:
         axis.axhline(float(accuracy), color="0.5", lw=0.8)
-        axis.annotate(name, (1, float(accuracy)), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8, color="0.4")
+        axis.annotate(name, (1, float(accuracy)), xycoords=("axes fraction", "data"), ha="right", va="bottom",
+                      fontsize=8, color="0.4")
     axis.set_xscale("log", base=2)
     axis.set_ylim(0, 1.02)
     axis.set_xlabel("lag, tokens")

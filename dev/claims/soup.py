@@ -1,29 +1,33 @@
-"""SymbolSoup's best possible accuracy: the exact posterior of the class, all that the generator hides summed out. Needs numpy.
+"""SymbolSoup's best possible accuracy: the exact posterior of the class, all that the generator hides summed
+out. Needs numpy.
 
   dev/claims/soup.py                                          # 20,000 fresh examples of the defaults: the optimum, and the ladder
   dev/claims/soup.py --min-tokens 900 --max-tokens 1024 -n 4000
   dev/claims/soup.py --lengths                                # the table of dev/claims.md, optimum by length
   dev/claims/soup.py --author data/symbol_soup_seed0          # the author's own examples
 
-Who sees an example's text sees the five parts, as the marks stand between them. Noise is uniform whatever the class, and the lengths
-of all parts are drawn without looking at it, so two blocks x and y are all that tells, left or right in an even chance of order:
+Who sees an example's text sees the five parts, as the marks stand between them. Noise is uniform whatever the
+class, and the lengths of all parts are drawn without looking at it, so two blocks x and y are all that tells,
+left or right in an even chance of order:
 
   P(left l, right r | text) ∝ P_l(x) P_r(y) + P_r(x) P_l(y),        all 20 classes being equally likely before
 
-What is P_s(x), the probability that style s, asked for n letters, writes x_1 … x_n? The generator adds events until the block is
-full. With k letters missing and b the clean letter before (a block's first has none) it adds
+What is P_s(x), the probability that style s, asked for n letters, writes x_1 … x_n? The generator adds events
+until the block is full. With k letters missing and b the clean letter before (a block's first has none) it
+adds
 
   with probability 1 - m_k   a letter c, with probability T_s(c | b)                        m_k = 0.3 if k ≥ 3, else 0
   with probability m_k       a motif u = u_1 … u_j, j ≤ k, with probability w_s(u) / Σ_{|v| ≤ k} w_s(v)
 
-and in the end a clean letter c is seen as x with probability E(c, x): 0.97 if x is c, 0.03/15 if not. Nothing remembers more than b
-and k. So let β_k(b) be the probability of the last k letters of what is seen, given k missing after b: β_0 = 1, and with x' these
-last k letters
+and in the end a clean letter c is seen as x with probability E(c, x): 0.97 if x is c, 0.03/15 if not. Nothing
+remembers more than b and k. So let β_k(b) be the probability of the last k letters of what is seen, given k
+missing after b: β_0 = 1, and with x' these last k letters
 
   β_k(b) = (1 - m_k) Σ_c T_s(c | b) E(c, x'_1) β_{k-1}(c)  +  m_k Σ_u w_s(u)/Σ_v w_s(v) Π_i E(u_i, x'_i) β_{k-j}(u_j)
 
-P_s(x) is β_n(none): 17 numbers a style, carried from a block's end to its beginning. The sum over all ways to write x, and over all
-replaced letters, is exact. The ladder is what is left if less is known, and is named by what is known:
+P_s(x) is β_n(none): 17 numbers a style, carried from a block's end to its beginning. The sum over all ways to
+write x, and over all replaced letters, is exact. The ladder is what is left if less is known, and is named by
+what is known:
 
   letters of the text          how often each stands in the text, marks unseen: a mixture of noise and two styles, its parts unknown
   pairs of the text            how often each pair of neighbours does: the chain of pairs that this mixture has
@@ -31,9 +35,10 @@ replaced letters, is exact. The ladder is what is left if less is known, and is 
   letters, blocks apart        a style's letters as independent
   pairs, blocks apart          a style's letters as a Markov chain
 
-with the styles' letters and pairs of letters as an endless block has them. These six are predictors, not bounds: what treats letters
-as independent is not the best that can be made of them, and expects more of itself than it reaches. The exact posterior's accuracy
-is told twice, by hits and by the mean of its largest posterior, which has the smaller error.
+with the styles' letters and pairs of letters as an endless block has them. These six are predictors, not
+bounds: what treats letters as independent is not the best that can be made of them, and expects more of
+itself than it reaches. The exact posterior's accuracy is told twice, by hits and by the mean of its largest
+posterior, which has the smaller error.
 """
 import argparse
 import csv
@@ -157,11 +162,11 @@ def counts(row):
 
 
 def mixture(letters, pairs, model_pairs, noise_parts):
-    """(N,20): the posterior where it is not known which letter comes from which part. In a mixture of noise and the two styles a pair
-    has probability p(c, d); the text is Π p(d | c) over its pairs, or, pairs None, Π p(c) over its letters; and the shares of noise
-    and of the left block among the letters are any, all equally likely."""
+    """(N,20): the posterior where it is not known which letter comes from which part. In a mixture of noise and the
+    two styles a pair has probability p(c, d); the text is Π p(d | c) over its pairs, or, pairs None, Π p(c) over its
+    letters; and the shares of noise and of the left block among the letters are any, all equally likely."""
     total = np.full((len(letters), symbolsoup.CLASSES), -np.inf)
-    left_style, right_style = (model_pairs[i] for i in (np.repeat(range(4), 5), np.tile(range(4, 9), 4)))       # (20,16,16)
+    left_style, right_style = model_pairs[np.repeat(range(4), 5)], model_pairs[np.tile(range(4, 9), 4)]     # (20,16,16)
     for noise in noise_parts:
         for left in np.arange(0.025, 1, 0.05):
             p = noise / 256 + (1 - noise) * (left * left_style + (1 - left) * right_style)
@@ -216,7 +221,8 @@ def read_author(folder):
             sys.exit(f"{error.filename}: {error.strerror}")
         for row in rows:
             lines = row["Text"].split("\n")[1::2]
-            out.append((int(row["Answer"].removeprefix("CLASS_")), [[symbolsoup.LETTERS.index(c) for c in x.split(" ")] for x in lines]))
+            parts = [[symbolsoup.LETTERS.index(c) for c in x.split(" ")] for x in lines]
+            out.append((int(row["Answer"].removeprefix("CLASS_")), parts))
     return out
 
 
@@ -247,7 +253,8 @@ def main():
             tell(name, q, labels)
         tell("exact", best, labels)
         left, right = best.reshape(-1, 4, 5).sum(2), best.reshape(-1, 4, 5).sum(1)
-        print(f"exact, the left style alone {(left.argmax(1) == labels // 5).mean():.4f}, the right {(right.argmax(1) == labels % 5).mean():.4f}")
+        print(f"exact, the left style alone {(left.argmax(1) == labels // 5).mean():.4f}, "
+              f"the right {(right.argmax(1) == labels % 5).mean():.4f}")
         shorter = np.array([min(len(x[1]), len(x[3])) for x in parts])
         for low, high in ((1, 4), (5, 9), (10, 19), (20, 39), (40, 79), (80, 999)):
             these = (low <= shorter) & (shorter <= high)

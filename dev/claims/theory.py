@@ -1,30 +1,31 @@
-"""What the theory says of even weights, computed and drawn: influence that does not decay, and position out of nothing. Needs numpy
-and, for the pictures, matplotlib.
+"""What the theory says of even weights, computed and drawn: influence that does not decay, and position out
+of nothing. Needs numpy and, for the pictures, matplotlib.
 
   dev/claims/theory.py                                    # both tables
   dev/claims/theory.py --profiles profiles.svg --position position.svg
 
-PROFILES. With all feedback weights even, U_tj = 1/t for j < t, and a constant gain γ, the layer's all-hop matrix is closed:
+PROFILES. With all feedback weights even, U_tj = 1/t for j < t, and a constant gain γ, the layer's all-hop
+matrix is closed:
 
   S = (I - γU)^-1 - I,    S_tj = γ · Γ(j+1)/Γ(j+1+γ) · Γ(t+γ)/Γ(t+1) ≈ γ (j+1)^-γ t^(γ-1)            for j < t
 
-A source at j is weaker by (j+1)^-γ, for it joins a mean of j others. Let the values make up for that, r_j = (j+1)^γ, and stack k
-residual layers y = x + S diag(r) x. From a source at τ one layer gives γ t^(γ-1), and each further layer sums over where the way
-may halt, Σ_j γ t^(γ-1) γ j^(γ-1) ≈ γ t^(2γ-1), so that
+A source at j is weaker by (j+1)^-γ, for it joins a mean of j others. Let the values make up for that, r_j =
+(j+1)^γ, and stack k residual layers y = x + S diag(r) x. From a source at τ one layer gives γ t^(γ-1), and
+each further layer sums over where the way may halt, Σ_j γ t^(γ-1) γ j^(γ-1) ≈ γ t^(2γ-1), so that
 
   k layers fall, or rise, as t^(kγ-1):    for γ = 0.5 the second is level and the third grows.
 
-Even attention, 1/(t+1) for j ≤ t, with the same gain r: t^-1, then t^-1 Σ_j j^γ j^-1 ≈ t^(γ-1)/γ, and so on: t^((k-1)γ-1), one layer
-behind. Without the gain t^-1 (log t)^(k-1). So what separates the two is one layer in this family, and the theorem's premise that a
-Transformer's gains are bounded; the picture shows both.
+Even attention, 1/(t+1) for j ≤ t, with the same gain r: t^-1, then t^-1 Σ_j j^γ j^-1 ≈ t^(γ-1)/γ, and so on:
+t^((k-1)γ-1), one layer behind. Without the gain t^-1 (log t)^(k-1). So what separates the two is one layer in
+this family, and the theorem's premise that a Transformer's gains are bounded; the picture shows both.
 
-POSITION. Feed the feedback path a constant 1: s_0 = 1, s_t = 1 + γ · mean of s before t. With e_t = 1/(1-γ) - s_t that is
-e_t = γ · mean of e before t, the impulse's own equation, so
+POSITION. Feed the feedback path a constant 1: s_0 = 1, s_t = 1 + γ · mean of s before t. With e_t = 1/(1-γ) -
+s_t that is e_t = γ · mean of e before t, the impulse's own equation, so
 
   s_t = 1/(1-γ) - γ²/(1-γ) · Γ(t+γ) / (Γ(1+γ) Γ(t+1)),    t ≥ 1
 
-strictly rising for 0 < γ < 1, each position its own number, neighbours t^(γ-2) apart. Attention without a position encoding, whatever
-its weights, returns the constant: its rows sum to 1.
+strictly rising for 0 < γ < 1, each position its own number, neighbours t^(γ-2) apart. Attention without a
+position encoding, whatever its weights, returns the constant: its rows sum to 1.
 """
 import argparse
 import math
@@ -71,7 +72,8 @@ def position(gain, T):
     return np.concatenate(([1.0], (1 - gain ** 2 * ratio) / (1 - gain)))
 
 
-FAMILIES = (("feedback", "feedback", True, lambda k, g: k * g - 1), ("even attention, same gain", "attention", True, lambda k, g: (k - 1) * g - 1),
+FAMILIES = (("feedback", "feedback", True, lambda k, g: k * g - 1),
+            ("even attention, same gain", "attention", True, lambda k, g: (k - 1) * g - 1),
             ("even attention", "attention", False, lambda k, g: -1.0))
 
 
@@ -100,7 +102,8 @@ def main():
             curves.append((name, k, x))
             told = f"{theory(k, o.gamma):+.2f}" + (", logarithms apart" if not compensated and k > 1 else "")
             print(f"| {name} | {k} | {told} | {slope(x, o.source, low, high):+.4f} |")
-    print("\n| a constant, γ | s_1 | s_10 | s_100 | s_1000 | limit | worst point against the closed form |\n" + "| --- " * 7 + "|")
+    print("\n| a constant, γ | s_1 | s_10 | s_100 | s_1000 | limit | worst point against the closed form |")
+    print("| --- " * 7 + "|")
     codes = [(g, feedback(np.ones(o.length), g)) for g in (0.3, 0.5, 0.7, 0.9)]
     for g, s in codes:
         shown = " | ".join(f"{s[t]:.4f}" for t in (1, 10, 100, 1000) if t < o.length)
@@ -112,7 +115,8 @@ def main():
         for i, (name, *_) in enumerate(FAMILIES):
             for k, x in [(k, x) for other, k, x in curves if other == name]:
                 lags = np.unique(np.geomspace(1, high - 1, 200).astype(int))
-                axes[i].loglog(lags, x[o.source + lags], lw=1.6, label=f"{k} layer{'s' * (k > 1)}: slope {slope(x, o.source, low, high):+.2f}")
+                fitted = slope(x, o.source, low, high)
+                axes[i].loglog(lags, x[o.source + lags], lw=1.6, label=f"{k} layer{'s' * (k > 1)}: slope {fitted:+.2f}")
             axes[i].set_title(f"{name}, γ {o.gamma:g}" if i < 2 else name)
             axes[i].set_xlabel("lag")
             axes[i].grid(alpha=0.3)
