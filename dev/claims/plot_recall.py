@@ -55,7 +55,7 @@ def main():
             if points and (not o.cuts or cut in o.cuts):
                 x, y, error = zip(*points)
                 axis.errorbar(x, y, error, color=f"C{i % 10}", ls=("-", "--", ":", "-.")[k % 4], marker="o^sv"[k % 4],
-                              ms=4, lw=1.4, capsize=2, label=name if cut == "as it is" else f"{name}, {cut}")
+                              ms=4, lw=1.4, capsize=2, label=name if cut == "as it is" else f"{name}, cut: {cut}")
     for accuracy, name in o.level:
         axis.axhline(float(accuracy), color="0.5", lw=0.8)
         axis.annotate(name, (1, float(accuracy)), xycoords=("axes fraction", "data"), ha="right", va="bottom",
