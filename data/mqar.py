@@ -13,10 +13,16 @@ Every key has its own value; every query is one of the keys, in random order, an
 the values' tokens after <query>, each at the token before it. The noise looks like more pairs: a part of it (--distractors) are
 keys of this example with their last tokens changed, followed by a random value, the others are random tokens of the alphabets.
 
-The lag of a target is the number of tokens between the value's place after <query> and its place among the pairs; the tensor
-`lags` (N,T) holds it, 0 where there is no target. An example's lag, drawn uniformly from LOW to HIGH (--lag for training and
-validation, --test-lag for the test: up to four times as far), is the one from the middle of the pairs to the middle of the
-queries, and decides how much noise there is. Shorter examples are filled up at their end. The same seed gives the same bytes.
+Whoever knows the values but matches no key can still strike out those already given as answers, and scores
+(1/K + 1/(K-1) + … + 1/(K-Q+1)) / Q of K pairs and Q queries, and a little more, as two keys may have the same value
+(dev/claims/curriculum.py --plateau counts it). With --repeat each query is any of the keys, whatever was asked before: nothing
+can be struck out, and what remains is 1/K and a little more. A key asked for again has its answer nearby, which its lag says.
+
+The lag of a target is the number of tokens between the value's place after <query> and its place among the pairs, or behind the
+last query for the same key; the tensor `lags` (N,T) holds it, 0 where there is no target. An example's lag, drawn uniformly from
+LOW to HIGH (--lag for training and validation, --test-lag for the test: up to four times as far), is the one from the middle of
+the pairs to the middle of the queries, and decides how much noise there is. Shorter examples are filled up at their end. The same
+seed gives the same bytes.
 """
 import argparse
 import os
@@ -59,10 +65,14 @@ def example(stream, o, lag):
             ids.append(SPECIAL + stream.integer(0, o.key_symbols + o.value_symbols - 1))
     ids[end:] = [QUERY]
     targets, lags = [-1] * len(ids), [0] * len(ids)
-    stream.shuffle(keys)
+    if o.repeat:
+        keys = [keys[stream.integer(0, o.pairs - 1)] for _ in range(o.queries)]
+    else:
+        stream.shuffle(keys)
     for key in keys[:o.queries]:
         value = pairs[key]
         far = len(ids) + o.key_length - place[key]
+        place[key] += far
         ids += key + value
         targets += [-1] * (o.key_length - 1) + list(value) + [-1]
         lags += [0] * (o.key_length - 1) + [far] * o.value_length + [0]
@@ -86,6 +96,7 @@ def parse(arguments=None):
             ("value-symbols", 128, "alphabet of the values"), ("value-length", 1, "tokens of a value"),
             ("pairs", 16, "pairs of an example"), ("queries", 8, "of them asked for"), ("seed", 0, "of the examples")):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} [{default}]")
+    parser.add_argument("--repeat", action="store_true", help="a query may be for a key that was asked for before")
     parser.add_argument("--distractors", type=float, default=0.75, help="part of the noise's draws that are distractors [0.75]")
     parser.add_argument("--lag", type=int, nargs=2, default=(64, 192), metavar=("LOW", "HIGH"), help="training and validation [64 192]")
     parser.add_argument("--test-lag", type=int, nargs=2, default=(193, 768), metavar=("LOW", "HIGH"), help="[193 768]")
@@ -94,8 +105,8 @@ def parse(arguments=None):
     o = parser.parse_args(arguments)
     if min(o.train, o.val, o.test, o.seed) < 0:
         parser.error("numbers of examples and the seed must not be negative")
-    if min(o.key_symbols, o.value_symbols, o.value_length, o.queries) < 1 or o.queries > o.pairs:
-        parser.error("alphabets and lengths must be positive, and there can be no more queries than pairs")
+    if min(o.key_symbols, o.value_symbols, o.value_length, o.queries) < 1 or (o.queries > o.pairs and not o.repeat):
+        parser.error("alphabets and lengths must be positive, and there can be no more queries than pairs without --repeat")
     if not 0 <= o.shared < o.key_length or o.pairs > o.key_symbols ** o.key_length / 2:
         parser.error("--shared must be less than --key-length, and --pairs at most half of all keys")
     if not 0 <= o.distractors <= 1:
@@ -110,6 +121,8 @@ def main():
     o = parse()
     settings = {name: getattr(o, name) for name in ("key_symbols", "key_length", "shared", "value_symbols", "value_length", "pairs",
                                                     "queries", "distractors", "seed")}
+    if o.repeat:
+        settings["repeat"] = 1
     for i, (split, lags) in enumerate((("train", o.lag), ("val", o.lag), ("test", o.test_lag))):
         n, path = getattr(o, split), f"{o.prefix}_{split}.safetensors"
         if not n:

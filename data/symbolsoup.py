@@ -2,6 +2,7 @@
 
   data/symbolsoup.py                                   # data/symbolsoup_{train,val,test}.safetensors: 20,000, 2,000, 2,000
   data/symbolsoup.py --train 500 --val 100 --test 100 --seed 3 --prefix /tmp/soup
+  data/symbolsoup.py --min-tokens 900 --max-tokens 1024 --train 100000 --prefix /tmp/long    # longer texts are easier
   ./train_sessa --data data/symbolsoup_train.safetensors --val data/symbolsoup_val.safetensors --dim 256 --layers 4 \
     --out symbolsoup.safetensors
 
@@ -11,14 +12,16 @@ The task is that of the Sessa paper (arXiv 2604.18580), written anew from its de
 
 in tokens: letters a to p with a space between two, each of the ten parts on a line of its own. One block is written in one of
 four left styles, the other in one of five right styles, in random order: 20 classes, equally many of each. The only target is
-the class, at <label>. The same seed gives the same bytes.
+the class, at <label>. The same seed gives the same bytes. dev/claims/soup.py computes the best possible accuracy.
 """
 import argparse
 import itertools
 import os
 from dataclasses import dataclass
 
-from examples import Stream, padded, write_examples
+import numpy as np
+
+from examples import Stream, write_examples
 
 LETTERS = "abcdefghijklmnop"
 TOKENS = list(LETTERS) + [" ", "\n", "<bos>", "<sep1>", "<sep2>", "<sep>", "<label>"]      # the classes' tokens follow
@@ -121,22 +124,31 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for split, n in (("train", 20000), ("val", 2000), ("test", 2000)):
         parser.add_argument(f"--{split}", type=int, default=n, help=f"examples, 0: no such file [{n}]")
+    for name, text in (("min_tokens", "of the shortest text"), ("max_tokens", "of the longest; what is shorter is filled up at its end")):
+        n = getattr(Parameters, name)
+        parser.add_argument("--" + name.replace("_", "-"), type=int, default=n, help=f"tokens {text} [{n}]")
     parser.add_argument("--seed", type=int, default=0, help="[0]")
     parser.add_argument("--prefix", default=os.path.join(os.path.dirname(os.path.abspath(__file__)), "symbolsoup"),
                         help="files are PREFIX_train.safetensors … [data/symbolsoup]")
     o = parser.parse_args()
     if min(o.train, o.val, o.test, o.seed) < 0:
         parser.error("numbers of examples and the seed must not be negative")
-    p = Parameters()
+    if o.min_tokens < 23 or -(-(o.min_tokens - 13) // 2) > (o.max_tokens - 13) // 2:      # 3 letters of noise, 1 of each block
+        parser.error("a text has 23 tokens or more, and an odd number: none has --min-tokens to --max-tokens of them")
+    p = Parameters(min_tokens=o.min_tokens, max_tokens=o.max_tokens)
+    # the defaults are told by no metadata: their files stay the same bytes
+    told = {} if p == Parameters() else {"min_tokens": p.min_tokens, "max_tokens": p.max_tokens}
     for i, split in enumerate(("train", "val", "test")):
         n, path = getattr(o, split), f"{o.prefix}_{split}.safetensors"
         if not n:
             continue
         made = examples(n, [o.seed, i], p)
-        rows = [tokens(parts) for _, parts in made]
-        inputs = padded(rows, p.max_tokens, NEWLINE)
-        targets = padded([[-1] * (len(row) - 1) + [len(TOKENS) + label] for row, (label, _) in zip(rows, made)], p.max_tokens, -1)
-        write_examples(path, {"vocab_size": len(TOKENS) + CLASSES, "task": "symbolsoup", "split": split, "seed": o.seed},
+        inputs, targets = np.full((n, p.max_tokens), NEWLINE, np.int8), np.full((n, p.max_tokens), -1, np.int8)
+        for row, (label, parts) in enumerate(made):
+            ids = tokens(parts)
+            inputs[row, :len(ids)] = ids
+            targets[row, len(ids) - 1] = len(TOKENS) + label
+        write_examples(path, {"vocab_size": len(TOKENS) + CLASSES, "task": "symbolsoup", "split": split, "seed": o.seed, **told},
                        inputs=inputs, targets=targets)
         print(f"{path}: {n} examples of {p.max_tokens} tokens, vocabulary {len(TOKENS) + CLASSES}")
 

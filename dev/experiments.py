@@ -5,9 +5,11 @@ path, on the same data for as many steps, two seeds each. One entry a table; it 
   dev/experiments.py mqar --small                       # an hour or so on a CPU: small models that do learn
   dev/experiments.py symbolsoup                         # the real thing, on a GPU
   dev/experiments.py mqar --models mamba2 --seeds 1337 --program ./train_sessacu
+  dev/experiments.py symbolsoup-200k --models mamba2 --seeds 101 --lr 2e-3     # one point of a sweep; its runs have names of their own
   dev/experiments.py tinyshakespeare --dry-run          # prints the commands
 
-Entries: symbolsoup (accuracy on its test set), mqar (accuracy by lag, up to four times the lags trained on), simplestories
+Entries: symbolsoup (accuracy on its test set), symbolsoup-200k (the same with 200,000 examples), symbolsoup-long (100,000 of 900 to
+1,024 tokens), mqar (accuracy by lag, up to four times the lags trained on), simplestories
 (perplexity), tinyshakespeare (validation loss). Data that is not there is made or fetched by the scripts of data/. Runs are kept in
 FOLDER: one that is finished is not run again, one that was stopped goes on. The programs are built with make.
 """
@@ -24,14 +26,34 @@ import match
 
 ROOT = os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
+# lines behind SymbolSoup's curves: what can be had by whom (dev/claims/soup.py)
+LADDER = (("0.447", "pairs of the text"), ("0.607", "blocks apart, letters"), ("0.791", "pairs"), ("0.820", "best possible"))
+
 # (width, depth, heads of Sessa), vocabulary, how the data is made, files, options of every run, what is measured
 ENTRIES = {
     "symbolsoup": {
-        "metric": "accuracy", "vocab": 43, "real": (256, 4, 4), "quick": (32, 2, 2),
+        "metric": "accuracy", "vocab": 43, "real": (256, 4, 4), "quick": (32, 2, 2), "levels": LADDER,
         "make": {"real": ["symbolsoup.py"], "quick": ["symbolsoup.py", "--train", "600", "--val", "100", "--test", "200"]},
         "options": {
             "real": {"steps": 4368, "batch": 64, "lr": 3e-4, "warmup": 200, "beta2": 0.95, "dropout": 0.2, "eval-every": 312, "eval-batches": 32},
             "quick": {"steps": 60, "batch": 8, "lr": 1e-3, "warmup": 10, "eval-every": 30, "eval-batches": 4}}},
+    "symbolsoup-200k": {
+        "metric": "accuracy", "vocab": 43, "real": (256, 4, 4), "quick": (32, 2, 2), "levels": LADDER,
+        "make": {"real": ["symbolsoup.py", "--train", "200000", "--val", "3200", "--test", "8000", "--seed", "11"],
+                 "quick": ["symbolsoup.py", "--train", "600", "--val", "100", "--test", "200", "--seed", "11"]},
+        "options": {
+            "real": {"steps": 8000, "batch": 64, "lr": 5e-4, "warmup": 200, "beta2": 0.95, "eval-every": 500, "eval-batches": 10},
+            "quick": {"steps": 60, "batch": 8, "lr": 1e-3, "warmup": 10, "eval-every": 30, "eval-batches": 4}}},
+    "symbolsoup-long": {
+        "metric": "accuracy", "vocab": 43, "real": (256, 4, 4), "quick": (32, 2, 2),
+        "levels": (("0.773", "blocks apart, letters"), ("0.894", "pairs"), ("0.911", "best possible")),
+        "make": {"real": ["symbolsoup.py", "--train", "100000", "--val", "3200", "--test", "8000", "--seed", "21",
+                          "--min-tokens", "900", "--max-tokens", "1024"],
+                 "quick": ["symbolsoup.py", "--train", "300", "--val", "50", "--test", "100", "--seed", "21",
+                           "--min-tokens", "900", "--max-tokens", "1024"]},
+        "options": {
+            "real": {"steps": 5000, "batch": 64, "lr": 5e-4, "warmup": 200, "beta2": 0.95, "eval-every": 500, "eval-batches": 10},
+            "quick": {"steps": 20, "batch": 4, "lr": 1e-3, "warmup": 10, "eval-every": 10, "eval-batches": 4}}},
     "mqar": {
         "metric": "lag", "vocab": 147, "real": (128, 4, 4), "small": (64, 2, 4), "quick": (32, 2, 2),
         "make": {"real": ["mqar.py", "--train", "100000"],
@@ -146,6 +168,11 @@ def run_entry(name, entry, o):
         options["steps"] = o.steps
     if o.batch:
         options["batch"] = o.batch
+    tag = ""
+    if o.lr:
+        options["lr"], tag = o.lr, f"_lr{o.lr:g}"
+    if o.warmup is not None:
+        options["warmup"], tag = o.warmup, f"{tag}_warmup{o.warmup}"
     D, L, H = entry[setting]
     results, logs, columns = [], [], []
     for title, shape in match.rows(entry["vocab"], match.Shape("sessa", D, L, H), state_dim=16 if o.quick else 64):
@@ -154,7 +181,7 @@ def run_entry(name, entry, o):
             continue
         last, tests = [], []
         for seed in o.seeds:
-            stem = os.path.join(folder, f"{name}_{key}_{seed}")
+            stem = os.path.join(folder, f"{name}_{key}_{seed}{tag}")
             lines = train(stem, shape, seed, data, options, o)
             if not lines:   # a dry run
                 continue
@@ -188,7 +215,7 @@ def run_entry(name, entry, o):
     seeds = " and ".join(map(str, o.seeds))
     text = f"### {name}\n\nSeeds {seeds}: mean (each); the weights of the lowest validation loss. `{told}`\n\n"
     text += "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
-    path = os.path.join(folder, name + ".md")
+    path = os.path.join(folder, name + tag + ".md")
     with open(path, "w") as file:
         file.write(text)
     print("\n" + text)
@@ -198,7 +225,8 @@ def run_entry(name, entry, o):
         print("no curves: matplotlib is not installed")
         return
     call([sys.executable, os.path.join(ROOT, "dev", "plot_training.py"), *(path for path, _ in logs), "--names",
-          *(label for _, label in logs), "--title", name, "--out", os.path.join(folder, name + ".svg")], False)
+          *(label for _, label in logs), *(word for level in entry.get("levels", ()) for word in ("--level", *level)),
+          "--title", name, "--out", os.path.join(folder, name + tag + ".svg")], False)
 
 
 def main():
@@ -210,6 +238,8 @@ def main():
     parser.add_argument("--seeds", nargs="+", type=int, default=[1337, 1338], help="[1337 1338]")
     parser.add_argument("--steps", type=int, help="in place of the entry's")
     parser.add_argument("--batch", type=int, help="in place of the entry's")
+    parser.add_argument("--lr", type=float, help="in place of the entry's; such runs have names of their own")
+    parser.add_argument("--warmup", type=int, help="the same for the steps of warm-up")
     parser.add_argument("--program", help="[./train_sessa with --quick or --small, else ./train_sessacu]")
     parser.add_argument("--folder", default=os.path.join(ROOT, "runs"), help="[runs]")
     parser.add_argument("--dry-run", action="store_true", help="print the commands only")

@@ -2,6 +2,7 @@
 
   dev/plot_training.py run.jsonl --out run.svg
   dev/plot_training.py sessa.jsonl attention.jsonl mamba2.jsonl --names Sessa Transformer Mamba-2 --out curves.png
+  dev/plot_training.py soup.jsonl --level 0.82 "best possible" --level 0.79 "pairs" --out soup.png       # lines behind the accuracy
 """
 import argparse
 import json
@@ -50,11 +51,16 @@ def main():
     parser.add_argument("logs", nargs="+")
     parser.add_argument("--names", nargs="+", help="one a log [the files' names]")
     parser.add_argument("--out", default="training.svg", help="picture, .svg or .png [training.svg]")
+    parser.add_argument("--level", nargs=2, action="append", default=[], metavar=("ACCURACY", "NAME"), help="a line across; again for more")
     parser.add_argument("--title", default="")
     o = parser.parse_args()
     names = o.names or [os.path.splitext(os.path.basename(path))[0] for path in o.logs]
     if len(names) != len(o.logs):
         parser.error(f"{len(names)} names for {len(o.logs)} logs")
+    try:
+        levels = [(float(accuracy), name) for accuracy, name in o.level]
+    except ValueError:
+        parser.error("--level takes an accuracy and a name")
 
     logs = [read_log(path) for path in o.logs]
     with_accuracy = any("val_accuracy" in line for lines in logs for line in lines)
@@ -69,6 +75,9 @@ def main():
     axes[0, 0].set_ylabel("loss (bold: validation)")
     if with_accuracy:
         axes[0, 1].set_ylabel("validation accuracy")
+        for accuracy, name in levels:
+            axes[0, 1].axhline(accuracy, color="0.6", lw=0.8, zorder=0)
+            axes[0, 1].annotate(name, (0.01, accuracy), xycoords=("axes fraction", "data"), va="bottom", fontsize=7, color="0.4")
     for axis in axes[0]:
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)

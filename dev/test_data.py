@@ -2,8 +2,10 @@
 dev/test_data.py.
 With --program ./train_sessa the program must also read what they write.
 """
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,6 +18,7 @@ DATA = os.path.join(HERE, "..", "data")
 sys.path[:0] = [DATA, HERE]
 import match
 import mqar
+import prose
 import sessa
 import symbolsoup
 from runner import Skip, run_tests
@@ -73,6 +76,32 @@ def test_symbolsoup():
         run("symbolsoup.py", "--train", 20, "--prefix", "/nowhere/x", code=1, output="No such file")
 
 
+def test_bytes():
+    """The defaults' files are byte for byte those of the tables in claims.md, whatever options came since."""
+    want = {"symbolsoup": "1a510cc05636bc7563b050c4ae6e550dc8f2971d7019647f9ef5a77f8446c642",
+            "mqar": "9fb718153f6f86e2b8aa239af8184fed2fe8afd2c38979c960b75c3803d55a5a"}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, digest in want.items():
+            prefix = os.path.join(folder, name)
+            run(name + ".py", "--train", 300, "--val", 0, "--test", 0, "--prefix", prefix)
+            with open(prefix + "_train.safetensors", "rb") as file:
+                assert hashlib.sha256(file.read()).hexdigest() == digest, name
+
+
+def test_symbolsoup_lengths():
+    with tempfile.TemporaryDirectory() as folder:
+        prefix = os.path.join(folder, "x")
+        for low, high in ((23, 24), (30, 41), (900, 1024)):
+            run("symbolsoup.py", "--train", 40, "--val", 0, "--test", 0, "--min-tokens", low, "--max-tokens", high, "--prefix", prefix)
+            targets = load_file(prefix + "_train.safetensors")["targets"]
+            lengths = targets.argmax(1) + 1
+            assert targets.shape == (40, high) and low <= lengths.min() and lengths.max() <= high and (lengths % 2 == 1).all()
+            assert read_metadata(prefix + "_train.safetensors")["min_tokens"] == str(low)
+            assert lengths.max() - lengths.min() >= 0.7 * (high - low - 2)
+    for low, high in ((22, 30), (500, 499), (40, 40)):
+        run("symbolsoup.py", "--min-tokens", low, "--max-tokens", high, code=2, output="none has")
+
+
 def test_mqar():
     """Every answer follows from the pairs alone, lies as far back as it says, and the noise has distractors."""
     with tempfile.TemporaryDirectory() as folder:
@@ -106,7 +135,7 @@ def test_mqar():
             assert low - 60 <= min(means) and max(means) <= high + 60 and np.mean(near) > 0.1
             longest[split] = max(means)
         assert longest["test"] > 3 * longest["train"]
-        last = read_with_program(a + "_train.safetensors", a + "_val.safetensors", "--steps", "1")
+        last = read_with_program(a + "_train.safetensors", a + "_val.safetensors")
         assert last is None or {"64", "128"} <= set(last["accuracy_by_lag"]) <= {"16", "32", "64", "128", "256"}
         run("mqar.py", "--lag", 5, 9, code=2, output="too short")
         run("mqar.py", "--queries", 17, code=2, output="no more queries than pairs")
@@ -127,6 +156,71 @@ def test_mqar_distractors_never_answer():
             else:
                 i += 1
         assert seen > 35
+
+
+def test_mqar_repeat():
+    """With replacement every pair is asked for as often as chance has it, and a lag leads to the nearest place of key and value."""
+    arguments = ["--repeat", "--pairs", "4", "--queries", "6", "--lag", "40", "60"]
+    o, again = mqar.parse(arguments), 0
+    inputs, targets, far = mqar.examples(300, 4, o, o.lag)
+    for ids, answers, lags in zip(inputs.tolist(), targets.tolist(), far.tolist()):
+        query, asked = ids.index(mqar.QUERY), []
+        for at in range(query + 1, query + 1 + 6 * 4, 4):
+            key, value = ids[at:at + 3], ids[at + 3]
+            assert answers[at + 2] == value and lags[at + 2] > 0
+            back = at + 3 - lags[at + 2]
+            assert ids[back - 3:back + 1] == key + [value] and (back < 17 or tuple(key) in asked)
+            assert back > query or tuple(key) not in asked
+            again += back > query
+            asked.append(tuple(key))
+    expected = 1 - 4 * (1 - 0.75 ** 6) / 6
+    assert abs(again / 1800 - expected) < 0.05, again / 1800
+    with tempfile.TemporaryDirectory() as folder:
+        run("mqar.py", *arguments, "--train", 20, "--val", 20, "--test", 0, "--prefix", os.path.join(folder, "x"))
+        assert read_metadata(os.path.join(folder, "x_train.safetensors"))["repeat"] == "1"
+        read_with_program(os.path.join(folder, "x_train.safetensors"), os.path.join(folder, "x_val.safetensors"))
+
+
+def test_prose_paragraphs():
+    sentence = "This is a sentence of the kind that a book has, with all the little words which belong to it, and it ends."
+    page = f"<html><head><title>{sentence}</title></head><body><p>{sentence}<p>It has <b>two</b>\n parts.<pre>{sentence}</pre><ul><li>x</ul></body>"
+    assert [x for x in prose.of_html(page) if x] == [sentence, "It has two parts.", "x"]
+    pod = f"=head1 NAME\n\n{sentence}\nIt has C<code> and L<links>.\n\n    my $code = 1;\n\nThe :ref:`end <label>` of ``it``.\n"
+    assert prose.of_text(pod) == [sentence + " It has code and links.", "The end of it."]
+    assert prose.is_prose(sentence) and prose.is_prose(f'"{sentence}"')
+    for other in (sentence.lower(), sentence[:60] + ".", sentence[:-1], sentence + " {[_]} = <%$#@> ~|~|~ 0x7f {}{}.", sentence.replace("a ", "ä "),
+                  "Debian Ubuntu Fedora Gentoo Slackware Mandriva Knoppix Suse Redhat Centos Mint Arch Void Alpine Nix Guix and Devuan."):
+        assert not prose.is_prose(other), other
+
+
+def test_prose_of_a_package():
+    """A small package of our own, unpacked and read as a real one is: order, doubles, other languages, licence, hash."""
+    if not shutil.which("dpkg-deb"):
+        raise Skip("dpkg-deb is not there")
+    sentence = "This is sentence {} of the kind that a book has, with all the little words which belong to it, and so it ends."
+    number = ["one", "two", "three", "four"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = lambda *names: os.path.join(folder, *names)
+        os.makedirs(path("deb", "DEBIAN"))
+        os.makedirs(path("deb", "usr", "share", "doc", "git-doc", "html"))
+        os.makedirs(path("kept"))
+        doc = lambda *names: path("deb", "usr", "share", "doc", "git-doc", *names)
+        for name, text in ((path("deb", "DEBIAN", "control"), "Package: git-doc\nVersion: 1:2-3\nArchitecture: all\nMaintainer: x <x@x>\nDescription: x\n"),
+                           (doc("copyright"), "License: ours\n"), (doc("b.de.html"), "<p>" + sentence.format("five")),
+                           (doc("html", "a.html"), f"<p>{sentence.format(number[0])}<p>x<p>{sentence.format('‘two’')}"),
+                           (doc("z.txt"), "\n\n".join(sentence.format(n) for n in ("'two'", *number[2:])))):
+            with open(name, "w") as file:
+                file.write(text)
+        subprocess.run(["dpkg-deb", "-b", "--root-owner-group", path("deb"), path("kept", "git-doc_1%3a2-3_all.deb")], check=True, capture_output=True)
+        for _ in range(2):
+            out = run("prose.py", "--packages", "git-doc", "--keep", path("kept"), "--out", path("t.txt"))
+            text = open(path("t.txt")).read()
+            found = sorted(text.rstrip("\n").split("\n\n"))
+            assert found == sorted(sentence.format(n) for n in ("one", "'two'", "three", "four")), found
+            assert text.index("three") < text.index("four") and hashlib.sha256(text.encode()).hexdigest()[:16] in out
+        told = open(path("t_licences.txt")).read()
+        assert told.split()[:5] == ["git-doc", "1:2-3", "GPL-2", "2", "documents"] and told.endswith("git-doc 1:2-3\n\nLicense: ours\n")
+        run("prose.py", "--packages", "git-doc", "--keep", path("kept"), "--out", path("t.txt", "x.txt"), code=1, output="Not a directory")
 
 
 def test_simplestories_conversion():

@@ -1,0 +1,247 @@
+"""Tests of the programs in dev/claims: dev/claims/test_claims.py, or pytest dev/claims/test_claims.py. With --program ./train_sessa
+the program must also read what they write.
+"""
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+
+import numpy as np
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.normpath(os.path.join(HERE, "..", ".."))
+sys.path[:0] = [HERE, os.path.join(ROOT, "dev"), os.path.join(ROOT, "data")]
+import curriculum
+import knife
+import soup
+import symbolsoup
+import theory
+from examples import Stream
+from runner import Skip, run_tests
+
+PROGRAM = os.path.abspath(sys.argv[sys.argv.index("--program") + 1]) if "--program" in sys.argv else None
+
+
+def likelihoods(model, n, start=()):
+    """Of all blocks of n letters that begin with `start`, (16^…,styles)."""
+    blocks = [[*start, *rest] for rest in itertools.product(range(16), repeat=n - len(start))]
+    return np.exp(soup.in_chunks(model.log_likelihood, blocks, 2048))
+
+
+def test_soup_likelihoods_sum_to_one():
+    """Over all sequences of a length, in every style; and, in one of them, of five letters, the first length at which all motifs fit."""
+    model = soup.Model()
+    for n in (1, 2, 3, 4):
+        assert np.abs(likelihoods(model, n).sum(0) - 1).max() < 1e-12, n
+    model.T, model.w = model.T[6:7], model.w[6:7]
+    assert abs(sum(likelihoods(model, 5, [first]).sum() for first in range(16)) - 1) < 1e-12
+
+
+def test_soup_likelihood_against_enumeration():
+    """Four letters: every way to write each clean block, followed event by event from the generator's own tables; then every way to
+    replace letters, which is E along each axis."""
+    model, p, n = soup.Model(), symbolsoup.Parameters(), 4
+    for s, style in ((1, symbolsoup.make_styles(p)[0][1]), (8, symbolsoup.make_styles(p)[1][4])):
+        clean = np.zeros((16,) * n)
+
+        def write(out, probability):
+            room = n - len(out)
+            if not room:
+                clean[tuple(out)] += probability
+                return
+            if room >= 3:
+                fitting = style.motif_sums[:style.fitting[min(room, 5)]]
+                for motif, weight in zip(style.motifs, np.diff(fitting, prepend=0)):
+                    write(out + motif, probability * p.motif * weight / fitting[-1])
+                probability *= 1 - p.motif
+            sums = style.sums[out[-1] + 1 if out else 0]
+            for c, weight in enumerate(np.diff(sums, prepend=0)):
+                write(out + [c], probability * weight / sums[-1])
+
+        write([], 1.0)
+        E = np.full((16, 16), 0.03 / 15) + np.eye(16) * (0.97 - 0.03 / 15)
+        seen = np.einsum("abcd,aw,bx,cy,dz->wxyz", clean, E, E, E, E, optimize=True)
+        assert np.abs(likelihoods(model, n)[:, s] / seen.ravel() - 1).max() < 1e-12
+
+
+def test_soup_likelihood_against_the_generator():
+    """60,000 blocks of three letters that it wrote: χ² over the 4,096 that there are."""
+    model, style, stream, n = soup.Model(), symbolsoup.make_styles(symbolsoup.Parameters())[0][2], Stream(3), 60000
+    found = np.zeros(4096)
+    for _ in range(n):
+        a, b, c = style.block(stream, 3)
+        found[256 * a + 16 * b + c] += 1
+    expected = n * likelihoods(model, 3)[:, 2]
+    chi = ((found - expected) ** 2 / expected).sum() / 4095
+    assert abs(chi - 1) < 5 * (2 / 4095) ** 0.5, chi
+
+
+def test_soup_is_calibrated():
+    """Accuracy is the mean of the largest posterior, over all and for a third each where that is small, middling and large."""
+    for tokens, n in (((400, 600), 3000), ((40, 80), 3000)):
+        p = symbolsoup.Parameters(min_tokens=tokens[0], max_tokens=tokens[1])
+        examples = symbolsoup.examples(n, 7, p)
+        best = soup.exact(soup.Model(p), [parts for _, parts in examples])
+        hit, top = best.argmax(1) == [label for label, _ in examples], best.max(1)
+        by_size = np.argsort(top)
+        for these in (by_size, *np.array_split(by_size, 3)):
+            error = (top * (1 - top))[these].sum() ** 0.5 / len(these)
+            assert abs(hit[these].mean() - top[these].mean()) < 4 * error, (tokens, hit[these].mean(), top[these].mean(), error)
+
+
+def test_soup_ladder():
+    """No rung comes near the exact posterior; and pairs of letters are as often as an endless block of the generator has them."""
+    model, style, stream = soup.Model(), symbolsoup.make_styles(symbolsoup.Parameters())[0][3], Stream(5)
+    x = np.array(style.block(stream, 100000))
+    found, want = np.bincount(16 * x[:-1] + x[1:], minlength=256), model.pairs()[3].ravel() * (len(x) - 1)
+    assert abs(want.sum() - len(x) + 1) < 1e-6 and ((found - want) ** 2 / want).sum() / 255 < 2     # neighbours depend on each other
+    examples = symbolsoup.examples(1500, 8)
+    labels, parts = np.array([label for label, _ in examples]), [x for _, x in examples]
+    best = soup.score(soup.exact(model, parts), labels)
+    for name, p in soup.ladder(model, parts).items():
+        accuracy, _, _, loss = soup.score(p, labels)
+        assert np.abs(p.sum(1) - 1).max() < 1e-9 and 0.2 < accuracy < best[0] and loss > best[3] + 0.05, (name, accuracy, loss)
+
+
+def test_soup_on_the_authors_examples():
+    folder = os.path.join(ROOT, "data", "symbol_soup_seed0")
+    if not os.path.isdir(folder):
+        raise Skip("data/symbol_soup_seed0 is not there")
+    examples = soup.read_author(folder)
+    best = soup.exact(soup.Model(), [parts for _, parts in examples])
+    accuracy, error, expected, _ = soup.score(best, np.array([label for label, _ in examples]))
+    assert len(examples) == 2400 and abs(accuracy - expected) < 4 * error and abs(accuracy - 0.82) < 4 * error, (accuracy, expected)
+
+
+def test_plateau():
+    """Against the closed form where no two values are alike, and the cases that can be counted by hand."""
+    for K, Q in ((4, 4), (16, 8)):
+        assert abs(curriculum.plateau(K, Q, 10000, n=5000) - sum(1 / (K - q) for q in range(Q)) / Q) < 0.01
+        assert abs(curriculum.plateau(K, Q, 10000, repeat=True, n=5000) - 1 / K) < 0.01
+    assert curriculum.plateau(5, 3, 1, n=10) == 1           # one value only
+    assert curriculum.plateau(1, 1, n=10) == 1
+    # two values among two: alike in half the examples; else a coin, then the other one
+    assert abs(curriculum.plateau(2, 2, 2) - (0.5 + 0.5 * 0.75)) < 0.01
+
+
+def test_theory():
+    """The recursion is the inverse of I - γU; its closed form; the slopes of the stacks; and position, strictly rising."""
+    T, gain = 60, 0.6
+    U = np.tril(np.ones((T, T)), -1) / np.maximum(np.arange(T), 1)[:, None]
+    S = np.linalg.inv(np.eye(T) - gain * U)
+    for j in (0, 7):
+        assert np.abs(theory.feedback(np.eye(T)[j], gain) - S[:, j]).max() < 1e-13
+        for t in range(j + 1, T):
+            closed = np.log(gain) + math.lgamma(j + 1) - math.lgamma(j + 1 + gain) + math.lgamma(t + gain) - math.lgamma(t + 1)
+            assert abs(S[t, j] / np.exp(closed) - 1) < 1e-12
+    layer = np.eye(T) + (S - np.eye(T)) * np.arange(1, T + 1) ** gain
+    assert np.abs(theory.stack(3, gain, T, 7) - np.linalg.matrix_power(layer, 3)[:, 7]).max() < 1e-10
+    for _, mixer, compensated, slope in theory.FAMILIES[:2]:
+        for k in (1, 2, 3):
+            for g in (0.4, 0.7):
+                found = theory.slope(theory.stack(k, g, 16384, 0, mixer, compensated), 0, 500, 16384)
+                assert abs(found - slope(k, g)) < 0.08, (mixer, k, g, found)   # lower powers of the lag fade slowly
+    for g in (0.2, 0.8):
+        s = theory.feedback(np.ones(2000), g)
+        assert np.abs(s / theory.position(g, 2000) - 1).max() < 1e-11 and (np.diff(s) > 0).all() and s[-1] < 1 / (1 - g)
+    try:
+        import matplotlib   # noqa: F401
+    except ImportError:
+        raise Skip("the pictures: matplotlib is not installed")
+    with tempfile.TemporaryDirectory() as folder:
+        out = run("theory.py", "--length", 1000, "--profiles", os.path.join(folder, "a.svg"), "--position", os.path.join(folder, "b.png"))
+        assert out.count("| feedback |") == 3 and os.path.getsize(os.path.join(folder, "a.svg")) > 5000
+
+
+def run(script, *arguments, code=0):
+    done = subprocess.run([sys.executable, os.path.join(HERE, script), *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == code and "Traceback" not in done.stderr, (script, arguments, done.returncode, done.stderr)
+    assert not code or len(done.stderr.strip().splitlines()) == 1, done.stderr
+    return done.stdout
+
+
+def test_curriculum():
+    """Every stage of a tiny run, the table, a run that a gate stops; what is finished is not run again."""
+    if not PROGRAM:
+        raise Skip("--program is not given")
+    with tempfile.TemporaryDirectory() as folder:
+        options = ("--program", PROGRAM, "--folder", folder, "--train", 40, "--steps", 4, "--far", 300, "--seeds", 1)
+        run("curriculum.py", *options, "--models", "sessa", "--gate", 0)
+        with open(os.path.join(folder, "sessa_1_1_from0", "result.json")) as file:
+            r = json.load(file)
+        assert [s["stage"] for s in r["stages"]] == [0, 1, 2, 3] and {"64", "128", "256"} <= set(r["by_lag"])
+        out = run("curriculum.py", *options, "--models", "sessa", "attention")
+        assert out.count("stage 0") == 2 and "attention, seed 1" in out and "sessa, seed 1" not in out      # a line, and in the table
+        assert "1 of 1" in out and "0 of 1 (seed 1 at stage 0 with" in out
+        assert os.path.exists(os.path.join(folder, "curriculum.md"))
+    run("curriculum.py", "--program", "/nowhere/train_sessa", code=1)
+
+
+def test_knife():
+    """Feedback cut in all layers is the attention mixer with the same weights. Where attention is even keys say nothing, and where
+    feedback is even its keys do not. Each cut changes what it should alone."""
+    if not PROGRAM:
+        raise Skip("--program is not given")
+    with tempfile.TemporaryDirectory() as folder:
+        path = lambda name: os.path.join(folder, name)
+        subprocess.run([sys.executable, os.path.join(ROOT, "data", "mqar.py"), "--train", "50", "--val", "20", "--test", "0", "--pairs", "4",
+                        "--queries", "4", "--lag", "24", "64", "--prefix", path("d")], check=True, capture_output=True)
+        subprocess.run([PROGRAM, "--data", path("d_train.safetensors"), "--val", path("d_val.safetensors"), "--dim", "16", "--layers", "2",
+                        "--heads", "2", "--steps", "30", "--lr", "1e-2", "--out", path("s.safetensors")], check=True, capture_output=True)
+        whole = knife.Checkpoint(path("s.best.safetensors"))
+
+        def loss(name, header, data):
+            checkpoint = knife.Checkpoint(path("s.best.safetensors"))
+            checkpoint.header = header
+            checkpoint.write(path(name), data)
+            return knife.evaluate(PROGRAM, path(name), [path("d_val.safetensors")])["loss"][0]
+
+        def noisy(data, names, rows=None):
+            """The same with other numbers in these tensors of every layer."""
+            data = bytearray(data)
+            for l in range(2):
+                for name in names:
+                    begin, end = whole.header[f"layers.{l}.mixer.{name}"]["data_offsets"]
+                    begin += (end - begin) // 2 if rows == "second half" else 0
+                    data[begin:end] = np.random.default_rng(l).normal(size=(end - begin) // 4).astype("<f4").tobytes()
+            return data
+
+        before = loss("same.safetensors", whole.header, whole.data)
+        uncut = {kind: loss(kind + ".safetensors", whole.header, whole.cut(kind, None)) for kind in knife.CUTS}
+        assert len({round(x, 6) for x in (before, *uncut.values())}) == 4, (before, uncut)      # each does something
+
+        feedback = ("proj_fb.weight", "proj_fb.bias", "gamma_ctx.weight", "gamma_bias")
+        header = {name: x for name, x in whole.header.items() if not name.endswith(feedback)}
+        header["__metadata__"] = {**header["__metadata__"], "mixer": "attention"}
+        data, kept = bytearray(), {}
+        for name, x in header.items():      # packed again: a reader may want no holes
+            if name != "__metadata__":
+                begin, end = x["data_offsets"]
+                kept[name] = {**x, "data_offsets": [len(data), len(data) + end - begin]}
+                data += whole.data[begin:end]
+        kept["__metadata__"] = header["__metadata__"]
+        assert abs(loss("attention.safetensors", kept, data) - uncut["feedback"]) < 2e-6
+
+        keys = ("k_proj.weight", "k_proj.bias")
+        assert loss("a.safetensors", whole.header, noisy(whole.cut("even-attention", None), keys)) == uncut["even-attention"]
+        assert loss("b.safetensors", whole.header, noisy(whole.data, keys)) != before
+        same = noisy(whole.cut("feedback", None), feedback[:2])
+        assert loss("c.safetensors", whole.header, same) == uncut["feedback"]
+        assert whole.cut("even-feedback", 0) != whole.cut("even-feedback", 1) != whole.data
+
+        run("knife.py", path("s.best.safetensors"), "--cut", "feedback", 1, "--cut", "even-attention", "all", "--out", path("cut.safetensors"))
+        assert sum(a != b for a, b in zip(knife.Checkpoint(path("cut.safetensors")).data, whole.data)) > 100
+        out = run("knife.py", path("s.best.safetensors"), "--try", path("d_val.safetensors"), "--json", path("k.json"), "--program", PROGRAM)
+        assert out.count("\n") == 2 + 1 + 3 * 3
+        run("plot_recall.py", path("k.json"), "--fewest", 1, "--level", 0.25, "four", "--out", path("k.svg"))
+        assert os.path.getsize(path("k.svg")) > 5000
+        run("knife.py", path("attention.safetensors"), "--cut", "feedback", 0, "--out", path("x.safetensors"), code=1)
+        run("knife.py", path("k.json"), "--cut", "feedback", 0, "--out", path("x.safetensors"), code=1)
+        run("plot_recall.py", path("s.safetensors"), code=1)
+
+
+if __name__ == "__main__":
+    run_tests(globals())
