@@ -2028,6 +2028,22 @@ static void test_places(void) {
          strstr((char *)output, "again.safetensors of the same settings and data is replaced");
     check(ok && same_files("again.safetensors", "p.safetensors"), "--again replaces a run of the same "
                                                                   "settings and data, and says so");
+    copy_file("again.safetensors", "whole.safetensors");
+    pid_t child = start_and_wait_for_log("--run --data text --dim 16 --layers 1 --heads 2 --seq 12 --batch 2 "
+                                         "--eval-every 100000 "
+                                         "--steps 100000 --out twice.safetensors --log twice.log",
+                                         "twice.log", 3);
+    kill(child, SIGTERM);
+    finish(child);
+    copy_file("p.best.safetensors", "twice.best.safetensors");
+    child = start("--run --data text --dim 16 --layers 1 --heads 2 --seq 12 --batch 2 --eval-every 100000 "
+                  "--steps 100000 "
+                  "--out twice.safetensors --again");
+    usleep(300000);
+    kill(child, SIGTERM);
+    finish(child);
+    check(exists("twice.best.safetensors"), "--again: a run that is stopped early leaves the best weights "
+                                            "that were there");
     static const char *different[] = {"--seed 3", "--steps 11", "--lr 1e-3", "--layers 2", "--data other"};
     for (int i = 0; i < 5; i++) {
         char line[256];

@@ -2222,7 +2222,7 @@ static void on_signal(int number, siginfo_t *info, void *context) {
     errno = problem;
 }
 
-// Before and after training there is nothing to save: what the signal does by default, less the lock files.
+// Before training there is nothing to save: what the signal does by default, less the lock files.
 static void on_early_signal(int number) {
     remove_locks();
     raise(number); // the default action, once the handler has returned
@@ -2307,7 +2307,7 @@ static int write_all(int fd, const void *bytes, size_t n) {
     return 0;
 }
 
-// Makes what was written last through a power cut; 0, or -1 with errno. Not every file system can flush: that
+// Makes what was written survive a power cut; 0, or -1 with errno. Not every file system can flush: that
 // is no error.
 static int flush_to_disk(int fd) {
     int result;
@@ -2442,7 +2442,7 @@ static int take_lock(Place *p, char *error) {
 // Before something is replaced: the lock must still be ours, and what lies there the file that may be
 // replaced. A lock file that somebody removed, or that stayed behind when the folder was moved, is made
 // again.
-static int still_ours(Place *p, char *error) {
+static int check_ours(Place *p, char *error) {
     struct stat mine, now;
     if (p->lock >= 0) {
         const char *name = lock_paths[p->lock];
@@ -2491,7 +2491,7 @@ typedef struct {
 } Replacement;
 
 // Whether the rename at the end of a save will be allowed, as far as that can be known beforehand.
-static int replaceable(const Replacement *r, char *error) {
+static int check_replaceable(const Replacement *r, char *error) {
     const Place *p = r->place;
     struct stat folder;
     char folder_path[PATH_MAX];
@@ -2527,7 +2527,7 @@ static int replacement_open(Replacement *r, Place *p, char *error) {
         clock_gettime(CLOCK_REALTIME, &now);
         uint64_t name = splitmix64((uint64_t)now.tv_nsec ^ ((uint64_t)getpid() << 32) ^ splitmix64(++n_made));
         snprintf(r->temporary, sizeof(r->temporary), "%s.tmp.%08x", p->target, (unsigned)name);
-        if (there && !tries && replaceable(r, error)) return FAILED;
+        if (there && !tries && check_replaceable(r, error)) return FAILED;
         r->fd = open(r->temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, known ? 0600 : 0666);
         if (r->fd < 0 && errno != EEXIST && errno != EINTR) break;
     }
@@ -2560,7 +2560,7 @@ static int replacement_close(Replacement *r, int ok, uint64_t size, int trial, c
     if (ok && !flushed) problem = errno;
     if (flushed && (uint64_t)written.st_size != size) problem = EIO;
     if (close(r->fd) && !problem && errno != EINTR) problem = errno;
-    if (!problem && !trial && still_ours(p, error)) {
+    if (!problem && !trial && check_ours(p, error)) {
         keep_aside(r, error);
         return FAILED;
     }
@@ -3349,7 +3349,7 @@ typedef struct {
 #define FIELD(field) offsetof(Options, field)
 static const Option option_table[] = {
     {DATA, "data", "data", TEXT, FIELD(data), "data/tinyshakespeare.txt", 0, 0,
-     "text, token shard (.bin) or examples (.safetensors)"},
+     "text, token shard or example set, told by what it holds"},
     {DATA, "val", "val", TEXT, FIELD(val), NULL, 0, 0, "validation data (else the last 10 % of --data)"},
     {DATA, "format", "data_format", TEXT, FIELD(format), "auto", 0, 0,
      "auto: told by what the file holds; bytes: any file as text"},
@@ -3494,7 +3494,8 @@ static void print_help(const char *program) {
         if (o->fallback && *o->fallback && o->type != FLAG) printf(" [%s]", o->fallback);
         printf("\n");
     }
-    printf("\nThreads: OMP_NUM_THREADS. Exit code 0: done, 1: failed, 2: wrong option, 130: stopped by Ctrl-C, saved.\n");
+    printf("\nThreads: OMP_NUM_THREADS. Exit code 0: done, 1: failed, 2: wrong option, 130: stopped by "
+           "Ctrl-C\nor a signal, saved; a second Ctrl-C ends it at once.\n");
 }
 
 // Reads the command line: --name value or --name=value. 1 if help was asked for.
@@ -3683,7 +3684,7 @@ static int save_run(Run *run, char *error) {
     }
     if (save_checkpoint(run, &run->out_place, RESUMABLE, 0, NULL, error)) return FAILED;
     Place *best = &run->best_place;
-    if (run->replaces_best && best->there && !still_ours(best, error))
+    if (run->replaces_best && best->there && !check_ours(best, error))
         best->there = unlink(best->target) != 0;
     run->replaces_best = 0;
     return 0;
@@ -4047,7 +4048,7 @@ static int is_servant(const char *path, const Place *place) {
     return !strcmp(target + length, ".lock") || !strncmp(target + length, ".tmp.", 5);
 }
 
-// Two of a run's files that are one file would destroy each other; so would standard output and the log.
+// Two of a run's files that are one file would destroy each other; so would what is printed.
 static int check_distinct(const Run *run, char *error) {
     const Options *o = &run->settings.values;
     const char *names[] = {"--data", "--val", "--load", "--resume", "--out", "the best weights", "--log"};
@@ -4138,7 +4139,7 @@ static LogScan log_scan(FILE *file, int64_t step, double loss, double before) {
     char line[4096], expected[32], earlier[32], previous[64], stands[32];
     LogScan scan;
     long long logged = 0, first = 0, last = 0;
-    int whole = 1, end = 0;
+    int whole = 1;
     memset(&scan, 0, sizeof(scan));
     scan.is_log = 1;
     snprintf(expected, sizeof(expected), "%.9g", loss);
@@ -4148,12 +4149,12 @@ static LogScan log_scan(FILE *file, int64_t step, double loss, double before) {
         size_t length = strlen(line);
         whole = length > 0 && line[length - 1] == '\n';
         if (!whole && last) break; // the torn end of a killed run
-        int fields = sscanf(line, "{\"step\": %lld, \"train_loss\": %30[^,}]%n", &logged, stands, &end);
+        int fields = sscanf(line, "{\"step\": %lld, \"train_loss\": %30[^,}]", &logged, stands);
         scan.is_log = whole && fields == 2 && logged > last;
         last = logged;
         if (!scan.is_log) break;
         if (!first) first = logged;
-        if (logged == first && logged == step + 1) scan.own = strstr(line, previous) != NULL;
+        if (logged == first && logged - 1 == step) scan.own = strstr(line, previous) != NULL;
         if (logged > step) continue;
         scan.last = logged;
         scan.upto = ftell(file);
@@ -4177,12 +4178,9 @@ static int check_log_free(const Options *o, char *error) {
     int there = lies_there(o->log, error);
     if (there <= 0) return there;
     FILE *file = fopen(o->log, "r");
-    LogScan scan;
-    memset(&scan, 0, sizeof(scan));
-    if (file) {
-        scan = log_scan(file, INT64_MAX, -1, -1);
-        fclose(file);
-    }
+    if (!file) return fail(error, o->log, "%s", strerror(errno));
+    LogScan scan = log_scan(file, INT64_MAX, -1, -1);
+    fclose(file);
     static const char what[] = "%.250s is there: %s up to step %lld; --resume goes on with its run, --log "
                                "names another place, --overwrite replaces it";
     if (scan.is_log) return wrong(error, NULL, what, o->log, "a log", (long long)scan.last);
@@ -4198,7 +4196,7 @@ static int check_free(Run *run, char *error) {
     const char *paths[] = {o->out, run->best_path};
     int own = o->resume && same_file(o->out, o->resume), there[2], result = check_log_free(o, error);
     if (result) return result;
-    run->replaces_best = !own && (o->overwrite || o->again);
+    run->replaces_best = !own && o->overwrite;
     if (own || o->overwrite) return 0;
     for (int i = 0; i < 2; i++) {
         Safetensors file;
@@ -4610,11 +4608,11 @@ static void print_resume_command(Run *run, const char *program) {
 // The columns of the terminal that standard output is, 0: it is none.
 static int terminal_columns(void) {
     struct winsize size;
-    int64_t told = 0;
+    int64_t wished = 0;
     const char *columns = getenv("COLUMNS");
     if (!isatty(STDOUT_FILENO)) return 0;
     if (!ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) && size.ws_col > 0) return size.ws_col;
-    return columns && !parse_integer(columns, 1, 10000, &told) ? (int)told : 80;
+    return columns && !parse_integer(columns, 1, 10000, &wished) ? (int)wished : 80;
 }
 
 // Moves to the next row where a line stands in place: what is printed then begins there.
@@ -4628,8 +4626,9 @@ static void end_line(Run *run) {
 // and the line is broken in two, that is still the begin, and all behind it is cleared.
 static void print_step(Run *run, const Step *s, double left, const Score *score) {
     enum { STEP, LOSS, NORM, RATE, TIME, SPEED, LEFT, VALIDATION, ACCURACY, N_FIELDS };
-    static const int first_to_go[] = {NORM, RATE,     SPEED, TIME,
-                                      LEFT, ACCURACY, LOSS,  STEP}; // the last one is never left out
+    static const int first_to_go[] = {
+        NORM, RATE,     SPEED, TIME,
+        LEFT, ACCURACY, LOSS,  STEP}; // a line without a validation always has its step
     const Options *o = &run->settings.values;
     const char *terminal_type = getenv("TERM");
     char fields[N_FIELDS][80], line[N_FIELDS * 80] = "";
@@ -4787,7 +4786,12 @@ static int conclude_run(Run *run, Training *t, const Step *s, char *error) {
     saving = 1;
     int logged = log_line(&t->log, s, scored ? &score : NULL, error);
     if (!result) result = logged;
-    if (!result && !score.broken && o->best_val >= 1e300) result = save_best(run, error);
+    if (!result && !score.broken &&
+        o->best_val >= 1e300) { // they say their loss; the run has had no validation
+        if (scored) o->best_val = score.loss;
+        result = save_best(run, error);
+        o->best_val = 1e300;
+    }
     saving = 0;
     if (!result) print_step(run, s, 0, scored ? &score : NULL);
     t->complete = !result && !score.broken;
@@ -4866,6 +4870,7 @@ static int save_stopped(Run *run, Training *t, char *error) {
 static int train(Run *run, const char *program, char *error) {
     Options *o = &run->settings.values;
     Training t;
+    char problem[ERROR_SIZE];
     memset(&t, 0, sizeof(t));
     t.start = t.told = seconds();
     t.first_step = t.saved_step = o->step;
@@ -4884,7 +4889,7 @@ static int train(Run *run, const char *program, char *error) {
     int missing = t.log.file && known && !t.log.stream && finished && !t.log.complete;
     int renamed = o->resume && strcmp(o->out, o->resume);
     int incomplete = o->step == o->steps && o->resume &&
-                     (pending || missing || renamed || !lies_there(run->best_path, error));
+                     (pending || missing || renamed || !lies_there(run->best_path, problem));
     int idle = finished && !incomplete;
     if (!result && idle)
         printf("nothing to do: %lld of %lld steps are done\n", (long long)o->step, (long long)o->steps);
@@ -4896,7 +4901,7 @@ static int train(Run *run, const char *program, char *error) {
     log_close(&t.log);
     if (t.sampler) run->backend->destroy(t.sampler);
     if (result == FAILED) {
-        char problem[ERROR_SIZE], ignored[ERROR_SIZE];
+        char ignored[ERROR_SIZE];
         int held = t.saved && lies_there(t.saved, ignored) == 1;
         memcpy(problem, error, sizeof(problem));
         if (held)
@@ -4912,7 +4917,6 @@ static int train(Run *run, const char *program, char *error) {
         print_resume_command(run, program);
         return 130;
     }
-    char problem[ERROR_SIZE];
     if (lies_there(o->out, problem) != 1) return fail(error, o->out, "it is not there any more");
     if (lies_there(run->best_path, problem) != 1)
         return fail(error, run->best_path, "the best weights are not there any more; the run is saved");
@@ -4931,7 +4935,15 @@ static int train(Run *run, const char *program, char *error) {
 static int read_checkpoint(Run *run, const char *path, char *error) {
     unsigned char *bytes;
     size_t size;
-    if (file_read(path, &bytes, &size, error)) return FAILED;
+    if (file_read(path, &bytes, &size, error)) {
+        char problem[ERROR_SIZE];
+        memcpy(problem, error, sizeof(problem));
+        if (access(path, F_OK) && strstr(path, ".best."))
+            fail(error, NULL,
+                 "%.400s (a run has no best weights before its first validation: its own file can be loaded)",
+                 problem);
+        return FAILED;
+    }
     unsigned long long hash = (unsigned long long)hash_bytes(bytes, size);
     snprintf(run->started_from, sizeof(run->started_from), "checkpoint, %zu bytes, hash %016llx", size, hash);
     if (run->settings.values.load) run->settings.values.started_from = run->started_from;
@@ -5014,7 +5026,8 @@ static int prepare(Run *run, char *error) {
     return 0;
 }
 
-// Generates, evaluates or trains, as the options say. Returns 0, the exit code 130 after Ctrl-C, or an error.
+// Generates, evaluates or trains, as the options say. Returns 0, the exit code 130 after a signal, or an
+// error.
 static int perform(Run *run, const char *program, char *error) {
     const Options *o = &run->settings.values;
     const Config *c = &run->config;
