@@ -1948,15 +1948,16 @@ static void test_long_runs(void) {
     snprintf(line, sizeof(line), "%.*s%900s%s{\"step\": 3, \"train_loss\": 2}\n{\"st", (int)first, two, "",
              two + first);
     spill("long.log", line, strlen(line));
-    spill("e.safetensors.tmp.999999999", "x", 1);
-    spill("e.best.safetensors.tmp.0a1b2c3d", "x", 1);
+    spill("e.safetensors.tmp.s99999999", "x", 1);
+    spill("e.best.safetensors.tmp.s0a1b2c3d", "x", 1);
     spill("e.safetensors.tmp.mine", "x", 1);
+    spill("e.safetensors.tmp.20261129", "x", 1);
     spill("e.safetensors.lock", "", 0);
     int lock = open_work("e.safetensors.lock");
     flock(lock, LOCK_EX);
     code = run("--resume good.safetensors --steps 3 --out e.safetensors --overwrite --log long.log");
     check(code == 1 && complaint && strstr((char *)complaint, "another run") &&
-              slurp("e.safetensors.tmp.999999999", &size),
+              slurp("e.safetensors.tmp.s99999999", &size),
           "a run whose file another one is writing is refused, and removes nothing of it");
     close(lock);
     code = run("--resume good.safetensors --steps 3 --out e.safetensors --overwrite --log long.log");
@@ -1964,10 +1965,10 @@ static void test_long_runs(void) {
     check(!code && log && !memcmp(log, line, known + 900) && size > known + 960 &&
               !strncmp(log + known + 900, "{\"step\": 3, \"train_loss\"", 24),
           "a log with a line of 1000 bytes is continued behind the resumed step");
-    check(!slurp("e.safetensors.tmp.999999999", &size) && !slurp("e.best.safetensors.tmp.0a1b2c3d", &size) &&
+    check(!slurp("e.safetensors.tmp.s99999999", &size) && !slurp("e.best.safetensors.tmp.s0a1b2c3d", &size) &&
               !slurp("e.safetensors.lock", &size),
           "what a killed run left, temporary files and locks, is gone after the next");
-    check(slurp("e.safetensors.tmp.mine", &size) != NULL, "and nothing else is");
+    check(slurp("e.safetensors.tmp.mine", &size) && slurp("e.safetensors.tmp.20261129", &size), "and nothing else is");
     release();
 }
 
@@ -2089,14 +2090,14 @@ static void test_strangers(void) {
     int code = run("%s --steps 3 --out poetry", run_of_text);
     check(code == 1 && strstr((char *)complaint, "is no lock") && folder_state(0) == before,
           "a lock file of another program stays, and the run is refused");
-    spill("m.safetensors.tmp.12345678", "base", 4);
-    refuse_with("the run's own", "--data m.safetensors.tmp.12345678 --dim 16 --heads 2 --out m.safetensors");
+    spill("m.safetensors.tmp.s1234567", "base", 4);
+    refuse_with("the run's own", "--data m.safetensors.tmp.s1234567 --dim 16 --heads 2 --out m.safetensors");
     refuse_with("the run's own", "%s --steps 3 --out m.safetensors --log m.safetensors.lock", run_of_text);
     spill("z.safetensors", "hi\n", 3);
     spill("z.safetensors.lock", "", 0);
-    spill("z.safetensors.tmp.0123cafe", "x", 1);
+    spill("z.safetensors.tmp.s0123cafe", "x", 1);
     run("%s --steps 3 --out z.safetensors", run_of_text);
-    check(exists("z.safetensors.tmp.0123cafe"), "a run that is refused removes nothing");
+    check(exists("z.safetensors.tmp.s0123cafe"), "a run that is refused removes nothing");
 
     int ok = !run("%s --steps 10 --out a.safetensors --log a.log", run_of_text);
     const char *log = ok ? (const char *)slurp("a.log", &size) : NULL;
@@ -2190,6 +2191,13 @@ static void test_pieces(void) {
     ok = !run("--resume a.safetensors --log a.log --eval-every 5 --eval-batches 1") &&
          strstr((char *)output, "nothing to do");
     check(ok, "and then there is nothing to do");
+    copy_file("a.safetensors", "early.safetensors");
+    copy_file("a.best.safetensors", "early.best.safetensors");
+    ok = !run("--resume a.safetensors --steps 20 --log a.log");
+    ok = ok && !run("--resume early.safetensors --log a.log") && read_log("a.log", "step", steps, 64) == 20;
+    check(ok && strstr((char *)output, "nothing to do"), "a resume that has nothing to do cuts no log");
+    copy_file("early.safetensors", "a.safetensors");
+    copy_file("early.best.safetensors", "a.best.safetensors");
     copy_file("a.safetensors", "b.safetensors");
     copy_file("a.best.safetensors", "b.best.safetensors");
     ok = !run("--resume b.safetensors --steps 13 --eval-every 0 --out c.safetensors") &&

@@ -2258,6 +2258,21 @@ static void install_handlers(Phase phase) {
 // ----------------------------------------------------------------------------
 // files: read whole; written whole, into a temporary file that then takes the place of the old one
 
+// A 64-bit hash: FNV-1a's step (xor, then multiply by its prime), taken on 8 bytes at a time for speed and followed by a
+// fold of the upper half into the lower, which the hash by bytes does not need. The last bytes are padded with zeros, so
+// the size goes in first. It tells files apart that differ by accident, not by design.
+static uint64_t hash_bytes(const unsigned char *bytes, size_t size) {
+    const uint64_t prime = 0x100000001b3;
+    uint64_t hash = (0xcbf29ce484222325 ^ size) * prime;
+    for (size_t i = 0; i < size; i += 8) {
+        uint64_t word = 0;
+        memcpy(&word, bytes + i, size - i < 8 ? size - i : 8);
+        hash = (hash ^ word) * prime;
+        hash ^= hash >> 32;
+    }
+    return hash;
+}
+
 // Reads a whole regular file into fresh memory, with a zero byte past its end. *bytes is NULL when it fails.
 static int file_read(const char *path, unsigned char **bytes, size_t *size, char *error) {
     struct stat info;
@@ -2384,7 +2399,17 @@ typedef struct {
     int lock;                // the index of its lock, -1: none
     int there;               // a file lies there that may be replaced, which is
     struct stat known;
+    uint64_t head;           // a hash of how it begins: a checkpoint's metadata tell it from any other
 } Place;
+
+// A hash of the first bytes of a file, 0 if it cannot be read.
+static uint64_t head_of(const char *path) {
+    unsigned char bytes[4096];
+    int fd = open(path, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
+    ssize_t n = fd < 0 ? -1 : read(fd, bytes, sizeof(bytes));
+    if (fd >= 0) close(fd);
+    return n < 0 ? 0 : hash_bytes(bytes, (size_t)n);
+}
 
 static int settle(Place *p, const char *path, const char *like, char *error) {
     memset(p, 0, sizeof(*p));
@@ -2393,6 +2418,7 @@ static int settle(Place *p, const char *path, const char *like, char *error) {
     p->lock = -1;
     if (resolve(path, p->target, error)) return FAILED;
     p->there = !lstat(p->target, &p->known);
+    p->head = p->there ? head_of(p->target) : 0;
     return p->there || errno == ENOENT ? 0 : fail(error, path, "cannot be written: %s", strerror(errno));
 }
 
@@ -2458,13 +2484,12 @@ static int check_ours(Place *p, char *error) {
     }
     if (lstat(p->target, &now))
         return errno == ENOENT ? 0 : fail(error, p->path, "cannot be written: %s", strerror(errno));
-    int same = p->there && same_place(&now, &p->known) && now.st_size == p->known.st_size;
-    if (same && now.st_mtime == p->known.st_mtime) return 0;
+    // neither its time, which a touch changes, nor its inode, which some file systems invent, says whose it is
+    if (p->there && now.st_size == p->known.st_size && head_of(p->target) == p->head) return 0;
     return fail(error, p->path, "another file was put there meanwhile, which stays");
 }
 
-// Removes the temporary files of target that killed runs left: <target>.tmp.<eight hexadecimal digits>, or
-// the process number of an earlier version. The lock must be held.
+// Removes the temporary files of target that killed runs left: <target>.tmp.s<eight hexadecimal digits>. The lock must be held.
 static void remove_leftovers(const char *target) {
     char folder[PATH_MAX];
     struct stat info;
@@ -2474,8 +2499,7 @@ static void remove_leftovers(const char *target) {
     for (struct dirent *entry; dir && (entry = readdir(dir));) {
         const char *rest = entry->d_name + strlen(name);
         if (strncmp(entry->d_name, name, strlen(name)) || strncmp(rest, ".tmp.", 5)) continue;
-        size_t digits = strspn(rest + 5, "0123456789"), hexadecimal = strspn(rest + 5, "0123456789abcdef");
-        int ours = hexadecimal == 8 ? !rest[13] : digits > 0 && !rest[5 + digits];
+        int ours = rest[5] == 's' && strspn(rest + 6, "0123456789abcdef") == 8 && !rest[14];
         ours =
             ours && !fstatat(dirfd(dir), entry->d_name, &info, AT_SYMLINK_NOFOLLOW) && S_ISREG(info.st_mode);
         if (ours) unlinkat(dirfd(dir), entry->d_name, 0);
@@ -2526,7 +2550,7 @@ static int replacement_open(Replacement *r, Place *p, char *error) {
         struct timespec now;
         clock_gettime(CLOCK_REALTIME, &now);
         uint64_t name = splitmix64((uint64_t)now.tv_nsec ^ ((uint64_t)getpid() << 32) ^ splitmix64(++n_made));
-        snprintf(r->temporary, sizeof(r->temporary), "%s.tmp.%08x", p->target, (unsigned)name);
+        snprintf(r->temporary, sizeof(r->temporary), "%s.tmp.s%08x", p->target, (unsigned)name);
         if (there && !tries && check_replaceable(r, error)) return FAILED;
         r->fd = open(r->temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, known ? 0600 : 0666);
         if (r->fd < 0 && errno != EEXIST && errno != EINTR) break;
@@ -2570,7 +2594,7 @@ static int replacement_close(Replacement *r, int ok, uint64_t size, int trial, c
     if (trial) return 0;
     p->there = 1;
     p->known = written;
-    if (lstat(p->target, &written) == 0) p->known = written;
+    p->head = head_of(p->target);
     char folder_path[PATH_MAX];
     snprintf(folder_path, sizeof(folder_path), "%.*s", (int)(strrchr(p->target, '/') + 1 - p->target),
              p->target);
@@ -3025,21 +3049,6 @@ typedef struct {
     int64_t zeros;             // TEXT: bytes that are 0
     char content[96];          // kind, size and hash: what a resumed run must find again
 } Dataset;
-
-// A 64-bit hash: FNV-1a's step (xor, then multiply by its prime), taken on 8 bytes at a time for speed and followed by a
-// fold of the upper half into the lower, which the hash by bytes does not need. The last bytes are padded with zeros, so
-// the size goes in first. It tells files apart that differ by accident, not by design.
-static uint64_t hash_bytes(const unsigned char *bytes, size_t size) {
-    const uint64_t prime = 0x100000001b3;
-    uint64_t hash = (0xcbf29ce484222325 ^ size) * prime;
-    for (size_t i = 0; i < size; i += 8) {
-        uint64_t word = 0;
-        memcpy(&word, bytes + i, size - i < 8 ? size - i : 8);
-        hash = (hash ^ word) * prime;
-        hash ^= hash >> 32;
-    }
-    return hash;
-}
 
 // Frees what a Dataset holds; fine on one that is all zero.
 static void dataset_free(Dataset *data) {
@@ -4084,7 +4093,11 @@ static int claim_places(Run *run, char *error) {
     if ((result = check_distinct(run, error))) return result;
     if (take_lock(&run->out_place, error) || take_lock(&run->best_place, error)) return FAILED;
     if (!o->log || stream) return 0;
-    return settle(&run->log_place, o->log, NULL, error) || take_lock(&run->log_place, error) ? FAILED : 0;
+    if (settle(&run->log_place, o->log, NULL, error)) return FAILED;
+    char folder[PATH_MAX];
+    snprintf(folder, sizeof(folder), "%.*s", (int)(strrchr(run->log_place.target, '/') + 1 - run->log_place.target),
+             run->log_place.target);
+    return access(folder, W_OK) ? 0 : take_lock(&run->log_place, error); // a log that lies there needs no file beside it
 }
 
 // What lies at path and how one goes on with it, for the line that refuses to replace it. text: ERROR_SIZE
@@ -4112,7 +4125,7 @@ static void describe(char *text, const char *path) {
 // them, and what an earlier version did not store counts as equal.
 static int is_same_run(const Run *run, const Safetensors *file, int going_on) {
     char text[96];
-    int same = 1;
+    int same = safetensors_find(file, "wte.weight") != NULL;
     for (int i = 0; i < N_OPTIONS; i++) {
         const Option *option = &option_table[i];
         int content = !strcmp(option->name, "started_from") ||
@@ -4121,7 +4134,8 @@ static int is_same_run(const Run *run, const Safetensors *file, int going_on) {
         const char *theirs = safetensors_meta(file, option->key),
                    *ours = option_text(text, &run->settings.values, option);
         int of_run = !strcmp(option->name, "steps") && !safetensors_find(file, "exp_avg.wte.weight");
-        if (of_run || (going_on && (!theirs || may_differ_at_resume(option)))) continue;
+        int untold = going_on && !theirs && option->group != MODEL; // by an earlier version
+        if (of_run || untold || (going_on && may_differ_at_resume(option))) continue;
         same = same && (theirs && ours ? !strcmp(theirs, ours) : !theirs == !ours);
     }
     return same;
@@ -4148,6 +4162,7 @@ static LogScan log_scan(FILE *file, int64_t step, double loss, double before) {
     while (scan.is_log && whole && fgets(line, sizeof(line), file)) {
         size_t length = strlen(line);
         whole = length > 0 && line[length - 1] == '\n';
+        if (*line == '\n') continue;
         if (!whole && last) break; // the torn end of a killed run
         int fields = sscanf(line, "{\"step\": %lld, \"train_loss\": %30[^,}]", &logged, stands);
         scan.is_log = whole && fields == 2 && logged > last;
@@ -4250,6 +4265,7 @@ static int check_best(Run *run, char *error) {
     if (!damaged) {
         const char *loss = safetensors_meta(&file, "best_val_loss");
         other = !is_same_run(run, &file, 1) || (!first && loss && strtod(loss, NULL) > o->best_val);
+        if (!other && !first && loss) o->best_val = strtod(loss, NULL); // lower, if the run was killed before it knew
         safetensors_free(&file);
     }
     if (other && !o->overwrite)
@@ -4488,15 +4504,18 @@ typedef struct {
     int64_t last;       // the step of its last line, 0: none
     long last_line;     // where that line begins
     int complete;       // that line holds a validation
+    long cut_at;        // what lies behind goes when the next line is written; -1: nothing
     int begins;         // it begins with a resumed run: its first line names the loss before it
     double previous;
 } Log;
 
-// Opens the log: a new one for a new run; of a resumed one it is cut back to the resumed step. A pipe or a
+// Opens the log: a new one for a new run; of a resumed one it will be cut back to the resumed step, once there is a line to
+// write. A pipe or a
 // device is written as it is. A file that is no log of this run is not touched, unless --overwrite says so.
 static int log_open(Log *log, const Options *o, char *error) {
     struct stat info;
     memset(log, 0, sizeof(*log));
+    log->cut_at = -1;
     log->path = o->log;
     log->previous = o->train_loss >= 0 ? o->train_loss : NAN;
     if (!o->log) return 0;
@@ -4520,7 +4539,9 @@ static int log_open(Log *log, const Options *o, char *error) {
     int result = scan.failed ? fail(error, o->log, "%s", strerror(errno)) : 0;
     if (result) {
         // what could not be read is not cut
-    } else if (o->overwrite && !(o->resume && scan.is_log && scan.own)) {
+    } else if (o->overwrite && o->resume && scan.is_log) {
+        // it is the run's: the user says so
+    } else if (o->overwrite) {
         memset(&scan, 0, sizeof(scan));
     } else if (scan.size && !o->resume) {
         result = wrong(error, o->log, "it was written meanwhile");
@@ -4528,14 +4549,13 @@ static int log_open(Log *log, const Options *o, char *error) {
         result = wrong(error, o->log, "it is no log: another --log, or --overwrite");
     } else if (!scan.own) {
         result = wrong(error, o->log,
-                       "nothing shows that it is the log of this run: another --log, or --overwrite");
+                       "nothing shows that it is the log of this run: another --log, or --overwrite goes on in it");
     }
     log->last = scan.last;
     log->last_line = scan.before;
     log->complete = scan.validated;
     log->begins = log->begins && !scan.last;
-    if (!result && (ftruncate(fd, scan.upto) || fseek(log->file, scan.upto, SEEK_SET)))
-        result = fail(error, o->log, "%s", strerror(errno));
+    log->cut_at = scan.upto;
     if (!result) return 0;
     fclose(log->file);
     log->file = NULL;
@@ -4548,6 +4568,9 @@ static int log_open(Log *log, const Options *o, char *error) {
 static int log_line(Log *log, const Step *s, const Score *score, char *error) {
     int again = s->step == log->last;
     if (!log->file || s->step < log->last || (again && (!score || log->complete || log->stream))) return 0;
+    if (log->cut_at >= 0 && (ftruncate(fileno(log->file), log->cut_at) || fseek(log->file, log->cut_at, SEEK_SET)))
+        return fail(error, log->path, "%s", strerror(errno));
+    log->cut_at = -1;
     if (!again) log->last_line = ftell(log->file);
     if (!again && !log->stream && log->last_line < 0) return fail(error, log->path, "%s", strerror(errno));
     if (again && fseek(log->file, log->last_line, SEEK_SET))
@@ -4805,7 +4828,7 @@ static int check_disk(const Run *run, uint64_t run_size, uint64_t best_size, cha
     char folder[PATH_MAX];
     const Place *out = &run->out_place, *best = &run->best_place;
     snprintf(folder, sizeof(folder), "%.*s", (int)(strrchr(out->target, '/') + 1 - out->target), out->target);
-    if (statvfs(folder, &disk)) return 0; // the saves will tell
+    if (statvfs(folder, &disk) || !disk.f_blocks) return 0; // it does not tell, the saves will
     double kept =
         (double)(out->there ? out->known.st_size : 0) + (double)(best->there ? best->known.st_size : 0);
     double needed = (double)run_size + (double)best_size + (double)run_size - kept;
@@ -4898,6 +4921,8 @@ static int train(Run *run, const char *program, char *error) {
     if (!result && !idle) result = train_steps(run, &t, &s, error);
     if (!result && !idle && (interrupted || renamed)) result = save_stopped(run, &t, error);
     if (!result && !idle && o->step == o->steps) result = conclude_run(run, &t, &s, error);
+    struct stat logged;
+    int log_gone = t.log.file && !fstat(fileno(t.log.file), &logged) && !logged.st_nlink;
     log_close(&t.log);
     if (t.sampler) run->backend->destroy(t.sampler);
     if (result == FAILED) {
@@ -4920,6 +4945,7 @@ static int train(Run *run, const char *program, char *error) {
     if (lies_there(o->out, problem) != 1) return fail(error, o->out, "it is not there any more");
     if (lies_there(run->best_path, problem) != 1)
         return fail(error, run->best_path, "the best weights are not there any more; the run is saved");
+    if (log_gone) return fail(error, o->log, "the log is not there any more; the run is saved");
     printf("saved to ");
     print_quoted(o->out);
     printf(", the best weights to ");
