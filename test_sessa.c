@@ -2759,12 +2759,12 @@ static void test_threads_allowed(void) {
 #if defined(_OPENMP) && defined(__linux__) && !defined(KMP_VERSION_MAJOR)
     static const char line[] = "--run --data text " SMALL "--steps 100000 --eval-every 0 --out u.safetensors "
                                                           "--log u.log";
-    for (int wishes = 0; wishes < 2; wishes++) {
+    for (int wishes = 0; wishes < 2 && !access("/proc/self/exe", R_OK); wishes++) { // needs /proc
         discard("u.log");
         prepare_child = wishes ? NULL : without_wishes; // the test itself runs with OMP_WAIT_POLICY=passive
         pid_t child = start_and_wait_for_log(line, "u.log", 2);
-        int bounded = started_with(child, "GOMP_SPINCOUNT="), again = started_with(child, "SESSA_STARTED_"
-                                                                                          "AGAIN=");
+        int bounded = started_with(child, "GOMP_SPINCOUNT=");
+        int again = started_with(child, "SESSA_STARTED_AGAIN=");
         kill(child, SIGINT);
         code = finish(child);
         if (wishes)
@@ -3030,7 +3030,11 @@ static void test_terminal(void) {
         pid_t child = start_at_terminal(&s, cases[i].columns, cases[i].type,
                                         "--run --data text " SMALL "--steps 30 --eval-every 10 "
                                                                    "--eval-batches 2 --out y.safetensors");
-        if (child < 0) { check(0, "no pseudo-terminal"); return; }
+        if (child < 0) {
+            printf("  no pseudo-terminal here: left out\n");
+            release();
+            return;
+        }
         while (watch(&s, 60000, NULL)) continue;
         waitpid(child, &status, 0);
         close(terminal_fd);

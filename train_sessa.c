@@ -2418,8 +2418,10 @@ static int settle(Place *p, const char *path, const char *like, char *error) {
     p->lock = -1;
     if (resolve(path, p->target, error)) return FAILED;
     p->there = !lstat(p->target, &p->known);
-    p->head = p->there ? head_of(p->target) : 0;
-    return p->there || errno == ENOENT ? 0 : fail(error, path, "cannot be written: %s", strerror(errno));
+    if (!p->there) return errno == ENOENT ? 0 : fail(error, path, "cannot be written: %s", strerror(errno));
+    p->head = head_of(p->target);
+    int unread = S_ISREG(p->known.st_mode) && !p->head;
+    return unread ? fail(error, path, "cannot be written: %s", strerror(errno)) : 0;
 }
 
 // Opens the lock file of a place and locks it: its descriptor, or -1 with the line. *locked: see
@@ -4556,6 +4558,8 @@ static int log_open(Log *log, const Options *o, char *error) {
     log->complete = scan.validated;
     log->begins = log->begins && !scan.last;
     log->cut_at = scan.upto;
+    if (!result && !o->resume && (ftruncate(fd, 0) || fseek(log->file, 0, SEEK_SET)))
+        result = fail(error, o->log, "%s", strerror(errno));
     if (!result) return 0;
     fclose(log->file);
     log->file = NULL;
