@@ -2677,6 +2677,7 @@ static void without_wishes(void) { // the environment of a user who wishes for n
                                         "OMP_PROC_BIND",   "OMP_PLACES",      "KMP_BLOCKTIME"};
     for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++) unsetenv(names[i]);
 }
+static void with_a_policy(void) { unsetenv("GOMP_SPINCOUNT"); } // and OMP_WAIT_POLICY=passive, as the test itself
 static void on_one_core(void) {
     without_wishes();
     cpu_set_t all, one;
@@ -2761,7 +2762,7 @@ static void test_threads_allowed(void) {
                                                           "--log u.log";
     for (int wishes = 0; wishes < 2 && !access("/proc/self/exe", R_OK); wishes++) { // needs /proc
         discard("u.log");
-        prepare_child = wishes ? NULL : without_wishes; // the test itself runs with OMP_WAIT_POLICY=passive
+        prepare_child = wishes ? with_a_policy : without_wishes; // the test itself runs with OMP_WAIT_POLICY=passive
         pid_t child = start_and_wait_for_log(line, "u.log", 2);
         int bounded = started_with(child, "GOMP_SPINCOUNT=");
         int again = started_with(child, "SESSA_STARTED_AGAIN=");
@@ -4050,7 +4051,8 @@ int main(int argc, char **argv) {
 #endif
     if (!realpath("/proc/self/exe", self) && !realpath(argv[0], self)) return 1;
     if (!getenv("OMP_WAIT_POLICY")) { // threads that spin at barriers starve each other on a busy machine; OpenMP reads
-        setenv("OMP_WAIT_POLICY", "passive", 1); // this before main, so start again
+        setenv("OMP_WAIT_POLICY", "passive", 1); // this before main, so start again. A thousand rounds of waiting are
+        setenv("GOMP_SPINCOUNT", "1000", 1);     // less than what a core that has gone idle takes to wake up
         execv(self, argv);
     }
 #ifdef TEST_CUDA

@@ -59,7 +59,7 @@ def main():
             subprocess.run([programs[name], "--data", os.path.join(ROOT, "train_sessa.c"), "--mixer", mixer, "--layers", "2",
                             *shape, *head, "--steps", str(steps), "--warmup", "20", "--dropout", "0.1", "--eval-every", "0", "--save-every", "100000",
                             "--log", folder + "/log", "--out", folder + "/out", "--overwrite"],
-                           check=True, stdout=subprocess.DEVNULL, env=dict(os.environ, OMP_NUM_THREADS=threads, OMP_WAIT_POLICY="passive"))
+                           check=True, stdout=subprocess.DEVNULL, env=dict(os.environ, OMP_NUM_THREADS=threads, OMP_WAIT_POLICY="passive", GOMP_SPINCOUNT="1000"))
             with open(folder + "/log") as log, open(folder + "/out", "rb") as out:
                 return [json.loads(line)["train_loss"] for line in log], out.read()
 
