@@ -2677,7 +2677,6 @@ static void without_wishes(void) { // the environment of a user who wishes for n
                                         "OMP_PROC_BIND",   "OMP_PLACES",      "KMP_BLOCKTIME"};
     for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++) unsetenv(names[i]);
 }
-static void with_a_policy(void) { unsetenv("GOMP_SPINCOUNT"); } // and OMP_WAIT_POLICY=passive, as the test itself
 static void on_one_core(void) {
     without_wishes();
     cpu_set_t all, one;
@@ -2690,6 +2689,8 @@ static void on_one_core(void) {
 #endif
 
 #if defined(_OPENMP) && defined(__linux__) && !defined(KMP_VERSION_MAJOR)
+static void with_a_policy(void) { unsetenv("GOMP_SPINCOUNT"); } // and OMP_WAIT_POLICY=passive, as the test itself
+
 // Whether the environment with which a program was started last holds the text.
 static int started_with(pid_t child, const char *text) {
     static char environment[1 << 16];
