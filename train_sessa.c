@@ -2186,6 +2186,10 @@ static char lock_paths[MAX_LOCKS][PATH_MAX + 8]; // of the lock files that this 
 static int lock_files[MAX_LOCKS];
 static volatile sig_atomic_t n_locks;
 
+static int same_place(const struct stat *a, const struct stat *b) {
+    return a->st_dev == b->st_dev && a->st_ino == b->st_ino;
+}
+
 // Nothing but system calls: it runs in signal handlers and at exit. The locks themselves end with the
 // process. What has taken the name of a lock file meanwhile stays.
 static void remove_locks(void) {
@@ -2194,7 +2198,7 @@ static void remove_locks(void) {
         int i = n_locks - 1;
         n_locks = i;
         int named = !fstat(lock_files[i], &mine) && !lstat(lock_paths[i], &there);
-        if (named && mine.st_ino == there.st_ino && mine.st_dev == there.st_dev && !there.st_size)
+        if (named && same_place(&mine, &there) && !there.st_size)
             unlink(lock_paths[i]);
         close(lock_files[i]);
     }
@@ -2258,9 +2262,10 @@ static void install_handlers(Phase phase) {
 // ----------------------------------------------------------------------------
 // files: read whole; written whole, into a temporary file that then takes the place of the old one
 
-// A 64-bit hash: FNV-1a's step (xor, then multiply by its prime), taken on 8 bytes at a time for speed and followed by a
-// fold of the upper half into the lower, which the hash by bytes does not need. The last bytes are padded with zeros, so
-// the size goes in first. It tells files apart that differ by accident, not by design.
+// A 64-bit hash: FNV-1a's step (xor, then multiply by its prime), taken on 8 bytes at a time for speed and
+// followed by a fold of the upper half into the lower, which the hash by bytes does not need. The last bytes
+// are padded with zeros, so the size goes in first. It tells files apart that differ by accident, not by
+// design.
 static uint64_t hash_bytes(const unsigned char *bytes, size_t size) {
     const uint64_t prime = 0x100000001b3;
     uint64_t hash = (0xcbf29ce484222325 ^ size) * prime;
@@ -2342,6 +2347,11 @@ static int join_path(char *path, const char *folder, size_t folder_length, const
                : -1;
 }
 
+// The folder of a settled path, with the slash at its end.
+static void folder_of(char folder[PATH_MAX], const char *target) {
+    snprintf(folder, PATH_MAX, "%.*s", (int)(strrchr(target, '/') + 1 - target), target);
+}
+
 // The place that path names once all links are followed, also where there is no file yet. target: PATH_MAX
 // bytes.
 static int resolve(const char *path, char *target, char *error) {
@@ -2368,10 +2378,6 @@ static int resolve(const char *path, char *target, char *error) {
     }
     return fail(error, path, "cannot be written: %s",
                 fits ? "its links lead in a circle" : "the path is too long");
-}
-
-static int same_place(const struct stat *a, const struct stat *b) {
-    return a->st_dev == b->st_dev && a->st_ino == b->st_ino;
 }
 
 // Locks an open file for this process, until it ends, in whatever way, and in whatever container: 1 if that
@@ -2491,12 +2497,13 @@ static int check_ours(Place *p, char *error) {
     return fail(error, p->path, "another file was put there meanwhile, which stays");
 }
 
-// Removes the temporary files of target that killed runs left: <target>.tmp.s<eight hexadecimal digits>. The lock must be held.
+// Removes the temporary files of target that killed runs left: <target>.tmp.s<eight hexadecimal digits>. The
+// lock must be held.
 static void remove_leftovers(const char *target) {
     char folder[PATH_MAX];
     struct stat info;
     const char *name = strrchr(target, '/') + 1;
-    snprintf(folder, sizeof(folder), "%.*s", (int)(name - target), target);
+    folder_of(folder, target);
     DIR *dir = opendir(folder);
     for (struct dirent *entry; dir && (entry = readdir(dir));) {
         const char *rest = entry->d_name + strlen(name);
@@ -2521,8 +2528,7 @@ static int check_replaceable(const Replacement *r, char *error) {
     const Place *p = r->place;
     struct stat folder;
     char folder_path[PATH_MAX];
-    snprintf(folder_path, sizeof(folder_path), "%.*s", (int)(strrchr(p->target, '/') + 1 - p->target),
-             p->target);
+    folder_of(folder_path, p->target);
     if (!S_ISREG(p->known.st_mode)) return fail(error, p->path, "cannot be written: not a regular file");
     // one that is read-only or append-only stays
     int fd = access(p->target, W_OK) ? -1 : open(p->target, O_WRONLY | O_CLOEXEC);
@@ -2598,8 +2604,7 @@ static int replacement_close(Replacement *r, int ok, uint64_t size, int trial, c
     p->known = written;
     p->head = head_of(p->target);
     char folder_path[PATH_MAX];
-    snprintf(folder_path, sizeof(folder_path), "%.*s", (int)(strrchr(p->target, '/') + 1 - p->target),
-             p->target);
+    folder_of(folder_path, p->target);
     int folder = open(folder_path, O_RDONLY | O_CLOEXEC);
     if (folder < 0) return 0;
     flush_to_disk(folder);
@@ -4097,9 +4102,10 @@ static int claim_places(Run *run, char *error) {
     if (!o->log || stream) return 0;
     if (settle(&run->log_place, o->log, NULL, error)) return FAILED;
     char folder[PATH_MAX];
-    snprintf(folder, sizeof(folder), "%.*s", (int)(strrchr(run->log_place.target, '/') + 1 - run->log_place.target),
-             run->log_place.target);
-    return access(folder, W_OK) ? 0 : take_lock(&run->log_place, error); // a log that lies there needs no file beside it
+    folder_of(folder, run->log_place.target);
+    return access(folder, W_OK)
+               ? 0
+               : take_lock(&run->log_place, error); // a log that lies there needs no file beside it
 }
 
 // What lies at path and how one goes on with it, for the line that refuses to replace it. text: ERROR_SIZE
@@ -4511,9 +4517,9 @@ typedef struct {
     double previous;
 } Log;
 
-// Opens the log: a new one for a new run; of a resumed one it will be cut back to the resumed step, once there is a line to
-// write. A pipe or a
-// device is written as it is. A file that is no log of this run is not touched, unless --overwrite says so.
+// Opens the log: a new one for a new run; of a resumed one it will be cut back to the resumed step, once
+// there is a line to write. A pipe or a device is written as it is. A file that is no log of this run is not
+// touched, unless --overwrite says so.
 static int log_open(Log *log, const Options *o, char *error) {
     struct stat info;
     memset(log, 0, sizeof(*log));
@@ -4831,7 +4837,7 @@ static int check_disk(const Run *run, uint64_t run_size, uint64_t best_size, cha
     struct statvfs disk;
     char folder[PATH_MAX];
     const Place *out = &run->out_place, *best = &run->best_place;
-    snprintf(folder, sizeof(folder), "%.*s", (int)(strrchr(out->target, '/') + 1 - out->target), out->target);
+    folder_of(folder, out->target);
     if (statvfs(folder, &disk) || !disk.f_blocks) return 0; // it does not tell, the saves will
     double kept =
         (double)(out->there ? out->known.st_size : 0) + (double)(best->there ? best->known.st_size : 0);
