@@ -1,41 +1,61 @@
 /*
-Sessa (Selective State Space Attention, arXiv 2604.18580) on the CPU: every layer's forward and backward pass, the
-model, its files, its data, the training loop and the command line, in one file that reads from top to bottom.
+Sessa (Selective State Space Attention, arXiv 2604.18580) on the CPU: every layer's forward and backward
+pass, the model, its files, its data, the training loop and the command line, in one file that reads from top
+to bottom.
 
-The model is an embedding, L layers, a LayerNorm and the embedding again as the head. One layer makes y of x, (B,T,D):
+The model is an embedding, L layers, a LayerNorm and the embedding again as the head. One layer makes y of x,
+(B,T,D):
 
-    n       = LayerNorm(x)                               [9]
-    a, g    = n W_in^T + b_in                            [10]
-    ā       = GELU(a)                                    [11]      `abar`
-    q, k, v = ā W_q^T + b_q, ā W_k^T + b_k, ā W_v^T + b_v  [14]    then q, k = RoPE(q), RoPE(k)
-    o_t     = Σ_{j≤t} softmax_j(σ(d) q_t·k_j) v_j        [15, 16]  in each head
-    f       = o W_o^T                                              one hop: the direct read of the past
-    q', k'  = ā W_fb^T + b_fb                            [14]      `fb_q`, `fb_k`: one head, D wide, no RoPE
-    α_tj    = softmax_{j<t}(σ(D) q'_t·k'_j)              [17]      a second attention, over the strict past
-    γ_t     = γ_max tanh(ā_t·w_γ + b_γ)                  [18]      `gamma`: how much of it comes back
-    s_t     = f_t + γ_t Σ_{j<t} α_tj s_j                 [19-22]   many hops: the layer reads its own outputs
-    y       = x + (s ⊙ g) W_out^T + b_out                [13]
+    ln      = LayerNorm(x)                                 [9]
+    a, g    = ln W_in^T + b_in                             [10]
+    ā       = GELU(a)                                      [11]      `abar`
+    q, k, v = ā W_q^T + b_q, ā W_k^T + b_k, ā W_v^T + b_v  [14]      then q, k = RoPE(q), RoPE(k)
+    o_t     = Σ_{j≤t} softmax_j(q_t·k_j / √d) v_j          [15, 16]  in each head
+    f       = o W_o^T                                                one hop: the direct read of the past
+    q', k'  = ā W_fb^T + b_fb                              [14]      `fb_q`, `fb_k`: one head, D wide, no RoPE
+    α_tj    = softmax_{j<t}(q'_t·k'_j / √D)                [17]      a second attention, over the strict past
+    γ_t     = γ_max tanh(ā_t·w_γ + b_γ)                    [18]      `gamma`: how much of it comes back
+    s_t     = f_t + γ_t Σ_{j<t} α_tj s_j                   [19-22]   many hops: the layer reads its outputs
+    y       = x + (s ⊙ g) W_out^T + b_out                  [13]
 
-The line for s, over all t, is a triangular system, (I - A) s = f with A = diag(γ) α. Its inverse, I + A + A² + ..., sums the
-paths of every number of hops from j to t: the memory fades as a power of the lag. From ā to s it is the mixer, [12], in the
-place of which two others can stand. hidden_forward is this list, sessa_forward its middle, feedback_forward the line for s.
+The line for s, over all t, is a triangular system, (I - A) s = f with A = diag(γ) α. Its inverse, I + A + A²
++ ..., sums the paths of every number of hops from j to t: the memory fades as a power of the lag. From ā to
+s it is the mixer, [12], in the place of which two others can stand. hidden_forward is this list,
+sessa_forward its middle, feedback_forward the line for s.
 
-Letters: B sequences, T tokens each, D model width, H query heads, G key/value heads, d = D/H head width, L layers,
-V vocabulary, P panel height, σ(n) = 1/sqrt(n); `ld` is the number of elements from one row of a matrix to the next, where
-it may be some columns of a wider one. Generation calls the same forward passes with the positions before `first` known
-and the rows first..T-1 new; in training first is 0.
+What stands where, in this order:
 
-Arrays are row-major, (B,T,D) means index (b·T + t)·D + i; a linear layer's weight is (out, in). Numbers in [ ] are the
-paper's equations. Gradients of parameters are accumulated (+=); gradients of activations are written (=) unless the comment
-says +=. A layer checks nothing and cannot fail, and none allocates: scratch comes from the caller. What can fail takes
-a `char *error` and returns 0, or FAILED (WRONG_OPTION for what the user typed) with one line there.
+    layers                 each forward and backward, in the order in which data meets them
+    the model              its weights and activations
+    Sessa's mixer          ā → s
+    forward, backward, update                       to here the architecture is told: read this first
+    Mamba-2                the mixer that the paper compares with, plain; nothing else needs it
+    the same, fast         panels, tiles, vectors: how the layers above are made fast
+    tables, memory, the machine, signals, files, data, options, a run, generation, training, the program
+
+Plain is what a layer is, fast is how it is made fast. The functions of the first half are plain: explicit
+loops, with no more memory than O(T) for a sequence. Where there is a faster way the function begins with
+
+    if (!plain) return attention_forward_fast(...);
+
+and a test holds the two together. `--plain` turns the fast ways off.
+
+Letters: B sequences, T tokens each, N = B·T rows, D model width, H query heads, G key/value heads, d = D/H
+head width, L layers, V vocabulary; `ld` is the number of elements from one row of a matrix to the next,
+where it may be some columns of a wider one. Generation calls the same forward passes with the positions
+before `first` known and the rows first..T-1 new; in training first is 0.
+
+Arrays are row-major, (B,T,D) means index (b·T + t)·D + i; a linear layer's weight is (out, in). Numbers like
+[9] are the paper's equations. Gradients of parameters are accumulated (+=); gradients of activations are
+written (=) unless the comment says +=. A layer checks nothing and cannot fail, and none allocates: scratch
+comes from the caller. What can fail takes a `char *error` and returns 0, or FAILED (WRONG_OPTION for what
+the user typed) with one line there.
 */
 #if defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__
 #error "-Ofast and -ffast-math hide a loss that is not finite: add -fno-finite-math-only"
 #endif
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
-#error                                                                                                       \
-    "safetensors, token shards and checkpoints are little-endian, and the program copies them as they are: this machine is not"
+#error "safetensors, token shards and checkpoints are little-endian, and are copied as they are: this is not"
 #endif
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -74,6 +94,1227 @@ static inline int omp_in_parallel(void) { return 0; }
 static inline void omp_set_num_threads(int threads) { (void)threads; }
 #endif
 
+#ifndef REAL
+#define REAL float // -DREAL=double builds the whole program in float64: gradients are checked there
+#endif
+typedef REAL real;
+
+// ----------------------------------------------------------------------------
+// what the layers share
+//
+// The switch between plain and fast, and the shapes and the scratch that attention and feedback are given.
+
+static int plain; // 1: every layer by its plain loops. --plain and the tests set it.
+
+static inline int min_int(int a, int b) { return a < b ? a : b; }
+
+// What an attention reads: B sequences whose rows first..T-1 are new; H query heads, of which each group of
+// H/G shares one of G heads of keys and values, all d wide; rows of q, k and v lie ld elements apart.
+typedef struct { int B, T, first, H, G, d, ld; } Shape;
+
+// Scratch for all threads, and P, the height of the fast way's panels (0: it chooses).
+typedef struct { real *scratch; int P; } Work;
+
+// Two rows of T numbers for the calling thread.
+static real *two_rows(Work work, int T) { return work.scratch + (int64_t)2 * T * omp_get_thread_num(); }
+
+// The fast ways of the layers below, each with the arguments of the plain one. They stand in "the same,
+// fast".
+static void embedding_backward_fast(real *dwte, const real *dout, const int *inp, int B, int T, int D);
+static void layernorm_backward_fast(real *dx, real *dweight, real *dbias, const real *dout, const real *x,
+                                    const real *mean, const real *rstd, const real *weight, int N, int D);
+static void linear_forward_fast(real *out, int ld_out, const real *inp, const real *weight, const real *bias,
+                                int N, int in, int out_width);
+static void linear_backward_fast(real *dinp, real *dweight, real *dbias, const real *dout, int ld_dout,
+                                 const real *inp, const real *weight, int N, int in, int out_width);
+static void gelu_forward_fast(real *out, const real *inp, int ld, int N, int D);
+static void gelu_backward_fast(real *dinp, const real *dout, const real *inp, int ld, int N, int D);
+static void attention_forward_fast(real *out, real *stats, Work work, const real *q, const real *k,
+                                   const real *v, Shape shape);
+static void attention_backward_fast(real *dq, real *dk, real *dv, Work work, const real *dout, real *stats,
+                                    const real *q, const real *k, const real *v, Shape shape);
+static void gain_backward_fast(real *dx, real *dweight, real *dbias, real *dgamma, const real *gamma,
+                               const real *x, const real *weight, real gamma_max, int N, int D);
+static void feedback_forward_fast(real *s, real *stats, Work work, const real *f, const real *q,
+                                  const real *k, const real *gamma, Shape shape);
+static void feedback_backward_fast(real *ds, real *dq, real *dk, real *dgamma, Work work, const real *s,
+                                   real *stats, const real *q, const real *k, const real *gamma, Shape shape);
+static void crossentropy_forward_fast(real *losses, real *logsumexp, const real *logits, const int *targets,
+                                      int N, int V);
+static void crossentropy_backward_fast(real *dlogits, const real *logits, const real *logsumexp,
+                                       const int *targets, real dloss, int N, int V);
+static double norm_fast(const real *x, int64_t n);
+
+// ----------------------------------------------------------------------------
+// layers, in the order in which data meets them
+//
+// A `parallel for` shares out rows, heads or sequences, which do not depend on each other.
+
+// out[bt] = wte[inp[bt]]        inp (B,T) token ids, wte (V,D), out (B,T,D)
+static void embedding_forward(real *out, const int *inp, const real *wte, int B, int T, int D) {
+    #pragma omp parallel for if (B * T > 1)
+    for (int64_t bt = 0; bt < B * T; bt++)
+        for (int i = 0; i < D; i++) out[bt * D + i] = wte[(int64_t)inp[bt] * D + i];
+}
+
+// dwte[inp[bt]] += dout[bt]
+static void embedding_backward(real *dwte, const real *dout, const int *inp, int B, int T, int D) {
+    if (!plain) return embedding_backward_fast(dwte, dout, inp, B, T, D);
+    for (int64_t bt = 0; bt < B * T; bt++)
+        for (int i = 0; i < D; i++) dwte[(int64_t)inp[bt] * D + i] += dout[bt * D + i];
+}
+
+// The SplitMix64 mixer: a bijection of 64-bit words that passes for random (Steele, Lea, Flood: Fast
+// splittable pseudorandom number generators, OOPSLA 2014; constants by Vigna).
+static inline uint64_t splitmix64(uint64_t z) {
+    z += 0x9E3779B97F4A7C15u;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+    return z ^ (z >> 31);
+}
+
+// A dropout mask is a function of (seed, micro-batch, place, index), not stored: the backward pass asks it
+// again. probability 0 is off.
+typedef struct { double probability; uint64_t seed, micro_step; } Dropout;
+static const Dropout no_dropout = {0, 0, 0};
+
+// x_i *= mask_i, mask_i = 0 with the given probability p, else 1/(1-p). x (n). Its own backward pass, on the
+// gradient.
+static void dropout(real *x, int64_t n, Dropout drop, int place) {
+    if (drop.probability <= 0) return;
+    uint64_t key = splitmix64(splitmix64(splitmix64(drop.seed) ^ drop.micro_step) ^ (uint64_t)place);
+    uint64_t threshold = (uint64_t)(drop.probability * 4294967296.0);
+    real scale = (real)(1 / (1 - drop.probability));
+    #pragma omp parallel for
+    for (int64_t i = 0; i < n; i++) {
+        int kept = (splitmix64(key ^ (uint64_t)i) >> 32) >= threshold;
+        x[i] *= kept ? scale : 0;
+    }
+}
+
+// [9]  out = (x - mean)·rstd ⊙ weight + bias, rstd = 1/√(variance + 1e-5), over the D numbers of each row
+// x, out (N,D), mean and rstd (N): kept for the backward pass, which needs no more than x beside them.
+static void layernorm_forward(real *out, real *mean, real *rstd, const real *x, const real *weight,
+                              const real *bias, int N, int D) {
+    #pragma omp parallel for if (N > 1)
+    for (int64_t n = 0; n < N; n++) {
+        const real *row = x + n * D;
+        real sum = 0, squares = 0;
+        for (int i = 0; i < D; i++) sum += row[i];
+        real m = sum / D;
+        for (int i = 0; i < D; i++) squares += (row[i] - m) * (row[i] - m);
+        real r = 1 / (real)sqrt((double)(squares / D) + 1e-5);
+        for (int i = 0; i < D; i++) out[n * D + i] = (row[i] - m) * r * weight[i] + bias[i];
+        mean[n] = m;
+        rstd[n] = r;
+    }
+}
+
+// With x̂ = (x - mean)·rstd and w = dout ⊙ weight:
+//     dx += rstd·(w - mean(w) - x̂·mean(w ⊙ x̂))      += because x also goes past the layer
+//     dweight += Σ_n dout ⊙ x̂,   dbias += Σ_n dout
+static void layernorm_backward(real *dx, real *dweight, real *dbias, const real *dout, const real *x,
+                               const real *mean, const real *rstd, const real *weight, int N, int D) {
+    if (!plain) return layernorm_backward_fast(dx, dweight, dbias, dout, x, mean, rstd, weight, N, D);
+    for (int64_t n = 0; n < N; n++) {
+        real mean_w = 0, mean_wx = 0;
+        for (int i = 0; i < D; i++) {
+            real xhat = (x[n * D + i] - mean[n]) * rstd[n], w = dout[n * D + i] * weight[i];
+            mean_w += w / D;
+            mean_wx += w * xhat / D;
+        }
+        for (int i = 0; i < D; i++) {
+            real xhat = (x[n * D + i] - mean[n]) * rstd[n], w = dout[n * D + i] * weight[i];
+            dx[n * D + i] += rstd[n] * (w - mean_w - xhat * mean_wx);
+            dweight[i] += dout[n * D + i] * xhat;
+            dbias[i] += dout[n * D + i];
+        }
+    }
+}
+
+// out = inp·weight^T + bias     inp (N,in), weight (out_width,in), bias (out_width) or NULL, out
+// (N,out_width) ld_out: elements from row to row of out, which may be some columns of a wider matrix.
+static void linear_forward(real *out, int ld_out, const real *inp, const real *weight, const real *bias,
+                           int N, int in, int out_width) {
+    if (!plain) return linear_forward_fast(out, ld_out, inp, weight, bias, N, in, out_width);
+    #pragma omp parallel for
+    for (int64_t n = 0; n < N; n++)
+        for (int64_t o = 0; o < out_width; o++) {
+            real sum = bias ? bias[o] : 0;
+            for (int i = 0; i < in; i++) sum += inp[n * in + i] * weight[o * in + i];
+            out[n * ld_out + o] = sum;
+        }
+}
+
+// dinp = dout·weight,   dweight += dout^T·inp,   dbias += Σ_n dout (NULL: no bias)
+static void linear_backward(real *dinp, real *dweight, real *dbias, const real *dout, int ld_dout,
+                            const real *inp, const real *weight, int N, int in, int out_width) {
+    if (!plain)
+        return linear_backward_fast(dinp, dweight, dbias, dout, ld_dout, inp, weight, N, in, out_width);
+    #pragma omp parallel for
+    for (int64_t n = 0; n < N; n++) {
+        for (int i = 0; i < in; i++) dinp[n * in + i] = 0;
+        for (int64_t o = 0; o < out_width; o++)
+            for (int i = 0; i < in; i++) dinp[n * in + i] += dout[n * ld_dout + o] * weight[o * in + i];
+    }
+    #pragma omp parallel for
+    for (int64_t o = 0; o < out_width; o++)
+        for (int64_t n = 0; n < N; n++) {
+            for (int i = 0; i < in; i++) dweight[o * in + i] += dout[n * ld_dout + o] * inp[n * in + i];
+            if (dbias) dbias[o] += dout[n * ld_dout + o];
+        }
+}
+
+// [11]  out = GELU(inp) = inp·Φ(inp), the exact one, with Φ(x) = (1 + erf(x/√2))/2, the normal distribution
+// inp: D of the ld columns of each of N rows, out (N,D)
+static void gelu_forward(real *out, const real *inp, int ld, int N, int D) {
+    if (!plain) return gelu_forward_fast(out, inp, ld, N, D);
+    #pragma omp parallel for
+    for (int64_t n = 0; n < N; n++)
+        for (int i = 0; i < D; i++) {
+            double x = (double)inp[n * ld + i];
+            out[n * D + i] = (real)(x * 0.5 * erfc(-x / sqrt(2)));
+        }
+}
+
+// dinp = dout·(Φ(inp) + inp·φ(inp)), φ(x) = e^(-x²/2)/√(2π) the normal density; dinp with the layout of inp
+static void gelu_backward(real *dinp, const real *dout, const real *inp, int ld, int N, int D) {
+    if (!plain) return gelu_backward_fast(dinp, dout, inp, ld, N, D);
+    #pragma omp parallel for
+    for (int64_t n = 0; n < N; n++)
+        for (int i = 0; i < D; i++) {
+            double x = (double)inp[n * ld + i];
+            double cdf = 0.5 * erfc(-x / sqrt(2));
+            double density = exp(-x * x / 2) / sqrt(2 * 3.14159265358979323846);
+            dinp[n * ld + i] = dout[n * D + i] * (real)(cdf + x * density);
+        }
+}
+
+// cosine and sine (T, d/2) of the angles t·10000^(-2i/d), computed in double
+static void rope_table(real *cosine, real *sine, int T, int d) {
+    #pragma omp parallel for
+    for (int64_t t = 0; t < T; t++)
+        for (int i = 0; i < d / 2; i++) {
+            double angle = (double)t * pow(10000, -2.0 * i / d);
+            cosine[t * (d / 2) + i] = (real)cos(angle);
+            sine[t * (d / 2) + i] = (real)sin(angle);
+        }
+}
+
+// RoPE: turns each pair (x_2i, x_2i+1) of each head by the angle of its position t, in place. x: the first
+// heads·d of the ld columns of N rows, of which row n stands at position first + n mod T. direction 1, or -1
+// to turn back. The scores q_t·k_j then depend on t - j: that is how attention knows the order of its tokens.
+static void rope_forward(real *x, int ld, const real *cosine, const real *sine, int N, int T, int heads,
+                         int d, int first, real direction) {
+    #pragma omp parallel for if (N > 1)
+    for (int64_t n = 0; n < N; n++) {
+        int64_t t = first + n % T;
+        const real *c = cosine + t * (d / 2), *s = sine + t * (d / 2);
+        for (int h = 0; h < heads; h++) {
+            real *pair = x + n * ld + h * d;
+            for (int i = 0; i < d / 2; i++) {
+                real even = pair[2 * i], odd = pair[2 * i + 1];
+                pair[2 * i] = even * c[i] - direction * odd * s[i];
+                pair[2 * i + 1] = direction * even * s[i] + odd * c[i];
+            }
+        }
+    }
+}
+
+// A rotation's derivative is the rotation back, in place on the gradient.
+static void rope_backward(real *dx, int ld, const real *cosine, const real *sine, int N, int T, int heads,
+                          int d) {
+    rope_forward(dx, ld, cosine, sine, N, T, heads, d, 0, -1);
+}
+
+// weights[j] = softmax_j(q·k_j / √d) for the keys j < n, the rows of k, ld elements apart
+// stats keeps the row's largest logit and 1/Σ_j e^(logit - largest): all that it takes to compute a weight
+// again. With no key there is no weight, and 1/Σ is 0.
+static void softmax_row(real *weights, real stats[2], const real *q, const real *k, int ld, int d, int n) {
+    real scale = 1 / (real)sqrt((double)d), largest = 0, sum = 0;
+    for (int64_t j = 0; j < n; j++) {
+        real dot = 0;
+        for (int i = 0; i < d; i++) dot += q[i] * k[j * ld + i];
+        weights[j] = scale * dot;
+        if (j == 0 || weights[j] > largest) largest = weights[j];
+    }
+    for (int j = 0; j < n; j++) {
+        weights[j] = (real)exp((double)(weights[j] - largest));
+        sum += weights[j];
+    }
+    for (int j = 0; j < n; j++) weights[j] /= sum;
+    stats[0] = largest;
+    stats[1] = n ? 1 / sum : 0;
+}
+
+// [15, 16]  o_t = Σ_{j≤t} p_tj v_j with p_tj = softmax_{j≤t}(q_t·k_j / √d), head h with the keys and values
+// of group h/(H/G). q: H heads of d columns for the positions first..T-1; k, v: G heads for the positions
+// 0..T-1. out (B,T-first,H·d). stats (B,H,T-first,2) is kept for the backward pass, see softmax_row.
+// O(T²·H·d) a sequence.
+static void attention_forward(real *out, real *stats, Work work, const real *q, const real *k, const real *v,
+                              Shape shape) {
+    if (!plain) return attention_forward_fast(out, stats, work, q, k, v, shape);
+    int T = shape.T, H = shape.H, d = shape.d, ld = shape.ld, first = shape.first, rows = T - first;
+    #pragma omp parallel for
+    for (int item = 0; item < shape.B * H; item++) {
+        int64_t b = item / H, h = item % H, group = h / (H / shape.G);
+        const real *k_b = k + b * T * ld + group * d, *v_b = v + b * T * ld + group * d;
+        real *p = two_rows(work, T), *stats_h = stats + (int64_t)2 * item * rows;
+        for (int64_t t = first; t < T; t++) {
+            int64_t row = b * rows + t - first;
+            real *o_t = out + (row * H + h) * d;
+            softmax_row(p, stats_h + 2 * (t - first), q + row * ld + h * d, k_b, ld, d, (int)t + 1);
+            for (int i = 0; i < d; i++) o_t[i] = 0;
+            for (int64_t j = 0; j <= t; j++)
+                for (int i = 0; i < d; i++) o_t[i] += p[j] * v_b[j * ld + i];
+        }
+    }
+}
+
+// With the weights p_tj of the forward pass, and dout_t the gradient of o_t:
+//     dv_j = Σ_t p_tj dout_t,   dp_tj = dout_t·v_j,   dlogit_tj = p_tj (dp_tj - Σ_i p_ti dp_ti),
+//     dq_t = Σ_j dlogit_tj k_j / √d,   dk_j = Σ_t dlogit_tj q_t / √d
+// dq, dk, dv have the layout of q, k, v. The heads of a group add to the same dk and dv: one thread takes
+// them all.
+static void attention_backward(real *dq, real *dk, real *dv, Work work, const real *dout, real *stats,
+                               const real *q, const real *k, const real *v, Shape shape) {
+    if (!plain) return attention_backward_fast(dq, dk, dv, work, dout, stats, q, k, v, shape);
+    int T = shape.T, H = shape.H, G = shape.G, d = shape.d, ld = shape.ld;
+    real scale = 1 / (real)sqrt((double)d);
+    #pragma omp parallel for
+    for (int item = 0; item < shape.B * G; item++) {
+        int64_t b = item / G, group = item % G;
+        int64_t keys = b * T * ld + group * d; // where this group's columns begin
+        const real *k_b = k + keys, *v_b = v + keys;
+        real *dk_b = dk + keys, *dv_b = dv + keys, *p = two_rows(work, T), *dp = p + T;
+        for (int64_t j = 0; j < T; j++)
+            for (int i = 0; i < d; i++) dk_b[j * ld + i] = dv_b[j * ld + i] = 0;
+        for (int64_t h = group * (H / G); h < (group + 1) * (H / G); h++)
+            for (int64_t t = 0; t < T; t++) {
+                int64_t row = b * T + t;
+                const real *q_t = q + row * ld + h * d, *dout_t = dout + (row * H + h) * d;
+                real *dq_t = dq + row * ld + h * d, sum = 0;
+                softmax_row(p, stats + 2 * ((b * H + h) * T + t), q_t, k_b, ld, d, (int)t + 1);
+                for (int64_t j = 0; j <= t; j++) {
+                    dp[j] = 0;
+                    for (int i = 0; i < d; i++) dp[j] += dout_t[i] * v_b[j * ld + i];
+                    for (int i = 0; i < d; i++) dv_b[j * ld + i] += p[j] * dout_t[i];
+                    sum += p[j] * dp[j];
+                }
+                for (int i = 0; i < d; i++) dq_t[i] = 0;
+                for (int64_t j = 0; j <= t; j++) {
+                    real dlogit = p[j] * (dp[j] - sum);
+                    for (int i = 0; i < d; i++) dq_t[i] += scale * dlogit * k_b[j * ld + i];
+                    for (int i = 0; i < d; i++) dk_b[j * ld + i] += scale * dlogit * q_t[i];
+                }
+            }
+    }
+}
+
+// [18]  gamma_t = gamma_max · tanh(x_t·weight + bias)      x (N,D), weight (D), bias (1), gamma (N), |gamma|
+// < gamma_max bias starts at 1: a new layer listens to its past outputs, with 0.76 gamma_max, before it has
+// learnt when to.
+static void gain_forward(real *gamma, const real *x, const real *weight, const real *bias, real gamma_max,
+                         int N, int D) {
+    #pragma omp parallel for if (N > 1)
+    for (int64_t n = 0; n < N; n++) {
+        real dot = bias[0];
+        for (int i = 0; i < D; i++) dot += x[n * D + i] * weight[i];
+        gamma[n] = gamma_max * (real)tanh((double)dot);
+    }
+}
+
+// With dpre_t = dgamma_t · gamma_max (1 - (gamma_t/gamma_max)²):
+//     dx_t += dpre_t · weight,   dweight += Σ_t dpre_t x_t,   dbias += Σ_t dpre_t         dgamma becomes dpre
+static void gain_backward(real *dx, real *dweight, real *dbias, real *dgamma, const real *gamma,
+                          const real *x, const real *weight, real gamma_max, int N, int D) {
+    if (!plain) return gain_backward_fast(dx, dweight, dbias, dgamma, gamma, x, weight, gamma_max, N, D);
+    for (int64_t n = 0; n < N; n++) {
+        real ratio = gamma[n] / gamma_max;
+        dgamma[n] *= gamma_max * (1 - ratio * ratio);
+        dbias[0] += dgamma[n];
+        for (int i = 0; i < D; i++) {
+            dx[n * D + i] += dgamma[n] * weight[i];
+            dweight[i] += dgamma[n] * x[n * D + i];
+        }
+    }
+}
+
+// [17, 19-22]  The feedback path: s_t = f_t + gamma_t Σ_{j<t} α_tj s_j with α_tj = softmax_{j<t}(q'_t·k'_j /
+// √D)
+//
+// Every row reads the rows of s above it, which have read those above them. The first three, written out:
+//     s_0 = f_0                                           row 0 has no past
+//     s_1 = f_1 + γ_1 s_0                                 one past row: α_10 is 1
+//         = f_1 + γ_1 f_0
+//     s_2 = f_2 + γ_2 (α_20 s_0 + α_21 s_1)
+//         = f_2 + γ_2 α_21 f_1 + (γ_2 α_20 + γ_2 α_21 γ_1) f_0
+// so s_2 hears f_1 by the path 2→1, and f_0 by two: 2→0 in one hop, and 2→1→0 in two. Over a lag of t there
+// are 2^(t-1) paths, and the solve sums them all: (I - A) s = f with A_tj = gamma_t α_tj, strictly
+// lower-triangular, solved from the first row to the last by substitution. |gamma| < 1 keeps s bounded: |s| ≤
+// max|f| / (1 - max|gamma|).
+//
+// q' and k' are one head of all D columns, since one s comes back, and not one a head. They have no RoPE: a
+// row chooses by content which outputs it hears again, and the order is in the triangle itself, for the
+// further back j lies the more paths lead there. It costs what one more attention of one head costs, O(T²·D)
+// a sequence; only that the rows must come one after the other is new.
+//
+// shape: H = G = 1 and d = D. f (B,T-first,D); q', k': D columns of rows ld apart, q' for the positions
+// first..T-1 and k' for 0..T-1; gamma (B,T-first), stats (B,T-first,2); s (B,T,D), its rows before first
+// known. Kept for the backward pass: q', k', gamma, stats and s, all O(T).
+static void feedback_forward(real *s, real *stats, Work work, const real *f, const real *q, const real *k,
+                             const real *gamma, Shape shape) {
+    if (!plain) return feedback_forward_fast(s, stats, work, f, q, k, gamma, shape);
+    int T = shape.T, D = shape.d, ld = shape.ld, first = shape.first;
+    #pragma omp parallel for
+    for (int64_t b = 0; b < shape.B; b++) {
+        real *s_b = s + b * T * D, *alpha = two_rows(work, T);
+        for (int64_t t = first; t < T; t++) {
+            int64_t row = b * (T - first) + t - first; // of f, q', gamma and stats
+            real *s_t = s_b + t * D;
+            softmax_row(alpha, stats + 2 * row, q + row * ld, k + b * T * ld, ld, D, (int)t);
+            for (int i = 0; i < D; i++) s_t[i] = f[row * D + i];
+            for (int64_t j = 0; j < t; j++)
+                for (int i = 0; i < D; i++) s_t[i] += gamma[row] * alpha[j] * s_b[j * D + i];
+        }
+    }
+}
+
+// The gradient of f is λ with (I - A)^T λ = ds, for s = (I - A)^-1 f: the same system transposed, solved from
+// the last row to the first, where each row hands to the rows above it what it took from them. When the loop
+// comes to row t, all rows below have handed it theirs, so λ_t is whole, and every gradient follows from A_tj
+// = gamma_t α_tj and dA_tj = λ_t·s_j without a second solve:
+//     df_t       = λ_t
+//     dgamma_t   = Σ_j α_tj dA_tj = δ_t
+//     dlogit_tj  = gamma_t α_tj (dA_tj - δ_t)      the softmax's backward pass needs the same sum δ_t
+//     dq'_t      = Σ_j dlogit_tj k'_j / √D,   dk'_j = Σ_t dlogit_tj q'_t / √D
+//     λ_j       += gamma_t α_tj λ_t
+// ds (B,T,D) becomes df; s (B,T,D); dgamma (B,T); dq', dk' with the layout of q', k'.
+static void feedback_backward(real *ds, real *dq, real *dk, real *dgamma, Work work, const real *s,
+                              real *stats, const real *q, const real *k, const real *gamma, Shape shape) {
+    if (!plain) return feedback_backward_fast(ds, dq, dk, dgamma, work, s, stats, q, k, gamma, shape);
+    int T = shape.T, D = shape.d, ld = shape.ld;
+    real scale = 1 / (real)sqrt((double)D);
+    #pragma omp parallel for
+    for (int64_t b = 0; b < shape.B; b++) {
+        const real *s_b = s + b * T * D, *k_b = k + b * T * ld;
+        real *lambda = ds + b * T * D, *dk_b = dk + b * T * ld, *alpha = two_rows(work, T), *dA = alpha + T;
+        for (int64_t j = 0; j < T; j++)
+            for (int i = 0; i < D; i++) dk_b[j * ld + i] = 0;
+        for (int64_t t = T - 1; t >= 0; t--) {
+            int64_t row = b * T + t;
+            const real *q_t = q + row * ld, *lambda_t = lambda + t * D;
+            real *dq_t = dq + row * ld, delta = 0;
+            softmax_row(alpha, stats + 2 * row, q_t, k_b, ld, D, (int)t);
+            for (int64_t j = 0; j < t; j++) {
+                dA[j] = 0;
+                for (int i = 0; i < D; i++) dA[j] += lambda_t[i] * s_b[j * D + i];
+                delta += alpha[j] * dA[j];
+            }
+            dgamma[row] = delta;
+            for (int i = 0; i < D; i++) dq_t[i] = 0;
+            for (int64_t j = 0; j < t; j++) {
+                real A = gamma[row] * alpha[j], dlogit = A * (dA[j] - delta);
+                for (int i = 0; i < D; i++) dq_t[i] += scale * dlogit * k_b[j * ld + i];
+                for (int i = 0; i < D; i++) dk_b[j * ld + i] += scale * dlogit * q_t[i];
+                for (int i = 0; i < D; i++) lambda[j * D + i] += A * lambda_t[i];
+            }
+        }
+    }
+}
+
+// [13]  out = s ⊙ g       s, out (N,D), g: D of the ld columns of each row
+static void gate_forward(real *out, const real *s, const real *g, int ld, int N, int D) {
+    #pragma omp parallel for if (N > 1)
+    for (int64_t n = 0; n < N; n++)
+        for (int i = 0; i < D; i++) out[n * D + i] = s[n * D + i] * g[n * ld + i];
+}
+
+// ds = dout ⊙ g,   dg = dout ⊙ s       ds may be dout itself
+static void gate_backward(real *ds, real *dg, const real *dout, const real *s, const real *g, int ld, int N,
+                          int D) {
+    #pragma omp parallel for
+    for (int64_t n = 0; n < N; n++)
+        for (int i = 0; i < D; i++) {
+            real grad = dout[n * D + i];
+            dg[n * ld + i] = grad * s[n * D + i];
+            ds[n * D + i] = grad * g[n * ld + i];
+        }
+}
+
+// [13]  out = x + branch  (n). Its backward pass hands dout to both.
+static void residual_forward(real *out, const real *x, const real *branch, int64_t n) {
+    #pragma omp parallel for if (n > 8192)
+    for (int64_t i = 0; i < n; i++) out[i] = x[i] + branch[i];
+}
+
+// losses[n] = logsumexp_n - logits[n][target_n], in nats, 0 where target_n is -1. logits (N,V), logsumexp (N)
+// is kept.
+static void crossentropy_forward(real *losses, real *logsumexp, const real *logits, const int *targets, int N,
+                                 int V) {
+    if (!plain) return crossentropy_forward_fast(losses, logsumexp, logits, targets, N, V);
+    #pragma omp parallel for
+    for (int64_t n = 0; n < N; n++) {
+        const real *row = logits + n * V;
+        real largest = row[0], sum = 0;
+        for (int i = 1; i < V; i++) largest = row[i] > largest ? row[i] : largest;
+        for (int i = 0; i < V; i++) sum += (real)exp((double)(row[i] - largest));
+        logsumexp[n] = largest + (real)log((double)sum);
+        losses[n] = targets[n] < 0 ? 0 : logsumexp[n] - row[targets[n]];
+    }
+}
+
+// dlogits = (softmax(logits) - onehot(target)) · dloss, 0 where the target is -1. dlogits may be logits
+// itself.
+static void crossentropy_backward(real *dlogits, const real *logits, const real *logsumexp,
+                                  const int *targets, real dloss, int N, int V) {
+    if (!plain) return crossentropy_backward_fast(dlogits, logits, logsumexp, targets, dloss, N, V);
+    #pragma omp parallel for
+    for (int64_t n = 0; n < N; n++)
+        for (int i = 0; i < V; i++) {
+            real p = (real)exp((double)(logits[n * V + i] - logsumexp[n]));
+            real counted = targets[n] < 0 ? 0 : dloss;
+            dlogits[n * V + i] = (p - (i == targets[n])) * counted;
+        }
+}
+
+// ----------------------------------------------------------------------------
+// the model: names, shapes and places of its tensors
+//
+// All parameters lie in one block of numbers and all activations in another; a table says what stands where.
+// Files, initial values, AdamW and the tests go through the tables.
+
+// The value; uniform in ± the value; of that standard deviation; with e^x uniform in 1..16; with softplus(x)
+// log-uniform in 0.001..0.1.
+typedef enum { INIT_CONSTANT, INIT_UNIFORM, INIT_NORMAL, INIT_LOG_DECAY, INIT_STEP_BIAS } Init;
+
+// One tensor of a block of numbers. An activation may be some columns of a wider one: its stride is the wider
+// row.
+typedef struct {
+    char name[64];
+    int n_dims;
+    int64_t shape[3], count, offset, stride;
+    Init init;
+    double init_value;
+} Tensor;
+
+typedef struct {
+    Tensor *rows;
+    int n, room;
+    int64_t count;  // numbers in the block; -1 when they are too many to be addressed
+    Tensor *last;   // the row added last
+    Tensor nowhere; // where rows go once memory is exhausted; the table is then `incomplete`
+    int incomplete;
+} Table;
+
+typedef struct {
+    int vocab_size, d_model, n_layers, n_heads, n_kv_heads, max_seq_len;
+    double gamma_max;
+    int mixer;               // index into mixers[]
+    int head_dim, state_dim; // mamba2: width of a head, numbers of state for a channel
+} Config;
+
+// One layer's parameters. The projections stand next to each other, so that one product computes all of them:
+// W_proj holds q_proj (D,D), k_proj (G·d,D), v_proj (G·d,D) and, in a Sessa layer, proj_fb (2D,D): q' rows,
+// then k'.
+typedef struct {
+    real *ln_weight, *ln_bias;       // (D)
+    real *W_in, *b_in;               // (2D,D), (2D): a, then g
+    real *W_proj, *b_proj;           // (proj_width,D), (proj_width)
+    real *W_o;                       // (D,D), NULL with one head
+    real *gamma_weight, *gamma_bias; // (1,D), ()
+    real *W_out, *b_out;             // (D,D), (D)
+    // mamba2, see there
+    real *in_proj, *out_proj;
+    real *conv_weight, *conv_bias;
+    real *step_bias, *A_log, *skip;
+    real *norm_weight;
+} LayerWeights;
+
+typedef struct {
+    real *wte; // (V,D): embedding and head
+    LayerWeights *layers;
+    real *ln_f_weight, *ln_f_bias; // (D)
+} Weights;
+
+// One layer's activations, of N = B·T rows. Some share a buffer, or one of all layers: see carve_activations.
+typedef struct {
+    real *x, *y;             // (N,D) the layer's input and output, the next one's input
+    real *ln_mean, *ln_rstd; // (N)
+    real *ln;                // (N,D) LayerNorm(x)
+    real *ag;                // (N,2D) a before GELU, then g
+    real *abar;              // (N,D) GELU(a)
+    real *proj;              // (N,proj_width) q, k (after RoPE), v, q', k'
+    real *o, *stats;         // (N,D), (B,H,T,2) the direct read; no o with one head, where it is f
+    real *f;                 // (N,D) o W_o^T
+    real *gamma, *fb_stats;  // (N), (N,2)
+    real *s;                 // (N,D) the mixer's output
+    real *gated, *branch;    // (N,D) s ⊙ g, and what is added to x
+    // mamba2, see there
+    real *xbc, *step, *normed;
+    real *states, *y_scan, *rms;
+    real *tail;
+} LayerActivations;
+
+typedef struct {
+    LayerActivations *layers;
+    real *ln_mean, *ln_rstd, *ln_f; // (N), (N), (N,D) of the last layer's output
+    real *logits;                   // (N,V), which the backward pass turns into their gradient
+    real *losses, *loss_logsumexp;  // (N)
+    real *dx;                       // (N,D) gradient on the residual path; from here on: backward pass
+    real *ds, *dout, *dabar;        // (N,D), each of several gradients in turn: see model_backward
+    real *dag, *dproj, *dgamma;     // (N,2D), (N,proj_width), (N)
+    real *dy, *dxbc, *dstep;        // mamba2
+    real *cosine, *sine;            // (T,d/2)
+    real *scratch;                  // of attention and feedback, or of the scan, for each thread
+} Activations;
+
+// What the memory is for. GENERATE keeps every layer's projections and outputs of all T positions: they are
+// the cache.
+typedef enum { GENERATE, EVALUATE, TRAIN, KEEP_ALL } Mode; // KEEP_ALL: TRAIN, no buffer shared, for tests
+
+typedef struct {
+    Config config;
+    int B, T;                   // the largest batch
+    double bytes;               // of memory that it takes
+    Table table, acts_table;    // of the parameters (gradients and moments alike), of the activations
+    real *params;               // one allocation each; the next three only for training
+    real *grads, *exp_avg, *exp_avg_sq;
+    real *acts_block;
+    Weights weights, grad;
+    Activations acts;
+    int *inputs, *targets;      // (B,T), kept for the backward pass
+    int batch_B, batch_T;       // of the last forward pass
+    Dropout drop;               // of the last forward pass
+    int P;                      // panel height of the fast attention and feedback, 0: chosen by shape
+} Model;
+
+// ----------------------------------------------------------------------------
+// mixers: what stands between GELU and gate, abar → s
+//
+// Sessa's is direct_read_forward and then the feedback path. The mixer "attention" is the direct read alone.
+
+enum { SESSA, ATTENTION, MAMBA2, N_MIXERS };
+
+// The width of the projections of abar: q, k, v and, in a Sessa layer, q', k'; z, x, b, c, step in a mamba2
+// layer
+static int proj_width(const Config *c) {
+    int kv_width = c->n_kv_heads * (c->d_model / c->n_heads);
+    if (c->mixer == MAMBA2) return 4 * c->d_model + 2 * c->state_dim + 2 * c->d_model / c->head_dim;
+    return c->d_model + 2 * kv_width + (c->mixer == SESSA ? 2 * c->d_model : 0);
+}
+
+// The shapes of a model's two attentions, over B sequences whose rows first..T-1 are new.
+static Shape direct_shape(const Config *c, int B, int T, int first) {
+    int d = c->d_model / c->n_heads;
+    Shape shape = {B, T, first, c->n_heads, c->n_kv_heads, d, proj_width(c)};
+    return shape;
+}
+static Shape feedback_shape(const Config *c, int B, int T, int first) {
+    Shape shape = {B, T, first, 1, 1, c->d_model, proj_width(c)};
+    return shape;
+}
+
+static Work work_of(const Model *m) {
+    Work work = {m->acts.scratch, m->P};
+    return work;
+}
+
+// [14-16]  abar → f: projections, RoPE, attention, W_o. In a Sessa layer the same product gives q' and k'.
+static void direct_read_forward(Model *m, int l, int B, int T, int first, real *f) {
+    const Config *c = &m->config;
+    Shape shape = direct_shape(c, B, T, first);
+    int D = c->d_model, d = shape.d, ld = shape.ld, N = B * (T - first);
+    int qk_heads = shape.H + shape.G; // the heads of q and of k lie side by side
+    LayerWeights *w = &m->weights.layers[l];
+    LayerActivations *a = &m->acts.layers[l];
+    real *q = a->proj + (int64_t)first * ld, *k = a->proj + D, *v = k + shape.G * d;
+    real *o = w->W_o ? a->o : f;
+    linear_forward(q, ld, a->abar, w->W_proj, w->b_proj, N, D, ld); // [14]
+    rope_forward(q, ld, m->acts.cosine, m->acts.sine, N, T - first, qk_heads, d, first, 1);
+    attention_forward(o, a->stats, work_of(m), q, k, v, shape); // [15, 16]
+    if (w->W_o) linear_forward(f, D, o, w->W_o, NULL, N, D, D);
+}
+
+// df (in acts.ds) → dabar, through W_o, attention, RoPE and the projections; q' and k' have left theirs in
+// dproj before
+static void direct_read_backward(Model *m, int l, int B, int T) {
+    const Config *c = &m->config;
+    Shape shape = direct_shape(c, B, T, 0);
+    int D = c->d_model, d = shape.d, ld = shape.ld, N = B * T, qk_heads = shape.H + shape.G;
+    LayerWeights *w = &m->weights.layers[l], *dw = &m->grad.layers[l];
+    LayerActivations *a = &m->acts.layers[l];
+    Activations *acts = &m->acts;
+    const real *q = a->proj, *k = q + D, *v = k + shape.G * d;
+    real *dq = acts->dproj, *dk = dq + D, *dv = dk + shape.G * d;
+    real *df = acts->ds, *dout = w->W_o ? acts->dout : df;
+    if (w->W_o) linear_backward(dout, dw->W_o, NULL, df, D, a->o, w->W_o, N, D, D);
+    attention_backward(dq, dk, dv, work_of(m), dout, a->stats, q, k, v, shape);
+    rope_backward(dq, ld, acts->cosine, acts->sine, N, T, qk_heads, d);
+    linear_backward(acts->dabar, dw->W_proj, dw->b_proj, acts->dproj, ld, a->abar, w->W_proj, N, D, ld);
+}
+
+// Without the feedback path s is f.
+static void attention_mixer_forward(Model *m, int l, int B, int T, int first) {
+    real *s = m->acts.layers[l].s + (int64_t)first * m->config.d_model;
+    direct_read_forward(m, l, B, T, first, s);
+}
+
+// [14-22]  abar → s: the direct read, the gain, the feedback path
+static void sessa_forward(Model *m, int l, int B, int T, int first) {
+    Shape shape = feedback_shape(&m->config, B, T, first);
+    int D = shape.d, ld = shape.ld, N = B * (T - first);
+    real gamma_max = (real)m->config.gamma_max;
+    LayerWeights *w = &m->weights.layers[l];
+    LayerActivations *a = &m->acts.layers[l];
+    const real *fb_q = a->proj + (int64_t)first * ld + ld - 2 * D, *fb_k = a->proj + ld - D;
+    direct_read_forward(m, l, B, T, first, a->f); // [14-16]
+    gain_forward(a->gamma, a->abar, w->gamma_weight, w->gamma_bias, gamma_max, N, D); // [18]
+    feedback_forward(a->s, a->fb_stats, work_of(m), a->f, fb_q, fb_k, a->gamma, shape); // [17, 19-22]
+}
+
+// ds (in acts.ds, where it becomes df) → dabar
+static void sessa_backward(Model *m, int l, int B, int T) {
+    Shape shape = feedback_shape(&m->config, B, T, 0);
+    int D = shape.d, ld = shape.ld, N = B * T;
+    real gamma_max = (real)m->config.gamma_max;
+    LayerWeights *w = &m->weights.layers[l], *dw = &m->grad.layers[l];
+    LayerActivations *a = &m->acts.layers[l];
+    Activations *acts = &m->acts;
+    const real *fb_q = a->proj + ld - 2 * D, *fb_k = a->proj + ld - D;
+    real *dfb_q = acts->dproj + ld - 2 * D, *dfb_k = acts->dproj + ld - D;
+    feedback_backward(acts->ds, dfb_q, dfb_k, acts->dgamma, work_of(m), a->s, a->fb_stats, fb_q, fb_k,
+                      a->gamma, shape);
+    direct_read_backward(m, l, B, T);
+    gain_backward(acts->dabar, dw->gamma_weight, dw->gamma_bias, acts->dgamma, a->gamma, a->abar,
+                  w->gamma_weight, gamma_max, N, D);
+}
+
+// Mamba-2's stand in a section of their own, behind AdamW.
+static void mamba2_forward(Model *m, int l, int B, int T, int first);
+static void mamba2_backward(Model *m, int l, int B, int T);
+
+// A mixer is a forward pass over the new positions first..T-1, which also serves generation token by token,
+// and a backward pass over all.
+typedef struct {
+    const char *name;
+    void (*forward)(Model *model, int layer, int B, int T, int first); // acts.layers[layer].abar → .s
+    void (*backward)(Model *model, int layer, int B, int T);           // acts.ds → acts.dabar, gradients +=
+} Mixer;
+
+static const Mixer mixers[N_MIXERS] = {
+    {"sessa", sessa_forward, sessa_backward},
+    {"attention", attention_mixer_forward, direct_read_backward},
+    {"mamba2", mamba2_forward, mamba2_backward},
+};
+
+// The index of a mixer, -1 if there is none of this name.
+static int find_mixer(const char *name) {
+    for (int i = 0; i < N_MIXERS; i++)
+        if (!strcmp(mixers[i].name, name)) return i;
+    return -1;
+}
+
+// ----------------------------------------------------------------------------
+// forward, backward, update
+
+// ids → the last layer's output, normalised, for the positions first..T-1 of B sequences. first > 0: B is 1,
+// and every layer still holds the projections and outputs of the positions before.
+static void hidden_forward(Model *m, const int *inputs, int B, int T, int first, Dropout drop) {
+    const Config *c = &m->config;
+    int D = c->d_model, N = B * (T - first), last = c->n_layers - 1;
+    int64_t numbers = (int64_t)N * D;
+    const Weights *w = &m->weights;
+    Activations *acts = &m->acts;
+    embedding_forward(acts->layers[0].x, inputs, w->wte, B, T - first, D);
+    dropout(acts->layers[0].x, numbers, drop, 0);
+    for (int l = 0; l <= last; l++) {
+        const LayerWeights *wl = &w->layers[l];
+        LayerActivations *a = &acts->layers[l];
+        const real *s = a->s + (int64_t)first * D, *g = a->ag + D;
+        layernorm_forward(a->ln, a->ln_mean, a->ln_rstd, a->x, wl->ln_weight, wl->ln_bias, N, D);     // [9]
+        linear_forward(a->ag, 2 * D, a->ln, wl->W_in, wl->b_in, N, D, 2 * D);                         // [10]
+        gelu_forward(a->abar, a->ag, 2 * D, N, D);                                                    // [11]
+        mixers[c->mixer].forward(m, l, B, T, first);                                                  // [12]
+        gate_forward(a->gated, s, g, 2 * D, N, D);                                                    // [13]
+        dropout(a->gated, numbers, drop, 1 + 2 * l);
+        linear_forward(a->branch, D, a->gated, wl->W_out, wl->b_out, N, D, D);
+        dropout(a->branch, numbers, drop, 2 + 2 * l);
+        residual_forward(a->y, a->x, a->branch, numbers);
+    }
+    const real *y = acts->layers[last].y;
+    layernorm_forward(acts->ln_f, acts->ln_mean, acts->ln_rstd, y, w->ln_f_weight, w->ln_f_bias, N, D);
+}
+
+// The losses of all targets that are not -1, and what model_backward needs.
+static void model_forward(Model *m, const int *inputs, const int *targets, int B, int T, Dropout drop) {
+    int D = m->config.d_model, V = m->config.vocab_size, N = B * T;
+    memcpy(m->inputs, inputs, sizeof(int) * (size_t)N);
+    memcpy(m->targets, targets, sizeof(int) * (size_t)N);
+    m->batch_B = B;
+    m->batch_T = T;
+    m->drop = drop;
+    hidden_forward(m, m->inputs, B, T, 0, drop);
+    linear_forward(m->acts.logits, V, m->acts.ln_f, m->weights.wte, NULL, N, D, V);
+    crossentropy_forward(m->acts.losses, m->acts.loss_logsumexp, m->acts.logits, m->targets, N, V);
+}
+
+// The sum of the losses of the last model_forward.
+static double model_loss(Model *m) {
+    double sum = 0;
+    for (int n = 0; n < m->batch_B * m->batch_T; n++) sum += (double)m->acts.losses[n];
+    return sum;
+}
+
+// Generation is the same forward pass over n new tokens behind `first` known ones, first + n ≤ T: logits (V)
+// of the last. O((first + n)·D) for each token and layer, for nothing that is known is computed again.
+static void model_extend(Model *m, const int *tokens, int n, int first, real *logits) {
+    int D = m->config.d_model, V = m->config.vocab_size;
+    hidden_forward(m, tokens, 1, first + n, first, no_dropout);
+    linear_forward(logits, V, m->acts.ln_f + (int64_t)(n - 1) * D, m->weights.wte, NULL, 1, D, V);
+}
+
+// One layer's part of model_backward: acts.dx holds the gradient of its output y before, and of its input x
+// after.
+static void layer_backward(Model *m, int l) {
+    const Config *c = &m->config;
+    int D = c->d_model, B = m->batch_B, T = m->batch_T, N = B * T;
+    int64_t numbers = (int64_t)N * D;
+    const LayerWeights *w = &m->weights.layers[l], *dw = &m->grad.layers[l];
+    LayerActivations *a = &m->acts.layers[l];
+    Activations *acts = &m->acts;
+    const real *g = a->ag + D;
+    real *dx = acts->dx, *dag = acts->dag, *dg = dag + D, *dabar = acts->dabar;
+    real *dbranch = dx;                                 // y = x + branch: both have y's gradient
+    real *dgated = acts->ds, *ds = dgated, *dln = ds;   // one buffer, one after the other
+    if (m->drop.probability > 0) {                      // unless dropout takes some of the branch's
+        dbranch = dabar;                                // not needed yet
+        memcpy(dbranch, dx, sizeof(real) * (size_t)numbers);
+        dropout(dbranch, numbers, m->drop, 2 + 2 * l);
+    }
+    // through W_out and the gate; s ⊙ g is computed again
+    gate_forward(a->gated, a->s, g, 2 * D, N, D);
+    dropout(a->gated, numbers, m->drop, 1 + 2 * l);
+    linear_backward(dgated, dw->W_out, dw->b_out, dbranch, D, a->gated, w->W_out, N, D, D);
+    dropout(dgated, numbers, m->drop, 1 + 2 * l);
+    gate_backward(ds, dg, dgated, a->s, g, 2 * D, N, D);
+    // through the mixer, from ds to dabar; abar is computed again
+    gelu_forward(a->abar, a->ag, 2 * D, N, D);
+    mixers[c->mixer].backward(m, l, B, T);
+    gelu_backward(dag, dabar, a->ag, 2 * D, N, D);
+    // through W_in and the LayerNorm, whose output is computed again
+    layernorm_forward(a->ln, a->ln_mean, a->ln_rstd, a->x, w->ln_weight, w->ln_bias, N, D);
+    linear_backward(dln, dw->W_in, dw->b_in, dag, 2 * D, a->ln, w->W_in, N, D, 2 * D);
+    layernorm_backward(dx, dw->ln_weight, dw->ln_bias, dln, a->x, a->ln_mean, a->ln_rstd, w->ln_weight, N, D);
+}
+
+// Gradients of dloss · model_loss, added to those that are there.
+static void model_backward(Model *m, double dloss) {
+    int D = m->config.d_model, V = m->config.vocab_size, N = m->batch_B * m->batch_T;
+    int last = m->config.n_layers - 1;
+    int64_t numbers = (int64_t)N * D;
+    Activations *acts = &m->acts;
+    const Weights *w = &m->weights, *dw = &m->grad;
+    const real *y = acts->layers[last].y;
+    real *dlogits = acts->logits, *dln_f = acts->ds, *dx = acts->dx;
+    crossentropy_backward(dlogits, acts->logits, acts->loss_logsumexp, m->targets, (real)dloss, N, V);
+    linear_backward(dln_f, dw->wte, NULL, dlogits, V, acts->ln_f, w->wte, N, D, V);
+    memset(dx, 0, sizeof(real) * (size_t)numbers);
+    layernorm_backward(dx, dw->ln_f_weight, dw->ln_f_bias, dln_f, y, acts->ln_mean, acts->ln_rstd,
+                       w->ln_f_weight, N, D);
+    for (int l = last; l >= 0; l--) layer_backward(m, l);
+    dropout(dx, numbers, m->drop, 0);
+    embedding_backward(dw->wte, dx, m->inputs, m->batch_B, m->batch_T, D);
+}
+
+// The L2 norm of x (n), summed in double
+static double norm(const real *x, int64_t n) {
+    if (!plain) return norm_fast(x, n);
+    double squares = 0;
+    for (int64_t i = 0; i < n; i++) squares += (double)x[i] * (double)x[i];
+    return sqrt(squares);
+}
+
+// What the gradients are multiplied by so that their norm is at most `clip`; 0: 1
+static double clip_scale(double norm, double clip) {
+    return clip > 0 && clip < norm + 1e-6 ? clip / (norm + 1e-6) : 1;
+}
+
+typedef struct { double lr, beta1, beta2, eps, weight_decay; } AdamW;
+
+// AdamW, with the gradient g scaled beforehand (clipping) and cleared afterwards, at step = 1, 2, ...:
+//     m = β1 m + (1-β1) g,   v = β2 v + (1-β2) g²
+//     w = w - lr·wd·w,       w = w - lr · m/(1-β1^step) / (√(v/(1-β2^step)) + eps)
+// All (n), m and v are exp_avg and exp_avg_sq. Loshchilov and Hutter: Decoupled weight decay regularization,
+// ICLR 2019; the order is torch.optim.AdamW's. Threads take blocks of numbers, whole vectors of them: a
+// compiler rounds what is left of a vector in other ways, and where that is must not depend on the number of
+// threads.
+static void adamw(real *w, real *g, real *exp_avg, real *exp_avg_sq, int64_t n, AdamW o, double grad_scale,
+                  int64_t step) {
+    enum { NUMBERS = 2048 };
+    real beta1 = (real)o.beta1, beta2 = (real)o.beta2, scale = (real)grad_scale, eps = (real)o.eps;
+    real rate1 = (real)(1 - o.beta1), rate2 = (real)(1 - o.beta2), keep = (real)(1 - o.lr * o.weight_decay);
+    real step_size = (real)(o.lr / (1 - pow(o.beta1, (double)step)));
+    real correction = (real)(1 / sqrt(1 - pow(o.beta2, (double)step)));
+    #pragma omp parallel for if (n > 4 * NUMBERS)
+    for (int64_t from = 0; from < n; from += NUMBERS) {
+        int64_t to = n - from < NUMBERS ? n : from + NUMBERS;
+        #pragma omp simd
+        for (int64_t i = from; i < to; i++) {
+            real grad = scale * g[i];
+            real m = exp_avg[i] = beta1 * exp_avg[i] + rate1 * grad;
+            real v = exp_avg_sq[i] = beta2 * exp_avg_sq[i] + rate2 * grad * grad;
+            w[i] = keep * w[i] - step_size * m / ((real)sqrt(v) * correction + eps);
+            g[i] = 0;
+        }
+    }
+}
+
+// Weight decay is for parameters of two or more dimensions.
+static void model_update(Model *m, AdamW o, double grad_scale, int64_t step) {
+    for (int i = 0; i < m->table.n; i++) {
+        const Tensor *t = &m->table.rows[i];
+        AdamW options = o;
+        if (t->n_dims < 2) options.weight_decay = 0;
+        adamw(m->params + t->offset, m->grads + t->offset, m->exp_avg + t->offset, m->exp_avg_sq + t->offset,
+              t->count, options, grad_scale, step);
+    }
+}
+
+// ----------------------------------------------------------------------------
+// Mamba-2, the mixer that the paper compares with: one chain of states, many hops
+//
+// Sessa needs none of this section. Dao and Gu: Transformers are SSMs, ICML 2024. Letters besides: E = 2D,
+// the inner width, in heads of width w; S numbers of state for each of its channels; W = E + 2S, the width of
+// [x, b, c].
+//
+// Its weights: in_proj (E + W + heads,D), whose rows give z, x, b, c, step; conv_weight (W,1,TAPS), conv_bias
+// (W); step_bias, A_log, skip (heads); norm_weight (E); out_proj (D,E). Its activations: proj (N,E + W +
+// heads); xbc (N,W) after the convolution; step (N,heads); states (B,chunks,S,E), the state before each
+// chunk; y_scan (N,E), the scan's output; rms (N); normed (N,E), what out_proj reads. Generation keeps the
+// last state alone and tail (TAPS-1,W), the convolution's last inputs.
+
+enum { TAPS = 4, CHUNK = 32 }; // a state is kept each CHUNK rows for the backward pass
+
+// The scan's shape and its parameters: A_log and skip (heads).
+typedef struct { int B, T, E, S, heads; const real *A_log, *skip; } Scan;
+
+// The fast ways of this section's layers, see "the same, fast".
+static void conv_forward_fast(real *out, const real *inp, int ld, real *tail, const real *weight,
+                              const real *bias, int B, int T, int W, int first);
+static void conv_backward_fast(real *dinp, real *dweight, real *dbias, real *dout, const real *inp, int ld,
+                               const real *weight, const real *bias, int B, int T, int W);
+static void step_backward_fast(real *dinp, real *dbias, const real *dstep, int ld_dstep, const real *inp,
+                               int ld, const real *bias, int N, int heads);
+static void scan_forward_fast(real *y, real *states, int kept, Work work, const real *xbc, const real *step,
+                              Scan scan);
+static void scan_backward_fast(real *dxbc, real *dstep, real *dA_log, real *dskip, Work work, const real *dy,
+                               const real *states, const real *xbc, const real *step, Scan scan);
+static void gated_rmsnorm_forward_fast(real *out, real *rstd, const real *y, const real *z, int ld,
+                                       const real *weight, int N, int E);
+static void gated_rmsnorm_backward_fast(real *dy, real *dz, real *dweight, const real *dout, const real *y,
+                                        const real *z, int ld, const real *rstd, const real *weight, int N,
+                                        int E);
+
+static inline real sigmoid(real x) { return 1 / (1 + (real)exp(-(double)x)); }
+
+// SiLU(u) = u·sigmoid(u), and its derivative
+static inline real silu(real u) { return u * sigmoid(u); }
+static inline real silu_derivative(real u) { return sigmoid(u) * (1 + u * (1 - sigmoid(u))); }
+
+// One row of the convolution before its SiLU: u (W) = bias + Σ_{lag<TAPS} weight[:,TAPS-1-lag] ⊙ inp_{t-lag}.
+// Row n of inp, rows ld apart, stands at position t = first + n mod (T-first). The rows of the three
+// positions before first lie in tail, position t in its row t mod 3.
+static inline void conv_row(real *u, const real *inp, int ld, const real *tail, const real *weight,
+                            const real *bias, int64_t n, int T, int W, int first) {
+    int t = first + (int)(n % (T - first));
+    for (int c = 0; c < W; c++) u[c] = bias[c];
+    for (int lag = 0; lag < TAPS && lag <= t; lag++) {
+        int is_new = t - lag >= first;
+        const real *row = is_new ? inp + (n - lag) * ld : tail + (int64_t)((t - lag) % (TAPS - 1)) * W;
+        for (int c = 0; c < W; c++) u[c] += weight[c * TAPS + TAPS - 1 - lag] * row[c];
+    }
+}
+
+// Keeps the last positions' inputs for the rows to come; tail NULL: none will come.
+static void conv_remember(real *tail, const real *inp, int ld, int T, int W, int first) {
+    for (int t = first > T - TAPS + 1 ? first : T - TAPS + 1; tail && t < T; t++)
+        if (t >= 0) {
+            real *to = tail + (int64_t)(t % (TAPS - 1)) * W;
+            memcpy(to, inp + (int64_t)(t - first) * ld, sizeof(real) * (size_t)W);
+        }
+}
+
+// out = SiLU(conv(inp)); depthwise and causal. inp: W of the ld columns of rows for the positions first..T-1,
+// out as many rows of W, weight (W,TAPS), bias (W). tail (TAPS-1,W) remembers the last positions; NULL: first
+// is 0 and nothing needs to be remembered.
+static void conv_forward(real *out, const real *inp, int ld, real *tail, const real *weight, const real *bias,
+                         int B, int T, int W, int first) {
+    if (!plain) return conv_forward_fast(out, inp, ld, tail, weight, bias, B, T, W, first);
+    for (int64_t n = 0; n < B * (T - first); n++) {
+        real *u = out + n * W;
+        conv_row(u, inp, ld, tail, weight, bias, n, T, W, first);
+        for (int c = 0; c < W; c++) u[c] = silu(u[c]);
+    }
+    conv_remember(tail, inp, ld, T, W, first);
+}
+
+// With u computed again and du = dout ⊙ SiLU'(u), which takes the place of dout:
+//     dinp_t = Σ_lag weight[:,TAPS-1-lag] ⊙ du_{t+lag}
+//     dweight[:,TAPS-1-lag] += Σ_t du_t ⊙ inp_{t-lag},   dbias += Σ_t du_t
+static void conv_backward(real *dinp, real *dweight, real *dbias, real *dout, const real *inp, int ld,
+                          const real *weight, const real *bias, int B, int T, int W) {
+    if (!plain) return conv_backward_fast(dinp, dweight, dbias, dout, inp, ld, weight, bias, B, T, W);
+    for (int64_t n = 0; n < B * T; n++) {
+        real *u = dinp + n * ld; // until its own gradient is written there, below
+        conv_row(u, inp, ld, NULL, weight, bias, n, T, W, 0);
+        for (int c = 0; c < W; c++) dout[n * W + c] *= silu_derivative(u[c]);
+    }
+    for (int64_t n = 0; n < B * T; n++)
+        for (int c = 0; c < W; c++) {
+            int t = (int)(n % T);
+            real sum = 0, du = dout[n * W + c];
+            for (int lag = 0; lag < TAPS && t + lag < T; lag++)
+                sum += weight[c * TAPS + TAPS - 1 - lag] * dout[(n + lag) * W + c];
+            for (int lag = 0; lag < TAPS && lag <= t; lag++)
+                dweight[c * TAPS + TAPS - 1 - lag] += du * inp[(n - lag) * ld + c];
+            dinp[n * ld + c] = sum;
+            dbias[c] += du;
+        }
+}
+
+// step = softplus(inp + bias) = log(1 + e^(inp + bias)), one a head     inp: `heads` of the ld columns, step
+// (N,heads)
+static void step_forward(real *step, const real *inp, int ld, const real *bias, int N, int heads) {
+    #pragma omp parallel for if (N > 1)
+    for (int64_t n = 0; n < N; n++)
+        for (int h = 0; h < heads; h++) {
+            double x = (double)(inp[n * ld + h] + bias[h]);
+            step[n * heads + h] = (real)(x > 30 ? x : log1p(exp(x)));
+        }
+}
+
+// dinp = dstep · sigmoid(inp + bias),   dbias += Σ_n dinp       dstep: rows ld_dstep apart
+static void step_backward(real *dinp, real *dbias, const real *dstep, int ld_dstep, const real *inp, int ld,
+                          const real *bias, int N, int heads) {
+    if (!plain) return step_backward_fast(dinp, dbias, dstep, ld_dstep, inp, ld, bias, N, heads);
+    for (int h = 0; h < heads; h++) {
+        double sum = 0;
+        for (int64_t n = 0; n < N; n++) {
+            dinp[n * ld + h] = dstep[n * ld_dstep + h] * sigmoid(inp[n * ld + h] + bias[h]);
+            sum += (double)dinp[n * ld + h];
+        }
+        dbias[h] += (real)sum;
+    }
+}
+
+// One row of the scan for head h, whose state (S,w) it takes from row t-1 to row t: with Δ = step, x, b, c of
+// xbc_t and keep_t = exp(-exp(A_log) Δ_t)
+//     state = keep_t state + Δ_t b_t x_t^T
+static void scan_row(real *state, const real *xbc_t, real step, Scan scan, int h) {
+    int w = scan.E / scan.heads, S = scan.S;
+    const real *x = xbc_t + h * w, *b = xbc_t + scan.E;
+    real keep = (real)exp(-exp((double)scan.A_log[h]) * (double)step);
+    for (int s = 0; s < S; s++)
+        for (int i = 0; i < w; i++) state[s * w + i] = keep * state[s * w + i] + step * b[s] * x[i];
+}
+
+// A head's columns of a state (S,E), and back.
+static void take_head(real *state, const real *all, Scan scan, int h) {
+    int w = scan.E / scan.heads;
+    for (int64_t s = 0; s < scan.S; s++)
+        memcpy(state + s * w, all + s * scan.E + h * w, sizeof(real) * (size_t)w);
+}
+static void put_head(real *all, const real *state, Scan scan, int h) {
+    int w = scan.E / scan.heads;
+    for (int64_t s = 0; s < scan.S; s++)
+        memcpy(all + s * scan.E + h * w, state + s * w, sizeof(real) * (size_t)w);
+}
+
+// The scan. Each head has a state (S,w), 0 at first, that decays and takes in one outer product a token:
+//     for t = 0 .. T-1:   state = keep_t state + Δ_t b_t x_t^T,   y_t = state^T c_t + skip · x_t
+// xbc (B,T,W), step (B,T,heads), y (B,T,E). `kept`: states (B,chunks,S,E) holds the state before each chunk
+// of CHUNK rows for the backward pass; else (B,S,E) the state to begin with, and afterwards the last one,
+// from which the next call goes on.
+static void scan_forward(real *y, real *states, int kept, Work work, const real *xbc, const real *step,
+                         Scan scan) {
+    if (!plain) return scan_forward_fast(y, states, kept, work, xbc, step, scan);
+    int T = scan.T, E = scan.E, S = scan.S, W = E + 2 * S, heads = scan.heads, w = E / heads;
+    int64_t chunks = kept ? (T + CHUNK - 1) / CHUNK : 1, size = (int64_t)S * E;
+    real *state = work.scratch;
+    for (int64_t b = 0; b < scan.B; b++)
+        for (int h = 0; h < heads; h++) {
+            real *states_b = states + b * chunks * size;
+            if (kept) memset(state, 0, sizeof(real) * (size_t)(S * w));
+            else take_head(state, states_b, scan, h);
+            for (int64_t t = 0; t < T; t++) {
+                const real *xbc_t = xbc + (b * T + t) * W, *c = xbc_t + E + S;
+                real *y_t = y + (b * T + t) * E + h * w;
+                if (kept && t % CHUNK == 0) put_head(states_b + t / CHUNK * size, state, scan, h);
+                scan_row(state, xbc_t, step[(b * T + t) * heads + h], scan, h);
+                for (int i = 0; i < w; i++) y_t[i] = scan.skip[h] * xbc_t[h * w + i];
+                for (int s = 0; s < S; s++)
+                    for (int i = 0; i < w; i++) y_t[i] += c[s] * state[s * w + i];
+            }
+            if (!kept) put_head(states_b, state, scan, h);
+        }
+}
+
+// From the last row to the first, with dstate the gradient of the state behind row t:
+//     dc_t += state_t dy_t,    dstate += c_t dy_t^T
+//     dx_t  = skip dy_t + Δ_t dstate^T b_t,   db_t += Δ_t dstate x_t,   dskip += dy_t·x_t
+//     dΔ_t  = b_t^T dstate x_t - exp(A_log) r_t,   dA_log -= exp(A_log) Δ_t r_t
+//             with r_t = keep_t Σ dstate ⊙ state_{t-1}
+//     dstate = keep_t dstate
+// The states of a chunk are computed again from the one before it. dxbc (B,T,W) is written, dA_log and dskip
+// (heads) are +=, dstep (B,T,3·heads) holds the gradient of step in its first `heads` columns; the others are
+// scratch.
+static void scan_backward(real *dxbc, real *dstep, real *dA_log, real *dskip, Work work, const real *dy,
+                          const real *states, const real *xbc, const real *step, Scan scan) {
+    if (!plain) return scan_backward_fast(dxbc, dstep, dA_log, dskip, work, dy, states, xbc, step, scan);
+    int T = scan.T, E = scan.E, S = scan.S, W = E + 2 * S, heads = scan.heads, w = E / heads;
+    int64_t chunks = (T + CHUNK - 1) / CHUNK, size = (int64_t)S * w; // of one head's state
+    real *dstate = work.scratch;
+    real *state = dstate + size; // before a chunk, then behind each of its rows
+    memset(dxbc, 0, sizeof(real) * (size_t)scan.B * (size_t)T * (size_t)W);
+    for (int64_t b = 0; b < scan.B; b++)
+        for (int h = 0; h < heads; h++) {
+            real rate = (real)exp((double)scan.A_log[h]);
+            memset(dstate, 0, sizeof(real) * (size_t)size);
+            for (int64_t t = T - 1; t >= 0; t--) {
+                int64_t row = b * T + t, chunk = t / CHUNK, first = chunk * CHUNK;
+                if (t == T - 1 || t % CHUNK == CHUNK - 1) { // the last row of a chunk: its states
+                    take_head(state, states + (b * chunks + chunk) * S * E, scan, h);
+                    for (int64_t j = b * T + first; j <= row; j++) {
+                        real *before = state + (j - b * T - first) * size, *now = before + size;
+                        memcpy(now, before, sizeof(real) * (size_t)size);
+                        scan_row(now, xbc + j * W, step[j * heads + h], scan, h);
+                    }
+                }
+                const real *before = state + (t - first) * size, *now = before + size;
+                const real *x = xbc + row * W + h * w, *bt = xbc + row * W + E, *c = bt + S;
+                const real *dy_t = dy + row * E + h * w;
+                real *dx = dxbc + row * W + h * w, *db = dxbc + row * W + E, *dc = db + S;
+                real delta = step[row * heads + h], keep = (real)exp(-(double)(rate * delta));
+                real taken = 0, faded = 0;
+                for (int i = 0; i < w; i++) {
+                    dx[i] = scan.skip[h] * dy_t[i];
+                    dskip[h] += dy_t[i] * x[i];
+                }
+                for (int s = 0; s < S; s++)
+                    for (int i = 0; i < w; i++) {
+                        real *d = &dstate[s * w + i];
+                        dc[s] += now[s * w + i] * dy_t[i];
+                        *d += c[s] * dy_t[i];
+                        dx[i] += delta * *d * bt[s];
+                        db[s] += delta * *d * x[i];
+                        taken += bt[s] * *d * x[i];
+                        faded += keep * *d * before[s * w + i];
+                        *d *= keep;
+                    }
+                dstep[row * 3 * heads + h] = taken - rate * faded;
+                dA_log[h] -= rate * delta * faded;
+            }
+        }
+}
+
+// out = v · rstd ⊙ weight, v = y ⊙ SiLU(z), rstd = 1/√(mean(v²) + 1e-5)     y, out (N,E), z: E of the ld
+// columns
+static void gated_rmsnorm_forward(real *out, real *rstd, const real *y, const real *z, int ld,
+                                  const real *weight, int N, int E) {
+    if (!plain) return gated_rmsnorm_forward_fast(out, rstd, y, z, ld, weight, N, E);
+    for (int64_t n = 0; n < N; n++) {
+        real *v = out + n * E, squares = 0;
+        for (int i = 0; i < E; i++) {
+            v[i] = y[n * E + i] * silu(z[n * ld + i]);
+            squares += v[i] * v[i];
+        }
+        rstd[n] = 1 / (real)sqrt((double)(squares / E) + 1e-5);
+        for (int i = 0; i < E; i++) v[i] *= rstd[n] * weight[i];
+    }
+}
+
+// With g = dout ⊙ weight:  dv = rstd·(g - v·rstd²·mean(g ⊙ v)),   dy = dv ⊙ SiLU(z),   dz = dv ⊙ y ⊙
+// SiLU'(z),
+//     dweight += Σ_n dout ⊙ v·rstd             dy may be dout itself
+static void gated_rmsnorm_backward(real *dy, real *dz, real *dweight, const real *dout, const real *y,
+                                   const real *z, int ld, const real *rstd, const real *weight, int N,
+                                   int E) {
+    if (!plain) return gated_rmsnorm_backward_fast(dy, dz, dweight, dout, y, z, ld, rstd, weight, N, E);
+    for (int64_t n = 0; n < N; n++) {
+        const real *dout_n = dout + n * E, *y_n = y + n * E, *z_n = z + n * ld;
+        real r = rstd[n], mean = 0;
+        for (int i = 0; i < E; i++) {
+            real v = y_n[i] * silu(z_n[i]);
+            mean += dout_n[i] * weight[i] * v / E;
+            dweight[i] += dout_n[i] * v * r;
+        }
+        for (int i = 0; i < E; i++) {
+            real v = y_n[i] * silu(z_n[i]), dv = r * (dout_n[i] * weight[i] - v * r * r * mean);
+            dz[n * ld + i] = dv * y_n[i] * silu_derivative(z_n[i]);
+            dy[n * E + i] = dv * silu(z_n[i]);
+        }
+    }
+}
+
+static Scan scan_of(const Config *c, const LayerWeights *w, int B, int T) {
+    int E = 2 * c->d_model;
+    Scan scan = {B, T, E, c->state_dim, E / c->head_dim, w->A_log, w->skip};
+    return scan;
+}
+
+// abar → s: [z, x, b, c, step] = abar in_proj^T, the convolution over x, b and c, the scan, the gated norm,
+// out_proj
+static void mamba2_forward(Model *m, int l, int B, int T, int first) {
+    const LayerWeights *w = &m->weights.layers[l];
+    Scan scan = scan_of(&m->config, w, B, T - first);
+    int D = m->config.d_model, E = scan.E, W = E + 2 * scan.S, heads = scan.heads, ld = E + W + heads;
+    int N = B * (T - first), kept = m->grads != NULL;
+    Work work = {m->acts.scratch, 0};
+    LayerActivations *a = &m->acts.layers[l];
+    const real *z = a->proj, *x = z + E, *step = x + W;
+    real *tail = B == 1 ? a->tail : NULL, *s = a->s + (int64_t)first * D;
+    if (!kept && !first) memset(a->states, 0, sizeof(real) * (size_t)B * (size_t)scan.S * (size_t)E);
+    linear_forward(a->proj, ld, a->abar, w->in_proj, NULL, N, D, ld);
+    conv_forward(a->xbc, x, ld, tail, w->conv_weight, w->conv_bias, B, T, W, first);
+    step_forward(a->step, step, ld, w->step_bias, N, heads);
+    scan_forward(a->y_scan, a->states, kept, work, a->xbc, a->step, scan);
+    gated_rmsnorm_forward(a->normed, a->rms, a->y_scan, z, ld, w->norm_weight, N, E);
+    linear_forward(s, D, a->normed, w->out_proj, NULL, N, E, D);
+}
+
+static void mamba2_backward(Model *m, int l, int B, int T) {
+    const LayerWeights *w = &m->weights.layers[l], *dw = &m->grad.layers[l];
+    Scan scan = scan_of(&m->config, w, B, T);
+    int D = m->config.d_model, E = scan.E, W = E + 2 * scan.S, heads = scan.heads, ld = E + W + heads;
+    int N = B * T;
+    LayerActivations *a = &m->acts.layers[l];
+    Activations *acts = &m->acts;
+    const real *z = a->proj, *x = z + E, *step = x + W;
+    real *dz = acts->dproj, *dx = dz + E, *dstep = dx + W;
+    Work work = {acts->scratch, 0};
+    real *dnormed = acts->dy, *dy = dnormed; // one buffer, one after the other
+    gated_rmsnorm_forward(a->normed, a->rms, a->y_scan, z, ld, w->norm_weight, N, E);       // again
+    linear_backward(dnormed, dw->out_proj, NULL, acts->ds, D, a->normed, w->out_proj, N, E, D);
+    gated_rmsnorm_backward(dy, dz, dw->norm_weight, dnormed, a->y_scan, z, ld, a->rms, w->norm_weight, N, E);
+    conv_forward(a->xbc, x, ld, NULL, w->conv_weight, w->conv_bias, B, T, W, 0);            // again
+    step_forward(a->step, step, ld, w->step_bias, N, heads);                                // again
+    scan_backward(acts->dxbc, acts->dstep, dw->A_log, dw->skip, work, dy, a->states, a->xbc, a->step, scan);
+    conv_backward(dx, dw->conv_weight, dw->conv_bias, acts->dxbc, x, ld, w->conv_weight, w->conv_bias,
+                  B, T, W);
+    step_backward(dstep, dw->step_bias, acts->dstep, 3 * heads, step, ld, w->step_bias, N, heads);
+    linear_backward(acts->dabar, dw->in_proj, NULL, acts->dproj, ld, a->abar, w->in_proj, N, D, ld);
+}
+
+// ----------------------------------------------------------------------------
+// the same, fast: elementary functions
+//
+// From here to the tables of tensors: how the layers above are made fast, each function named after the plain
+// one that it equals. Three means do most of it: matrix products whose sums stay in registers; a softmax over
+// the past in panels of rows, so that attention and feedback become matrix products; and elementary functions
+// that vectors can compute. A thread's share never changes a sum, so results do not depend, to the bit, on
+// the number of threads.
+
 #ifdef __clang__ // up to version 14 it is deaf to GCC's pragma; it knows no noclone, and makes no clones
 #define UNROLL _Pragma("clang loop unroll(full)")
 #define ONE_COPY __attribute__((noinline))
@@ -82,10 +1323,1378 @@ static inline void omp_set_num_threads(int threads) { (void)threads; }
 #define ONE_COPY __attribute__((noinline, noclone))
 #endif
 
-#ifndef REAL
-#define REAL float // -DREAL=double builds the whole program in float64: gradients are checked there
+// e^x by 2^n · e^r with |r| ≤ ln2/2 and a polynomial for e^r, so that loops over it are vectorised.
+// float: relative error below 2.5e-7 + 3e-8·|x|, 0 for x below -87, NaN for NaN. double: the library's.
+static inline real exp_real(real x) {
+    if (sizeof(real) == sizeof(double)) return (real)exp((double)x);
+    float y = (float)x, low = y > -87.0f ? y : -87.0f, clamped = low < 88.0f ? low : 88.0f;
+    int32_t n = (int32_t)(clamped * 1.44269504f + 128.5f) - 128; // the nearest integer
+    float r = clamped - (float)n * 0.693147181f;
+    float power = 0.041669644f + r * (0.0083696283f + r * 0.0013748823f);
+    power = 1.0f + r * (1.0f + r * (0.49999988f + r * (0.16666512f + r * power)));
+    int32_t bits = (n + 127) << 23;
+    float scale;
+    memcpy(&scale, &bits, sizeof(scale));
+    return y < -87.0f ? 0 : y == y ? (real)(power * scale) : x;
+}
+
+// Φ(x) = (1 + erf(x/√2))/2, given gauss = e^(-x²/2). float: Φ(-|x|) = gauss · polynomial in 1/(1 + 0.3|x|),
+// fitted here to a relative error of 1.2e-7 for |x| ≤ 13; absolute error in float arithmetic below 3e-7.
+static inline real normal_cdf(real x, real gauss) {
+    if (sizeof(real) == sizeof(double)) return (real)(0.5 * erfc(-(double)x * 0.70710678118654752440));
+    real t = 1 / (1 + (real)0.3 * (x < 0 ? -x : x));
+    real high = (real)-0.057167433 + t * ((real)0.21011846 + t * ((real)-0.15937835 + t * (real)0.036194865));
+    real low = (real)0.12084553 + t * ((real)0.099347115 + t * ((real)0.1304165 + t * high));
+    real tail = gauss * t * ((real)0.11962327 + t * low);
+    return x < 0 ? tail : 1 - tail;
+}
+
+static inline real sigmoid_fast(real x) { return 1 / (1 + exp_real(-x)); }
+
+// Does work(call, item) for item = 0 .. items-1: one item a thread where `parallel` says so and the threads
+// are free, else one after the other. (An `if` clause would open a region of one thread, inside which no
+// threads can be had without starting them.) `work` is ONE_COPY: two copies of a function may round
+// differently.
+static void for_items(int items, int parallel, void (*work)(const void *call, int item), const void *call) {
+    if (omp_in_parallel() || items == 1 || !parallel) {
+        for (int item = 0; item < items; item++) work(call, item);
+        return;
+    }
+    #pragma omp parallel for
+    for (int item = 0; item < items; item++) work(call, item);
+}
+
+// ----------------------------------------------------------------------------
+// the same, fast: the matrix product and the triangular solve
+//
+// matmul and triangular_solve stand at the end of this section, with the plain loops that they equal.
+
+// Element (i, j) of a matrix is at[i·row + j·col]: a transpose swaps the strides and costs nothing.
+typedef struct { const real *at; ptrdiff_t row, col; } Matrix;
+
+static inline Matrix rows_of(const real *at, ptrdiff_t row) { Matrix m = {at, row, 1}; return m; }
+static inline Matrix transpose(Matrix a) { Matrix m = {a.at, a.col, a.row}; return m; }
+
+// The register tile: TILE_ROWS × TILE_COLS sums, TILE_COLS two vectors wide, that stay in registers while k
+// runs.
+#if defined(__AVX512F__)
+enum { VECTOR_BYTES = 64, TILE_ROWS = 12 };
+#elif defined(__AVX__)
+enum { VECTOR_BYTES = 32, TILE_ROWS = 6 };
+#elif defined(__aarch64__)
+enum { VECTOR_BYTES = 16, TILE_ROWS = 12 };
+#else
+enum { VECTOR_BYTES = 16, TILE_ROWS = 6 };
 #endif
-typedef REAL real;
+enum {
+    LANES = VECTOR_BYTES / (int)sizeof(real),
+    TILE_COLS = 2 * LANES,
+    LOW_ROWS = TILE_ROWS / 3, // a lower tile for what is left below the full ones
+    BLOCK_K = 256,            // a packed strip of B, BLOCK_K × TILE_COLS, comes from the L2 cache
+    BLOCK_N = 8 * TILE_COLS,  // a packed block of B, BLOCK_K × BLOCK_N, stays there
+    NARROW_N = 2 * TILE_COLS, // one that a thread alone packs, 64 KiB at most: threads may have 128 of stack
+    PARALLEL_WORK = 1 << 17   // multiply-adds below which a product is not worth waking the threads
+};
+typedef real Vector __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
+
+// to[k·width + r] = at[r·stride + k] for r, k < LANES. Vectors a and b of n numbers are interleaved to a0 b0
+// a1 b1 ..., the first of the upper half with the first of the lower one: that turns the bits of (row,
+// column) by one place, and log2 n turns exchange them. (clang shuffles by constants only: it takes the plain
+// loop.)
+static inline void transpose_block(real *to, int width, const real *at, ptrdiff_t stride) {
+#ifdef __clang__
+    for (int r = 0; r < LANES; r++)
+        for (int k = 0; k < LANES; k++) to[k * width + r] = at[r * stride + k];
+#else
+    Vector x[LANES], y[LANES];
+    __typeof__(x[0] == x[0]) first, second;
+    for (int i = 0; i < LANES; i++) {
+        first[i] = i / 2 + i % 2 * LANES;
+        second[i] = first[i] + LANES / 2;
+        x[i] = *(const Vector *)(at + i * stride);
+    }
+#pragma GCC unroll 4
+    for (int turn = 1; turn < LANES; turn *= 2) {
+#pragma GCC unroll 8
+        for (int i = 0; i < LANES / 2; i++) {
+            y[2 * i] = __builtin_shuffle(x[i], x[i + LANES / 2], first);
+            y[2 * i + 1] = __builtin_shuffle(x[i], x[i + LANES / 2], second);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) x[i] = y[i];
+    }
+    for (int i = 0; i < LANES; i++) *(Vector *)(to + i * width) = x[i];
+#endif
+}
+
+// packed[k·width + r] = at[r·stride_r + k·stride_k] for r < n, and 0 for n ≤ r < width: a strip of A or B in
+// the order in which the tile reads it.
+__attribute__((noinline)) // the tile below keeps all the registers
+static void pack(real *packed, int width, const real *at, ptrdiff_t stride_r, ptrdiff_t stride_k, int n,
+                 int K) {
+    if (n < width) memset(packed, 0, sizeof(real) * (size_t)K * (size_t)width);
+    if (stride_r == 1 && n == width) {
+        for (int k = 0; k < K; k++)
+            memcpy(packed + k * width, at + k * stride_k, sizeof(real) * (size_t)width);
+        return;
+    }
+    for (int k0 = 0; k0 < K; k0 += LANES)
+        for (int r0 = 0; r0 < n; r0 += LANES) {
+            real *to = packed + k0 * width + r0;
+            const real *from = at + r0 * stride_r + k0 * stride_k;
+            if (stride_k == 1 && k0 + LANES <= K && r0 + LANES <= n)
+                transpose_block(to, width, from, stride_r);
+            else for (int k = 0; k < min_int(LANES, K - k0); k++)
+                    for (int r = 0; r < min_int(LANES, n - r0); r++)
+                        to[k * width + r] = from[r * stride_r + k * stride_k];
+        }
+}
+
+// out[i][j] = alpha · Σ_k A[i][k]·b[k·TILE_COLS + j] + keep · out[i][j] + add[j] for i < rows, a constant,
+// and j < TILE_COLS; out of rows ld apart, A as it lies in memory, b packed, add or NULL. Three rows of A
+// share a base address, for want of registers that hold twelve.
+__attribute__((always_inline))
+static inline void tile_product(real *out, ptrdiff_t ld, Matrix a, const real *b, int K, real alpha,
+                                real keep, const real *add, const int rows) {
+    Vector zero = {0}, left[TILE_ROWS], right[TILE_ROWS];
+    const real *base[TILE_ROWS / 3 + 1];
+    for (int i = 0; i < rows; i++) left[i] = right[i] = zero;
+    for (int i = 0; i < rows; i += 3) base[i / 3] = a.at + i * a.row;
+    for (int k = 0; k < K; k++, b += TILE_COLS) {
+        Vector b_left = *(const Vector *)b, b_right = *(const Vector *)(b + LANES);
+        UNROLL
+        for (int i = 0; i < rows; i++) {
+            real x = base[i / 3][i % 3 * a.row];
+            left[i] += x * b_left;
+            right[i] += x * b_right;
+        }
+        UNROLL
+        for (int i = 0; i < rows; i += 3) base[i / 3] += a.col;
+    }
+    Vector add_left = add ? *(const Vector *)add : zero;
+    Vector add_right = add ? *(const Vector *)(add + LANES) : zero;
+    UNROLL
+    for (int i = 0; i < rows; i++) {
+        Vector *to_left = (Vector *)(out + i * ld), *to_right = (Vector *)(out + i * ld + LANES);
+        left[i] = alpha * left[i] + add_left;
+        right[i] = alpha * right[i] + add_right;
+        if (keep != 0) {
+            left[i] += keep * *to_left;
+            right[i] += keep * *to_right;
+        }
+        *to_left = left[i];
+        *to_right = right[i];
+    }
+}
+
+// out = alpha·A·B + beta·out + bias: A (M,K), B (K,N), out (M,N) with `ld` elements from row to row, bias (N)
+// or NULL.
+typedef struct {
+    real *out;
+    ptrdiff_t ld;
+    Matrix a, b;
+    int M, N, K;
+    real alpha, beta;
+    const real *bias;
+} Product;
+
+// One tile of it: the rows from i0 and the columns from n0 + j0 on, over block_k terms from k0 on. strip:
+// those columns of B, packed. high: of TILE_ROWS rows, else of LOW_ROWS.
+typedef struct { int i0, high, n0, j0, block_n, k0, block_k; } Tile;
+
+__attribute__((always_inline))
+static inline void product_tile(const Product *p, Tile t, const real *strip) {
+    real edge[LOW_ROWS * BLOCK_K], sum[TILE_ROWS * TILE_COLS], zeros[TILE_COLS] = {0};
+    int m = t.high ? (int)TILE_ROWS : min_int(LOW_ROWS, p->M - t.i0);
+    int n = min_int(TILE_COLS, t.block_n - t.j0);
+    ptrdiff_t ld = p->ld;
+    Matrix rows = {p->a.at + t.i0 * p->a.row + t.k0 * p->a.col, p->a.row, p->a.col};
+    if (m < LOW_ROWS) { // the last rows of A, filled up with zeros
+        pack(edge, LOW_ROWS, rows.at, p->a.row, p->a.col, m, t.block_k);
+        Matrix filled = {edge, 1, LOW_ROWS};
+        rows = filled;
+    }
+    const real *add = p->bias && t.k0 == 0 ? p->bias + t.n0 + t.j0 : zeros;
+    real *out = p->out + t.i0 * ld + t.n0 + t.j0;
+    real keep = t.k0 ? 1 : p->beta;
+    // a tile that reaches over the edge goes by way of a whole one
+    int over = n < TILE_COLS || m < LOW_ROWS;
+    real *to = over ? sum : out, to_keep = over ? 0 : keep;
+    ptrdiff_t to_ld = over ? (ptrdiff_t)TILE_COLS : ld;
+    const real *to_add = over ? NULL : add;
+    if (t.high) tile_product(to, to_ld, rows, strip, t.block_k, p->alpha, to_keep, to_add, TILE_ROWS);
+    else tile_product(to, to_ld, rows, strip, t.block_k, p->alpha, to_keep, to_add, LOW_ROWS);
+    for (int i = 0; over && i < m; i++)
+        for (int j = 0; j < n; j++) {
+            real kept = keep == 0 ? 0 : keep * out[i * ld + j];
+            out[i * ld + j] = sum[i * TILE_COLS + j] + add[j] + kept;
+        }
+}
+
+// A thread's part of a product. Of each block of B every thread packs some strips; then, of the tiles of
+// `out` over that block, counted row by row, it computes an equal share. The barriers keep the block whole
+// while anyone reads it. Which thread takes a tile changes no sum: the bits do not depend on the number of
+// threads.
+ONE_COPY static void matmul_share(const Product *product, real *packed, int thread, int threads) {
+    Product p = *product;
+    int high = p.M / TILE_ROWS, low = (p.M % TILE_ROWS + LOW_ROWS - 1) / LOW_ROWS; // rows of tiles
+    for (int n0 = 0; n0 < p.N; n0 += BLOCK_N)
+        for (int k0 = 0; k0 == 0 || k0 < p.K; k0 += BLOCK_K) {
+            int block_n = min_int(BLOCK_N, p.N - n0), block_k = min_int(BLOCK_K, p.K - k0);
+            int strips = (block_n + TILE_COLS - 1) / TILE_COLS;
+            for (int j0 = thread * TILE_COLS; j0 < block_n; j0 += threads * TILE_COLS) {
+                const real *from = p.b.at + k0 * p.b.row + (n0 + j0) * p.b.col;
+                pack(packed + j0 * block_k, TILE_COLS, from, p.b.col, p.b.row,
+                     min_int(TILE_COLS, block_n - j0), block_k);
+            }
+            if (threads > 1) {
+                #pragma omp barrier
+            }
+            // shares of equal work, a low tile's being 1 and a high one's 3; then the tiles that they are
+            int64_t full = (int64_t)high * strips, work = 3 * full + (int64_t)low * strips;
+            int64_t from = work * thread / threads, to = work * (thread + 1) / threads;
+            from = from < 3 * full ? from / 3 : from - 2 * full;
+            to = to < 3 * full ? to / 3 : to - 2 * full;
+            for (int64_t tile = from; tile < to; tile++) {
+                int row = (int)(tile / strips), j0 = (int)(tile % strips) * TILE_COLS, is_high = row < high;
+                int i0 = is_high ? row * TILE_ROWS : high * TILE_ROWS + (row - high) * LOW_ROWS;
+                Tile t = {i0, is_high, n0, j0, block_n, k0, block_k};
+                product_tile(&p, t, packed + j0 * block_k);
+            }
+            if (threads > 1) {
+                #pragma omp barrier
+            }
+        }
+}
+
+// The product with a single row, as in generation: bound by reading B once, so nothing is packed. Here at
+// most TILE_COLS columns of it, a constant where it can be: the compiler keeps their sums in registers then.
+__attribute__((always_inline))
+static inline void row_product(real *out, Matrix a, Matrix b, int N, int K, real alpha, real beta,
+                               const real *bias) {
+    real sum[TILE_COLS] = {0};
+    if (b.row == 1 && a.col == 1) {
+        for (int j = 0; j < N; j++)
+            for (int k = 0; k < K; k++) sum[j] += a.at[k] * b.at[j * b.col + k];
+    } else {
+        for (int k = 0; k < K; k++)
+            for (int j = 0; j < N; j++) sum[j] += a.at[k * a.col] * b.at[k * b.row + j * b.col];
+    }
+    for (int j = 0; j < N; j++)
+        out[j] = alpha * sum[j] + (beta == 0 ? 0 : beta * out[j]) + (bias ? bias[j] : 0);
+}
+
+ONE_COPY static void row_strip(const void *call, int item) {
+    const Product *p = (const Product *)call;
+    int j0 = item * TILE_COLS, N = p->N - j0;
+    Matrix strip = {p->b.at + j0 * p->b.col, p->b.row, p->b.col};
+    const real *bias = p->bias ? p->bias + j0 : NULL;
+    if (N >= TILE_COLS) row_product(p->out + j0, p->a, strip, TILE_COLS, p->K, p->alpha, p->beta, bias);
+    else row_product(p->out + j0, p->a, strip, N, p->K, p->alpha, p->beta, bias);
+}
+
+// The calling thread does all of it, NARROW_N columns at a time: the same tiles, so the same sums.
+__attribute__((noinline)) // what it packs is on no other function's stack
+static void matmul_alone(const Product *product) {
+    real packed[BLOCK_K * NARROW_N] __attribute__((aligned(64)));
+    for (int j = 0; j < product->N; j += NARROW_N) {
+        Product p = *product;
+        p.out += j;
+        p.b.at += j * p.b.col;
+        p.N = min_int(NARROW_N, p.N - j);
+        if (p.bias) p.bias += j;
+        matmul_share(&p, packed, 0, 1);
+    }
+}
+
+// out = alpha·A·B + beta·out + bias, see Product. beta 0 overwrites. It equals
+//     for i < M: for j < N: out[i][j] = alpha · Σ_k A[i][k]·B[k][j] + beta · out[i][j] + bias[j]
+// All threads share the work, unless they are at work already: then the calling thread does all of it.
+static void matmul(real *out, ptrdiff_t ld, Matrix a, Matrix b, int M, int N, int K, real alpha, real beta,
+                   const real *bias) {
+    // of the one product that all threads are at
+    static real packed[BLOCK_K * BLOCK_N] __attribute__((aligned(64)));
+    if (K == 0 && beta == 1 && !bias) return;
+    Product p = {out, ld, a, b, M, N, K, alpha, beta, bias};
+    if (M > 1 && N == 1 && ld == 1 && !bias) { // a column: the same as a row, transposed
+        Product transposed = {out, M, transpose(b), transpose(a), 1, M, K, alpha, beta, NULL};
+        p = transposed;
+    }
+    if (p.M == 1) {
+        int strips = (p.N + TILE_COLS - 1) / TILE_COLS;
+        for_items(strips, (int64_t)p.N * K > PARALLEL_WORK / 8, row_strip, &p);
+        return;
+    }
+    if (omp_in_parallel() || (int64_t)M * N * K < PARALLEL_WORK) {
+        matmul_alone(&p);
+        return;
+    }
+    #pragma omp parallel
+    matmul_share(&p, packed, omp_get_thread_num(), omp_get_num_threads());
+}
+
+// Solves (I - A) x = b for a strictly lower-triangular A (n,n), n ≤ PANEL_MAX: x (n,D) holds b before and x
+// after, `ld` elements from row to row.
+typedef struct { real *x; ptrdiff_t ld; Matrix A; int n, D; } Solve;
+
+// A strip of TILE_COLS columns of x; strips do not depend on each other. LOW_ROWS rows at a time take what
+// the rows before them give as one tile product (the strip of x is the packed B), then what they give each
+// other row by row.
+enum { PANEL_MAX = 96 };
+ONE_COPY static void solve_strip(const void *call, int item) {
+    const Solve *p = (const Solve *)call;
+    real strip[PANEL_MAX * TILE_COLS] __attribute__((aligned(64))), *x = p->x + item * TILE_COLS;
+    int n = p->n, width = min_int(TILE_COLS, p->D - item * TILE_COLS);
+    ptrdiff_t ld = p->ld;
+    Matrix A = p->A;
+    for (int t = 0; t < n; t++)
+        for (int i = 0; i < TILE_COLS; i++) strip[t * TILE_COLS + i] = i < width ? x[t * ld + i] : 0;
+    for (int t0 = 0; t0 < n; t0 += LOW_ROWS) {
+        int rows = min_int(LOW_ROWS, n - t0);
+        Matrix earlier = {A.at + t0 * A.row, A.row, A.col};
+        real *row = strip + t0 * TILE_COLS;
+        if (rows == LOW_ROWS) tile_product(row, TILE_COLS, earlier, strip, t0, 1, 1, NULL, LOW_ROWS);
+        else for (int r = 0; r < rows; r++, earlier.at += A.row)
+            tile_product(row + r * TILE_COLS, TILE_COLS, earlier, strip, t0, 1, 1, NULL, 1);
+        for (int r = 1; r < rows; r++) {
+            row += TILE_COLS;
+            for (int q = 0; q < r; q++) {
+                real weight = A.at[(t0 + r) * A.row + (t0 + q) * A.col];
+                for (int i = 0; i < TILE_COLS; i++) row[i] += weight * strip[(t0 + q) * TILE_COLS + i];
+            }
+        }
+    }
+    for (int t = 0; t < n; t++)
+        for (int i = 0; i < width; i++) x[t * ld + i] = strip[t * TILE_COLS + i];
+}
+
+// See Solve. It equals
+//     for t = 0 .. n-1: for j < t: x[t] += A[t][j] · x[j]
+// The transposed system, an upper triangle, is the same loop from the last row to the first: A and x are then
+// given from their last element on, with negative strides.
+static void triangular_solve(real *x, ptrdiff_t ld, Matrix A, int n, int D) {
+    Solve solve = {x, ld, A, n, D};
+    for_items((D + TILE_COLS - 1) / TILE_COLS, n * n * D > PARALLEL_WORK / 4, solve_strip, &solve);
+}
+
+// ----------------------------------------------------------------------------
+// the same, fast: layers
+
+enum { COLUMNS = 64 }; // where rows are summed a thread takes so many columns: a sum has one owner
+
+static void embedding_backward_fast(real *dwte, const real *dout, const int *inp, int B, int T, int D) {
+    #pragma omp parallel for
+    for (int d0 = 0; d0 < D; d0 += COLUMNS)
+        for (int64_t bt = 0; bt < B * T; bt++)
+            for (int i = d0; i < min_int(d0 + COLUMNS, D); i++)
+                dwte[(int64_t)inp[bt] * D + i] += dout[bt * D + i];
+}
+
+static void layernorm_backward_fast(real *dx, real *dweight, real *dbias, const real *dout, const real *x,
+                                    const real *mean, const real *rstd, const real *weight, int N, int D) {
+    #pragma omp parallel for
+    for (int64_t n = 0; n < N; n++) {
+        const real *row = x + n * D, *drow = dout + n * D;
+        real sum = 0, dot = 0, m = mean[n], r = rstd[n];
+        for (int i = 0; i < D; i++) {
+            real w = drow[i] * weight[i];
+            sum += w;
+            dot += w * (row[i] - m);
+        }
+        sum /= D;
+        dot *= r * r / D;
+        for (int i = 0; i < D; i++) dx[n * D + i] += r * (drow[i] * weight[i] - sum - (row[i] - m) * dot);
+    }
+    #pragma omp parallel for
+    for (int d0 = 0; d0 < D; d0 += COLUMNS) {
+        int width = min_int(COLUMNS, D - d0);
+        real sum[COLUMNS] = {0}, dot[COLUMNS] = {0};
+        for (int64_t n = 0; n < N; n++) {
+            const real *row = x + n * D + d0, *drow = dout + n * D + d0;
+            for (int i = 0; i < width; i++) {
+                sum[i] += drow[i];
+                dot[i] += drow[i] * (row[i] - mean[n]) * rstd[n];
+            }
+        }
+        for (int i = 0; i < width; i++) {
+            dbias[d0 + i] += sum[i];
+            dweight[d0 + i] += dot[i];
+        }
+    }
+}
+
+static void linear_forward_fast(real *out, int ld_out, const real *inp, const real *weight, const real *bias,
+                                int N, int in, int out_width) {
+    matmul(out, ld_out, rows_of(inp, in), transpose(rows_of(weight, in)), N, out_width, in, 1, 0, bias);
+}
+
+static void linear_backward_fast(real *dinp, real *dweight, real *dbias, const real *dout, int ld_dout,
+                                 const real *inp, const real *weight, int N, int in, int out_width) {
+    matmul(dinp, in, rows_of(dout, ld_dout), rows_of(weight, in), N, in, out_width, 1, 0, NULL);
+    matmul(dweight, in, transpose(rows_of(dout, ld_dout)), rows_of(inp, in), out_width, in, N, 1, 1, NULL);
+    if (!dbias) return;
+    #pragma omp parallel for
+    for (int o = 0; o < out_width; o += COLUMNS) {
+        int width = min_int(COLUMNS, out_width - o);
+        real sum[COLUMNS] = {0};
+        for (int64_t n = 0; n < N; n++)
+            for (int i = 0; i < width; i++) sum[i] += dout[n * ld_dout + o + i];
+        for (int i = 0; i < width; i++) dbias[o + i] += sum[i];
+    }
+}
+
+static void gelu_forward_fast(real *out, const real *inp, int ld, int N, int D) {
+    #pragma omp parallel for if (N > 1)
+    for (int64_t n = 0; n < N; n++)
+        for (int i = 0; i < D; i++) {
+            real x = inp[n * ld + i];
+            out[n * D + i] = x * normal_cdf(x, exp_real(-x * x / 2));
+        }
+}
+
+static void gelu_backward_fast(real *dinp, const real *dout, const real *inp, int ld, int N, int D) {
+    #pragma omp parallel for
+    for (int64_t n = 0; n < N; n++)
+        for (int i = 0; i < D; i++) {
+            real x = inp[n * ld + i], gauss = exp_real(-x * x / 2);
+            real slope = normal_cdf(x, gauss) + x * gauss * (real)0.39894228040143267794;
+            dinp[n * ld + i] = dout[n * D + i] * slope;
+        }
+}
+
+static void gain_backward_fast(real *dx, real *dweight, real *dbias, real *dgamma, const real *gamma,
+                               const real *x, const real *weight, real gamma_max, int N, int D) {
+    double sum = 0;
+    for (int n = 0; n < N; n++) {
+        real ratio = gamma[n] / gamma_max;
+        dgamma[n] *= gamma_max * (1 - ratio * ratio);
+        sum += (double)dgamma[n];
+    }
+    dbias[0] += (real)sum;
+    #pragma omp parallel for
+    for (int64_t n = 0; n < N; n++)
+        for (int i = 0; i < D; i++) dx[n * D + i] += dgamma[n] * weight[i];
+    matmul(dweight, D, rows_of(dgamma, N), rows_of(x, D), 1, D, N, 1, 1, NULL);
+}
+
+static void crossentropy_forward_fast(real *losses, real *logsumexp, const real *logits, const int *targets,
+                                      int N, int V) {
+    #pragma omp parallel for
+    for (int64_t n = 0; n < N; n++) {
+        const real *row = logits + n * V;
+        real max = row[0], sum = 0;
+        for (int i = 1; i < V; i++) max = row[i] > max ? row[i] : max;
+        for (int i = 0; i < V; i++) sum += exp_real(row[i] - max);
+        logsumexp[n] = max + (real)log((double)sum);
+        losses[n] = targets[n] < 0 ? 0 : logsumexp[n] - row[targets[n]];
+    }
+}
+
+static void crossentropy_backward_fast(real *dlogits, const real *logits, const real *logsumexp,
+                                       const int *targets, real dloss, int N, int V) {
+    #pragma omp parallel for
+    for (int64_t n = 0; n < N; n++) {
+        const real *row = logits + n * V;
+        real *drow = dlogits + n * V, scale = targets[n] < 0 ? 0 : dloss;
+        for (int i = 0; i < V; i++) drow[i] = scale * exp_real(row[i] - logsumexp[n]);
+        if (targets[n] >= 0) drow[targets[n]] -= dloss;
+    }
+}
+
+// In blocks that do not depend on the number of threads.
+static double norm_fast(const real *x, int64_t n) {
+    enum { BLOCKS = 64 };
+    double partial[BLOCKS], sum = 0;
+    #pragma omp parallel for
+    for (int block = 0; block < BLOCKS; block++) {
+        int64_t from = n / BLOCKS * block, to = block == BLOCKS - 1 ? n : from + n / BLOCKS;
+        double squares = 0;
+        for (int64_t i = from; i < to; i++) squares += (double)x[i] * (double)x[i];
+        partial[block] = squares;
+    }
+    for (int block = 0; block < BLOCKS; block++) sum += partial[block];
+    return sqrt(sum);
+}
+
+// ----------------------------------------------------------------------------
+// the same, fast: attention and feedback in panels of rows
+//
+// Both compute a softmax over the past for every row, T×T weights. They work on panels of P rows, so that no
+// more than P×T of them exist at once: with the keys before the panel's first row i0 a panel is a full
+// rectangle, at its end stands a triangle,
+//
+//                keys 0 ................ i0 ........ i0+n
+//     row i0     [ x  x  x  x  x  x  x  x | .          ]       x: weights; .: inside the panel
+//     ...        [ x  x  x  x  x  x  x  x | .  .       ]
+//     row i0+n-1 [ x  x  x  x  x  x  x  x | .  .  .    ]
+//
+// and what a panel does with it are matrix products. Its weights are stored transposed, the weight of row r
+// for key j at [j·n + r]: a vector holds one key for many rows, and the softmax runs without a sum across
+// lanes.
+
+static inline Matrix panel_rows(const real *weights, int n) { Matrix m = {weights, 1, n}; return m; }
+
+// P 0 chooses: low panels waste less above the diagonal, high ones make larger products.
+static int panel_height(int P, int T) {
+    return P > 0 ? min_int(P, PANEL_MAX) : T <= 256 ? 32 : T <= 1024 ? 64 : PANEL_MAX;
+}
+
+// Numbers of scratch that a thread needs: weights of a panel, their gradient, and the weights inside the
+// panel. It is more than the two rows of the plain loops.
+static size_t panel_scratch(int T) { return PANEL_MAX * (2 * (size_t)T + PANEL_MAX); }
+
+// Heads and sequences do not depend on each other: where they can be shared out evenly a thread takes whole
+// ones, else all threads work on one after the other, inside the products.
+static int shared_out(int items) {
+    int threads = omp_get_max_threads();
+    return threads == 1 || items % threads == 0 || items >= 4 * threads;
+}
+
+// Softmax down the columns of logits, m ≤ TILE_COLS columns of rows n apart; see softmax_panel. Row r sees
+// the keys j below seen + r. m is a constant where it can be: the compiler keeps maximum and sum in registers
+// then.
+__attribute__((always_inline))
+static inline void softmax_columns(real *w, real *stats, int recompute, const real *gain, int n, int seen,
+                                   int cols, int m) {
+    real max[TILE_COLS], sum[TILE_COLS];
+    for (int64_t j = seen > 0 ? seen : 0; j < cols; j++)
+        for (int r = 0; r < min_int(m, (int)j - seen + 1); r++) w[j * n + r] = -INFINITY;
+    for (int r = 0; r < m; r++) {
+        max[r] = recompute ? stats[2 * r] : (real)-1e30; // finite: a row that sees nothing has no NaN
+        sum[r] = 0;
+    }
+    for (int64_t j = 0; j < cols && !recompute; j++)
+        for (int r = 0; r < m; r++) max[r] = w[j * n + r] > max[r] ? w[j * n + r] : max[r];
+    for (int64_t j = 0; j < cols; j++)
+        for (int r = 0; r < m; r++) {
+            real e = exp_real(w[j * n + r] - max[r]);
+            w[j * n + r] = e;
+            sum[r] += e;
+        }
+    for (int r = 0; r < m; r++) {
+        real scale = recompute ? stats[2 * r + 1] : sum[r] > 0 ? 1 / sum[r] : sum[r]; // NaN stays NaN
+        stats[2 * r] = max[r];
+        stats[2 * r + 1] = scale;
+        sum[r] = scale * (gain ? gain[r] : 1);
+    }
+    for (int64_t j = 0; j < cols; j++)
+        for (int r = 0; r < m; r++) w[j * n + r] *= sum[r];
+}
+
+ONE_COPY static void softmax_block(real *w, real *stats, int recompute, const real *gain, int n, int seen,
+                                   int cols, int m) {
+    if (m == TILE_COLS) softmax_columns(w, stats, recompute, gain, n, seen, cols, TILE_COLS);
+    else if (n == 1) softmax_columns(w, stats, recompute, gain, 1, seen, cols, 1); // generation
+    else softmax_columns(w, stats, recompute, gain, n, seen, cols, m);
+}
+
+// The arguments of softmax_block for a whole panel of n rows, of which an item is TILE_COLS.
+typedef struct {
+    real *weights, *stats;
+    int recompute;
+    const real *gain;
+    int n, seen, cols;
+} Softmax;
+
+static void softmax_item(const void *call, int item) {
+    const Softmax *p = (const Softmax *)call;
+    int from = item * TILE_COLS, m = min_int(TILE_COLS, p->n - from);
+    const real *gain = p->gain ? p->gain + from : NULL;
+    real *weights = p->weights + from, *stats = p->stats + 2 * from;
+    softmax_block(weights, stats, p->recompute, gain, p->n, p->seen + from, p->cols, m);
+}
+
+// Rows of softmax weights over the past. For the rows t = i0 .. i0+n-1
+//     weights[j·n + t-i0] = gain_t · exp(q_t·k_j/√d - max_t) / sum_t
+// for the keys j that t sees (j ≤ t; strict: j < t), else 0.
+// q: n rows, k: i0+n rows, gain (n) or NULL for 1. stats (n,2) keeps each row's maximum and 1/sum: the
+// forward pass writes them; the backward pass says `recompute` and gets the same weights, bit for bit. A row
+// that sees nothing (row 0, strict) has no weights: 1/sum is 0.
+static void softmax_panel(real *weights, real *stats, int recompute, const real *gain, const real *q,
+                          const real *k, int ld, int i0, int n, int d, int strict) {
+    int cols = i0 + n;
+    real scale = 1 / (real)sqrt((double)d);
+    matmul(weights, n, rows_of(k, ld), transpose(rows_of(q, ld)), cols, n, d, scale, 0, NULL);
+    Softmax softmax = {weights, stats, recompute, gain, n, i0 + !strict, cols};
+    for_items((n + TILE_COLS - 1) / TILE_COLS, cols > 256, softmax_item, &softmax);
+}
+
+// Its backward pass, from dweights, the gradient of the weights without their gain:
+//     delta_r = Σ_j weights_rj dweights_rj,   dlogits_rj = gain_r weights_rj (dweights_rj - delta_r)
+// dlogits takes the place of dweights, gain_r weights_rj that of the weights. Both (cols,n), delta and gain
+// (n) or NULL.
+static void softmax_panel_backward(real *dweights, real *weights, real *delta, const real *gain, int n,
+                                   int cols) {
+    real sum[PANEL_MAX] = {0}, g[PANEL_MAX];
+    for (int r = 0; r < n; r++) g[r] = gain ? gain[r] : 1;
+    for (int64_t j = 0; j < cols; j++)
+        for (int r = 0; r < n; r++) sum[r] += weights[j * n + r] * dweights[j * n + r];
+    for (int64_t j = 0; j < cols; j++)
+        for (int r = 0; r < n; r++) {
+            real w = g[r] * weights[j * n + r];
+            weights[j * n + r] = w;
+            dweights[j * n + r] = w * (dweights[j * n + r] - sum[r]);
+        }
+    for (int r = 0; delta && r < n; r++) delta[r] = sum[r];
+}
+
+// The arguments of attention_forward, of which an item is one head of one sequence.
+typedef struct {
+    real *out, *stats, *scratch;
+    const real *q, *k, *v;
+    Shape shape;
+    int P;
+} AttentionForward;
+
+// Item b·H + h is head h of sequence b. Of its panel, the rows i0..i0+n-1, it computes
+//     weights = softmax_panel(q_I, k),   out_I = weights · v
+ONE_COPY static void attention_head(const void *call, int item) {
+    const AttentionForward *p = (const AttentionForward *)call;
+    int T = p->shape.T, H = p->shape.H, d = p->shape.d, ld = p->shape.ld;
+    int first = p->shape.first, rows = T - first;
+    int64_t b = item / H, h = item % H, group = h / (H / p->shape.G);
+    const real *k = p->k + b * T * ld + group * d, *v = p->v + b * T * ld + group * d;
+    real *weights = p->scratch + panel_scratch(T) * (size_t)omp_get_thread_num();
+    for (int i0 = first; i0 < T; i0 += p->P) {
+        int n = min_int(p->P, T - i0);
+        int64_t row = b * rows + i0 - first;
+        real *stats = p->stats + 2 * ((int64_t)item * rows + i0 - first), *out = p->out + (row * H + h) * d;
+        softmax_panel(weights, stats, 0, NULL, p->q + row * ld + h * d, k, ld, i0, n, d, 0);
+        matmul(out, H * d, panel_rows(weights, n), rows_of(v, ld), n, d, i0 + n, 1, 0, NULL);
+    }
+}
+
+static void attention_forward_fast(real *out, real *stats, Work work, const real *q, const real *k,
+                                   const real *v, Shape shape) {
+    int P = panel_height(work.P, shape.T);
+    AttentionForward call = {.out = out, .stats = stats, .scratch = work.scratch, .q = q, .k = k, .v = v,
+                             .shape = shape, .P = P};
+    int items = shape.B * shape.H;
+    for_items(items, shared_out(items), attention_head, &call);
+}
+
+// The arguments of attention_backward, of which an item is one group of heads of one sequence.
+typedef struct {
+    real *dq, *dk, *dv, *stats, *scratch;
+    const real *dout, *q, *k, *v;
+    Shape shape;
+    int P;
+} AttentionBackward;
+
+// Each line of attention_backward's equations is a matrix product for a panel of rows t. Item b·G + g is the
+// heads of one group: they add to the same dk and dv. Panels run from the last: it sees all keys, so it
+// writes what the others add to.
+ONE_COPY static void attention_group_backward(const void *call, int item) {
+    const AttentionBackward *p = (const AttentionBackward *)call;
+    int T = p->shape.T, H = p->shape.H, G = p->shape.G, d = p->shape.d, ld = p->shape.ld, P = p->P;
+    real *weights = p->scratch + panel_scratch(T) * (size_t)omp_get_thread_num();
+    real *dlogits = weights + PANEL_MAX * (int64_t)T, scale = 1 / (real)sqrt((double)d);
+    int64_t b = item / G, group = item % G, keys = b * T * ld + group * d, first_head = group * (H / G);
+    const real *k = p->k + keys, *v = p->v + keys;
+    real *dk = p->dk + keys, *dv = p->dv + keys;
+    for (int64_t h = first_head; h < first_head + H / G; h++)
+        for (int i0 = (T - 1) / P * P; i0 >= 0; i0 -= P) {
+            int n = min_int(P, T - i0), cols = i0 + n;
+            real beta = h == first_head && cols == T ? 0 : 1;
+            int64_t row = b * T + i0;
+            const real *q = p->q + row * ld + h * d, *dout = p->dout + (row * H + h) * d;
+            real *dq = p->dq + row * ld + h * d, *stats = p->stats + 2 * ((b * H + h) * T + i0);
+            softmax_panel(weights, stats, 1, NULL, q, k, ld, i0, n, d, 0);
+            matmul(dlogits, n, rows_of(v, ld), transpose(rows_of(dout, H * d)), cols, n, d, 1, 0, NULL);
+            softmax_panel_backward(dlogits, weights, NULL, NULL, n, cols);
+            matmul(dq, ld, panel_rows(dlogits, n), rows_of(k, ld), n, d, cols, scale, 0, NULL);
+            matmul(dk, ld, rows_of(dlogits, n), rows_of(q, ld), cols, d, n, scale, beta, NULL);
+            matmul(dv, ld, rows_of(weights, n), rows_of(dout, H * d), cols, d, n, 1, beta, NULL);
+        }
+}
+
+static void attention_backward_fast(real *dq, real *dk, real *dv, Work work, const real *dout, real *stats,
+                                    const real *q, const real *k, const real *v, Shape shape) {
+    int P = panel_height(work.P, shape.T);
+    AttentionBackward call = {.dq = dq, .dk = dk, .dv = dv, .stats = stats, .scratch = work.scratch, .dout = dout,
+                              .q = q, .k = k, .v = v, .shape = shape, .P = P};
+    int items = shape.B * shape.G;
+    for_items(items, shared_out(items), attention_group_backward, &call);
+}
+
+// The arguments of feedback_forward, of which an item is one sequence.
+typedef struct {
+    real *s, *stats, *scratch;
+    const real *f, *q, *k, *gamma;
+    Shape shape;
+    int P;
+} FeedbackForward;
+
+// A panel, the rows i0..i0+n-1, is done in three steps, the first two of them matrix products:
+//     A_I = softmax_panel(q'_I, k'), its rows times gamma
+//     s_I = f_I + A_I,before s_before        what all rows before the panel give
+//     s_I := (I - A_I,inside)^-1 s_I         what its rows give each other: a small triangle, row by row
+ONE_COPY static void feedback_sequence(const void *call, int item) {
+    const FeedbackForward *p = (const FeedbackForward *)call;
+    int T = p->shape.T, D = p->shape.d, ld = p->shape.ld, first = p->shape.first;
+    int64_t b = item;
+    const real *k = p->k + b * T * ld;
+    real *A = p->scratch + panel_scratch(T) * (size_t)omp_get_thread_num(), *s = p->s + b * T * D;
+    for (int i0 = first; i0 < T; i0 += p->P) {
+        int n = min_int(p->P, T - i0);
+        int64_t row = b * (T - first) + i0 - first; // of f, q', gamma and stats
+        real *s_I = s + (int64_t)i0 * D;
+        // the weights of the keys before i0, and of the panel's own
+        Matrix before = panel_rows(A, n), inside = panel_rows(A + (int64_t)i0 * n, n);
+        softmax_panel(A, p->stats + 2 * row, 0, p->gamma + row, p->q + row * ld, k, ld, i0, n, D, 1);
+        memcpy(s_I, p->f + row * D, sizeof(real) * (size_t)n * (size_t)D);
+        matmul(s_I, D, before, rows_of(s, D), n, D, i0, 1, 1, NULL);
+        triangular_solve(s_I, D, inside, n, D);
+    }
+}
+
+static void feedback_forward_fast(real *s, real *stats, Work work, const real *f, const real *q,
+                                  const real *k, const real *gamma, Shape shape) {
+    int P = panel_height(work.P, shape.T);
+    FeedbackForward call = {.s = s, .stats = stats, .scratch = work.scratch, .f = f, .q = q, .k = k,
+                            .gamma = gamma, .shape = shape, .P = P};
+    for_items(shape.B, shared_out(shape.B), feedback_sequence, &call);
+}
+
+// The arguments of feedback_backward, of which an item is one sequence.
+typedef struct {
+    real *ds, *dq, *dk, *dgamma, *stats, *scratch;
+    const real *s, *q, *k, *gamma;
+    Shape shape;
+    int P;
+} FeedbackBackward;
+
+// Panels from the last, in which α is computed again; λ is ds before and df after.
+ONE_COPY static void feedback_sequence_backward(const void *call, int item) {
+    const FeedbackBackward *p = (const FeedbackBackward *)call;
+    int T = p->shape.T, D = p->shape.d, ld = p->shape.ld, P = p->P;
+    int64_t b = item;
+    real *A = p->scratch + panel_scratch(T) * (size_t)omp_get_thread_num(), scale = 1 / (real)sqrt((double)D);
+    real *dlogits = A + PANEL_MAX * (int64_t)T, *inside = dlogits + PANEL_MAX * (int64_t)T;
+    real *lambda = p->ds + b * T * D, *dk = p->dk + b * T * ld;
+    const real *s = p->s + b * T * D, *k = p->k + b * T * ld;
+    for (int i0 = (T - 1) / P * P; i0 >= 0; i0 -= P) {
+        int n = min_int(P, T - i0), cols = i0 + n;
+        int64_t row = b * T + i0;
+        const real *q = p->q + row * ld, *gamma = p->gamma + row;
+        real *lambda_I = lambda + (int64_t)i0 * D, *dq = p->dq + row * ld, *delta = p->dgamma + row;
+        Matrix reversed = {inside + n * n - 1, -n, -1}; // transposed, from its last element
+        softmax_panel(A, p->stats + 2 * row, 1, NULL, q, k, ld, i0, n, D, 1); // α_I
+        for (int64_t j = 0; j < n; j++)
+            for (int r = 0; r < n; r++) inside[j * n + r] = gamma[r] * A[(i0 + j) * n + r];
+        triangular_solve(lambda_I + (int64_t)(n - 1) * D, -D, reversed, n, D); // λ_I, now whole
+        matmul(dlogits, n, rows_of(s, D), transpose(rows_of(lambda_I, D)), cols, n, D, 1, 0, NULL); // dA_I
+        softmax_panel_backward(dlogits, A, delta, gamma, n, cols); // dlogit_I, A_I
+        matmul(lambda, D, rows_of(A, n), rows_of(lambda_I, D), i0, D, n, 1, 1, NULL); // λ_before
+        matmul(dq, ld, panel_rows(dlogits, n), rows_of(k, ld), n, D, cols, scale, 0, NULL);
+        matmul(dk, ld, rows_of(dlogits, n), rows_of(q, ld), cols, D, n, scale, cols == T ? 0 : 1, NULL);
+    }
+}
+
+static void feedback_backward_fast(real *ds, real *dq, real *dk, real *dgamma, Work work, const real *s,
+                                   real *stats, const real *q, const real *k, const real *gamma,
+                                   Shape shape) {
+    int P = panel_height(work.P, shape.T);
+    FeedbackBackward call = {.ds = ds, .dq = dq, .dk = dk, .dgamma = dgamma, .stats = stats,
+                             .scratch = work.scratch, .s = s, .q = q, .k = k, .gamma = gamma, .shape = shape,
+                             .P = P};
+    for_items(shape.B, shared_out(shape.B), feedback_sequence_backward, &call);
+}
+
+// ----------------------------------------------------------------------------
+// the same, fast: Mamba-2
+
+static void conv_forward_fast(real *out, const real *inp, int ld, real *tail, const real *weight,
+                              const real *bias, int B, int T, int W, int first) {
+    int N = B * (T - first);
+    #pragma omp parallel for if (N > 1)
+    for (int64_t n = 0; n < N; n++) {
+        real *u = out + n * W;
+        conv_row(u, inp, ld, tail, weight, bias, n, T, W, first);
+        for (int c = 0; c < W; c++) u[c] *= sigmoid_fast(u[c]);
+    }
+    conv_remember(tail, inp, ld, T, W, first);
+}
+
+static void conv_backward_fast(real *dinp, real *dweight, real *dbias, real *dout, const real *inp, int ld,
+                               const real *weight, const real *bias, int B, int T, int W) {
+    #pragma omp parallel for
+    for (int64_t n = 0; n < B * T; n++) {
+        real *u = dinp + n * ld, *du = dout + n * W;
+        conv_row(u, inp, ld, NULL, weight, bias, n, T, W, 0);
+        for (int c = 0; c < W; c++) {
+            real s = sigmoid_fast(u[c]);
+            du[c] *= s * (1 + u[c] * (1 - s));
+        }
+    }
+    #pragma omp parallel for
+    for (int64_t n = 0; n < B * T; n++) {
+        real *sum = dinp + n * ld;
+        memset(sum, 0, sizeof(real) * (size_t)W);
+        for (int lag = 0; lag < min_int(TAPS, T - (int)(n % T)); lag++)
+            for (int c = 0; c < W; c++) sum[c] += weight[c * TAPS + TAPS - 1 - lag] * dout[(n + lag) * W + c];
+    }
+    #pragma omp parallel for
+    for (int c0 = 0; c0 < W; c0 += COLUMNS)
+        for (int64_t n = 0; n < B * T; n++)
+            for (int c = c0; c < min_int(c0 + COLUMNS, W); c++) {
+                real du = dout[n * W + c];
+                dbias[c] += du;
+                for (int lag = 0; lag < min_int(TAPS, (int)(n % T) + 1); lag++)
+                    dweight[c * TAPS + TAPS - 1 - lag] += du * inp[(n - lag) * ld + c];
+            }
+}
+
+static void step_backward_fast(real *dinp, real *dbias, const real *dstep, int ld_dstep, const real *inp,
+                               int ld, const real *bias, int N, int heads) {
+    for (int h = 0; h < heads; h++) {
+        double sum = 0;
+        for (int64_t n = 0; n < N; n++) {
+            dinp[n * ld + h] = dstep[n * ld_dstep + h] * sigmoid_fast(inp[n * ld + h] + bias[h]);
+            sum += (double)dinp[n * ld + h];
+        }
+        dbias[h] += (real)sum;
+    }
+}
+
+// The scan in chunks of P rows: with fade_tj the product of keep from j+1 to t, decay_t that from the chunk's
+// first row to t, and h the state before the chunk,
+//     y_t = decay_t c_t^T h + Σ_{j≤t} (c_t·b_j) fade_tj Δ_j x_j + skip · x_t
+//     h  := decay_last h + Σ_j fade_last,j Δ_j b_j x_j^T
+// so that all but scales are matrix products, over all heads at once where the head only scales.
+static int chunk_height(int P) { return P > 0 ? min_int(P, CHUNK) : CHUNK; }
+
+// Numbers of scratch that a thread needs; or, plain, the one that works: see scan_backward.
+static size_t scan_scratch(int E, int S, int heads) {
+    size_t fast =
+        (size_t)CHUNK * ((size_t)heads * (CHUNK + 1) + 2 * CHUNK + 4 * (size_t)E) + (size_t)S * (size_t)E;
+    size_t of_loops = (size_t)(CHUNK + 2) * (size_t)S * (size_t)(E / heads);
+    return fast > of_loops ? fast : of_loops;
+}
+
+static void scan_keep(real *keep, const real *step, const real *A_log, int n, int heads) {
+    for (int t = 0; t < n; t++)
+        for (int h = 0; h < heads; h++)
+            keep[t * heads + h] = exp_real(-exp_real(A_log[h]) * step[t * heads + h]);
+}
+
+// Of head h: fades (n,n), 0 for j > t, and M = (c b^T) ⊙ fades ⊙ Δ_j, given cb = c b^T.
+static void chunk_weights(real *M, real *fades, real *delta, const real *cb, const real *keep,
+                          const real *step, int n, int heads, int h) {
+    for (int t = 0; t < n; t++) {
+        real *row = fades + t * n, kept = keep[t * heads + h];
+        delta[t] = step[t * heads + h];
+        for (int j = 0; j < n; j++) row[j] = j < t ? kept * row[j - n] : j == t;
+        for (int j = 0; j < n; j++) M[t * n + j] = j <= t ? row[j] * cb[t * n + j] * delta[j] : 0;
+    }
+}
+
+// The arguments of scan_forward, and of one chunk of it, in which y, next = decay_last · state, fresh (n,E),
+// x and step begin at the chunk's first row.
+typedef struct {
+    real *y, *states;
+    int kept;
+    real *scratch;
+    const real *xbc, *step;
+    Scan scan;
+    int P;
+} ScanForward;
+typedef struct {
+    real *y, *next, *fresh;
+    const real *state, *cb, *keep, *x, *step;
+    Scan scan;
+    int n;
+} ScanChunk;
+
+// Head h of a chunk: y = decay ⊙ y + (M + skip·I) x, and what it adds to the state: fresh.
+ONE_COPY static void scan_head(const void *call, int h) {
+    const ScanChunk *p = (const ScanChunk *)call;
+    int n = p->n, E = p->scan.E, S = p->scan.S, heads = p->scan.heads, w = E / heads, W = E + 2 * S;
+    real *y = p->y, *next = p->next, *fresh = p->fresh;
+    const real *x = p->x, *state = p->state, *keep = p->keep;
+    real M[CHUNK * CHUNK], fades[CHUNK * CHUNK], delta[CHUNK], decay = 1;
+    chunk_weights(M, fades, delta, p->cb, keep, p->step, n, heads, h);
+    for (int64_t t = 0; t < n; t++) {
+        real scale = fades[(n - 1) * n + t] * delta[t];
+        decay *= keep[t * heads + h];
+        M[t * n + t] += p->scan.skip[h];
+        for (int i = h * w; i < (h + 1) * w; i++) {
+            y[t * E + i] *= decay;
+            fresh[t * E + i] = scale * x[t * W + i];
+        }
+    }
+    matmul(y + h * w, E, rows_of(M, n), rows_of(x + h * w, W), n, w, n, 1, 1, NULL);
+    for (int64_t s = 0; next && s < S; s++)
+        for (int i = h * w; i < (h + 1) * w; i++) next[s * E + i] = decay * state[s * E + i];
+}
+
+ONE_COPY static void scan_sequence(const void *call, int item) {
+    const ScanForward *p = (const ScanForward *)call;
+    Scan scan = p->scan;
+    int T = scan.T, E = scan.E, S = scan.S, heads = scan.heads, W = E + 2 * S, P = p->P;
+    int64_t b = item, size = (int64_t)S * E, slots = p->kept ? (T + P - 1) / P : 1;
+    real *keep = p->scratch + scan_scratch(E, S, heads) * (size_t)omp_get_thread_num();
+    real *cb = keep + CHUNK * heads;
+    real *fresh = cb + CHUNK * CHUNK, *state = p->states + b * slots * size;
+    if (p->kept) memset(state, 0, sizeof(real) * (size_t)size);
+    for (int i0 = 0; i0 < T; i0 += P) {
+        int n = min_int(P, T - i0);
+        int64_t row = b * T + i0;
+        const real *x = p->xbc + row * W, *b_I = x + E, *c_I = b_I + S, *step = p->step + row * heads;
+        real *y = p->y + row * E, *next = !p->kept ? state : i0 + n < T ? state + size : NULL;
+        scan_keep(keep, step, scan.A_log, n, heads);
+        matmul(cb, n, rows_of(c_I, W), transpose(rows_of(b_I, W)), n, n, S, 1, 0, NULL);
+        matmul(y, E, rows_of(c_I, W), rows_of(state, E), n, E, S, 1, 0, NULL);
+        ScanChunk chunk = {.y = y, .next = next, .fresh = fresh, .state = state, .cb = cb, .keep = keep,
+                           .x = x, .step = step, .scan = scan, .n = n};
+        for_items(heads, n * E > PARALLEL_WORK / 32, scan_head, &chunk);
+        if (next) matmul(next, E, transpose(rows_of(b_I, W)), rows_of(fresh, E), S, E, n, 1, 1, NULL);
+        state += p->kept ? size : 0;
+    }
+}
+
+static void scan_forward_fast(real *y, real *states, int kept, Work work, const real *xbc, const real *step,
+                              Scan scan) {
+    ScanForward call = {.y = y, .states = states, .kept = kept, .scratch = work.scratch, .xbc = xbc,
+                        .step = step, .scan = scan, .P = chunk_height(work.P)};
+    for_items(scan.B, shared_out(scan.B), scan_sequence, &call);
+}
+
+// Backward, chunks from the last. With M = (c b^T) ⊙ fades ⊙ Δ as above, dh (S,E) the gradient of the state
+// after the chunk and faded = decay ⊙ dy, fresh = fade_last Δ ⊙ x, read = c h, pulled = b dh:
+//     dM = dy x^T a head,   d(cb) = Σ_heads dM ⊙ fades ⊙ Δ,   dx = (M + skip·I)^T dy + fade_last Δ ⊙ pulled
+//     dc = faded h^T + d(cb) b,   db = fresh dh^T + d(cb)^T c,   dh := decay_last dh + c^T faded
+// With L_t the logarithm of decay_t, fade_tj = exp(L_t - L_j): the gradients of fades and decays go to dL,
+// and as L sums -exp(A_log) Δ, the sum of dL from t to the chunk's end gives dΔ_t and dA_log. Columns h,
+// heads + h and 2·heads + h of dstep are the gradients of Δ, A_log and skip from that row.
+typedef struct {
+    real *dxbc, *dstep;
+    real *scratch;
+    const real *dy, *states, *xbc, *step;
+    Scan scan;
+    int P;
+} ScanBackward;
+typedef struct {
+    const real *state, *keep, *cb, *x, *step, *dy, *faded, *read, *pulled;
+    real *dh, *dx, *dstep, *dcb;
+    Scan scan;
+    int n;
+} ScanChunkBackward;
+
+ONE_COPY static void scan_head_backward(const void *call, int h) {
+    const ScanChunkBackward *k = (const ScanChunkBackward *)call;
+    int n = k->n, E = k->scan.E, S = k->scan.S, heads = k->scan.heads, w = E / heads, W = E + 2 * S;
+    int last = n - 1;
+    real *dcb = k->dcb + h * n * n;
+    real M[CHUNK * CHUNK], fades[CHUNK * CHUNK], dM[CHUNK * CHUNK], ddelta[CHUNK] = {0}, delta[CHUNK];
+    double dL[CHUNK] = {0}; // in double what is added here is taken away there without a trace
+    chunk_weights(M, fades, delta, k->cb, k->keep, k->step, n, heads, h);
+    matmul(dM, n, rows_of(k->dy + h * w, E), transpose(rows_of(k->x + h * w, W)), n, n, w, 1, 0, NULL);
+    for (int t = 0; t < n; t++) {
+        for (int j = 0; j <= t; j++) {
+            real term = dM[t * n + j] * fades[t * n + j] * k->cb[t * n + j], product = term * delta[j];
+            ddelta[j] += term;
+            dL[j] -= (double)product;
+            dL[t] += (double)product;
+        }
+        for (int j = 0; j < n; j++) dcb[t * n + j] = dM[t * n + j] * fades[t * n + j] * delta[j];
+        k->dstep[t * 3 * heads + 2 * heads + h] = dM[t * n + t];
+        M[t * n + t] += k->scan.skip[h];
+    }
+    matmul(k->dx + h * w, W, transpose(rows_of(M, n)), rows_of(k->dy + h * w, E), n, w, n, 1, 0, NULL);
+    real decay = 1;
+    for (int64_t t = 0; t < n; t++) {
+        real scale = fades[last * n + t] * delta[t], read = 0, taken = 0;
+        decay *= k->keep[t * heads + h];
+        for (int i = h * w; i < (h + 1) * w; i++) {
+            read += k->faded[t * E + i] * k->read[t * E + i];
+            taken += k->x[t * W + i] * k->pulled[t * E + i];
+            k->dx[t * W + i] += scale * k->pulled[t * E + i];
+        }
+        real product = scale * taken;
+        ddelta[t] += fades[last * n + t] * taken;
+        dL[t] += (double)read - (double)product;
+        dL[last] += (double)product;
+    }
+    real carried = 0;
+    for (int64_t s = 0; s < S; s++)
+        for (int i = h * w; i < (h + 1) * w; i++) {
+            carried += decay * k->state[s * E + i] * k->dh[s * E + i];
+            k->dh[s * E + i] *= decay;
+        }
+    double sum = (double)carried;
+    real rate = exp_real(k->scan.A_log[h]);
+    for (int t = last; t >= 0; t--) {
+        sum += dL[t];
+        k->dstep[t * 3 * heads + h] = ddelta[t] - rate * (real)sum;
+        k->dstep[t * 3 * heads + heads + h] = -rate * delta[t] * (real)sum;
+    }
+}
+
+// faded = decay ⊙ dy, decay_t from the chunk's first row to t; fresh = fade ⊙ Δ ⊙ x, fade_t from t to its
+// last row
+static void scan_fades(real *faded, real *fresh, const ScanChunkBackward *k) {
+    int n = k->n, E = k->scan.E, heads = k->scan.heads, w = E / heads, W = E + 2 * k->scan.S;
+    for (int h = 0; h < heads; h++) {
+        real decay = 1, fade = 1;
+        for (int64_t t = 0; t < n; t++) {
+            decay *= k->keep[t * heads + h];
+            for (int i = h * w; i < (h + 1) * w; i++) faded[t * E + i] = decay * k->dy[t * E + i];
+        }
+        for (int64_t t = n - 1; t >= 0; t--) {
+            for (int i = h * w; i < (h + 1) * w; i++)
+                fresh[t * E + i] = fade * k->step[t * heads + h] * k->x[t * W + i];
+            fade *= k->keep[t * heads + h];
+        }
+    }
+}
+
+ONE_COPY static void scan_sequence_backward(const void *call, int item) {
+    const ScanBackward *p = (const ScanBackward *)call;
+    Scan scan = p->scan;
+    int T = scan.T, E = scan.E, S = scan.S, heads = scan.heads, W = E + 2 * S, P = p->P;
+    int64_t b = item, size = (int64_t)S * E, slots = (T + P - 1) / P;
+    real *keep = p->scratch + scan_scratch(E, S, heads) * (size_t)omp_get_thread_num();
+    real *cb = keep + CHUNK * heads, *dcb = cb + CHUNK * CHUNK, *dcb_heads = dcb + CHUNK * CHUNK;
+    real *faded = dcb_heads + CHUNK * CHUNK * heads, *read = faded + CHUNK * E, *pulled = read + CHUNK * E;
+    real *fresh = pulled + CHUNK * E, *dh = fresh + CHUNK * E;
+    memset(dh, 0, sizeof(real) * (size_t)size);
+    for (int i0 = (T - 1) / P * P; i0 >= 0; i0 -= P) {
+        int n = min_int(P, T - i0);
+        int64_t row = b * T + i0;
+        const real *x = p->xbc + row * W, *b_I = x + E, *c_I = b_I + S, *step = p->step + row * heads;
+        const real *dy = p->dy + row * E, *state = p->states + (b * slots + i0 / P) * size;
+        real *dx = p->dxbc + row * W, *db = dx + E, *dc = db + S, *dstep = p->dstep + row * 3 * heads;
+        ScanChunkBackward chunk = {
+            .state = state, .keep = keep, .cb = cb, .x = x, .step = step, .dy = dy, .faded = faded,
+            .read = read, .pulled = pulled, .dh = dh, .dx = dx, .dstep = dstep, .dcb = dcb_heads,
+            .scan = scan, .n = n};
+        scan_keep(keep, step, scan.A_log, n, heads);
+        scan_fades(faded, fresh, &chunk);
+        matmul(cb, n, rows_of(c_I, W), transpose(rows_of(b_I, W)), n, n, S, 1, 0, NULL);
+        matmul(read, E, rows_of(c_I, W), rows_of(state, E), n, E, S, 1, 0, NULL);
+        matmul(pulled, E, rows_of(b_I, W), rows_of(dh, E), n, E, S, 1, 0, NULL);
+        matmul(dc, W, rows_of(faded, E), transpose(rows_of(state, E)), n, S, E, 1, 0, NULL);
+        matmul(db, W, rows_of(fresh, E), transpose(rows_of(dh, E)), n, S, E, 1, 0, NULL);
+        for_items(heads, n * E > PARALLEL_WORK / 32, scan_head_backward, &chunk);
+        matmul(dh, E, transpose(rows_of(c_I, W)), rows_of(faded, E), S, E, n, 1, 1, NULL);
+        memcpy(dcb, dcb_heads, sizeof(real) * (size_t)(n * n));
+        for (int h = 1; h < heads; h++)
+            for (int i = 0; i < n * n; i++) dcb[i] += dcb_heads[h * n * n + i];
+        matmul(dc, W, rows_of(dcb, n), rows_of(b_I, W), n, S, n, 1, 1, NULL);
+        matmul(db, W, transpose(rows_of(dcb, n)), rows_of(c_I, W), n, S, n, 1, 1, NULL);
+    }
+}
+
+static void scan_backward_fast(real *dxbc, real *dstep, real *dA_log, real *dskip, Work work, const real *dy,
+                               const real *states, const real *xbc, const real *step, Scan scan) {
+    ScanBackward call = {.dxbc = dxbc, .dstep = dstep, .scratch = work.scratch, .dy = dy, .states = states,
+                         .xbc = xbc, .step = step, .scan = scan, .P = chunk_height(work.P)};
+    for_items(scan.B, shared_out(scan.B), scan_sequence_backward, &call);
+    for (int h = 0; h < scan.heads; h++) {
+        double sum[2] = {0, 0};
+        for (int64_t n = 0; n < scan.B * scan.T; n++)
+            for (int i = 0; i < 2; i++) sum[i] += (double)dstep[(n * 3 + i + 1) * scan.heads + h];
+        dA_log[h] += (real)sum[0];
+        dskip[h] += (real)sum[1];
+    }
+}
+
+static void gated_rmsnorm_forward_fast(real *out, real *rstd, const real *y, const real *z, int ld,
+                                       const real *weight, int N, int E) {
+    #pragma omp parallel for if (N > 1)
+    for (int64_t n = 0; n < N; n++) {
+        real *v = out + n * E, squares = 0;
+        const real *z_n = z + n * ld;
+        for (int i = 0; i < E; i++) {
+            v[i] = y[n * E + i] * z_n[i] * sigmoid_fast(z_n[i]);
+            squares += v[i] * v[i];
+        }
+        rstd[n] = 1 / (real)sqrt((double)(squares / E) + 1e-5);
+        for (int i = 0; i < E; i++) v[i] *= rstd[n] * weight[i];
+    }
+}
+
+static void gated_rmsnorm_backward_fast(real *dy, real *dz, real *dweight, const real *dout, const real *y,
+                                        const real *z, int ld, const real *rstd, const real *weight, int N,
+                                        int E) {
+    #pragma omp parallel for
+    for (int d0 = 0; d0 < E; d0 += COLUMNS)
+        for (int64_t n = 0; n < N; n++)
+            for (int i = d0; i < min_int(d0 + COLUMNS, E); i++) {
+                real gate = z[n * ld + i];
+                dweight[i] += dout[n * E + i] * y[n * E + i] * gate * sigmoid_fast(gate) * rstd[n];
+            }
+    #pragma omp parallel for
+    for (int64_t n = 0; n < N; n++) {
+        const real *y_n = y + n * E, *z_n = z + n * ld, *dout_n = dout + n * E;
+        real dot = 0, r = rstd[n];
+        for (int i = 0; i < E; i++) dot += dout_n[i] * weight[i] * y_n[i] * z_n[i] * sigmoid_fast(z_n[i]);
+        dot *= r * r / E;
+        for (int i = 0; i < E; i++) {
+            real s = sigmoid_fast(z_n[i]), silu = z_n[i] * s;
+            real dv = r * (dout_n[i] * weight[i] - y_n[i] * silu * dot);
+            dz[n * ld + i] = dv * y_n[i] * s * (1 + z_n[i] * (1 - s));
+            dy[n * E + i] = dv * silu;
+        }
+    }
+}
+
+// ----------------------------------------------------------------------------
+// tables of tensors: every parameter and every activation, by name, shape and place
+
+static Tensor *new_row(Table *table, const char *name, int layer) {
+    if (table->n == table->room) {
+        Tensor *larger = (Tensor *)realloc(table->rows, sizeof(Tensor) * (size_t)(table->room + 64));
+        if (larger) {
+            table->rows = larger;
+            table->room += 64;
+        } else {
+            table->incomplete = 1;
+        }
+    }
+    Tensor *row = table->last = table->incomplete ? &table->nowhere : &table->rows[table->n++];
+    memset(row, 0, sizeof(*row));
+    if (layer < 0) snprintf(row->name, sizeof(row->name), "%s", name);
+    else snprintf(row->name, sizeof(row->name), "layers.%d.%s", layer, name);
+    return row;
+}
+
+// Adds a tensor (layer -1: of the whole model) and returns its place in the block, or NULL while block is NULL and only
+// names and sizes are wanted.
+static real *add_tensor(Table *table, real *block, int layer, const char *name, int n_dims, int64_t d0, int64_t d1, int64_t d2) {
+    Tensor *row = new_row(table, name, layer);
+    int64_t shape[3] = {d0, d1, d2};
+    double size = 1;
+    for (int i = 0; i < n_dims; i++) size *= (double)shape[i];
+    row->n_dims = n_dims;
+    row->stride = n_dims ? shape[n_dims - 1] : 1;
+    row->offset = table->count;
+    memcpy(row->shape, shape, sizeof(shape));
+    if (table->count >= 0 && (double)table->count + size < 0x1p58) row->count = (int64_t)size;
+    table->count = row->count || !size ? table->count + row->count : -1;
+    return block ? block + row->offset : NULL;
+}
+
+// A third dimension is that of the convolution's taps.
+static real *add_parameter(Table *table, real *block, int layer, const char *name, int n_dims, int64_t d0, int64_t d1,
+                           Init init, double value) {
+    real *place = add_tensor(table, block, layer, name, n_dims, d0, d1, TAPS);
+    table->last->init = init;
+    table->last->init_value = value;
+    return place;
+}
+
+// Names `width` columns, from `column` on, of a tensor of the same layer.
+static void add_view(Table *table, int layer, const char *name, const char *whole, int64_t column, int64_t width) {
+    char path[64];
+    int i = table->n - 1;
+    snprintf(path, sizeof(path), "layers.%d.%s", layer, whole);
+    while (i >= 0 && strcmp(table->rows[i].name, path)) i--;
+    if (i < 0) return; // an incomplete table
+    Tensor view = table->rows[i], *row = new_row(table, name, layer);
+    memcpy(view.name, row->name, sizeof(view.name));
+    view.offset += column;
+    view.count = view.count / view.stride * width;
+    view.shape[view.n_dims - 1] = width;
+    *row = view;
+}
+// Of Sessa, and of attention, which lacks the rows of the feedback path. The rows of W_proj and b_proj lie next to each
+// other, whatever their names.
+static void attention_weights(Table *t, real *block, const Config *c, int l, LayerWeights *w) {
+    int D = c->d_model, kv_width = c->n_kv_heads * (D / c->n_heads), feedback = c->mixer == SESSA;
+    double bound = 1 / sqrt((double)D);
+    w->W_proj = add_parameter(t, block, l, "mixer.q_proj.weight", 2, D, D, INIT_UNIFORM, bound);
+    add_parameter(t, block, l, "mixer.k_proj.weight", 2, kv_width, D, INIT_UNIFORM, bound);
+    add_parameter(t, block, l, "mixer.v_proj.weight", 2, kv_width, D, INIT_UNIFORM, bound);
+    if (feedback) add_parameter(t, block, l, "mixer.proj_fb.weight", 2, 2 * D, D, INIT_UNIFORM, bound);
+    w->b_proj = add_parameter(t, block, l, "mixer.q_proj.bias", 1, D, 1, INIT_UNIFORM, bound);
+    add_parameter(t, block, l, "mixer.k_proj.bias", 1, kv_width, 1, INIT_UNIFORM, bound);
+    add_parameter(t, block, l, "mixer.v_proj.bias", 1, kv_width, 1, INIT_UNIFORM, bound);
+    if (feedback) add_parameter(t, block, l, "mixer.proj_fb.bias", 1, 2 * D, 1, INIT_UNIFORM, bound);
+    w->W_o = NULL;
+    if (c->n_heads > 1) w->W_o = add_parameter(t, block, l, "mixer.out_proj.weight", 2, D, D, INIT_UNIFORM, bound);
+    if (!feedback) return;
+    w->gamma_bias = add_parameter(t, block, l, "mixer.gamma_bias", 0, 1, 1, INIT_CONSTANT, 1);
+    w->gamma_weight = add_parameter(t, block, l, "mixer.gamma_ctx.weight", 2, 1, D, INIT_UNIFORM, bound);
+}
+
+// q, k and v of every layer are kept: for the backward pass, and in generation as the cache.
+static void attention_activations(Table *t, real *block, const Config *c, int l, Activations *acts, int B, int T, Mode mode) {
+    int D = c->d_model, H = c->n_heads, kv_width = c->n_kv_heads * (D / H), ld = proj_width(c), sessa = c->mixer == SESSA;
+    LayerActivations *a = &acts->layers[l];
+    a->proj = add_tensor(t, block, l, "proj", 3, B, T, ld);
+    add_view(t, l, "q", "proj", 0, D);
+    add_view(t, l, "k", "proj", D, kv_width);
+    add_view(t, l, "v", "proj", D + kv_width, kv_width);
+    if (sessa) add_view(t, l, "fb_q", "proj", ld - 2 * D, D);
+    if (sessa) add_view(t, l, "fb_k", "proj", ld - D, D);
+    a->s = add_tensor(t, block, l, "s", 3, B, T, D);
+    if (!sessa) add_view(t, l, "f", "s", 0, D);
+    if (sessa && mode == KEEP_ALL) a->f = add_tensor(t, block, l, "f", 3, B, T, D);
+    if (l == 0 || mode >= TRAIN) {
+        if (H > 1) a->o = add_tensor(t, block, l, "o", 3, B, T, D);
+        a->stats = add_tensor(t, block, l, "stats", 3, (int64_t)B * H, T, 2);
+        if (sessa) a->gamma = add_tensor(t, block, l, "gamma", 2, B, T, 1);
+        if (sessa) a->fb_stats = add_tensor(t, block, l, "fb_stats", 3, B, T, 2);
+    }
+    if (l) return;
+    acts->scratch = add_tensor(t, block, -1, "scratch", 2, omp_get_max_threads(), (int64_t)panel_scratch(T), 1);
+    if (mode < TRAIN) return;
+    acts->dproj = add_tensor(t, block, -1, "dproj", 3, B, T, ld);
+    if (sessa) acts->dgamma = add_tensor(t, block, -1, "dgamma", 2, B, T, 1);
+}
+
+static void mamba2_weights(Table *t, real *block, const Config *c, int l, LayerWeights *w) {
+    int D = c->d_model, E = 2 * D, W = E + 2 * c->state_dim, heads = E / c->head_dim;
+    w->in_proj = add_parameter(t, block, l, "mixer.in_proj.weight", 2, proj_width(c), D, INIT_UNIFORM, 1 / sqrt((double)D));
+    w->conv_weight = add_parameter(t, block, l, "mixer.conv1d.weight", 3, W, 1, INIT_UNIFORM, 0.5);
+    w->conv_bias = add_parameter(t, block, l, "mixer.conv1d.bias", 1, W, 1, INIT_UNIFORM, 0.5);
+    w->step_bias = add_parameter(t, block, l, "mixer.dt_bias", 1, heads, 1, INIT_STEP_BIAS, 1);
+    w->A_log = add_parameter(t, block, l, "mixer.A_log", 1, heads, 1, INIT_LOG_DECAY, 1);
+    w->skip = add_parameter(t, block, l, "mixer.D", 1, heads, 1, INIT_CONSTANT, 1);
+    w->norm_weight = add_parameter(t, block, l, "mixer.norm.weight", 1, E, 1, INIT_CONSTANT, 1);
+    w->out_proj = add_parameter(t, block, l, "mixer.out_proj.weight", 2, D, E, INIT_UNIFORM, 1 / sqrt((double)E));
+}
+
+// Kept for the backward pass: the projections, the state before each chunk, the scan's output. In generation the cache is
+// the last state and the convolution's last inputs, however long the past is.
+static void mamba2_activations(Table *t, real *block, const Config *c, int l, Activations *acts, int B, int T, Mode mode) {
+    int D = c->d_model, E = 2 * D, S = c->state_dim, W = E + 2 * S, heads = E / c->head_dim, training = mode >= TRAIN;
+    LayerActivations *a = &acts->layers[l];
+    if (l == 0 || training) {
+        a->proj = add_tensor(t, block, l, "proj", 3, B, T, proj_width(c));
+        add_view(t, l, "z", "proj", 0, E);
+        a->y_scan = add_tensor(t, block, l, "y", 3, B, T, E);
+        a->rms = add_tensor(t, block, l, "rms", 2, B, T, 1);
+        a->s = add_tensor(t, block, l, "s", 3, B, T, D);
+    }
+    a->states = add_tensor(t, block, l, "states", 3, training ? (int64_t)B * ((T + CHUNK - 1) / CHUNK) : B, S, E);
+    if (!training) a->tail = add_tensor(t, block, l, "tail", 2, TAPS - 1, W, 1);
+    if (l == 0 || mode == KEEP_ALL) {
+        a->xbc = add_tensor(t, block, l, "conv", 3, B, T, W);
+        a->step = add_tensor(t, block, l, "dt", 3, B, T, heads);
+        a->normed = add_tensor(t, block, l, "normed", 3, B, T, E);
+    }
+    if (l) return;
+    acts->scratch = add_tensor(t, block, -1, "scratch", 2, omp_get_max_threads(), (int64_t)scan_scratch(E, S, heads), 1);
+    if (!training) return;
+    acts->dproj = add_tensor(t, block, -1, "dproj", 3, B, T, proj_width(c));
+    acts->dy = add_tensor(t, block, -1, "dy", 3, B, T, E);
+    acts->dxbc = add_tensor(t, block, -1, "dxbc", 3, B, T, W);
+    acts->dstep = add_tensor(t, block, -1, "dstep", 3, B, T, 3 * heads);
+}
+
+// Adds every parameter's row to the table, under its name in files, and points the weights into the block (if not NULL).
+static void carve_weights(Weights *w, Table *t, real *block, const Config *c) {
+    int D = c->d_model;
+    double bound = 1 / sqrt((double)D);
+    t->n = 0;
+    t->count = 0;
+    w->wte = add_parameter(t, block, -1, "wte.weight", 2, c->vocab_size, D, INIT_NORMAL, 0.02);
+    for (int l = 0; l < c->n_layers; l++) {
+        LayerWeights *layer = &w->layers[l];
+        layer->ln_weight = add_parameter(t, block, l, "ln.weight", 1, D, 1, INIT_CONSTANT, 1);
+        layer->ln_bias = add_parameter(t, block, l, "ln.bias", 1, D, 1, INIT_CONSTANT, 0);
+        layer->W_in = add_parameter(t, block, l, "W_in.weight", 2, 2 * D, D, INIT_UNIFORM, bound);
+        layer->b_in = add_parameter(t, block, l, "W_in.bias", 1, 2 * D, 1, INIT_UNIFORM, bound);
+        if (c->mixer == MAMBA2) mamba2_weights(t, block, c, l, layer);
+        else attention_weights(t, block, c, l, layer);
+        layer->W_out = add_parameter(t, block, l, "W_out.weight", 2, D, D, INIT_UNIFORM, bound);
+        layer->b_out = add_parameter(t, block, l, "W_out.bias", 1, D, 1, INIT_UNIFORM, bound);
+    }
+    w->ln_f_weight = add_parameter(t, block, -1, "ln_f.weight", 1, D, 1, INIT_CONSTANT, 1);
+    w->ln_f_bias = add_parameter(t, block, -1, "ln_f.bias", 1, D, 1, INIT_CONSTANT, 0);
+}
+
+// The same for the activations of B sequences of T tokens; names are those of reference dumps, less "act.". How many
+// there are of a buffer, and which of them are one:
+//
+//                                 GENERATE, EVALUATE    TRAIN                 KEEP_ALL
+//     x, y                        one of all layers     one a layer           one a layer
+//     ln_mean, ln_rstd, ag        one                   one a layer           one a layer
+//     ln, f, gated                one of all three      one of all three      one a layer, each its own
+//     abar, branch                one of both           one of both           one of both a layer
+//     proj, s (the cache)         one a layer           one a layer           one a layer
+//     o, stats, gamma, fb_stats   one                   one a layer           one a layer
+//     dx, ds, dabar, dag, dproj   none                  one                   one
+//
+// What a layer shares in training the backward pass computes again, or never needs. With the mixer "attention" f is s;
+// dout is layer 0's ln, which is free by then. Of mamba2's buffers see mamba2_activations.
+static void carve_activations(Activations *acts, Table *t, real *block, const Config *c, int B, int T, Mode mode) {
+    int D = c->d_model, d = D / c->n_heads, training = mode >= TRAIN, keep_all = mode == KEEP_ALL;
+    t->n = 0;
+    t->count = 0;
+    real *x = add_tensor(t, block, -1, "encoded", 3, B, T, D);
+    for (int l = 0; l < c->n_layers; l++) {
+        LayerActivations *a = &acts->layers[l];
+        if (l > 0) *a = acts->layers[0]; // every buffer is shared but for those that follow
+        a->x = x;
+        if (l == 0 || training) {
+            a->ln_mean = add_tensor(t, block, l, "ln_mean", 2, B, T, 1);
+            a->ln_rstd = add_tensor(t, block, l, "ln_rstd", 2, B, T, 1);
+            a->ag = add_tensor(t, block, l, "ag", 3, B, T, 2 * D);
+            add_view(t, l, "a", "ag", 0, D);
+            add_view(t, l, "g", "ag", D, D);
+        }
+        if (l == 0 || keep_all) {
+            a->ln = a->f = a->gated = add_tensor(t, block, l, "ln", 3, B, T, D);
+            a->abar = a->branch = add_tensor(t, block, l, "abar", 3, B, T, D);
+        }
+        if (c->mixer == MAMBA2) mamba2_activations(t, block, c, l, acts, B, T, mode);
+        else attention_activations(t, block, c, l, acts, B, T, mode);
+        if (keep_all) a->gated = add_tensor(t, block, l, "gated", 3, B, T, D);
+        x = a->y = training ? add_tensor(t, block, l, "residual", 3, B, T, D) : x;
+    }
+    acts->ln_mean = add_tensor(t, block, -1, "ln_f_mean", 2, B, T, 1);
+    acts->ln_rstd = add_tensor(t, block, -1, "ln_f_rstd", 2, B, T, 1);
+    acts->ln_f = add_tensor(t, block, -1, "ln_f", 3, B, T, D);
+    acts->logits = add_tensor(t, block, -1, "logits", 3, B, mode == GENERATE ? 1 : T, c->vocab_size);
+    acts->losses = add_tensor(t, block, -1, "losses", 2, B, T, 1);
+    acts->loss_logsumexp = add_tensor(t, block, -1, "loss_logsumexp", 2, B, T, 1);
+    acts->cosine = add_tensor(t, block, -1, "cosine", 2, T, d / 2, 1);
+    acts->sine = add_tensor(t, block, -1, "sine", 2, T, d / 2, 1);
+    if (!training) return;
+    acts->dout = acts->layers[0].ln; // free by then
+    acts->dx = add_tensor(t, block, -1, "dx", 3, B, T, D);
+    acts->ds = add_tensor(t, block, -1, "ds", 3, B, T, D);
+    acts->dabar = add_tensor(t, block, -1, "dabar", 3, B, T, D);
+    acts->dag = add_tensor(t, block, -1, "dag", 3, B, T, 2 * D);
+}
+
+// ----------------------------------------------------------------------------
+// random numbers and initial values
+
+// The generator's whole state is one word.
+static uint64_t random_u64(uint64_t *state) {
+    uint64_t out = splitmix64(*state);
+    *state += 0x9E3779B97F4A7C15u;
+    return out;
+}
+static double random_uniform(uint64_t *state) { return (double)(random_u64(state) >> 11) * 0x1p-53; } // [0, 1)
+static double random_normal(uint64_t *state) { // Box and Muller
+    double radius = sqrt(-2 * log(1 - random_uniform(state)));
+    return radius * cos(6.28318530717958647692 * random_uniform(state));
+}
+
+static double initial_value(Init init, uint64_t *state) {
+    if (init == INIT_CONSTANT) return 1;
+    if (init == INIT_NORMAL) return random_normal(state);
+    double uniform = random_uniform(state);
+    if (init == INIT_UNIFORM) return 2 * uniform - 1;
+    if (init == INIT_LOG_DECAY) return log(1 + 15 * uniform);
+    return log(expm1(0.001 * pow(100, uniform))); // the step that softplus makes of it
+}
+
+// Initial values of a block of parameters, drawn in the table's order.
+static void initialise(real *params, const Table *table, uint64_t seed) {
+    uint64_t state = splitmix64(seed);
+    for (int r = 0; r < table->n; r++) {
+        const Tensor *t = &table->rows[r];
+        for (int64_t i = 0; i < t->count; i++)
+            params[t->offset + i] = (real)(t->init_value * initial_value(t->init, &state));
+    }
+}
 
 // ----------------------------------------------------------------------------
 // errors and numbers
@@ -144,1520 +2753,6 @@ static int parse_integer(const char *text, double low, double high, int64_t *val
     if (parse_number(text, &number) || number != floor(number) || number < low || number > high) return -1;
     *value = (int64_t)number;
     return 0;
-}
-
-// ----------------------------------------------------------------------------
-// elementary functions
-
-static inline int min_int(int a, int b) { return a < b ? a : b; }
-
-// e^x by 2^n · e^r with |r| ≤ ln2/2 and a polynomial for e^r, so that loops over it are vectorised.
-// float: relative error below 2.5e-7 + 3e-8·|x|, 0 for x below -87, NaN for NaN. double: the library's.
-static inline real exp_real(real x) {
-    if (sizeof(real) == sizeof(double)) return (real)exp((double)x);
-    float y = (float)x, low = y > -87.0f ? y : -87.0f, clamped = low < 88.0f ? low : 88.0f;
-    int32_t n = (int32_t)(clamped * 1.44269504f + 128.5f) - 128; // the nearest integer
-    float r = clamped - (float)n * 0.693147181f;
-    float power = 1.0f + r * (1.0f + r * (0.49999988f + r * (0.16666512f + r * (0.041669644f + r * (0.0083696283f +
-                  r * 0.0013748823f)))));
-    int32_t bits = (n + 127) << 23;
-    float scale;
-    memcpy(&scale, &bits, sizeof(scale));
-    return y < -87.0f ? 0 : y == y ? (real)(power * scale) : x;
-}
-
-// Φ(x) = (1 + erf(x/√2))/2, given gauss = e^(-x²/2). float: Φ(-|x|) = gauss · polynomial in 1/(1 + 0.3|x|), fitted here
-// to a relative error of 1.2e-7 for |x| ≤ 13; absolute error in float arithmetic below 3e-7.
-static inline real normal_cdf(real x, real gauss) {
-    if (sizeof(real) == sizeof(double)) return (real)(0.5 * erfc(-(double)x * 0.70710678118654752440));
-    real t = 1 / (1 + (real)0.3 * (x < 0 ? -x : x));
-    real tail = gauss * t * ((real)0.11962327 + t * ((real)0.12084553 + t * ((real)0.099347115 + t * ((real)0.1304165 +
-                t * ((real)-0.057167433 + t * ((real)0.21011846 + t * ((real)-0.15937835 + t * (real)0.036194865)))))));
-    return x < 0 ? tail : 1 - tail;
-}
-
-// ----------------------------------------------------------------------------
-// the matrix product, the one routine under every layer: matmul and triangular_solve, at the end of this section, with the
-// plain loops that they equal; the rest makes them fast
-
-// Element (i, j) of a matrix is at[i·row + j·col]: a transpose swaps the strides and costs nothing.
-typedef struct { const real *at; ptrdiff_t row, col; } Matrix;
-
-static inline Matrix rows_of(const real *at, ptrdiff_t row) { Matrix m = {at, row, 1}; return m; }
-static inline Matrix transpose(Matrix a) { Matrix m = {a.at, a.col, a.row}; return m; }
-
-// The register tile: TILE_ROWS × TILE_COLS sums, TILE_COLS two vectors wide, that stay in registers while k runs.
-#if defined(__AVX512F__)
-enum { VECTOR_BYTES = 64, TILE_ROWS = 12 };
-#elif defined(__AVX__)
-enum { VECTOR_BYTES = 32, TILE_ROWS = 6 };
-#elif defined(__aarch64__)
-enum { VECTOR_BYTES = 16, TILE_ROWS = 12 };
-#else
-enum { VECTOR_BYTES = 16, TILE_ROWS = 6 };
-#endif
-enum {
-    LANES = VECTOR_BYTES / (int)sizeof(real),
-    TILE_COLS = 2 * LANES,
-    LOW_ROWS = TILE_ROWS / 3, // a lower tile for what is left below the full ones
-    BLOCK_K = 256,            // a packed strip of B, BLOCK_K × TILE_COLS, comes from the L2 cache
-    BLOCK_N = 8 * TILE_COLS,  // a packed block of B, BLOCK_K × BLOCK_N, stays there
-    NARROW_N = 2 * TILE_COLS, // one that a thread alone packs, 64 KiB at most: threads may have 128 of stack
-    PARALLEL_WORK = 1 << 17   // multiply-adds below which a product is not worth waking the threads
-};
-typedef real Vector __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
-
-// to[k·width + r] = at[r·stride + k] for r, k < LANES. Vectors a and b of n numbers are interleaved to a0 b0 a1 b1 ..., the
-// first of the upper half with the first of the lower one: that turns the bits of (row, column) by one place, and log2 n
-// turns exchange them. (clang shuffles by constants only: it takes the plain loop.)
-static inline void transpose_block(real *to, int width, const real *at, ptrdiff_t stride) {
-#ifdef __clang__
-    for (int r = 0; r < LANES; r++)
-        for (int k = 0; k < LANES; k++) to[k * width + r] = at[r * stride + k];
-#else
-    Vector x[LANES], y[LANES];
-    __typeof__(x[0] == x[0]) first, second;
-    for (int i = 0; i < LANES; i++) {
-        first[i] = i / 2 + i % 2 * LANES;
-        second[i] = first[i] + LANES / 2;
-        x[i] = *(const Vector *)(at + i * stride);
-    }
-#pragma GCC unroll 4
-    for (int turn = 1; turn < LANES; turn *= 2) {
-#pragma GCC unroll 8
-        for (int i = 0; i < LANES / 2; i++) {
-            y[2 * i] = __builtin_shuffle(x[i], x[i + LANES / 2], first);
-            y[2 * i + 1] = __builtin_shuffle(x[i], x[i + LANES / 2], second);
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++) x[i] = y[i];
-    }
-    for (int i = 0; i < LANES; i++) *(Vector *)(to + i * width) = x[i];
-#endif
-}
-
-// packed[k·width + r] = at[r·stride_r + k·stride_k] for r < n, and 0 for n ≤ r < width: a strip of A or B in the order
-// in which the tile reads it.
-__attribute__((noinline)) // the tile below keeps all the registers
-static void pack(real *packed, int width, const real *at, ptrdiff_t stride_r, ptrdiff_t stride_k, int n, int K) {
-    if (n < width) memset(packed, 0, sizeof(real) * (size_t)K * (size_t)width);
-    if (stride_r == 1 && n == width) {
-        for (int k = 0; k < K; k++) memcpy(packed + k * width, at + k * stride_k, sizeof(real) * (size_t)width);
-        return;
-    }
-    for (int k0 = 0; k0 < K; k0 += LANES)
-        for (int r0 = 0; r0 < n; r0 += LANES) {
-            real *to = packed + k0 * width + r0;
-            const real *from = at + r0 * stride_r + k0 * stride_k;
-            if (stride_k == 1 && k0 + LANES <= K && r0 + LANES <= n) transpose_block(to, width, from, stride_r);
-            else for (int k = 0; k < min_int(LANES, K - k0); k++)
-                for (int r = 0; r < min_int(LANES, n - r0); r++) to[k * width + r] = from[r * stride_r + k * stride_k];
-        }
-}
-
-// out[i][j] = alpha · Σ_k A[i][k]·b[k·TILE_COLS + j] + keep · out[i][j] + add[j] for i < rows, a constant, and
-// j < TILE_COLS; out of rows ld apart, A as it lies in memory, b packed, add or NULL. Three rows of A share a base
-// address, for want of registers that hold twelve.
-__attribute__((always_inline))
-static inline void tile_product(real *out, ptrdiff_t ld, Matrix a, const real *b, int K, real alpha, real keep,
-                                const real *add, const int rows) {
-    Vector zero = {0}, left[TILE_ROWS], right[TILE_ROWS];
-    const real *base[TILE_ROWS / 3 + 1];
-    for (int i = 0; i < rows; i++) left[i] = right[i] = zero;
-    for (int i = 0; i < rows; i += 3) base[i / 3] = a.at + i * a.row;
-    for (int k = 0; k < K; k++, b += TILE_COLS) {
-        Vector b_left = *(const Vector *)b, b_right = *(const Vector *)(b + LANES);
-        UNROLL
-        for (int i = 0; i < rows; i++) {
-            real x = base[i / 3][i % 3 * a.row];
-            left[i] += x * b_left;
-            right[i] += x * b_right;
-        }
-        UNROLL
-        for (int i = 0; i < rows; i += 3) base[i / 3] += a.col;
-    }
-    Vector add_left = add ? *(const Vector *)add : zero, add_right = add ? *(const Vector *)(add + LANES) : zero;
-    UNROLL
-    for (int i = 0; i < rows; i++) {
-        Vector *to_left = (Vector *)(out + i * ld), *to_right = (Vector *)(out + i * ld + LANES);
-        left[i] = alpha * left[i] + add_left;
-        right[i] = alpha * right[i] + add_right;
-        if (keep != 0) {
-            left[i] += keep * *to_left;
-            right[i] += keep * *to_right;
-        }
-        *to_left = left[i];
-        *to_right = right[i];
-    }
-}
-
-// A thread's part of matmul. Of each block of B every thread packs some strips; then, of the tiles of `out` over that
-// block, counted row by row, it computes an equal share. The barriers keep the block whole while anyone reads it. Which
-// thread takes a tile changes no sum: the bits do not depend on the number of threads.
-ONE_COPY static void matmul_share(real *out, ptrdiff_t ld, Matrix a, Matrix b, int M, int N, int K,
-                                  real alpha, real beta, const real *bias, real *packed, int thread,
-                                  int threads) {
-    real edge[LOW_ROWS * BLOCK_K], sum[TILE_ROWS * TILE_COLS], zeros[TILE_COLS] = {0};
-    int high = M / TILE_ROWS, low = (M % TILE_ROWS + LOW_ROWS - 1) / LOW_ROWS; // rows of tiles, a low one a third of the work
-    for (int n0 = 0; n0 < N; n0 += BLOCK_N)
-        for (int k0 = 0; k0 == 0 || k0 < K; k0 += BLOCK_K) {
-            int block_n = min_int(BLOCK_N, N - n0), block_k = min_int(BLOCK_K, K - k0);
-            int strips = (block_n + TILE_COLS - 1) / TILE_COLS;
-            for (int j0 = thread * TILE_COLS; j0 < block_n; j0 += threads * TILE_COLS)
-                pack(packed + j0 * block_k, TILE_COLS, b.at + k0 * b.row + (n0 + j0) * b.col, b.col, b.row,
-                     min_int(TILE_COLS, block_n - j0), block_k);
-            if (threads > 1) {
-                #pragma omp barrier
-            }
-            int64_t full = (int64_t)high * strips, work = 3 * full + (int64_t)low * strips;
-            int64_t from = work * thread / threads, to = work * (thread + 1) / threads;
-            from = from < 3 * full ? from / 3 : from - 2 * full;
-            to = to < 3 * full ? to / 3 : to - 2 * full;
-            for (int64_t tile = from; tile < to; tile++) {
-                int tile_row = (int)(tile / strips), j0 = (int)(tile % strips) * TILE_COLS, is_high = tile_row < high;
-                int i0 = is_high ? tile_row * TILE_ROWS : high * TILE_ROWS + (tile_row - high) * LOW_ROWS;
-                int m = is_high ? (int)TILE_ROWS : min_int(LOW_ROWS, M - i0), n = min_int(TILE_COLS, block_n - j0);
-                Matrix rows = {a.at + i0 * a.row + k0 * a.col, a.row, a.col};
-                if (m < LOW_ROWS) { // the last rows of A, filled up with zeros
-                    pack(edge, LOW_ROWS, rows.at, a.row, a.col, m, block_k);
-                    Matrix filled = {edge, 1, LOW_ROWS};
-                    rows = filled;
-                }
-                const real *strip = packed + j0 * block_k, *add = bias && k0 == 0 ? bias + n0 + j0 : zeros;
-                real *tile_out = out + i0 * ld + n0 + j0, keep = k0 ? 1 : beta;
-                int over = n < TILE_COLS || m < LOW_ROWS; // it reaches over the edge: by way of a whole tile
-                real *to = over ? sum : tile_out, to_keep = over ? 0 : keep;
-                ptrdiff_t to_ld = over ? (ptrdiff_t)TILE_COLS : ld;
-                if (is_high) tile_product(to, to_ld, rows, strip, block_k, alpha, to_keep, over ? NULL : add, TILE_ROWS);
-                else tile_product(to, to_ld, rows, strip, block_k, alpha, to_keep, over ? NULL : add, LOW_ROWS);
-                for (int i = 0; over && i < m; i++)
-                    for (int j = 0; j < n; j++)
-                        tile_out[i * ld + j] = sum[i * TILE_COLS + j] + add[j] + (keep == 0 ? 0 : keep * tile_out[i * ld + j]);
-            }
-            if (threads > 1) {
-                #pragma omp barrier
-            }
-        }
-}
-
-// Does `work` for item = 0 .. items-1: one item a thread where `parallel` says so and the threads are free,
-// else one after the other. (An `if` clause would open a region of one thread, inside which no threads can be
-// had without starting them.) `work` is a call of a function that is compiled as ONE_COPY: two copies, one
-// for threads and one for a thread alone, may round differently.
-#define FOR_ITEMS(parallel, items, work) do {                                           \
-        if (omp_in_parallel() || (items) == 1 || !(parallel)) {                         \
-            for (int item = 0; item < (items); item++) work;                            \
-        } else {                                                                        \
-            _Pragma("omp parallel for") for (int item = 0; item < (items); item++) work; \
-        }                                                                               \
-    } while (0)
-
-// The product with a single row, as in generation: bound by reading B once, so nothing is packed. Here at most TILE_COLS
-// columns of it, a constant where it can be: the compiler keeps their sums in registers then.
-__attribute__((always_inline))
-static inline void row_product(real *out, Matrix a, Matrix b, int N, int K, real alpha, real beta, const real *bias) {
-    real sum[TILE_COLS] = {0};
-    if (b.row == 1 && a.col == 1) {
-        for (int j = 0; j < N; j++)
-            for (int k = 0; k < K; k++) sum[j] += a.at[k] * b.at[j * b.col + k];
-    } else {
-        for (int k = 0; k < K; k++)
-            for (int j = 0; j < N; j++) sum[j] += a.at[k * a.col] * b.at[k * b.row + j * b.col];
-    }
-    for (int j = 0; j < N; j++) out[j] = alpha * sum[j] + (beta == 0 ? 0 : beta * out[j]) + (bias ? bias[j] : 0);
-}
-
-ONE_COPY static void row_strip(real *out, Matrix a, Matrix b, int N, int K, real alpha, real beta,
-                               const real *bias, int j0) {
-    Matrix strip = {b.at + j0 * b.col, b.row, b.col};
-    if (bias) bias += j0;
-    if (N - j0 >= TILE_COLS) row_product(out + j0, a, strip, TILE_COLS, K, alpha, beta, bias);
-    else row_product(out + j0, a, strip, N - j0, K, alpha, beta, bias);
-}
-
-// The calling thread does all of it, NARROW_N columns at a time: the same tiles, so the same sums.
-__attribute__((noinline)) // what it packs is on no other function's stack
-static void
-matmul_alone(real *out, ptrdiff_t ld, Matrix a, Matrix b, int M, int N, int K, real alpha, real beta,
-             const real *bias) {
-    real packed[BLOCK_K * NARROW_N] __attribute__((aligned(64)));
-    for (int j = 0; j < N; j += NARROW_N) {
-        Matrix columns = {b.at + j * b.col, b.row, b.col};
-        matmul_share(out + j, ld, a, columns, M, min_int(NARROW_N, N - j), K, alpha, beta,
-                     bias ? bias + j : NULL, packed, 0, 1);
-    }
-}
-
-// out = alpha·A·B + beta·out + bias: A (M,K), B (K,N), out (M,N) with `ld` elements from row to row, bias (N) or NULL.
-// beta 0 overwrites. It equals
-//     for i < M: for j < N: out[i][j] = alpha · Σ_k A[i][k]·B[k][j] + beta · out[i][j] + bias[j]
-// All threads share the work, unless they are at work already: then the calling thread does all of it.
-static void matmul(real *out, ptrdiff_t ld, Matrix a, Matrix b, int M, int N, int K, real alpha, real beta, const real *bias) {
-    static real packed[BLOCK_K * BLOCK_N]
-        __attribute__((aligned(64))); // of the one product that all threads are at
-    if (K == 0 && beta == 1 && !bias) return;
-    if (M > 1 && N == 1 && ld == 1 && !bias) {
-        matmul(out, M, transpose(b), transpose(a), 1, M, K, alpha, beta, NULL);
-        return;
-    }
-    if (M == 1) {
-        FOR_ITEMS((int64_t)N * K > PARALLEL_WORK / 8, (N + TILE_COLS - 1) / TILE_COLS,
-                  row_strip(out, a, b, N, K, alpha, beta, bias, item * TILE_COLS));
-        return;
-    }
-    if (omp_in_parallel() || (int64_t)M * N * K < PARALLEL_WORK) {
-        matmul_alone(out, ld, a, b, M, N, K, alpha, beta, bias);
-        return;
-    }
-    #pragma omp parallel
-    matmul_share(out, ld, a, b, M, N, K, alpha, beta, bias, packed, omp_get_thread_num(), omp_get_num_threads());
-}
-
-// Solves (I - A) x = b for a strictly lower-triangular A (n,n), n ≤ PANEL_MAX: x (n,D) holds b before and x after, `ld`
-// elements from row to row. It equals
-//     for t = 0 .. n-1: for j < t: x[t] += A[t][j] · x[j]
-// in strips of TILE_COLS columns, which do not depend on each other: LOW_ROWS rows at a time take what the rows before
-// them give as one tile product (the strip of x is the packed B), then what they give each other row by row.
-// The transposed system, an upper triangle, is the same loop from the last row to the first: A and x are then given from
-// their last element on, with negative strides.
-enum { PANEL_MAX = 96 };
-ONE_COPY static void solve_strip(real *x, ptrdiff_t ld, Matrix A, int n, int width) {
-    real strip[PANEL_MAX * TILE_COLS] __attribute__((aligned(64)));
-    for (int t = 0; t < n; t++)
-        for (int i = 0; i < TILE_COLS; i++) strip[t * TILE_COLS + i] = i < width ? x[t * ld + i] : 0;
-    for (int t0 = 0; t0 < n; t0 += LOW_ROWS) {
-        int rows = min_int(LOW_ROWS, n - t0);
-        Matrix earlier = {A.at + t0 * A.row, A.row, A.col};
-        real *row = strip + t0 * TILE_COLS;
-        if (rows == LOW_ROWS) tile_product(row, TILE_COLS, earlier, strip, t0, 1, 1, NULL, LOW_ROWS);
-        else for (int r = 0; r < rows; r++, earlier.at += A.row)
-            tile_product(row + r * TILE_COLS, TILE_COLS, earlier, strip, t0, 1, 1, NULL, 1);
-        for (int r = 1; r < rows; r++) {
-            row += TILE_COLS;
-            for (int q = 0; q < r; q++) {
-                real weight = A.at[(t0 + r) * A.row + (t0 + q) * A.col];
-                for (int i = 0; i < TILE_COLS; i++) row[i] += weight * strip[(t0 + q) * TILE_COLS + i];
-            }
-        }
-    }
-    for (int t = 0; t < n; t++)
-        for (int i = 0; i < width; i++) x[t * ld + i] = strip[t * TILE_COLS + i];
-}
-
-static void triangular_solve(real *x, ptrdiff_t ld, Matrix A, int n, int D) {
-    FOR_ITEMS(n * n * D > PARALLEL_WORK / 4, (D + TILE_COLS - 1) / TILE_COLS,
-              solve_strip(x + item * TILE_COLS, ld, A, n, min_int(TILE_COLS, D - item * TILE_COLS)));
-}
-
-// ----------------------------------------------------------------------------
-// random numbers
-
-// The SplitMix64 mixer (Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014; constants by
-// Vigna): a bijection of 64-bit words that passes for random.
-static inline uint64_t splitmix64(uint64_t z) {
-    z += 0x9E3779B97F4A7C15u;
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
-    return z ^ (z >> 31);
-}
-
-// The generator's whole state is one word.
-static uint64_t random_u64(uint64_t *state) {
-    uint64_t out = splitmix64(*state);
-    *state += 0x9E3779B97F4A7C15u;
-    return out;
-}
-static double random_uniform(uint64_t *state) { return (double)(random_u64(state) >> 11) * 0x1p-53; } // [0, 1)
-static double random_normal(uint64_t *state) { // Box and Muller
-    double radius = sqrt(-2 * log(1 - random_uniform(state)));
-    return radius * cos(6.28318530717958647692 * random_uniform(state));
-}
-
-// A dropout mask is a function of (seed, micro-batch, place, index), not stored: the backward pass asks it again.
-// probability 0 is off.
-typedef struct { double probability; uint64_t seed, micro_step; } Dropout;
-static const Dropout no_dropout = {0, 0, 0};
-
-// Where threads share out single numbers, a share is blocks of this many, whole vectors: compilers round the
-// rest of a vector in other ways, and where a rest is must not depend on the number of threads.
-enum { NUMBERS = 2048 };
-static inline int64_t block_end(int64_t from, int64_t n) { return n - from < NUMBERS ? n : from + NUMBERS; }
-
-// x_i *= mask_i, mask_i = 0 with the given probability p, else 1/(1-p). x (n). Its own backward pass, on the gradient.
-static void dropout(real *x, int64_t n, Dropout drop, int place) {
-    if (drop.probability <= 0) return;
-    uint64_t key = splitmix64(splitmix64(splitmix64(drop.seed) ^ drop.micro_step) ^ (uint64_t)place);
-    uint64_t threshold = (uint64_t)(drop.probability * 4294967296.0);
-    real scale = (real)(1 / (1 - drop.probability));
-    #pragma omp parallel for
-    for (int64_t from = 0; from < n; from += NUMBERS)
-        for (int64_t i = from; i < block_end(from, n); i++)
-            x[i] *= (splitmix64(key ^ (uint64_t)i) >> 32) >= threshold ? scale : 0;
-}
-
-// ----------------------------------------------------------------------------
-// layers, in the order in which data meets them
-
-// out[bt] = wte[inp[bt]]        inp (B,T) token ids, wte (V,D), out (B,T,D)
-static void embedding_forward(real *out, const int *inp, const real *wte, int B, int T, int D) {
-    #pragma omp parallel for if (B * T > 1)
-    for (int bt = 0; bt < B * T; bt++)
-        memcpy(out + (size_t)bt * D, wte + (size_t)inp[bt] * D, sizeof(real) * (size_t)D);
-}
-
-enum { COLUMNS = 64 };
-
-// dwte[inp[bt]] += dout[bt]     Where rows are summed, here and below, a thread takes columns: a sum has one owner.
-static void embedding_backward(real *dwte, const real *dout, const int *inp, int B, int T, int D) {
-    #pragma omp parallel for
-    for (int d0 = 0; d0 < D; d0 += COLUMNS)
-        for (int bt = 0; bt < B * T; bt++)
-            for (int i = d0; i < min_int(d0 + COLUMNS, D); i++)
-                dwte[(size_t)inp[bt] * D + i] += dout[(size_t)bt * D + i];
-}
-
-// [9]  out = (x - mean)·rstd ⊙ weight + bias, rstd = 1/sqrt(variance + 1e-5), over the D numbers of each row
-// x, out (N,D), mean and rstd (N): kept for the backward pass, which needs no more than x beside them.
-static void layernorm_forward(real *out, real *mean, real *rstd, const real *x, const real *weight, const real *bias, int N, int D) {
-    #pragma omp parallel for if (N > 1)
-    for (int n = 0; n < N; n++) {
-        const real *row = x + (size_t)n * D;
-        real sum = 0, squares = 0;
-        for (int i = 0; i < D; i++) sum += row[i];
-        real m = sum / D;
-        for (int i = 0; i < D; i++) squares += (row[i] - m) * (row[i] - m);
-        real r = 1 / (real)sqrt((double)(squares / D) + 1e-5);
-        for (int i = 0; i < D; i++) out[(size_t)n * D + i] = (row[i] - m) * r * weight[i] + bias[i];
-        mean[n] = m;
-        rstd[n] = r;
-    }
-}
-
-// With x̂ = (x - mean)·rstd and w = dout ⊙ weight:
-//     dx += rstd·(w - mean(w) - x̂·mean(w ⊙ x̂))      += because x also goes past the layer, on the residual path
-//     dweight += Σ_n dout ⊙ x̂,   dbias += Σ_n dout
-static void layernorm_backward(real *dx, real *dweight, real *dbias, const real *dout, const real *x, const real *mean,
-                               const real *rstd, const real *weight, int N, int D) {
-    #pragma omp parallel for
-    for (int n = 0; n < N; n++) {
-        const real *row = x + (size_t)n * D, *drow = dout + (size_t)n * D;
-        real sum = 0, dot = 0, m = mean[n], r = rstd[n];
-        for (int i = 0; i < D; i++) {
-            real w = drow[i] * weight[i];
-            sum += w;
-            dot += w * (row[i] - m);
-        }
-        sum /= D;
-        dot *= r * r / D;
-        for (int i = 0; i < D; i++) dx[(size_t)n * D + i] += r * (drow[i] * weight[i] - sum - (row[i] - m) * dot);
-    }
-    #pragma omp parallel for
-    for (int d0 = 0; d0 < D; d0 += COLUMNS) {
-        int width = min_int(COLUMNS, D - d0);
-        real sum[COLUMNS] = {0}, dot[COLUMNS] = {0};
-        for (int n = 0; n < N; n++) {
-            const real *row = x + (size_t)n * D + d0, *drow = dout + (size_t)n * D + d0;
-            for (int i = 0; i < width; i++) {
-                sum[i] += drow[i];
-                dot[i] += drow[i] * (row[i] - mean[n]) * rstd[n];
-            }
-        }
-        for (int i = 0; i < width; i++) {
-            dbias[d0 + i] += sum[i];
-            dweight[d0 + i] += dot[i];
-        }
-    }
-}
-
-// out = inp·weight^T + bias     inp (N,in), weight (out_width,in), bias (out_width) or NULL, out (N,out_width)
-// ld_out: elements from row to row of out, which may be some columns of a wider matrix.
-static void linear_forward(real *out, int ld_out, const real *inp, const real *weight, const real *bias, int N, int in, int out_width) {
-    matmul(out, ld_out, rows_of(inp, in), transpose(rows_of(weight, in)), N, out_width, in, 1, 0, bias);
-}
-
-// dinp = dout·weight,   dweight += dout^T·inp,   dbias += Σ_n dout (NULL: no bias)
-static void linear_backward(real *dinp, real *dweight, real *dbias, const real *dout, int ld_dout, const real *inp,
-                            const real *weight, int N, int in, int out_width) {
-    matmul(dinp, in, rows_of(dout, ld_dout), rows_of(weight, in), N, in, out_width, 1, 0, NULL);
-    matmul(dweight, in, transpose(rows_of(dout, ld_dout)), rows_of(inp, in), out_width, in, N, 1, 1, NULL);
-    if (!dbias) return;
-    #pragma omp parallel for
-    for (int o = 0; o < out_width; o += COLUMNS) {
-        int width = min_int(COLUMNS, out_width - o);
-        real sum[COLUMNS] = {0};
-        for (int n = 0; n < N; n++)
-            for (int i = 0; i < width; i++) sum[i] += dout[(size_t)n * ld_dout + o + i];
-        for (int i = 0; i < width; i++) dbias[o + i] += sum[i];
-    }
-}
-
-// [11]  out = GELU(inp) = inp·Φ(inp), the exact one      inp: D of the ld columns of each of N rows, out (N,D)
-static void gelu_forward(real *out, const real *inp, int ld, int N, int D) {
-    #pragma omp parallel for if (N > 1)
-    for (int n = 0; n < N; n++)
-        for (int i = 0; i < D; i++) {
-            real x = inp[(size_t)n * ld + i];
-            out[(size_t)n * D + i] = x * normal_cdf(x, exp_real(-x * x / 2));
-        }
-}
-
-// dinp = dout·(Φ(inp) + inp·φ(inp)), φ the normal density; dinp with the layout of inp
-static void gelu_backward(real *dinp, const real *dout, const real *inp, int ld, int N, int D) {
-    #pragma omp parallel for
-    for (int n = 0; n < N; n++)
-        for (int i = 0; i < D; i++) {
-            real x = inp[(size_t)n * ld + i], gauss = exp_real(-x * x / 2);
-            dinp[(size_t)n * ld + i] =
-                dout[(size_t)n * D + i] * (normal_cdf(x, gauss) + x * gauss * (real)0.39894228040143267794);
-        }
-}
-
-// cosine and sine (T, d/2) of the angles t·10000^(-2i/d), computed in double
-static void rope_table(real *cosine, real *sine, int T, int d) {
-    #pragma omp parallel for
-    for (int t = 0; t < T; t++)
-        for (int i = 0; i < d / 2; i++) {
-            double angle = t * pow(10000, -2.0 * i / d);
-            cosine[(size_t)t * (d / 2) + i] = (real)cos(angle);
-            sine[(size_t)t * (d / 2) + i] = (real)sin(angle);
-        }
-}
-
-// RoPE: turns each pair (x_2i, x_2i+1) of each head by the angle of its position t, in place. x: the first heads·d of
-// the ld columns of N rows, of which row n stands at position first + n mod T. direction 1, or -1 to turn back.
-static void rope_forward(real *x, int ld, const real *cosine, const real *sine, int N, int T, int heads, int d,
-                         int first, real direction) {
-    #pragma omp parallel for if (N > 1)
-    for (int n = 0; n < N; n++) {
-        const real *c = cosine + (size_t)(first + n % T) * (d / 2), *s = sine + (size_t)(first + n % T) * (d / 2);
-        for (int h = 0; h < heads; h++) {
-            real *pair = x + (size_t)n * ld + h * d;
-            for (int i = 0; i < d / 2; i++) {
-                real even = pair[2 * i], odd = pair[2 * i + 1];
-                pair[2 * i] = even * c[i] - direction * odd * s[i];
-                pair[2 * i + 1] = direction * even * s[i] + odd * c[i];
-            }
-        }
-    }
-}
-
-// A rotation's derivative is the rotation back, in place on the gradient.
-static void rope_backward(real *dx, int ld, const real *cosine, const real *sine, int N, int T, int heads, int d) {
-    rope_forward(dx, ld, cosine, sine, N, T, heads, d, 0, -1);
-}
-
-// Attention and feedback compute a softmax over the past for every row, T×T weights. They work on panels of P rows, so that
-// no more than P×T of them exist at once. P 0 chooses: low panels waste less above the diagonal, high ones make larger
-// products. A panel's weights are stored transposed, the weight of row r for key j at [j·n + r] in a panel of n rows: a
-// vector holds one key for many rows, and the softmax runs without a sum across lanes.
-static int panel_height(int P, int T) { return P > 0 ? min_int(P, PANEL_MAX) : T <= 256 ? 32 : T <= 1024 ? 64 : PANEL_MAX; }
-
-// Numbers of scratch that a thread needs: weights of a panel, their gradient, and the weights inside the panel.
-static size_t panel_scratch(int T) { return PANEL_MAX * (2 * (size_t)T + PANEL_MAX); }
-
-// Heads and sequences do not depend on each other: where they can be shared out evenly a thread takes whole ones, else
-// all threads work on one after the other, inside the products.
-static int shared_out(int items) {
-    int threads = omp_get_max_threads();
-    return threads == 1 || items % threads == 0 || items >= 4 * threads;
-}
-
-// Softmax down the columns of logits, m ≤ TILE_COLS columns of rows n apart; see softmax_panel. Row r sees the keys j
-// below seen + r. m is a constant where it can be: the compiler keeps maximum and sum in registers then.
-__attribute__((always_inline))
-static inline void softmax_columns(real *w, real *stats, int known, const real *gain, int n, int seen, int cols, int m) {
-    real max[TILE_COLS], sum[TILE_COLS];
-    for (int j = seen > 0 ? seen : 0; j < cols; j++)
-        for (int r = 0; r < min_int(m, j - seen + 1); r++) w[(size_t)j * n + r] = -INFINITY;
-    for (int r = 0; r < m; r++) {
-        max[r] = known ? stats[2 * r] : (real)-1e30;
-        sum[r] = 0;
-    }
-    for (int j = 0; j < cols && !known; j++)
-        for (int r = 0; r < m; r++) max[r] = w[(size_t)j * n + r] > max[r] ? w[(size_t)j * n + r] : max[r];
-    for (int j = 0; j < cols; j++)
-        for (int r = 0; r < m; r++) {
-            real e = exp_real(w[(size_t)j * n + r] - max[r]);
-            w[(size_t)j * n + r] = e;
-            sum[r] += e;
-        }
-    for (int r = 0; r < m; r++) {
-        real scale = known ? stats[2 * r + 1] : sum[r] > 0 ? 1 / sum[r] : sum[r]; // NaN stays NaN
-        stats[2 * r] = max[r];
-        stats[2 * r + 1] = scale;
-        sum[r] = scale * (gain ? gain[r] : 1);
-    }
-    for (int j = 0; j < cols; j++)
-        for (int r = 0; r < m; r++) w[(size_t)j * n + r] *= sum[r];
-}
-
-ONE_COPY static void softmax_block(real *w, real *stats, int known, const real *gain, int n, int seen,
-                                   int cols, int m) {
-    if (m == TILE_COLS) softmax_columns(w, stats, known, gain, n, seen, cols, TILE_COLS);
-    else if (n == 1) softmax_columns(w, stats, known, gain, 1, seen, cols, 1); // generation: one row, vectors along it
-    else softmax_columns(w, stats, known, gain, n, seen, cols, m);
-}
-
-// Rows of softmax weights over the past. For the rows t = i0 .. i0+n-1
-//     weights[j·n + t-i0] = gain_t · exp(σ(d) q_t·k_j - max_t) / sum_t for the j that t sees (j ≤ t; strict: j < t), else 0
-// q: n rows, k: i0+n rows, gain (n) or NULL for 1. stats (n,2) keeps each row's maximum and 1/sum: the forward pass
-// writes them, the backward pass gives them as known and gets the same weights, bit for bit. A row that sees nothing
-// (row 0, strict) has no weights: 1/sum is 0.
-static void softmax_panel(real *weights, real *stats, int known, const real *gain, const real *q, const real *k, int ld,
-                          int i0, int n, int d, int strict) {
-    int cols = i0 + n;
-    matmul(weights, n, rows_of(k, ld), transpose(rows_of(q, ld)), cols, n, d, 1 / (real)sqrt((double)d), 0, NULL);
-    FOR_ITEMS(cols > 256, (n + TILE_COLS - 1) / TILE_COLS,
-              softmax_block(weights + item * TILE_COLS, stats + 2 * item * TILE_COLS, known,
-                            gain ? gain + item * TILE_COLS : NULL, n, i0 + item * TILE_COLS + !strict, cols,
-                            min_int(TILE_COLS, n - item * TILE_COLS)));
-}
-
-// Its backward pass, from dweights, the gradient of the weights without their gain:
-//     delta_r = Σ_j weights_rj dweights_rj,   dlogits_rj = gain_r weights_rj (dweights_rj - delta_r)
-// dlogits takes the place of dweights, gain_r weights_rj that of the weights. Both (cols,n), delta and gain (n) or NULL.
-static void softmax_panel_backward(real *dweights, real *weights, real *delta, const real *gain, int n, int cols) {
-    real sum[PANEL_MAX] = {0}, g[PANEL_MAX];
-    for (int r = 0; r < n; r++) g[r] = gain ? gain[r] : 1;
-    for (int j = 0; j < cols; j++)
-        for (int r = 0; r < n; r++) sum[r] += weights[(size_t)j * n + r] * dweights[(size_t)j * n + r];
-    for (int j = 0; j < cols; j++)
-        for (int r = 0; r < n; r++) {
-            real w = g[r] * weights[(size_t)j * n + r];
-            weights[(size_t)j * n + r] = w;
-            dweights[(size_t)j * n + r] = w * (dweights[(size_t)j * n + r] - sum[r]);
-        }
-    for (int r = 0; delta && r < n; r++) delta[r] = sum[r];
-}
-
-// [15, 16]  o_t = Σ_{j≤t} softmax_j(σ(d) q_t·k_j) v_j, head h with the keys and values of group h/(H/G)
-// q: H heads of d columns for the positions first..T-1; k, v: G heads for the positions 0..T-1; rows ld apart. out
-// (B,T-first,H·d). stats (B,H,T-first,2) is kept for the backward pass, which computes the weights again, panel by panel.
-// Item b·H + h is head h of sequence b. Of its panel, the rows i0..i0+n-1, it computes
-//     weights = softmax_panel(q_I, k),   out_I = weights · v
-ONE_COPY static void attention_head(int item, real *out, real *stats, real *scratch, const real *q,
-                                    const real *k, const real *v, int ld, int T, int H, int G, int d,
-                                    int first, int P) {
-    size_t b = (size_t)(item / H), rows = (size_t)(T - first), kv = b * (size_t)T * ld + item % H / (H / G) * d;
-    real *weights = scratch + panel_scratch(T) * (size_t)omp_get_thread_num();
-    for (int i0 = first; i0 < T; i0 += P) {
-        int n = min_int(P, T - i0), h = item % H;
-        size_t row = b * rows + (size_t)(i0 - first);
-        Matrix panel = {weights, 1, n};
-        softmax_panel(weights, stats + 2 * (item * rows + i0 - first), 0, NULL, q + row * ld + h * d, k + kv, ld, i0, n, d, 0);
-        matmul(out + (row * H + h) * d, H * d, panel, rows_of(v + kv, ld), n, d, i0 + n, 1, 0, NULL);
-    }
-}
-
-static void attention_forward(real *out, real *stats, real *scratch, const real *q, const real *k, const real *v, int ld,
-                              int B, int T, int H, int G, int d, int first, int P) {
-    P = panel_height(P, T);
-    FOR_ITEMS(shared_out(B * H), B * H, attention_head(item, out, stats, scratch, q, k, v, ld, T, H, G, d, first, P));
-}
-
-// With p_tj the weights:
-//     dv_j = Σ_t p_tj do_t,   dp_tj = do_t·v_j,   dlogit_tj = p_tj (dp_tj - Σ_i p_ti dp_ti),
-//     dq_t = σ(d) Σ_j dlogit_tj k_j,   dk_j = σ(d) Σ_t dlogit_tj q_t
-// each line a matrix product for a panel of rows t. dq, dk, dv have the layout of q, k, v. Item b·G + g is the heads of one
-// group: they add to the same dk and dv. Panels run from the last: it sees all keys, so it writes what the others add to.
-ONE_COPY static void attention_group_backward(int item, real *dq, real *dk, real *dv, real *scratch,
-                                              const real *dout, real *stats, const real *q, const real *k,
-                                              const real *v, int ld, int T, int H, int G, int d, int P) {
-    real *weights = scratch + panel_scratch(T) * (size_t)omp_get_thread_num(), *dlogits = weights + PANEL_MAX * (size_t)T;
-    real scale = 1 / (real)sqrt((double)d);
-    int b = item / G, first_head = item % G * (H / G);
-    size_t kv = (size_t)b * T * ld + item % G * d;
-    for (int h = first_head; h < first_head + H / G; h++)
-        for (int i0 = (T - 1) / P * P; i0 >= 0; i0 -= P) {
-            int n = min_int(P, T - i0), cols = i0 + n;
-            real beta = h == first_head && cols == T ? 0 : 1;
-            size_t row = ((size_t)b * T + i0) * ld + h * d;
-            const real *dout_I = dout + (((size_t)b * T + i0) * H + h) * d;
-            Matrix dlogits_I = {dlogits, 1, n};
-            softmax_panel(weights, stats + 2 * ((size_t)(b * H + h) * T + i0), 1, NULL, q + row, k + kv, ld, i0, n, d, 0);
-            matmul(dlogits, n, rows_of(v + kv, ld), transpose(rows_of(dout_I, H * d)), cols, n, d, 1, 0, NULL);
-            softmax_panel_backward(dlogits, weights, NULL, NULL, n, cols);
-            matmul(dq + row, ld, dlogits_I, rows_of(k + kv, ld), n, d, cols, scale, 0, NULL);
-            matmul(dk + kv, ld, rows_of(dlogits, n), rows_of(q + row, ld), cols, d, n, scale, beta, NULL);
-            matmul(dv + kv, ld, rows_of(weights, n), rows_of(dout_I, H * d), cols, d, n, 1, beta, NULL);
-        }
-}
-
-static void attention_backward(real *dq, real *dk, real *dv, real *scratch, const real *dout, real *stats, const real *q,
-                               const real *k, const real *v, int ld, int B, int T, int H, int G, int d, int P) {
-    P = panel_height(P, T);
-    FOR_ITEMS(shared_out(B * G), B * G,
-              attention_group_backward(item, dq, dk, dv, scratch, dout, stats, q, k, v, ld, T, H, G, d, P));
-}
-
-// [18]  gamma_t = gamma_max · tanh(x_t·weight + bias)       x (N,D), weight (D), bias (1), gamma (N), |gamma| < gamma_max
-static void gain_forward(real *gamma, const real *x, const real *weight, const real *bias, real gamma_max, int N, int D) {
-    #pragma omp parallel for if (N > 1)
-    for (int n = 0; n < N; n++) {
-        real dot = bias[0];
-        for (int i = 0; i < D; i++) dot += x[(size_t)n * D + i] * weight[i];
-        gamma[n] = gamma_max * (real)tanh((double)dot);
-    }
-}
-
-// With dpre_t = dgamma_t · gamma_max (1 - (gamma_t/gamma_max)²):
-//     dx_t += dpre_t · weight,   dweight += Σ_t dpre_t x_t,   dbias += Σ_t dpre_t         dgamma becomes dpre
-static void gain_backward(real *dx, real *dweight, real *dbias, real *dgamma, const real *gamma, const real *x,
-                          const real *weight, real gamma_max, int N, int D) {
-    double sum = 0;
-    for (int n = 0; n < N; n++) {
-        real ratio = gamma[n] / gamma_max;
-        dgamma[n] *= gamma_max * (1 - ratio * ratio);
-        sum += (double)dgamma[n];
-    }
-    dbias[0] += (real)sum;
-    #pragma omp parallel for
-    for (int n = 0; n < N; n++)
-        for (int i = 0; i < D; i++) dx[(size_t)n * D + i] += dgamma[n] * weight[i];
-    matmul(dweight, D, rows_of(dgamma, N), rows_of(x, D), 1, D, N, 1, 1, NULL);
-}
-
-// [17, 19-22]  The feedback path. With α_tj = softmax_{j<t}(σ(D) q'_t·k'_j), one head over the strict past,
-//     s_t = f_t + gamma_t Σ_{j<t} α_tj s_j,       that is (I - A) s = f with A = diag(gamma) α
-// A is strictly lower-triangular, so each row needs only the rows of s above it. It equals
-//     for t = 0 .. T-1:
-//         s[t] = f[t]
-//         for j < t: s[t] += A[t][j] · s[j]
-// Panel I, the rows i0..i0+n-1, is done in three steps, the first two of them matrix products:
-//     A_I = softmax_panel(q'_I, k'), its rows times gamma
-//     s_I = f_I + A_I,before s_before        what all rows before the panel give
-//     s_I := (I - A_I,inside)^-1 s_I         what its rows give each other: a small triangle, row by row
-// f (B,T-first,D); q', k': D columns of rows ld apart, q' for the positions first..T-1 and k' for 0..T-1; gamma
-// (B,T-first), stats (B,T-first,2); s (B,T,D), its rows before first known. Kept for the backward pass: q', k', gamma,
-// stats and s, all O(T). |gamma| < 1 keeps it bounded: |s| ≤ max|f| / (1 - max|gamma|). Sequence b:
-ONE_COPY static void feedback_sequence(int b, real *s, real *stats, real *scratch, const real *f,
-                                       const real *q, const real *k, int ld, const real *gamma, int T, int D,
-                                       int first, int P) {
-    real *A = scratch + panel_scratch(T) * (size_t)omp_get_thread_num(), *s_b = s + (size_t)b * T * D;
-    for (int i0 = first; i0 < T; i0 += P) {
-        int n = min_int(P, T - i0);
-        size_t row = (size_t)b * (T - first) + (size_t)(i0 - first); // of f, q', gamma and stats
-        real *s_I = s_b + (size_t)i0 * D;
-        Matrix before = {A, 1, n}, inside = {A + (size_t)i0 * n, 1, n}; // the columns j < i0, and those of the panel
-        softmax_panel(A, stats + 2 * row, 0, gamma + row, q + row * ld, k + (size_t)b * T * ld, ld, i0, n, D, 1);
-        memcpy(s_I, f + row * D, sizeof(real) * (size_t)n * (size_t)D);
-        matmul(s_I, D, before, rows_of(s_b, D), n, D, i0, 1, 1, NULL);
-        triangular_solve(s_I, D, inside, n, D);
-    }
-}
-
-static void feedback_forward(real *s, real *stats, real *scratch, const real *f, const real *q, const real *k, int ld,
-                             const real *gamma, int B, int T, int D, int first, int P) {
-    P = panel_height(P, T);
-    FOR_ITEMS(shared_out(B), B, feedback_sequence(item, s, stats, scratch, f, q, k, ld, gamma, T, D, first, P));
-}
-
-// The gradient of f is λ with (I - A)^T λ = ds, for s = (I - A)^-1 f: the same system transposed, solved from the last row
-// to the first, where each row hands to the rows above it what it took from them. It equals
-//     λ = ds
-//     for t = T-1 .. 0: for j < t: λ[j] += A[t][j] · λ[t]
-// With it every gradient follows without a second solve, from dA_tj = λ_t·s_j and A_tj = gamma_t α_tj:
-//     df_t       = λ_t
-//     dgamma_t   = Σ_j α_tj dA_tj = δ_t
-//     dlogit_tj  = gamma_t α_tj (dA_tj - δ_t)      the softmax's backward pass needs the same sum δ_t
-//     dq'_t      = σ(D) Σ_j dlogit_tj k'_j,   dk'_j = σ(D) Σ_t dlogit_tj q'_t
-// Panels from the last, in which α is computed again.
-// df, ds, s (B,T,D), df may be ds itself; dgamma (B,T); dq', dk' with the layout of q', k'. Sequence b, its λ being ds
-// before and df after:
-ONE_COPY static void feedback_sequence_backward(int b, real *df, real *dq, real *dk, real *dgamma,
-                                                real *scratch, const real *s, real *stats, const real *q,
-                                                const real *k, int ld, const real *gamma, int T, int D,
-                                                int P) {
-    real *A = scratch + panel_scratch(T) * (size_t)omp_get_thread_num(), scale = 1 / (real)sqrt((double)D);
-    real *dlogits = A + PANEL_MAX * (size_t)T, *inside = dlogits + PANEL_MAX * (size_t)T;
-    real *lambda = df + (size_t)b * T * D;
-    const real *s_b = s + (size_t)b * T * D, *k_b = k + (size_t)b * T * ld;
-    for (int i0 = (T - 1) / P * P; i0 >= 0; i0 -= P) {
-        int n = min_int(P, T - i0), cols = i0 + n;
-        size_t row = (size_t)b * T + i0;
-        real *lambda_I = lambda + (size_t)i0 * D;
-        Matrix dlogits_I = {dlogits, 1, n}, reversed = {inside + n * n - 1, -n, -1}; // transposed, from its last element
-        softmax_panel(A, stats + 2 * row, 1, NULL, q + row * ld, k_b, ld, i0, n, D, 1);                // α_I
-        for (int j = 0; j < n; j++)
-            for (int r = 0; r < n; r++) inside[j * n + r] = gamma[row + r] * A[(size_t)(i0 + j) * n + r];
-        triangular_solve(lambda_I + (size_t)(n - 1) * D, -D, reversed, n, D);                          // λ_I, now whole
-        matmul(dlogits, n, rows_of(s_b, D), transpose(rows_of(lambda_I, D)), cols, n, D, 1, 0, NULL);  // dA_I
-        softmax_panel_backward(dlogits, A, dgamma + row, gamma + row, n, cols);                        // dlogit_I, δ_I; A_I
-        matmul(lambda, D, rows_of(A, n), rows_of(lambda_I, D), i0, D, n, 1, 1, NULL);                  // λ_before += A_I^T λ_I
-        matmul(dq + row * ld, ld, dlogits_I, rows_of(k_b, ld), n, D, cols, scale, 0, NULL);
-        matmul(dk + (size_t)b * T * ld, ld, rows_of(dlogits, n), rows_of(q + row * ld, ld), cols, D, n, scale, cols == T ? 0 : 1, NULL);
-    }
-}
-
-static void feedback_backward(real *df, real *dq, real *dk, real *dgamma, real *scratch, const real *ds, const real *s,
-                              real *stats, const real *q, const real *k, int ld, const real *gamma, int B, int T, int D, int P) {
-    if (df != ds) memcpy(df, ds, sizeof(real) * (size_t)B * (size_t)T * (size_t)D);
-    P = panel_height(P, T);
-    FOR_ITEMS(shared_out(B), B,
-              feedback_sequence_backward(item, df, dq, dk, dgamma, scratch, s, stats, q, k, ld, gamma, T, D, P));
-}
-
-// [13]  out = s ⊙ g       s, out (N,D), g: D of the ld columns of each row
-static void gate_forward(real *out, const real *s, const real *g, int ld, int N, int D) {
-    #pragma omp parallel for if (N > 1)
-    for (int n = 0; n < N; n++)
-        for (int i = 0; i < D; i++) out[(size_t)n * D + i] = s[(size_t)n * D + i] * g[(size_t)n * ld + i];
-}
-
-// ds = dout ⊙ g,   dg = dout ⊙ s       ds may be dout itself
-static void gate_backward(real *ds, real *dg, const real *dout, const real *s, const real *g, int ld, int N, int D) {
-    #pragma omp parallel for
-    for (int n = 0; n < N; n++)
-        for (int i = 0; i < D; i++) {
-            real grad = dout[(size_t)n * D + i];
-            dg[(size_t)n * ld + i] = grad * s[(size_t)n * D + i];
-            ds[(size_t)n * D + i] = grad * g[(size_t)n * ld + i];
-        }
-}
-
-// [13]  out = x + branch  (n). Its backward pass hands dout to both.
-static void residual_forward(real *out, const real *x, const real *branch, int64_t n) {
-    #pragma omp parallel for if (n > PARALLEL_WORK / 16)
-    for (int64_t from = 0; from < n; from += NUMBERS)
-        for (int64_t i = from; i < block_end(from, n); i++) out[i] = x[i] + branch[i];
-}
-
-// losses[n] = logsumexp_n - logits[n][target_n], in nats, 0 where target_n is -1. logits (N,V), logsumexp (N) is kept.
-static void crossentropy_forward(real *losses, real *logsumexp, const real *logits, const int *targets, int N, int V) {
-    #pragma omp parallel for
-    for (int n = 0; n < N; n++) {
-        const real *row = logits + (size_t)n * V;
-        real max = row[0], sum = 0;
-        for (int i = 1; i < V; i++) max = row[i] > max ? row[i] : max;
-        for (int i = 0; i < V; i++) sum += exp_real(row[i] - max);
-        logsumexp[n] = max + (real)log((double)sum);
-        losses[n] = targets[n] < 0 ? 0 : logsumexp[n] - row[targets[n]];
-    }
-}
-
-// dlogits = (softmax(logits) - onehot(target)) · dloss, 0 where the target is -1. dlogits may be logits itself.
-static void crossentropy_backward(real *dlogits, const real *logits, const real *logsumexp, const int *targets, real dloss,
-                                  int N, int V) {
-    #pragma omp parallel for
-    for (int n = 0; n < N; n++) {
-        const real *row = logits + (size_t)n * V;
-        real *drow = dlogits + (size_t)n * V, scale = targets[n] < 0 ? 0 : dloss;
-        for (int i = 0; i < V; i++) drow[i] = scale * exp_real(row[i] - logsumexp[n]);
-        if (targets[n] >= 0) drow[targets[n]] -= dloss;
-    }
-}
-
-// ----------------------------------------------------------------------------
-// layers of the Mamba-2 mixer, which the paper compares with: one chain of states, many hops
-//
-// Sessa itself needs none of this section: it goes on at "tables of tensors".
-// Dao and Gu: Transformers are SSMs, ICML 2024. Letters besides: E = 2D, the inner width, in heads of width w; S numbers
-// of state for each of its channels; W = E + 2S, the width of [x, b, c].
-
-static inline real sigmoid(real x) { return 1 / (1 + exp_real(-x)); }
-
-// One row of the convolution before its SiLU: u (W) = bias + Σ_{lag<TAPS} weight[:,TAPS-1-lag] ⊙ inp_{t-lag}. Row n of
-// inp, rows ld apart, stands at position first + n mod (T-first); the rows of the three positions before first lie in
-// tail, position t in its row t mod 3.
-enum { TAPS = 4 };
-static inline void conv_row(real *u, const real *inp, int ld, const real *tail, const real *weight, const real *bias, int n,
-                            int T, int W, int first) {
-    int t = first + n % (T - first);
-    for (int c = 0; c < W; c++) u[c] = bias[c];
-    for (int lag = 0; lag < TAPS && lag <= t; lag++) {
-        const real *row = t - lag >= first ? inp + (size_t)(n - lag) * ld : tail + (size_t)((t - lag) % (TAPS - 1)) * W;
-        for (int c = 0; c < W; c++) u[c] += weight[c * TAPS + TAPS - 1 - lag] * row[c];
-    }
-}
-
-// out = SiLU(conv(inp)), SiLU(u) = u·sigmoid(u); depthwise and causal. inp: W of the ld columns of rows for the positions
-// first..T-1, out as many rows of W, weight (W,TAPS), bias (W). tail (TAPS-1,W) remembers the last positions; NULL:
-// first is 0 and nothing needs to be remembered.
-static void conv_forward(real *out, const real *inp, int ld, real *tail, const real *weight, const real *bias, int B, int T,
-                         int W, int first) {
-    int N = B * (T - first);
-    #pragma omp parallel for if (N > 1)
-    for (int n = 0; n < N; n++) {
-        real *u = out + (size_t)n * W;
-        conv_row(u, inp, ld, tail, weight, bias, n, T, W, first);
-        for (int c = 0; c < W; c++) u[c] *= sigmoid(u[c]);
-    }
-    for (int t = first > T - TAPS + 1 ? first : T - TAPS + 1; tail && t < T; t++)
-        if (t >= 0) memcpy(tail + (size_t)(t % (TAPS - 1)) * W, inp + (size_t)(t - first) * ld, sizeof(real) * (size_t)W);
-}
-
-// With u computed again and du = dout ⊙ SiLU'(u), which takes the place of dout:
-//     dinp_t = Σ_lag weight[:,TAPS-1-lag] ⊙ du_{t+lag},   dweight[:,TAPS-1-lag] += Σ_t du_t ⊙ inp_{t-lag},   dbias += Σ_t du_t
-static void conv_backward(real *dinp, real *dweight, real *dbias, real *dout, const real *inp, int ld, const real *weight,
-                          const real *bias, int B, int T, int W) {
-    #pragma omp parallel for
-    for (int n = 0; n < B * T; n++) {
-        real *u = dinp + (size_t)n * ld, *du = dout + (size_t)n * W;
-        conv_row(u, inp, ld, NULL, weight, bias, n, T, W, 0);
-        for (int c = 0; c < W; c++) {
-            real s = sigmoid(u[c]);
-            du[c] *= s * (1 + u[c] * (1 - s));
-        }
-    }
-    #pragma omp parallel for
-    for (int n = 0; n < B * T; n++) {
-        real *sum = dinp + (size_t)n * ld;
-        memset(sum, 0, sizeof(real) * (size_t)W);
-        for (int lag = 0; lag < min_int(TAPS, T - n % T); lag++)
-            for (int c = 0; c < W; c++) sum[c] += weight[c * TAPS + TAPS - 1 - lag] * dout[(size_t)(n + lag) * W + c];
-    }
-    #pragma omp parallel for
-    for (int c0 = 0; c0 < W; c0 += COLUMNS)
-        for (int n = 0; n < B * T; n++)
-            for (int c = c0; c < min_int(c0 + COLUMNS, W); c++) {
-                real du = dout[(size_t)n * W + c];
-                dbias[c] += du;
-                for (int lag = 0; lag < min_int(TAPS, n % T + 1); lag++)
-                    dweight[c * TAPS + TAPS - 1 - lag] += du * inp[(size_t)(n - lag) * ld + c];
-            }
-}
-
-// step = softplus(inp + bias) = log(1 + e^(inp + bias)), one a head     inp: `heads` of the ld columns, step (N,heads)
-static void step_forward(real *step, const real *inp, int ld, const real *bias, int N, int heads) {
-    #pragma omp parallel for if (N > 1)
-    for (int n = 0; n < N; n++)
-        for (int h = 0; h < heads; h++) {
-            double x = (double)(inp[(size_t)n * ld + h] + bias[h]);
-            step[(size_t)n * heads + h] = (real)(x > 30 ? x : log1p(exp(x)));
-        }
-}
-
-// dinp = dstep · sigmoid(inp + bias),   dbias += Σ_n dinp       dstep: rows ld_dstep apart
-static void step_backward(real *dinp, real *dbias, const real *dstep, int ld_dstep, const real *inp, int ld, const real *bias,
-                          int N, int heads) {
-    for (int h = 0; h < heads; h++) {
-        double sum = 0;
-        for (int n = 0; n < N; n++) {
-            size_t at = (size_t)n * ld + h;
-            sum += (double)(dinp[at] = dstep[(size_t)n * ld_dstep + h] * sigmoid(inp[at] + bias[h]));
-        }
-        dbias[h] += (real)sum;
-    }
-}
-
-// The scan. Each head has a state h (S,w) that decays and takes in one outer product a token; with Δ = step it equals
-//     for t = 0 .. T-1:
-//         keep_t = exp(-exp(A_log) Δ_t),   h = keep_t h + Δ_t b_t x_t^T,   y_t = c_t^T h + skip · x_t
-// In chunks of P rows, with fade_tj the product of keep from j+1 to t, decay_t that from the chunk's first row to t, and h the
-// state before the chunk:
-//     y_t = decay_t c_t^T h + Σ_{j≤t} (c_t·b_j) fade_tj Δ_j x_j + skip · x_t
-//     h  := decay_last h + Σ_j fade_last,j Δ_j b_j x_j^T
-// so that all but scales are matrix products, over all heads at once where the head only scales. xbc (B,T,W), step
-// (B,T,heads), y (B,T,E); states (B,slots,S,E) holds the state before each chunk for the backward pass (`kept`), else
-// (slots 1) only the last one, from which the next call goes on.
-enum { CHUNK = 32 };
-static int chunk_height(int P) { return P > 0 ? min_int(P, CHUNK) : CHUNK; }
-
-// Numbers of scratch that a thread needs.
-static size_t scan_scratch(int E, int S, int heads) {
-    return (size_t)CHUNK * ((size_t)heads * (CHUNK + 1) + 2 * CHUNK + 4 * (size_t)E) + (size_t)S * (size_t)E;
-}
-
-static void scan_keep(real *keep, const real *step, const real *A_log, int n, int heads) {
-    for (int t = 0; t < n; t++)
-        for (int h = 0; h < heads; h++) keep[t * heads + h] = exp_real(-exp_real(A_log[h]) * step[t * heads + h]);
-}
-
-// Of head h: fades (n,n), 0 for j > t, and M = (c b^T) ⊙ fades ⊙ Δ_j, given cb = c b^T.
-static void chunk_weights(real *M, real *fades, real *delta, const real *cb, const real *keep, const real *step, int n,
-                          int heads, int h) {
-    for (int t = 0; t < n; t++) {
-        real *row = fades + t * n, kept = keep[t * heads + h];
-        delta[t] = step[t * heads + h];
-        for (int j = 0; j < n; j++) row[j] = j < t ? kept * row[j - n] : j == t;
-        for (int j = 0; j < n; j++) M[t * n + j] = j <= t ? row[j] * cb[t * n + j] * delta[j] : 0;
-    }
-}
-
-// Head h of a chunk: y = decay ⊙ y + (M + skip·I) x, and what it adds to the state: fresh (n,E), with next =
-// decay_last · state.
-ONE_COPY static void scan_head(int h, real *y, real *next, real *fresh, const real *state, const real *cb,
-                               const real *keep, const real *x, const real *step, real skip, int n, int E,
-                               int S, int heads) {
-    int w = E / heads, W = E + 2 * S;
-    real M[CHUNK * CHUNK], fades[CHUNK * CHUNK], delta[CHUNK], decay = 1;
-    chunk_weights(M, fades, delta, cb, keep, step, n, heads, h);
-    for (int t = 0; t < n; t++) {
-        real scale = fades[(n - 1) * n + t] * delta[t];
-        decay *= keep[t * heads + h];
-        M[t * n + t] += skip;
-        for (int i = h * w; i < (h + 1) * w; i++) {
-            y[(size_t)t * E + i] *= decay;
-            fresh[(size_t)t * E + i] = scale * x[(size_t)t * W + i];
-        }
-    }
-    matmul(y + h * w, E, rows_of(M, n), rows_of(x + h * w, W), n, w, n, 1, 1, NULL);
-    for (int s = 0; next && s < S; s++)
-        for (int i = h * w; i < (h + 1) * w; i++) next[(size_t)s * E + i] = decay * state[(size_t)s * E + i];
-}
-
-ONE_COPY static void scan_sequence(int b, real *y, real *states, int kept, real *scratch, const real *xbc,
-                                   const real *step, const real *A_log, const real *skip, int T, int E, int S,
-                                   int heads, int P) {
-    size_t size = (size_t)S * (size_t)E;
-    real *keep = scratch + scan_scratch(E, S, heads) * (size_t)omp_get_thread_num(), *cb = keep + CHUNK * heads;
-    real *fresh = cb + CHUNK * CHUNK;
-    real *state = states + (kept ? (size_t)b * (size_t)((T + P - 1) / P) : (size_t)b) * size;
-    int W = E + 2 * S;
-    if (kept) memset(state, 0, sizeof(real) * size);
-    for (int i0 = 0; i0 < T; i0 += P) {
-        int n = min_int(P, T - i0);
-        size_t row = (size_t)b * T + i0;
-        const real *x = xbc + row * W, *b_I = x + E, *c_I = b_I + S, *step_I = step + row * heads;
-        real *y_I = y + row * E, *next = !kept ? state : i0 + n < T ? state + size : NULL;
-        scan_keep(keep, step_I, A_log, n, heads);
-        matmul(cb, n, rows_of(c_I, W), transpose(rows_of(b_I, W)), n, n, S, 1, 0, NULL);
-        matmul(y_I, E, rows_of(c_I, W), rows_of(state, E), n, E, S, 1, 0, NULL);
-        FOR_ITEMS(n * E > PARALLEL_WORK / 32, heads,
-                  scan_head(item, y_I, next, fresh, state, cb, keep, x, step_I, skip[item], n, E, S, heads));
-        if (next) matmul(next, E, transpose(rows_of(b_I, W)), rows_of(fresh, E), S, E, n, 1, 1, NULL);
-        state += kept ? size : 0;
-    }
-}
-
-static void scan_forward(real *y, real *states, int kept, real *scratch, const real *xbc, const real *step, const real *A_log,
-                         const real *skip, int B, int T, int E, int S, int heads, int P) {
-    P = chunk_height(P);
-    FOR_ITEMS(shared_out(B), B, scan_sequence(item, y, states, kept, scratch, xbc, step, A_log, skip, T, E, S, heads, P));
-}
-
-// Backward, chunks from the last. With M = (c b^T) ⊙ fades ⊙ Δ as above, dh (S,E) the gradient of the state after the chunk
-// and faded = decay ⊙ dy, fresh = fade_last Δ ⊙ x, read = c h, pulled = b dh:
-//     dM = dy x^T a head,   d(cb) = Σ_heads dM ⊙ fades ⊙ Δ,   dx = (M + skip·I)^T dy + fade_last Δ ⊙ pulled
-//     dc = faded h^T + d(cb) b,   db = fresh dh^T + d(cb)^T c,   dh := decay_last dh + c^T faded
-// With L_t the logarithm of decay_t, fade_tj = exp(L_t - L_j): the gradients of fades and decays go to dL, and as L sums
-// -exp(A_log) Δ, the sum of dL from t to the chunk's end gives dΔ_t and dA_log. Head h of it: dstep has rows of 3·heads, of
-// which columns h, heads + h and 2·heads + h are the gradients of Δ, A_log and skip from that row.
-typedef struct { const real *state, *keep, *cb, *x, *step, *dy, *faded, *read, *pulled; real *dh, *dx, *dstep; } ScanChunk;
-
-ONE_COPY static void scan_head_backward(int h, const ScanChunk *k, real *dcb, real A_log, real skip, int n,
-                                        int E, int S, int heads) {
-    int w = E / heads, W = E + 2 * S, last = n - 1;
-    real M[CHUNK * CHUNK], fades[CHUNK * CHUNK], dM[CHUNK * CHUNK], ddelta[CHUNK] = {0}, delta[CHUNK];
-    double dL[CHUNK] = {0}; // in double what is added here is taken away there without a trace
-    chunk_weights(M, fades, delta, k->cb, k->keep, k->step, n, heads, h);
-    matmul(dM, n, rows_of(k->dy + h * w, E), transpose(rows_of(k->x + h * w, W)), n, n, w, 1, 0, NULL);
-    for (int t = 0; t < n; t++) {
-        for (int j = 0; j <= t; j++) {
-            real term = dM[t * n + j] * fades[t * n + j] * k->cb[t * n + j], product = term * delta[j];
-            ddelta[j] += term;
-            dL[j] -= (double)product;
-            dL[t] += (double)product;
-        }
-        for (int j = 0; j < n; j++) dcb[t * n + j] = dM[t * n + j] * fades[t * n + j] * delta[j];
-        k->dstep[t * 3 * heads + 2 * heads + h] = dM[t * n + t];
-        M[t * n + t] += skip;
-    }
-    matmul(k->dx + h * w, W, transpose(rows_of(M, n)), rows_of(k->dy + h * w, E), n, w, n, 1, 0, NULL);
-    real decay = 1;
-    for (int t = 0; t < n; t++) {
-        real scale = fades[last * n + t] * delta[t], read = 0, taken = 0;
-        decay *= k->keep[t * heads + h];
-        for (int i = h * w; i < (h + 1) * w; i++) {
-            read += k->faded[(size_t)t * E + i] * k->read[(size_t)t * E + i];
-            taken += k->x[(size_t)t * W + i] * k->pulled[(size_t)t * E + i];
-            k->dx[(size_t)t * W + i] += scale * k->pulled[(size_t)t * E + i];
-        }
-        real product = scale * taken;
-        ddelta[t] += fades[last * n + t] * taken;
-        dL[t] += (double)read - (double)product;
-        dL[last] += (double)product;
-    }
-    real carried = 0;
-    for (int s = 0; s < S; s++)
-        for (int i = h * w; i < (h + 1) * w; i++) {
-            carried += decay * k->state[(size_t)s * E + i] * k->dh[(size_t)s * E + i];
-            k->dh[(size_t)s * E + i] *= decay;
-        }
-    double sum = (double)carried;
-    real rate = exp_real(A_log);
-    for (int t = last; t >= 0; t--) {
-        sum += dL[t];
-        k->dstep[t * 3 * heads + h] = ddelta[t] - rate * (real)sum;
-        k->dstep[t * 3 * heads + heads + h] = -rate * delta[t] * (real)sum;
-    }
-}
-
-ONE_COPY static void scan_sequence_backward(int b, real *dxbc, real *dstep, real *scratch, const real *dy,
-                                            const real *states, const real *xbc, const real *step,
-                                            const real *A_log, const real *skip, int T, int E, int S,
-                                            int heads, int P) {
-    size_t size = (size_t)S * (size_t)E;
-    int w = E / heads, W = E + 2 * S;
-    real *keep = scratch + scan_scratch(E, S, heads) * (size_t)omp_get_thread_num(), *cb = keep + CHUNK * heads;
-    real *dcb = cb + CHUNK * CHUNK, *dcb_heads = dcb + CHUNK * CHUNK, *faded = dcb_heads + CHUNK * CHUNK * heads, *read = faded + CHUNK * E;
-    real *pulled = read + CHUNK * E, *fresh = pulled + CHUNK * E, *dh = fresh + CHUNK * E;
-    memset(dh, 0, sizeof(real) * size);
-    for (int i0 = (T - 1) / P * P; i0 >= 0; i0 -= P) {
-        int n = min_int(P, T - i0);
-        size_t row = (size_t)b * T + i0;
-        const real *x = xbc + row * W, *b_I = x + E, *c_I = b_I + S, *step_I = step + row * heads, *dy_I = dy + row * E;
-        const real *state = states + ((size_t)b * (size_t)((T + P - 1) / P) + (size_t)(i0 / P)) * size;
-        real *dx = dxbc + row * W, *db = dx + E, *dc = db + S;
-        scan_keep(keep, step_I, A_log, n, heads);
-        for (int h = 0; h < heads; h++) {
-            real decay = 1, fade = 1; // from the first row to t; from t to the last
-            for (int t = 0; t < n; t++) {
-                decay *= keep[t * heads + h];
-                for (int i = h * w; i < (h + 1) * w; i++) faded[(size_t)t * E + i] = decay * dy_I[(size_t)t * E + i];
-            }
-            for (int t = n - 1; t >= 0; fade *= keep[t-- * heads + h])
-                for (int i = h * w; i < (h + 1) * w; i++)
-                    fresh[(size_t)t * E + i] = fade * step_I[t * heads + h] * x[(size_t)t * W + i];
-        }
-        matmul(cb, n, rows_of(c_I, W), transpose(rows_of(b_I, W)), n, n, S, 1, 0, NULL);
-        matmul(read, E, rows_of(c_I, W), rows_of(state, E), n, E, S, 1, 0, NULL);
-        matmul(pulled, E, rows_of(b_I, W), rows_of(dh, E), n, E, S, 1, 0, NULL);
-        matmul(dc, W, rows_of(faded, E), transpose(rows_of(state, E)), n, S, E, 1, 0, NULL);
-        matmul(db, W, rows_of(fresh, E), transpose(rows_of(dh, E)), n, S, E, 1, 0, NULL);
-        ScanChunk chunk = {state, keep, cb, x, step_I, dy_I, faded, read, pulled, dh, dx, dstep + row * 3 * heads};
-        FOR_ITEMS(n * E > PARALLEL_WORK / 32, heads,
-                  scan_head_backward(item, &chunk, dcb_heads + item * n * n, A_log[item], skip[item], n, E, S, heads));
-        matmul(dh, E, transpose(rows_of(c_I, W)), rows_of(faded, E), S, E, n, 1, 1, NULL);
-        memcpy(dcb, dcb_heads, sizeof(real) * (size_t)(n * n));
-        for (int h = 1; h < heads; h++)
-            for (int i = 0; i < n * n; i++) dcb[i] += dcb_heads[h * n * n + i];
-        matmul(dc, W, rows_of(dcb, n), rows_of(b_I, W), n, S, n, 1, 1, NULL);
-        matmul(db, W, transpose(rows_of(dcb, n)), rows_of(c_I, W), n, S, n, 1, 1, NULL);
-    }
-}
-
-// dxbc (B,T,W) is written, dA_log and dskip (heads) are +=, dstep (B,T,3·heads) holds the gradient of step in its first
-// `heads` columns.
-static void scan_backward(real *dxbc, real *dstep, real *dA_log, real *dskip, real *scratch, const real *dy,
-                          const real *states, const real *xbc, const real *step, const real *A_log, const real *skip, int B,
-                          int T, int E, int S, int heads, int P) {
-    P = chunk_height(P);
-    FOR_ITEMS(shared_out(B), B,
-              scan_sequence_backward(item, dxbc, dstep, scratch, dy, states, xbc, step, A_log, skip, T, E, S, heads, P));
-    for (int h = 0; h < heads; h++) {
-        double sum[2] = {0, 0};
-        for (int n = 0; n < B * T; n++)
-            for (int i = 0; i < 2; i++) sum[i] += (double)dstep[((size_t)n * 3 + i + 1) * heads + h];
-        dA_log[h] += (real)sum[0];
-        dskip[h] += (real)sum[1];
-    }
-}
-
-// out = v · rstd ⊙ weight, v = y ⊙ SiLU(z), rstd = 1/sqrt(mean(v²) + 1e-5)     y, out (N,E), z: E of the ld columns
-static void gated_rmsnorm_forward(real *out, real *rstd, const real *y, const real *z, int ld, const real *weight, int N, int E) {
-    #pragma omp parallel for if (N > 1)
-    for (int n = 0; n < N; n++) {
-        real *v = out + (size_t)n * E, squares = 0;
-        const real *z_n = z + (size_t)n * ld;
-        for (int i = 0; i < E; i++) {
-            v[i] = y[(size_t)n * E + i] * z_n[i] * sigmoid(z_n[i]);
-            squares += v[i] * v[i];
-        }
-        rstd[n] = 1 / (real)sqrt((double)(squares / E) + 1e-5);
-        for (int i = 0; i < E; i++) v[i] *= rstd[n] * weight[i];
-    }
-}
-
-// With g = dout ⊙ weight:  dv = rstd·(g - v·rstd²·mean(g ⊙ v)),   dy = dv ⊙ SiLU(z),   dz = dv ⊙ y ⊙ SiLU'(z),
-//     dweight += Σ_n dout ⊙ v·rstd             dy may be dout itself
-static void gated_rmsnorm_backward(real *dy, real *dz, real *dweight, const real *dout, const real *y, const real *z, int ld,
-                                   const real *rstd, const real *weight, int N, int E) {
-    #pragma omp parallel for
-    for (int d0 = 0; d0 < E; d0 += COLUMNS)
-        for (int n = 0; n < N; n++)
-            for (int i = d0; i < min_int(d0 + COLUMNS, E); i++) {
-                real gate = z[(size_t)n * ld + i];
-                dweight[i] += dout[(size_t)n * E + i] * y[(size_t)n * E + i] * gate * sigmoid(gate) * rstd[n];
-            }
-    #pragma omp parallel for
-    for (int n = 0; n < N; n++) {
-        const real *y_n = y + (size_t)n * E, *z_n = z + (size_t)n * ld, *dout_n = dout + (size_t)n * E;
-        real dot = 0, r = rstd[n];
-        for (int i = 0; i < E; i++) dot += dout_n[i] * weight[i] * y_n[i] * z_n[i] * sigmoid(z_n[i]);
-        dot *= r * r / E;
-        for (int i = 0; i < E; i++) {
-            real s = sigmoid(z_n[i]), silu = z_n[i] * s, dv = r * (dout_n[i] * weight[i] - y_n[i] * silu * dot);
-            dz[(size_t)n * ld + i] = dv * y_n[i] * s * (1 + z_n[i] * (1 - s));
-            dy[(size_t)n * E + i] = dv * silu;
-        }
-    }
-}
-
-// ----------------------------------------------------------------------------
-// tables of tensors: names, shapes and places in one allocation
-
-// The value; uniform in ± the value; of that standard deviation; with e^x uniform in 1..16; with softplus(x) log-uniform
-// in 0.001..0.1.
-typedef enum { INIT_CONSTANT, INIT_UNIFORM, INIT_NORMAL, INIT_LOG_DECAY, INIT_STEP_BIAS } Init;
-
-// One tensor of a block of numbers. An activation may be some columns of a wider one: its stride is then the wider row.
-typedef struct {
-    char name[64];
-    int n_dims;
-    int64_t shape[3], count, offset, stride;
-    Init init;
-    double init_value;
-} Tensor;
-
-typedef struct {
-    Tensor *rows;
-    int n, room;
-    int64_t count;   // numbers in the block; -1 when they are too many to be addressed
-    Tensor *last;    // the row added last
-    Tensor nowhere;  // where rows go once memory is exhausted; the table is then `incomplete`
-    int incomplete;
-} Table;
-
-static Tensor *new_row(Table *table, const char *name, int layer) {
-    if (table->n == table->room) {
-        Tensor *larger = (Tensor *)realloc(table->rows, sizeof(Tensor) * (size_t)(table->room + 64));
-        if (larger) {
-            table->rows = larger;
-            table->room += 64;
-        } else {
-            table->incomplete = 1;
-        }
-    }
-    Tensor *row = table->last = table->incomplete ? &table->nowhere : &table->rows[table->n++];
-    memset(row, 0, sizeof(*row));
-    if (layer < 0) snprintf(row->name, sizeof(row->name), "%s", name);
-    else snprintf(row->name, sizeof(row->name), "layers.%d.%s", layer, name);
-    return row;
-}
-
-// Adds a tensor (layer -1: of the whole model) and returns its place in the block, or NULL while block is NULL and only
-// names and sizes are wanted.
-static real *add_tensor(Table *table, real *block, int layer, const char *name, int n_dims, int64_t d0, int64_t d1, int64_t d2) {
-    Tensor *row = new_row(table, name, layer);
-    int64_t shape[3] = {d0, d1, d2};
-    double size = 1;
-    for (int i = 0; i < n_dims; i++) size *= (double)shape[i];
-    row->n_dims = n_dims;
-    row->stride = n_dims ? shape[n_dims - 1] : 1;
-    row->offset = table->count;
-    memcpy(row->shape, shape, sizeof(shape));
-    if (table->count >= 0 && (double)table->count + size < 0x1p58) row->count = (int64_t)size;
-    table->count = row->count || !size ? table->count + row->count : -1;
-    return block ? block + row->offset : NULL;
-}
-
-// A third dimension is that of the convolution's taps.
-static real *add_parameter(Table *table, real *block, int layer, const char *name, int n_dims, int64_t d0, int64_t d1,
-                           Init init, double value) {
-    real *place = add_tensor(table, block, layer, name, n_dims, d0, d1, TAPS);
-    table->last->init = init;
-    table->last->init_value = value;
-    return place;
-}
-
-// Names `width` columns, from `column` on, of a tensor of the same layer.
-static void add_view(Table *table, int layer, const char *name, const char *whole, int64_t column, int64_t width) {
-    char path[64];
-    int i = table->n - 1;
-    snprintf(path, sizeof(path), "layers.%d.%s", layer, whole);
-    while (i >= 0 && strcmp(table->rows[i].name, path)) i--;
-    if (i < 0) return; // an incomplete table
-    Tensor view = table->rows[i], *row = new_row(table, name, layer);
-    memcpy(view.name, row->name, sizeof(view.name));
-    view.offset += column;
-    view.count = view.count / view.stride * width;
-    view.shape[view.n_dims - 1] = width;
-    *row = view;
-}
-
-// ----------------------------------------------------------------------------
-// the model
-
-typedef struct {
-    int vocab_size, d_model, n_layers, n_heads, n_kv_heads, max_seq_len;
-    double gamma_max;
-    int mixer;                  // index into mixers[]
-    int head_dim, state_dim;    // mamba2: width w of a head, S numbers of state for a channel
-} Config;
-
-// One layer's parameters. The projections stand next to each other, so that one product computes all of them:
-// W_proj holds q_proj (D,D), k_proj (G·d,D), v_proj (G·d,D) and, in a Sessa layer, proj_fb (2D,D): q' rows, then k' rows.
-typedef struct {
-    real *ln_weight, *ln_bias;       // (D)
-    real *W_in, *b_in;               // (2D,D), (2D): a, then g
-    real *W_proj, *b_proj;           // (proj_width,D), (proj_width)
-    real *W_o;                       // (D,D), NULL with one head
-    real *gamma_weight, *gamma_bias; // (1,D), ()
-    real *W_out, *b_out;             // (D,D), (D)
-    // mamba2
-    real *in_proj, *out_proj;        // (E + W + heads,D): z, x, b, c, step; (D,E)
-    real *conv_weight, *conv_bias;   // (W,1,TAPS), (W)
-    real *step_bias, *A_log, *skip;  // (heads)
-    real *norm_weight;               // (E)
-} LayerWeights;
-
-typedef struct {
-    real *wte;                       // (V,D): embedding and head
-    LayerWeights *layers;
-    real *ln_f_weight, *ln_f_bias;   // (D)
-} Weights;
-
-// One layer's activations, of N = B·T rows. Buffers marked * are shared by all layers, for the backward pass computes
-// them again or never needs them; of those, 1 and 2 are one buffer each.
-typedef struct {
-    real *x, *y;                // (N,D) the layer's input and output, the next one's input
-    real *ln_mean, *ln_rstd;    // (N)
-    real *n;                    // (N,D) *1 LayerNorm(x)
-    real *ag;                   // (N,2D) a before GELU, then g
-    real *abar;                 // (N,D) *2 GELU(a)
-    real *proj;                 // (N,proj_width) q, k (after RoPE), v, q', k'; mamba2: z, x, b, c, step
-    real *o, *stats;            // (N,D), (B,H,T,2) the direct read; no o with one head, where it is f
-    real *f;                    // (N,D) *1 o W_o^T
-    real *gamma, *fb_stats;     // (N), (N,2)
-    real *s;                    // (N,D) the mixer's output
-    real *gated, *branch;       // (N,D) *1 s ⊙ g; *2 what is added to x
-    real *xbc, *step, *normed;  // mamba2: (N,W) * after the convolution, (N,heads) *, (N,E) * what out_proj reads
-    real *states, *y_scan, *rms; // (B,chunks,S,E) state before each chunk, (N,E), (N)
-    real *tail;                 // (TAPS-1,W) generation: the convolution's last inputs
-} LayerActivations;
-
-typedef struct {
-    LayerActivations *layers;
-    real *ln_mean, *ln_rstd, *ln_f; // (N), (N), (N,D) of the last layer's output
-    real *logits;                   // (N,V), which the backward pass turns into their gradient
-    real *losses, *loss_logsumexp;  // (N)
-    real *dx;                       // (N,D) gradient on the residual path; the rest is scratch of the backward pass
-    real *ds, *dout, *dabar;        // (N,D) gradients of s and then f; of o; of abar
-    real *dag, *dproj, *dgamma;     // (N,2D), (N,proj_width), (N)
-    real *dy, *dxbc, *dstep;        // mamba2: (N,E), (N,W), (N,3·heads)
-    real *cosine, *sine;            // (T,d/2)
-    real *scratch;                  // of attention and feedback, or of the scan, for each thread
-} Activations;
-
-// What the memory is for. GENERATE keeps every layer's projections and outputs of all T positions: they are the cache.
-typedef enum { GENERATE, EVALUATE, TRAIN, KEEP_ALL } Mode; // KEEP_ALL: TRAIN, no buffer shared, for tests
-
-typedef struct {
-    Config config;
-    int B, T;                   // the largest batch
-    double bytes;               // of memory that it takes
-    Table table, acts_table;    // of the parameters (gradients and moments alike), of the activations
-    real *params, *grads, *exp_avg, *exp_avg_sq, *acts_block; // one allocation each; the middle three only for training
-    Weights weights, grad;
-    Activations acts;
-    int *inputs, *targets;      // (B,T), kept for the backward pass
-    int batch_B, batch_T;       // of the last forward pass
-    Dropout drop;               // of the last forward pass
-    int P;                      // panel height of attention and feedback, 0: chosen by shape
-} Model;
-
-// ----------------------------------------------------------------------------
-// mixers: what stands between GELU and gate, abar → s
-
-enum { SESSA, ATTENTION, MAMBA2, N_MIXERS };
-
-// The width of the projections of abar: q, k, v and, in a Sessa layer, q', k'; z, x, b, c, step in a mamba2 layer
-static int proj_width(const Config *c) {
-    int kv_width = c->n_kv_heads * (c->d_model / c->n_heads);
-    if (c->mixer == MAMBA2) return 4 * c->d_model + 2 * c->state_dim + 2 * c->d_model / c->head_dim;
-    return c->d_model + 2 * kv_width + (c->mixer == SESSA ? 2 * c->d_model : 0);
-}
-
-// Of Sessa, and of attention, which lacks the rows of the feedback path. The rows of W_proj and b_proj lie next to each
-// other, whatever their names.
-static void attention_weights(Table *t, real *block, const Config *c, int l, LayerWeights *w) {
-    int D = c->d_model, kv_width = c->n_kv_heads * (D / c->n_heads), feedback = c->mixer == SESSA;
-    double bound = 1 / sqrt((double)D);
-    w->W_proj = add_parameter(t, block, l, "mixer.q_proj.weight", 2, D, D, INIT_UNIFORM, bound);
-    add_parameter(t, block, l, "mixer.k_proj.weight", 2, kv_width, D, INIT_UNIFORM, bound);
-    add_parameter(t, block, l, "mixer.v_proj.weight", 2, kv_width, D, INIT_UNIFORM, bound);
-    if (feedback) add_parameter(t, block, l, "mixer.proj_fb.weight", 2, 2 * D, D, INIT_UNIFORM, bound);
-    w->b_proj = add_parameter(t, block, l, "mixer.q_proj.bias", 1, D, 1, INIT_UNIFORM, bound);
-    add_parameter(t, block, l, "mixer.k_proj.bias", 1, kv_width, 1, INIT_UNIFORM, bound);
-    add_parameter(t, block, l, "mixer.v_proj.bias", 1, kv_width, 1, INIT_UNIFORM, bound);
-    if (feedback) add_parameter(t, block, l, "mixer.proj_fb.bias", 1, 2 * D, 1, INIT_UNIFORM, bound);
-    w->W_o = NULL;
-    if (c->n_heads > 1) w->W_o = add_parameter(t, block, l, "mixer.out_proj.weight", 2, D, D, INIT_UNIFORM, bound);
-    if (!feedback) return;
-    w->gamma_bias = add_parameter(t, block, l, "mixer.gamma_bias", 0, 1, 1, INIT_CONSTANT, 1);
-    w->gamma_weight = add_parameter(t, block, l, "mixer.gamma_ctx.weight", 2, 1, D, INIT_UNIFORM, bound);
-}
-
-// q, k and v of every layer are kept: for the backward pass, and in generation as the cache.
-static void attention_activations(Table *t, real *block, const Config *c, int l, Activations *acts, int B, int T, Mode mode) {
-    int D = c->d_model, H = c->n_heads, kv_width = c->n_kv_heads * (D / H), ld = proj_width(c), sessa = c->mixer == SESSA;
-    LayerActivations *a = &acts->layers[l];
-    a->proj = add_tensor(t, block, l, "proj", 3, B, T, ld);
-    add_view(t, l, "q", "proj", 0, D);
-    add_view(t, l, "k", "proj", D, kv_width);
-    add_view(t, l, "v", "proj", D + kv_width, kv_width);
-    if (sessa) add_view(t, l, "fb_q", "proj", ld - 2 * D, D);
-    if (sessa) add_view(t, l, "fb_k", "proj", ld - D, D);
-    a->s = add_tensor(t, block, l, "s", 3, B, T, D);
-    if (!sessa) add_view(t, l, "f", "s", 0, D);
-    if (sessa && mode == KEEP_ALL) a->f = add_tensor(t, block, l, "f", 3, B, T, D);
-    if (l == 0 || mode >= TRAIN) {
-        if (H > 1) a->o = add_tensor(t, block, l, "o", 3, B, T, D);
-        a->stats = add_tensor(t, block, l, "stats", 3, (int64_t)B * H, T, 2);
-        if (sessa) a->gamma = add_tensor(t, block, l, "gamma", 2, B, T, 1);
-        if (sessa) a->fb_stats = add_tensor(t, block, l, "fb_stats", 3, B, T, 2);
-    }
-    if (l) return;
-    acts->scratch = add_tensor(t, block, -1, "scratch", 2, omp_get_max_threads(), (int64_t)panel_scratch(T), 1);
-    if (mode < TRAIN) return;
-    acts->dproj = add_tensor(t, block, -1, "dproj", 3, B, T, ld);
-    if (sessa) acts->dgamma = add_tensor(t, block, -1, "dgamma", 2, B, T, 1);
-}
-
-// [14-16]  abar → f: projections, RoPE, attention, W_o. In a Sessa layer the same product gives q' and k'.
-static void direct_read_forward(Model *m, int l, int B, int T, int first, real *f) {
-    const Config *c = &m->config;
-    int D = c->d_model, H = c->n_heads, G = c->n_kv_heads, d = D / H, ld = proj_width(c), N = B * (T - first);
-    LayerWeights *w = &m->weights.layers[l];
-    LayerActivations *a = &m->acts.layers[l];
-    real *q = a->proj + (size_t)first * ld, *k = a->proj + D, *v = k + G * d;
-    linear_forward(q, ld, a->abar, w->W_proj, w->b_proj, N, D, ld);                      // [14] q, k, v, q', k'
-    rope_forward(q, ld, m->acts.cosine, m->acts.sine, N, T - first, H + G, d, first, 1); // of q and k, which lie side by side
-    attention_forward(w->W_o ? a->o : f, a->stats, m->acts.scratch, q, k, v, ld, B, T, H, G, d, first, m->P); // [15, 16] o
-    if (w->W_o) linear_forward(f, D, a->o, w->W_o, NULL, N, D, D);                       // f
-}
-
-// df (in acts.ds) → dabar, through W_o, attention, RoPE and the projections; q' and k' have left theirs in dproj before
-static void direct_read_backward(Model *m, int l, int B, int T) {
-    const Config *c = &m->config;
-    int D = c->d_model, H = c->n_heads, G = c->n_kv_heads, d = D / H, ld = proj_width(c), N = B * T;
-    LayerWeights *w = &m->weights.layers[l], *dw = &m->grad.layers[l];
-    LayerActivations *a = &m->acts.layers[l];
-    Activations *acts = &m->acts;
-    const real *k = a->proj + D, *v = k + G * d;
-    real *dk = acts->dproj + D, *dv = dk + G * d, *dout = w->W_o ? acts->dout : acts->ds;
-    if (w->W_o) linear_backward(dout, dw->W_o, NULL, acts->ds, D, a->o, w->W_o, N, D, D);
-    attention_backward(acts->dproj, dk, dv, acts->scratch, dout, a->stats, a->proj, k, v, ld, B, T, H, G, d, m->P);
-    rope_backward(acts->dproj, ld, acts->cosine, acts->sine, N, T, H + G, d);
-    linear_backward(acts->dabar, dw->W_proj, dw->b_proj, acts->dproj, ld, a->abar, w->W_proj, N, D, ld);
-}
-
-// Without the feedback path s is f.
-static void attention_mixer_forward(Model *m, int l, int B, int T, int first) {
-    direct_read_forward(m, l, B, T, first, m->acts.layers[l].s + (size_t)first * m->config.d_model);
-}
-
-// [14-22]  abar → s: the direct read, the gain, the feedback path
-static void sessa_forward(Model *m, int l, int B, int T, int first) {
-    int D = m->config.d_model, ld = proj_width(&m->config);
-    LayerWeights *w = &m->weights.layers[l];
-    LayerActivations *a = &m->acts.layers[l];
-    const real *q = a->proj + (size_t)first * ld + ld - 2 * D, *k = a->proj + ld - D;
-    direct_read_forward(m, l, B, T, first, a->f);                                                                 // [14-16]
-    gain_forward(a->gamma, a->abar, w->gamma_weight, w->gamma_bias, (real)m->config.gamma_max, B * (T - first), D); // [18]
-    feedback_forward(a->s, a->fb_stats, m->acts.scratch, a->f, q, k, ld, a->gamma, B, T, D, first, m->P);         // [17, 19-22]
-}
-
-static void sessa_backward(Model *m, int l, int B, int T) {
-    int D = m->config.d_model, ld = proj_width(&m->config);
-    LayerWeights *w = &m->weights.layers[l], *dw = &m->grad.layers[l];
-    LayerActivations *a = &m->acts.layers[l];
-    Activations *acts = &m->acts;
-    const real *q = a->proj + ld - 2 * D, *k = q + D;
-    feedback_backward(acts->ds, acts->dproj + ld - 2 * D, acts->dproj + ld - D, acts->dgamma, acts->scratch, acts->ds, a->s,
-                      a->fb_stats, q, k, ld, a->gamma, B, T, D, m->P);
-    direct_read_backward(m, l, B, T);
-    gain_backward(acts->dabar, dw->gamma_weight, dw->gamma_bias, acts->dgamma, a->gamma, a->abar, w->gamma_weight,
-                  (real)m->config.gamma_max, B * T, D);
-}
-
-static void mamba2_weights(Table *t, real *block, const Config *c, int l, LayerWeights *w) {
-    int D = c->d_model, E = 2 * D, W = E + 2 * c->state_dim, heads = E / c->head_dim;
-    w->in_proj = add_parameter(t, block, l, "mixer.in_proj.weight", 2, proj_width(c), D, INIT_UNIFORM, 1 / sqrt((double)D));
-    w->conv_weight = add_parameter(t, block, l, "mixer.conv1d.weight", 3, W, 1, INIT_UNIFORM, 0.5);
-    w->conv_bias = add_parameter(t, block, l, "mixer.conv1d.bias", 1, W, 1, INIT_UNIFORM, 0.5);
-    w->step_bias = add_parameter(t, block, l, "mixer.dt_bias", 1, heads, 1, INIT_STEP_BIAS, 1);
-    w->A_log = add_parameter(t, block, l, "mixer.A_log", 1, heads, 1, INIT_LOG_DECAY, 1);
-    w->skip = add_parameter(t, block, l, "mixer.D", 1, heads, 1, INIT_CONSTANT, 1);
-    w->norm_weight = add_parameter(t, block, l, "mixer.norm.weight", 1, E, 1, INIT_CONSTANT, 1);
-    w->out_proj = add_parameter(t, block, l, "mixer.out_proj.weight", 2, D, E, INIT_UNIFORM, 1 / sqrt((double)E));
-}
-
-// Kept for the backward pass: the projections, the state before each chunk, the scan's output. In generation the cache is
-// the last state and the convolution's last inputs, however long the past is.
-static void mamba2_activations(Table *t, real *block, const Config *c, int l, Activations *acts, int B, int T, Mode mode) {
-    int D = c->d_model, E = 2 * D, S = c->state_dim, W = E + 2 * S, heads = E / c->head_dim, training = mode >= TRAIN;
-    LayerActivations *a = &acts->layers[l];
-    if (l == 0 || training) {
-        a->proj = add_tensor(t, block, l, "proj", 3, B, T, proj_width(c));
-        add_view(t, l, "z", "proj", 0, E);
-        a->y_scan = add_tensor(t, block, l, "y", 3, B, T, E);
-        a->rms = add_tensor(t, block, l, "rms", 2, B, T, 1);
-        a->s = add_tensor(t, block, l, "s", 3, B, T, D);
-    }
-    a->states = add_tensor(t, block, l, "states", 3, training ? (int64_t)B * ((T + CHUNK - 1) / CHUNK) : B, S, E);
-    if (!training) a->tail = add_tensor(t, block, l, "tail", 2, TAPS - 1, W, 1);
-    if (l == 0 || mode == KEEP_ALL) {
-        a->xbc = add_tensor(t, block, l, "conv", 3, B, T, W);
-        a->step = add_tensor(t, block, l, "dt", 3, B, T, heads);
-        a->normed = add_tensor(t, block, l, "normed", 3, B, T, E);
-    }
-    if (l) return;
-    acts->scratch = add_tensor(t, block, -1, "scratch", 2, omp_get_max_threads(), (int64_t)scan_scratch(E, S, heads), 1);
-    if (!training) return;
-    acts->dproj = add_tensor(t, block, -1, "dproj", 3, B, T, proj_width(c));
-    acts->dy = add_tensor(t, block, -1, "dy", 3, B, T, E);
-    acts->dxbc = add_tensor(t, block, -1, "dxbc", 3, B, T, W);
-    acts->dstep = add_tensor(t, block, -1, "dstep", 3, B, T, 3 * heads);
-}
-
-// abar → s: [z, x, b, c, step] = abar in_proj^T, the convolution over x, b and c, the scan, the gated norm, out_proj
-static void mamba2_forward(Model *m, int l, int B, int T, int first) {
-    const Config *c = &m->config;
-    int D = c->d_model, E = 2 * D, S = c->state_dim, heads = E / c->head_dim, ld = proj_width(c), N = B * (T - first);
-    int kept = m->grads != NULL;
-    LayerWeights *w = &m->weights.layers[l];
-    LayerActivations *a = &m->acts.layers[l];
-    if (!kept && !first) memset(a->states, 0, sizeof(real) * (size_t)B * (size_t)S * (size_t)E);
-    linear_forward(a->proj, ld, a->abar, w->in_proj, NULL, N, D, ld);
-    conv_forward(a->xbc, a->proj + E, ld, B == 1 ? a->tail : NULL, w->conv_weight, w->conv_bias, B, T, E + 2 * S, first);
-    step_forward(a->step, a->proj + ld - heads, ld, w->step_bias, N, heads);
-    scan_forward(a->y_scan, a->states, kept, m->acts.scratch, a->xbc, a->step, w->A_log, w->skip, B, T - first, E, S, heads, 0);
-    gated_rmsnorm_forward(a->normed, a->rms, a->y_scan, a->proj, ld, w->norm_weight, N, E);
-    linear_forward(a->s + (size_t)first * D, D, a->normed, w->out_proj, NULL, N, E, D);
-}
-
-static void mamba2_backward(Model *m, int l, int B, int T) {
-    const Config *c = &m->config;
-    int D = c->d_model, E = 2 * D, S = c->state_dim, W = E + 2 * S, heads = E / c->head_dim, ld = proj_width(c), N = B * T;
-    LayerWeights *w = &m->weights.layers[l], *dw = &m->grad.layers[l];
-    LayerActivations *a = &m->acts.layers[l];
-    Activations *acts = &m->acts;
-    const real *x = a->proj + E, *step = a->proj + ld - heads;
-    gated_rmsnorm_forward(a->normed, a->rms, a->y_scan, a->proj, ld, w->norm_weight, N, E); // again
-    linear_backward(acts->dy, dw->out_proj, NULL, acts->ds, D, a->normed, w->out_proj, N, E, D);
-    gated_rmsnorm_backward(acts->dy, acts->dproj, dw->norm_weight, acts->dy, a->y_scan, a->proj, ld, a->rms, w->norm_weight, N, E);
-    conv_forward(a->xbc, x, ld, NULL, w->conv_weight, w->conv_bias, B, T, W, 0);            // again
-    step_forward(a->step, step, ld, w->step_bias, N, heads);
-    scan_backward(acts->dxbc, acts->dstep, dw->A_log, dw->skip, acts->scratch, acts->dy, a->states, a->xbc, a->step, w->A_log,
-                  w->skip, B, T, E, S, heads, 0);
-    conv_backward(acts->dproj + E, dw->conv_weight, dw->conv_bias, acts->dxbc, x, ld, w->conv_weight, w->conv_bias, B, T, W);
-    step_backward(acts->dproj + ld - heads, dw->step_bias, acts->dstep, 3 * heads, step, ld, w->step_bias, N, heads);
-    linear_backward(acts->dabar, dw->in_proj, NULL, acts->dproj, ld, a->abar, w->in_proj, N, D, ld);
-}
-
-// A mixer is its rows in the tables of parameters and activations, a forward pass over the new positions first..T-1, which
-// also serves generation token by token, and a backward pass over all.
-typedef struct {
-    const char *name;
-    void (*weights)(Table *table, real *block, const Config *config, int layer, LayerWeights *weights);
-    void (*activations)(Table *table, real *block, const Config *config, int layer, Activations *acts, int B, int T, Mode mode);
-    void (*forward)(Model *model, int layer, int B, int T, int first);  // acts.layers[layer].abar → .s
-    void (*backward)(Model *model, int layer, int B, int T);            // acts.ds → acts.dabar, parameters' gradients +=
-} Mixer;
-
-static const Mixer mixers[N_MIXERS] = {
-    {"sessa", attention_weights, attention_activations, sessa_forward, sessa_backward},
-    {"attention", attention_weights, attention_activations, attention_mixer_forward, direct_read_backward},
-    {"mamba2", mamba2_weights, mamba2_activations, mamba2_forward, mamba2_backward},
-};
-
-// The index of a mixer, -1 if there is none of this name.
-static int find_mixer(const char *name) {
-    for (int i = 0; i < N_MIXERS; i++)
-        if (!strcmp(mixers[i].name, name)) return i;
-    return -1;
 }
 
 // ----------------------------------------------------------------------------
@@ -1816,69 +2911,7 @@ static void *grow(void *old, size_t bytes) {
 }
 
 // ----------------------------------------------------------------------------
-// the model's memory: the one list of parameters and the one list of activations
-
-// Adds every parameter's row to the table, under its name in files, and points the weights into the block (if not NULL).
-static void carve_weights(Weights *w, Table *t, real *block, const Config *c) {
-    int D = c->d_model;
-    double bound = 1 / sqrt((double)D);
-    t->n = 0;
-    t->count = 0;
-    w->wte = add_parameter(t, block, -1, "wte.weight", 2, c->vocab_size, D, INIT_NORMAL, 0.02);
-    for (int l = 0; l < c->n_layers; l++) {
-        LayerWeights *layer = &w->layers[l];
-        layer->ln_weight = add_parameter(t, block, l, "ln.weight", 1, D, 1, INIT_CONSTANT, 1);
-        layer->ln_bias = add_parameter(t, block, l, "ln.bias", 1, D, 1, INIT_CONSTANT, 0);
-        layer->W_in = add_parameter(t, block, l, "W_in.weight", 2, 2 * D, D, INIT_UNIFORM, bound);
-        layer->b_in = add_parameter(t, block, l, "W_in.bias", 1, 2 * D, 1, INIT_UNIFORM, bound);
-        mixers[c->mixer].weights(t, block, c, l, layer);
-        layer->W_out = add_parameter(t, block, l, "W_out.weight", 2, D, D, INIT_UNIFORM, bound);
-        layer->b_out = add_parameter(t, block, l, "W_out.bias", 1, D, 1, INIT_UNIFORM, bound);
-    }
-    w->ln_f_weight = add_parameter(t, block, -1, "ln_f.weight", 1, D, 1, INIT_CONSTANT, 1);
-    w->ln_f_bias = add_parameter(t, block, -1, "ln_f.bias", 1, D, 1, INIT_CONSTANT, 0);
-}
-
-// The same for the activations of B sequences of T tokens; names are those of reference dumps, less "act.".
-static void carve_activations(Activations *acts, Table *t, real *block, const Config *c, int B, int T, Mode mode) {
-    int D = c->d_model, d = D / c->n_heads, training = mode >= TRAIN, keep_all = mode == KEEP_ALL;
-    t->n = 0;
-    t->count = 0;
-    real *x = add_tensor(t, block, -1, "encoded", 3, B, T, D);
-    for (int l = 0; l < c->n_layers; l++) {
-        LayerActivations *a = &acts->layers[l];
-        if (l > 0) *a = acts->layers[0]; // every buffer is shared but for those that follow
-        a->x = x;
-        if (l == 0 || training) {
-            a->ln_mean = add_tensor(t, block, l, "ln_mean", 2, B, T, 1);
-            a->ln_rstd = add_tensor(t, block, l, "ln_rstd", 2, B, T, 1);
-            a->ag = add_tensor(t, block, l, "ag", 3, B, T, 2 * D);
-            add_view(t, l, "a", "ag", 0, D);
-            add_view(t, l, "g", "ag", D, D);
-        }
-        if (l == 0 || keep_all) {
-            a->n = a->f = a->gated = add_tensor(t, block, l, "ln", 3, B, T, D);
-            a->abar = a->branch = add_tensor(t, block, l, "abar", 3, B, T, D);
-        }
-        mixers[c->mixer].activations(t, block, c, l, acts, B, T, mode);
-        if (keep_all) a->gated = add_tensor(t, block, l, "gated", 3, B, T, D);
-        x = a->y = training ? add_tensor(t, block, l, "residual", 3, B, T, D) : x;
-    }
-    acts->ln_mean = add_tensor(t, block, -1, "ln_f_mean", 2, B, T, 1);
-    acts->ln_rstd = add_tensor(t, block, -1, "ln_f_rstd", 2, B, T, 1);
-    acts->ln_f = add_tensor(t, block, -1, "ln_f", 3, B, T, D);
-    acts->logits = add_tensor(t, block, -1, "logits", 3, B, mode == GENERATE ? 1 : T, c->vocab_size);
-    acts->losses = add_tensor(t, block, -1, "losses", 2, B, T, 1);
-    acts->loss_logsumexp = add_tensor(t, block, -1, "loss_logsumexp", 2, B, T, 1);
-    acts->cosine = add_tensor(t, block, -1, "cosine", 2, T, d / 2, 1);
-    acts->sine = add_tensor(t, block, -1, "sine", 2, T, d / 2, 1);
-    if (!training) return;
-    acts->dout = acts->layers[0].n; // free by then
-    acts->dx = add_tensor(t, block, -1, "dx", 3, B, T, D);
-    acts->ds = add_tensor(t, block, -1, "ds", 3, B, T, D);
-    acts->dabar = add_tensor(t, block, -1, "dabar", 3, B, T, D);
-    acts->dag = add_tensor(t, block, -1, "dag", 3, B, T, 2 * D);
-}
+// the model's memory
 
 static void model_free(Model *m) {
     void *blocks[] = {m->weights.layers, m->grad.layers, m->acts.layers, m->table.rows, m->acts_table.rows, m->params,
@@ -1951,183 +2984,6 @@ static Model *model_create(const Config *c, int B, int T, Mode mode, char *error
 }
 
 // ----------------------------------------------------------------------------
-// forward, backward, update
-
-// ids → the last layer's output, normalised, for the positions first..T-1 of B sequences. first > 0: B is 1, and every
-// layer still holds the projections and outputs of the positions before.
-static void hidden_forward(Model *m, const int *inputs, int B, int T, int first, Dropout drop) {
-    const Config *c = &m->config;
-    int D = c->d_model, N = B * (T - first), last = c->n_layers - 1;
-    Activations *acts = &m->acts;
-    embedding_forward(acts->layers[0].x, inputs, m->weights.wte, B, T - first, D);
-    dropout(acts->layers[0].x, (int64_t)N * D, drop, 0);
-    for (int l = 0; l <= last; l++) {
-        LayerWeights *w = &m->weights.layers[l];
-        LayerActivations *a = &acts->layers[l];
-        layernorm_forward(a->n, a->ln_mean, a->ln_rstd, a->x, w->ln_weight, w->ln_bias, N, D);     // [9]
-        linear_forward(a->ag, 2 * D, a->n, w->W_in, w->b_in, N, D, 2 * D);                         // [10]
-        gelu_forward(a->abar, a->ag, 2 * D, N, D);                                                 // [11]
-        mixers[c->mixer].forward(m, l, B, T, first);                                               // [12]
-        gate_forward(a->gated, a->s + (size_t)first * D, a->ag + D, 2 * D, N, D);                  // [13]
-        dropout(a->gated, (int64_t)N * D, drop, 1 + 2 * l);
-        linear_forward(a->branch, D, a->gated, w->W_out, w->b_out, N, D, D);
-        dropout(a->branch, (int64_t)N * D, drop, 2 + 2 * l);
-        residual_forward(a->y, a->x, a->branch, (int64_t)N * D);
-    }
-    layernorm_forward(acts->ln_f, acts->ln_mean, acts->ln_rstd, acts->layers[last].y, m->weights.ln_f_weight,
-                      m->weights.ln_f_bias, N, D);
-}
-
-// The losses of all targets that are not -1, and what model_backward needs.
-static void model_forward(Model *m, const int *inputs, const int *targets, int B, int T, Dropout drop) {
-    int D = m->config.d_model, V = m->config.vocab_size, N = B * T;
-    memcpy(m->inputs, inputs, sizeof(int) * (size_t)N);
-    memcpy(m->targets, targets, sizeof(int) * (size_t)N);
-    m->batch_B = B;
-    m->batch_T = T;
-    m->drop = drop;
-    hidden_forward(m, m->inputs, B, T, 0, drop);
-    linear_forward(m->acts.logits, V, m->acts.ln_f, m->weights.wte, NULL, N, D, V);
-    crossentropy_forward(m->acts.losses, m->acts.loss_logsumexp, m->acts.logits, m->targets, N, V);
-}
-
-// The sum of the losses of the last model_forward.
-static double model_loss(Model *m) {
-    double sum = 0;
-    for (int n = 0; n < m->batch_B * m->batch_T; n++) sum += (double)m->acts.losses[n];
-    return sum;
-}
-
-// hits[n] = 1 where the target of token n has the largest logit of its row, else 0, of the last model_forward. hits (N)
-static void model_hits(Model *m, char *hits) {
-    int V = m->config.vocab_size;
-    #pragma omp parallel for
-    for (int n = 0; n < m->batch_B * m->batch_T; n++) {
-        const real *row = m->acts.logits + (size_t)n * V;
-        int target = m->targets[n], larger = 0;
-        for (int v = 0; target >= 0 && v < V; v++) larger += !(row[v] <= row[target]);
-        hits[n] = target >= 0 && !larger;
-    }
-}
-
-// Gradients of dloss · model_loss, added to those that are there.
-static void model_backward(Model *m, double dloss) {
-    const Config *c = &m->config;
-    int D = c->d_model, V = c->vocab_size, B = m->batch_B, T = m->batch_T, N = B * T, last = c->n_layers - 1;
-    Activations *acts = &m->acts;
-    Weights *w = &m->weights, *dw = &m->grad;
-    crossentropy_backward(acts->logits, acts->logits, acts->loss_logsumexp, m->targets, (real)dloss, N, V);
-    linear_backward(acts->ds, dw->wte, NULL, acts->logits, V, acts->ln_f, w->wte, N, D, V);
-    memset(acts->dx, 0, sizeof(real) * (size_t)N * (size_t)D);
-    layernorm_backward(acts->dx, dw->ln_f_weight, dw->ln_f_bias, acts->ds, acts->layers[last].y, acts->ln_mean,
-                       acts->ln_rstd, w->ln_f_weight, N, D);
-    for (int l = last; l >= 0; l--) {
-        LayerWeights *wl = &w->layers[l], *dwl = &dw->layers[l];
-        LayerActivations *a = &acts->layers[l];
-        // out through W_out and the gate; s ⊙ g is computed again
-        const real *dbranch = acts->dx;
-        if (m->drop.probability > 0) {
-            memcpy(acts->dabar, acts->dx, sizeof(real) * (size_t)N * (size_t)D);
-            dropout(acts->dabar, (int64_t)N * D, m->drop, 2 + 2 * l);
-            dbranch = acts->dabar;
-        }
-        gate_forward(a->gated, a->s, a->ag + D, 2 * D, N, D);
-        dropout(a->gated, (int64_t)N * D, m->drop, 1 + 2 * l);
-        linear_backward(acts->ds, dwl->W_out, dwl->b_out, dbranch, D, a->gated, wl->W_out, N, D, D);
-        dropout(acts->ds, (int64_t)N * D, m->drop, 1 + 2 * l);
-        gate_backward(acts->ds, acts->dag + D, acts->ds, a->s, a->ag + D, 2 * D, N, D);
-        // through the mixer; ā is computed again
-        gelu_forward(a->abar, a->ag, 2 * D, N, D);
-        mixers[c->mixer].backward(m, l, B, T);
-        gelu_backward(acts->dag, acts->dabar, a->ag, 2 * D, N, D);
-        // through W_in and the LayerNorm; its output is computed again
-        layernorm_forward(a->n, a->ln_mean, a->ln_rstd, a->x, wl->ln_weight, wl->ln_bias, N, D);
-        linear_backward(acts->ds, dwl->W_in, dwl->b_in, acts->dag, 2 * D, a->n, wl->W_in, N, D, 2 * D);
-        layernorm_backward(acts->dx, dwl->ln_weight, dwl->ln_bias, acts->ds, a->x, a->ln_mean, a->ln_rstd, wl->ln_weight, N, D);
-    }
-    dropout(acts->dx, (int64_t)N * D, m->drop, 0);
-    embedding_backward(dw->wte, acts->dx, m->inputs, B, T, D);
-}
-
-// The global L2 norm of x (n): in double, in blocks that do not depend on the number of threads.
-static double norm(const real *x, int64_t n) {
-    enum { BLOCKS = 64 };
-    double partial[BLOCKS], sum = 0;
-    #pragma omp parallel for
-    for (int block = 0; block < BLOCKS; block++) {
-        double squares = 0;
-        for (int64_t i = n / BLOCKS * block; i < (block == BLOCKS - 1 ? n : n / BLOCKS * (block + 1)); i++)
-            squares += (double)x[i] * (double)x[i];
-        partial[block] = squares;
-    }
-    for (int block = 0; block < BLOCKS; block++) sum += partial[block];
-    return sqrt(sum);
-}
-// What the gradients are multiplied by so that their norm is at most `clip`; 0: 1
-static double clip_scale(double norm, double clip) { return clip > 0 && clip < norm + 1e-6 ? clip / (norm + 1e-6) : 1; }
-
-typedef struct { double lr, beta1, beta2, eps, weight_decay; } AdamW;
-
-// AdamW, with the gradient g scaled beforehand (clipping) and cleared afterwards, at step = 1, 2, ...:
-//     m = β1 m + (1-β1) g,   v = β2 v + (1-β2) g²,   w -= lr·wd·w,   w -= lr · m/(1-β1^step) / (sqrt(v/(1-β2^step)) + eps)
-// All (n). Loshchilov and Hutter: Decoupled weight decay regularization, ICLR 2019; the order is torch.optim.AdamW's.
-static void adamw(real *w, real *g, real *exp_avg, real *exp_avg_sq, int64_t n, AdamW o, double grad_scale, int64_t step) {
-    real beta1 = (real)o.beta1, beta2 = (real)o.beta2, scale = (real)grad_scale, eps = (real)o.eps;
-    real rate1 = (real)(1 - o.beta1), rate2 = (real)(1 - o.beta2), keep = (real)(1 - o.lr * o.weight_decay);
-    real step_size = (real)(o.lr / (1 - pow(o.beta1, (double)step)));
-    real correction = (real)(1 / sqrt(1 - pow(o.beta2, (double)step)));
-    #pragma omp parallel for if (n > PARALLEL_WORK / 16)
-    for (int64_t from = 0; from < n; from += NUMBERS) {
-        #pragma omp simd
-        for (int64_t i = from; i < block_end(from, n); i++) {
-            real grad = scale * g[i];
-            real m = exp_avg[i] = beta1 * exp_avg[i] + rate1 * grad;
-            real v = exp_avg_sq[i] = beta2 * exp_avg_sq[i] + rate2 * grad * grad;
-            w[i] = keep * w[i] - step_size * m / ((real)sqrt(v) * correction + eps);
-            g[i] = 0;
-        }
-    }
-}
-
-// Weight decay is for parameters of two or more dimensions.
-static void model_update(Model *m, AdamW o, double grad_scale, int64_t step) {
-    for (int i = 0; i < m->table.n; i++) {
-        const Tensor *t = &m->table.rows[i];
-        AdamW options = o;
-        if (t->n_dims < 2) options.weight_decay = 0;
-        adamw(m->params + t->offset, m->grads + t->offset, m->exp_avg + t->offset, m->exp_avg_sq + t->offset, t->count,
-              options, grad_scale, step);
-    }
-}
-
-static double initial_value(Init init, uint64_t *state) {
-    if (init == INIT_CONSTANT) return 1;
-    if (init == INIT_NORMAL) return random_normal(state);
-    double uniform = random_uniform(state);
-    if (init == INIT_UNIFORM) return 2 * uniform - 1;
-    if (init == INIT_LOG_DECAY) return log(1 + 15 * uniform);
-    return log(expm1(0.001 * pow(100, uniform))); // the step that softplus makes of it
-}
-
-// Initial values of a block of parameters, drawn in the table's order.
-static void initialise(real *params, const Table *table, uint64_t seed) {
-    uint64_t state = splitmix64(seed);
-    for (int r = 0; r < table->n; r++) {
-        const Tensor *t = &table->rows[r];
-        for (int64_t i = 0; i < t->count; i++)
-            params[t->offset + i] = (real)(t->init_value * initial_value(t->init, &state));
-    }
-}
-
-// Generation is the same forward pass over n new tokens behind `first` known ones, first + n ≤ T: logits (V) of the last.
-// O((first + n)·D) for each token and layer, for nothing that is known is computed again.
-static void model_extend(Model *m, const int *tokens, int n, int first, real *logits) {
-    int D = m->config.d_model, V = m->config.vocab_size;
-    hidden_forward(m, tokens, 1, first + n, first, no_dropout);
-    linear_forward(logits, V, m->acts.ln_f + (size_t)(n - 1) * D, m->weights.wte, NULL, 1, D, V);
-}
-
-// ----------------------------------------------------------------------------
 // the backend: all that the training loop and the command line know of the layers. The CUDA twin brings its own, with a
 // Model of its own behind the pointer.
 
@@ -2148,6 +3004,18 @@ typedef struct {
     double (*update)(Model *model, AdamW options, double clip, int64_t step); // the gradients' norm; not finite: no update
     void (*extend)(Model *model, const int *tokens, int n, int first, real *logits);
 } Backend;
+
+// hits[n] = 1 where the target of token n has the largest logit of its row, else 0, of the last model_forward. hits (N)
+static void model_hits(Model *m, char *hits) {
+    int V = m->config.vocab_size;
+    #pragma omp parallel for
+    for (int n = 0; n < m->batch_B * m->batch_T; n++) {
+        const real *row = m->acts.logits + (size_t)n * V;
+        int target = m->targets[n], larger = 0;
+        for (int v = 0; target >= 0 && v < V; v++) larger += !(row[v] <= row[target]);
+        hits[n] = target >= 0 && !larger;
+    }
+}
 
 static double cpu_bytes(const Model *m) { // what the process takes by now, data and program included: no step takes more
     struct rusage usage;
