@@ -154,14 +154,16 @@ static double norm_fast(const real *x, int64_t n);
 static void embedding_forward(real *out, const int *inp, const real *wte, int B, int T, int D) {
     #pragma omp parallel for if (B * T > 1)
     for (int64_t bt = 0; bt < B * T; bt++)
-        for (int i = 0; i < D; i++) out[bt * D + i] = wte[(int64_t)inp[bt] * D + i];
+        for (int i = 0; i < D; i++)
+            out[bt * D + i] = wte[(int64_t)inp[bt] * D + i];
 }
 
 // dwte[inp[bt]] += dout[bt]
 static void embedding_backward(real *dwte, const real *dout, const int *inp, int B, int T, int D) {
     if (!plain) return embedding_backward_fast(dwte, dout, inp, B, T, D);
     for (int64_t bt = 0; bt < B * T; bt++)
-        for (int i = 0; i < D; i++) dwte[(int64_t)inp[bt] * D + i] += dout[bt * D + i];
+        for (int i = 0; i < D; i++)
+            dwte[(int64_t)inp[bt] * D + i] += dout[bt * D + i];
 }
 
 // The SplitMix64 mixer: a bijection of 64-bit words that passes for random (Steele, Lea, Flood: Fast
@@ -202,9 +204,11 @@ static void layernorm_forward(real *out, real *mean, real *rstd, const real *x, 
         real sum = 0, squares = 0;
         for (int i = 0; i < D; i++) sum += row[i];
         real m = sum / D;
-        for (int i = 0; i < D; i++) squares += (row[i] - m) * (row[i] - m);
+        for (int i = 0; i < D; i++)
+            squares += (row[i] - m) * (row[i] - m);
         real r = 1 / (real)sqrt((double)(squares / D) + 1e-5);
-        for (int i = 0; i < D; i++) out[n * D + i] = (row[i] - m) * r * weight[i] + bias[i];
+        for (int i = 0; i < D; i++)
+            out[n * D + i] = (row[i] - m) * r * weight[i] + bias[i];
         mean[n] = m;
         rstd[n] = r;
     }
@@ -241,7 +245,8 @@ static void linear_forward(real *out, int ld_out, const real *inp, const real *w
     for (int64_t n = 0; n < N; n++)
         for (int64_t o = 0; o < out_width; o++) {
             real sum = bias ? bias[o] : 0;
-            for (int i = 0; i < in; i++) sum += inp[n * in + i] * weight[o * in + i];
+            for (int i = 0; i < in; i++)
+                sum += inp[n * in + i] * weight[o * in + i];
             out[n * ld_out + o] = sum;
         }
 }
@@ -255,12 +260,14 @@ static void linear_backward(real *dinp, real *dweight, real *dbias, const real *
     for (int64_t n = 0; n < N; n++) {
         for (int i = 0; i < in; i++) dinp[n * in + i] = 0;
         for (int64_t o = 0; o < out_width; o++)
-            for (int i = 0; i < in; i++) dinp[n * in + i] += dout[n * ld_dout + o] * weight[o * in + i];
+            for (int i = 0; i < in; i++)
+                dinp[n * in + i] += dout[n * ld_dout + o] * weight[o * in + i];
     }
     #pragma omp parallel for
     for (int64_t o = 0; o < out_width; o++)
         for (int64_t n = 0; n < N; n++) {
-            for (int i = 0; i < in; i++) dweight[o * in + i] += dout[n * ld_dout + o] * inp[n * in + i];
+            for (int i = 0; i < in; i++)
+                dweight[o * in + i] += dout[n * ld_dout + o] * inp[n * in + i];
             if (dbias) dbias[o] += dout[n * ld_dout + o];
         }
 }
@@ -366,7 +373,8 @@ static void attention_forward(real *out, real *stats, Work work, const real *q, 
             softmax_row(p, stats_h + 2 * (t - first), q + row * ld + h * d, k_b, ld, d, (int)t + 1);
             for (int i = 0; i < d; i++) o_t[i] = 0;
             for (int64_t j = 0; j <= t; j++)
-                for (int i = 0; i < d; i++) o_t[i] += p[j] * v_b[j * ld + i];
+                for (int i = 0; i < d; i++)
+                    o_t[i] += p[j] * v_b[j * ld + i];
         }
     }
 }
@@ -388,7 +396,8 @@ static void attention_backward(real *dq, real *dk, real *dv, Work work, const re
         const real *k_b = k + keys, *v_b = v + keys;
         real *dk_b = dk + keys, *dv_b = dv + keys, *p = two_rows(work, T), *dp = p + T;
         for (int64_t j = 0; j < T; j++)
-            for (int i = 0; i < d; i++) dk_b[j * ld + i] = dv_b[j * ld + i] = 0;
+            for (int i = 0; i < d; i++)
+                dk_b[j * ld + i] = dv_b[j * ld + i] = 0;
         for (int64_t h = group * (H / G); h < (group + 1) * (H / G); h++)
             for (int64_t t = 0; t < T; t++) {
                 int64_t row = b * T + t;
@@ -397,23 +406,27 @@ static void attention_backward(real *dq, real *dk, real *dv, Work work, const re
                 softmax_row(p, stats + 2 * ((b * H + h) * T + t), q_t, k_b, ld, d, (int)t + 1);
                 for (int64_t j = 0; j <= t; j++) {
                     dp[j] = 0;
-                    for (int i = 0; i < d; i++) dp[j] += dout_t[i] * v_b[j * ld + i];
-                    for (int i = 0; i < d; i++) dv_b[j * ld + i] += p[j] * dout_t[i];
+                    for (int i = 0; i < d; i++)
+                        dp[j] += dout_t[i] * v_b[j * ld + i];
+                    for (int i = 0; i < d; i++)
+                        dv_b[j * ld + i] += p[j] * dout_t[i];
                     sum += p[j] * dp[j];
                 }
                 for (int i = 0; i < d; i++) dq_t[i] = 0;
                 for (int64_t j = 0; j <= t; j++) {
                     real dlogit = p[j] * (dp[j] - sum);
-                    for (int i = 0; i < d; i++) dq_t[i] += scale * dlogit * k_b[j * ld + i];
-                    for (int i = 0; i < d; i++) dk_b[j * ld + i] += scale * dlogit * q_t[i];
+                    for (int i = 0; i < d; i++)
+                        dq_t[i] += scale * dlogit * k_b[j * ld + i];
+                    for (int i = 0; i < d; i++)
+                        dk_b[j * ld + i] += scale * dlogit * q_t[i];
                 }
             }
     }
 }
 
-// [18]  gamma_t = gamma_max · tanh(x_t·weight + bias)      x (N,D), weight (D), bias (1), gamma (N), |gamma|
-// < gamma_max bias starts at 1: a new layer listens to its past outputs, with 0.76 gamma_max, before it has
-// learnt when to.
+// [18]  gamma_t = gamma_max · tanh(x_t·weight + bias)      x (N,D), weight (D), bias (1), gamma (N)
+// |gamma| < gamma_max. bias starts at 1: a new layer listens to its past outputs, with 0.76 gamma_max, before
+// it has learnt when to.
 static void gain_forward(real *gamma, const real *x, const real *weight, const real *bias, real gamma_max,
                          int N, int D) {
     #pragma omp parallel for if (N > 1)
@@ -440,8 +453,8 @@ static void gain_backward(real *dx, real *dweight, real *dbias, real *dgamma, co
     }
 }
 
-// [17, 19-22]  The feedback path: s_t = f_t + gamma_t Σ_{j<t} α_tj s_j with α_tj = softmax_{j<t}(q'_t·k'_j /
-// √D)
+// [17, 19-22]  The feedback path:
+//     s_t = f_t + gamma_t Σ_{j<t} α_tj s_j   with   α_tj = softmax_{j<t}(q'_t·k'_j / √D)
 //
 // Every row reads the rows of s above it, which have read those above them. The first three, written out:
 //     s_0 = f_0                                           row 0 has no past
@@ -454,10 +467,10 @@ static void gain_backward(real *dx, real *dweight, real *dbias, real *dgamma, co
 // lower-triangular, solved from the first row to the last by substitution. |gamma| < 1 keeps s bounded: |s| ≤
 // max|f| / (1 - max|gamma|).
 //
-// q' and k' are one head of all D columns, since one s comes back, and not one a head. They have no RoPE: a
-// row chooses by content which outputs it hears again, and the order is in the triangle itself, for the
-// further back j lies the more paths lead there. It costs what one more attention of one head costs, O(T²·D)
-// a sequence; only that the rows must come one after the other is new.
+// q' and k' are one head of all D columns and not one a head, since one s comes back. They have no RoPE (the
+// paper, 3.3): a row chooses by content which outputs it hears again. Order comes in by the triangle itself:
+// even of a constant f the solve makes an s that rises with t (Corollary I.8). It costs what one more attention
+// of one head costs, O(T²·D) a sequence; only that the rows must come one after the other is new.
 //
 // shape: H = G = 1 and d = D. f (B,T-first,D); q', k': D columns of rows ld apart, q' for the positions
 // first..T-1 and k' for 0..T-1; gamma (B,T-first), stats (B,T-first,2); s (B,T,D), its rows before first
@@ -475,7 +488,8 @@ static void feedback_forward(real *s, real *stats, Work work, const real *f, con
             softmax_row(alpha, stats + 2 * row, q + row * ld, k + b * T * ld, ld, D, (int)t);
             for (int i = 0; i < D; i++) s_t[i] = f[row * D + i];
             for (int64_t j = 0; j < t; j++)
-                for (int i = 0; i < D; i++) s_t[i] += gamma[row] * alpha[j] * s_b[j * D + i];
+                for (int i = 0; i < D; i++)
+                    s_t[i] += gamma[row] * alpha[j] * s_b[j * D + i];
         }
     }
 }
@@ -508,16 +522,20 @@ static void feedback_backward(real *ds, real *dq, real *dk, real *dgamma, Work w
             softmax_row(alpha, stats + 2 * row, q_t, k_b, ld, D, (int)t);
             for (int64_t j = 0; j < t; j++) {
                 dA[j] = 0;
-                for (int i = 0; i < D; i++) dA[j] += lambda_t[i] * s_b[j * D + i];
+                for (int i = 0; i < D; i++)
+                    dA[j] += lambda_t[i] * s_b[j * D + i];
                 delta += alpha[j] * dA[j];
             }
             dgamma[row] = delta;
             for (int i = 0; i < D; i++) dq_t[i] = 0;
             for (int64_t j = 0; j < t; j++) {
                 real A = gamma[row] * alpha[j], dlogit = A * (dA[j] - delta);
-                for (int i = 0; i < D; i++) dq_t[i] += scale * dlogit * k_b[j * ld + i];
-                for (int i = 0; i < D; i++) dk_b[j * ld + i] += scale * dlogit * q_t[i];
-                for (int i = 0; i < D; i++) lambda[j * D + i] += A * lambda_t[i];
+                for (int i = 0; i < D; i++)
+                    dq_t[i] += scale * dlogit * k_b[j * ld + i];
+                for (int i = 0; i < D; i++)
+                    dk_b[j * ld + i] += scale * dlogit * q_t[i];
+                for (int i = 0; i < D; i++)
+                    lambda[j * D + i] += A * lambda_t[i];
             }
         }
     }
@@ -527,7 +545,8 @@ static void feedback_backward(real *ds, real *dq, real *dk, real *dgamma, Work w
 static void gate_forward(real *out, const real *s, const real *g, int ld, int N, int D) {
     #pragma omp parallel for if (N > 1)
     for (int64_t n = 0; n < N; n++)
-        for (int i = 0; i < D; i++) out[n * D + i] = s[n * D + i] * g[n * ld + i];
+        for (int i = 0; i < D; i++)
+            out[n * D + i] = s[n * D + i] * g[n * ld + i];
 }
 
 // ds = dout ⊙ g,   dg = dout ⊙ s       ds may be dout itself
@@ -557,8 +576,10 @@ static void crossentropy_forward(real *losses, real *logsumexp, const real *logi
     for (int64_t n = 0; n < N; n++) {
         const real *row = logits + n * V;
         real largest = row[0], sum = 0;
-        for (int i = 1; i < V; i++) largest = row[i] > largest ? row[i] : largest;
-        for (int i = 0; i < V; i++) sum += (real)exp((double)(row[i] - largest));
+        for (int i = 1; i < V; i++)
+            largest = row[i] > largest ? row[i] : largest;
+        for (int i = 0; i < V; i++)
+            sum += (real)exp((double)(row[i] - largest));
         logsumexp[n] = largest + (real)log((double)sum);
         losses[n] = targets[n] < 0 ? 0 : logsumexp[n] - row[targets[n]];
     }
@@ -862,7 +883,8 @@ static void model_forward(Model *m, const int *inputs, const int *targets, int B
 // The sum of the losses of the last model_forward.
 static double model_loss(Model *m) {
     double sum = 0;
-    for (int n = 0; n < m->batch_B * m->batch_T; n++) sum += (double)m->acts.losses[n];
+    for (int n = 0; n < m->batch_B * m->batch_T; n++)
+        sum += (double)m->acts.losses[n];
     return sum;
 }
 
@@ -931,7 +953,8 @@ static void model_backward(Model *m, double dloss) {
 static double norm(const real *x, int64_t n) {
     if (!plain) return norm_fast(x, n);
     double squares = 0;
-    for (int64_t i = 0; i < n; i++) squares += (double)x[i] * (double)x[i];
+    for (int64_t i = 0; i < n; i++)
+        squares += (double)x[i] * (double)x[i];
     return sqrt(squares);
 }
 
@@ -1032,7 +1055,8 @@ static inline void conv_row(real *u, const real *inp, int ld, const real *tail, 
     for (int lag = 0; lag < TAPS && lag <= t; lag++) {
         int is_new = t - lag >= first;
         const real *row = is_new ? inp + (n - lag) * ld : tail + (int64_t)((t - lag) % (TAPS - 1)) * W;
-        for (int c = 0; c < W; c++) u[c] += weight[c * TAPS + TAPS - 1 - lag] * row[c];
+        for (int c = 0; c < W; c++)
+            u[c] += weight[c * TAPS + TAPS - 1 - lag] * row[c];
     }
 }
 
@@ -1068,7 +1092,8 @@ static void conv_backward(real *dinp, real *dweight, real *dbias, real *dout, co
     for (int64_t n = 0; n < B * T; n++) {
         real *u = dinp + n * ld; // until its own gradient is written there, below
         conv_row(u, inp, ld, NULL, weight, bias, n, T, W, 0);
-        for (int c = 0; c < W; c++) dout[n * W + c] *= silu_derivative(u[c]);
+        for (int c = 0; c < W; c++)
+            dout[n * W + c] *= silu_derivative(u[c]);
     }
     for (int64_t n = 0; n < B * T; n++)
         for (int c = 0; c < W; c++) {
@@ -1116,7 +1141,8 @@ static void scan_row(real *state, const real *xbc_t, real step, Scan scan, int h
     const real *x = xbc_t + h * w, *b = xbc_t + scan.E;
     real keep = (real)exp(-exp((double)scan.A_log[h]) * (double)step);
     for (int s = 0; s < S; s++)
-        for (int i = 0; i < w; i++) state[s * w + i] = keep * state[s * w + i] + step * b[s] * x[i];
+        for (int i = 0; i < w; i++)
+            state[s * w + i] = keep * state[s * w + i] + step * b[s] * x[i];
 }
 
 // A head's columns of a state (S,E), and back.
@@ -1152,9 +1178,11 @@ static void scan_forward(real *y, real *states, int kept, Work work, const real 
                 real *y_t = y + (b * T + t) * E + h * w;
                 if (kept && t % CHUNK == 0) put_head(states_b + t / CHUNK * size, state, scan, h);
                 scan_row(state, xbc_t, step[(b * T + t) * heads + h], scan, h);
-                for (int i = 0; i < w; i++) y_t[i] = scan.skip[h] * xbc_t[h * w + i];
+                for (int i = 0; i < w; i++)
+                    y_t[i] = scan.skip[h] * xbc_t[h * w + i];
                 for (int s = 0; s < S; s++)
-                    for (int i = 0; i < w; i++) y_t[i] += c[s] * state[s * w + i];
+                    for (int i = 0; i < w; i++)
+                        y_t[i] += c[s] * state[s * w + i];
             }
             if (!kept) put_head(states_b, state, scan, h);
         }
