@@ -1,9 +1,9 @@
 """Holds data/symbolsoup.py against examples of the author's own generator: lengths, classes, letters, pairs of letters, runs and
 motifs, in noise and by style, must be distributed alike.
 
-  dev/check_symbolsoup.py FOLDER                         # with symbol_soup_train.tsv, _val.tsv and _test.tsv
-  dev/check_symbolsoup.py FOLDER --set replaced=0.02     # a wrong parameter must be noticed
-  dev/check_symbolsoup.py FOLDER --wrong                 # every parameter made wrong in turn, and each must be
+  data/check_symbolsoup.py FOLDER                         # with symbol_soup_train.tsv, _val.tsv and _test.tsv
+  data/check_symbolsoup.py FOLDER --set replaced=0.02     # a wrong parameter must be noticed
+  data/check_symbolsoup.py FOLDER --wrong                 # every parameter made wrong in turn, and each must be
 
 Each statistic is a histogram; two histograms p, q are Σ (p-q)²/(p+q) apart. How far apart chance alone brings two sets of these
 sizes is found by drawing, again and again, as many of our own examples as there are of theirs and comparing them with the rest:
@@ -18,7 +18,6 @@ import sys
 
 import numpy as np
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "data"))
 import symbolsoup
 
 BOUND, DRAWS, TIMES = 5.0, 200, 6       # TIMES as many examples of ours as of theirs

@@ -1,12 +1,12 @@
 """The paper's comparisons, run again: Sessa, a Transformer and Mamba-2 with equally many parameters, and Sessa without its feedback
 path, on the same data for as many steps, two seeds each. One entry a table; it writes FOLDER/NAME.md, and the curves beside it.
 
-  dev/experiments.py symbolsoup mqar --quick            # minutes on a CPU: shows that everything works, and no more
-  dev/experiments.py mqar --small                       # an hour or so on a CPU: small models that do learn
-  dev/experiments.py symbolsoup                         # the real thing, on a GPU
-  dev/experiments.py mqar --models mamba2 --seeds 1337 --program ./train_sessacu
-  dev/experiments.py symbolsoup-200k --models mamba2 --seeds 101 --lr 2e-3     # one point of a sweep; its runs have names of their own
-  dev/experiments.py tinyshakespeare --dry-run          # prints the commands
+  dev/claims/experiments.py symbolsoup mqar --quick            # minutes on a CPU: shows that everything works, and no more
+  dev/claims/experiments.py mqar --small                       # an hour or so on a CPU: small models that do learn
+  dev/claims/experiments.py symbolsoup                         # the real thing, on a GPU
+  dev/claims/experiments.py mqar --models mamba2 --seeds 1337 --program ./train_sessacu
+  dev/claims/experiments.py symbolsoup-200k --models mamba2 --seeds 101 --lr 2e-3     # one point of a sweep; its runs have names of their own
+  dev/claims/experiments.py tinyshakespeare --dry-run          # prints the commands
 
 Entries: symbolsoup (accuracy on its test set), symbolsoup-200k (the same with 200,000 examples), symbolsoup-long (100,000 of 900 to
 1,024 tokens), mqar (accuracy by lag, up to four times the lags trained on), simplestories
@@ -24,7 +24,7 @@ import sys
 
 import match
 
-ROOT = os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+ROOT = os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 
 # lines behind SymbolSoup's curves: what can be had by whom (dev/claims/soup.py)
 LADDER = (("0.447", "pairs of the text"), ("0.607", "blocks apart, letters"), ("0.791", "pairs"), ("0.820", "best possible"))
@@ -224,7 +224,8 @@ def run_entry(name, entry, o):
     except ImportError:
         print("no curves: matplotlib is not installed")
         return
-    call([sys.executable, os.path.join(ROOT, "dev", "plot_training.py"), *(path for path, _ in logs), "--names",
+    plot = os.path.join(os.path.dirname(os.path.abspath(__file__)), "plot_training.py")
+    call([sys.executable, plot, *(path for path, _ in logs), "--names",
           *(label for _, label in logs), *(word for level in entry.get("levels", ()) for word in ("--level", *level)),
           "--title", name, "--out", os.path.join(folder, name + tag + ".svg")], False)
 

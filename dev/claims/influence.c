@@ -2,7 +2,7 @@
 How far back a layer reaches: what a position's output owes to a position `lag` tokens before it, for one layer after another of
 a model on a text, and for the case that the theory solves. Built on train_sessa.c, whose own layer functions do the work:
 
-    cc -O3 -march=native -ffast-math -fno-finite-math-only -fopenmp dev/influence.c -o influence -lm
+    cc -O3 -march=native -ffast-math -fno-finite-math-only -fopenmp dev/claims/influence.c -o influence -lm
     ./influence out.safetensors --load sessa.best.safetensors --data data/tinyshakespeare.txt --seq 1024
     ./influence out.safetensors --mixer attention --data my.txt --seq 512       # random weights
     ./influence --uniform 0.5 4096 uniform.safetensors
@@ -20,7 +20,8 @@ random signs for each [2]; --map l, the layer whose matrices are written as pict
     layers.l.jacobian   |∂s_t/∂ā_τ| / sqrt(D), Frobenius norm, root mean square: the whole mixer, its weights depending on ā as they
                         do. From backward passes: the mean of |J^T u|² over signs u is |J|². 0 at lags that no target has
 
-and map.direct, map.feedback, map.solve (n,n) of the first sequence. dev/plot_influence.py and dev/plot_maps.py draw them.
+and map.direct, map.feedback, map.solve (n,n) of the first sequence.
+plot_influence.py and plot_maps.py beside it draw them.
 */
 #define SESSA_NO_MAIN
 #if defined(__GNUC__) && !defined(__clang__)
@@ -29,7 +30,7 @@ and map.direct, map.feedback, map.solve (n,n) of the first sequence. dev/plot_in
 #ifndef REAL
 #define REAL double // weights of both signs cancel: at gamma -0.9 float32 is off by 1.5e-4
 #endif
-#include "../train_sessa.c"
+#include "../../train_sessa.c"
 
 static FileTensor *tensors; // to be written
 static int n_tensors;
@@ -436,7 +437,8 @@ static int check(void) {
 
 static int usage(void) {
     fprintf(stderr, "influence: takes OUT.safetensors and train_sessa's options, or --uniform GAMMA T [OUT.safetensors] with "
-                    "0 < |GAMMA| <= 0.9 and 4096 <= T <= 65536, or --check; see the head of dev/influence.c\n");
+                    "0 < |GAMMA| <= 0.9 and 4096 <= T <= 65536, or --check; "
+                    "see the head of dev/claims/influence.c\n");
     return 2;
 }
 

@@ -1,7 +1,7 @@
 """Shapes of the three mixers with equally many parameters: for a width and a Sessa depth, the nearest shapes within 2 %.
 
-  dev/match.py --dim 256 --layers 4 --vocab 43
-  dev/match.py --dim 128 --layers 5 --heads 4 --vocab 65 --tolerance 1
+  dev/claims/match.py --dim 256 --layers 4 --vocab 43
+  dev/claims/match.py --dim 128 --layers 5 --heads 4 --vocab 65 --tolerance 1
 
 Attention has 7D² numbers a layer where Sessa has 9D², Mamba-2 9D² and what its state adds: they cannot be matched at the same
 width and depth, so width and depth may both move, as little as possible. Mamba-2's heads are 64 wide, or narrower where that

@@ -1,8 +1,8 @@
-"""Influence by lag, both axes logarithmic, with fitted slopes: files of dev/influence.c as a picture.
+"""Influence by lag, both axes logarithmic, with fitted slopes: files of dev/claims/influence.c as a picture.
 
-  dev/plot_influence.py uniform.safetensors --out uniform.svg                 # ./influence --uniform 0.5 4096 uniform.safetensors
-  dev/plot_influence.py sessa.safetensors attention.safetensors mamba2.safetensors --names Sessa Transformer Mamba-2 --out tail.png
-  dev/plot_influence.py sessa.safetensors --kind solve --layers 0 3 --fit 10 500
+  dev/claims/plot_influence.py uniform.safetensors --out uniform.svg                 # ./influence --uniform 0.5 4096 uniform.safetensors
+  dev/claims/plot_influence.py sessa.safetensors attention.safetensors mamba2.safetensors --names Sessa Transformer Mamba-2 --out tail.png
+  dev/claims/plot_influence.py sessa.safetensors --kind solve --layers 0 3 --fit 10 500
 
 One panel a kind. A line is straight where influence is a power of the lag; its slope is fitted, by least squares on both
 logarithms, over --fit LOW HIGH (a hundredth of the longest lag to nine tenths of it). Points are means in 40 bins of equal ratio.
@@ -27,7 +27,7 @@ UNIFORM = {"solve": "feedback", "closed": "its closed form", "direct": "attentio
 
 
 def read(path):
-    """{kind: {label: values by lag}} of a file of dev/influence.c."""
+    """{kind: {label: values by lag}} of a file of dev/claims/influence.c."""
     try:
         tensors = load_file(path)
     except OSError as error:

@@ -2,7 +2,7 @@
 every number of hops. Row: the position that reads; column: the position that is read. Colours are logarithmic.
 
   ./influence maps.safetensors --load sessa.best.safetensors --data data/tinyshakespeare.txt --seq 256 --map 3 --map-size 128
-  dev/plot_maps.py maps.safetensors --out maps.png
+  dev/claims/plot_maps.py maps.safetensors --out maps.png
 """
 import argparse
 import sys
@@ -23,7 +23,7 @@ TITLES = {"map.direct": "attention, mean over heads", "map.feedback": r"feedback
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", help="of dev/influence.c")
+    parser.add_argument("file", help="of dev/claims/influence.c")
     parser.add_argument("--floor", type=float, default=1e-4, help="smaller numbers have the colour of this one [1e-4]")
     parser.add_argument("--out", default="maps.png", help="picture, .svg or .png [maps.png]")
     o = parser.parse_args()

@@ -1,8 +1,8 @@
 """Training curves of one or more logs (train_sessa's --log): loss, validation loss and, where there is one, accuracy, by step.
 
-  dev/plot_training.py run.jsonl --out run.svg
-  dev/plot_training.py sessa.jsonl attention.jsonl mamba2.jsonl --names Sessa Transformer Mamba-2 --out curves.png
-  dev/plot_training.py soup.jsonl --level 0.82 "best possible" --level 0.79 "pairs" --out soup.png       # lines behind the accuracy
+  dev/claims/plot_training.py run.jsonl --out run.svg
+  dev/claims/plot_training.py sessa.jsonl attention.jsonl mamba2.jsonl --names Sessa Transformer Mamba-2 --out curves.png
+  dev/claims/plot_training.py soup.jsonl --level 0.82 "best possible" --level 0.79 "pairs" --out soup.png       # lines behind the accuracy
 """
 import argparse
 import json

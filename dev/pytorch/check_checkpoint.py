@@ -1,7 +1,7 @@
 """Holds a checkpoint of the C program against PyTorch: it must load there as it is, give the validation loss that the program
 prints, and, through a dump made of its own weights, every activation, logit and gradient.
 
-  dev/check_checkpoint.py sessa.safetensors --data data/tinyshakespeare.txt --program ./train_sessa --test ./test_sessa
+  dev/pytorch/check_checkpoint.py sessa.safetensors --data data/tinyshakespeare.txt --program ./train_sessa --test ./test_sessa
 """
 import argparse
 import os

@@ -1,7 +1,7 @@
 """The C program's first training steps, done again in PyTorch in float64 from the same weights: order of the data, dropout,
 accumulation, learning rates, clipping and AdamW must give the losses and gradient norms of its log.
 
-  dev/check_training.py sessa.safetensors --data data/tinyshakespeare.txt --program ./train_sessa
+  dev/pytorch/check_training.py sessa.safetensors --data data/tinyshakespeare.txt --program ./train_sessa
 """
 import argparse
 import json

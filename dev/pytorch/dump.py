@@ -1,9 +1,9 @@
 """Writes a reference dump: weights, one batch, every activation, every gradient and the losses of a few AdamW steps,
 computed in float64 from weights that float32 holds exactly and rounded once, for ./test_sessa FILE to check.
 
-  dev/dump.py my_dump.safetensors --dim 64 --heads 4 --kv-heads 2 --layers 3 --seq 100
-  dev/dump.py my_dump.safetensors --mixer mamba2 --mamba-head-dim 16 --mamba-state-dim 8
-  dev/dump.py --committed        # data/ref_sessa, ref_one_head, ref_attention, ref_mamba2
+  dev/pytorch/dump.py my_dump.safetensors --dim 64 --heads 4 --kv-heads 2 --layers 3 --seq 100
+  dev/pytorch/dump.py my_dump.safetensors --mixer mamba2 --mamba-head-dim 16 --mamba-state-dim 8
+  dev/pytorch/dump.py --committed        # data/ref_sessa, ref_one_head, ref_attention, ref_mamba2
 """
 import argparse
 import copy
@@ -121,7 +121,8 @@ def main():
     if o.committed == bool(o.file):
         parser.error("give a file to write, or --committed")
     if o.committed:
-        folder = os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "data"))
+        here = os.path.dirname(os.path.abspath(__file__))
+        folder = os.path.normpath(os.path.join(here, "..", "..", "data"))
         jobs = {os.path.join(folder, f"{name}.safetensors"): job for name, job in COMMITTED.items()}
         hyper, n_losses, seed = HYPER, 5, 0
     else:

@@ -1,4 +1,4 @@
-"""Tests of sessa.py, dump.py and the committed dumps: dev/test_sessa.py, or pytest dev/test_sessa.py. No GPU."""
+"""Tests of sessa.py, dump.py and the committed dumps: dev/pytorch/test_model.py, or pytest dev/pytorch/test_model.py. No GPU."""
 import math
 import os
 import sys
@@ -16,7 +16,7 @@ from sessa import (Config, Sessa, config_of, configure_adamw, dropout, feedback,
 
 CONFIGS = [Config(23, 16, 2, 4, 2, 40), Config(17, 12, 2, 1, 0, 40, 0.9), Config(19, 16, 2, 2, 1, 40, mixer="attention"),
            Config(11, 24, 3, 3, 3, 40, 0.5), Config(13, 12, 2, 1, 0, 40, mixer="mamba2", mamba_head_dim=8, mamba_state_dim=5)]
-DATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "data")
+DATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "data")
 
 
 def model_of(config, seed=0):

@@ -1,13 +1,13 @@
 """Training steps of the C program and of PyTorch, side by side in alternating rounds, since a time on a shared machine means
 little and a ratio within one run means something.
 
-  dev/bench.py --threads 2 --rounds 3                  # all shapes, and generation
-  dev/bench.py --shapes 128,5,4,65,12,64 --no-compile  # D,L,H,V,B,T
-  dev/bench.py --shapes --generate 128,5,4 768,12,12   # generation alone: D,L,H
+  dev/speed/bench.py --threads 2 --rounds 3                  # all shapes, and generation
+  dev/speed/bench.py --shapes 128,5,4,65,12,64 --no-compile  # D,L,H,V,B,T
+  dev/speed/bench.py --shapes --generate 128,5,4 768,12,12   # generation alone: D,L,H
 
 A PyTorch step is forward, backward, clipping, fused AdamW and zero_grad; the C program's is what its log calls a step. The
 Transformer (gpt.py) has the width of the Sessa model and the depth whose parameters come closest. Shares are of the rate
-that a float32 product of two 1536×1536 matrices attains here, PyTorch's or ours (dev/profile.c), whichever is faster, and
+that a float32 product of two 1536×1536 matrices attains here, PyTorch's or ours (profile.c), whichever is faster, and
 count 6·parameters + 12·T·D·L floating-point operations a token (6·T·D·L for the Transformer, which has one attention a
 layer). Generation is timed as what 500 tokens after a prompt of 500 take beyond the first one.
 """
@@ -23,6 +23,7 @@ import time
 import numpy as np
 import torch
 
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "pytorch"))
 from gpt import GPT
 from sessa import Config, Sessa, configure_adamw, generate, load_checkpoint
 
@@ -60,11 +61,11 @@ def read_rate(n=100_000_000):
 
 
 def our_product_rate(root, threads):
-    """GFLOP/s of the C routine, printed by dev/profile.c; 0 where there is no compiler."""
+    """GFLOP/s of the C routine, printed by dev/speed/profile.c; 0 where there is no compiler."""
     with tempfile.TemporaryDirectory() as folder:
         program = os.path.join(folder, "profile")
         command = [os.environ.get("CC", "cc"), "-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-fopenmp",
-                   os.path.join(root, "dev", "profile.c"), "-o", program, "-lm"]
+                   os.path.join(root, "dev", "speed", "profile.c"), "-o", program, "-lm"]
         try:
             subprocess.run(command, check=True, capture_output=True)
             out = subprocess.run([program, "64", "1", "2", "65", "1", "32"], env={**os.environ, "OMP_NUM_THREADS": str(threads)},
@@ -203,7 +204,7 @@ def generation(shape, o, root):
 
 
 def main():
-    root = os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+    root = os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="*", default=SHAPES.split(), help=f"D,L,H,V,B,T ... [{SHAPES}]")
     parser.add_argument("--generate", nargs="*", default=["128,5,4", "768,12,12"], help="D,L,H ... [128,5,4 768,12,12]")

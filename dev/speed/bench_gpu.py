@@ -1,10 +1,10 @@
 """Training steps on one GPU, side by side: train_sessacu in bf16 and TF32, the PyTorch model of sessa.py under torch.compile
 in bf16 autocast, and the Transformer of gpt.py (FlashAttention through scaled_dot_product_attention) likewise.
 
-  dev/bench_gpu.py                            # all shapes, all programs
-  dev/bench_gpu.py --shapes small long8192    # some
-  dev/bench_gpu.py --no-torch                 # this program alone
-  dev/bench_gpu.py --generate                 # tokens a second, one sequence, behind prompts of 1000 and 8000 tokens
+  dev/speed/bench_gpu.py                            # all shapes, all programs
+  dev/speed/bench_gpu.py --shapes small long8192    # some
+  dev/speed/bench_gpu.py --no-torch                 # this program alone
+  dev/speed/bench_gpu.py --generate                 # tokens a second, one sequence, behind prompts of 1000 and 8000 tokens
 
 A step is forward, backward, clipping, AdamW. Tokens per second are of the median step, after the first ones. Memory is what
 the program takes with cudaMalloc, workspaces included, against torch.cuda.max_memory_allocated. The share counts
@@ -23,6 +23,8 @@ import tempfile
 import time
 
 import numpy as np
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "pytorch"))
 
 SHAPES = {  # D, L, H, V, B, T
     "small": (384, 8, 6, 65, 64, 256),
@@ -177,7 +179,7 @@ def main():
     parser.add_argument("--steps", type=int, default=20, help="timed, of each program [20]")
     parser.add_argument("--no-torch", action="store_true", help="this program alone")
     parser.add_argument("--generate", action="store_true", help="time generation, not training")
-    parser.add_argument("--program", default=os.path.join(here, "..", "train_sessacu"))
+    parser.add_argument("--program", default=os.path.join(here, "..", "..", "train_sessacu"))
     o = parser.parse_args()
     rate, card = 0, "a GPU"
     try:

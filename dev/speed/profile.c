@@ -3,11 +3,11 @@ Where a training step's time goes: every layer of train_sessa.c, forward and bac
 real model, with what bounds it: the floating-point operations it must do (a causal half counted once, probabilities that
 are computed again counted again) and the bytes it must move (each array read or written once).
 
-    cc -O3 -march=native -ffast-math -fno-finite-math-only -fopenmp dev/profile.c -o profile -lm
+    cc -O3 -march=native -ffast-math -fno-finite-math-only -fopenmp dev/speed/profile.c -o profile -lm
     ./profile [D L H V B T]            one shape; without arguments the default model
 */
 #define SESSA_NO_MAIN
-#include "../train_sessa.c"
+#include "../../train_sessa.c"
 
 enum { REPEATS = 9 };
 typedef struct { const char *name; double ms, gflop, gbyte; } Row;

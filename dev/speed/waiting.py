@@ -1,8 +1,8 @@
 """What threads that wait for each other cost on two cores that are not theirs alone: a step of the default model, alone, beside
 a second training, beside a busy loop, under a quota of one core and of half a core.
 
-  dev/waiting.py --before OLD_PROGRAM                     # a build of before against ./train_sessa
-  dev/waiting.py --set GOMP_SPINCOUNT=100 --only pair     # variables of libgomp's tried on the program
+  dev/speed/waiting.py --before OLD_PROGRAM                     # a build of before against ./train_sessa
+  dev/speed/waiting.py --set GOMP_SPINCOUNT=100 --only pair     # variables of libgomp's tried on the program
 
 Everything is measured in rounds that alternate, and what counts is the median of the ratios within a round. A rate is the
 number of lines that a log grows by in a window of time. A quota is a cgroup's where one can be made (as root); else the
@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 
+HERE = os.path.dirname(os.path.abspath(__file__))
 USERS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREADS")
 
 
@@ -166,7 +167,7 @@ MEASURED = {
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--program", default="./train_sessa")
 parser.add_argument("--before", help="a build of before; without one `idle` is not measured")
-parser.add_argument("--data", default=os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "train_sessa.c"))
+parser.add_argument("--data", default=os.path.join(HERE, "..", "..", "train_sessa.c"))
 parser.add_argument("--options", default="", help="of the program: another model")
 parser.add_argument("--only", nargs="+", choices=MEASURED, default=list(MEASURED))
 parser.add_argument("--runs", type=int, default=10)

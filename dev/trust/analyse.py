@@ -1,6 +1,6 @@
 """Static analysers, the thread sanitizer and valgrind over train_sessa.c: clean but for the exceptions argued here.
 
-    python3 dev/analyse.py [gcc clang tidy cppcheck threads valgrind]
+    python3 dev/trust/analyse.py [gcc clang tidy cppcheck threads valgrind]
 
 A tool that is not there is named and left out. Some minutes.
 """
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 
-ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
+ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..")
 SOURCE = os.path.join(ROOT, "train_sessa.c")
 
 # (checker, a part of the source line, why it is wrong or wanted)
@@ -30,7 +30,7 @@ EXCEPTIONS = [
     ("invalidFunctionArg", "log((double)sum)", "V is 1 or more, and the largest term of the sum is 1"),
     ("memleak", "return larger ? larger : array", "the caller keeps what is returned"),
     ("bugprone-implicit-widening-of-multiplication-result", "", "each counts numbers in a row, a head, a chunk or a panel, below 2^31 by the options' limits; whole "
-     "tensors are counted in 64 bits, which dev/large.py runs"),
+     "tensors are counted in 64 bits, which dev/trust/large.py runs"),
     ("bugprone-suspicious-string-compare", "", "!strcmp(a, b) and the truth of memcmp are the idiom here"),
     ("bugprone-macro-parentheses", "", "the argument is a statement: it is a loop's body"),
     ("bugprone-signed-char-misuse", "*j->at != c", "c is always one of JSON's ASCII characters"),

@@ -1,6 +1,6 @@
 """What stays the same when the compiler, the processor or the number of threads changes.
 
-    python3 dev/check_compilers.py [--steps 100] [--also NAME=PROGRAM ...]
+    python3 dev/trust/check_compilers.py [--steps 100] [--also NAME=PROGRAM ...]
 
 Builds train_sessa.c in several ways and trains the same small models with each; --also adds what another compiler built.
 One binary must write the same bytes for any number of threads, of a shape, too, that fills no vector. Two binaries round
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 
-ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
+ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..")
 FAST = ["-ffast-math", "-fno-finite-math-only", "-Wno-unknown-pragmas"]
 BUILDS = {"gcc -O3 native": ["gcc", "-O3", "-march=native", "-fopenmp"],
           "gcc -O3 x86-64-v3": ["gcc", "-O3", "-march=x86-64-v3", "-fopenmp"],

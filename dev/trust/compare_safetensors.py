@@ -1,7 +1,7 @@
 """The reader of train_sessa.c against the safetensors library of Python, on files mutated from real ones: both must agree
 on what is valid. Where they differ, ours must be the stricter one, and the reason one of the four named below.
 
-    dev/.venv/bin/python dev/compare_safetensors.py [--files 10000] [--seed 1]
+    dev/.venv/bin/python dev/trust/compare_safetensors.py [--files 10000] [--seed 1]
 """
 
 import argparse

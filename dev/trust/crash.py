@@ -1,6 +1,6 @@
 """What happens to a machine: kills, a full disk, folders and files that cannot be written, closed pipes, broken data.
 
-    python3 dev/crash.py [--kills 300] [--seed 1] [--program ./train_sessa]
+    python3 dev/trust/crash.py [--kills 300] [--seed 1] [--program ./train_sessa]
 
 Each line is one check. A kill (SIGKILL) strikes at a random moment, half of them while a save is under way; what is on the
 disk must load, and resumed it must give the bytes of a run that nobody killed. Needs Linux; mounting a small disk needs
@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 
+HERE = os.path.dirname(os.path.abspath(__file__))
 passed = failed = 0
 
 
@@ -323,7 +324,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=300)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--program", default=os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "train_sessa"))
+    parser.add_argument("--program", default=os.path.join(HERE, "..", "..", "train_sessa"))
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # ignored under nohup or in the background, and then in children too

@@ -1,6 +1,6 @@
-// Runs a program and lets chosen system calls of it go wrong: dev/faults.py and dev/signals.py drive it.
+// Runs a program and lets chosen system calls of it go wrong. faults.py and signals.py beside it drive it.
 //
-//     cc -O2 -Wall -Wextra dev/faults.c -o faults
+//     cc -O2 -Wall -Wextra dev/trust/faults.c -o faults
 //     ./faults [-r REPORT] [-l] [-p] [-a ACTION]... -- PROGRAM ARGUMENTS...
 //
 // System calls are counted from 1, from the place where the program itself begins (behind the loader and the
@@ -87,7 +87,7 @@ static unsigned long long *argument(Registers *r, int i) { return &r->regs[i]; }
 static unsigned long long *result_of(Registers *r) { return &r->regs[0]; }
 static unsigned long long *program_counter(Registers *r) { return &r->pc; }
 #else
-#error "dev/faults.c knows the registers of x86-64 and arm64"
+#error "dev/trust/faults.c knows the registers of x86-64 and arm64"
 #endif
 
 // ----------------------------------------------------------------------------

@@ -1,11 +1,11 @@
 """Every system call and every allocation goes wrong once, and what is promised is checked each time.
 
-    python3 dev/faults.py [--program ./train_sessa] [--quick | --all] [--seed 1] [--only 'resume 57:fail=5']
+    python3 dev/trust/faults.py [--program ./train_sessa] [--quick | --all] [--seed 1] [--only 'resume 57:fail=5']
 
 Training with saves, validations, samples and a log, resuming, --overwrite, what is refused without it, --load,
---eval, --generate, and mamba2 with example sets run again and again; in each run one call is disturbed (dev/faults.c: errors, short
-reads and writes, errors that stay, a disk that is gone; dev/faults_shim.c: an allocation, or all from one
-on), or memory is limited. Afterwards, `judge`:
+--eval, --generate, and mamba2 with example sets run again and again.
+In each run one call is disturbed (faults.c: errors, short reads and writes, errors that stay, a disk that is gone;
+faults_shim.c: an allocation, or all from one on), or memory is limited. Afterwards, `judge`:
 
   - it ended as if nothing had happened, or with exit code 1 and one line on standard error; never otherwise
   - run and best weights are what was there before, or what an undisturbed run saves, byte for byte (a run
@@ -615,7 +615,7 @@ def default_signals():
 
 def arguments(description):
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--program", default=os.path.join(HERE, "..", "train_sessa"))
+    parser.add_argument("--program", default=os.path.join(HERE, "..", "..", "train_sessa"))
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="a seeded sample, of --number (the default)")
     parser.add_argument("--all", action="store_true", help="everything")
@@ -640,7 +640,7 @@ class Tally:
 
     def __init__(self, options, tool):
         self.passed, self.failed, self.shown = 0, 0, collections.Counter()
-        self.again = "python3 dev/%s --program %s --only" % (tool, os.path.relpath(options.program))
+        self.again = "python3 dev/trust/%s --program %s --only" % (tool, os.path.relpath(options.program))
         self.all = options.all
 
     def add(self, group, words, problems, case):

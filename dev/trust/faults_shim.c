@@ -1,7 +1,7 @@
-// Between a program and the C library: lets allocations fail and flushes take long. dev/faults.py and
-// dev/signals.py use it.
+// Between a program and the C library: lets allocations fail and flushes take long.
+// faults.py and signals.py beside it use it.
 //
-//     cc -O2 -Wall -Wextra -shared -fPIC dev/faults_shim.c -o faults_shim.so -ldl
+//     cc -O2 -Wall -Wextra -shared -fPIC dev/trust/faults_shim.c -o faults_shim.so -ldl
 //     FAULT_AT=7 FAULT_FROM=1 FAULT_REPORT=report LD_PRELOAD=./faults_shim.so PROGRAM ARGUMENTS...
 //
 // FAULT_AT: the allocation that fails, counted from 1; with FAULT_FROM all that follow fail as well. The

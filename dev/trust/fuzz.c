@@ -1,6 +1,7 @@
 /*
 Fuzzing of everything that train_sessa.c reads: whatever the bytes are, no access out of bounds, no undefined behaviour,
-and what is accepted is what it says. TARGET in the environment chooses the reader; dev/fuzz.sh builds and runs it.
+and what is accepted is what it says. TARGET in the environment chooses the reader.
+fuzz.py beside it builds and runs it.
 
     safetensors  a file as it lies on the disk: parsed, every byte and name visited, written again and read back
     header       the same with a length of two bytes that is made to fit, so that changes of the header stay readable;
@@ -14,7 +15,7 @@ and what is accepted is what it says. TARGET in the environment chooses the read
 With libFuzzer: clang -fsanitize=fuzzer,address,undefined. With any compiler: -DREPLAY, which runs each file named once.
 */
 #define SESSA_NO_MAIN
-#include "../train_sessa.c"
+#include "../../train_sessa.c"
 
 #define REQUIRE(condition) do { if (!(condition)) { fprintf(stderr, "%d: %s\n", __LINE__, #condition); abort(); } } while (0)
 enum { MAX_NUMBERS = 1 << 16 }; // of a model or a split that is really walked through

@@ -1,8 +1,8 @@
-"""Fuzzing of the readers of train_sessa.c: builds dev/fuzz.c and runs it.
+"""Fuzzing of the readers of train_sessa.c: builds fuzz.c and runs it.
 
-    python3 dev/fuzz.py replay                      every input of dev/corpus.tar.xz once (gcc, sanitizers; seconds)
-    python3 dev/fuzz.py run 50e6 [--targets ...]    that many new executions (clang's libFuzzer), over all targets by weight
-    python3 dev/fuzz.py merge                       dev/corpus.tar.xz anew: the least inputs that reach all that was reached
+    python3 dev/trust/fuzz.py replay                      every input of corpus.tar.xz once (gcc, sanitizers; seconds)
+    python3 dev/trust/fuzz.py run 50e6 [--targets ...]    that many new executions (clang's libFuzzer), over all targets by weight
+    python3 dev/trust/fuzz.py merge                       corpus.tar.xz anew: the least inputs that reach all
 
 Runs keep their inputs in --work; a run goes on from there, or from the archive and from seeds made of real files. The
 executions of every run are added up in WORK/executions.json.
@@ -19,7 +19,7 @@ import sys
 import tarfile
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-ROOT = os.path.dirname(HERE)
+ROOT = os.path.dirname(os.path.dirname(HERE))
 ARCHIVE = os.path.join(HERE, "corpus.tar.xz")
 # name: share of the executions, longest input
 TARGETS = {"safetensors": (5, 1024), "header": (5, 2048), "metadata": (3, 1024), "data": (3, 1200), "options": (4, 512),

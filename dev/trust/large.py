@@ -1,6 +1,6 @@
 """Sizes past 2^31: logits, weights, text. Each is really run, in a build that stops at any integer overflow.
 
-    python3 dev/large.py [logits weights text]
+    python3 dev/trust/large.py [logits weights text]
 
 Takes 20 GiB of memory, as much of the disk (sparse files, in the folder of --work) and some minutes.
 """
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 
-ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
+ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..")
 failed = 0
 
 

@@ -1,6 +1,6 @@
 """Signals at every system call, at random moments, twice, from closing terminals and `timeout`: nothing is lost.
 
-    python3 dev/signals.py [--program ./train_sessa] [--quick | --all] [--seed 1] [--only 'resume 57:entry=15']
+    python3 dev/trust/signals.py [--program ./train_sessa] [--quick | --all] [--seed 1] [--only 'resume 57:entry=15']
 
 From the moment that training has begun, the first INT, TERM, HUP, USR1, USR2 or XCPU ends the step and saves,
 with exit code 130; resumed, the run leaves the bytes of one that was not stopped, log and all. A second one,
@@ -8,7 +8,7 @@ sent by kill, by `timeout` or by a shell whose terminal closes, loses nothing. O
 terminal ends at once, after the line that told so, and during a save even that waits. Before training has
 begun a signal may end the program as usual, and nothing has been replaced then.
 
-Signals at system calls: dev/faults.c sends them as the K-th call is made and as it returns, alone and in
+Signals at system calls: faults.c sends them as the K-th call is made and as it returns, alone and in
 pairs, the second at a later call or 0, 1, 20 ms later (one thread). Random moments: two threads. --quick, the
 default, is a seeded sample. Needs Linux on x86-64 or arm64, cc, and for the terminals bash and dash; what is not
 there is left out, and said.

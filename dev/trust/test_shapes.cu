@@ -14,7 +14,7 @@ line for each shape that fails, with the command that repeats it.
 */
 #define SESSA_NO_MAIN
 #define GUARD_BANDS
-#include "../train_sessa.cu"
+#include "../../train_sessa.cu"
 
 typedef struct {
     Config c;
