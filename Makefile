@@ -2,7 +2,7 @@
 # make train        builds, fetches the data, trains the default model, samples from it; ARGS="--layers 2": options
 # make test         builds and runs every test that needs no GPU
 # make train_sessacu testcu    the program for a GPU, and its tests; needs nvcc
-# make influence    builds dev/influence.c
+# make influence    builds dev/claims/influence.c
 # make clean        removes what was built
 #
 # Variables: CC, CFLAGS, OPENMP= (for one thread), ARCH (native; x86-64-v3 for valgrind), NVCC, CUDA_ARCH
@@ -64,8 +64,8 @@ test_sessa64: test_sessa.c train_sessa.c
 	$(CAN_WRITE)
 	$(COMPILE) -DREAL=double
 
-# how far back a layer reaches (dev/claims.md)
-influence: dev/influence.c train_sessa.c
+# how far back a layer reaches (dev/claims/claims.md)
+influence: dev/claims/influence.c train_sessa.c
 	$(CAN_WRITE)
 	$(COMPILE)
 
@@ -82,7 +82,7 @@ test_sessacu: test_sessa.c train_sessa.cu train_sessa.c
 	$(NVCC) $(NVCCFLAGS) -DTEST_CUDA -x cu $< -o $@ -lcublasLt
 
 # random shapes, and the branches that they meet: ./test_shapes SEED FIRST COUNT
-test_shapes: dev/test_shapes.cu train_sessa.cu train_sessa.c
+test_shapes: dev/trust/test_shapes.cu train_sessa.cu train_sessa.c
 	$(NVCC) $(NVCCFLAGS) $< -o $@ -lcublasLt
 
 testcu: test_sessacu test_shapes train_sessacu

@@ -519,7 +519,7 @@ static void describe(cublasLtMatmulDesc_t operation, cublasLtMatmulDescAttribute
 
 // The first algorithm of cuBLASLt's heuristic for this shape, without workspace (some that get one clear it first) unless that
 // leaves much of the GPU idle: then a long sum is cut in pieces. Of short sums the first in tiles of 128×128. All measured:
-// dev/gpu.md. cuBLASLt thinks in columns, out^T = B^T·A^T: its A is our B.
+// dev/speed/gpu_diary.md. cuBLASLt thinks in columns, out^T = B^T·A^T: its A is our B.
 static void product_prepare(Product *p, const ProductKey *k) {
     int left_t = k->b_transposed, right_t = k->a_transposed, found = 0;
     enum { CHOICES = 8, SHORT_SUM = 1536 };

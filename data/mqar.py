@@ -29,7 +29,7 @@ import os
 
 import numpy as np
 
-from examples import Stream, padded, write_examples
+from example_set import Stream, padded, write_examples
 
 BOS, NOISE, QUERY, SPECIAL = 0, 1, 2, 3     # then the keys' alphabet, then the values'
 

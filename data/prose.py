@@ -29,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 
-from examples import Stream
+from example_set import Stream
 
 # package: licence, as its copyright file has it. Some are names of the release's current version, which they depend on.
 PACKAGES = {

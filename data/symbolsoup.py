@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from examples import Stream, write_examples
+from example_set import Stream, write_examples
 
 LETTERS = "abcdefghijklmnop"
 TOKENS = list(LETTERS) + [" ", "\n", "<bos>", "<sep1>", "<sep2>", "<sep>", "<label>"]      # the classes' tokens follow

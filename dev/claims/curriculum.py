@@ -34,10 +34,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-ROOT = os.path.normpath(os.path.join(HERE, "..", ".."))
-sys.path[:0] = [os.path.join(ROOT, "dev"), os.path.join(ROOT, "data")]
 import match
+
+ROOT = os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 
 VOCAB = 147     # 3 marks, 16 key symbols, 128 values
 EVERY = 250     # steps between two looks at the gate

@@ -3,7 +3,7 @@ out. Needs numpy.
 
   dev/claims/soup.py                                          # 20,000 fresh examples of the defaults: the optimum, and the ladder
   dev/claims/soup.py --min-tokens 900 --max-tokens 1024 -n 4000
-  dev/claims/soup.py --lengths                                # the table of dev/claims.md, optimum by length
+  dev/claims/soup.py --lengths                                # the table of dev/claims/claims.md, optimum by length
   dev/claims/soup.py --author data/symbol_soup_seed0          # the author's own examples
 
 Who sees an example's text sees the five parts, as the marks stand between them. Noise is uniform whatever the
@@ -49,7 +49,7 @@ import sys
 import numpy as np
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..")
-sys.path[:0] = [os.path.join(ROOT, "data"), os.path.join(ROOT, "dev")]
+sys.path.insert(0, os.path.join(ROOT, "data"))
 import symbolsoup
 
 LETTERS, NONE = 16, 16      # b = NONE: no letter before

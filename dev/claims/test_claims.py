@@ -1,5 +1,5 @@
-"""Tests of the programs in dev/claims: dev/claims/test_claims.py, or pytest dev/claims/test_claims.py. With --program ./train_sessa
-the program must also read what they write.
+"""Tests of the programs in dev/claims, the plots among them: dev/claims/test_claims.py, or pytest dev/claims/test_claims.py.
+With --program ./train_sessa the program must also read what they write.
 """
 import itertools
 import json
@@ -13,13 +13,14 @@ import numpy as np
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.normpath(os.path.join(HERE, "..", ".."))
-sys.path[:0] = [HERE, os.path.join(ROOT, "dev"), os.path.join(ROOT, "data")]
+sys.path[:0] = [HERE, os.path.join(ROOT, "dev", "pytorch"), os.path.join(ROOT, "data")]
 import curriculum
 import knife
+import match
 import soup
 import symbolsoup
 import theory
-from examples import Stream
+from example_set import Stream
 from runner import Skip, run_tests
 
 PROGRAM = os.path.abspath(sys.argv[sys.argv.index("--program") + 1]) if "--program" in sys.argv else None
@@ -241,6 +242,63 @@ def test_knife():
         run("knife.py", path("attention.safetensors"), "--cut", "feedback", 0, "--out", path("x.safetensors"), code=1)
         run("knife.py", path("k.json"), "--cut", "feedback", 0, "--out", path("x.safetensors"), code=1)
         run("plot_recall.py", path("s.safetensors"), code=1)
+
+
+def test_match():
+    """The formulas against the PyTorch models' own counts, and the 2 % against the formulas."""
+    try:
+        import sessa
+    except ImportError:
+        raise Skip("torch is not installed")
+    for V, D, L, H, G, w, N in ((65, 128, 5, 4, 4, 0, 64), (19, 12, 2, 1, 1, 8, 10), (50, 32, 3, 2, 2, 16, 5)):
+        for mixer in ("sessa", "attention", "mamba2"):
+            c = sessa.Config(V, D, L, H, mixer=mixer, mamba_head_dim=w, mamba_state_dim=N)
+            shape = match.Shape(mixer, D, L, H, c.mamba_head_dim, N)
+            assert match.parameters(shape, V) == sum(p.numel() for p in sessa.Sessa(c).parameters()), shape
+    for V, D, L, H in ((65, 128, 5, 4), (43, 256, 4, 4), (147, 128, 4, 4), (4096, 512, 8, 8), (65, 384, 8, 6)):
+        like = match.Shape("sessa", D, L, H)
+        for name, shape in match.rows(V, like)[:3]:
+            assert abs(match.parameters(shape, V) / match.parameters(like, V) - 1) <= 0.02
+            assert abs(np.log2(shape.dim / D)) < 0.5 and abs(np.log2(shape.layers / L)) <= 1, shape
+            sessa.Config(V, shape.dim, shape.layers, shape.heads, mixer=shape.mixer, mamba_head_dim=shape.head_dim)     # is one that exists
+
+
+def test_plots():
+    """Each makes its picture of a small file, the slope it prints is the right one, and bad input is one line."""
+    try:
+        import matplotlib   # noqa: F401
+        from safetensors.numpy import save_file
+    except ImportError:
+        raise Skip("matplotlib or safetensors is not installed")
+    with tempfile.TemporaryDirectory() as folder:
+        path = lambda name: os.path.join(folder, name)
+
+        def plot(script, *arguments, code=0):
+            done = subprocess.run([sys.executable, os.path.join(HERE, script), *arguments], capture_output=True, text=True)
+            assert done.returncode == code and "Traceback" not in done.stderr, (script, arguments, done.stderr)
+            assert not code or len(done.stderr.strip().splitlines()) == 1
+            return done.stdout
+
+        lag = np.arange(1000.0)
+        tail = np.where(lag % 3 == 0, 0, 0.2 * np.maximum(lag, 1) ** -0.7)      # 0: not measured
+        save_file({"layers.0.solve": tail.astype(np.float32), "layers.0.direct": np.maximum(lag, 1) ** -1.0, "map.solve": np.eye(20)},
+                  path("i.safetensors"), {"mixer": "sessa", "map_layer": "0"})
+        out = plot("plot_influence.py", path("i.safetensors"), "--out", path("i.svg"))
+        assert "slope -0.7000" in out and "slope -1.0000" in out
+        assert "slope -0.7000" in plot("plot_influence.py", path("i.safetensors"), "--kind", "solve", "--fit", "20", "90", "--out", path("i.png"))
+        plot("plot_maps.py", path("i.safetensors"), "--out", path("m.png"))
+        with open(path("log.jsonl"), "w") as file:
+            for step in range(1, 31):
+                line = {"step": step, "train_loss": 3 / step, **({"val_loss": 2 / step, "val_accuracy": step / 40} if step % 10 == 0 else {})}
+                file.write(json.dumps(line) + "\n")
+        plot("plot_training.py", path("log.jsonl"), path("log.jsonl"), "--names", "a", "b", "--out", path("t.svg"))
+        for name in ("i.svg", "i.png", "m.png", "t.svg"):
+            assert os.path.getsize(path(name)) > 5000, name
+        plot("plot_influence.py", path("log.jsonl"), code=1)
+        plot("plot_influence.py", path("none.safetensors"), code=1)
+        plot("plot_maps.py", path("log.jsonl"), code=1)
+        plot("plot_training.py", path("i.safetensors"), code=1)
+        plot("plot_training.py", path("log.jsonl"), "--out", path("t.xyz"), code=1)
 
 
 if __name__ == "__main__":

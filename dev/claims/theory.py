@@ -29,8 +29,6 @@ position encoding, whatever its weights, returns the constant: its rows sum to 1
 """
 import argparse
 import math
-import os
-import sys
 
 import numpy as np
 
@@ -78,7 +76,6 @@ FAMILIES = (("feedback", "feedback", True, lambda k, g: k * g - 1),
 
 
 def picture():
-    sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
     import plot_training
     return plot_training
 

@@ -1,0 +1,591 @@
+/*
+Random shapes through the CUDA twin: every mixer and precision, sizes from 1 up, log-uniform, partial last batches,
+and the shapes that once went wrong.
+
+    ./test_shapes SEED FIRST COUNT     shapes FIRST .. FIRST+COUNT-1 of the seed's: [1 0 300]
+
+A shape is a model for B sequences of T tokens with random weights. Its losses, token by token, and gradients are
+held against the CPU program's where that is quick, else its losses against those of a model made for a smaller
+batch, which goes another way; and always against the same model's own on parts of the batch: evaluation's last
+batch is one. Models for generation read a text in pieces and at once. Every buffer of the device's memory has a
+guard band. The first shapes are fixed; the others are dealt round the kinds of `draw`, so that each branch of what
+chooses panels, tiles, the march, what is kept, is met: the standard range counts them and fails if one was not. A
+line for each shape that fails, with the command that repeats it.
+*/
+#define SESSA_NO_MAIN
+#define GUARD_BANDS
+#include "../../train_sessa.cu"
+
+typedef struct {
+    Config c;
+    int B, T, left; // left: sequences of a partial batch
+    Precision precision;
+    Mode mode;      // TRAIN, or GENERATE
+    int refused;    // model_create says why it cannot be made
+    int apart;      // without clusters, as on a part of a GPU
+} Shape;
+
+static uint64_t chance;
+static int between(int low, int high) { return low + (int)(random_u64(&chance) % (uint64_t)(high - low + 1)); }
+static int log_between(int low, int high) { // log-uniform
+    int n = (int)floor(low * pow((high + 1.0) / low, random_uniform(&chance)));
+    return n < low ? low : n > high ? high : n;
+}
+static int at_most(int n, int64_t most) { return n < most ? n : most < 1 ? 1 : (int)most; }
+
+// ----------------------------------------------------------------------------
+// the branches, and how often each was met
+
+enum { MOST_WAYS = 64 };
+static struct { const char *name; int times; } met[MOST_WAYS];
+static int n_met;
+static void meet(const char *name, int here) {
+    int i = 0;
+    while (i < n_met && strcmp(met[i].name, name)) i++;
+    if (i == n_met) met[n_met++] = {name, 0};
+    met[i].times += here != 0;
+}
+
+// All branches are named each time, so that one that is never met is there with 0.
+template <typename X> static void meet_ways(const ModelGPU<X> *m, const Shape *s) {
+    const Config *c = &s->c;
+    int D = c->d_model, d = D / c->n_heads, B = s->B, T = s->T, sessa = c->mixer == SESSA,
+        direct = c->mixer != MAMBA2, training = s->mode == TRAIN, bf16_ = sizeof(X) == 2,
+        wide_row = c->mixer == MAMBA2 ? 2 * D : D;
+    const Panels *p = &m->ways.feedback[1];
+    const AttentionWay *way = &m->ways.attention;
+    int several = p->R < T, fed = sessa && training, tiles = fed && p->tiles, plain = fed && !p->tiles,
+        panels = direct && !way->tiles, ring = in_ring(T, c->n_heads, c->n_kv_heads),
+        read = direct && training && way->tiles;
+    int64_t blocks = (p->rows + 127) / 128 * ((D + 127) / 128) * B;
+    Panels alone = feedback_panels<X>(s->left, T, D, 0, p->tiles, p->kept);
+    int other_way = s->left < B && (alone.march != p->march || alone.R != p->R),
+        fewer_than_heads = B >= c->n_heads && s->left < c->n_heads;
+    if (gpu.hopper) {
+        meet("feedback: tiles, blocks of 128", tiles && !p->march && p->P == 128);
+        meet("feedback: tiles, blocks of 256", tiles && !p->march && p->P == 256);
+        meet("feedback: tiles, blocks of 512", tiles && !p->march && p->P == 512);
+        meet("feedback: march of one block, one panel", tiles && p->march == 1 && !several);
+        meet("feedback: march of one block, several panels", tiles && p->march == 1 && several);
+        meet("feedback: tiles, blocks of 1024 (no room for clusters)", tiles && !p->march && p->P == 1024);
+        meet("feedback: march of clusters, one panel", tiles && p->march == CLUSTER && !several);
+        meet("feedback: march of clusters, several panels", tiles && p->march == CLUSTER && several);
+        meet("feedback: weights kept", tiles && p->kept);
+        meet("feedback: weights computed again", tiles && !p->kept);
+        meet("feedback: product tiles of 128 columns", tiles && blocks > 80);
+        meet("feedback: product tiles of 64 columns", tiles && blocks <= 80);
+        meet("attention: ring", read && d <= 64 && ring);
+        meet("attention: tiles of 64 columns, two kernels", read && d <= 64 && !ring && gpu.clusters);
+        meet("attention: two kernels (no room for clusters)", read && d <= 64 && !gpu.clusters && T <= 1024);
+        meet("attention: tiles of 128 columns", read && d > 64);
+    }
+    meet("feedback: no tiles, blocks of 128", plain && p->P == 128);
+    meet("feedback: no tiles, blocks of 256", plain && p->P == 256);
+    meet("feedback: no tiles, blocks of 512", plain && p->P == 512);
+    meet("feedback: no tiles, blocks of 1024", plain && p->P == 1024);
+    meet("feedback: no tiles, several panels", plain && several);
+    meet("feedback: no tiles, several panels of short sequences", plain && several && T <= REACH);
+    meet("feedback: bf16 without tiles", plain && bf16_);
+    meet("feedback: a part of the batch would choose otherwise", fed && other_way);
+    meet("attention: panels by head", panels && way->by_head && way->P >= T);
+    meet("attention: panels by sequence", panels && !way->by_head);
+    meet("attention: several panels", panels && way->P < T);
+    meet("attention: panels by head, fewer sequences left than heads", panels && way->by_head && fewer_than_heads);
+    meet("attention: panels in bf16", panels && bf16_);
+    int rows_ = direct ? 0 : scan_rows(c->state_dim, c->head_dim, sizeof(X)),
+        scan_eights = c->state_dim % 8 == 0 && c->head_dim % 8 == 0;
+    meet("scan: chunks of 64", rows_ == 64);
+    meet("scan: chunks of 32", rows_ == 32);
+    meet("scan: bf16 in eights", rows_ && bf16_ && scan_eights);
+    meet("scan: bf16 by ones", rows_ && bf16_ && !scan_eights);
+    meet("scan: float32 in eights", rows_ && !bf16_ && scan_eights);
+    meet("scan: float32 by ones", rows_ && !bf16_ && !scan_eights);
+    meet("rows: eights, one piece", wide_row % 8 == 0 && wide_row <= 8 * ROW_BLOCK);
+    meet("rows: eights, four pieces", wide_row % 8 == 0 && wide_row > 8 * ROW_BLOCK && wide_row <= MOST_IN_EIGHTS);
+    meet("rows: by ones, one piece", wide_row % 8 != 0 && wide_row <= ROW_BLOCK);
+    meet("rows: by ones, several pieces", wide_row % 8 != 0 && wide_row > ROW_BLOCK);
+    meet("embedding's gradient: more segments than tokens", training && B * T > 64 * c->vocab_size);
+    int generating = s->mode == GENERATE, eights = D % 8 == 0 && d % 8 == 0;
+    meet("generation: decoder in eights, bf16", generating && m->decodes && eights && bf16_);
+    meet("generation: decoder by ones, bf16", generating && m->decodes && !eights && bf16_);
+    meet("generation: decoder, float32", generating && m->decodes && !bf16_);
+    meet("generation: decoder with more heads than splits", generating && m->decodes && decode_splits(c->n_heads) == 1);
+    meet("generation: no decoder, mamba2", generating && !m->decodes && !direct);
+    meet("generation: no decoder, too wide", generating && !m->decodes && direct);
+    static const char *const names[N_MIXERS][3] = {{"sessa, fp32", "sessa, tf32", "sessa, bf16"},
+                                                   {"attention, fp32", "attention, tf32", "attention, bf16"},
+                                                   {"mamba2, fp32", "mamba2, tf32", "mamba2, bf16"}};
+    for (int mixer = 0; mixer < N_MIXERS; mixer++)
+        for (int precision = FP32; precision <= BF16; precision++)
+            meet(names[mixer][precision], c->mixer == mixer && s->precision == precision);
+}
+
+// ----------------------------------------------------------------------------
+// one shape
+
+static int failures;            // of this shape
+static int blurred;             // gradients that one rounding of the weights moves by more than their bound
+static double nearest[3];       // the largest share of its bound that an error reached
+static char command[80], shape_text[160];
+
+__attribute__((format(printf, 1, 2)))
+static void fails(const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    printf("FAIL  %s: ", shape_text);
+    vprintf(format, arguments);
+    printf("   %s\n", command);
+    fflush(stdout);
+    va_end(arguments);
+    failures++;
+}
+static void hold(double error, double bound, const char *what, int sequences) {
+    double share = error / bound;
+    if (share > nearest[gpu.precision]) nearest[gpu.precision] = share;
+    if (!(share <= 1)) fails("%s (%d sequences): error %.2e, bound %.1e", what, sequences, error, bound);
+}
+static double distance(const float *x, const float *ref, int64_t n,
+                       double floor) { // ‖x - ref‖ / max(‖ref‖, floor); NaN: infinite
+    double off = 0, all = 0;
+    #pragma omp parallel for reduction(+ : off, all) if (n > 100000)
+    for (int64_t i = 0; i < n; i++) {
+        off += ((double)x[i] - (double)ref[i]) * ((double)x[i] - (double)ref[i]);
+        all += (double)ref[i] * (double)ref[i];
+    }
+    double length = sqrt(all) > floor ? sqrt(all) : floor;
+    return isfinite(off) && isfinite(all) ? (length > 0 ? sqrt(off) / length : off > 0 ? INFINITY : 0) : INFINITY;
+}
+// Whole gradients, then each tensor's against its own length or a fiftieth of the whole.
+static double gradient_distance(const float *x, const float *ref, const Table *t) {
+    double worst = distance(x, ref, t->count, 0), all = 0;
+    for (int64_t i = 0; i < t->count; i++) all += (double)ref[i] * (double)ref[i];
+    for (int r = 0; r < t->n; r++) {
+        double one = distance(x + t->rows[r].offset, ref + t->rows[r].offset, t->rows[r].count, sqrt(all) / 50);
+        if (!(one <= worst)) worst = one;
+    }
+    return worst;
+}
+
+// Weights that let each layer matter: matrices keep a vector's length, about.
+static void fill_weights(float *params, const Table *table, int D, uint64_t seed) {
+    for (int r = 0; r < table->n; r++) {
+        const Tensor *t = &table->rows[r];
+        double scale = t->init == INIT_NORMAL    ? 2.6 / sqrt((double)D)
+                       : t->init == INIT_UNIFORM ? 1.7 * t->init_value
+                                                 : 0.1,
+               middle = t->init == INIT_CONSTANT ? t->init_value : 0;
+        uint64_t state = seed + (uint64_t)r;
+        if (t->init > INIT_NORMAL) {
+            for (int64_t i = 0; i < t->count; i++)
+                params[t->offset + i] = (float)(t->init_value * initial_value(t->init, &state));
+            continue;
+        }
+        #pragma omp parallel for if (t->count > 100000)
+        for (int64_t i = 0; i < t->count; i++) {
+            uint64_t bits = splitmix64(splitmix64(seed + (uint64_t)r) ^ (uint64_t)i);
+            params[t->offset + i] = (float)(middle + scale * ((double)(bits >> 11) * 0x1p-52 - 1));
+        }
+    }
+}
+
+template <typename X> static float *losses_of(Model *m, int N) {
+    float *losses = (float *)malloc(sizeof(float) * (size_t)N);
+    backend_gpu()->loss(m);
+    CUDA(cudaStreamSynchronize(gpu.stream));
+    CUDA(cudaMemcpy(losses, ((ModelGPU<X> *)m)->acts.losses, sizeof(float) * (size_t)N, cudaMemcpyDeviceToHost));
+    return losses;
+}
+
+// The way through a layer has 8 roundings, and so has the way back. float32 rounds at 2^-24, and more often than is
+// counted here. LayerNorm of a few numbers leaves little more than signs: what comes back through it nearly cancels.
+static double gradient_bound(const Shape *s) {
+    double rounding = s->precision == FP32 ? 0x1p-16 : s->precision == TF32 ? 0x1p-11 : 0x1p-8;
+    return rounding * (8 * s->c.n_layers + 2) * (s->c.d_model < 8 ? 4 : 1);
+}
+static double loss_bound(const Shape *s) { return gradient_bound(s) / 2; }
+static double operations(const Shape *s) { // of the CPU's forward and backward pass
+    double N = (double)s->B * s->T, D = s->c.d_model,
+           width = proj_width(&s->c) + 4 * D + (s->c.mixer == MAMBA2 ? 2 * D * s->c.state_dim / 4 : 0);
+    return 6 * N * (D * width * s->c.n_layers + D * s->c.vocab_size) +
+           (s->c.mixer == MAMBA2 ? 0 : s->c.n_layers * N * s->T * D * 20);
+}
+
+// The model of this shape for batches of B, with the weights that all models of the shape get.
+static Model *make(const Backend *backend, const Shape *s, int B, Mode mode) {
+    char error[ERROR_SIZE] = "";
+    Model *m = backend->create(&s->c, B, s->T, mode, error);
+    if (!m) { fails("%s", error); return NULL; }
+    fill_weights(backend->read(m, PARAMS), &m->table, s->c.d_model, 77);
+    backend->write(m, PARAMS);
+    return m;
+}
+
+// How far the gradients move when each weight does by one rounding at most: some shapes' further than any bound that is
+// good for the others.
+static double gradient_blur(Model *m, const Shape *s, const int *ids, const int *targets, const float *grads) {
+    const Backend *backend = backend_gpu();
+    double unit = s->precision == FP32 ? 0x1p-19 : s->precision == TF32 ? 0x1p-11 : 0x1p-8;
+    AdamW none = {0, 0.9, 0.99, 1e-8, 0.1};
+    float *weights = backend->read(m, PARAMS);
+    for (int64_t i = 0; i < m->table.count; i++)
+        weights[i] *= (float)(1 + unit * ((double)(splitmix64((uint64_t)i) >> 11) * 0x1p-52 - 1));
+    backend->write(m, PARAMS);
+    backend->update(m, none, 0, 1);
+    backend->forward(m, ids, targets, s->B, s->T, no_dropout);
+    backend->backward(m, 1.0 / (s->B * s->T));
+    return gradient_distance(backend->read(m, GRADS), grads, &m->table);
+}
+
+template <typename X> static void check_training(const Shape *s, const int *ids, const int *targets) {
+    const Backend *backend = backend_gpu();
+    int B = s->B, T = s->T, N = B * T, lefts[] = {s->left, B - 1, 1};
+    double dloss = 1.0 / N;
+    Model *m = make(backend, s, B, TRAIN);
+    if (!m) return;
+    meet_ways((ModelGPU<X> *)m, s);
+    backend->forward(m, ids, targets, B, T, no_dropout);
+    float *losses = losses_of<X>(m, N);
+    for (int i = 0; i < 3; i++) { // parts of the batch, as evaluation's last: at once, recorded, and again
+        int left = lefts[i], repeated = 0;
+        for (int j = 0; j < i; j++) repeated |= lefts[j] == left;
+        if (left < 1 || left >= B || repeated) continue;
+        for (int run = 0; run < (i ? 1 : 3); run++) {
+            backend->forward(m, ids, targets, left, T, no_dropout);
+            float *part = losses_of<X>(m, left * T);
+            hold(distance(part, losses, (int64_t)left * T, 0), loss_bound(s), "losses, part of the batch", left);
+            free(part);
+        }
+    }
+    // gradients: of the whole batch, then of two parts of it
+    const Table *table = &m->table;
+    AdamW none = {0, 0.9, 0.99, 1e-8, 0.1};
+    backend->forward(m, ids, targets, B, T, no_dropout);
+    backend->backward(m, dloss);
+    float *grads = (float *)malloc(sizeof(float) * (size_t)table->count);
+    memcpy(grads, backend->read(m, GRADS), sizeof(float) * (size_t)table->count);
+    double in_parts = 0, against_cpu = 0, bound = gradient_bound(s);
+    if (B > 1) {
+        int left = s->left < B ? s->left : B - 1;
+        backend->update(m, none, 0, 1);
+        backend->forward(m, ids, targets, left, T, no_dropout);
+        backend->backward(m, dloss);
+        backend->forward(m, ids + left * T, targets + left * T, B - left, T, no_dropout);
+        backend->backward(m, dloss);
+        in_parts = gradient_distance(backend->read(m, GRADS), grads, table);
+    }
+    if (operations(s) < 2e9) {
+        Model *cpu = make(&cpu_backend, s, B, TRAIN);
+        cpu_backend.forward(cpu, ids, targets, B, T, no_dropout);
+        hold(distance(losses, cpu->acts.losses, N, 0), loss_bound(s), "losses, CPU", B);
+        cpu_backend.backward(cpu, dloss);
+        against_cpu = gradient_distance(grads, cpu->grads, table);
+        meet("held against the CPU", 1);
+        model_free(cpu);
+    } else if (B > 1) {
+        int few = at_most(B / 2, 1 + 4000 / T);
+        Model *other = make(backend, s, few, EVALUATE);
+        if (other) {
+            backend->forward(other, ids, targets, few, T, no_dropout);
+            float *part = losses_of<X>(other, few * T);
+            hold(distance(part, losses, (int64_t)few * T, 0), loss_bound(s), "losses, another model", few);
+            free(part);
+            backend->destroy(other);
+        }
+        meet("held against a model made for other batches", 1);
+    }
+    if (in_parts > bound || against_cpu > bound) { // nobody needs the model's weights any more
+        double blur = 4 * gradient_blur(m, s, ids, targets, grads);
+        blurred += blur > bound;
+        if (isfinite(blur)) bound = fmax(bound, blur);
+    }
+    hold(in_parts, bound, "gradients, two parts of the batch", s->left);
+    hold(against_cpu, bound, "gradients, CPU", B);
+    free(losses);
+    free(grads);
+    backend->destroy(m);
+}
+
+// A text in pieces, the last tokens one by one, and at once.
+template <typename X> static void check_generation(const Shape *s, const int *ids) {
+    const Backend *backend = backend_gpu();
+    int T = s->T, V = s->c.vocab_size, singles = T > 4 ? 4 : T - 1,
+        prompt = at_most(log_between(1, T), T - singles);
+    if (prompt >= 8 && between(0, 1)) prompt -= prompt % 8;
+    int at = prompt;
+    Model *m = make(backend, s, 1, GENERATE);
+    if (!m) return;
+    meet_ways((ModelGPU<X> *)m, s);
+    float *pieces = (float *)malloc(sizeof(float) * (size_t)V), *whole = (float *)malloc(sizeof(float) * (size_t)V);
+    backend->extend(m, ids, prompt, 0, pieces);
+    int piece = at < T - singles, tiles = s->c.mixer == SESSA && ((ModelGPU<X> *)m)->ways.feedback[1].tiles;
+    if (piece) backend->extend(m, ids + at, T - singles - at, at, pieces);
+    if (gpu.hopper) meet("generation: a piece in tiles, behind others", piece && tiles && at % 8 == 0);
+    if (gpu.hopper) meet("generation: a piece that begins where tiles cannot", piece && tiles && at % 8 != 0);
+    for (at = T - singles; at < T; at++) backend->extend(m, ids + at, 1, at, pieces);
+    backend->extend(m, ids, T, 0, whole);
+    hold(distance(pieces, whole, V, 0), gradient_bound(s), "logits, text in pieces", 1);
+    if (operations(s) < 2e9) {
+        Model *cpu = make(&cpu_backend, s, 1, GENERATE);
+        model_extend(cpu, ids, T, 0, pieces);
+        hold(distance(whole, pieces, V, 0), gradient_bound(s), "logits, CPU", 1);
+        model_free(cpu);
+    }
+    free(pieces);
+    free(whole);
+    backend->destroy(m);
+}
+
+static void check_shape(const Shape *s) {
+    const Config *c = &s->c;
+    int clusters = gpu.clusters;
+    gpu.precision = s->precision;
+    gpu.clusters = clusters && !s->apart;
+    snprintf(shape_text, sizeof(shape_text), "%s %s%s B %d T %d D %d H %d/%d L %d V %d state %d/%d left %d",
+             mixers[c->mixer].name, precision_names[s->precision], s->mode == GENERATE ? " generation" : "", s->B,
+             s->T, c->d_model, c->n_heads, c->n_kv_heads, c->n_layers, c->vocab_size, c->state_dim, c->head_dim,
+             s->left);
+    int N = s->B * s->T, broken_before = n_broken, *ids = (int *)malloc(sizeof(int) * (size_t)N),
+        *targets = (int *)malloc(sizeof(int) * (size_t)N);
+    for (int n = 0; n < N; n++) {
+        ids[n] = (int)(splitmix64(chance + 2 * (uint64_t)n) % (uint64_t)c->vocab_size);
+        targets[n] = splitmix64(chance + 2 * (uint64_t)n + 1) % 8
+                         ? (int)(splitmix64(chance ^ (uint64_t)n) % (uint64_t)c->vocab_size)
+                         : -1;
+    }
+    if (s->refused) {
+        char error[ERROR_SIZE] = "";
+        Model *m = backend_gpu()->create(c, s->B, s->T, s->mode, error);
+        if (m || !error[0] || strstr(error, "GiB")) fails("made, or refused without the reason: '%s'", error);
+        if (m) backend_gpu()->destroy(m);
+        meet("refused: past a launch's limits", 1);
+    } else if (s->mode == GENERATE)
+        (s->precision == BF16 ? check_generation<bf16> : check_generation<float>)(s, ids);
+    else (s->precision == BF16 ? check_training<bf16> : check_training<float>)(s, ids, targets);
+    gpu.clusters = clusters;
+    if (n_broken > broken_before) fails("%d guard bands written to", n_broken - broken_before);
+    free(ids);
+    free(targets);
+}
+
+// ----------------------------------------------------------------------------
+// the shapes
+
+static Shape shape(int mixer, Precision precision, int B, int T, int D, int H, int G, int L, int V, int left) {
+    Shape s = {{V, D, L, H, G, T, 0.999, mixer, mixer == MAMBA2 ? (D % 32 ? D : 64) : 0, mixer == MAMBA2 ? 64 : 0},
+               B, T, left, precision, TRAIN, 0, 0};
+    return s;
+}
+
+// What went wrong once: partial batches that chose another way, and more memory, than their model; short sequences
+// in several panels; sums over rows past their room; partial sums of the embedding's gradient; attention's panels
+// of a smaller batch; a decoder's shared memory; what no launch takes.
+static int fixed_shape(Shape *s, int i) {
+    const Shape all[] = {shape(SESSA, BF16, 8, 1024, 768, 12, 12, 2, 256, 7),
+                         shape(SESSA, BF16, 8, 1024, 768, 12, 12, 4, 256, 6),
+                         shape(SESSA, BF16, 8, 512, 768, 12, 12, 2, 256, 7),
+                         shape(SESSA, BF16, 16, 1024, 384, 6, 6, 2, 256, 13),
+                         shape(SESSA, BF16, 24, 600, 256, 4, 4, 2, 256, 22),
+                         shape(SESSA, FP32, 65, 1024, 384, 6, 6, 1, 256, 40),
+                         shape(SESSA, BF16, 257, 1024, 64, 4, 4, 2, 256, 100),
+                         shape(SESSA, BF16, 65, 2048, 64, 4, 4, 2, 256, 64),
+                         shape(SESSA, BF16, 1025, 512, 64, 4, 4, 2, 256, 1),
+                         shape(MAMBA2, BF16, 16, 1024, 384, 1, 1, 2, 256, 9),
+                         shape(MAMBA2, BF16, 4, 4096, 384, 1, 1, 2, 256, 3),
+                         shape(MAMBA2, BF16, 12, 1024, 512, 1, 1, 2, 256, 5),
+                         shape(MAMBA2, BF16, 1, 8192, 1024, 1, 1, 2, 256, 1),
+                         shape(ATTENTION, BF16, 8, 1024, 512, 8, 1, 1, 30000, 5),
+                         shape(ATTENTION, FP32, 33, 1024, 64, 4, 4, 1, 256, 32),
+                         shape(SESSA, BF16, 1, 40, 7000, 3500, 3500, 1, 50, 1),
+                         shape(SESSA, BF16, 70000, 1, 8, 1, 1, 1, 9, 1),
+                         shape(ATTENTION, FP32, 70000, 1, 8, 1, 1, 1, 9, 1),
+                         shape(SESSA, BF16, 1, 16, 20488, 1, 1, 1, 9, 1),
+                         shape(MAMBA2, FP32, 1, 16, 10248, 1, 1, 1, 9, 1),
+                         shape(ATTENTION, TF32, 60000, 500, 160, 4, 4, 1, 9, 1),
+                         shape(SESSA, BF16, 65535, 2, 8, 4, 4, 1, 9, 30000),
+                         shape(SESSA, FP32, 65535, 2, 8, 4, 4, 1, 9, 30000),
+                         shape(MAMBA2, BF16, 65535, 2, 8, 1, 1, 1, 9, 30000),
+                         shape(ATTENTION, TF32, 16, 1024, 1024, 512, 512, 1, 64, 9)};
+    int n = sizeof(all) / sizeof(all[0]);
+    if (i >= n) return 0;
+    *s = all[i];
+    if (i == 15) s->mode = GENERATE;
+    s->refused = i >= 16 && i <= 20;
+    return 1;
+}
+
+// heads of d columns, so many that D comes near `width`
+static void take_heads(Config *c, int d, int width, int shared) {
+    c->n_heads = at_most(1 << 12, (width + d - 1) / d);
+    c->d_model = c->n_heads * d;
+    c->n_kv_heads = c->n_heads;
+    for (int tries = shared ? 20 : 0; tries; tries--) {
+        int G = between(1, c->n_heads);
+        if (c->n_heads % G == 0 && G < c->n_heads) { c->n_kv_heads = G; break; }
+    }
+}
+static int even_columns(void) { return 2 * log_between(1, 40); }
+static int eight_columns(int most) { return 8 * log_between(1, most / 8); }
+
+// Shape i of a seed: what is not settled by its kind is log-uniform, and small enough to take a moment.
+enum { KINDS = 30 };
+static void draw(Shape *s, int i) {
+    int kind = i % KINDS, any = kind == 29 ? between(0, 2) : 0;
+    memset(s, 0, sizeof(*s));
+    Config *c = &s->c;
+    s->mode = TRAIN;
+    s->B = log_between(1, 40);
+    s->T = log_between(1, 1200);
+    c->n_layers = log_between(1, 3);
+    c->gamma_max = 0.999;
+    c->vocab_size = log_between(2, 20000);
+    c->mixer = kind >= 18 && kind <= 22 ? MAMBA2 : (kind >= 11 && kind <= 17) || kind == 26 ? ATTENTION : SESSA;
+    s->precision = kind == 0 || kind == 11 || kind == 17 || kind == 18 ? FP32
+                   : kind == 1 || kind == 12 || kind == 19             ? TF32
+                                                                       : BF16;
+    if (kind == 9 || kind == 10 || kind == 26) s->precision = between(0, 1) ? FP32 : TF32;
+    take_heads(c, between(0, 1) ? even_columns() : eight_columns(128), log_between(2, 500), between(0, 1));
+    int64_t ld = round_up(s->T, 64);
+    switch (kind) {
+    case 2: take_heads(c, 2 * between(1, 15), log_between(2, 300), 1); break;
+    case 3: take_heads(c, eight_columns(64), 8 * log_between(1, 60), 1); s->T = log_between(1, 128); break;
+    case 4:
+        take_heads(c, eight_columns(64), 8 * log_between(1, 60), 1);
+        s->T = log_between(129, 2048);
+        s->B = log_between(1, 8);
+        break;
+    case 5: // many short sequences: the march
+        take_heads(c, eight_columns(128), 8 * log_between(4, 60), between(0, 1));
+        s->B = at_most(47 / ((c->d_model + 127) / 128) + log_between(1, 30), 1 << 20);
+        break;
+    case 6: // so many that they take several panels
+        take_heads(c, 8 * between(1, 2), 8 * between(1, 3), 0);
+        s->T = log_between(300, 2048);
+        ld = round_up(s->T, 64);
+        s->B = (int)((1 << 28) / (s->T * ld)) + log_between(1, 40);
+        c->n_layers = 1;
+        c->vocab_size = log_between(2, 60);
+        break;
+    case 7:
+        take_heads(c, 64, between(160, 300), between(0, 1));
+        s->T = log_between(2049, 4000);
+        s->B = between(1, 3);
+        break;
+    case 8:
+        take_heads(c, eight_columns(64), 8 * between(1, 9), 1);
+        s->T = log_between(2049, 6000);
+        s->B = between(1, 3);
+        break;
+    case 9:
+        take_heads(c, even_columns(), log_between(2, 64), 1);
+        s->T = log_between(2049, 5000);
+        s->B = between(1, 2);
+        break;
+    case 10: // e in fewer rows
+        take_heads(c, even_columns(), log_between(2, 32), 1);
+        s->T = log_between(300, 1024);
+        ld = round_up(s->T, 64);
+        s->B = (int)((1 << 26) / (s->T * ld)) + log_between(1, 100);
+        c->n_layers = 1;
+        c->vocab_size = log_between(2, 60);
+        break;
+    case 13: take_heads(c, eight_columns(64), log_between(8, 400), 0); s->T = log_between(1, 1024); break;
+    case 14:
+        take_heads(c, eight_columns(64), log_between(8, 400), between(0, 1));
+        s->T = log_between(1025, 3000);
+        s->B = between(1, 6);
+        break;
+    case 15: take_heads(c, 64 + eight_columns(64), log_between(72, 500), between(0, 1)); break;
+    case 16:
+        take_heads(c, between(0, 1) ? 128 + even_columns() : 2 * between(1, 15), log_between(8, 500),
+                   between(0, 1));
+        break;
+    case 17:
+        take_heads(c, even_columns(), log_between(2, 40), 0);
+        s->T = log_between(1025, 3000);
+        s->B = (40 << 20) / (s->T * s->T) + between(1, 4);
+        break;
+    case 18: case 19: case 20: case 21: case 22: case 29: case 23: break;
+    case 24: take_heads(c, eight_columns(128), 8 * log_between(1, 60), between(0, 1)); break;
+    case 25:
+        take_heads(c, between(0, 1) ? 8 : 2, between(322, 3000), 1);
+        s->T = log_between(1, 64);
+        s->B = log_between(1, 6);
+        c->n_layers = 1;
+        break;
+    case 26:
+        take_heads(c, even_columns(), log_between(40, 500), 0);
+        c->n_heads > 1 ? s->B = between(1, at_most(c->n_heads - 1, 8)) : 0;
+        break;
+    case 27:
+        take_heads(c, 2 * (2 * between(0, 9) + 1), log_between(2, 80), 1);
+        s->T = log_between(2049, 4000);
+        s->B = between(1, 2);
+        break;
+    case 28:
+        take_heads(c, even_columns(), log_between(2, 64), 1);
+        s->B = log_between(400, 65535);
+        s->T = log_between(1, 4);
+        c->n_layers = 1;
+        break;
+    }
+    s->apart = (kind == 7 || kind == 8 || kind == 13) && i / KINDS % 2;
+    if (kind == 29) { c->mixer = any; s->precision = (Precision)between(FP32, BF16); }
+    if (kind == 23 || kind == 24) {
+        c->mixer = kind == 24 ? between(SESSA, ATTENTION) : i / KINDS % 3;
+        s->precision = kind == 24 ? BF16 : (Precision)between(FP32, BF16);
+        if (i / KINDS % 4 == 1) {
+            c->mixer = between(SESSA, ATTENTION);
+            take_heads(c, 2, between(390, 600), 1);
+        } // more heads than splits
+        s->mode = GENERATE;
+        s->T = log_between(2, 2500);
+        s->B = 1;
+    }
+    if (c->mixer == MAMBA2) {
+        c->state_dim = kind == 20 ? 8 * log_between(1, 16) : kind == 22 ? 128 : log_between(1, 100);
+        c->head_dim = kind == 22 ? 128 : kind == 20 ? 8 * log_between(1, 16) : log_between(1, 64);
+        int heads = at_most(log_between(1, 8), 600 / c->head_dim + 1);
+        if (kind == 22) s->precision = FP32;
+        c->d_model = heads * c->head_dim;      // 2D has twice as many
+        c->n_heads = c->n_kv_heads = 1;
+        if (c->d_model % 2) c->d_model *= 2;
+    }
+    int small = kind == 6 || kind == 10 || kind == 17; // these are what they are
+    if (!small && s->mode == TRAIN) s->B = at_most(s->B, (int64_t)(60e6 / ((double)s->T * (c->d_model + 64))) + 1);
+    if (!small) c->vocab_size = at_most(c->vocab_size, 400000000 / ((int64_t)s->B * s->T) + 2);
+    c->max_seq_len = s->T;
+    s->left = log_between(1, at_most(s->B, s->B - 1));
+    if (between(0, 1) && s->B > 1) s->left = s->B - s->left;
+}
+
+int main(int argc, char **argv) {
+    uint64_t seed = argc > 1 ? strtoull(argv[1], NULL, 10) : 1;
+    int first = argc > 2 ? atoi(argv[2]) : 0, count = argc > 3 ? atoi(argv[3]) : 300, passed = 0, failed = 0;
+    char error[ERROR_SIZE];
+    if (gpu_open(error)) { fprintf(stderr, "test_shapes: %s\n", error); return 1; }
+    double begun = omp_get_wtime();
+    for (int i = first; i < first + count; i++) {
+        Shape s;
+        chance = splitmix64(splitmix64(seed) + (uint64_t)i);
+        if (!fixed_shape(&s, i)) draw(&s, i);
+        snprintf(command, sizeof(command), "./test_shapes %llu %d 1", (unsigned long long)seed, i);
+        failures = 0;
+        double before = omp_get_wtime();
+        check_shape(&s);
+        if (getenv("SHAPES_SHOWN")) printf("%d  %s  %.2f s\n", i, shape_text, omp_get_wtime() - before);
+        fflush(stdout);
+        if (failures) failed++;
+        else passed++;
+    }
+    printf("\n%-64s times\n", "branch");
+    for (int i = 0; i < n_met; i++) {
+        int missed = first == 0 && count >= 300 && !met[i].times;
+        printf("%-64s %5d%s\n", met[i].name, met[i].times, missed ? "  FAIL: never met" : "");
+        failed += missed;
+    }
+    printf("\nheld to what one rounding of the weights does: gradients of %d\n", blurred);
+    printf("largest error as a share of its bound: fp32 %.3f, tf32 %.3f, bf16 %.3f; %.0f s\n", nearest[FP32],
+           nearest[TF32], nearest[BF16], omp_get_wtime() - begun);
+    printf("%d passed, %d failed\n", passed, failed);
+    return failed > 0;
+}
