@@ -92,12 +92,13 @@ static void feedback_matrix(double *out, Model *m, int l, int T) {
 static void solve_matrix(double *out, Model *m, int l, int T) {
     int D = m->config.d_model, E = proj_width(&m->config);
     LayerActivations *a = &m->acts.layers[l];
+    const real *fb_q = a->proj + E - 2 * D, *fb_k = fb_q + D;
     real *f = (real *)array((size_t)T * D, sizeof(real)), *s = (real *)array((size_t)T * D, sizeof(real));
     real *stats = (real *)array(2 * (size_t)T, sizeof(real));
     for (int c0 = 0; c0 < T; c0 += D) {
         memset(f, 0, sizeof(real) * (size_t)T * (size_t)D);
         for (int i = 0; i < D && c0 + i < T; i++) f[(size_t)(c0 + i) * D + i] = 1;
-        feedback_forward(s, stats, m->acts.scratch, f, a->proj + E - 2 * D, a->proj + E - D, E, a->gamma, 1, T, D, 0, 0);
+        feedback_forward(s, stats, work_of(m), f, fb_q, fb_k, a->gamma, feedback_shape(&m->config, 1, T, 0));
         for (int t = 0; t < T; t++)
             for (int i = 0; i < D && c0 + i < T; i++) out[(size_t)t * T + c0 + i] = (double)s[(size_t)t * D + i];
     }
@@ -277,20 +278,23 @@ static void uniform(double gamma, int T, int report) {
         gain[t] = (real)gamma;
         steps[t] = (real)step;
     }
-    feedback_forward(out, stats, scratch, impulse, zero, zero, D, gain, 1, T, D, 0, 0);
+    Work work = {scratch, 0};
+    Shape one_head = {1, T, 0, 1, 1, D, D};
+    feedback_forward(out, stats, work, impulse, zero, zero, gain, one_head);
     for (int t = 0; t < T; t++) {
         solve[t] = (double)out[(size_t)t * D];
         closed[t] = t ? gamma * exp(lgamma(t + gamma) - lgamma(t + 1.0) - lgamma(1 + gamma)) : 1; // 1 + γ and t + γ are positive
         worst = fmax(worst, fabs(solve[t] / closed[t] - 1));
     }
-    attention_forward(out, stats, scratch, zero, zero, impulse, D, 1, T, 1, 1, D, 0, 0);
+    attention_forward(out, stats, work, zero, zero, impulse, one_head);
     for (int t = 0; t < T; t++) {
         direct[t] = (double)out[(size_t)t * D];
         hop = fmax(hop, fabs(direct[t] * (t + 1) - 1));
     }
     real *xbc = impulse; // rows of x (2), b, c; x is the impulse, b and c are 1
     for (int t = 0; t < T; t++) xbc[(size_t)t * W + 2] = xbc[(size_t)t * W + 3] = 1;
-    scan_forward(out, states, 0, scratch, xbc, steps, &A_log, &skip, 1, T, D, 1, 1, 0);
+    Scan scan = {1, T, D, 1, 1, &A_log, &skip};
+    scan_forward(out, states, 0, work, xbc, steps, scan);
     int visible = 0; // float32's exponent ends
     for (int t = 0; t < T; t++) {
         chain[t] = (double)out[(size_t)t * D] / step;
@@ -412,8 +416,10 @@ static void check_model(int mixer) {
         memset(m->acts.ds, 0, sizeof(real) * (size_t)T * (size_t)D);
         m->acts.ds[(size_t)t * D] = 1;
         int E = proj_width(&config);
-        feedback_backward(m->acts.ds, m->acts.dproj + E - 2 * D, m->acts.dproj + E - D, m->acts.dgamma, m->acts.scratch, m->acts.ds, a->s,
-                          a->fb_stats, a->proj + E - 2 * D, a->proj + E - D, E, a->gamma, 1, T, D, 0);
+        const real *fb_q = a->proj + E - 2 * D, *fb_k = fb_q + D;
+        real *dfb_q = m->acts.dproj + E - 2 * D, *dfb_k = dfb_q + D;
+        feedback_backward(m->acts.ds, dfb_q, dfb_k, m->acts.dgamma, work_of(m), a->s, a->fb_stats, fb_q, fb_k, a->gamma,
+                          feedback_shape(&config, 1, T, 0));
         wrong = 0;
         for (int j = 0; j < T; j++) wrong = fmax(wrong, fabs((double)m->acts.ds[(size_t)j * D] - R[(size_t)t * T + j]));
         hold(wrong, 1e-12, "sessa: its last row is the adjoint's answer to a unit vector%.0s%.0s", 0, 0);

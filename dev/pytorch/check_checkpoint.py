@@ -74,7 +74,8 @@ def main():
     parser.add_argument("--data", required=True, help="text, token shard or examples; the last tenth validates")
     parser.add_argument("--val", help="validation data, all of it")
     parser.add_argument("--program", help="./train_sessa: compare its validation loss")
-    parser.add_argument("--test", help="./test_sessa: compare every activation and gradient")
+    parser.add_argument("--test", action="append", default=[],
+                        help="./test_sessa, ./test_sessa64 or both: compare every activation and gradient")
     o = parser.parse_args()
 
     model, config, _ = load_checkpoint(o.checkpoint)
@@ -101,7 +102,8 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "checkpoint_dump.safetensors")
             write_dump(path, model, inputs[:2, :T], targets[:2, :T], n_losses=0)
-            print(f"{o.test}:", run(o.test, path).strip().splitlines()[-1])
+            for test in o.test:
+                print(f"{test}:", run(test, "--trained", path).strip().splitlines()[-1])
     print("OK: the checkpoint is the same model in PyTorch" if ok else "FAIL")
     sys.exit(not ok)
 

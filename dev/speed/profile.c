@@ -68,35 +68,62 @@ int main(int argc, char **argv) {
     LayerActivations *a = &acts->layers[0];
     LayerWeights *w = &m->weights.layers[0], *dw = &m->grad.layers[0];
     double ND = (double)N * D, half = (double)N * T / 2, P = (double)m->table.count; // half: pairs of a causal attention
-    real *scratch = acts->scratch, *qf = a->proj + E - 2 * D, *kf = a->proj + E - D;
+    Work work = work_of(m);
+    Shape direct = direct_shape(c, B, T, 0), feedback = feedback_shape(c, B, T, 0);
+    real *q = a->proj, *k = q + D, *v = k + D, *fb_q = v + D, *fb_k = fb_q + D;
+    real *dq = acts->dproj, *dk = dq + D, *dv = dk + D, *dfb_q = dv + D, *dfb_k = dfb_q + D;
     LAYER("embedding_forward", 1, 0, 2 * ND, embedding_forward(a->x, ids, m->weights.wte, B, T, D));
-    LAYER("layernorm_forward", 2 * L + 1, 0, 2 * ND, layernorm_forward(a->n, a->ln_mean, a->ln_rstd, a->x, w->ln_weight, w->ln_bias, N, D));
-    LAYER("linear_forward, W_in", L, 4 * ND * D, 3 * ND, linear_forward(a->ag, 2 * D, a->n, w->W_in, w->b_in, N, D, 2 * D));
+    LAYER("layernorm_forward", 2 * L + 1, 0, 2 * ND,
+          layernorm_forward(a->ln, a->ln_mean, a->ln_rstd, a->x, w->ln_weight, w->ln_bias, N, D));
+    LAYER("linear_forward, W_in", L, 4 * ND * D, 3 * ND,
+          linear_forward(a->ag, 2 * D, a->ln, w->W_in, w->b_in, N, D, 2 * D));
     LAYER("gelu_forward", 2 * L, 0, 2 * ND, gelu_forward(a->abar, a->ag, 2 * D, N, D));
-    LAYER("linear_forward, q k v q' k'", L, 10 * ND * D, 6 * ND, linear_forward(a->proj, E, a->abar, w->W_proj, w->b_proj, N, D, E));
-    LAYER("rope_forward", L, 0, 4 * ND, rope_forward(a->proj, E, acts->cosine, acts->sine, N, T, 2 * H, d, 0, 1));
-    LAYER("attention_forward", L, 4 * half * D, 4 * ND, attention_forward(a->o, a->stats, scratch, a->proj, a->proj + D, a->proj + 2 * D, E, B, T, H, H, d, 0, 0));
+    LAYER("linear_forward, q k v q' k'", L, 10 * ND * D, 6 * ND,
+          linear_forward(a->proj, E, a->abar, w->W_proj, w->b_proj, N, D, E));
+    LAYER("rope_forward", L, 0, 4 * ND,
+          rope_forward(a->proj, E, acts->cosine, acts->sine, N, T, 2 * H, d, 0, 1));
+    LAYER("attention_forward", L, 4 * half * D, 4 * ND,
+          attention_forward(a->o, a->stats, work, q, k, v, direct));
     LAYER("linear_forward, W_o", L, 2 * ND * D, 2 * ND, linear_forward(a->f, D, a->o, w->W_o, NULL, N, D, D));
-    LAYER("gain_forward", L, 0, ND, gain_forward(a->gamma, a->abar, w->gamma_weight, w->gamma_bias, (real)0.999, N, D));
-    LAYER("feedback_forward", L, 4 * half * D, 4 * ND, feedback_forward(a->s, a->fb_stats, scratch, a->f, qf, kf, E, a->gamma, B, T, D, 0, 0));
+    LAYER("gain_forward", L, 0, ND,
+          gain_forward(a->gamma, a->abar, w->gamma_weight, w->gamma_bias, (real)0.999, N, D));
+    LAYER("feedback_forward", L, 4 * half * D, 4 * ND,
+          feedback_forward(a->s, a->fb_stats, work, a->f, fb_q, fb_k, a->gamma, feedback));
     LAYER("gate_forward", 2 * L, 0, 3 * ND, gate_forward(a->gated, a->s, a->ag + D, 2 * D, N, D));
-    LAYER("linear_forward, W_out", L, 2 * ND * D, 2 * ND, linear_forward(a->branch, D, a->gated, w->W_out, w->b_out, N, D, D));
+    LAYER("linear_forward, W_out", L, 2 * ND * D, 2 * ND,
+          linear_forward(a->branch, D, a->gated, w->W_out, w->b_out, N, D, D));
     LAYER("residual_forward", L, 0, 3 * ND, residual_forward(a->y, a->x, a->branch, (int64_t)N * D));
-    LAYER("linear_forward, head", 1, 2 * ND * V, ND + (double)N * V, linear_forward(acts->logits, V, acts->ln_f, m->weights.wte, NULL, N, D, V));
-    LAYER("crossentropy_forward", 1, 0, (double)N * V, crossentropy_forward(acts->losses, acts->loss_logsumexp, acts->logits, ids, N, V));
-    LAYER("crossentropy_backward", 1, 0, 2.0 * N * V, crossentropy_backward(acts->logits, acts->logits, acts->loss_logsumexp, ids, (real)1e-3, N, V));
-    LAYER("linear_backward, head", 1, 4 * ND * V, 2 * ND + (double)N * V, linear_backward(acts->ds, m->grad.wte, NULL, acts->logits, V, acts->ln_f, m->weights.wte, N, D, V));
-    LAYER("layernorm_backward", L + 1, 0, 4 * ND, layernorm_backward(acts->dx, dw->ln_weight, dw->ln_bias, acts->ds, a->x, a->ln_mean, a->ln_rstd, w->ln_weight, N, D));
-    LAYER("linear_backward, W_out", L, 4 * ND * D, 3 * ND, linear_backward(acts->ds, dw->W_out, dw->b_out, acts->dx, D, a->gated, w->W_out, N, D, D));
-    LAYER("gate_backward", L, 0, 5 * ND, gate_backward(acts->ds, acts->dag + D, acts->ds, a->s, a->ag + D, 2 * D, N, D));
-    LAYER("feedback_backward", L, 10 * half * D, 7 * ND, feedback_backward(acts->ds, acts->dproj + 3 * D, acts->dproj + 4 * D, acts->dgamma, scratch, acts->ds, a->s, a->fb_stats, qf, kf, E, a->gamma, B, T, D, 0));
-    LAYER("linear_backward, W_o", L, 4 * ND * D, 3 * ND, linear_backward(acts->dout, dw->W_o, NULL, acts->ds, D, a->o, w->W_o, N, D, D));
-    LAYER("attention_backward", L, 10 * half * D, 7 * ND, attention_backward(acts->dproj, acts->dproj + D, acts->dproj + 2 * D, scratch, acts->dout, a->stats, a->proj, a->proj + D, a->proj + 2 * D, E, B, T, H, H, d, 0));
-    LAYER("rope_backward", L, 0, 4 * ND, rope_backward(acts->dproj, E, acts->cosine, acts->sine, N, T, 2 * H, d));
-    LAYER("linear_backward, q k v q' k'", L, 20 * ND * D, 7 * ND, linear_backward(acts->dabar, dw->W_proj, dw->b_proj, acts->dproj, E, a->abar, w->W_proj, N, D, E));
-    LAYER("gain_backward", L, 0, 3 * ND, gain_backward(acts->dabar, dw->gamma_weight, dw->gamma_bias, acts->dgamma, a->gamma, a->abar, w->gamma_weight, (real)0.999, N, D));
+    LAYER("linear_forward, head", 1, 2 * ND * V, ND + (double)N * V,
+          linear_forward(acts->logits, V, acts->ln_f, m->weights.wte, NULL, N, D, V));
+    LAYER("crossentropy_forward", 1, 0, (double)N * V,
+          crossentropy_forward(acts->losses, acts->loss_logsumexp, acts->logits, ids, N, V));
+    LAYER("crossentropy_backward", 1, 0, 2.0 * N * V,
+          crossentropy_backward(acts->logits, acts->logits, acts->loss_logsumexp, ids, (real)1e-3, N, V));
+    LAYER("linear_backward, head", 1, 4 * ND * V, 2 * ND + (double)N * V,
+          linear_backward(acts->ds, m->grad.wte, NULL, acts->logits, V, acts->ln_f, m->weights.wte, N, D, V));
+    LAYER("layernorm_backward", L + 1, 0, 4 * ND,
+          layernorm_backward(acts->dx, dw->ln_weight, dw->ln_bias, acts->ds, a->x, a->ln_mean, a->ln_rstd,
+              w->ln_weight, N, D));
+    LAYER("linear_backward, W_out", L, 4 * ND * D, 3 * ND,
+          linear_backward(acts->ds, dw->W_out, dw->b_out, acts->dx, D, a->gated, w->W_out, N, D, D));
+    LAYER("gate_backward", L, 0, 5 * ND,
+          gate_backward(acts->ds, acts->dag + D, acts->ds, a->s, a->ag + D, 2 * D, N, D));
+    LAYER("feedback_backward", L, 10 * half * D, 7 * ND,
+          feedback_backward(acts->ds, dfb_q, dfb_k, acts->dgamma, work, a->s, a->fb_stats, fb_q, fb_k, a->gamma, feedback));
+    LAYER("linear_backward, W_o", L, 4 * ND * D, 3 * ND,
+          linear_backward(acts->dout, dw->W_o, NULL, acts->ds, D, a->o, w->W_o, N, D, D));
+    LAYER("attention_backward", L, 10 * half * D, 7 * ND,
+          attention_backward(dq, dk, dv, work, acts->dout, a->stats, q, k, v, direct));
+    LAYER("rope_backward", L, 0, 4 * ND,
+          rope_backward(acts->dproj, E, acts->cosine, acts->sine, N, T, 2 * H, d));
+    LAYER("linear_backward, q k v q' k'", L, 20 * ND * D, 7 * ND,
+          linear_backward(acts->dabar, dw->W_proj, dw->b_proj, acts->dproj, E, a->abar, w->W_proj, N, D, E));
+    LAYER("gain_backward", L, 0, 3 * ND,
+          gain_backward(acts->dabar, dw->gamma_weight, dw->gamma_bias, acts->dgamma, a->gamma, a->abar,
+              w->gamma_weight, (real)0.999, N, D));
     LAYER("gelu_backward", L, 0, 3 * ND, gelu_backward(acts->dag, acts->dabar, a->ag, 2 * D, N, D));
-    LAYER("linear_backward, W_in", L, 8 * ND * D, 4 * ND, linear_backward(acts->ds, dw->W_in, dw->b_in, acts->dag, 2 * D, a->n, w->W_in, N, D, 2 * D));
+    LAYER("linear_backward, W_in", L, 8 * ND * D, 4 * ND,
+          linear_backward(acts->ds, dw->W_in, dw->b_in, acts->dag, 2 * D, a->ln, w->W_in, N, D, 2 * D));
     LAYER("embedding_backward", 1, 0, 2 * ND, embedding_backward(m->grad.wte, acts->dx, ids, B, T, D));
     LAYER("norm", 1, 0, P, norm(m->grads, m->table.count));
     LAYER("adamw", 1, 0, 8 * P, model_update(m, adam, 1, 100));
