@@ -2174,6 +2174,10 @@ static const Backend cpu_backend = {"CPU", model_create, model_free, cpu_bytes, 
 
 // ----------------------------------------------------------------------------
 // signals: what asks for an end lets the step end and be saved
+//
+// A handler only notes the signal in `interrupted`; the loops of training, evaluation and generation look at
+// it. What a signal does depends on the phase the program is in, see install_handlers. The lock files that
+// the process holds are kept here too: they go at any end, also at one that a handler brings about.
 
 // Of this process; the handler reads and writes them. `interrupted`: the signal that asked for an end, 0:
 // none. While `saving`, nothing ends the program. `told`: the terminal has been told what a second Ctrl-C
@@ -2186,6 +2190,7 @@ static char lock_paths[MAX_LOCKS][PATH_MAX + 8]; // of the lock files that this 
 static int lock_files[MAX_LOCKS];
 static volatile sig_atomic_t n_locks;
 
+// Whether two files are one.
 static int same_place(const struct stat *a, const struct stat *b) {
     return a->st_dev == b->st_dev && a->st_ino == b->st_ino;
 }
@@ -2198,8 +2203,7 @@ static void remove_locks(void) {
         int i = n_locks - 1;
         n_locks = i;
         int named = !fstat(lock_files[i], &mine) && !lstat(lock_paths[i], &there);
-        if (named && same_place(&mine, &there) && !there.st_size)
-            unlink(lock_paths[i]);
+        if (named && same_place(&mine, &there) && !there.st_size) unlink(lock_paths[i]);
         close(lock_files[i]);
     }
 }
@@ -2208,8 +2212,8 @@ static void remove_locks(void) {
 // Only a second Ctrl-C typed at a terminal, once that has been told, ends the program at once; one that
 // another program sends does not.
 static void on_signal(int number, siginfo_t *info, void *context) {
-    static const char line[] = "\nending after this step, to save it; Ctrl-C again ends at once, without "
-                               "saving\n";
+    static const char line[] =
+        "\nending after this step, to save it; Ctrl-C again ends at once, without saving\n";
     int problem = errno;
     (void)context;
 #ifdef __linux__
@@ -2235,32 +2239,54 @@ static void on_early_signal(int number) {
 // While generating or evaluating: the first one ends it in order, the second at once.
 static void on_interrupt(int number) { interrupted = number; }
 
-typedef enum { BEFORE_TRAINING, WHILE_TRAINING, WHILE_READING } Phase;
+// A descriptor of the terminal that this process belongs to, -1 if there is none.
+static int open_terminal(void) {
+    if (isatty(STDERR_FILENO)) return STDERR_FILENO;
+    if (isatty(STDOUT_FILENO)) return STDOUT_FILENO;
+    return open("/dev/tty", O_WRONLY | O_NOCTTY | O_CLOEXEC);
+}
 
+// Whether the signal is ignored, as SIGHUP is under nohup.
+static int is_ignored(int number) {
+    struct sigaction now;
+    if (sigaction(number, NULL, &now)) return 0;
+    return !(now.sa_flags & SA_SIGINFO) && now.sa_handler == SIG_IGN;
+}
+
+typedef enum { BEFORE_TRAINING, WHILE_TRAINING, WHILE_READING } Phase; // READING: generating or evaluating
+
+// Sets what the signals do from here on.
 static void install_handlers(Phase phase) {
     static const int numbers[] = {SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, SIGXCPU};
     int n = phase == WHILE_READING ? 3 : (int)(sizeof(numbers) / sizeof(numbers[0]));
-    struct sigaction action, before;
+    struct sigaction action;
     memset(&action, 0, sizeof(action));
     for (int i = 0; i < n; i++) sigaddset(&action.sa_mask, numbers[i]);
-    action.sa_flags = phase == WHILE_TRAINING ? SA_SIGINFO | SA_RESTART : (int)SA_RESETHAND;
-    if (phase == WHILE_TRAINING) action.sa_sigaction = on_signal;
-    else action.sa_handler = phase == BEFORE_TRAINING ? on_early_signal : on_interrupt;
+    if (phase == WHILE_TRAINING) {
+        action.sa_flags = SA_SIGINFO | SA_RESTART;
+        action.sa_sigaction = on_signal;
+    } else {
+        action.sa_flags = (int)SA_RESETHAND;
+        action.sa_handler = phase == BEFORE_TRAINING ? on_early_signal : on_interrupt;
+    }
     for (int i = 0; i < n; i++) {
-        int ignored = !sigaction(numbers[i], NULL, &before) && !(before.sa_flags & SA_SIGINFO) &&
-                      before.sa_handler == SIG_IGN;
-        if (numbers[i] == SIGHUP && ignored) continue; // under nohup
+        if (numbers[i] == SIGHUP && is_ignored(SIGHUP)) continue;
         sigaction(numbers[i], &action, NULL);
     }
     signal(SIGPIPE, SIG_IGN); // a closed pipe and a file size beyond its limit are errors of the write
     signal(SIGXFSZ, SIG_IGN);
-    if (phase != WHILE_TRAINING || terminal >= 0) return;
-    terminal = isatty(STDERR_FILENO) ? STDERR_FILENO : isatty(STDOUT_FILENO) ? STDOUT_FILENO
-             : open("/dev/tty", O_WRONLY | O_NOCTTY | O_CLOEXEC);
+    if (phase == WHILE_TRAINING && terminal < 0) terminal = open_terminal();
 }
 
 // ----------------------------------------------------------------------------
 // files: read whole; written whole, into a temporary file that then takes the place of the old one
+//
+// A Place is where a file is written: settled once, locked against other runs, and checked before anything
+// there is replaced. A Replacement is the file on its way there. So at any moment the old file or the new one
+// lies there, whole, and nothing is lost by a crash, by a second run, or by a file put there meanwhile.
+
+// Writes "path: what" as one line of valid text into `line` (ERROR_SIZE), as fail does, where it is no error.
+#define format_line(...) ((void)fail(__VA_ARGS__))
 
 // A 64-bit hash: FNV-1a's step (xor, then multiply by its prime), taken on 8 bytes at a time for speed and
 // followed by a fold of the upper half into the lower, which the hash by bytes does not need. The last bytes
@@ -2278,40 +2304,43 @@ static uint64_t hash_bytes(const unsigned char *bytes, size_t size) {
     return hash;
 }
 
-// Reads a whole regular file into fresh memory, with a zero byte past its end. *bytes is NULL when it fails.
-static int file_read(const char *path, unsigned char **bytes, size_t *size, char *error) {
+// The part of file_read for a file that is open.
+static int read_open_file(int fd, const char *path, unsigned char **bytes, size_t *size, char *error) {
     struct stat info;
-    *bytes = NULL;
-    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); // a pipe without a writer: no waiting
-    if (fd < 0) return fail(error, path, "%s", strerror(errno));
-    const char *problem = fstat(fd, &info)        ? strerror(errno)
-                          : S_ISREG(info.st_mode) ? NULL
-                                                  : "a folder or a device, not a file";
-    size_t got = 0, room = problem ? 0 : (size_t)info.st_size + 1; // one byte more than there should be
-    if (check_room((double)room, path, "it", error)) {
-        close(fd);
-        return FAILED;
-    }
-    unsigned char *memory = problem ? NULL : (unsigned char *)malloc(room);
-    if (!problem && !memory) problem = "it does not fit in memory";
-    while (!problem && got < room) {
-        ssize_t n = read(fd, memory + got, room - got < 1 << 30 ? room - got : 1 << 30);
+    if (fstat(fd, &info)) return fail(error, path, "%s", strerror(errno));
+    if (!S_ISREG(info.st_mode)) return fail(error, path, "a folder or a device, not a file");
+    size_t room = (size_t)info.st_size + 1; // one byte more than there should be
+    if (check_room((double)room, path, "it", error)) return FAILED;
+    unsigned char *memory = (unsigned char *)malloc(room);
+    if (!memory) return fail(error, path, "it does not fit in memory");
+    size_t got = 0;
+    ssize_t n = 0;
+    while (got < room) {
+        n = read(fd, memory + got, room - got < 1 << 30 ? room - got : 1 << 30);
         if (n < 0 && errno == EINTR) continue;
-        if (n < 0) problem = strerror(errno);
         if (n <= 0) break;
         got += (size_t)n;
     }
-    if (!problem && got != room - 1) problem = "it cannot be read to its end, or its size changed meanwhile";
-    close(fd);
-    if (problem) {
-        fail(error, path, "%s", problem);
-        free(memory);
-        return FAILED;
+    if (n >= 0 && got == room - 1) {
+        memory[got] = 0;
+        *bytes = memory;
+        *size = got;
+        return 0;
     }
-    memory[got] = 0;
-    *bytes = memory;
-    *size = got;
-    return 0;
+    if (n < 0) fail(error, path, "%s", strerror(errno));
+    else fail(error, path, "it cannot be read to its end, or its size changed meanwhile");
+    free(memory);
+    return FAILED;
+}
+
+// Reads a whole regular file into fresh memory, with a zero byte past its end. *bytes is NULL when it fails.
+static int file_read(const char *path, unsigned char **bytes, size_t *size, char *error) {
+    *bytes = NULL;
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); // a pipe without a writer: no waiting
+    if (fd < 0) return fail(error, path, "%s", strerror(errno));
+    int result = read_open_file(fd, path, bytes, size, error);
+    close(fd);
+    return result;
 }
 
 // Writes n bytes; 0, or -1 with errno.
@@ -2336,15 +2365,16 @@ static int flush_to_disk(int fd) {
 #endif
     do result = fsync(fd);
     while (result && errno == EINTR);
-    return result && errno != EINVAL && errno != ENOSYS && errno != ENOTSUP ? -1 : 0;
+    int cannot = errno == EINVAL || errno == ENOSYS || errno == ENOTSUP;
+    return result && !cannot ? -1 : 0;
 }
 
 // Puts folder and name together; 0, or -1 when they are too long. path: PATH_MAX bytes.
 static int join_path(char *path, const char *folder, size_t folder_length, const char *name) {
-    int slash = folder_length > 0 && folder[folder_length - 1] != '/';
-    return snprintf(path, PATH_MAX, "%.*s%s%s", (int)folder_length, folder, slash ? "/" : "", name) < PATH_MAX
-               ? 0
-               : -1;
+    int needs_slash = folder_length > 0 && folder[folder_length - 1] != '/';
+    const char *slash = needs_slash ? "/" : "";
+    int length = snprintf(path, PATH_MAX, "%.*s%s%s", (int)folder_length, folder, slash, name);
+    return length < PATH_MAX ? 0 : -1;
 }
 
 // The folder of a settled path, with the slash at its end.
@@ -2360,24 +2390,26 @@ static int resolve(const char *path, char *target, char *error) {
     for (int links = 0; fits && links < 40; links++) {
         if (realpath(next, target)) return 0;
         if (errno != ENOENT) return fail(error, path, "cannot be written: %s", strerror(errno));
-        const char *slash = strrchr(next, '/'), *name = slash ? slash + 1 : next;
+        const char *slash = strrchr(next, '/');
+        const char *name = slash ? slash + 1 : next;
         size_t head = (size_t)(name - next);
         ssize_t length = readlink(next, link, sizeof(link) - 1);
-        if (length < 0) { // no link: a name that is free, in a folder that must be there
-            snprintf(link, sizeof(link), "%s", name);
-            snprintf(folder, sizeof(folder), "%.*s", head ? (int)head : 1, head ? next : ".");
-            if (!realpath(folder, next) || !*link)
-                return fail(error, path, "cannot be written: %s", strerror(errno));
-            fits = !join_path(target, next, strlen(next), link);
-            if (fits) return 0;
-        } else {
+        if (length >= 0) {
             link[length] = 0;
             memcpy(folder, next, head);
             fits = !join_path(next, folder, link[0] == '/' ? 0 : head, link);
+            continue;
         }
+        // no link: a name that is free, in a folder that must be there
+        snprintf(link, sizeof(link), "%s", name);
+        snprintf(folder, sizeof(folder), "%.*s", head ? (int)head : 1, head ? next : ".");
+        if (!realpath(folder, next) || !*link)
+            return fail(error, path, "cannot be written: %s", strerror(errno));
+        fits = !join_path(target, next, strlen(next), link);
+        if (fits) return 0;
     }
-    return fail(error, path, "cannot be written: %s",
-                fits ? "its links lead in a circle" : "the path is too long");
+    const char *problem = fits ? "its links lead in a circle" : "the path is too long";
+    return fail(error, path, "cannot be written: %s", problem);
 }
 
 // Locks an open file for this process, until it ends, in whatever way, and in whatever container: 1 if that
@@ -2386,37 +2418,42 @@ static int lock_descriptor(int fd) {
     int result;
     do result = flock(fd, LOCK_EX | LOCK_NB);
     while (result && errno == EINTR);
-    return !result ? 1 : errno == EWOULDBLOCK ? 0 : -1;
+    if (!result) return 1;
+    return errno == EWOULDBLOCK ? 0 : -1;
 }
 
+// Said once.
 static void warn_of_no_locks(const char *path) {
-    static int told_before = 0;
+    static int said = 0;
     char line[ERROR_SIZE];
-    if (told_before++) return;
-    fail(line, path, "the file system knows no locks: nothing keeps two runs from writing it at once");
+    if (said++) return;
+    format_line(line, path, "the file system knows no locks: nothing keeps two runs from writing it at once");
     fprintf(stderr, "train_sessa: warning: %s\n", line);
 }
 
 // A place where a file is written: what its path names, settled once, and what may be replaced there:
 // nothing, the file that lay there when the run began, or the one that the run left last.
 typedef struct {
-    const char *path, *like; // as the user named it; the file whose rights a new one gets, NULL: none
-    char target[PATH_MAX];   // what path names once links are followed
-    int lock;                // the index of its lock, -1: none
-    int there;               // a file lies there that may be replaced, which is
+    const char *path;      // as the user named it
+    const char *like;      // the file whose rights a new one gets, NULL: none
+    char target[PATH_MAX]; // what path names once links are followed
+    int lock;              // the index of its lock, -1: none
+    int there;             // a file lies there that may be replaced, which is
     struct stat known;
-    uint64_t head;           // a hash of how it begins: a checkpoint's metadata tell it from any other
+    uint64_t head;         // a hash of how it begins: a checkpoint's metadata tell it from any other
 } Place;
 
 // A hash of the first bytes of a file, 0 if it cannot be read.
 static uint64_t head_of(const char *path) {
     unsigned char bytes[4096];
     int fd = open(path, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
-    ssize_t n = fd < 0 ? -1 : read(fd, bytes, sizeof(bytes));
-    if (fd >= 0) close(fd);
+    if (fd < 0) return 0;
+    ssize_t n = read(fd, bytes, sizeof(bytes));
+    close(fd);
     return n < 0 ? 0 : hash_bytes(bytes, (size_t)n);
 }
 
+// Makes a place of a path: what lies there now may be replaced. FAILED if nothing can be written there.
 static int settle(Place *p, const char *path, const char *like, char *error) {
     memset(p, 0, sizeof(*p));
     p->path = path;
@@ -2434,16 +2471,17 @@ static int settle(Place *p, const char *path, const char *like, char *error) {
 // lock_descriptor. A file of that name that is no lock, which is empty, is another program's, and stays.
 static int open_lock(const char *path, const char *name, int flags, int *locked, char *error) {
     struct stat info;
-    int fd = open(name, O_RDWR | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC | flags, 0666), problem = errno;
-    if (fd < 0 && problem == EACCES)
-        fd = open(name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC); // another user's
+    int fd = open(name, O_RDWR | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC | flags, 0666);
+    int problem = errno;
+    if (fd < 0 && problem == EACCES) // another user's
+        fd = open(name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
     if (fd < 0) return fail(error, path, "cannot be locked, %.250s: %s", name, strerror(problem));
     int is_lock = !fstat(fd, &info) && S_ISREG(info.st_mode) && !info.st_size;
     *locked = is_lock ? lock_descriptor(fd) : 0;
     if (*locked) return fd;
     close(fd);
-    return is_lock ? fail(error, path, "another run is writing it")
-                   : fail(error, path, "cannot be locked: %.250s is there and is no lock", name);
+    if (is_lock) return fail(error, path, "another run is writing it");
+    return fail(error, path, "cannot be locked: %.250s is there and is no lock", name);
 }
 
 // Locks a place by a file beside it: the file itself gets another inode with each save. What killed runs
@@ -2455,9 +2493,11 @@ static int take_lock(Place *p, char *error) {
     struct stat mine, there;
     snprintf(name, sizeof(lock_paths[0]), "%s.lock", p->target);
     for (;;) {
-        int locked, fd = open_lock(p->path, name, O_CREAT, &locked, error);
+        int locked;
+        int fd = open_lock(p->path, name, O_CREAT, &locked, error);
         if (fd < 0) return FAILED;
-        int named = !fstat(fd, &mine) && !lstat(name, &there), problem = errno;
+        int named = !fstat(fd, &mine) && !lstat(name, &there);
+        int problem = errno;
         if (locked > 0 && named && same_place(&mine, &there)) {
             p->lock = n_locks;
             lock_files[n_locks] = fd;
@@ -2473,47 +2513,58 @@ static int take_lock(Place *p, char *error) {
     }
 }
 
-// Before something is replaced: the lock must still be ours, and what lies there the file that may be
-// replaced. A lock file that somebody removed, or that stayed behind when the folder was moved, is made
-// again.
-static int check_ours(Place *p, char *error) {
-    struct stat mine, now;
-    if (p->lock >= 0) {
-        const char *name = lock_paths[p->lock];
-        int named = !lstat(name, &now), problem = errno, locked;
-        if (!named && problem != ENOENT)
-            return fail(error, p->path, "cannot be written: %s", strerror(problem));
-        if (named && (fstat(lock_files[p->lock], &mine) || !same_place(&mine, &now)))
-            return fail(error, p->path, "another run has taken it over");
-        int fd = named ? -1 : open_lock(p->path, name, O_CREAT | O_EXCL, &locked, error);
-        if (!named && fd < 0) return FAILED;
-        if (!named) close(lock_files[p->lock]);
-        if (!named) lock_files[p->lock] = fd;
+// The lock of a place must still be this run's. A lock file that somebody removed, or that stayed behind when
+// the folder was moved, is made again.
+static int hold_lock(Place *p, char *error) {
+    const char *name = lock_paths[p->lock];
+    struct stat mine, there;
+    if (!lstat(name, &there)) {
+        if (!fstat(lock_files[p->lock], &mine) && same_place(&mine, &there)) return 0;
+        return fail(error, p->path, "another run has taken it over");
     }
+    if (errno != ENOENT) return fail(error, p->path, "cannot be written: %s", strerror(errno));
+    int locked;
+    int fd = open_lock(p->path, name, O_CREAT | O_EXCL, &locked, error);
+    if (fd < 0) return FAILED;
+    close(lock_files[p->lock]);
+    lock_files[p->lock] = fd;
+    return 0;
+}
+
+// Before something is replaced: the lock must still be ours, and what lies there the file that may be
+// replaced.
+static int check_ours(Place *p, char *error) {
+    struct stat now;
+    if (p->lock >= 0 && hold_lock(p, error)) return FAILED;
     if (lstat(p->target, &now))
         return errno == ENOENT ? 0 : fail(error, p->path, "cannot be written: %s", strerror(errno));
-    // neither its time, which a touch changes, nor its inode, which some file systems invent, says whose it is
+    // whose it is neither its time says, which a touch changes, nor its inode, which some file systems
+    // invent: its size and its beginning do
     if (p->there && now.st_size == p->known.st_size && head_of(p->target) == p->head) return 0;
     return fail(error, p->path, "another file was put there meanwhile, which stays");
 }
 
-// Removes the temporary files of target that killed runs left: <target>.tmp.s<eight hexadecimal digits>. The
-// lock must be held.
+// Whether `name` is that of a temporary file of the file `of`: <of>.tmp.s<eight hexadecimal digits>.
+static int is_temporary_name(const char *name, const char *of) {
+    size_t length = strlen(of);
+    if (strncmp(name, of, length) || strncmp(name + length, ".tmp.s", 6)) return 0;
+    const char *digits = name + length + 6;
+    return strspn(digits, "0123456789abcdef") == 8 && !digits[8];
+}
+
+// Removes the temporary files of target that killed runs left. The lock must be held.
 static void remove_leftovers(const char *target) {
     char folder[PATH_MAX];
     struct stat info;
-    const char *name = strrchr(target, '/') + 1;
     folder_of(folder, target);
     DIR *dir = opendir(folder);
-    for (struct dirent *entry; dir && (entry = readdir(dir));) {
-        const char *rest = entry->d_name + strlen(name);
-        if (strncmp(entry->d_name, name, strlen(name)) || strncmp(rest, ".tmp.", 5)) continue;
-        int ours = rest[5] == 's' && strspn(rest + 6, "0123456789abcdef") == 8 && !rest[14];
-        ours =
-            ours && !fstatat(dirfd(dir), entry->d_name, &info, AT_SYMLINK_NOFOLLOW) && S_ISREG(info.st_mode);
-        if (ours) unlinkat(dirfd(dir), entry->d_name, 0);
+    if (!dir) return;
+    for (struct dirent *entry; (entry = readdir(dir));) {
+        if (!is_temporary_name(entry->d_name, strrchr(target, '/') + 1)) continue;
+        int found = !fstatat(dirfd(dir), entry->d_name, &info, AT_SYMLINK_NOFOLLOW);
+        if (found && S_ISREG(info.st_mode)) unlinkat(dirfd(dir), entry->d_name, 0);
     }
-    if (dir) closedir(dir);
+    closedir(dir);
 }
 
 // A file on its way: the temporary file that will take its place.
@@ -2539,36 +2590,47 @@ static int check_replaceable(const Replacement *r, char *error) {
     if (sticky && user && p->known.st_uid != user && folder.st_uid != user)
         return fail(error, p->path,
                     "cannot be replaced: it is another user's, in a folder where only owners may");
-    if (!link(p->target, r->temporary)) unlink(r->temporary);
-    else if (errno == EXDEV)
-        return fail(error, p->path, "cannot be replaced: it is a mount point of its own");
-    return 0;
+    if (!link(p->target, r->temporary)) {
+        unlink(r->temporary);
+        return 0;
+    }
+    if (errno != EXDEV) return 0;
+    return fail(error, p->path, "cannot be replaced: it is a mount point of its own");
+}
+
+// Makes up a name for the temporary file.
+static void name_temporary(Replacement *r) {
+    static unsigned n_made = 0;
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    uint64_t process = (uint64_t)getpid() << 32;
+    uint64_t name = splitmix64((uint64_t)now.tv_nsec ^ process ^ splitmix64(++n_made));
+    snprintf(r->temporary, sizeof(r->temporary), "%s.tmp.s%08x", r->place->target, (unsigned)name);
 }
 
 // Creates the temporary file that will take a place. It gets owner and rights of the file that is there, or
 // else of `like`, so that what only its owner may read stays so; what is new can be written by its owner, or
 // it could not be replaced again.
 static int replacement_open(Replacement *r, Place *p, char *error) {
-    static unsigned n_made = 0;
     struct stat old = p->known;
-    int there = p->there && !lstat(p->target, &old), known = there || (p->like && !stat(p->like, &old));
+    int there = p->there && !lstat(p->target, &old);
+    int known = there || (p->like && !stat(p->like, &old));
     r->place = p;
     r->fd = -1;
     for (int tries = 0; r->fd < 0 && tries < 100; tries++) { // O_EXCL: two names cannot meet
-        struct timespec now;
-        clock_gettime(CLOCK_REALTIME, &now);
-        uint64_t name = splitmix64((uint64_t)now.tv_nsec ^ ((uint64_t)getpid() << 32) ^ splitmix64(++n_made));
-        snprintf(r->temporary, sizeof(r->temporary), "%s.tmp.s%08x", p->target, (unsigned)name);
+        name_temporary(r);
         if (there && !tries && check_replaceable(r, error)) return FAILED;
         r->fd = open(r->temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, known ? 0600 : 0666);
         if (r->fd < 0 && errno != EEXIST && errno != EINTR) break;
     }
     if (r->fd < 0) return fail(error, p->path, "cannot be written: %s", strerror(errno));
+    // root, going on with a user's run, may give it away; where that is refused it stays as it is: no error
     int owned = known && old.st_uid == geteuid() && old.st_gid == getegid();
-    if (known && !owned) // root going on with a user's run; others may not
-        if (fchown(r->fd, old.st_uid, old.st_gid)) errno = 0;
+    if (known && !owned && fchown(r->fd, old.st_uid, old.st_gid)) errno = 0;
     if (!known && fstat(r->fd, &old)) errno = 0;
-    if (fchmod(r->fd, (known ? old.st_mode & 0777 : (old.st_mode & 0777) | 0600))) errno = 0;
+    mode_t mode = old.st_mode & 0777;
+    if (!known) mode |= 0600;
+    if (fchmod(r->fd, mode)) errno = 0;
     return 0;
 }
 
@@ -2582,33 +2644,46 @@ static void keep_aside(const Replacement *r, char *error) {
     else fail(error, NULL, "%.250s; what was to take its place is %.200s", problem, kept);
 }
 
+// Flushes and closes the temporary file, into which `size` bytes were written if `ok`. Returns 0 or an errno.
+static int finish_temporary(Replacement *r, int ok, uint64_t size, struct stat *written) {
+    int problem = 0;
+    if (!ok || flush_to_disk(r->fd) || fstat(r->fd, written)) problem = errno;
+    else if ((uint64_t)written->st_size != size) problem = EIO;
+    if (close(r->fd) && !problem && errno != EINTR) problem = errno;
+    return problem;
+}
+
+// The folder that holds the file has changed: that survives a power cut, too.
+static void flush_folder(const char *target) {
+    char path[PATH_MAX];
+    folder_of(path, target);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) return;
+    flush_to_disk(fd);
+    close(fd);
+}
+
 // Ends what replacement_open began. ok: all `size` bytes were written; they are flushed to the disk, only
 // then get their name, and then the folder is flushed, too: there is at any moment the old file or the new
 // one, whole. Not ok, or `trial`: the temporary file is removed, and the old one stays.
 static int replacement_close(Replacement *r, int ok, uint64_t size, int trial, char *error) {
     Place *p = r->place;
     struct stat written;
-    int problem = ok ? 0 : errno, flushed = ok && !flush_to_disk(r->fd) && !fstat(r->fd, &written);
-    if (ok && !flushed) problem = errno;
-    if (flushed && (uint64_t)written.st_size != size) problem = EIO;
-    if (close(r->fd) && !problem && errno != EINTR) problem = errno;
-    if (!problem && !trial && check_ours(p, error)) {
-        keep_aside(r, error);
-        return FAILED;
+    int problem = finish_temporary(r, ok, size, &written);
+    if (!problem && !trial) {
+        if (check_ours(p, error)) {
+            keep_aside(r, error);
+            return FAILED;
+        }
+        if (rename(r->temporary, p->target)) problem = errno;
     }
-    if (!problem && !trial && rename(r->temporary, p->target)) problem = errno;
     if ((problem || trial) && unlink(r->temporary) && !problem) problem = errno;
     if (problem) return fail(error, p->path, "cannot be written: %s", strerror(problem));
     if (trial) return 0;
     p->there = 1;
     p->known = written;
     p->head = head_of(p->target);
-    char folder_path[PATH_MAX];
-    folder_of(folder_path, p->target);
-    int folder = open(folder_path, O_RDONLY | O_CLOEXEC);
-    if (folder < 0) return 0;
-    flush_to_disk(folder);
-    close(folder);
+    flush_folder(p->target);
     return 0;
 }
 
@@ -2616,7 +2691,8 @@ static int replacement_close(Replacement *r, int ok, uint64_t size, int trial, c
 static int write_whole(Place *place, const unsigned char *bytes, size_t size, char *error) {
     Replacement file;
     if (replacement_open(&file, place, error)) return FAILED;
-    return replacement_close(&file, !write_all(file.fd, bytes, size), size, 0, error);
+    int ok = !write_all(file.fd, bytes, size);
+    return replacement_close(&file, ok, size, 0, error);
 }
 
 // ----------------------------------------------------------------------------
