@@ -2703,12 +2703,14 @@ static int write_whole(Place *place, const unsigned char *bytes, size_t size, ch
 //                         and under "__metadata__" an object of strings; spaces may follow
 //     data                the tensors' bytes, row-major; offsets count from here; no gaps
 //
-// Numbers are little-endian, as is every machine that this is built for. A file comes from anywhere, so nothing in it
-// is trusted: what the reader returns has been checked, and any other file is refused with one line that says why.
+// Numbers are little-endian, as is every machine that this is built for. A file comes from anywhere, so
+// nothing in it is trusted: what the reader returns has been checked, and any other file is refused with one
+// line that says why.
 
 enum { MAX_DIMS = 8, MAX_HEADER = 100000000 };
 
-// One tensor of a file: count is in elements, size in bytes. The data need not be aligned: read it with memcpy.
+// One tensor of a file: count is in elements, size in bytes. The data need not be aligned: read it with
+// memcpy.
 typedef struct {
     char *name, dtype[16];
     int n_dims;              // may be larger than MAX_DIMS; shape then holds the first ones
@@ -2729,18 +2731,20 @@ typedef struct {
     int n_meta;
 } Safetensors;
 
-// Bits that an element of this dtype takes, 0 if the format has no such dtype: they are the number in its name.
+// Bits that an element of this dtype takes, 0 if the format has no such dtype: they are the number in its
+// name.
 static int dtype_bits(const char *dtype) {
-    static const char known[] = " BOOL U8 I8 F8_E5M2 F8_E4M3 F8_E8M0 F4 F6_E2M3 F6_E3M2 I16 U16 F16 BF16 I32 U32 F32 I64 U64 "
-                                "F64 C64 ";
+    static const char known[] = " BOOL U8 I8 F8_E5M2 F8_E4M3 F8_E8M0 F4 F6_E2M3 F6_E3M2 I16 U16 F16 BF16 "
+                                "I32 U32 F32 I64 U64 F64 C64 ";
     char word[24];
     snprintf(word, sizeof(word), " %s ", dtype);
+    if (!*dtype || strchr(dtype, ' ') || !strstr(known, word)) return 0;
     const char *digits = strpbrk(dtype, "0123456789");
-    return !*dtype || strchr(dtype, ' ') || !strstr(known, word) ? 0 : digits ? atoi(digits) : 8;
+    return digits ? atoi(digits) : 8; // BOOL
 }
 
-// The header while it is read. The first problem stays and moves the place to the end, so that whatever is read after it
-// reads nothing, and only the end asks whether there was one.
+// The header while it is read. The first problem stays and moves the place to the end, so that whatever is
+// read after it reads nothing, and only the end asks whether there was one.
 typedef struct {
     unsigned char *at, *end;
     const unsigned char *place; // of the problem
@@ -2767,9 +2771,13 @@ static int json_take(Json *j, char c) {
     return 1;
 }
 
+// Takes the byte c, which must stand there.
 static void json_expect(Json *j, char c) {
-    if (!json_take(j, c)) json_fail(j, c == '"' ? "expected a string" : c == ':' ? "expected ':'" :
-                                       c == ',' ? "expected ',' or an end" : "expected '{' or '['");
+    if (json_take(j, c)) return;
+    if (c == '"') json_fail(j, "expected a string");
+    else if (c == ':') json_fail(j, "expected ':'");
+    else if (c == ',') json_fail(j, "expected ',' or an end");
+    else json_fail(j, "expected '{' or '['");
 }
 
 // Inside an object or array that ends with `close`, having read n of its items: 1 if another one follows.
@@ -2791,20 +2799,23 @@ static int json_hex(Json *j) {
 // The character that an escape stands for, of a surrogate pair both halves; -1 if it is no valid escape.
 static int json_escape(Json *j) {
     static const char letters[] = "\"\\/bfnrt", meaning[] = "\"\\/\b\f\n\r\t";
-    int c = j->at < j->end ? *j->at++ : 0, low = -1;
+    int c = j->at < j->end ? *j->at++ : 0;
     const char *letter = c ? strchr(letters, c) : NULL;
     if (letter) return meaning[letter - letters];
     int code = c == 'u' ? json_hex(j) : -1;
     if (code < 0xD800 || code > 0xDFFF) return code;
+    int low = -1; // the second half
     if (j->end - j->at >= 2 && j->at[0] == '\\' && j->at[1] == 'u') {
         j->at += 2;
         low = json_hex(j);
     }
-    return code > 0xDBFF || low < 0xDC00 || low > 0xDFFF ? -1 : 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00);
+    if (code > 0xDBFF || low < 0xDC00 || low > 0xDFFF) return -1;
+    return 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00);
 }
 
-// Reads a string and decodes it where it stands: UTF-8 is never longer than the escape, and the closing quote leaves
-// room for the zero byte. U+0000 becomes C0 80, which is no valid UTF-8, so that the text equals no other.
+// Reads a string and decodes it where it stands: UTF-8 is never longer than the escape, and the closing quote
+// leaves room for the zero byte. U+0000 becomes C0 80, which is no valid UTF-8, so that the text equals no
+// other.
 static char *json_string(Json *j) {
     static const int lead[] = {0, 0xC0, 0xE0, 0xF0};
     static char nothing[] = "";
@@ -2820,7 +2831,7 @@ static char *json_string(Json *j) {
         if (c < 0x20) json_fail(j, "a control character in a string");
         if (code < 0) json_fail(j, "an invalid escape in a string");
         if (j->problem) break;
-        int tail = code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;          // UTF-8 bytes after the first
+        int tail = code < 0x800 ? 1 : code < 0x10000 ? 2 : 3; // UTF-8 bytes after the first
         if (c != '\\' || (code && code < 0x80)) tail = 0;
         *out++ = (unsigned char)(lead[tail] | (code >> (6 * tail)));
         while (tail-- > 0) *out++ = (unsigned char)(0x80 | ((code >> (6 * tail)) & 0x3F));
@@ -2835,56 +2846,73 @@ static char *json_key(Json *j) {
     return key;
 }
 
-// Reads an array of integers in 0..2^63-1, of which the first `room` are kept. Returns their number and, in *product,
+// Reads a whole number in 0..2^63-1.
+static int64_t json_integer(Json *j) {
+    int64_t number = 0;
+    json_space(j);
+    const unsigned char *start = j->at;
+    for (; j->at < j->end && *j->at >= '0' && *j->at <= '9'; j->at++) {
+        int digit = *j->at - '0';
+        if (__builtin_mul_overflow(number, 10, &number) || __builtin_add_overflow(number, digit, &number)) {
+            json_fail(j, "a number above 2^63-1");
+            return 0;
+        }
+    }
+    if (j->at == start) json_fail(j, "expected a whole number, 0 or more");
+    if (j->at - start > 1 && *start == '0') json_fail(j, "a number with a leading zero");
+    return number;
+}
+
+// Reads an array of integers, of which the first `room` are kept. Returns their number and, in *product,
 // their product, -1 if it overflows.
 static int json_integers(Json *j, int64_t *list, int room, int64_t *product) {
     int n = 0;
     *product = 1;
     json_expect(j, '[');
     for (; json_next(j, ']', n); n++) {
-        int64_t number = 0;
-        json_space(j);
-        const unsigned char *start = j->at;
-        for (; j->at < j->end && *j->at >= '0' && *j->at <= '9'; j->at++)
-            if (__builtin_mul_overflow(number, 10, &number) || __builtin_add_overflow(number, *j->at - '0', &number)) {
-                json_fail(j, "a number above 2^63-1");
-                return n;
-            }
-        if (j->at == start) json_fail(j, "expected a whole number, 0 or more");
-        if (j->at - start > 1 && *start == '0') json_fail(j, "a number with a leading zero");
+        int64_t number = json_integer(j);
         if (n < room) list[n] = number;
         if (*product < 0 || __builtin_mul_overflow(*product, number, product)) *product = -1;
     }
     return n;
 }
 
-// Reads the value of one tensor's entry: its three fields, in any order, each once. The data must lie inside the
-// data_size bytes at data and be as long as dtype and shape say.
+// Reads the value of one tensor's entry: its three fields, in any order, each once. The data must lie inside
+// the data_size bytes at data and be as long as dtype and shape say.
 static void json_tensor(Json *j, FileTensor *t, const unsigned char *data, int64_t data_size) {
     int64_t offsets[2] = {0, 0}, bits = 0, unused;
-    int seen[3] = {0}, n_offsets = 0;
+    int dtypes = 0, shapes = 0, places = 0; // how often each field was seen
+    int n_offsets = 0;
     json_expect(j, '{');
     for (int n = 0; json_next(j, '}', n); n++) {
         const char *key = json_key(j);
-        if (!strcmp(key, "dtype") && !seen[0]++) snprintf(t->dtype, sizeof(t->dtype), "%s", json_string(j));
-        else if (!strcmp(key, "shape") && !seen[1]++) t->n_dims = json_integers(j, t->shape, MAX_DIMS, &t->count);
-        else if (!strcmp(key, "data_offsets") && !seen[2]++) n_offsets = json_integers(j, offsets, 2, &unused);
-        else json_fail(j, "a tensor's field is unknown, or stands there twice");
+        if (!strcmp(key, "dtype") && !dtypes++)
+            snprintf(t->dtype, sizeof(t->dtype), "%s", json_string(j));
+        else if (!strcmp(key, "shape") && !shapes++)
+            t->n_dims = json_integers(j, t->shape, MAX_DIMS, &t->count);
+        else if (!strcmp(key, "data_offsets") && !places++)
+            n_offsets = json_integers(j, offsets, 2, &unused);
+        else
+            json_fail(j, "a tensor's field is unknown, or stands there twice");
     }
-    if (!seen[0] || !seen[1] || n_offsets != 2) json_fail(j, "a tensor lacks dtype, shape or two data_offsets");
-    if (!j->problem && !dtype_bits(t->dtype)) json_fail(j, "a tensor's dtype is unknown");
-    if (!j->problem && (t->count < 0 || __builtin_mul_overflow(t->count, dtype_bits(t->dtype), &bits) || bits % 8))
+    if (!dtypes || !shapes || n_offsets != 2) json_fail(j, "a tensor lacks dtype, shape or two data_offsets");
+    if (j->problem) return;
+    int of_element = dtype_bits(t->dtype);
+    if (!of_element)
+        json_fail(j, "a tensor's dtype is unknown");
+    else if (t->count < 0 || __builtin_mul_overflow(t->count, of_element, &bits) || bits % 8)
         json_fail(j, "a tensor's size overflows, or is no number of bytes");
-    if (offsets[0] > offsets[1] || offsets[1] > data_size)
+    else if (offsets[0] > offsets[1] || offsets[1] > data_size)
         json_fail(j, "a tensor's offsets are out of range, or the file ends early");
-    if (offsets[1] - offsets[0] != bits / 8) json_fail(j, "a tensor's offsets do not fit its dtype and shape");
+    else if (offsets[1] - offsets[0] != bits / 8)
+        json_fail(j, "a tensor's offsets do not fit its dtype and shape");
     if (j->problem) return;
     t->data = data + offsets[0];
     t->size = (size_t)(bits / 8);
 }
 
-// An array of n items with room for one more: it doubles whenever n is a power of two. The old one when memory is
-// exhausted.
+// An array of n items with room for one more: it doubles whenever n is a power of two. The old one when
+// memory is exhausted.
 static void *json_grow(Json *j, void *array, int n, size_t item) {
     if (n & (n - 1)) return array;
     void *larger = grow(array, (n ? (size_t)n * 2 : 1) * item);
@@ -2892,28 +2920,34 @@ static void *json_grow(Json *j, void *array, int n, size_t item) {
     return larger ? larger : array;
 }
 
+// Reads the object of the metadata into file.
+static void json_metadata(Json *j, Safetensors *file) {
+    json_expect(j, '{');
+    for (int n = 0; json_next(j, '}', n); n++) {
+        file->meta = (Meta *)json_grow(j, file->meta, n, sizeof(Meta));
+        Meta meta = {json_key(j), NULL};
+        meta.value = json_string(j);
+        if (!j->problem) file->meta[file->n_meta++] = meta;
+    }
+}
+
 // Reads the header's object into file.
 static void json_header(Json *j, Safetensors *file, const unsigned char *data) {
     int metadata_seen = 0;
+    int64_t data_size = file->bytes + file->size - data;
     for (int n = 0; json_next(j, '}', n); n++) {
         char *name = json_key(j);
         if (!strcmp(name, "__metadata__")) {
             if (metadata_seen++) json_fail(j, "__metadata__ stands there twice");
-            json_expect(j, '{');
-            for (int i = 0; json_next(j, '}', i); i++) {
-                file->meta = (Meta *)json_grow(j, file->meta, i, sizeof(Meta));
-                Meta meta = {json_key(j), NULL};
-                meta.value = json_string(j);
-                if (!j->problem) file->meta[file->n_meta++] = meta;
-            }
-        } else {
-            FileTensor tensor;
-            memset(&tensor, 0, sizeof(tensor));
-            tensor.name = name;
-            file->tensors = (FileTensor *)json_grow(j, file->tensors, file->n_tensors, sizeof(FileTensor));
-            json_tensor(j, &tensor, data, file->bytes + file->size - data);
-            if (!j->problem) file->tensors[file->n_tensors++] = tensor;
+            json_metadata(j, file);
+            continue;
         }
+        FileTensor tensor;
+        memset(&tensor, 0, sizeof(tensor));
+        tensor.name = name;
+        file->tensors = (FileTensor *)json_grow(j, file->tensors, file->n_tensors, sizeof(FileTensor));
+        json_tensor(j, &tensor, data, data_size);
+        if (!j->problem) file->tensors[file->n_tensors++] = tensor;
     }
     json_space(j);
     if (j->at < j->end) json_fail(j, "something follows the last brace");
@@ -2922,11 +2956,13 @@ static void json_header(Json *j, Safetensors *file, const unsigned char *data) {
 static int compare_places(const void *a, const void *b) {
     const FileTensor *s = (const FileTensor *)a, *t = (const FileTensor *)b;
     if (s->data != t->data) return s->data < t->data ? -1 : 1;
-    return (s->size > t->size) - (s->size < t->size);                  // the empty ones first
+    return (s->size > t->size) - (s->size < t->size); // the empty ones first
 }
 
 // Of two FileTensor or two Meta: the name or key is the first member of both.
-static int compare_names(const void *a, const void *b) { return strcmp(*(char *const *)a, *(char *const *)b); }
+static int compare_names(const void *a, const void *b) {
+    return strcmp(*(char *const *)a, *(char *const *)b);
+}
 
 // Sorts n FileTensor or Meta by name; returns a name that stands there twice, NULL if there is none.
 static const char *sort_names(void *array, int n, size_t item) {
@@ -2937,17 +2973,22 @@ static const char *sort_names(void *array, int n, size_t item) {
     return NULL;
 }
 
-// Checks that the tensors cover the data exactly, each byte once, and that no name or key stands there twice; leaves
-// tensors and metadata sorted for the search.
+// Checks that the tensors cover the data exactly, each byte once, and that no name or key stands there twice;
+// leaves tensors and metadata sorted for the search.
 static int check_layout(Safetensors *file, const unsigned char *data, const char *path, char *error) {
     FileTensor *tensors = file->tensors;
     const unsigned char *reached = data, *end = file->bytes + file->size;
     if (tensors) qsort(tensors, (size_t)file->n_tensors, sizeof(FileTensor), compare_places);
-    for (int i = 0; i < file->n_tensors; reached += tensors[i++].size)
-        if (tensors[i].data != reached)
-            return fail(error, path, "tensor '%.80s' %s", tensors[i].name,
-                        tensors[i].data < reached ? "overlaps another" : "has bytes before it that no tensor claims");
-    if (reached != end) return fail(error, path, "no tensor claims the last %lld bytes", (long long)(end - reached));
+    for (int i = 0; i < file->n_tensors; i++) {
+        if (tensors[i].data != reached) {
+            const char *what = tensors[i].data < reached ? "overlaps another"
+                                                         : "has bytes before it that no tensor claims";
+            return fail(error, path, "tensor '%.80s' %s", tensors[i].name, what);
+        }
+        reached += tensors[i].size;
+    }
+    if (reached != end)
+        return fail(error, path, "no tensor claims the last %lld bytes", (long long)(end - reached));
     const char *twice = sort_names(tensors, file->n_tensors, sizeof(FileTensor));
     if (!twice) twice = sort_names(file->meta, file->n_meta, sizeof(Meta));
     return twice ? fail(error, path, "the name '%.80s' stands there twice", twice) : 0;
@@ -2961,46 +3002,81 @@ static void safetensors_free(Safetensors *file) {
     memset(file, 0, sizeof(*file));
 }
 
-// Makes a Safetensors of the bytes of a file; they must come from malloc and belong to it from now on. The path is for
-// messages only.
-static int safetensors_parse(Safetensors *file, unsigned char *bytes, size_t size, const char *path, char *error) {
+// The part of safetensors_parse for a file that holds a header of that length.
+static int parse_header(Safetensors *file, size_t length, const char *path, char *error) {
+    unsigned char *start = file->bytes + 8, *data = start + length;
+    Json json = {.at = start, .end = data, .place = start, .problem = NULL};
+    if (!length || *start != '{') json_fail(&json, "it does not start with '{': no safetensors file");
+    if (!utf8_valid(start, length)) json_fail(&json, "not valid UTF-8");
+    json_expect(&json, '{');
+    json_header(&json, file, data);
+    if (!json.problem) return check_layout(file, data, path, error);
+    return fail(error, path, "header, byte %lld: %s", (long long)(json.place - start), json.problem);
+}
+
+// Makes a Safetensors of the bytes of a file; they must come from malloc and belong to it from now on, also
+// when it fails. The path is for messages only.
+static int safetensors_parse(Safetensors *file, unsigned char *bytes, size_t size, const char *path,
+                             char *error) {
     uint64_t length = 0;
-    int result = 0;
+    int result;
     memset(file, 0, sizeof(*file));
     file->bytes = bytes;
     file->size = size;
     memcpy(&length, bytes, size < 8 ? size : 8);
-    if (size < 8 || length > size - 8) result = fail(error, path, "no safetensors file, or one that ends early");
-    else if (length > MAX_HEADER) result = fail(error, path, "a header of over 100 MB: no safetensors file");
-    else {
-        unsigned char *start = bytes + 8, *data = start + length;
-        Json json = {start, data, start, NULL};
-        if (!length || *start != '{') json_fail(&json, "it does not start with '{': no safetensors file");
-        if (!utf8_valid(start, (size_t)length)) json_fail(&json, "not valid UTF-8");
-        json_expect(&json, '{');
-        json_header(&json, file, data);
-        result = !json.problem ? check_layout(file, data, path, error)
-               : fail(error, path, "header, byte %lld: %s", (long long)(json.place - start), json.problem);
-    }
+    if (size < 8 || length > size - 8)
+        result = fail(error, path, "no safetensors file, or one that ends early");
+    else if (length > MAX_HEADER)
+        result = fail(error, path, "a header of over 100 MB: no safetensors file");
+    else
+        result = parse_header(file, (size_t)length, path, error);
     if (result) safetensors_free(file);
     return result;
 }
 
 static int safetensors_read(Safetensors *file, const char *path, char *error) {
-    unsigned char *bytes = NULL;
-    size_t size = 0;
-    return file_read(path, &bytes, &size, error) ? FAILED : safetensors_parse(file, bytes, size, path, error);
+    unsigned char *bytes;
+    size_t size;
+    if (file_read(path, &bytes, &size, error)) return FAILED;
+    return safetensors_parse(file, bytes, size, path, error);
 }
 
 // The tensor of this name, and the metadata's value for this key; NULL if there is none.
 static const FileTensor *safetensors_find(const Safetensors *file, const char *name) {
     if (!file->n_tensors) return NULL;
-    return (const FileTensor *)bsearch(&name, file->tensors, (size_t)file->n_tensors, sizeof(FileTensor), compare_names);
+    size_t n = (size_t)file->n_tensors;
+    return (const FileTensor *)bsearch(&name, file->tensors, n, sizeof(FileTensor), compare_names);
 }
 static const char *safetensors_meta(const Safetensors *file, const char *key) {
     if (!file->n_meta) return NULL;
-    const Meta *meta = (const Meta *)bsearch(&key, file->meta, (size_t)file->n_meta, sizeof(Meta), compare_names);
+    size_t n = (size_t)file->n_meta;
+    const Meta *meta = (const Meta *)bsearch(&key, file->meta, n, sizeof(Meta), compare_names);
     return meta ? meta->value : NULL;
+}
+
+// The number that the bits of an F16 mean.
+static float float_of_half(uint16_t half) {
+    int exponent = half >> 10 & 31, mantissa = half & 1023;
+    float value;
+    if (exponent == 31) value = mantissa ? NAN : INFINITY;
+    else if (!exponent) value = ldexpf((float)mantissa, -24);
+    else value = ldexpf((float)(1024 + mantissa), exponent - 25);
+    return half >> 15 ? -value : value;
+}
+
+// An element of a tensor of F32, F16 or BF16.
+static float float_at(const FileTensor *t, int64_t i) {
+    float value;
+    uint16_t half;
+    if (!strcmp(t->dtype, "F32")) {
+        memcpy(&value, t->data + 4 * i, 4);
+        return value;
+    }
+    memcpy(&half, t->data + 2 * i, 2);
+    if (!strcmp(t->dtype, "F16")) return float_of_half(half);
+    uint32_t bits = (uint32_t)half << 16; // BF16: the upper half of an F32
+    memcpy(&value, &bits, 4);
+    return value;
 }
 
 // Text that grows. Once memory is exhausted it stays as it is, and says so.
@@ -3032,11 +3108,14 @@ static void json_write(Text *out, const char *text) {
     text_add(out, "\"");
     for (; *text; text++) {
         unsigned char c = (unsigned char)*text;
-        char code[8];
         if (c == '"' || c == '\\') text_add(out, "\\");
-        if (c < 0x20) snprintf(code, sizeof(code), "\\u%04x", c);
-        if (c < 0x20) text_add(out, code);
-        else text_put(out, text, 1);
+        if (c < 0x20) {
+            char code[8];
+            snprintf(code, sizeof(code), "\\u%04x", c);
+            text_add(out, code);
+        } else {
+            text_put(out, text, 1);
+        }
     }
     text_add(out, "\"");
 }
@@ -3085,14 +3164,15 @@ static void write_header(Text *out, const FileTensor *tensors, int n_tensors, co
 // place can be written. *total: the bytes of the file, or NULL.
 static int safetensors_write(Place *place, const FileTensor *tensors, int n_tensors, const Meta *meta,
                              int n_meta, int trial, uint64_t *total, char *error) {
-    Replacement file;
     Text header = {NULL, 0, 0, 0};
-    for (int i = 0; i < n_meta; i++)
-        if (!utf8_valid((const unsigned char *)meta[i].value, strlen(meta[i].value)))
-            return fail(error, place->path, "'%.80s', '%.80s' cannot be stored: not UTF-8", meta[i].key,
-                        meta[i].value);
+    for (int i = 0; i < n_meta; i++) {
+        const char *key = meta[i].key, *value = meta[i].value;
+        if (!utf8_valid((const unsigned char *)value, strlen(value)))
+            return fail(error, place->path, "'%.80s', '%.80s' cannot be stored: not UTF-8", key, value);
+    }
     write_header(&header, tensors, n_tensors, meta, n_meta);
     uint64_t length = header.size, size = 8 + length;
+    Replacement file;
     int result = header.failed ? fail(error, place->path, "cannot be written: out of memory")
                                : replacement_open(&file, place, error);
     if (!result) {
@@ -3780,27 +3860,6 @@ static int save_run(Run *run, char *error) {
         best->there = unlink(best->target) != 0;
     run->replaces_best = 0;
     return 0;
-}
-
-// An element of a tensor of F32, F16 or BF16.
-static float float_at(const FileTensor *t, int64_t i) {
-    float value;
-    uint16_t half;
-    uint32_t bits;
-    if (!strcmp(t->dtype, "F32")) {
-        memcpy(&value, t->data + 4 * i, 4);
-        return value;
-    }
-    memcpy(&half, t->data + 2 * i, 2);
-    if (!strcmp(t->dtype, "F16")) {
-        int exponent = half >> 10 & 31, mantissa = half & 1023;
-        value = exponent == 31 ? (mantissa ? NAN : INFINITY) : !exponent ? ldexpf((float)mantissa, -24)
-              : ldexpf((float)(1024 + mantissa), exponent - 25);
-        return half >> 15 ? -value : value;
-    }
-    bits = (uint32_t)half << 16;
-    memcpy(&value, &bits, 4);
-    return value;
 }
 
 // Reads one block of the table's tensors from the run's file into the model. While there is no model yet it
