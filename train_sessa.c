@@ -3190,24 +3190,25 @@ static int safetensors_write(Place *place, const FileTensor *tensors, int n_tens
 
 // ----------------------------------------------------------------------------
 // data: text, token shards, example sets
-
+//
 // Text is any file of bytes, a token is a byte's place in the vocabulary. A shard is llm.c's: 256 int32
 // (magic, version, number of tokens, the rest unused), then the tokens: uint16 of GPT-2 (magic 20240520,
 // version 1) or uint32 of Llama 3 (20240801, 7). An example set is a safetensors file with `inputs` and
-// `targets` (N,T), and maybe `lags` (N,T): how far back lies what each target asks for.
+// `targets` (N,T), and maybe `lags` (N,T): how far back lies what each target asks for. What a file is, is
+// told by what it holds; what looks like anything else is refused.
+
 typedef enum { DATA_TEXT, DATA_SHARD, DATA_EXAMPLES } DataKind;
 
 typedef struct {
     DataKind kind;
-    unsigned char *bytes;      // TEXT, SHARD: the file; dataset_encode puts token ids in the place of a text's bytes
+    unsigned char *bytes;      // TEXT, SHARD: the file; dataset_encode puts token ids in a text's place
     const uint16_t *tokens;    // SHARD: inside bytes
     const uint32_t *tokens32;  // a SHARD of wider tokens: inside bytes
     int32_t *inputs, *targets; // EXAMPLES: (count, width); a target of -1 is none
     int32_t *lags;             // EXAMPLES: (count, width) or NULL
     int64_t count;             // tokens or examples
     int width;                 // EXAMPLES: T of the file
-    int vocab_hint; // EXAMPLES: the metadata's vocab_size, or 0; SHARD: of the tokenizer that llm.c makes it
-                    // with
+    int vocab_hint;            // EXAMPLES: the metadata's vocab_size, or 0; SHARD: its tokenizer's, in llm.c
     int max_id;                // SHARD, EXAMPLES: the largest id, -1 if there is none
     int64_t zeros;             // TEXT: bytes that are 0
     char content[96];          // kind, size and hash: what a resumed run must find again
@@ -3231,12 +3232,13 @@ static int shard_read(Dataset *data, size_t size, const char *path, char *error)
     memcpy(header, data->bytes, sizeof(header));
     int wide = header[0] == LLAMA3_SHARD, version = wide ? 7 : 1;
     const void *tokens = data->bytes + SHARD_HEADER;
+    size_t held = size - SHARD_HEADER;
     if (header[1] != version)
         return fail(error, path, "a token shard of version %d; only %d is known", header[1], version);
-    if (header[2] < 1 || (uint64_t)header[2] * (wide ? 4 : 2) != size - SHARD_HEADER)
+    if (header[2] < 1 || (uint64_t)header[2] * (wide ? 4 : 2) != held)
         return fail(error, path,
                     "a token shard whose header says %d tokens; the file holds %zu bytes of them", header[2],
-                    size - SHARD_HEADER);
+                    held);
     data->count = header[2];
     data->vocab_hint = wide ? 128256 : 50257;
     if (wide) data->tokens32 = (const uint32_t *)tokens;
@@ -3250,24 +3252,39 @@ static int shard_read(Dataset *data, size_t size, const char *path, char *error)
     return 0;
 }
 
+// An element of a tensor of integers of that many bits; one of U64 that is too large becomes negative.
+static int64_t integer_at(const FileTensor *t, int bits, int64_t i) {
+    uint64_t word = 0; // little-endian: the element's bytes come lowest
+    memcpy(&word, t->data + i * bits / 8, (size_t)bits / 8);
+    if (*t->dtype == 'U') return (int64_t)word;
+    return (int64_t)(word << (64 - bits)) >> (64 - bits); // extend the sign
+}
+
 // An integer tensor as int32; raises max_id to its largest number. Every number must be `low` or more and
 // below 2^24, the largest vocabulary. NULL and the line if one is not, or if the dtype is no integer's.
 static int32_t *ids_read(const FileTensor *tensor, int low, int *max_id, const char *path, char *error) {
-    int bits = dtype_bits(tensor->dtype), is_signed = *tensor->dtype == 'I', integer = is_signed || *tensor->dtype == 'U';
-    int fits = integer && (uint64_t)tensor->count < SIZE_MAX / 4;
     char what[80];
+    if (*tensor->dtype != 'I' && *tensor->dtype != 'U') {
+        fail(error, path, "'%s' is no tensor of integers", tensor->name);
+        return NULL;
+    }
     snprintf(what, sizeof(what), "'%.60s'", tensor->name);
-    if (fits && check_room((double)tensor->count * 4, path, what, error)) return NULL;
-    int32_t *ids = fits ? (int32_t *)malloc((size_t)tensor->count * 4 + 1) : NULL;
-    if (!ids) fail(error, path, integer ? "'%s' does not fit in memory" : "'%s' is no tensor of integers", tensor->name);
-    for (int64_t i = 0; ids && i < tensor->count; i++) {
-        uint64_t word = 0; // little-endian: the element's bytes come lowest
-        memcpy(&word, tensor->data + i * bits / 8, (size_t)bits / 8);
-        int64_t id = is_signed ? (int64_t)(word << (64 - bits)) >> (64 - bits) : (int64_t)word; // extend the sign
+    int32_t *ids = NULL;
+    if ((uint64_t)tensor->count < SIZE_MAX / 4) {
+        if (check_room((double)tensor->count * 4, path, what, error)) return NULL;
+        ids = (int32_t *)malloc((size_t)tensor->count * 4 + 1);
+    }
+    if (!ids) {
+        fail(error, path, "'%s' does not fit in memory", tensor->name);
+        return NULL;
+    }
+    int bits = dtype_bits(tensor->dtype);
+    for (int64_t i = 0; i < tensor->count; i++) {
+        int64_t id = integer_at(tensor, bits, i);
         if (id < low || id >= MAX_VOCAB) {
+            long long example = (long long)(i / tensor->shape[1]), t = (long long)(i % tensor->shape[1]);
             fail(error, path, "'%s' holds %lld at [%lld,%lld]; what it holds is %d or more and below 2^24",
-                 tensor->name, (long long)id, (long long)(i / tensor->shape[1]),
-                 (long long)(i % tensor->shape[1]), low);
+                 tensor->name, (long long)id, example, t, low);
             free(ids);
             return NULL;
         }
@@ -3279,28 +3296,36 @@ static int32_t *ids_read(const FileTensor *tensor, int low, int *max_id, const c
 
 // Fills data from a safetensors file of examples.
 static int examples_read(Dataset *data, const Safetensors *file, const char *path, char *error) {
+    const FileTensor *inputs = safetensors_find(file, "inputs");
+    const FileTensor *targets = safetensors_find(file, "targets");
+    const FileTensor *lags = safetensors_find(file, "lags");
+    const FileTensor *tensors[] = {inputs, targets, lags};
     static const char *names[] = {"inputs", "targets", "lags"};
-    const FileTensor *tensors[3], *inputs = safetensors_find(file, "inputs");
-    const char *vocab_size = safetensors_meta(file, "vocab_size");
-    int64_t vocab = 0;
-    int longest = 0;
     for (int i = 0; i < 3; i++) {
-        const FileTensor *t = tensors[i] = safetensors_find(file, names[i]);
+        const FileTensor *t = tensors[i];
         if (!t && i < 2) return fail(error, path, "not an example set: it has no '%s'", names[i]);
         if (t && (t->n_dims != 2 || memcmp(t->shape, inputs->shape, 2 * sizeof(int64_t))))
-            return fail(error, path, "'%s' must have two dimensions, (N,T), and the shape of 'inputs'", names[i]);
+            return fail(error, path, "'%s' must have two dimensions, (N,T), and the shape of 'inputs'",
+                        names[i]);
     }
     if (!inputs->count || inputs->shape[1] > 1 << 24 || inputs->shape[0] > INT_MAX)
         return fail(error, path, "the example set is empty, or too large");
+    const char *vocab_size = safetensors_meta(file, "vocab_size");
+    int64_t vocab = 0;
     if (vocab_size && parse_integer(vocab_size, 1, MAX_VOCAB, &vocab))
-        return fail(error, path, "its metadata's vocab_size is '%.40s', not a whole number up to 2^24", vocab_size);
+        return fail(error, path, "its metadata's vocab_size is '%.40s', not a whole number up to 2^24",
+                    vocab_size);
     data->count = inputs->shape[0];
     data->width = (int)inputs->shape[1];
     data->vocab_hint = (int)vocab;
     data->inputs = ids_read(inputs, 0, &data->max_id, path, error);
-    if (data->inputs) data->targets = ids_read(tensors[1], -1, &data->max_id, path, error);
-    if (data->targets && tensors[2]) data->lags = ids_read(tensors[2], 0, &longest, path, error);
-    return data->targets && (!tensors[2] || data->lags) ? 0 : FAILED;
+    if (!data->inputs) return FAILED;
+    data->targets = ids_read(targets, -1, &data->max_id, path, error);
+    if (!data->targets) return FAILED;
+    if (!lags) return 0;
+    int longest = 0;
+    data->lags = ids_read(lags, 0, &longest, path, error);
+    return data->lags ? 0 : FAILED;
 }
 
 // What the first bytes say that a file is, where it is neither text nor one of the formats above.
@@ -3362,52 +3387,77 @@ static int is_signed_by(const Signature *s, const unsigned char *bytes, size_t s
     return size >= (size_t)(s->at + s->n) && !memcmp(bytes + s->at, s->bytes, (size_t)s->n);
 }
 
-// Whether every other byte is one of few, as in UTF-16 of an alphabet that is not Latin, and control
-// characters stand between them, which no text with a byte for a letter holds.
-static int is_utf16(const unsigned char *bytes, size_t size) {
-    size_t count[2][256] = {{0}}, most[2] = {0}, controls[2] = {0}, half = size / 2;
-    for (size_t i = 0; i < size; i++) {
-        count[i % 2][bytes[i]]++;
-        controls[i % 2] += bytes[i] < 32 && bytes[i] != '\n' && bytes[i] != '\r' && bytes[i] != '\t';
+// Of a file: how often each byte stands at each place of a number of 32 bits, and what follows from it.
+typedef struct {
+    size_t size, of[4][256];
+    size_t zeros[4], all_zeros;
+    size_t letters[2]; // no control characters but white space, at the places of a number of 16 bits
+    size_t controls;   // of those that texts of no encoding hold: all but white space, escape and zero
+} ByteCounts;
+
+static void count_bytes(ByteCounts *c, const unsigned char *bytes, size_t size) {
+    memset(c, 0, sizeof(*c));
+    c->size = size;
+    for (size_t i = 0; i < size; i++) c->of[i % 4][bytes[i]]++;
+    for (int place = 0; place < 4; place++) {
+        c->zeros[place] = c->of[place][0];
+        c->all_zeros += c->of[place][0];
+        for (int byte = 1; byte < 256; byte++) {
+            int space = byte >= '\b' && byte <= '\r';
+            if (byte >= 32 || space) c->letters[place % 2] += c->of[place][byte];
+            else if (byte != 27) c->controls += c->of[place][byte];
+        }
     }
-    for (int parity = 0; parity < 2; parity++)
-        for (int byte = 0; byte < 256; byte++)
-            most[parity] = count[parity][byte] > most[parity] ? count[parity][byte] : most[parity];
-    int high = most[0] < most[1]; // where the alphabet's number stands
-    return size >= 64 && most[high] > half / 5 * 3 && most[1 - high] < half / 5 * 2 &&
-           controls[0] + controls[1] > size / 50;
 }
 
-// What bytes look like that are no text: NULL where they may be one. Numbers of 16 or 32 bits, token ids or
-// the letters of UTF-16, leave zeros at the same place of each number; other numbers and packed data leave
-// control characters everywhere, which texts of no encoding hold (but for those of white space, backspace,
-// escape and a zero as a separator).
-static const char *looks_like(const unsigned char *bytes, size_t size) {
-    size_t zeros[4] = {0}, controls = 0, letters[2] = {0}, quarter = size / 4;
-    for (size_t i = 0; i < size; i++) {
-        unsigned char c = bytes[i];
-        int space = c >= '\b' && c <= '\r';
-        zeros[i % 4] += !c;
-        controls += c && c < 32 && !space && c != 27;
-        letters[i % 2] += c >= 32 || space;
+static const char utf16[] = "UTF-16 text (convert it: iconv -f UTF-16 -t UTF-8)";
+
+// Whether every other byte is one of few, as in UTF-16 of an alphabet that is not Latin, and control
+// characters stand between them, which no text with a byte for a letter holds.
+static int is_utf16(const ByteCounts *c) {
+    size_t most[2] = {0}, controls = 0, half = c->size / 2;
+    for (int parity = 0; parity < 2; parity++) {
+        for (int byte = 0; byte < 256; byte++) {
+            size_t n = c->of[parity][byte] + c->of[parity + 2][byte];
+            if (n > most[parity]) most[parity] = n;
+            if (byte < 32 && byte != '\n' && byte != '\r' && byte != '\t') controls += n;
+        }
     }
-    int only_letters = !(controls + zeros[0] + zeros[1] + zeros[2] + zeros[3]);
+    int high = most[0] < most[1]; // where the alphabet's number stands
+    return c->size >= 64 && most[high] > half / 5 * 3 && most[1 - high] < half / 5 * 2 &&
+           controls > c->size / 50;
+}
+
+// What the zeros look like: NULL where they may be a text's. Numbers of 16 or 32 bits, token ids or the
+// letters of UTF-16, leave zeros at the same place of each number.
+static const char *zeros_look_like(const ByteCounts *c) {
+    const size_t *zeros = c->zeros;
+    size_t half = c->size / 2, quarter = c->size / 4;
+    if (c->size % 4 == 0 && zeros[3] > quarter - quarter / 100 - 1 && zeros[2] > quarter / 2)
+        return "raw 32-bit numbers, token ids maybe";
+    for (int odd = 0; odd < 2 && c->size % 2 == 0; odd++) {
+        size_t here = zeros[odd] + zeros[odd + 2], there = zeros[1 - odd] + zeros[3 - odd];
+        if (here < half / 4 || here < 8 * there) continue;
+        if (c->letters[1 - odd] > half - half / 50 - 1) return utf16;
+        return "raw 16-bit numbers, token ids maybe";
+    }
+    return c->all_zeros > quarter ? "numbers, or UTF-32: a quarter of its bytes are 0" : NULL;
+}
+
+// What bytes look like that are no text: NULL where they may be one. Other numbers than those of
+// zeros_look_like and packed data leave control characters everywhere, which texts of no encoding hold (but
+// for those of white space, backspace, escape and a zero as a separator).
+static const char *looks_like(const unsigned char *bytes, size_t size) {
+    ByteCounts counts;
+    count_bytes(&counts, bytes, size);
+    int only_letters = !counts.controls && !counts.all_zeros;
     for (size_t i = 0; i < sizeof(signatures) / sizeof(signatures[0]); i++)
         if (is_signed_by(&signatures[i], bytes, size, only_letters)) return signatures[i].what;
     if (size < 8) return NULL;
-    if (size % 4 == 0 && zeros[3] > quarter - quarter / 100 - 1 && zeros[2] > quarter / 2)
-        return "raw 32-bit numbers, token ids maybe";
-    for (int odd = 0; odd < 2 && size % 2 == 0; odd++) {
-        size_t here = zeros[odd] + zeros[odd + 2], there = zeros[1 - odd] + zeros[3 - odd], half = size / 2;
-        if (here < half / 4 || here < 8 * there) continue;
-        if (letters[1 - odd] > half - half / 50 - 1)
-            return "UTF-16 text (convert it: iconv -f UTF-16 -t UTF-8)";
-        return "raw 16-bit numbers, token ids maybe";
-    }
-    if (zeros[0] + zeros[1] + zeros[2] + zeros[3] > size / 4)
-        return "numbers, or UTF-32: a quarter of its bytes are 0";
-    if (is_utf16(bytes, size)) return "UTF-16 text (convert it: iconv -f UTF-16 -t UTF-8)";
-    if (controls > size / 10 || (controls > size / 50 && !utf8_valid(bytes, size)))
+    const char *what = zeros_look_like(&counts);
+    if (what) return what;
+    if (is_utf16(&counts)) return utf16;
+    if (counts.controls > size / 10 || (counts.controls > size / 50 && !utf8_valid(bytes, size)))
         return "numbers or packed data, no text";
     return NULL;
 }
@@ -3423,16 +3473,34 @@ static int is_safetensors(const unsigned char *bytes, size_t size) {
 // text.
 static int data_kind(DataKind *kind, const unsigned char *bytes, size_t size, int as_bytes, const char *path,
                      char *error) {
-    size_t length = strlen(path);
-    int32_t magic = 0;
-    int named = length >= 12 && !strcmp(path + length - 12, ".safetensors");
     *kind = DATA_TEXT;
     if (as_bytes) return 0;
+    size_t length = strlen(path);
+    int named = length >= 12 && !strcmp(path + length - 12, ".safetensors");
+    int32_t magic = 0;
     if (size >= SHARD_HEADER) memcpy(&magic, bytes, sizeof(magic));
     if (named || is_safetensors(bytes, size)) *kind = DATA_EXAMPLES;
     else if (magic == GPT2_SHARD || magic == LLAMA3_SHARD) *kind = DATA_SHARD;
-    const char *what = *kind == DATA_TEXT ? looks_like(bytes, size) : NULL;
+    if (*kind != DATA_TEXT) return 0;
+    const char *what = looks_like(bytes, size);
     return what ? fail(error, path, "it looks like %s; --format bytes takes it as it is", what) : 0;
+}
+
+// The part of dataset_read for a file whose bytes and kind are known.
+static int dataset_fill(Dataset *data, size_t size, const char *path, char *error) {
+    if (data->kind == DATA_SHARD) return shard_read(data, size, path, error);
+    if (data->kind == DATA_EXAMPLES) {
+        Safetensors file;
+        unsigned char *bytes = data->bytes;
+        data->bytes = NULL; // the parser's now
+        if (safetensors_parse(&file, bytes, size, path, error)) return FAILED;
+        int result = examples_read(data, &file, path, error);
+        safetensors_free(&file);
+        return result;
+    }
+    if (!size) return fail(error, path, "the file is empty");
+    for (size_t i = 0; i < size; i++) data->zeros += !data->bytes[i];
+    return 0;
 }
 
 // Reads a file of any of the three kinds.
@@ -3442,30 +3510,20 @@ static int dataset_read(Dataset *data, const char *path, int as_bytes, char *err
     memset(data, 0, sizeof(*data));
     if (file_read(path, &data->bytes, &size, error)) return FAILED;
     int result = data_kind(&data->kind, data->bytes, size, as_bytes, path, error);
-    snprintf(data->content, sizeof(data->content), "%s, %zu bytes, hash %016llx", kinds[data->kind], size,
-             (unsigned long long)hash_bytes(data->bytes, size));
-    data->max_id = -1;
-    data->count = (int64_t)size;
-    if (result) {
-        // it looks like something else
-    } else if (data->kind == DATA_EXAMPLES) {
-        Safetensors file;
-        result = safetensors_parse(&file, data->bytes, size, path, error);
-        data->bytes = NULL; // the parser's now
-        if (!result) result = examples_read(data, &file, path, error);
-        safetensors_free(&file);
-    } else if (data->kind == DATA_SHARD) {
-        result = shard_read(data, size, path, error);
-    } else if (!size) {
-        result = fail(error, path, "the file is empty");
+    if (!result) {
+        snprintf(data->content, sizeof(data->content), "%s, %zu bytes, hash %016llx", kinds[data->kind], size,
+                 (unsigned long long)hash_bytes(data->bytes, size));
+        data->max_id = -1;
+        data->count = (int64_t)size;
+        result = dataset_fill(data, size, path, error);
     }
-    for (size_t i = 0; !result && data->kind == DATA_TEXT && i < size; i++) data->zeros += !data->bytes[i];
     if (result) dataset_free(data);
     return result;
 }
 
 // Puts a text's token ids in the place of its bytes.
-static int dataset_encode(Dataset *data, const unsigned char *vocab, int vocab_size, const char *path, char *error) {
+static int dataset_encode(Dataset *data, const unsigned char *vocab, int vocab_size, const char *path,
+                          char *error) {
     int ids[256];
     for (int byte = 0; byte < 256; byte++) ids[byte] = -1;
     for (int id = 0; id < vocab_size; id++) ids[vocab[id]] = id;
@@ -3481,15 +3539,18 @@ static int dataset_encode(Dataset *data, const unsigned char *vocab, int vocab_s
 
 // The i-th token of a stream.
 static inline int token_at(const Dataset *set, int64_t i) {
-    return set->tokens ? set->tokens[i] : set->tokens32 ? (int)set->tokens32[i] : set->bytes[i];
+    if (set->tokens) return set->tokens[i];
+    if (set->tokens32) return (int)set->tokens32[i];
+    return set->bytes[i];
 }
 
-// Copies one sequence into inputs and targets (T): the example, or the tokens from `at` on and the ones that follow them.
+// Copies one sequence into inputs and targets (T): the example, or the tokens from `at` on and the ones that
+// follow them.
 static void copy_sequence(int *inputs, int *targets, const Dataset *set, int64_t at, int T) {
     for (int t = 0; t < T; t++) {
-        int64_t i = at + t, e = at * T + t;
-        inputs[t] = set->inputs ? set->inputs[e] : token_at(set, i);
-        targets[t] = set->targets ? set->targets[e] : token_at(set, i + 1);
+        int64_t element = at * T + t; // of the examples' arrays
+        inputs[t] = set->inputs ? set->inputs[element] : token_at(set, at + t);
+        targets[t] = set->targets ? set->targets[element] : token_at(set, at + t + 1);
     }
 }
 
