@@ -3070,6 +3070,10 @@ static const Backend cpu_backend = {"CPU", model_create, model_free, cpu_bytes, 
 
 // ----------------------------------------------------------------------------
 // signals: what asks for an end lets the step end and be saved
+//
+// A handler only notes the signal in `interrupted`; the loops of training, evaluation and generation look at
+// it. What a signal does depends on the phase the program is in, see install_handlers. The lock files that
+// the process holds are kept here too: they go at any end, also at one that a handler brings about.
 
 // Of this process; the handler reads and writes them. `interrupted`: the signal that asked for an end, 0:
 // none. While `saving`, nothing ends the program. `told`: the terminal has been told what a second Ctrl-C
@@ -3082,6 +3086,7 @@ static char lock_paths[MAX_LOCKS][PATH_MAX + 8]; // of the lock files that this 
 static int lock_files[MAX_LOCKS];
 static volatile sig_atomic_t n_locks;
 
+// Whether two files are one.
 static int same_place(const struct stat *a, const struct stat *b) {
     return a->st_dev == b->st_dev && a->st_ino == b->st_ino;
 }
@@ -3094,8 +3099,7 @@ static void remove_locks(void) {
         int i = n_locks - 1;
         n_locks = i;
         int named = !fstat(lock_files[i], &mine) && !lstat(lock_paths[i], &there);
-        if (named && same_place(&mine, &there) && !there.st_size)
-            unlink(lock_paths[i]);
+        if (named && same_place(&mine, &there) && !there.st_size) unlink(lock_paths[i]);
         close(lock_files[i]);
     }
 }
@@ -3104,8 +3108,8 @@ static void remove_locks(void) {
 // Only a second Ctrl-C typed at a terminal, once that has been told, ends the program at once; one that
 // another program sends does not.
 static void on_signal(int number, siginfo_t *info, void *context) {
-    static const char line[] = "\nending after this step, to save it; Ctrl-C again ends at once, without "
-                               "saving\n";
+    static const char line[] =
+        "\nending after this step, to save it; Ctrl-C again ends at once, without saving\n";
     int problem = errno;
     (void)context;
 #ifdef __linux__
@@ -3131,32 +3135,54 @@ static void on_early_signal(int number) {
 // While generating or evaluating: the first one ends it in order, the second at once.
 static void on_interrupt(int number) { interrupted = number; }
 
-typedef enum { BEFORE_TRAINING, WHILE_TRAINING, WHILE_READING } Phase;
+// A descriptor of the terminal that this process belongs to, -1 if there is none.
+static int open_terminal(void) {
+    if (isatty(STDERR_FILENO)) return STDERR_FILENO;
+    if (isatty(STDOUT_FILENO)) return STDOUT_FILENO;
+    return open("/dev/tty", O_WRONLY | O_NOCTTY | O_CLOEXEC);
+}
 
+// Whether the signal is ignored, as SIGHUP is under nohup.
+static int is_ignored(int number) {
+    struct sigaction now;
+    if (sigaction(number, NULL, &now)) return 0;
+    return !(now.sa_flags & SA_SIGINFO) && now.sa_handler == SIG_IGN;
+}
+
+typedef enum { BEFORE_TRAINING, WHILE_TRAINING, WHILE_READING } Phase; // READING: generating or evaluating
+
+// Sets what the signals do from here on.
 static void install_handlers(Phase phase) {
     static const int numbers[] = {SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, SIGXCPU};
     int n = phase == WHILE_READING ? 3 : (int)(sizeof(numbers) / sizeof(numbers[0]));
-    struct sigaction action, before;
+    struct sigaction action;
     memset(&action, 0, sizeof(action));
     for (int i = 0; i < n; i++) sigaddset(&action.sa_mask, numbers[i]);
-    action.sa_flags = phase == WHILE_TRAINING ? SA_SIGINFO | SA_RESTART : (int)SA_RESETHAND;
-    if (phase == WHILE_TRAINING) action.sa_sigaction = on_signal;
-    else action.sa_handler = phase == BEFORE_TRAINING ? on_early_signal : on_interrupt;
+    if (phase == WHILE_TRAINING) {
+        action.sa_flags = SA_SIGINFO | SA_RESTART;
+        action.sa_sigaction = on_signal;
+    } else {
+        action.sa_flags = (int)SA_RESETHAND;
+        action.sa_handler = phase == BEFORE_TRAINING ? on_early_signal : on_interrupt;
+    }
     for (int i = 0; i < n; i++) {
-        int ignored = !sigaction(numbers[i], NULL, &before) && !(before.sa_flags & SA_SIGINFO) &&
-                      before.sa_handler == SIG_IGN;
-        if (numbers[i] == SIGHUP && ignored) continue; // under nohup
+        if (numbers[i] == SIGHUP && is_ignored(SIGHUP)) continue;
         sigaction(numbers[i], &action, NULL);
     }
     signal(SIGPIPE, SIG_IGN); // a closed pipe and a file size beyond its limit are errors of the write
     signal(SIGXFSZ, SIG_IGN);
-    if (phase != WHILE_TRAINING || terminal >= 0) return;
-    terminal = isatty(STDERR_FILENO) ? STDERR_FILENO : isatty(STDOUT_FILENO) ? STDOUT_FILENO
-             : open("/dev/tty", O_WRONLY | O_NOCTTY | O_CLOEXEC);
+    if (phase == WHILE_TRAINING && terminal < 0) terminal = open_terminal();
 }
 
 // ----------------------------------------------------------------------------
 // files: read whole; written whole, into a temporary file that then takes the place of the old one
+//
+// A Place is where a file is written: settled once, locked against other runs, and checked before anything
+// there is replaced. A Replacement is the file on its way there. So at any moment the old file or the new one
+// lies there, whole, and nothing is lost by a crash, by a second run, or by a file put there meanwhile.
+
+// Writes "path: what" as one line of valid text into `line` (ERROR_SIZE), as fail does, where it is no error.
+#define format_line(...) ((void)fail(__VA_ARGS__))
 
 // A 64-bit hash: FNV-1a's step (xor, then multiply by its prime), taken on 8 bytes at a time for speed and
 // followed by a fold of the upper half into the lower, which the hash by bytes does not need. The last bytes
@@ -3174,40 +3200,43 @@ static uint64_t hash_bytes(const unsigned char *bytes, size_t size) {
     return hash;
 }
 
-// Reads a whole regular file into fresh memory, with a zero byte past its end. *bytes is NULL when it fails.
-static int file_read(const char *path, unsigned char **bytes, size_t *size, char *error) {
+// The part of file_read for a file that is open.
+static int read_open_file(int fd, const char *path, unsigned char **bytes, size_t *size, char *error) {
     struct stat info;
-    *bytes = NULL;
-    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); // a pipe without a writer: no waiting
-    if (fd < 0) return fail(error, path, "%s", strerror(errno));
-    const char *problem = fstat(fd, &info)        ? strerror(errno)
-                          : S_ISREG(info.st_mode) ? NULL
-                                                  : "a folder or a device, not a file";
-    size_t got = 0, room = problem ? 0 : (size_t)info.st_size + 1; // one byte more than there should be
-    if (check_room((double)room, path, "it", error)) {
-        close(fd);
-        return FAILED;
-    }
-    unsigned char *memory = problem ? NULL : (unsigned char *)malloc(room);
-    if (!problem && !memory) problem = "it does not fit in memory";
-    while (!problem && got < room) {
-        ssize_t n = read(fd, memory + got, room - got < 1 << 30 ? room - got : 1 << 30);
+    if (fstat(fd, &info)) return fail(error, path, "%s", strerror(errno));
+    if (!S_ISREG(info.st_mode)) return fail(error, path, "a folder or a device, not a file");
+    size_t room = (size_t)info.st_size + 1; // one byte more than there should be
+    if (check_room((double)room, path, "it", error)) return FAILED;
+    unsigned char *memory = (unsigned char *)malloc(room);
+    if (!memory) return fail(error, path, "it does not fit in memory");
+    size_t got = 0;
+    ssize_t n = 0;
+    while (got < room) {
+        n = read(fd, memory + got, room - got < 1 << 30 ? room - got : 1 << 30);
         if (n < 0 && errno == EINTR) continue;
-        if (n < 0) problem = strerror(errno);
         if (n <= 0) break;
         got += (size_t)n;
     }
-    if (!problem && got != room - 1) problem = "it cannot be read to its end, or its size changed meanwhile";
-    close(fd);
-    if (problem) {
-        fail(error, path, "%s", problem);
-        free(memory);
-        return FAILED;
+    if (n >= 0 && got == room - 1) {
+        memory[got] = 0;
+        *bytes = memory;
+        *size = got;
+        return 0;
     }
-    memory[got] = 0;
-    *bytes = memory;
-    *size = got;
-    return 0;
+    if (n < 0) fail(error, path, "%s", strerror(errno));
+    else fail(error, path, "it cannot be read to its end, or its size changed meanwhile");
+    free(memory);
+    return FAILED;
+}
+
+// Reads a whole regular file into fresh memory, with a zero byte past its end. *bytes is NULL when it fails.
+static int file_read(const char *path, unsigned char **bytes, size_t *size, char *error) {
+    *bytes = NULL;
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); // a pipe without a writer: no waiting
+    if (fd < 0) return fail(error, path, "%s", strerror(errno));
+    int result = read_open_file(fd, path, bytes, size, error);
+    close(fd);
+    return result;
 }
 
 // Writes n bytes; 0, or -1 with errno.
@@ -3232,15 +3261,16 @@ static int flush_to_disk(int fd) {
 #endif
     do result = fsync(fd);
     while (result && errno == EINTR);
-    return result && errno != EINVAL && errno != ENOSYS && errno != ENOTSUP ? -1 : 0;
+    int cannot = errno == EINVAL || errno == ENOSYS || errno == ENOTSUP;
+    return result && !cannot ? -1 : 0;
 }
 
 // Puts folder and name together; 0, or -1 when they are too long. path: PATH_MAX bytes.
 static int join_path(char *path, const char *folder, size_t folder_length, const char *name) {
-    int slash = folder_length > 0 && folder[folder_length - 1] != '/';
-    return snprintf(path, PATH_MAX, "%.*s%s%s", (int)folder_length, folder, slash ? "/" : "", name) < PATH_MAX
-               ? 0
-               : -1;
+    int needs_slash = folder_length > 0 && folder[folder_length - 1] != '/';
+    const char *slash = needs_slash ? "/" : "";
+    int length = snprintf(path, PATH_MAX, "%.*s%s%s", (int)folder_length, folder, slash, name);
+    return length < PATH_MAX ? 0 : -1;
 }
 
 // The folder of a settled path, with the slash at its end.
@@ -3256,24 +3286,26 @@ static int resolve(const char *path, char *target, char *error) {
     for (int links = 0; fits && links < 40; links++) {
         if (realpath(next, target)) return 0;
         if (errno != ENOENT) return fail(error, path, "cannot be written: %s", strerror(errno));
-        const char *slash = strrchr(next, '/'), *name = slash ? slash + 1 : next;
+        const char *slash = strrchr(next, '/');
+        const char *name = slash ? slash + 1 : next;
         size_t head = (size_t)(name - next);
         ssize_t length = readlink(next, link, sizeof(link) - 1);
-        if (length < 0) { // no link: a name that is free, in a folder that must be there
-            snprintf(link, sizeof(link), "%s", name);
-            snprintf(folder, sizeof(folder), "%.*s", head ? (int)head : 1, head ? next : ".");
-            if (!realpath(folder, next) || !*link)
-                return fail(error, path, "cannot be written: %s", strerror(errno));
-            fits = !join_path(target, next, strlen(next), link);
-            if (fits) return 0;
-        } else {
+        if (length >= 0) {
             link[length] = 0;
             memcpy(folder, next, head);
             fits = !join_path(next, folder, link[0] == '/' ? 0 : head, link);
+            continue;
         }
+        // no link: a name that is free, in a folder that must be there
+        snprintf(link, sizeof(link), "%s", name);
+        snprintf(folder, sizeof(folder), "%.*s", head ? (int)head : 1, head ? next : ".");
+        if (!realpath(folder, next) || !*link)
+            return fail(error, path, "cannot be written: %s", strerror(errno));
+        fits = !join_path(target, next, strlen(next), link);
+        if (fits) return 0;
     }
-    return fail(error, path, "cannot be written: %s",
-                fits ? "its links lead in a circle" : "the path is too long");
+    const char *problem = fits ? "its links lead in a circle" : "the path is too long";
+    return fail(error, path, "cannot be written: %s", problem);
 }
 
 // Locks an open file for this process, until it ends, in whatever way, and in whatever container: 1 if that
@@ -3282,37 +3314,42 @@ static int lock_descriptor(int fd) {
     int result;
     do result = flock(fd, LOCK_EX | LOCK_NB);
     while (result && errno == EINTR);
-    return !result ? 1 : errno == EWOULDBLOCK ? 0 : -1;
+    if (!result) return 1;
+    return errno == EWOULDBLOCK ? 0 : -1;
 }
 
+// Said once.
 static void warn_of_no_locks(const char *path) {
-    static int told_before = 0;
+    static int said = 0;
     char line[ERROR_SIZE];
-    if (told_before++) return;
-    fail(line, path, "the file system knows no locks: nothing keeps two runs from writing it at once");
+    if (said++) return;
+    format_line(line, path, "the file system knows no locks: nothing keeps two runs from writing it at once");
     fprintf(stderr, "train_sessa: warning: %s\n", line);
 }
 
 // A place where a file is written: what its path names, settled once, and what may be replaced there:
 // nothing, the file that lay there when the run began, or the one that the run left last.
 typedef struct {
-    const char *path, *like; // as the user named it; the file whose rights a new one gets, NULL: none
-    char target[PATH_MAX];   // what path names once links are followed
-    int lock;                // the index of its lock, -1: none
-    int there;               // a file lies there that may be replaced, which is
+    const char *path;      // as the user named it
+    const char *like;      // the file whose rights a new one gets, NULL: none
+    char target[PATH_MAX]; // what path names once links are followed
+    int lock;              // the index of its lock, -1: none
+    int there;             // a file lies there that may be replaced, which is
     struct stat known;
-    uint64_t head;           // a hash of how it begins: a checkpoint's metadata tell it from any other
+    uint64_t head;         // a hash of how it begins: a checkpoint's metadata tell it from any other
 } Place;
 
 // A hash of the first bytes of a file, 0 if it cannot be read.
 static uint64_t head_of(const char *path) {
     unsigned char bytes[4096];
     int fd = open(path, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
-    ssize_t n = fd < 0 ? -1 : read(fd, bytes, sizeof(bytes));
-    if (fd >= 0) close(fd);
+    if (fd < 0) return 0;
+    ssize_t n = read(fd, bytes, sizeof(bytes));
+    close(fd);
     return n < 0 ? 0 : hash_bytes(bytes, (size_t)n);
 }
 
+// Makes a place of a path: what lies there now may be replaced. FAILED if nothing can be written there.
 static int settle(Place *p, const char *path, const char *like, char *error) {
     memset(p, 0, sizeof(*p));
     p->path = path;
@@ -3330,16 +3367,17 @@ static int settle(Place *p, const char *path, const char *like, char *error) {
 // lock_descriptor. A file of that name that is no lock, which is empty, is another program's, and stays.
 static int open_lock(const char *path, const char *name, int flags, int *locked, char *error) {
     struct stat info;
-    int fd = open(name, O_RDWR | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC | flags, 0666), problem = errno;
-    if (fd < 0 && problem == EACCES)
-        fd = open(name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC); // another user's
+    int fd = open(name, O_RDWR | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC | flags, 0666);
+    int problem = errno;
+    if (fd < 0 && problem == EACCES) // another user's
+        fd = open(name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
     if (fd < 0) return fail(error, path, "cannot be locked, %.250s: %s", name, strerror(problem));
     int is_lock = !fstat(fd, &info) && S_ISREG(info.st_mode) && !info.st_size;
     *locked = is_lock ? lock_descriptor(fd) : 0;
     if (*locked) return fd;
     close(fd);
-    return is_lock ? fail(error, path, "another run is writing it")
-                   : fail(error, path, "cannot be locked: %.250s is there and is no lock", name);
+    if (is_lock) return fail(error, path, "another run is writing it");
+    return fail(error, path, "cannot be locked: %.250s is there and is no lock", name);
 }
 
 // Locks a place by a file beside it: the file itself gets another inode with each save. What killed runs
@@ -3351,9 +3389,11 @@ static int take_lock(Place *p, char *error) {
     struct stat mine, there;
     snprintf(name, sizeof(lock_paths[0]), "%s.lock", p->target);
     for (;;) {
-        int locked, fd = open_lock(p->path, name, O_CREAT, &locked, error);
+        int locked;
+        int fd = open_lock(p->path, name, O_CREAT, &locked, error);
         if (fd < 0) return FAILED;
-        int named = !fstat(fd, &mine) && !lstat(name, &there), problem = errno;
+        int named = !fstat(fd, &mine) && !lstat(name, &there);
+        int problem = errno;
         if (locked > 0 && named && same_place(&mine, &there)) {
             p->lock = n_locks;
             lock_files[n_locks] = fd;
@@ -3369,47 +3409,58 @@ static int take_lock(Place *p, char *error) {
     }
 }
 
-// Before something is replaced: the lock must still be ours, and what lies there the file that may be
-// replaced. A lock file that somebody removed, or that stayed behind when the folder was moved, is made
-// again.
-static int check_ours(Place *p, char *error) {
-    struct stat mine, now;
-    if (p->lock >= 0) {
-        const char *name = lock_paths[p->lock];
-        int named = !lstat(name, &now), problem = errno, locked;
-        if (!named && problem != ENOENT)
-            return fail(error, p->path, "cannot be written: %s", strerror(problem));
-        if (named && (fstat(lock_files[p->lock], &mine) || !same_place(&mine, &now)))
-            return fail(error, p->path, "another run has taken it over");
-        int fd = named ? -1 : open_lock(p->path, name, O_CREAT | O_EXCL, &locked, error);
-        if (!named && fd < 0) return FAILED;
-        if (!named) close(lock_files[p->lock]);
-        if (!named) lock_files[p->lock] = fd;
+// The lock of a place must still be this run's. A lock file that somebody removed, or that stayed behind when
+// the folder was moved, is made again.
+static int hold_lock(Place *p, char *error) {
+    const char *name = lock_paths[p->lock];
+    struct stat mine, there;
+    if (!lstat(name, &there)) {
+        if (!fstat(lock_files[p->lock], &mine) && same_place(&mine, &there)) return 0;
+        return fail(error, p->path, "another run has taken it over");
     }
+    if (errno != ENOENT) return fail(error, p->path, "cannot be written: %s", strerror(errno));
+    int locked;
+    int fd = open_lock(p->path, name, O_CREAT | O_EXCL, &locked, error);
+    if (fd < 0) return FAILED;
+    close(lock_files[p->lock]);
+    lock_files[p->lock] = fd;
+    return 0;
+}
+
+// Before something is replaced: the lock must still be ours, and what lies there the file that may be
+// replaced.
+static int check_ours(Place *p, char *error) {
+    struct stat now;
+    if (p->lock >= 0 && hold_lock(p, error)) return FAILED;
     if (lstat(p->target, &now))
         return errno == ENOENT ? 0 : fail(error, p->path, "cannot be written: %s", strerror(errno));
-    // neither its time, which a touch changes, nor its inode, which some file systems invent, says whose it is
+    // whose it is neither its time says, which a touch changes, nor its inode, which some file systems
+    // invent: its size and its beginning do
     if (p->there && now.st_size == p->known.st_size && head_of(p->target) == p->head) return 0;
     return fail(error, p->path, "another file was put there meanwhile, which stays");
 }
 
-// Removes the temporary files of target that killed runs left: <target>.tmp.s<eight hexadecimal digits>. The
-// lock must be held.
+// Whether `name` is that of a temporary file of the file `of`: <of>.tmp.s<eight hexadecimal digits>.
+static int is_temporary_name(const char *name, const char *of) {
+    size_t length = strlen(of);
+    if (strncmp(name, of, length) || strncmp(name + length, ".tmp.s", 6)) return 0;
+    const char *digits = name + length + 6;
+    return strspn(digits, "0123456789abcdef") == 8 && !digits[8];
+}
+
+// Removes the temporary files of target that killed runs left. The lock must be held.
 static void remove_leftovers(const char *target) {
     char folder[PATH_MAX];
     struct stat info;
-    const char *name = strrchr(target, '/') + 1;
     folder_of(folder, target);
     DIR *dir = opendir(folder);
-    for (struct dirent *entry; dir && (entry = readdir(dir));) {
-        const char *rest = entry->d_name + strlen(name);
-        if (strncmp(entry->d_name, name, strlen(name)) || strncmp(rest, ".tmp.", 5)) continue;
-        int ours = rest[5] == 's' && strspn(rest + 6, "0123456789abcdef") == 8 && !rest[14];
-        ours =
-            ours && !fstatat(dirfd(dir), entry->d_name, &info, AT_SYMLINK_NOFOLLOW) && S_ISREG(info.st_mode);
-        if (ours) unlinkat(dirfd(dir), entry->d_name, 0);
+    if (!dir) return;
+    for (struct dirent *entry; (entry = readdir(dir));) {
+        if (!is_temporary_name(entry->d_name, strrchr(target, '/') + 1)) continue;
+        int found = !fstatat(dirfd(dir), entry->d_name, &info, AT_SYMLINK_NOFOLLOW);
+        if (found && S_ISREG(info.st_mode)) unlinkat(dirfd(dir), entry->d_name, 0);
     }
-    if (dir) closedir(dir);
+    closedir(dir);
 }
 
 // A file on its way: the temporary file that will take its place.
@@ -3435,36 +3486,47 @@ static int check_replaceable(const Replacement *r, char *error) {
     if (sticky && user && p->known.st_uid != user && folder.st_uid != user)
         return fail(error, p->path,
                     "cannot be replaced: it is another user's, in a folder where only owners may");
-    if (!link(p->target, r->temporary)) unlink(r->temporary);
-    else if (errno == EXDEV)
-        return fail(error, p->path, "cannot be replaced: it is a mount point of its own");
-    return 0;
+    if (!link(p->target, r->temporary)) {
+        unlink(r->temporary);
+        return 0;
+    }
+    if (errno != EXDEV) return 0;
+    return fail(error, p->path, "cannot be replaced: it is a mount point of its own");
+}
+
+// Makes up a name for the temporary file.
+static void name_temporary(Replacement *r) {
+    static unsigned n_made = 0;
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    uint64_t process = (uint64_t)getpid() << 32;
+    uint64_t name = splitmix64((uint64_t)now.tv_nsec ^ process ^ splitmix64(++n_made));
+    snprintf(r->temporary, sizeof(r->temporary), "%s.tmp.s%08x", r->place->target, (unsigned)name);
 }
 
 // Creates the temporary file that will take a place. It gets owner and rights of the file that is there, or
 // else of `like`, so that what only its owner may read stays so; what is new can be written by its owner, or
 // it could not be replaced again.
 static int replacement_open(Replacement *r, Place *p, char *error) {
-    static unsigned n_made = 0;
     struct stat old = p->known;
-    int there = p->there && !lstat(p->target, &old), known = there || (p->like && !stat(p->like, &old));
+    int there = p->there && !lstat(p->target, &old);
+    int known = there || (p->like && !stat(p->like, &old));
     r->place = p;
     r->fd = -1;
     for (int tries = 0; r->fd < 0 && tries < 100; tries++) { // O_EXCL: two names cannot meet
-        struct timespec now;
-        clock_gettime(CLOCK_REALTIME, &now);
-        uint64_t name = splitmix64((uint64_t)now.tv_nsec ^ ((uint64_t)getpid() << 32) ^ splitmix64(++n_made));
-        snprintf(r->temporary, sizeof(r->temporary), "%s.tmp.s%08x", p->target, (unsigned)name);
+        name_temporary(r);
         if (there && !tries && check_replaceable(r, error)) return FAILED;
         r->fd = open(r->temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, known ? 0600 : 0666);
         if (r->fd < 0 && errno != EEXIST && errno != EINTR) break;
     }
     if (r->fd < 0) return fail(error, p->path, "cannot be written: %s", strerror(errno));
+    // root, going on with a user's run, may give it away; where that is refused it stays as it is: no error
     int owned = known && old.st_uid == geteuid() && old.st_gid == getegid();
-    if (known && !owned) // root going on with a user's run; others may not
-        if (fchown(r->fd, old.st_uid, old.st_gid)) errno = 0;
+    if (known && !owned && fchown(r->fd, old.st_uid, old.st_gid)) errno = 0;
     if (!known && fstat(r->fd, &old)) errno = 0;
-    if (fchmod(r->fd, (known ? old.st_mode & 0777 : (old.st_mode & 0777) | 0600))) errno = 0;
+    mode_t mode = old.st_mode & 0777;
+    if (!known) mode |= 0600;
+    if (fchmod(r->fd, mode)) errno = 0;
     return 0;
 }
 
@@ -3478,33 +3540,46 @@ static void keep_aside(const Replacement *r, char *error) {
     else fail(error, NULL, "%.250s; what was to take its place is %.200s", problem, kept);
 }
 
+// Flushes and closes the temporary file, into which `size` bytes were written if `ok`. Returns 0 or an errno.
+static int finish_temporary(Replacement *r, int ok, uint64_t size, struct stat *written) {
+    int problem = 0;
+    if (!ok || flush_to_disk(r->fd) || fstat(r->fd, written)) problem = errno;
+    else if ((uint64_t)written->st_size != size) problem = EIO;
+    if (close(r->fd) && !problem && errno != EINTR) problem = errno;
+    return problem;
+}
+
+// The folder that holds the file has changed: that survives a power cut, too.
+static void flush_folder(const char *target) {
+    char path[PATH_MAX];
+    folder_of(path, target);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) return;
+    flush_to_disk(fd);
+    close(fd);
+}
+
 // Ends what replacement_open began. ok: all `size` bytes were written; they are flushed to the disk, only
 // then get their name, and then the folder is flushed, too: there is at any moment the old file or the new
 // one, whole. Not ok, or `trial`: the temporary file is removed, and the old one stays.
 static int replacement_close(Replacement *r, int ok, uint64_t size, int trial, char *error) {
     Place *p = r->place;
     struct stat written;
-    int problem = ok ? 0 : errno, flushed = ok && !flush_to_disk(r->fd) && !fstat(r->fd, &written);
-    if (ok && !flushed) problem = errno;
-    if (flushed && (uint64_t)written.st_size != size) problem = EIO;
-    if (close(r->fd) && !problem && errno != EINTR) problem = errno;
-    if (!problem && !trial && check_ours(p, error)) {
-        keep_aside(r, error);
-        return FAILED;
+    int problem = finish_temporary(r, ok, size, &written);
+    if (!problem && !trial) {
+        if (check_ours(p, error)) {
+            keep_aside(r, error);
+            return FAILED;
+        }
+        if (rename(r->temporary, p->target)) problem = errno;
     }
-    if (!problem && !trial && rename(r->temporary, p->target)) problem = errno;
     if ((problem || trial) && unlink(r->temporary) && !problem) problem = errno;
     if (problem) return fail(error, p->path, "cannot be written: %s", strerror(problem));
     if (trial) return 0;
     p->there = 1;
     p->known = written;
     p->head = head_of(p->target);
-    char folder_path[PATH_MAX];
-    folder_of(folder_path, p->target);
-    int folder = open(folder_path, O_RDONLY | O_CLOEXEC);
-    if (folder < 0) return 0;
-    flush_to_disk(folder);
-    close(folder);
+    flush_folder(p->target);
     return 0;
 }
 
@@ -3512,7 +3587,8 @@ static int replacement_close(Replacement *r, int ok, uint64_t size, int trial, c
 static int write_whole(Place *place, const unsigned char *bytes, size_t size, char *error) {
     Replacement file;
     if (replacement_open(&file, place, error)) return FAILED;
-    return replacement_close(&file, !write_all(file.fd, bytes, size), size, 0, error);
+    int ok = !write_all(file.fd, bytes, size);
+    return replacement_close(&file, ok, size, 0, error);
 }
 
 // ----------------------------------------------------------------------------
@@ -3523,12 +3599,14 @@ static int write_whole(Place *place, const unsigned char *bytes, size_t size, ch
 //                         and under "__metadata__" an object of strings; spaces may follow
 //     data                the tensors' bytes, row-major; offsets count from here; no gaps
 //
-// Numbers are little-endian, as is every machine that this is built for. A file comes from anywhere, so nothing in it
-// is trusted: what the reader returns has been checked, and any other file is refused with one line that says why.
+// Numbers are little-endian, as is every machine that this is built for. A file comes from anywhere, so
+// nothing in it is trusted: what the reader returns has been checked, and any other file is refused with one
+// line that says why.
 
 enum { MAX_DIMS = 8, MAX_HEADER = 100000000 };
 
-// One tensor of a file: count is in elements, size in bytes. The data need not be aligned: read it with memcpy.
+// One tensor of a file: count is in elements, size in bytes. The data need not be aligned: read it with
+// memcpy.
 typedef struct {
     char *name, dtype[16];
     int n_dims;              // may be larger than MAX_DIMS; shape then holds the first ones
@@ -3549,18 +3627,20 @@ typedef struct {
     int n_meta;
 } Safetensors;
 
-// Bits that an element of this dtype takes, 0 if the format has no such dtype: they are the number in its name.
+// Bits that an element of this dtype takes, 0 if the format has no such dtype: they are the number in its
+// name.
 static int dtype_bits(const char *dtype) {
-    static const char known[] = " BOOL U8 I8 F8_E5M2 F8_E4M3 F8_E8M0 F4 F6_E2M3 F6_E3M2 I16 U16 F16 BF16 I32 U32 F32 I64 U64 "
-                                "F64 C64 ";
+    static const char known[] = " BOOL U8 I8 F8_E5M2 F8_E4M3 F8_E8M0 F4 F6_E2M3 F6_E3M2 I16 U16 F16 BF16 "
+                                "I32 U32 F32 I64 U64 F64 C64 ";
     char word[24];
     snprintf(word, sizeof(word), " %s ", dtype);
+    if (!*dtype || strchr(dtype, ' ') || !strstr(known, word)) return 0;
     const char *digits = strpbrk(dtype, "0123456789");
-    return !*dtype || strchr(dtype, ' ') || !strstr(known, word) ? 0 : digits ? atoi(digits) : 8;
+    return digits ? atoi(digits) : 8; // BOOL
 }
 
-// The header while it is read. The first problem stays and moves the place to the end, so that whatever is read after it
-// reads nothing, and only the end asks whether there was one.
+// The header while it is read. The first problem stays and moves the place to the end, so that whatever is
+// read after it reads nothing, and only the end asks whether there was one.
 typedef struct {
     unsigned char *at, *end;
     const unsigned char *place; // of the problem
@@ -3587,9 +3667,13 @@ static int json_take(Json *j, char c) {
     return 1;
 }
 
+// Takes the byte c, which must stand there.
 static void json_expect(Json *j, char c) {
-    if (!json_take(j, c)) json_fail(j, c == '"' ? "expected a string" : c == ':' ? "expected ':'" :
-                                       c == ',' ? "expected ',' or an end" : "expected '{' or '['");
+    if (json_take(j, c)) return;
+    if (c == '"') json_fail(j, "expected a string");
+    else if (c == ':') json_fail(j, "expected ':'");
+    else if (c == ',') json_fail(j, "expected ',' or an end");
+    else json_fail(j, "expected '{' or '['");
 }
 
 // Inside an object or array that ends with `close`, having read n of its items: 1 if another one follows.
@@ -3611,20 +3695,23 @@ static int json_hex(Json *j) {
 // The character that an escape stands for, of a surrogate pair both halves; -1 if it is no valid escape.
 static int json_escape(Json *j) {
     static const char letters[] = "\"\\/bfnrt", meaning[] = "\"\\/\b\f\n\r\t";
-    int c = j->at < j->end ? *j->at++ : 0, low = -1;
+    int c = j->at < j->end ? *j->at++ : 0;
     const char *letter = c ? strchr(letters, c) : NULL;
     if (letter) return meaning[letter - letters];
     int code = c == 'u' ? json_hex(j) : -1;
     if (code < 0xD800 || code > 0xDFFF) return code;
+    int low = -1; // the second half
     if (j->end - j->at >= 2 && j->at[0] == '\\' && j->at[1] == 'u') {
         j->at += 2;
         low = json_hex(j);
     }
-    return code > 0xDBFF || low < 0xDC00 || low > 0xDFFF ? -1 : 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00);
+    if (code > 0xDBFF || low < 0xDC00 || low > 0xDFFF) return -1;
+    return 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00);
 }
 
-// Reads a string and decodes it where it stands: UTF-8 is never longer than the escape, and the closing quote leaves
-// room for the zero byte. U+0000 becomes C0 80, which is no valid UTF-8, so that the text equals no other.
+// Reads a string and decodes it where it stands: UTF-8 is never longer than the escape, and the closing quote
+// leaves room for the zero byte. U+0000 becomes C0 80, which is no valid UTF-8, so that the text equals no
+// other.
 static char *json_string(Json *j) {
     static const int lead[] = {0, 0xC0, 0xE0, 0xF0};
     static char nothing[] = "";
@@ -3640,7 +3727,7 @@ static char *json_string(Json *j) {
         if (c < 0x20) json_fail(j, "a control character in a string");
         if (code < 0) json_fail(j, "an invalid escape in a string");
         if (j->problem) break;
-        int tail = code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;          // UTF-8 bytes after the first
+        int tail = code < 0x800 ? 1 : code < 0x10000 ? 2 : 3; // UTF-8 bytes after the first
         if (c != '\\' || (code && code < 0x80)) tail = 0;
         *out++ = (unsigned char)(lead[tail] | (code >> (6 * tail)));
         while (tail-- > 0) *out++ = (unsigned char)(0x80 | ((code >> (6 * tail)) & 0x3F));
@@ -3655,56 +3742,73 @@ static char *json_key(Json *j) {
     return key;
 }
 
-// Reads an array of integers in 0..2^63-1, of which the first `room` are kept. Returns their number and, in *product,
+// Reads a whole number in 0..2^63-1.
+static int64_t json_integer(Json *j) {
+    int64_t number = 0;
+    json_space(j);
+    const unsigned char *start = j->at;
+    for (; j->at < j->end && *j->at >= '0' && *j->at <= '9'; j->at++) {
+        int digit = *j->at - '0';
+        if (__builtin_mul_overflow(number, 10, &number) || __builtin_add_overflow(number, digit, &number)) {
+            json_fail(j, "a number above 2^63-1");
+            return 0;
+        }
+    }
+    if (j->at == start) json_fail(j, "expected a whole number, 0 or more");
+    if (j->at - start > 1 && *start == '0') json_fail(j, "a number with a leading zero");
+    return number;
+}
+
+// Reads an array of integers, of which the first `room` are kept. Returns their number and, in *product,
 // their product, -1 if it overflows.
 static int json_integers(Json *j, int64_t *list, int room, int64_t *product) {
     int n = 0;
     *product = 1;
     json_expect(j, '[');
     for (; json_next(j, ']', n); n++) {
-        int64_t number = 0;
-        json_space(j);
-        const unsigned char *start = j->at;
-        for (; j->at < j->end && *j->at >= '0' && *j->at <= '9'; j->at++)
-            if (__builtin_mul_overflow(number, 10, &number) || __builtin_add_overflow(number, *j->at - '0', &number)) {
-                json_fail(j, "a number above 2^63-1");
-                return n;
-            }
-        if (j->at == start) json_fail(j, "expected a whole number, 0 or more");
-        if (j->at - start > 1 && *start == '0') json_fail(j, "a number with a leading zero");
+        int64_t number = json_integer(j);
         if (n < room) list[n] = number;
         if (*product < 0 || __builtin_mul_overflow(*product, number, product)) *product = -1;
     }
     return n;
 }
 
-// Reads the value of one tensor's entry: its three fields, in any order, each once. The data must lie inside the
-// data_size bytes at data and be as long as dtype and shape say.
+// Reads the value of one tensor's entry: its three fields, in any order, each once. The data must lie inside
+// the data_size bytes at data and be as long as dtype and shape say.
 static void json_tensor(Json *j, FileTensor *t, const unsigned char *data, int64_t data_size) {
     int64_t offsets[2] = {0, 0}, bits = 0, unused;
-    int seen[3] = {0}, n_offsets = 0;
+    int dtypes = 0, shapes = 0, places = 0; // how often each field was seen
+    int n_offsets = 0;
     json_expect(j, '{');
     for (int n = 0; json_next(j, '}', n); n++) {
         const char *key = json_key(j);
-        if (!strcmp(key, "dtype") && !seen[0]++) snprintf(t->dtype, sizeof(t->dtype), "%s", json_string(j));
-        else if (!strcmp(key, "shape") && !seen[1]++) t->n_dims = json_integers(j, t->shape, MAX_DIMS, &t->count);
-        else if (!strcmp(key, "data_offsets") && !seen[2]++) n_offsets = json_integers(j, offsets, 2, &unused);
-        else json_fail(j, "a tensor's field is unknown, or stands there twice");
+        if (!strcmp(key, "dtype") && !dtypes++)
+            snprintf(t->dtype, sizeof(t->dtype), "%s", json_string(j));
+        else if (!strcmp(key, "shape") && !shapes++)
+            t->n_dims = json_integers(j, t->shape, MAX_DIMS, &t->count);
+        else if (!strcmp(key, "data_offsets") && !places++)
+            n_offsets = json_integers(j, offsets, 2, &unused);
+        else
+            json_fail(j, "a tensor's field is unknown, or stands there twice");
     }
-    if (!seen[0] || !seen[1] || n_offsets != 2) json_fail(j, "a tensor lacks dtype, shape or two data_offsets");
-    if (!j->problem && !dtype_bits(t->dtype)) json_fail(j, "a tensor's dtype is unknown");
-    if (!j->problem && (t->count < 0 || __builtin_mul_overflow(t->count, dtype_bits(t->dtype), &bits) || bits % 8))
+    if (!dtypes || !shapes || n_offsets != 2) json_fail(j, "a tensor lacks dtype, shape or two data_offsets");
+    if (j->problem) return;
+    int of_element = dtype_bits(t->dtype);
+    if (!of_element)
+        json_fail(j, "a tensor's dtype is unknown");
+    else if (t->count < 0 || __builtin_mul_overflow(t->count, of_element, &bits) || bits % 8)
         json_fail(j, "a tensor's size overflows, or is no number of bytes");
-    if (offsets[0] > offsets[1] || offsets[1] > data_size)
+    else if (offsets[0] > offsets[1] || offsets[1] > data_size)
         json_fail(j, "a tensor's offsets are out of range, or the file ends early");
-    if (offsets[1] - offsets[0] != bits / 8) json_fail(j, "a tensor's offsets do not fit its dtype and shape");
+    else if (offsets[1] - offsets[0] != bits / 8)
+        json_fail(j, "a tensor's offsets do not fit its dtype and shape");
     if (j->problem) return;
     t->data = data + offsets[0];
     t->size = (size_t)(bits / 8);
 }
 
-// An array of n items with room for one more: it doubles whenever n is a power of two. The old one when memory is
-// exhausted.
+// An array of n items with room for one more: it doubles whenever n is a power of two. The old one when
+// memory is exhausted.
 static void *json_grow(Json *j, void *array, int n, size_t item) {
     if (n & (n - 1)) return array;
     void *larger = grow(array, (n ? (size_t)n * 2 : 1) * item);
@@ -3712,28 +3816,34 @@ static void *json_grow(Json *j, void *array, int n, size_t item) {
     return larger ? larger : array;
 }
 
+// Reads the object of the metadata into file.
+static void json_metadata(Json *j, Safetensors *file) {
+    json_expect(j, '{');
+    for (int n = 0; json_next(j, '}', n); n++) {
+        file->meta = (Meta *)json_grow(j, file->meta, n, sizeof(Meta));
+        Meta meta = {json_key(j), NULL};
+        meta.value = json_string(j);
+        if (!j->problem) file->meta[file->n_meta++] = meta;
+    }
+}
+
 // Reads the header's object into file.
 static void json_header(Json *j, Safetensors *file, const unsigned char *data) {
     int metadata_seen = 0;
+    int64_t data_size = file->bytes + file->size - data;
     for (int n = 0; json_next(j, '}', n); n++) {
         char *name = json_key(j);
         if (!strcmp(name, "__metadata__")) {
             if (metadata_seen++) json_fail(j, "__metadata__ stands there twice");
-            json_expect(j, '{');
-            for (int i = 0; json_next(j, '}', i); i++) {
-                file->meta = (Meta *)json_grow(j, file->meta, i, sizeof(Meta));
-                Meta meta = {json_key(j), NULL};
-                meta.value = json_string(j);
-                if (!j->problem) file->meta[file->n_meta++] = meta;
-            }
-        } else {
-            FileTensor tensor;
-            memset(&tensor, 0, sizeof(tensor));
-            tensor.name = name;
-            file->tensors = (FileTensor *)json_grow(j, file->tensors, file->n_tensors, sizeof(FileTensor));
-            json_tensor(j, &tensor, data, file->bytes + file->size - data);
-            if (!j->problem) file->tensors[file->n_tensors++] = tensor;
+            json_metadata(j, file);
+            continue;
         }
+        FileTensor tensor;
+        memset(&tensor, 0, sizeof(tensor));
+        tensor.name = name;
+        file->tensors = (FileTensor *)json_grow(j, file->tensors, file->n_tensors, sizeof(FileTensor));
+        json_tensor(j, &tensor, data, data_size);
+        if (!j->problem) file->tensors[file->n_tensors++] = tensor;
     }
     json_space(j);
     if (j->at < j->end) json_fail(j, "something follows the last brace");
@@ -3742,11 +3852,13 @@ static void json_header(Json *j, Safetensors *file, const unsigned char *data) {
 static int compare_places(const void *a, const void *b) {
     const FileTensor *s = (const FileTensor *)a, *t = (const FileTensor *)b;
     if (s->data != t->data) return s->data < t->data ? -1 : 1;
-    return (s->size > t->size) - (s->size < t->size);                  // the empty ones first
+    return (s->size > t->size) - (s->size < t->size); // the empty ones first
 }
 
 // Of two FileTensor or two Meta: the name or key is the first member of both.
-static int compare_names(const void *a, const void *b) { return strcmp(*(char *const *)a, *(char *const *)b); }
+static int compare_names(const void *a, const void *b) {
+    return strcmp(*(char *const *)a, *(char *const *)b);
+}
 
 // Sorts n FileTensor or Meta by name; returns a name that stands there twice, NULL if there is none.
 static const char *sort_names(void *array, int n, size_t item) {
@@ -3757,17 +3869,22 @@ static const char *sort_names(void *array, int n, size_t item) {
     return NULL;
 }
 
-// Checks that the tensors cover the data exactly, each byte once, and that no name or key stands there twice; leaves
-// tensors and metadata sorted for the search.
+// Checks that the tensors cover the data exactly, each byte once, and that no name or key stands there twice;
+// leaves tensors and metadata sorted for the search.
 static int check_layout(Safetensors *file, const unsigned char *data, const char *path, char *error) {
     FileTensor *tensors = file->tensors;
     const unsigned char *reached = data, *end = file->bytes + file->size;
     if (tensors) qsort(tensors, (size_t)file->n_tensors, sizeof(FileTensor), compare_places);
-    for (int i = 0; i < file->n_tensors; reached += tensors[i++].size)
-        if (tensors[i].data != reached)
-            return fail(error, path, "tensor '%.80s' %s", tensors[i].name,
-                        tensors[i].data < reached ? "overlaps another" : "has bytes before it that no tensor claims");
-    if (reached != end) return fail(error, path, "no tensor claims the last %lld bytes", (long long)(end - reached));
+    for (int i = 0; i < file->n_tensors; i++) {
+        if (tensors[i].data != reached) {
+            const char *what = tensors[i].data < reached ? "overlaps another"
+                                                         : "has bytes before it that no tensor claims";
+            return fail(error, path, "tensor '%.80s' %s", tensors[i].name, what);
+        }
+        reached += tensors[i].size;
+    }
+    if (reached != end)
+        return fail(error, path, "no tensor claims the last %lld bytes", (long long)(end - reached));
     const char *twice = sort_names(tensors, file->n_tensors, sizeof(FileTensor));
     if (!twice) twice = sort_names(file->meta, file->n_meta, sizeof(Meta));
     return twice ? fail(error, path, "the name '%.80s' stands there twice", twice) : 0;
@@ -3781,46 +3898,81 @@ static void safetensors_free(Safetensors *file) {
     memset(file, 0, sizeof(*file));
 }
 
-// Makes a Safetensors of the bytes of a file; they must come from malloc and belong to it from now on. The path is for
-// messages only.
-static int safetensors_parse(Safetensors *file, unsigned char *bytes, size_t size, const char *path, char *error) {
+// The part of safetensors_parse for a file that holds a header of that length.
+static int parse_header(Safetensors *file, size_t length, const char *path, char *error) {
+    unsigned char *start = file->bytes + 8, *data = start + length;
+    Json json = {.at = start, .end = data, .place = start, .problem = NULL};
+    if (!length || *start != '{') json_fail(&json, "it does not start with '{': no safetensors file");
+    if (!utf8_valid(start, length)) json_fail(&json, "not valid UTF-8");
+    json_expect(&json, '{');
+    json_header(&json, file, data);
+    if (!json.problem) return check_layout(file, data, path, error);
+    return fail(error, path, "header, byte %lld: %s", (long long)(json.place - start), json.problem);
+}
+
+// Makes a Safetensors of the bytes of a file; they must come from malloc and belong to it from now on, also
+// when it fails. The path is for messages only.
+static int safetensors_parse(Safetensors *file, unsigned char *bytes, size_t size, const char *path,
+                             char *error) {
     uint64_t length = 0;
-    int result = 0;
+    int result;
     memset(file, 0, sizeof(*file));
     file->bytes = bytes;
     file->size = size;
     memcpy(&length, bytes, size < 8 ? size : 8);
-    if (size < 8 || length > size - 8) result = fail(error, path, "no safetensors file, or one that ends early");
-    else if (length > MAX_HEADER) result = fail(error, path, "a header of over 100 MB: no safetensors file");
-    else {
-        unsigned char *start = bytes + 8, *data = start + length;
-        Json json = {start, data, start, NULL};
-        if (!length || *start != '{') json_fail(&json, "it does not start with '{': no safetensors file");
-        if (!utf8_valid(start, (size_t)length)) json_fail(&json, "not valid UTF-8");
-        json_expect(&json, '{');
-        json_header(&json, file, data);
-        result = !json.problem ? check_layout(file, data, path, error)
-               : fail(error, path, "header, byte %lld: %s", (long long)(json.place - start), json.problem);
-    }
+    if (size < 8 || length > size - 8)
+        result = fail(error, path, "no safetensors file, or one that ends early");
+    else if (length > MAX_HEADER)
+        result = fail(error, path, "a header of over 100 MB: no safetensors file");
+    else
+        result = parse_header(file, (size_t)length, path, error);
     if (result) safetensors_free(file);
     return result;
 }
 
 static int safetensors_read(Safetensors *file, const char *path, char *error) {
-    unsigned char *bytes = NULL;
-    size_t size = 0;
-    return file_read(path, &bytes, &size, error) ? FAILED : safetensors_parse(file, bytes, size, path, error);
+    unsigned char *bytes;
+    size_t size;
+    if (file_read(path, &bytes, &size, error)) return FAILED;
+    return safetensors_parse(file, bytes, size, path, error);
 }
 
 // The tensor of this name, and the metadata's value for this key; NULL if there is none.
 static const FileTensor *safetensors_find(const Safetensors *file, const char *name) {
     if (!file->n_tensors) return NULL;
-    return (const FileTensor *)bsearch(&name, file->tensors, (size_t)file->n_tensors, sizeof(FileTensor), compare_names);
+    size_t n = (size_t)file->n_tensors;
+    return (const FileTensor *)bsearch(&name, file->tensors, n, sizeof(FileTensor), compare_names);
 }
 static const char *safetensors_meta(const Safetensors *file, const char *key) {
     if (!file->n_meta) return NULL;
-    const Meta *meta = (const Meta *)bsearch(&key, file->meta, (size_t)file->n_meta, sizeof(Meta), compare_names);
+    size_t n = (size_t)file->n_meta;
+    const Meta *meta = (const Meta *)bsearch(&key, file->meta, n, sizeof(Meta), compare_names);
     return meta ? meta->value : NULL;
+}
+
+// The number that the bits of an F16 mean.
+static float float_of_half(uint16_t half) {
+    int exponent = half >> 10 & 31, mantissa = half & 1023;
+    float value;
+    if (exponent == 31) value = mantissa ? NAN : INFINITY;
+    else if (!exponent) value = ldexpf((float)mantissa, -24);
+    else value = ldexpf((float)(1024 + mantissa), exponent - 25);
+    return half >> 15 ? -value : value;
+}
+
+// An element of a tensor of F32, F16 or BF16.
+static float float_at(const FileTensor *t, int64_t i) {
+    float value;
+    uint16_t half;
+    if (!strcmp(t->dtype, "F32")) {
+        memcpy(&value, t->data + 4 * i, 4);
+        return value;
+    }
+    memcpy(&half, t->data + 2 * i, 2);
+    if (!strcmp(t->dtype, "F16")) return float_of_half(half);
+    uint32_t bits = (uint32_t)half << 16; // BF16: the upper half of an F32
+    memcpy(&value, &bits, 4);
+    return value;
 }
 
 // Text that grows. Once memory is exhausted it stays as it is, and says so.
@@ -3852,11 +4004,14 @@ static void json_write(Text *out, const char *text) {
     text_add(out, "\"");
     for (; *text; text++) {
         unsigned char c = (unsigned char)*text;
-        char code[8];
         if (c == '"' || c == '\\') text_add(out, "\\");
-        if (c < 0x20) snprintf(code, sizeof(code), "\\u%04x", c);
-        if (c < 0x20) text_add(out, code);
-        else text_put(out, text, 1);
+        if (c < 0x20) {
+            char code[8];
+            snprintf(code, sizeof(code), "\\u%04x", c);
+            text_add(out, code);
+        } else {
+            text_put(out, text, 1);
+        }
     }
     text_add(out, "\"");
 }
@@ -3905,14 +4060,15 @@ static void write_header(Text *out, const FileTensor *tensors, int n_tensors, co
 // place can be written. *total: the bytes of the file, or NULL.
 static int safetensors_write(Place *place, const FileTensor *tensors, int n_tensors, const Meta *meta,
                              int n_meta, int trial, uint64_t *total, char *error) {
-    Replacement file;
     Text header = {NULL, 0, 0, 0};
-    for (int i = 0; i < n_meta; i++)
-        if (!utf8_valid((const unsigned char *)meta[i].value, strlen(meta[i].value)))
-            return fail(error, place->path, "'%.80s', '%.80s' cannot be stored: not UTF-8", meta[i].key,
-                        meta[i].value);
+    for (int i = 0; i < n_meta; i++) {
+        const char *key = meta[i].key, *value = meta[i].value;
+        if (!utf8_valid((const unsigned char *)value, strlen(value)))
+            return fail(error, place->path, "'%.80s', '%.80s' cannot be stored: not UTF-8", key, value);
+    }
     write_header(&header, tensors, n_tensors, meta, n_meta);
     uint64_t length = header.size, size = 8 + length;
+    Replacement file;
     int result = header.failed ? fail(error, place->path, "cannot be written: out of memory")
                                : replacement_open(&file, place, error);
     if (!result) {
@@ -3930,24 +4086,25 @@ static int safetensors_write(Place *place, const FileTensor *tensors, int n_tens
 
 // ----------------------------------------------------------------------------
 // data: text, token shards, example sets
-
+//
 // Text is any file of bytes, a token is a byte's place in the vocabulary. A shard is llm.c's: 256 int32
 // (magic, version, number of tokens, the rest unused), then the tokens: uint16 of GPT-2 (magic 20240520,
 // version 1) or uint32 of Llama 3 (20240801, 7). An example set is a safetensors file with `inputs` and
-// `targets` (N,T), and maybe `lags` (N,T): how far back lies what each target asks for.
+// `targets` (N,T), and maybe `lags` (N,T): how far back lies what each target asks for. What a file is, is
+// told by what it holds; what looks like anything else is refused.
+
 typedef enum { DATA_TEXT, DATA_SHARD, DATA_EXAMPLES } DataKind;
 
 typedef struct {
     DataKind kind;
-    unsigned char *bytes;      // TEXT, SHARD: the file; dataset_encode puts token ids in the place of a text's bytes
+    unsigned char *bytes;      // TEXT, SHARD: the file; dataset_encode puts token ids in a text's place
     const uint16_t *tokens;    // SHARD: inside bytes
     const uint32_t *tokens32;  // a SHARD of wider tokens: inside bytes
     int32_t *inputs, *targets; // EXAMPLES: (count, width); a target of -1 is none
     int32_t *lags;             // EXAMPLES: (count, width) or NULL
     int64_t count;             // tokens or examples
     int width;                 // EXAMPLES: T of the file
-    int vocab_hint; // EXAMPLES: the metadata's vocab_size, or 0; SHARD: of the tokenizer that llm.c makes it
-                    // with
+    int vocab_hint;            // EXAMPLES: the metadata's vocab_size, or 0; SHARD: its tokenizer's, in llm.c
     int max_id;                // SHARD, EXAMPLES: the largest id, -1 if there is none
     int64_t zeros;             // TEXT: bytes that are 0
     char content[96];          // kind, size and hash: what a resumed run must find again
@@ -3971,12 +4128,13 @@ static int shard_read(Dataset *data, size_t size, const char *path, char *error)
     memcpy(header, data->bytes, sizeof(header));
     int wide = header[0] == LLAMA3_SHARD, version = wide ? 7 : 1;
     const void *tokens = data->bytes + SHARD_HEADER;
+    size_t held = size - SHARD_HEADER;
     if (header[1] != version)
         return fail(error, path, "a token shard of version %d; only %d is known", header[1], version);
-    if (header[2] < 1 || (uint64_t)header[2] * (wide ? 4 : 2) != size - SHARD_HEADER)
+    if (header[2] < 1 || (uint64_t)header[2] * (wide ? 4 : 2) != held)
         return fail(error, path,
                     "a token shard whose header says %d tokens; the file holds %zu bytes of them", header[2],
-                    size - SHARD_HEADER);
+                    held);
     data->count = header[2];
     data->vocab_hint = wide ? 128256 : 50257;
     if (wide) data->tokens32 = (const uint32_t *)tokens;
@@ -3990,24 +4148,39 @@ static int shard_read(Dataset *data, size_t size, const char *path, char *error)
     return 0;
 }
 
+// An element of a tensor of integers of that many bits; one of U64 that is too large becomes negative.
+static int64_t integer_at(const FileTensor *t, int bits, int64_t i) {
+    uint64_t word = 0; // little-endian: the element's bytes come lowest
+    memcpy(&word, t->data + i * bits / 8, (size_t)bits / 8);
+    if (*t->dtype == 'U') return (int64_t)word;
+    return (int64_t)(word << (64 - bits)) >> (64 - bits); // extend the sign
+}
+
 // An integer tensor as int32; raises max_id to its largest number. Every number must be `low` or more and
 // below 2^24, the largest vocabulary. NULL and the line if one is not, or if the dtype is no integer's.
 static int32_t *ids_read(const FileTensor *tensor, int low, int *max_id, const char *path, char *error) {
-    int bits = dtype_bits(tensor->dtype), is_signed = *tensor->dtype == 'I', integer = is_signed || *tensor->dtype == 'U';
-    int fits = integer && (uint64_t)tensor->count < SIZE_MAX / 4;
     char what[80];
+    if (*tensor->dtype != 'I' && *tensor->dtype != 'U') {
+        fail(error, path, "'%s' is no tensor of integers", tensor->name);
+        return NULL;
+    }
     snprintf(what, sizeof(what), "'%.60s'", tensor->name);
-    if (fits && check_room((double)tensor->count * 4, path, what, error)) return NULL;
-    int32_t *ids = fits ? (int32_t *)malloc((size_t)tensor->count * 4 + 1) : NULL;
-    if (!ids) fail(error, path, integer ? "'%s' does not fit in memory" : "'%s' is no tensor of integers", tensor->name);
-    for (int64_t i = 0; ids && i < tensor->count; i++) {
-        uint64_t word = 0; // little-endian: the element's bytes come lowest
-        memcpy(&word, tensor->data + i * bits / 8, (size_t)bits / 8);
-        int64_t id = is_signed ? (int64_t)(word << (64 - bits)) >> (64 - bits) : (int64_t)word; // extend the sign
+    int32_t *ids = NULL;
+    if ((uint64_t)tensor->count < SIZE_MAX / 4) {
+        if (check_room((double)tensor->count * 4, path, what, error)) return NULL;
+        ids = (int32_t *)malloc((size_t)tensor->count * 4 + 1);
+    }
+    if (!ids) {
+        fail(error, path, "'%s' does not fit in memory", tensor->name);
+        return NULL;
+    }
+    int bits = dtype_bits(tensor->dtype);
+    for (int64_t i = 0; i < tensor->count; i++) {
+        int64_t id = integer_at(tensor, bits, i);
         if (id < low || id >= MAX_VOCAB) {
+            long long example = (long long)(i / tensor->shape[1]), t = (long long)(i % tensor->shape[1]);
             fail(error, path, "'%s' holds %lld at [%lld,%lld]; what it holds is %d or more and below 2^24",
-                 tensor->name, (long long)id, (long long)(i / tensor->shape[1]),
-                 (long long)(i % tensor->shape[1]), low);
+                 tensor->name, (long long)id, example, t, low);
             free(ids);
             return NULL;
         }
@@ -4019,28 +4192,36 @@ static int32_t *ids_read(const FileTensor *tensor, int low, int *max_id, const c
 
 // Fills data from a safetensors file of examples.
 static int examples_read(Dataset *data, const Safetensors *file, const char *path, char *error) {
+    const FileTensor *inputs = safetensors_find(file, "inputs");
+    const FileTensor *targets = safetensors_find(file, "targets");
+    const FileTensor *lags = safetensors_find(file, "lags");
+    const FileTensor *tensors[] = {inputs, targets, lags};
     static const char *names[] = {"inputs", "targets", "lags"};
-    const FileTensor *tensors[3], *inputs = safetensors_find(file, "inputs");
-    const char *vocab_size = safetensors_meta(file, "vocab_size");
-    int64_t vocab = 0;
-    int longest = 0;
     for (int i = 0; i < 3; i++) {
-        const FileTensor *t = tensors[i] = safetensors_find(file, names[i]);
+        const FileTensor *t = tensors[i];
         if (!t && i < 2) return fail(error, path, "not an example set: it has no '%s'", names[i]);
         if (t && (t->n_dims != 2 || memcmp(t->shape, inputs->shape, 2 * sizeof(int64_t))))
-            return fail(error, path, "'%s' must have two dimensions, (N,T), and the shape of 'inputs'", names[i]);
+            return fail(error, path, "'%s' must have two dimensions, (N,T), and the shape of 'inputs'",
+                        names[i]);
     }
     if (!inputs->count || inputs->shape[1] > 1 << 24 || inputs->shape[0] > INT_MAX)
         return fail(error, path, "the example set is empty, or too large");
+    const char *vocab_size = safetensors_meta(file, "vocab_size");
+    int64_t vocab = 0;
     if (vocab_size && parse_integer(vocab_size, 1, MAX_VOCAB, &vocab))
-        return fail(error, path, "its metadata's vocab_size is '%.40s', not a whole number up to 2^24", vocab_size);
+        return fail(error, path, "its metadata's vocab_size is '%.40s', not a whole number up to 2^24",
+                    vocab_size);
     data->count = inputs->shape[0];
     data->width = (int)inputs->shape[1];
     data->vocab_hint = (int)vocab;
     data->inputs = ids_read(inputs, 0, &data->max_id, path, error);
-    if (data->inputs) data->targets = ids_read(tensors[1], -1, &data->max_id, path, error);
-    if (data->targets && tensors[2]) data->lags = ids_read(tensors[2], 0, &longest, path, error);
-    return data->targets && (!tensors[2] || data->lags) ? 0 : FAILED;
+    if (!data->inputs) return FAILED;
+    data->targets = ids_read(targets, -1, &data->max_id, path, error);
+    if (!data->targets) return FAILED;
+    if (!lags) return 0;
+    int longest = 0;
+    data->lags = ids_read(lags, 0, &longest, path, error);
+    return data->lags ? 0 : FAILED;
 }
 
 // What the first bytes say that a file is, where it is neither text nor one of the formats above.
@@ -4102,52 +4283,77 @@ static int is_signed_by(const Signature *s, const unsigned char *bytes, size_t s
     return size >= (size_t)(s->at + s->n) && !memcmp(bytes + s->at, s->bytes, (size_t)s->n);
 }
 
-// Whether every other byte is one of few, as in UTF-16 of an alphabet that is not Latin, and control
-// characters stand between them, which no text with a byte for a letter holds.
-static int is_utf16(const unsigned char *bytes, size_t size) {
-    size_t count[2][256] = {{0}}, most[2] = {0}, controls[2] = {0}, half = size / 2;
-    for (size_t i = 0; i < size; i++) {
-        count[i % 2][bytes[i]]++;
-        controls[i % 2] += bytes[i] < 32 && bytes[i] != '\n' && bytes[i] != '\r' && bytes[i] != '\t';
+// Of a file: how often each byte stands at each place of a number of 32 bits, and what follows from it.
+typedef struct {
+    size_t size, of[4][256];
+    size_t zeros[4], all_zeros;
+    size_t letters[2]; // no control characters but white space, at the places of a number of 16 bits
+    size_t controls;   // of those that texts of no encoding hold: all but white space, escape and zero
+} ByteCounts;
+
+static void count_bytes(ByteCounts *c, const unsigned char *bytes, size_t size) {
+    memset(c, 0, sizeof(*c));
+    c->size = size;
+    for (size_t i = 0; i < size; i++) c->of[i % 4][bytes[i]]++;
+    for (int place = 0; place < 4; place++) {
+        c->zeros[place] = c->of[place][0];
+        c->all_zeros += c->of[place][0];
+        for (int byte = 1; byte < 256; byte++) {
+            int space = byte >= '\b' && byte <= '\r';
+            if (byte >= 32 || space) c->letters[place % 2] += c->of[place][byte];
+            else if (byte != 27) c->controls += c->of[place][byte];
+        }
     }
-    for (int parity = 0; parity < 2; parity++)
-        for (int byte = 0; byte < 256; byte++)
-            most[parity] = count[parity][byte] > most[parity] ? count[parity][byte] : most[parity];
-    int high = most[0] < most[1]; // where the alphabet's number stands
-    return size >= 64 && most[high] > half / 5 * 3 && most[1 - high] < half / 5 * 2 &&
-           controls[0] + controls[1] > size / 50;
 }
 
-// What bytes look like that are no text: NULL where they may be one. Numbers of 16 or 32 bits, token ids or
-// the letters of UTF-16, leave zeros at the same place of each number; other numbers and packed data leave
-// control characters everywhere, which texts of no encoding hold (but for those of white space, backspace,
-// escape and a zero as a separator).
-static const char *looks_like(const unsigned char *bytes, size_t size) {
-    size_t zeros[4] = {0}, controls = 0, letters[2] = {0}, quarter = size / 4;
-    for (size_t i = 0; i < size; i++) {
-        unsigned char c = bytes[i];
-        int space = c >= '\b' && c <= '\r';
-        zeros[i % 4] += !c;
-        controls += c && c < 32 && !space && c != 27;
-        letters[i % 2] += c >= 32 || space;
+static const char utf16[] = "UTF-16 text (convert it: iconv -f UTF-16 -t UTF-8)";
+
+// Whether every other byte is one of few, as in UTF-16 of an alphabet that is not Latin, and control
+// characters stand between them, which no text with a byte for a letter holds.
+static int is_utf16(const ByteCounts *c) {
+    size_t most[2] = {0}, controls = 0, half = c->size / 2;
+    for (int parity = 0; parity < 2; parity++) {
+        for (int byte = 0; byte < 256; byte++) {
+            size_t n = c->of[parity][byte] + c->of[parity + 2][byte];
+            if (n > most[parity]) most[parity] = n;
+            if (byte < 32 && byte != '\n' && byte != '\r' && byte != '\t') controls += n;
+        }
     }
-    int only_letters = !(controls + zeros[0] + zeros[1] + zeros[2] + zeros[3]);
+    int high = most[0] < most[1]; // where the alphabet's number stands
+    return c->size >= 64 && most[high] > half / 5 * 3 && most[1 - high] < half / 5 * 2 &&
+           controls > c->size / 50;
+}
+
+// What the zeros look like: NULL where they may be a text's. Numbers of 16 or 32 bits, token ids or the
+// letters of UTF-16, leave zeros at the same place of each number.
+static const char *zeros_look_like(const ByteCounts *c) {
+    const size_t *zeros = c->zeros;
+    size_t half = c->size / 2, quarter = c->size / 4;
+    if (c->size % 4 == 0 && zeros[3] > quarter - quarter / 100 - 1 && zeros[2] > quarter / 2)
+        return "raw 32-bit numbers, token ids maybe";
+    for (int odd = 0; odd < 2 && c->size % 2 == 0; odd++) {
+        size_t here = zeros[odd] + zeros[odd + 2], there = zeros[1 - odd] + zeros[3 - odd];
+        if (here < half / 4 || here < 8 * there) continue;
+        if (c->letters[1 - odd] > half - half / 50 - 1) return utf16;
+        return "raw 16-bit numbers, token ids maybe";
+    }
+    return c->all_zeros > quarter ? "numbers, or UTF-32: a quarter of its bytes are 0" : NULL;
+}
+
+// What bytes look like that are no text: NULL where they may be one. Other numbers than those of
+// zeros_look_like and packed data leave control characters everywhere, which texts of no encoding hold (but
+// for those of white space, backspace, escape and a zero as a separator).
+static const char *looks_like(const unsigned char *bytes, size_t size) {
+    ByteCounts counts;
+    count_bytes(&counts, bytes, size);
+    int only_letters = !counts.controls && !counts.all_zeros;
     for (size_t i = 0; i < sizeof(signatures) / sizeof(signatures[0]); i++)
         if (is_signed_by(&signatures[i], bytes, size, only_letters)) return signatures[i].what;
     if (size < 8) return NULL;
-    if (size % 4 == 0 && zeros[3] > quarter - quarter / 100 - 1 && zeros[2] > quarter / 2)
-        return "raw 32-bit numbers, token ids maybe";
-    for (int odd = 0; odd < 2 && size % 2 == 0; odd++) {
-        size_t here = zeros[odd] + zeros[odd + 2], there = zeros[1 - odd] + zeros[3 - odd], half = size / 2;
-        if (here < half / 4 || here < 8 * there) continue;
-        if (letters[1 - odd] > half - half / 50 - 1)
-            return "UTF-16 text (convert it: iconv -f UTF-16 -t UTF-8)";
-        return "raw 16-bit numbers, token ids maybe";
-    }
-    if (zeros[0] + zeros[1] + zeros[2] + zeros[3] > size / 4)
-        return "numbers, or UTF-32: a quarter of its bytes are 0";
-    if (is_utf16(bytes, size)) return "UTF-16 text (convert it: iconv -f UTF-16 -t UTF-8)";
-    if (controls > size / 10 || (controls > size / 50 && !utf8_valid(bytes, size)))
+    const char *what = zeros_look_like(&counts);
+    if (what) return what;
+    if (is_utf16(&counts)) return utf16;
+    if (counts.controls > size / 10 || (counts.controls > size / 50 && !utf8_valid(bytes, size)))
         return "numbers or packed data, no text";
     return NULL;
 }
@@ -4163,16 +4369,34 @@ static int is_safetensors(const unsigned char *bytes, size_t size) {
 // text.
 static int data_kind(DataKind *kind, const unsigned char *bytes, size_t size, int as_bytes, const char *path,
                      char *error) {
-    size_t length = strlen(path);
-    int32_t magic = 0;
-    int named = length >= 12 && !strcmp(path + length - 12, ".safetensors");
     *kind = DATA_TEXT;
     if (as_bytes) return 0;
+    size_t length = strlen(path);
+    int named = length >= 12 && !strcmp(path + length - 12, ".safetensors");
+    int32_t magic = 0;
     if (size >= SHARD_HEADER) memcpy(&magic, bytes, sizeof(magic));
     if (named || is_safetensors(bytes, size)) *kind = DATA_EXAMPLES;
     else if (magic == GPT2_SHARD || magic == LLAMA3_SHARD) *kind = DATA_SHARD;
-    const char *what = *kind == DATA_TEXT ? looks_like(bytes, size) : NULL;
+    if (*kind != DATA_TEXT) return 0;
+    const char *what = looks_like(bytes, size);
     return what ? fail(error, path, "it looks like %s; --format bytes takes it as it is", what) : 0;
+}
+
+// The part of dataset_read for a file whose bytes and kind are known.
+static int dataset_fill(Dataset *data, size_t size, const char *path, char *error) {
+    if (data->kind == DATA_SHARD) return shard_read(data, size, path, error);
+    if (data->kind == DATA_EXAMPLES) {
+        Safetensors file;
+        unsigned char *bytes = data->bytes;
+        data->bytes = NULL; // the parser's now
+        if (safetensors_parse(&file, bytes, size, path, error)) return FAILED;
+        int result = examples_read(data, &file, path, error);
+        safetensors_free(&file);
+        return result;
+    }
+    if (!size) return fail(error, path, "the file is empty");
+    for (size_t i = 0; i < size; i++) data->zeros += !data->bytes[i];
+    return 0;
 }
 
 // Reads a file of any of the three kinds.
@@ -4182,30 +4406,20 @@ static int dataset_read(Dataset *data, const char *path, int as_bytes, char *err
     memset(data, 0, sizeof(*data));
     if (file_read(path, &data->bytes, &size, error)) return FAILED;
     int result = data_kind(&data->kind, data->bytes, size, as_bytes, path, error);
-    snprintf(data->content, sizeof(data->content), "%s, %zu bytes, hash %016llx", kinds[data->kind], size,
-             (unsigned long long)hash_bytes(data->bytes, size));
-    data->max_id = -1;
-    data->count = (int64_t)size;
-    if (result) {
-        // it looks like something else
-    } else if (data->kind == DATA_EXAMPLES) {
-        Safetensors file;
-        result = safetensors_parse(&file, data->bytes, size, path, error);
-        data->bytes = NULL; // the parser's now
-        if (!result) result = examples_read(data, &file, path, error);
-        safetensors_free(&file);
-    } else if (data->kind == DATA_SHARD) {
-        result = shard_read(data, size, path, error);
-    } else if (!size) {
-        result = fail(error, path, "the file is empty");
+    if (!result) {
+        snprintf(data->content, sizeof(data->content), "%s, %zu bytes, hash %016llx", kinds[data->kind], size,
+                 (unsigned long long)hash_bytes(data->bytes, size));
+        data->max_id = -1;
+        data->count = (int64_t)size;
+        result = dataset_fill(data, size, path, error);
     }
-    for (size_t i = 0; !result && data->kind == DATA_TEXT && i < size; i++) data->zeros += !data->bytes[i];
     if (result) dataset_free(data);
     return result;
 }
 
 // Puts a text's token ids in the place of its bytes.
-static int dataset_encode(Dataset *data, const unsigned char *vocab, int vocab_size, const char *path, char *error) {
+static int dataset_encode(Dataset *data, const unsigned char *vocab, int vocab_size, const char *path,
+                          char *error) {
     int ids[256];
     for (int byte = 0; byte < 256; byte++) ids[byte] = -1;
     for (int id = 0; id < vocab_size; id++) ids[vocab[id]] = id;
@@ -4221,15 +4435,18 @@ static int dataset_encode(Dataset *data, const unsigned char *vocab, int vocab_s
 
 // The i-th token of a stream.
 static inline int token_at(const Dataset *set, int64_t i) {
-    return set->tokens ? set->tokens[i] : set->tokens32 ? (int)set->tokens32[i] : set->bytes[i];
+    if (set->tokens) return set->tokens[i];
+    if (set->tokens32) return (int)set->tokens32[i];
+    return set->bytes[i];
 }
 
-// Copies one sequence into inputs and targets (T): the example, or the tokens from `at` on and the ones that follow them.
+// Copies one sequence into inputs and targets (T): the example, or the tokens from `at` on and the ones that
+// follow them.
 static void copy_sequence(int *inputs, int *targets, const Dataset *set, int64_t at, int T) {
     for (int t = 0; t < T; t++) {
-        int64_t i = at + t, e = at * T + t;
-        inputs[t] = set->inputs ? set->inputs[e] : token_at(set, i);
-        targets[t] = set->targets ? set->targets[e] : token_at(set, i + 1);
+        int64_t element = at * T + t; // of the examples' arrays
+        inputs[t] = set->inputs ? set->inputs[element] : token_at(set, at + t);
+        targets[t] = set->targets ? set->targets[element] : token_at(set, at + t + 1);
     }
 }
 
@@ -4600,27 +4817,6 @@ static int save_run(Run *run, char *error) {
         best->there = unlink(best->target) != 0;
     run->replaces_best = 0;
     return 0;
-}
-
-// An element of a tensor of F32, F16 or BF16.
-static float float_at(const FileTensor *t, int64_t i) {
-    float value;
-    uint16_t half;
-    uint32_t bits;
-    if (!strcmp(t->dtype, "F32")) {
-        memcpy(&value, t->data + 4 * i, 4);
-        return value;
-    }
-    memcpy(&half, t->data + 2 * i, 2);
-    if (!strcmp(t->dtype, "F16")) {
-        int exponent = half >> 10 & 31, mantissa = half & 1023;
-        value = exponent == 31 ? (mantissa ? NAN : INFINITY) : !exponent ? ldexpf((float)mantissa, -24)
-              : ldexpf((float)(1024 + mantissa), exponent - 25);
-        return half >> 15 ? -value : value;
-    }
-    bits = (uint32_t)half << 16;
-    memcpy(&value, &bits, 4);
-    return value;
 }
 
 // Reads one block of the table's tensors from the run's file into the model. While there is no model yet it
