@@ -55,14 +55,27 @@ train_sessa: train_sessa.c
 	$(CAN_WRITE)
 	$(COMPILE)
 
-test_sessa: test_sessa.c train_sessa.c
+test_sessa: test_sessa.c dev/trust/check.h train_sessa.c
 	$(CAN_WRITE)
 	$(COMPILE)
 
 # the same test in float64, where central differences check every gradient
-test_sessa64: test_sessa.c train_sessa.c
+test_sessa64: test_sessa.c dev/trust/check.h train_sessa.c
 	$(CAN_WRITE)
 	$(COMPILE) -DREAL=double
+
+# the program as a user runs it, in both; its files
+test_runs: dev/trust/test_runs.c dev/trust/run.h dev/trust/check.h train_sessa.c
+	$(CAN_WRITE)
+	$(COMPILE)
+
+test_runs64: dev/trust/test_runs.c dev/trust/run.h dev/trust/check.h train_sessa.c
+	$(CAN_WRITE)
+	$(COMPILE) -DREAL=double
+
+test_files: dev/trust/test_files.c dev/trust/run.h dev/trust/check.h train_sessa.c
+	$(CAN_WRITE)
+	$(COMPILE)
 
 # how far back a layer reaches (dev/claims/claims.md)
 influence: dev/claims/influence.c train_sessa.c
@@ -78,15 +91,20 @@ NVCCFLAGS ?= -O3 --extended-lambda -gencode arch=$(subst sm_,compute_,$(CUDA_ARC
 train_sessacu: train_sessa.cu train_sessa.c
 	$(NVCC) $(NVCCFLAGS) $< -o $@ -lcublasLt
 
-test_sessacu: test_sessa.c train_sessa.cu train_sessa.c
+test_sessacu: test_sessa.c dev/trust/check.h train_sessa.cu train_sessa.c
 	$(NVCC) $(NVCCFLAGS) -DTEST_CUDA -x cu $< -o $@ -lcublasLt
+
+test_kernels: dev/trust/test_kernels.cu dev/trust/check.h train_sessa.cu train_sessa.c
+	$(NVCC) $(NVCCFLAGS) $< -o $@ -lcublasLt
 
 # random shapes, and the branches that they meet: ./test_shapes SEED FIRST COUNT
 test_shapes: dev/trust/test_shapes.cu train_sessa.cu train_sessa.c
 	$(NVCC) $(NVCCFLAGS) $< -o $@ -lcublasLt
 
-testcu: test_sessacu test_shapes train_sessacu
+testcu: test_sessacu test_kernels test_shapes test_runs train_sessacu
 	./test_sessacu
+	./test_kernels
+	./test_runs ./test_sessacu
 	./test_shapes 1 0 300
 
 # ARGS: options of train_sessa. Without any, a run of the same settings and data is made again and replaces the
@@ -109,9 +127,13 @@ train: train_sessa
 	./train_sessa "$$@" && echo && \
 	./train_sessa --load "$${out%.safetensors}.best.safetensors" --generate 500 --temperature 0.8
 
-test: test_sessa test_sessa64 train_sessa
+test: test_sessa64 test_sessa test_runs64 test_runs test_files train_sessa
 	./test_sessa64
 	./test_sessa
+	./test_runs64
+	./test_runs
+	./test_files
 
 clean:
-	rm -f train_sessa test_sessa test_sessa64 influence train_sessacu test_sessacu test_shapes
+	rm -f train_sessa test_sessa test_sessa64 test_runs test_runs64 test_files influence
+	rm -f train_sessacu test_sessacu test_kernels test_shapes

@@ -1,0 +1,246 @@
+// The program, run by a test as a user runs it: in a folder of its own, by starting this very binary again with
+// --run, so that threads, signals and exit codes are real. Included behind check.h.
+#ifndef RUN_H
+#define RUN_H
+#include <dirent.h>
+#include <sys/wait.h>
+
+static char folder[64], work[80];         // stdout and stderr go to folder, the program works in folder/work
+static unsigned char *output, *complaint; // what the last run wrote there
+static size_t output_size, complaint_size;
+static const char *program = self;  // the binary that is the program when it is started with --run
+static const char *n_threads = "2"; // and its OMP_NUM_THREADS
+
+// The bytes of a file of the work folder with a zero behind them, NULL if there is none.
+static inline unsigned char *slurp(const char *name, size_t *size) {
+    char path[PATH_MAX], error[ERROR_SIZE];
+    unsigned char *bytes = NULL;
+    snprintf(path, sizeof(path), "%s/%s", work, name);
+    return file_read(path, &bytes, size, error) ? NULL : (unsigned char *)keep(bytes);
+}
+
+// Writes a file of the work folder.
+static inline void spill(const char *name, const void *bytes, size_t size) {
+    char path[PATH_MAX];
+    snprintf(path, sizeof(path), "%s/%s", work, name);
+    FILE *out = fopen(path, "wb");
+    if (!out || fwrite(bytes, 1, size, out) != size || fclose(out)) { printf("%s cannot be written\n", path); exit(1); }
+}
+
+// Removes a file or an empty folder of the work folder, if it is there.
+static inline void discard(const char *name) {
+    char path[512];
+    snprintf(path, sizeof(path), "%s/%s", work, name);
+    if (unlink(path)) rmdir(path);
+}
+
+// Whether two files hold the same bytes, and some.
+static inline int same_files(const char *a, const char *b) {
+    size_t size_a = 0, size_b = 0;
+    const unsigned char *x = slurp(a, &size_a), *y = slurp(b, &size_b);
+    return x && y && size_a == size_b && size_a > 0 && !memcmp(x, y, size_a);
+}
+
+// Whether two safetensors files hold the same tensors; their metadata may differ.
+static inline int same_tensors(const char *a, const char *b) {
+    Safetensors x, y;
+    char path[512], error[ERROR_SIZE];
+    memset(&y, 0, sizeof(y));
+    snprintf(path, sizeof(path), "%s/%s", work, a);
+    if (safetensors_read(&x, path, error)) return 0;
+    snprintf(path, sizeof(path), "%s/%s", work, b);
+    int same = !safetensors_read(&y, path, error) && x.n_tensors == y.n_tensors && x.n_tensors > 0;
+    for (int i = 0; same && i < x.n_tensors; i++)
+        same = !strcmp(x.tensors[i].name, y.tensors[i].name) && x.tensors[i].size == y.tensors[i].size &&
+               !memcmp(x.tensors[i].data, y.tensors[i].data, x.tensors[i].size);
+    safetensors_free(&x);
+    safetensors_free(&y);
+    return same;
+}
+
+// Copies a file of the work folder, if it is there.
+static inline void copy_file(const char *from, const char *to) {
+    size_t size = 0;
+    const unsigned char *bytes = slurp(from, &size);
+    if (bytes) spill(to, bytes, size);
+}
+
+// A hash of the names and contents of all files in the work folder; `remove`: and none is left.
+static inline uint64_t folder_state(int remove) {
+    uint64_t state = 0;
+    DIR *dir = opendir(work);
+    for (struct dirent *entry; dir && (entry = readdir(dir)) != NULL;) {
+        size_t size = 0;
+        if (entry->d_name[0] == '.') continue;
+        const unsigned char *bytes = slurp(entry->d_name, &size);
+        state += splitmix64(hash_bytes((const unsigned char *)entry->d_name, strlen(entry->d_name))) ^ (bytes ? hash_bytes(bytes, size) : 0);
+        if (remove) discard(entry->d_name);
+    }
+    closedir(dir);
+    return state;
+}
+
+static void (*prepare_child)(void); // what start() does in the child before it becomes the program, NULL: nothing
+
+// Starts the program's binary in the work folder. Words are split at spaces, a ~ inside a word stands for a space.
+static inline pid_t start(const char *line) {
+    static char text[4096];
+    char *words[80];
+    int n = 0;
+    words[n++] = (char *)program;
+    snprintf(text, sizeof(text), "%s", line);
+    for (char *word = strtok(text, " "); word && n < 79; word = strtok(NULL, " ")) {
+        for (char *c = word; *c; c++) if (*c == '~') *c = ' ';
+        words[n++] = word;
+    }
+    words[n] = NULL;
+    setenv("OMP_NUM_THREADS", n_threads, 1);
+    fflush(stdout); // what is buffered would be written by both
+    pid_t child = fork();
+    if (child) return child;
+    alarm(120); // a program that hangs is a failure, not a test without an end
+    if (chdir(work) || !freopen("../stdout", "wb", stdout) || !freopen("../stderr", "wb", stderr)) _exit(126);
+    if (prepare_child) prepare_child();
+    execv(program, words);
+    _exit(127);
+}
+
+// Waits; returns the exit code, 128 + the signal that ended it, and keeps what it wrote.
+static inline int finish(pid_t child) {
+    int status = 0;
+    waitpid(child, &status, 0);
+    output = slurp("../stdout", &output_size);
+    complaint = slurp("../stderr", &complaint_size);
+    return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+}
+
+// Runs the program with these options, to its end; returns the exit code.
+__attribute__((format(printf, 1, 2)))
+static inline int run(const char *format, ...) {
+    char line[4096] = "--run ";
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(line + 6, sizeof(line) - 6, format, arguments);
+    va_end(arguments);
+    int code = finish(start(line));
+    if (code && code != 1 && code != 2) printf("  exit code %d: %s\n%s", code, line, complaint ? (char *)complaint : "");
+    return code;
+}
+
+// The numbers behind "key": in the lines of a log; returns the number of lines.
+static inline int read_log(const char *name, const char *key, double *values, int max) {
+    size_t size;
+    int n = 0;
+    char label[64];
+    snprintf(label, sizeof(label), "\"%s\": ", key);
+    for (char *line = (char *)slurp(name, &size); line && *line && n < max; n++) {
+        char *end = strchr(line, '\n'), *at = strstr(line, label);
+        values[n] = at && end && at < end ? strtod(at + strlen(label), NULL) : NAN;
+        if (!end) return -1;
+        line = end + 1;
+    }
+    return n;
+}
+
+// Whether two logs say the same of so many steps, but for the times and where validation took place.
+static inline int same_logs(const char *a, const char *b, int lines) {
+    static const char *keys[] = {"step", "train_loss", "lr", "grad_norm"};
+    double x[64], y[64];
+    int same = 1;
+    for (int k = 0; k < 4; k++) {
+        same &= read_log(a, keys[k], x, 64) == lines && read_log(b, keys[k], y, 64) == lines;
+        for (int i = 0; same && i < lines; i++) same &= x[i] == y[i];
+    }
+    return same;
+}
+
+// The options of small runs.
+#define TINY "--overwrite --dim 16 --layers 2 --heads 2 "
+#define SMALL TINY "--seq 12 --batch 2 --warmup 5 "
+#define WATCH "--eval-every 5 --eval-batches 2 "
+
+// Writes an example set; lags may be NULL.
+static inline void write_tensors(const char *name, int N, int T, int32_t *inputs, int32_t *targets, int32_t *lags) {
+    char path[256], error[ERROR_SIZE], names[3][8] = {"inputs", "targets", "lags"}, key[] = "vocab_size", value[] = "9";
+    FileTensor tensors[3];
+    Meta meta = {key, value};
+    memset(tensors, 0, sizeof(tensors));
+    for (int i = 0; i < 3; i++) {
+        tensors[i].name = names[i];
+        strcpy(tensors[i].dtype, "I32");
+        tensors[i].n_dims = 2;
+        tensors[i].shape[0] = N;
+        tensors[i].shape[1] = T;
+        tensors[i].count = (int64_t)N * T;
+        tensors[i].size = (size_t)N * (size_t)T * 4;
+        tensors[i].data = (const unsigned char *)(i == 2 ? lags : i ? targets : inputs);
+    }
+    snprintf(path, sizeof(path), "%s/%s", work, name);
+    Place place;
+    int written = !settle(&place, path, NULL, error);
+    if (!written || safetensors_write(&place, tensors, lags ? 3 : 2, &meta, 1, 0, NULL, error)) {
+        printf("%s\n", error);
+        exit(1);
+    }
+}
+
+// A text, a token shard and a set of 20 examples with some targets ignored.
+static inline void write_data(void) {
+    enum { TEXT_SIZE = 6000, TOKENS = 500, N = 20, T = 12 };
+    static const char letters[] = "abcdefghij \n";
+    static char text[TEXT_SIZE];
+    static unsigned char shard[1024 + 2 * TOKENS];
+    int32_t header[3] = {20240520, 1, TOKENS}, *inputs = random_ids(N * T, 9, 0), *targets = random_ids(N * T, 9, 1);
+    for (int i = 0; i < TEXT_SIZE; i++) text[i] = letters[random_int(0, 3) ? (i ? (int)(strchr(letters, text[i - 1]) - letters) + 1 : 0) % 12 : random_int(0, 11)];
+    memcpy(shard, header, sizeof(header));
+    for (int i = 0; i < TOKENS; i++) shard[1024 + 2 * i] = (unsigned char)random_int(0, 19);
+    spill("text", text, TEXT_SIZE);
+    spill("tokens.bin", shard, sizeof(shard));
+    write_tensors("set.safetensors", N, T, inputs, targets, NULL);
+    spill("short", text, 20);
+    text[4321] = 'Z';
+    spill("other", text, TEXT_SIZE);
+}
+
+// Starts the program and waits until its log has so many lines.
+static inline pid_t start_and_wait_for_log(const char *line, const char *log, int lines) {
+    double steps[64];
+    pid_t child = start(line);
+    for (int i = 0; i < 4000 && read_log(log, "step", steps, 64) < lines; i++) { release(); usleep(5000); }
+    return child;
+}
+
+
+// A folder for the runs of this test, with data in it.
+static inline void open_folder(void) {
+    snprintf(folder, sizeof(folder), "/tmp/test_sessa_XXXXXX");
+    if (!mkdtemp(folder) || snprintf(work, sizeof(work), "%s/work", folder) < 0 || mkdir(work, 0777)) {
+        printf("no folder to work in: %s\n", strerror(errno));
+        exit(1);
+    }
+    write_data();
+}
+
+// For the next test: the same data, and nothing else.
+static inline void clean_folder(void) {
+    folder_state(1);
+    write_data();
+}
+
+static inline void remove_folder(void) {
+    folder_state(1);
+    discard("../stdout");
+    discard("../stderr");
+    rmdir(work);
+    rmdir(folder);
+    release();
+}
+
+// This binary as the program, when start() has started it with --run; returns the exit code.
+static inline int be_the_program(int argc, char **argv) {
+    start_again(argv);
+    argv[1] = argv[0];
+    return run_program(argc - 1, argv + 1, &cpu_backend);
+}
+
+#endif

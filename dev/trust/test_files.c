@@ -1,0 +1,899 @@
+/*
+The test of the program's files: what it writes is read again, what is damaged is refused with one line, and nothing
+that is not its own is touched.
+
+    ./test_files
+*/
+#define SESSA_NO_MAIN
+#include "../../train_sessa.c"
+#include "check.h"
+#include "run.h"
+
+// A file of the work folder, opened to be locked.
+static int open_work(const char *name) {
+    char path[512];
+    snprintf(path, sizeof(path), "%s/%s", work, name);
+    return open(path, O_RDWR | O_CLOEXEC);
+}
+
+static int exists(const char *name) {
+    size_t size;
+    return slurp(name, &size) != NULL;
+}
+
+static char damaged[80]; // what is wrong with bad.safetensors
+static const char *reason = ""; // what the line must say
+
+// The program must end with this exit code and one line on standard error, and leave the folder as it was.
+__attribute__((format(printf, 2, 3)))
+static void refuse(int wanted, const char *format, ...) {
+    char line[1024];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(line, sizeof(line), format, arguments);
+    va_end(arguments);
+    uint64_t before = folder_state(0);
+    int code = run("%s", line), lines = 0;
+    for (size_t i = 0; i < complaint_size; i++) lines += complaint[i] == '\n';
+    int ok = code == wanted && lines == 1 && complaint[complaint_size - 1] == '\n' && strstr((char *)complaint, reason) && folder_state(0) == before;
+    if (!check(ok, "%d: %.50s%s%s", wanted, line, *damaged ? " with " : "", damaged)) printf("    exit code %d, %d lines%s: %s\n", code, lines, folder_state(0) == before ? "" : ", files changed", (char *)complaint);
+    release();
+}
+
+// Writes bad.safetensors: good.safetensors with the first `from` of its header replaced.
+static void damage(const char *from, const char *to) {
+    size_t size = 0;
+    const unsigned char *good = slurp("good.safetensors", &size), *bad = with_header(good, &size, from, to);
+    if (!bad) return;
+    spill("bad.safetensors", bad, size);
+    snprintf(damaged, sizeof(damaged), "%.30s for %.30s", to, from);
+}
+
+static void test_files(void) {
+    heading("files: what is written is read, what is damaged is refused with one line and nothing is touched");
+    int ok = !run("--data text " SMALL "--steps 2 --out good.safetensors --log good.log"), read = 0,
+        crossed = 0;
+    size_t size = 0;
+    ok = ok && !run("--data text --load good.safetensors --lr 0 --min-lr 0 --batch 2 --steps 1 --out d.safetensors");
+    Safetensors a, b;
+    char path[256], error[ERROR_SIZE], from[64], to[64];
+    snprintf(path, sizeof(path), "%s/good.safetensors", work);
+    ok = ok && !safetensors_read(&a, path, error);
+    snprintf(path, sizeof(path), "%s/d.safetensors", work);
+    ok = ok && !safetensors_read(&b, path, error);
+    if (!check(ok, "train, save, load, save")) return;
+    for (int i = 0; i < a.n_tensors; i++) {
+        const FileTensor *t = safetensors_find(&b, a.tensors[i].name);
+        read += strncmp(a.tensors[i].name, "exp_avg", 7) && t && t->size == a.tensors[i].size && !memcmp(t->data, a.tensors[i].data, t->size);
+        crossed += !strncmp(a.tensors[i].name, "exp_avg", 7);
+    }
+    check(slurp("good.best.safetensors", &size) && slurp("d.best.safetensors", &size), "a run that ends before its first validation keeps its last weights as the best");
+    check(read + crossed == a.n_tensors && crossed == 2 * (read - 1), "the same bits of %d tensors after a step with learning rate 0", read);
+    const unsigned char *good = slurp("good.safetensors", &size);
+    int refused = 0, tried = 0;
+    Safetensors file;
+    for (size_t cut = 0; cut < size; cut += cut < 4000 ? 7 : 501, tried++) {
+        unsigned char *bytes = (unsigned char *)malloc(cut + 1);
+        memcpy(bytes, good, cut);
+        refused += safetensors_parse(&file, bytes, cut, "cut", error) != 0 && strlen(error) > 10;
+    }
+    check(refused == tried, "cut at %d places: refused each time", tried);
+    static const char huge[] = "{\"__metadata__\":{\"a\":\"\\u0041\"},\"x\":{\"shape\":[99999999999999999999,3],\"dtype\":\"F32\",\"data_offsets\":[0,9223372036854775808]}}";
+    refused = 0;
+    for (size_t length = 0; length < sizeof(huge); length++) { // a header that ends anywhere: the sanitizers see a read past it
+        unsigned char *bytes = (unsigned char *)malloc(8 + length);
+        uint64_t stored = length;
+        memcpy(bytes, &stored, 8);
+        memcpy(bytes + 8, huge, length);
+        refused += safetensors_parse(&file, bytes, 8 + length, "huge", error) != 0;
+    }
+    check(refused == sizeof(huge), "headers that end at any byte, with numbers that overflow: refused");
+    for (int i = 0; i < 3000; i++) { // whatever the answer: no crash, and what is accepted can be freed
+        unsigned char *bytes = (unsigned char *)malloc(size);
+        memcpy(bytes, good, size);
+        for (int flips = random_int(1, 4); flips > 0; flips--) bytes[random_int(0, 3000)] = (unsigned char)random_int(0, 255);
+        if (!safetensors_parse(&file, bytes, size, "flipped", error)) safetensors_free(&file);
+    }
+    static const size_t cuts[] = {0, 5, 8, 700};
+    for (int i = 0; i < 6; i++) { // the last two: one byte less, one byte more
+        spill("bad.safetensors", good, i < 4 ? cuts[i] : i == 4 ? size - 1 : size + 1);
+        snprintf(damaged, sizeof(damaged), "%s", i == 5 ? "one byte more" : i == 4 ? "one byte less" : "an early end");
+        refuse(1, "--load bad.safetensors --data text --eval");
+        good = slurp("good.safetensors", &size);
+    }
+    static const uint64_t header_lengths[] = {UINT64_MAX, (uint64_t)1 << 63, 100000001, 3};
+    for (int i = 0; i < 4; i++) {
+        unsigned char *bytes = slurp("good.safetensors", &size);
+        memcpy(bytes, &header_lengths[i], 8);
+        spill("bad.safetensors", bytes, size);
+        snprintf(damaged, sizeof(damaged), "a header of %llu bytes", (unsigned long long)header_lengths[i]);
+        refuse(1, "--load bad.safetensors --generate 3");
+    }
+    static const char *edits[][2] = {
+        {"\"dtype\":\"F32\"", "\"dtype\":\"I32\""}, {"\"dtype\":\"F32\"", "\"dtype\":\"F64\""}, {"\"dtype\":\"F32\"", "\"dtype\":\"F3\""}, {"[16]", "[4,4]"}, {"[16]", "[17]"}, {"[16]", "[-16]"},
+        {"[16]", "[4611686018427387904,4611686018427387904]"}, {"ln_f.bias", "ln_f.bios"}, {"exp_avg.ln_f.bias", "exp_avg.ln_f.weight"}, {"\"beta1\"", "\"beta2\""}, {"\"__metadata__\"", "\"metadata\""}, {"{", "["}, {"{", ""},
+        {"\"d_model\":\"16\"", "\"d_model\":\"18\""}, {"\"d_model\":\"16\"", "\"d_model\":\"x\""}, {"\"n_heads\":\"2\"", "\"n_heads\":\"0\""}, {"\"d_model\":", "\"d_modal\":"},
+        {"\"mixer\":\"sessa\"", "\"mixer\":\"other\""}, {"\"vocab_size\":\"12\"", "\"vocab_size\":\"13\""}, {"\"d_model\":\"16\"", "\"d_model\":16"}};
+    for (size_t i = 0; i < sizeof(edits) / sizeof(edits[0]); i++) {
+        damage(edits[i][0], edits[i][1]);
+        refuse(1, "--load bad.safetensors --data text --eval");
+    }
+    damage("\"max_seq_len\":\"12\"", "\"max_seq_len\":\"3000000\"");
+    check(!run("--load bad.safetensors --generate 3 --window 8"), "a model of long sequences generates in a "
+                                                                  "short window");
+    const FileTensor *weight = safetensors_find(&a, "ln_f.weight"), *bias = safetensors_find(&a, "ln_f.bias"), *least = &a.tensors[0];
+    for (int i = 0; i < a.n_tensors; i++) if (a.tensors[i].data < least->data) least = &a.tensors[i];
+    snprintf(from, sizeof(from), "[%lld,%lld]", (long long)(bias->data - least->data), (long long)(bias->data - least->data) + 64);
+    snprintf(to, sizeof(to), "[%lld,%lld]", (long long)(weight->data - least->data), (long long)(weight->data - least->data) + 64);
+    damage(from, to);
+    refuse(1, "--load bad.safetensors --data text --eval"); // two tensors in one place
+    damage("\"step\":\"2\"", "\"step\":\"two\"");
+    refuse(1, "--resume bad.safetensors --steps 4");
+    char endless[801]; // as long as would overrun a buffer for the message
+    memset(endless, '7', 800);
+    endless[800] = 0;
+    memcpy(endless, "\"d_model\":\"", 11);
+    strcpy(endless + 799, "\"");
+    damage("\"d_model\":\"16\"", endless);
+    refuse(1, "--load bad.safetensors --data text --eval");
+    reason = "tensor "; // no memory is taken for what the file does not hold
+    damage("\"n_layers\":\"2\"", "\"n_layers\":\"4096\"");
+    refuse(1, "--load bad.safetensors --generate 5");
+    damage("\"d_model\":\"16\"", "\"d_model\":\"65536\"");
+    refuse(1, "--resume bad.safetensors --steps 4");
+    reason = "";
+    static const struct { const char *tensor, *way, *reason; float value; } spoilt[] = {
+        {"layers.1.W_in.weight", "--load bad.safetensors --data text --eval", "not finite", NAN}, {"wte.weight", "--load bad.safetensors --generate 5", "not finite", INFINITY},
+        {"exp_avg_sq.ln_f.bias", "--resume bad.safetensors --steps 4", "not finite", -INFINITY}, {"ln_f.weight", "--load bad.safetensors --generate 5", "logit", 3e38f},
+        {"ln_f.weight", "--load bad.safetensors --data text --eval", "validation loss", 3e38f}, {"ln_f.weight", "--load bad.safetensors --data text --batch 2 --steps 4 --out new.safetensors", "nothing was saved", 3e38f}};
+    for (int i = 0; i < 6; i++) {
+        unsigned char *bytes = slurp("good.safetensors", &size);
+        const FileTensor *t = safetensors_find(&a, spoilt[i].tensor);
+        for (int64_t e = 0; e < t->count; e++) memcpy(bytes + (t->data - a.bytes) + 4 * e, &spoilt[i].value, 4);
+        spill("bad.safetensors", bytes, size);
+        snprintf(damaged, sizeof(damaged), "%g in %s", (double)spoilt[i].value, spoilt[i].tensor);
+        reason = spoilt[i].reason;
+        refuse(1, "%s", spoilt[i].way);
+    }
+    reason = "";
+    safetensors_free(&a);
+    safetensors_free(&b);
+    release();
+
+    damaged[0] = 0;
+    heading("the command line: what cannot work is refused");
+    mkdir(strcat(strcpy(path, work), "/subfolder"), 0777);
+    static const char *wrong[] = {"--colour red",
+                                  "dim",
+                                  "--steps ten",
+                                  "--steps 1.5",
+                                  "--lr 1e-3x",
+                                  "--lr nan",
+                                  "--steps",
+                                  "--dropout 1",
+                                  "--batch 0",
+                                  "--data text --heads 3 --dim 16",
+                                  "--data text --dim 16 --heads 16",
+                                  "--data text --heads 4 --kv-heads 3",
+                                  "--data text --mixer none",
+                                  "--resume good.safetensors --load good.safetensors",
+                                  "--generate 5",
+                                  "--eval",
+                                  "--load good.safetensors --generate 5 --eval",
+                                  "--resume good.safetensors --dim 32",
+                                  "--resume good.safetensors --eps 1e-3",
+                                  "--resume good.safetensors --mixer attention",
+                                  "--data text --out text",
+                                  "--data text --log text",
+                                  "--data text --val other --log other",
+                                  "--load good.safetensors --data text --heads 4",
+                                  "--load good.safetensors --generate 5 --prompt abZ"};
+    for (int i = 0; i < 4; i++) { // a shard that says what is not so: one token more, one less, another version, none
+        unsigned char *bytes = slurp("tokens.bin", &size);
+        int32_t header[3] = {20240520, i == 2 ? 2 : 1, (int32_t)(i == 3 ? 0 : (int64_t)(size - 1024) / 2 + (i == 0) - (i == 1))};
+        memcpy(bytes, header, sizeof(header));
+        spill("count.bin", bytes, size);
+        reason = "token shard";
+        refuse(1, "--data count.bin --vocab 20");
+    }
+    reason = "";
+    spill("empty", "", 0);
+    static const char *impossible[] = {"--data absent", "--data empty", "--data text --val empty", "--resume good.safetensors --val other --steps 4", "--data subfolder", "--data short", "--load absent --generate 5", "--load subfolder --generate 5", "--resume absent",
+        "--load good.safetensors --data other --eval", "--resume good.safetensors --data other --steps 4", "--data text --out subfolder/no/x.safetensors",
+        "--data text --out subfolder", "--data text --log subfolder/no/x.log", "--data set.safetensors --val text", "--data tokens.bin --vocab 5", "--load good.safetensors --data tokens.bin --eval",
+        "--resume d.best.safetensors --steps 9", "--data text --dim 65536 --layers 4096 --heads 4"};
+    for (size_t i = 0; i < sizeof(wrong) / sizeof(wrong[0]); i++) refuse(2, "%s", wrong[i]);
+    for (size_t i = 0; i < sizeof(impossible) / sizeof(impossible[0]); i++) refuse(1, "%s", impossible[i]);
+    int told = 0;
+    ok = !run("--help");
+    int options = 0;
+    for (int i = 0; i < N_OPTIONS && option_table[i].group != STATE; i++, options++) {
+        snprintf(from, sizeof(from), "--%s ", option_table[i].name);
+        told += output && strstr((char *)output, from) != NULL;
+    }
+    check(ok && told == options && !complaint_size, "--help names all %d options", options);
+    reason = "; nothing was saved before";
+    refuse(1, "--data text " TINY "--seq 12 --batch 2 --lr 1000 --warmup 0 --clip 0 --steps 400 --eval-every "
+                                  "0 --save-every 1000000 --out never.safetensors");
+    reason = "";
+}
+
+// Runs that nobody watches.
+static void test_long_runs(void) {
+    heading("long runs: divergence, spoilt weights, logs, what killed runs leave");
+    Safetensors file;
+    char path[256], error[ERROR_SIZE], words[64];
+    size_t size = 0, size_now = 0;
+    int code = run("--data text " TINY "--seq 12 --batch 2 --lr 1000 --warmup 0 --clip 0 --steps 400 "
+                                       "--eval-every 0 --save-every 2 --out diverged.safetensors"),
+        finite = 1, step = -1;
+    snprintf(path, sizeof(path), "%s/diverged.safetensors", work);
+    if (!safetensors_read(&file, path, error)) {
+        step = atoi(safetensors_meta(&file, "step"));
+        for (int i = 0; i < file.n_tensors; i++)
+            for (int64_t e = 0; e < file.tensors[i].count && !strcmp(file.tensors[i].dtype, "F32"); e++) finite &= isfinite(number_of(&file.tensors[i], e)) != 0;
+        safetensors_free(&file);
+    }
+    snprintf(words, sizeof(words), "; diverged.safetensors holds step %d\n", step);
+    check(code == 1 && step > 0 && step % 2 == 0 && finite && complaint && strstr((char *)complaint, words), "a loss that is not finite stops the run and names the last checkpoint: step %d, all finite", step);
+
+    Run run_here; // what training cannot bring about: a weight that is not finite after a finite step
+    char *argv[] = {self};
+    Config c = config_with(SESSA, 11, 16, 1, 2, 2, 12);
+    memset(&run_here, 0, sizeof(run_here));
+    run_here.backend = &cpu_backend;
+    run_here.model = create(&c, 1, 12, TRAIN);
+    run_here.table = run_here.model->table;
+    parse_options(&run_here.settings, 1, argv, error);
+    run_here.settings.values.vocab = 11; // and what depends on other options
+    run_here.settings.values.kv_heads = run_here.settings.values.decay_steps = 4;
+    run_here.settings.values.warmup = 0;
+    run_here.settings.values.min_lr = 0;
+    Place place;
+    int saved =
+        !settle(&place, path, NULL, error) && !save_checkpoint(&run_here, &place, RESUMABLE, 0, NULL, error);
+    int refused = 0;
+    const unsigned char *before = slurp("diverged.safetensors", &size);
+    real *spoilt[] = {run_here.model->params, run_here.model->exp_avg, run_here.model->exp_avg_sq};
+    for (int i = 0; i < 3; i++) {
+        spoilt[i][7] = (real)(i ? NAN : INFINITY);
+        refused += save_checkpoint(&run_here, &place, RESUMABLE, 0, NULL, error) && strstr(error, "not "
+                                                                                                  "finite");
+        spoilt[i][7] = 0;
+    }
+    const unsigned char *now = slurp("diverged.safetensors", &size_now);
+    check(saved && refused == 3 && size == size_now && !memcmp(before, now, size), "a weight or a moment that is not finite is never written: the old file stays");
+    model_free(run_here.model);
+
+    size_t first = 0, known = 0;
+    char line[4000] =
+        ""; // the log of the two steps, the first line 900 bytes longer, and two lines that a killed run left
+    const char *two = (const char *)slurp("good.log", &known);
+    if (!check(two && known < 1000, "the log of two steps")) return;
+    first = (size_t)(strchr(two, '\n') - two);
+    snprintf(line, sizeof(line), "%.*s%900s%s{\"step\": 3, \"train_loss\": 2}\n{\"st", (int)first, two, "",
+             two + first);
+    spill("long.log", line, strlen(line));
+    spill("e.safetensors.tmp.s99999999", "x", 1);
+    spill("e.best.safetensors.tmp.s0a1b2c3d", "x", 1);
+    spill("e.safetensors.tmp.mine", "x", 1);
+    spill("e.safetensors.tmp.20261129", "x", 1);
+    spill("e.safetensors.lock", "", 0);
+    int lock = open_work("e.safetensors.lock");
+    flock(lock, LOCK_EX);
+    code = run("--resume good.safetensors --steps 3 --out e.safetensors --overwrite --log long.log");
+    check(code == 1 && complaint && strstr((char *)complaint, "another run") &&
+              slurp("e.safetensors.tmp.s99999999", &size),
+          "a run whose file another one is writing is refused, and removes nothing of it");
+    close(lock);
+    code = run("--resume good.safetensors --steps 3 --out e.safetensors --overwrite --log long.log");
+    const char *log = (char *)slurp("long.log", &size);
+    check(!code && log && !memcmp(log, line, known + 900) && size > known + 960 &&
+              !strncmp(log + known + 900, "{\"step\": 3, \"train_loss\"", 24),
+          "a log with a line of 1000 bytes is continued behind the resumed step");
+    check(!slurp("e.safetensors.tmp.s99999999", &size) && !slurp("e.best.safetensors.tmp.s0a1b2c3d", &size) &&
+              !slurp("e.safetensors.lock", &size),
+          "what a killed run left, temporary files and locks, is gone after the next");
+    check(slurp("e.safetensors.tmp.mine", &size) && slurp("e.safetensors.tmp.20261129", &size), "and nothing else is");
+    release();
+}
+
+// ----------------------------------------------------------------------------
+// what a run may replace, and what it may say
+
+static const char run_of_text[] = "--data text --dim 16 --layers 1 --heads 2 --seq 12 --batch 2 --eval-every "
+                                  "5 --eval-batches 1";
+
+// The program must refuse with exit code 2, touch nothing and say these words.
+__attribute__((format(printf, 2, 3)))
+static void refuse_with(const char *words, const char *format, ...) {
+    char line[1024];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(line, sizeof(line), format, arguments);
+    va_end(arguments);
+    reason = words;
+    refuse(2, "%s", line);
+    reason = "";
+}
+
+// A run replaces a checkpoint, best weights or a log only if it wrote or resumed them, or is told to.
+static void test_places(void) {
+    heading("what a run replaces");
+    damaged[0] = 0;
+    int ok = !run("%s --steps 10 --out p.safetensors --log p.log", run_of_text);
+    check(ok && exists("p.best.safetensors"), "a run, its best weights and its log");
+    refuse_with("p.safetensors is there: a run of step 10, validation loss",
+                "%s --steps 3 --out p.safetensors", run_of_text);
+    refuse_with("p.best.safetensors is there: weights of step 10", "%s --steps 3 --out p",
+                run_of_text); // the same best weights
+    refuse_with("p.log is there: a log up to step 10", "%s --steps 3 --out q.safetensors --log p.log",
+                run_of_text);
+    refuse_with("one file", "%s --load p.best.safetensors --steps 3 --out p.safetensors", run_of_text);
+    refuse_with("one file", "%s --load p.safetensors --steps 3 --out p.safetensors --overwrite", run_of_text);
+    spill("notes", "my notes\n", 9);
+    refuse_with("is no log", "%s --steps 3 --out q.safetensors --log notes", run_of_text);
+    refuse_with("it is no log", "--resume p.safetensors --steps 12 --log notes");
+    refuse_with("notes is there: no checkpoint", "%s --steps 3 --out notes", run_of_text);
+    static const char *same[] = {"--out a --log a", "--out ./x --log x", "--out r --log r.best.safetensors",
+                                 "--val text",      "--out text",        "--log text"};
+    for (int i = 0; i < 6; i++) refuse_with("one file", "%s --steps 3 %s", run_of_text, same[i]);
+    refuse_with("one file", "--resume p.safetensors --steps 12 --log p.safetensors");
+    refuse_with("one file", "--resume p.safetensors --steps 12 --log p.best.safetensors");
+    run("%s --steps 4 --seed 5 --out other.safetensors --log other.log", run_of_text);
+    refuse_with("nothing shows", "--resume p.safetensors --steps 12 --log other.log --eval-every 0");
+    spill("void", "", 0);
+    ok = !run("%s --steps 3 --out void --log void.log", run_of_text) && exists("void.best.safetensors");
+    check(ok, "an empty file is nothing that could be lost");
+    ok = !run("%s --steps 10 --out again.safetensors --again", run_of_text);
+    ok = ok && !run("%s --steps 10 --out again.safetensors --again", run_of_text) &&
+         strstr((char *)output, "again.safetensors of the same settings and data is replaced");
+    check(ok && same_files("again.safetensors", "p.safetensors"), "--again replaces a run of the same "
+                                                                  "settings and data, and says so");
+    copy_file("again.safetensors", "whole.safetensors");
+    pid_t child = start_and_wait_for_log("--run --data text --dim 16 --layers 1 --heads 2 --seq 12 --batch 2 "
+                                         "--eval-every 100000 "
+                                         "--steps 100000 --out twice.safetensors --log twice.log",
+                                         "twice.log", 3);
+    kill(child, SIGTERM);
+    finish(child);
+    copy_file("p.best.safetensors", "twice.best.safetensors");
+    child = start("--run --data text --dim 16 --layers 1 --heads 2 --seq 12 --batch 2 --eval-every 100000 "
+                  "--steps 100000 "
+                  "--out twice.safetensors --again");
+    usleep(300000);
+    kill(child, SIGTERM);
+    finish(child);
+    check(exists("twice.best.safetensors"), "--again: a run that is stopped early leaves the best weights "
+                                            "that were there");
+    static const char *different[] = {"--seed 3", "--steps 11", "--lr 1e-3", "--layers 2", "--data other"};
+    for (int i = 0; i < 5; i++) {
+        char line[256];
+        snprintf(line, sizeof(line),
+                 "--data %s --dim 16 --layers %s --heads 2 --seq 12 --batch 2 --steps %s %s --out "
+                 "again.safetensors --again",
+                 i == 4 ? "other" : "text", i == 3 ? "2" : "1", i == 1 ? "11" : "10",
+                 i == 0 || i == 2 ? different[i] : "");
+        refuse_with("is there", "%s", line);
+    }
+    ok = !run("%s --steps 4 --out p.safetensors --log p.log --overwrite", run_of_text);
+    double steps[64];
+    check(ok && read_log("p.log", "step", steps, 64) == 4, "--overwrite replaces run and log");
+
+    spill("r.safetensors.lock", "", 0); // as a run in another container would hold it
+    int lock = open_work("r.safetensors.lock");
+    flock(lock, LOCK_EX);
+    uint64_t before = folder_state(0);
+    int code = run("%s --steps 3 --out r.safetensors", run_of_text);
+    check(code == 1 && strstr((char *)complaint, "another run is writing it") && folder_state(0) == before,
+          "two runs never share an --out");
+    close(lock);
+    int log = open_work("p.log");
+    flock(log, LOCK_EX);
+    code = run("--resume p.safetensors --steps 6 --log p.log");
+    check(code == 1 && strstr((char *)complaint, "another run is writing it"), "nor a --log");
+    close(log);
+    ok = !run("%s --steps 3 --out r.safetensors", run_of_text) && !exists("r.safetensors.lock");
+    check(ok, "a lock that a killed run left is taken over, and removed");
+    clean_folder();
+    release();
+}
+
+// Files of others beside a run, and what happens to its places while it trains.
+static void test_strangers(void) {
+    heading("files of others stay");
+    size_t size;
+    char line[2 * PATH_MAX], path[512];
+    damaged[0] = 0;
+    spill("poetry.lock", "precious\n", 9);
+    uint64_t before = folder_state(0);
+    int code = run("%s --steps 3 --out poetry", run_of_text);
+    check(code == 1 && strstr((char *)complaint, "is no lock") && folder_state(0) == before,
+          "a lock file of another program stays, and the run is refused");
+    spill("m.safetensors.tmp.s1234567", "base", 4);
+    refuse_with("the run's own", "--data m.safetensors.tmp.s1234567 --dim 16 --heads 2 --out m.safetensors");
+    refuse_with("the run's own", "%s --steps 3 --out m.safetensors --log m.safetensors.lock", run_of_text);
+    spill("z.safetensors", "hi\n", 3);
+    spill("z.safetensors.lock", "", 0);
+    spill("z.safetensors.tmp.s0123cafe", "x", 1);
+    run("%s --steps 3 --out z.safetensors", run_of_text);
+    check(exists("z.safetensors.tmp.s0123cafe"), "a run that is refused removes nothing");
+
+    int ok = !run("%s --steps 10 --out a.safetensors --log a.log", run_of_text);
+    const char *log = ok ? (const char *)slurp("a.log", &size) : NULL;
+    const char *eleventh = "{\"step\": 11, \"train_loss\": 2.5, \"lr\": 1}\n{\"step\": 12, \"train_loss\": "
+                           "2.5}\n";
+    static const char nine[] = "{\"step\": 8, \"train_loss\": 1.5}\n{\"step\": 9, \"train_loss\": 1.5}\n";
+    static const char zeros[] = "\0\0\0\x18 ftypmp42\nmore\nlines\n";
+    if (!check(log != NULL, "a run of ten steps")) return;
+    snprintf(line, sizeof(line), "%.4000s{\"note\": 1}\n", log);
+    const struct { const char *what, *bytes; size_t size; } logs[] = {
+        {"zeros", zeros, sizeof(zeros) - 1},
+        {"a first step that is no number", "{\"step\": \"first\", \"note\": 1}\n", 30},
+        {"lines without a train_loss", "{\"step\": 1, \"loss\": 1.5}\n{\"step\": 2, \"loss\": 1.5}\n", 50},
+        {"another run's up to the step before", nine, sizeof(nine) - 1},
+        {"another run's from the step behind on", eleventh, strlen(eleventh)},
+        {"a torn first line", "{\"step\": ", 9},
+        {"a line of another kind", line, strlen(line)},
+    };
+    for (size_t i = 0; i < sizeof(logs) / sizeof(logs[0]); i++) {
+        spill("other.log", logs[i].bytes, logs[i].size);
+        before = folder_state(0);
+        code = run("--resume a.safetensors --steps 12 --log other.log");
+        check(code == 2 && folder_state(0) == before, "at a resume a log of this kind is not touched: %s",
+              logs[i].what);
+    }
+    ok = !run("--resume a.safetensors --steps 12 --out b.safetensors --log b.log");
+    copy_file("b.log", "c.log");
+    ok = ok && !run("--resume a.safetensors --steps 11 --out c.safetensors --log c.log");
+    double steps[8];
+    check(ok && read_log("c.log", "step", steps, 8) == 1 && steps[0] == 11, "a log that begins with a "
+                                                                            "resumed run goes on");
+
+    run("--data text --dim 32 --layers 1 --heads 2 --seq 12 --batch 2 --steps 40 --eval-every 5 --out "
+        "wide.safetensors");
+    copy_file("wide.best.safetensors", "a.best.safetensors");
+    refuse_with("not the best weights", "--resume a.safetensors --steps 14");
+    run("%s --steps 10 --lr 1e-2 --out own.safetensors", run_of_text);
+    discard("own.safetensors");
+    refuse_with("own.best.safetensors is there", "%s --steps 10 --out own.safetensors --again", run_of_text);
+    run("%s --steps 10 --out base.safetensors", run_of_text);
+    run("%s --steps 10 --load base.best.safetensors --out tuned.safetensors", run_of_text);
+    refuse_with("tuned.safetensors is there", "%s --steps 10 --out tuned.safetensors --again", run_of_text);
+
+    static const char endless[] = "--run --data text --dim 16 --layers 1 --heads 2 --seq 12 --batch 2 "
+                                  "--steps 100000 "
+                                  "--eval-every 0 --out s.safetensors --log s.log";
+    pid_t child = start_and_wait_for_log(endless, "s.log", 3);
+    spill("s.safetensors", "mine\n", 5);
+    kill(child, SIGTERM);
+    code = finish(child);
+    const char *kept = complaint ? strstr((char *)complaint, "its place is ") : NULL;
+    const char *mine = (const char *)slurp("s.safetensors", &size);
+    ok = code == 1 && kept && size == 5 && !strncmp(mine, "mine\n", 5);
+    snprintf(path, sizeof(path), "%.400s", kept ? kept + 13 : "");
+    path[strcspn(path, "\n;")] = 0;
+    struct stat info;
+    check(ok && !stat(path, &info) && info.st_size > 1000, "a file that appears at --out stays, and the run "
+                                                           "is kept beside it");
+    mode_t mask = umask(0222);
+    ok = !run("%s --steps 12 --out u.safetensors", run_of_text);
+    umask(mask);
+    check(ok, "an umask that takes the right to write away");
+    snprintf(line, sizeof(line),
+             "cd %s && %s --run %s --steps 3 --out so.safetensors --log so.log >so.log 2>so.err", work, self,
+             run_of_text);
+    check(system(line) != 0 && exists("so.err"), "a log that is standard output is refused");
+    clean_folder();
+    release();
+}
+
+// What a stop or a kill left open is made when the run is resumed; what is said to be there is there.
+static void test_pieces(void) {
+    heading("missing pieces of resumed runs");
+    double steps[64], losses[64], scores[64];
+    size_t size = 0;
+    int ok = !run("%s --steps 12 --out a.safetensors --log a.log", run_of_text);
+    const char *log = (const char *)slurp("a.log", &size);
+    if (!check(ok && log, "a run of 12 steps")) return;
+    char cut[4096]; // killed in the validation of the whole split: the last line lacks it
+    const char *validation = NULL, *next = log;
+    while ((next = strstr(next, ", \"val_loss\"")) != NULL) validation = next++;
+    snprintf(cut, sizeof(cut), "%.*s%s", (int)(validation - log), log, strstr(validation, ", \"lr\""));
+    spill("a.log", cut, strlen(cut));
+    ok = !run("--resume a.safetensors --log a.log --eval-every 5 --eval-batches 1") &&
+         read_log("a.log", "step", steps, 64) == 12;
+    ok = ok && read_log("a.log", "val_loss", scores, 64) == 12 && isfinite(scores[11]) &&
+         read_log("a.log", "train_loss", losses, 64) == 12;
+    check(ok && steps[11] == 12 && isfinite(losses[11]), "a finished run's last validation is made at "
+                                                         "resume, and stands in its log line");
+    ok = !run("--resume a.safetensors --log a.log --eval-every 5 --eval-batches 1") &&
+         strstr((char *)output, "nothing to do");
+    check(ok, "and then there is nothing to do");
+    copy_file("a.safetensors", "early.safetensors");
+    copy_file("a.best.safetensors", "early.best.safetensors");
+    ok = !run("--resume a.safetensors --steps 20 --log a.log");
+    ok = ok && !run("--resume early.safetensors --log a.log") && read_log("a.log", "step", steps, 64) == 20;
+    check(ok && strstr((char *)output, "nothing to do"), "a resume that has nothing to do cuts no log");
+    copy_file("early.safetensors", "a.safetensors");
+    copy_file("early.best.safetensors", "a.best.safetensors");
+    copy_file("a.safetensors", "b.safetensors");
+    copy_file("a.best.safetensors", "b.best.safetensors");
+    ok = !run("--resume b.safetensors --steps 13 --eval-every 0 --out c.safetensors") &&
+         same_files("c.best.safetensors", "a.best.safetensors");
+    check(ok, "resumed under another name the best weights go along");
+    discard("b.best.safetensors");
+    ok = !run("--resume b.safetensors --steps 13 --eval-every 0") && strstr((char *)output, "counts anew") &&
+         exists("b.best.safetensors");
+    check(ok, "best weights that are gone count anew, and that is said");
+    run("--data text --dim 16 --layers 1 --heads 2 --seq 12 --batch 2 --eval-every 0 --steps 6 --out "
+        "d.safetensors");
+    discard("d.best.safetensors"); // killed in the last validation
+    ok = !run("--resume d.safetensors --eval-every 0") && exists("d.best.safetensors");
+    check(ok, "best weights that a killed run never wrote are written");
+    pid_t child = start_and_wait_for_log("--run --data text --dim 16 --layers 1 --heads 2 --seq 12 --batch 1 "
+                                         "--eval-every 3 "
+                                         "--eval-batches 1000000 --steps 30 --out v.safetensors --log v.log",
+                                         "v.log", 2);
+    kill(child, SIGTERM); // most of the time in the validation of step 3
+    int code = finish(child);
+    ok = code == 130 && !run("--resume v.safetensors --log v.log --eval-every 3 --eval-batches 1000000");
+    ok = ok && !run("--data text --dim 16 --layers 1 --heads 2 --seq 12 --batch 1 --eval-every 3 "
+                    "--eval-batches 1000000 "
+                    "--steps 30 --out u.safetensors --log u.log");
+    check(ok && same_files("u.safetensors", "v.safetensors") &&
+              same_files("u.best.safetensors", "v.best.safetensors") && same_logs("u.log", "v.log", 30),
+          "a validation that a signal broke off is made up for: the bytes of a run that was not stopped");
+    run("%s --steps 12 --seed 4 --lr 1e-4 --out other.safetensors", run_of_text);
+    copy_file("other.best.safetensors", "a.best.safetensors");
+    refuse_with("not the best weights of the resumed run", "--resume a.safetensors --steps 14");
+    ok = !run("--resume c.safetensors --steps 15") && strstr((char *)output, "the schedule ends at step 12");
+    check(ok, "a schedule that is at its end is told");
+    ok = !run("--resume c.safetensors --steps 16 --lr 1e-3 --decay-steps 20") &&
+         strstr((char *)output, "--lr 0.001 in place of 0.003");
+    check(ok && strstr((char *)output, "--decay-steps 20 in place of 12"), "so is one that is changed at a "
+                                                                           "resume");
+    refuse_with("stands there twice", "%s --steps 3 --out z.safetensors --seed 3 --seed 4", run_of_text);
+    refuse_with("changes nothing", "%s --steps 3 --out z.safetensors --prompt a", run_of_text);
+    refuse_with("changes nothing", "--load a.safetensors --generate 3 --steps 4");
+    refuse_with("changes nothing", "--load a.safetensors --eval --data text --lr 1");
+    refuse_with("its bytes", "%s --steps 3 --out z.safetensors --vocab 20", run_of_text);
+    clean_folder();
+    release();
+}
+
+// Judged before it is saved: a validation that is not finite, or that had nothing to judge.
+static void test_judgement(void) {
+    heading("what is saved was judged");
+    enum { N = 4, T = 6 };
+    double scores[512];
+    char words[64];
+    static const char *wild[] = {"--eval-every 1", "--eval-every 0 --save-every 1"};
+    for (int i = 0; i < 2; i++) {
+        int code = run("--data text --overwrite --dim 16 --layers 1 --heads 2 --seq 32 --batch 4 --lr 1e3 "
+                       "--clip 0 --warmup 3 --steps 400 %s --out w.safetensors --log w.log",
+                       wild[i]);
+        const char *held = complaint ? strstr((char *)complaint, "w.safetensors holds step ") : NULL;
+        int step = held ? atoi(held + 25) : -1, lines = read_log("w.log", "val_loss", scores, 512);
+        snprintf(words, sizeof(words), "holds step %d\n", step);
+        int ok = code == 1 && step > 0 && step < 400 && lines >= step;
+        size_t size;
+        const char *log = (const char *)slurp("w.log", &size);
+        ok = ok && log && !strstr(log, "nan") && !strstr(log, "inf");
+        ok = ok && !run("--load w.safetensors --data text --eval") && isfinite(atof((char *)output + 9));
+        check(ok, "%s: a run that diverges leaves the last step whose validation is finite: %d", wild[i],
+              step);
+    }
+    int32_t *inputs = random_ids(N * T, 9, 0), *targets = random_ids(N * T, 9, 0),
+            *none = random_ids(N * T, 9, 0);
+    for (int i = 0; i < N * T; i++) none[i] = -1;
+    write_tensors("some.safetensors", N, T, inputs, targets, NULL);
+    write_tensors("none.safetensors", N, T, inputs, none, NULL);
+    int ok = !run("--data some.safetensors --val none.safetensors --dim 16 --layers 1 --heads 2 --batch 2 "
+                  "--steps 4 --eval-every 1 --out n.safetensors --log n.log");
+    read_log("n.log", "val_loss", scores, 512);
+    check(ok && isnan(scores[0]) && isnan(scores[3]) &&
+              same_tensors("n.best.safetensors", "n.best.safetensors"),
+          "a validation without a target gives no score, the last weights are kept as the best");
+    int code = run("--load n.best.safetensors --val none.safetensors --eval");
+    check(code == 1 && strstr((char *)complaint, "no targets"), "and --eval says so");
+    clean_folder();
+    release();
+}
+
+// The split that a model was validated on is what --eval evaluates, or the result says that it is not.
+static void test_split(void) {
+    heading("what --eval evaluates");
+    size_t size;
+    const char *text = (const char *)slurp("text", &size);
+    spill("held.txt", text + 3000, 1500);
+    spill("half.txt", text, 3000);
+    int ok = !run("--data half.txt --val held.txt --dim 16 --layers 1 --heads 2 --seq 12 --batch 4 --steps "
+                  "30 --eval-every 10 --out e.safetensors");
+    double of_val =
+        ok && !run("--load e.best.safetensors --val held.txt --eval") ? atof((char *)output + 9) : NAN;
+    static const char *ways[] = {"--data half.txt --val held.txt", "--data half.txt", "--data held.txt"};
+    for (int i = 0; i < 3; i++) {
+        ok = !run("--load e.best.safetensors %s --eval", ways[i]) && atof((char *)output + 9) == of_val &&
+             !strstr((char *)output, "last tenth");
+        check(ok, "%s: its validation text, %.6f", ways[i], of_val);
+    }
+    ok = !run("--load e.best.safetensors --data text --eval") && strstr((char *)output, "(the last tenth of "
+                                                                                        "text: not the text "
+                                                                                        "that the model was "
+                                                                                        "trained on)");
+    check(ok, "another text: the result says so");
+    discard("held.txt");
+    int code = run("--load e.best.safetensors --data half.txt --eval");
+    check(code == 1 && strstr((char *)complaint, "held.txt"), "its validation text is gone: refused, not the "
+                                                              "training text's loss");
+    clean_folder();
+    release();
+}
+
+static void refuse_data(const char *looks, const void *bytes, size_t size) {
+    spill("odd", bytes, size);
+    reason = looks;
+    refuse(1, "--data odd --dim 16 --layers 1 --heads 2 --seq 4 --batch 2 --steps 2 --overwrite --out "
+              "odd.safetensors");
+    reason = "";
+    int ok = !run("--data odd --format bytes --dim 16 --layers 1 --heads 2 --seq 4 --batch 2 --steps 2 "
+                  "--overwrite --out odd.safetensors");
+    check(ok && !run("--resume odd.safetensors --steps 3"),
+          "%s: --format bytes takes it, and a resumed run knows", looks);
+    release();
+}
+
+// Formats are told by what a file holds.
+static void test_formats(void) {
+    heading("formats of data");
+    enum { SIZE = 4000, N = 6, T = 8 };
+    static unsigned char bytes[2 * SIZE];
+    static const char words[] = "to be, or not to be: that is the question\n";
+    damaged[0] = 0;
+    for (int i = 0; i < SIZE; i++) bytes[2 * i] = (unsigned char)words[i % (sizeof(words) - 1)];
+    refuse_data("UTF-16", bytes, sizeof(bytes));
+    for (int i = 0; i < 2 * SIZE; i++) bytes[i] = (unsigned char)(i % 2 ? 0 : random_int(0, 64));
+    refuse_data("16-bit", bytes, sizeof(bytes));
+    for (int i = 0; i < 2 * SIZE; i++) bytes[i] = (unsigned char)random_int(0, i % 2 ? 196 : 255);
+    refuse_data("numbers", bytes, sizeof(bytes));
+    for (int i = 0; i < 2 * SIZE; i++) bytes[i] = (unsigned char)(i % 4 < 2 ? random_int(0, 255) : 0);
+    refuse_data("32-bit", bytes, sizeof(bytes));
+    memcpy(bytes, "PK\3\4", 4);
+    refuse_data("zip", bytes, sizeof(bytes));
+    memcpy(bytes, "\x89PNG", 4);
+    refuse_data("PNG", bytes, sizeof(bytes));
+    memcpy(bytes, "\xFF\xFE", 2);
+    refuse_data("UTF-16", bytes, sizeof(bytes));
+    static const char *texts[] = {"caf\xE9 au lait, s'il vous pla\xEEt; ",
+                                  "\xE4\xBD\xA0\xE5\xA5\xBD\xE4\xB8\x96\xE7\x95\x8C ",
+                                  "\x82\xB1\x82\xF1\x82\xC9\x82\xBF\x82\xCD ",
+                                  "PK is no zip archive; GIF8 no picture. ",
+                                  "e\bee\b",
+                                  "\033[1mbold\033[0m "};
+    for (int i = 0; i < 6; i++) { // Latin-1, UTF-8, Shift-JIS, letters of signatures, overstruck, escapes
+        size_t length = strlen(texts[i]);
+        for (int k = 0; k < 2 * SIZE; k++) bytes[k] = (unsigned char)texts[i][(size_t)k % length];
+        spill("text8", bytes, sizeof(bytes));
+        int ok = !run("--data text8 --dim 16 --layers 1 --heads 2 --seq 8 --batch 2 --steps 2 --overwrite "
+                      "--out t.safetensors");
+        check(ok && !complaint_size, "text number %d is taken without a word", i + 1);
+    }
+    for (int k = 0; k < SIZE; k++) bytes[k] = (unsigned char)(k % 37 == 36 ? 0 : 'a' + k % 5);
+    spill("zeros", bytes, SIZE);
+    int ok = !run("--data zeros --dim 16 --layers 1 --heads 2 --seq 8 --batch 2 --steps 2 --overwrite --out "
+                  "t.safetensors");
+    check(ok && complaint_size && strstr((char *)complaint, "108 bytes are 0"), "a text with zero bytes is "
+                                                                                "taken with a warning");
+
+    int32_t header[3] = {20240801, 7, 500};
+    static unsigned char wide[1024 + 4 * 500], narrow[1024 + 2 * 500];
+    for (int i = 0; i < 500; i++) {
+        uint32_t id = (uint32_t)random_int(0, 60000);
+        uint16_t half = (uint16_t)id;
+        memcpy(wide + 1024 + 4 * i, &id, 4);
+        memcpy(narrow + 1024 + 2 * i, &half, 2);
+    }
+    memcpy(wide, header, sizeof(header));
+    header[0] = 20240520;
+    header[1] = 1;
+    memcpy(narrow, header, sizeof(header));
+    spill("wide.bin", wide, sizeof(wide));
+    spill("narrow.bin", narrow, sizeof(narrow));
+    static const char shape[] = "--vocab 60001 --dim 4 --layers 1 --heads 2 --seq 8 --batch 2 --steps 3 "
+                                "--eval-every 0 --overwrite";
+    ok = !run("--data wide.bin %s --out a.safetensors", shape) &&
+         !run("--data narrow.bin %s --out b.safetensors", shape);
+    check(ok && same_tensors("a.safetensors", "b.safetensors"), "a Llama 3 shard of the same tokens as a "
+                                                                "GPT-2 shard trains the same weights");
+    ok = !run("--data narrow.bin --dim 2 --layers 1 --heads 1 --seq 4 --batch 1 --steps 0 --vocab 60001 "
+              "--out c.safetensors");
+    uint32_t large = 1 << 24;
+    memcpy(wide + 1024 + 40, &large, 4);
+    spill("large.bin", wide, sizeof(wide));
+    reason = "below 2^24";
+    refuse(1, "--data large.bin --dim 2 --layers 1 --heads 1 --seq 4 --batch 1 --steps 1 --out "
+              "c.safetensors");
+
+    int32_t *inputs = random_ids(N * T, 18, 0), *targets = random_ids(N * T, 18, 1);
+    inputs[5] = 18;
+    write_tensors("plain.safetensors", N, T, inputs, targets, NULL);
+    copy_file("plain.safetensors", "plain.st");
+    ok = !run("--data plain.st --dim 16 --layers 1 --heads 2 --batch 2 --steps 2 --overwrite --out "
+              "s.safetensors") &&
+         strstr((char *)output, "T 8, V 19,");
+    check(ok, "an example set is known without its name; its vocabulary is the largest id + 1, as its "
+              "metadata says less");
+    inputs[5] = 1 << 24;
+    write_tensors("far.safetensors", N, T, inputs, targets, NULL);
+    refuse(1, "--data far.safetensors --dim 2 --layers 1 --heads 1 --batch 2 --steps 1 --out c.safetensors");
+    reason = "";
+    clean_folder();
+    release();
+}
+
+// Weights in half precision, names that a shell would take apart, descriptors that are closed, characters cut
+// in two.
+static void test_oddities(void) {
+    heading("smaller things");
+    Safetensors file;
+    char path[512], error[ERROR_SIZE];
+    size_t size = 0;
+    int ok = !run("%s --steps 12 --out a.safetensors", run_of_text);
+    snprintf(path, sizeof(path), "%s/a.best.safetensors", work);
+    if (!check(ok && !safetensors_read(&file, path, error), "a checkpoint")) return;
+    FileTensor *halves = (FileTensor *)lend(sizeof(FileTensor) * (size_t)file.n_tensors);
+    for (int bf16 = 0; bf16 < 2; bf16++) {
+        double worst = 0;
+        for (int i = 0; i < file.n_tensors; i++) {
+            FileTensor *t = &halves[i];
+            *t = file.tensors[i];
+            if (strcmp(t->dtype, "F32")) continue;
+            uint16_t *numbers = (uint16_t *)lend(2 * (size_t)t->count + 2);
+            for (int64_t k = 0; k < t->count; k++) {
+                float value = (float)number_of(&file.tensors[i], k);
+                uint32_t bits;
+                memcpy(&bits, &value, 4);
+                int exponent =
+                    (int)(bits >> 23 & 255) - 127 + 15; // numbers that a half holds as normal ones, cut off
+                uint16_t half =
+                    (uint16_t)(bits >> 31 << 15 |
+                               (exponent > 0 ? (uint32_t)exponent << 10 | (bits >> 13 & 1023) : 0));
+                numbers[k] = bf16 ? (uint16_t)(bits >> 16) : half;
+            }
+            strcpy(t->dtype, bf16 ? "BF16" : "F16");
+            t->size = 2 * (size_t)t->count;
+            t->data = (const unsigned char *)numbers;
+            for (int64_t k = 0; k < t->count; k++) {
+                double value = number_of(&file.tensors[i], k), limit = bf16                   ? 1.0 / 128
+                                                                       : fabs(value) < 6.2e-5 ? 1
+                                                                                              : 1.0 / 1024;
+                worst_of(&worst, fabs((double)float_at(t, k) - value) / (fabs(value) * limit + 1e-30));
+            }
+        }
+        snprintf(path, sizeof(path), "%s/half.safetensors", work);
+        Place place;
+        ok = !settle(&place, path, NULL, error);
+        ok = ok && !safetensors_write(&place, halves, file.n_tensors, file.meta, file.n_meta, 0, NULL, error);
+        ok = ok && !run("--load half.safetensors --data text --eval") && isfinite(atof((char *)output + 9));
+        check_error(ok ? worst : NAN, 1, "weights in %s are read, their error in units of its last place",
+                    bf16 ? "BF16" : "F16");
+    }
+    static const unsigned char special[] = {
+        0, 0x7C, 0, 0xFC, 1, 0x7C, 1, 0, 0xFF, 3, 0, 0x80, 0, 0x3C}; // ±∞, NaN, 2^-24, 1023·2^-24, -0, 1
+    FileTensor t = {path, "F16", 1, {7}, 7, 14, special};
+    float f[7];
+    for (int i = 0; i < 7; i++) f[i] = float_at(&t, i);
+    ok = isinf(f[0]) && f[0] > 0 && isinf(f[1]) && f[1] < 0 && isnan(f[2]) && f[3] == ldexpf(1, -24) &&
+         f[4] == ldexpf(1023, -24) && f[5] == 0 && f[6] == 1;
+    check(ok, "F16: infinities, NaN, the smallest numbers");
+    safetensors_free(&file);
+
+    pid_t child = start_and_wait_for_log("--run --data text --dim 16 --layers 1 --heads 2 --seq 12 --batch 2 "
+                                         "--steps 100000 --out it's~$a.safetensors --log it's.log",
+                                         "it's.log", 3);
+    kill(child, SIGTERM);
+    kill(child, SIGINT);
+    usleep(20000);
+    kill(child, SIGTERM);
+    int code = finish(child);
+    char *command = output ? strstr((char *)output, "go on with: ") : NULL;
+    ok = code == 130 && command && strstr(command, " --resume 'it'\\''s $a.safetensors' ") &&
+         exists("it's $a.safetensors");
+    check(ok, "three signals, and a name that a shell takes apart: saved, and the command is quoted");
+    char shell[1024];
+    snprintf(shell, sizeof(shell), "cd %s && printf %%s %s", work, command ? strstr(command, "'it") : "");
+    FILE *pipe = popen(shell, "r");
+    char word[256] = "";
+    if (pipe && !fgets(word, sizeof(word), pipe)) word[0] = 0;
+    if (pipe) pclose(pipe);
+    check(!strncmp(word, "it's $a.safetensors", 19), "a shell reads it as the same name");
+
+    fflush(stdout);
+    if (!(child = fork())) { // with 0, 1 and 2 closed
+        char *words[] = {self,
+                         (char *)"--run",
+                         (char *)"--data",
+                         (char *)"text",
+                         (char *)"--dim",
+                         (char *)"16",
+                         (char *)"--layers",
+                         (char *)"1",
+                         (char *)"--heads",
+                         (char *)"2",
+                         (char *)"--seq",
+                         (char *)"12",
+                         (char *)"--batch",
+                         (char *)"2",
+                         (char *)"--steps",
+                         (char *)"3",
+                         (char *)"--out",
+                         (char *)"z.safetensors",
+                         (char *)"--log",
+                         (char *)"z.log",
+                         NULL};
+        if (chdir(work)) _exit(126);
+        close(0);
+        close(1);
+        close(2);
+        execv(self, words);
+        _exit(127);
+    }
+    int status = 0;
+    waitpid(child, &status, 0);
+    double steps[8];
+    ok = WIFEXITED(status) && WEXITSTATUS(status) == 1 && read_log("z.log", "step", steps, 8) == 3;
+    check(ok && !strncmp((char *)slurp("z.log", &size), "{\"step\": 1, ", 12), "descriptors 0 to 2 closed: "
+                                                                               "the log holds the log alone");
+
+    snprintf(path, sizeof(path), "%s/link.safetensors", work);
+    ok = !symlink("there.safetensors", path) && !run("%s --steps 3 --out link.safetensors", run_of_text);
+    struct stat info;
+    check(ok && exists("there.safetensors") && !lstat(path, &info) && S_ISLNK(info.st_mode), "a link to a "
+                                                                                             "file that is "
+                                                                                             "not there yet "
+                                                                                             "stays a link");
+
+    static const unsigned char cut[] = "a\xC3\xA9\xE2\x82\xAC\xF0\x9F\x98\x80\xFF\x80"
+                                       "b\xE2\x82"; // é, €, an emoji, no UTF-8, half a €
+    snprintf(path, sizeof(path), "%s/print", work);
+    fflush(stdout);
+    int kept = dup(1), to = open(path, O_RDWR | O_CREAT | O_TRUNC, 0666);
+    dup2(to, 1);
+    Character character = {{0}, 0};
+    int whole = 1;
+    for (size_t i = 0; i < sizeof(cut) - 1; i++) {
+        print_byte(&character, cut[i]);
+        fflush(stdout);
+        off_t at = lseek(to, 0, SEEK_END);
+        whole = whole && (at == 0 || at == 1 || at == 3 || at == 6 || at >= 10);
+    }
+    dup2(kept, 1);
+    close(kept);
+    close(to);
+    const unsigned char *printed = slurp("print", &size);
+    check(whole && printed && size == sizeof(cut) - 3 && !memcmp(printed, cut, size), "generation prints "
+                                                                                      "whole characters, and "
+                                                                                      "what is no UTF-8 as "
+                                                                                      "it is");
+    clean_folder();
+    release();
+}
+
+
+int main(int argc, char **argv) {
+    if (argc > 1 && !strcmp(argv[1], "--run")) return be_the_program(argc, argv);
+    begin(argv);
+    open_folder();
+    test_files();
+    test_long_runs();
+    test_places();
+    test_strangers();
+    test_pieces();
+    test_judgement();
+    test_split();
+    test_formats();
+    test_oddities();
+    remove_folder();
+    return report();
+}

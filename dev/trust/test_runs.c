@@ -1,0 +1,854 @@
+/*
+The test of the program as a user runs it: stop and resume, threads, the order of the data, scores, generation, the
+smallest models, limits of the system, terminals.
+
+    ./test_runs                    everything
+    ./test_runs ./test_sessacu     what a twin must do as well: the runs are those of that binary, started with --run
+
+Built twice, as test_sessa is. A checkpoint is float32: what resumes from one is tested in float32 alone.
+*/
+#define SESSA_NO_MAIN
+#include "../../train_sessa.c"
+#include "check.h"
+#include "run.h"
+#include <poll.h>
+#include <sched.h>
+
+static void check_resume(const char *name, const char *options) {
+    int ok = !run("%s --steps 20 --out a.safetensors --log a.log", options) && !run("%s --steps 10 --decay-steps 20 --out b.safetensors --log b.log", options);
+    copy_file("b.safetensors", "half.safetensors");
+    copy_file("b.best.safetensors", "half.best.safetensors");
+    ok = ok && !run("--resume b.safetensors --steps 20 --log b.log " WATCH);
+    check(ok && same_files("a.safetensors", "b.safetensors") && same_files("a.best.safetensors", "b.best.safetensors"),
+          "%s: 10 steps and 10 resumed write the bytes of 20, best weights too", name);
+    int logged = same_logs("a.log", "b.log", 20); // once more from the middle, in two parts: the log is cut back
+    double steps[64];
+    ok = !run("--resume half.safetensors --out c.safetensors --overwrite --steps 15 --log b.log " WATCH) &&
+         read_log("b.log", "step", steps, 64) == 15;
+    ok = ok && !run("--resume c.safetensors --steps 20 --log b.log " WATCH);
+    check(ok && logged && same_logs("a.log", "b.log", 20) && same_files("a.safetensors", "c.safetensors"), "%s: the log goes on, and is cut back to the resumed step", name);
+}
+
+static void test_resume(void) {
+    heading("stop and resume, bit for bit");
+    check_resume("text, dropout, two micro-batches", "--data text " SMALL WATCH "--dropout 0.2 --accum 2");
+    check_resume("attention on tokens", "--data tokens.bin --vocab 20 --mixer attention " SMALL WATCH "--kv-heads 1");
+    check_resume("examples, epoch after epoch", "--data set.safetensors " SMALL WATCH);
+    check_resume("mamba2", "--data text --mixer mamba2 --state-dim 8 " SMALL WATCH);
+    pid_t child = start_and_wait_for_log("--run --data text " SMALL "--steps 100000 --eval-every 0 --dropout 0.1 --log i.log --out i.safetensors", "i.log", 4);
+    kill(child, SIGINT);
+    int code = finish(child), told = output && strstr((char *)output, "--resume"), steps = 0;
+    char path[256], error[ERROR_SIZE];
+    Safetensors file;
+    snprintf(path, sizeof(path), "%s/i.safetensors", work);
+    if (!safetensors_read(&file, path, error)) {
+        steps = atoi(safetensors_meta(&file, "step")) + 5;
+        safetensors_free(&file);
+    }
+    check(code == 130 && told && steps > 5, "Ctrl-C: exit code 130, the run saved, the command that goes on printed");
+    code = run("--resume i.safetensors --steps %d --eval-every 0", steps) || run("--data text " SMALL "--steps %d --decay-steps 100000 --eval-every 0 --dropout 0.1 --out j.safetensors", steps);
+    check(!code && same_files("i.safetensors", "j.safetensors"), "Ctrl-C, then resumed: the bytes of a run that was not stopped");
+    int whole = 0;
+    for (int i = 0; i < 5; i++) { // killed while it saves at every step
+        discard("i.safetensors");
+        discard("k.log");
+        child = start_and_wait_for_log("--run --data text " SMALL "--steps 100000 --save-every 1 --log k.log --out i.safetensors", "k.log", 3 + i);
+        kill(child, SIGKILL);
+        finish(child);
+        whole += !safetensors_read(&file, path, error);
+        safetensors_free(&file);
+    }
+    check(whole == 5, "killed while saving, five times: the file is whole");
+    code = run("--data text --overwrite --dim 16 --layers 1 --heads 2 --seq 12 --batch 2 --steps 20 "
+               "--eval-every 0 --out w.safetensors");
+    snprintf(path, sizeof(path), "%s/w.safetensors", work);
+    if (!code && !(code = safetensors_read(&file, path, error))) {
+        const char *warmup = safetensors_meta(&file, "warmup"), *length = safetensors_meta(&file, "decay_steps");
+        code = !warmup || !length || strcmp(warmup, "3") || strcmp(length, "20");
+        safetensors_free(&file);
+    }
+    check(!code, "a schedule of 20 steps warms up for 3 unless told otherwise, and the file says so");
+    release();
+}
+
+static void test_threads(void) {
+    heading("threads and micro-batches");
+    static const char *shapes[] = {"--seq 150 --batch 1 --steps 3", "--seq 33 --batch 3 --steps 3 --accum 2 --mixer attention", "--seq 70 --batch 2 --steps 2 --kv-heads 1",
+                                   "--seq 300 --batch 3 --steps 2 --kv-heads 1", "--seq 90 --batch 1 --steps 3 --mixer mamba2 --head-dim 24", "--seq 40 --batch 3 --steps 2 --mixer mamba2 --head-dim 96"};
+    static const char *counts[] = {"1", "2", "3"};
+    for (int i = 0; i < 6; i++) {
+        int ok = 1;
+        for (int t = 0; t < 3; t++) {
+            n_threads = counts[t];
+            ok &= !run("--data text --overwrite --dim 48 --layers 2 --heads 4 --dropout 0.1 --eval-every 0 "
+                       "--out t%d.safetensors %s",
+                       t, shapes[i]);
+        }
+        n_threads = "2";
+        check(ok && same_files("t0.safetensors", "t1.safetensors") && same_files("t0.safetensors", "t2.safetensors"), "the same bytes with 1, 2 and 3 threads: %s", shapes[i]);
+    }
+    static const char *data[] = {"text", "set.safetensors"};
+    for (int i = 0; i < 2; i++) {
+        double x[8], y[8], worst = 0;
+        int ok = !run("--data %s " TINY "--seq 12 --batch 8 --steps 6 --eval-every 0 --log x.log", data[i]) &&
+                 !run("--data %s " TINY "--seq 12 --batch 4 --accum 2 --steps 6 --eval-every 0 --log y.log",
+                      data[i]);
+        ok = ok && read_log("x.log", "train_loss", x, 8) == 6 && read_log("y.log", "train_loss", y, 8) == 6;
+        for (int s = 0; s < 6; s++) worst_of(&worst, ok ? fabs(x[s] - y[s]) / x[s] : NAN);
+        check_error(worst, bound_of(1e-5, 1e-12), "%s: losses of --batch 4 --accum 2 against --batch 8", data[i]);
+    }
+    release();
+}
+
+static int by_value(const void *a, const void *b) { return (*(const double *)a > *(const double *)b) - (*(const double *)a < *(const double *)b); }
+
+static int by_size(const void *a, const void *b) { return *(const int *)a - *(const int *)b; }
+
+// With learning rate 0 a step's loss tells which examples it saw, and under which mask.
+static void test_order(void) {
+    heading("which data a step sees");
+    enum { N = 20 };
+    static const char same[] = "--data set.safetensors --val copy.safetensors", one[] = "--data "
+                                                                                        "one.safetensors "
+                                                                                        "--val "
+                                                                                        "copy.safetensors";
+    static const char still[] = "--overwrite --dim 16 --layers 1 --heads 2 --lr 0 --min-lr 0 --eval-every 0 "
+                                "--log o.log";
+    double x[2 * N], y[2 * N], worst = 0, moved = 0;
+    copy_file("set.safetensors", "copy.safetensors");
+    int ok = !run("%s %s --batch 20 --steps 1", same, still) &&
+             read_log("o.log", "train_loss", x, 2 * N) == 1 && read_log("o.log", "val_loss", y, 2 * N) == 1;
+    check_error(ok ? fabs(x[0] - y[0]) / y[0] : NAN, 1e-6, "all examples in one batch: the training loss is the validation loss");
+    ok =
+        !run("%s %s --batch 1 --steps 40", same, still) && read_log("o.log", "train_loss", x, 2 * N) == 2 * N;
+    for (int i = 0; i < N; i++) moved += x[i] != x[N + i];
+    qsort(x, N, sizeof(double), by_value);
+    qsort(x + N, N, sizeof(double), by_value);
+    for (int i = 0; i < N; i++) worst_of(&worst, ok ? fabs(x[i] - x[N + i]) / x[i] : NAN);
+    check_error(worst, 1e-6, "two epochs see each example once");
+    check(moved > N / 2 && x[0] < x[N - 1], "in another order: %.0f of %d in another place", moved, N);
+    write_tensors("one.safetensors", 1, 12, random_ids(12, 9, 0), random_ids(12, 9, 0), NULL);
+    copy_file("one.safetensors", "copy.safetensors");
+    ok = !run("%s %s --batch 1 --steps 3 --dropout 0.5", one, still) &&
+         read_log("o.log", "train_loss", y, 2 * N) == 3;
+    check(ok && y[0] != y[1] && y[1] != y[2], "dropout: every step has a mask of its own");
+    for (int seed = 1; seed < 4; seed++) { // 1000 places, sorted: independent ones have gaps of 7 times the mean
+        Run r;
+        int n = 600000, at[1001], gap = 0;
+        memset(&r, 0, sizeof(r));
+        r.train_end = n + 12;
+        r.settings.values.seq = 12;
+        r.settings.values.seed = seed;
+        for (int i = 0; i < 1000; i++) at[i] = (int)sequence_place(&r, i);
+        int first = at[0];
+        qsort(at, 1000, sizeof(int), by_size);
+        at[1000] = at[0] + n;
+        for (int i = 0; i < 1000; i++) gap = at[i + 1] - at[i] > gap ? at[i + 1] - at[i] : gap;
+        check(at[0] >= 0 && at[999] < n && gap < 3 * n / 1000, "text, seed %d: 1000 places from %d on, the widest gap %.1f times the mean", seed, first, gap * 1000.0 / n);
+    }
+    int places = 1; // of 5388 where 12 tokens can start
+    ok = !run("--data text --seq 12 %s --batch 1 --steps 40", still);
+    ok = ok && read_log("o.log", "train_loss", x, 2 * N) == 2 * N;
+    qsort(x, 2 * N, sizeof(double), by_value);
+    for (int i = 1; i < 2 * N; i++) places += x[i] != x[i - 1];
+    check(ok && places >= 2 * N - 4, "text: 40 steps start at %d places", places);
+    release();
+}
+
+// The weights of a checkpoint in a model of this process.
+static Model *load(const char *name, int T, Safetensors *file) {
+    char path[256], error[ERROR_SIZE];
+    int ok = 1;
+    snprintf(path, sizeof(path), "%s/%s", work, name);
+    if (safetensors_read(file, path, error)) { check(0, "%s", error); return NULL; }
+    Config c = config_with(SESSA, (int)meta_number(file, "vocab_size", 1, 256, &ok), 16, 2, 2, 2, T);
+    Model *m = create(&c, 1, T, EVALUATE);
+    check(!take_weights(m, file), "%s: weights, their names and shapes", name);
+    return m;
+}
+
+// Accuracy over the targets of an example set, whole and by lag, against a count by hand.
+static void test_scores(void) {
+    heading("accuracy on example sets");
+    enum { N = 30, T = 12 };
+    Dropout off = {0, 0, 0};
+    Safetensors file;
+    int32_t *inputs = random_ids(N * T, 9, 0), *targets = random_ids(N * T, 9, 1), *lags = random_ids(N * T, 40, 0);
+    for (int i = 0; i < N * T; i++) if (targets[i] > 2) targets[i] = inputs[i]; // something to learn
+    write_tensors("lags.safetensors", N, T, inputs, targets, lags);
+    copy_file("lags.safetensors", "seen.safetensors");
+    int ok = !run("--data lags.safetensors --val seen.safetensors " TINY "--seq 12 --batch 8 --warmup 5 "
+                                                                         "--steps 80 --lr 1e-2 --eval-every "
+                                                                         "0 --out s.safetensors --log s.log");
+    double hits[2][8] = {{0}}, counts[2][8] = {{0}}, logged[128], by_lag[8] = {0};
+    Model *m = load("s.safetensors", T, &file);
+    if (!ok || !m) { check(0, "trained on an example set: %s", (char *)complaint); return; }
+    for (int e = 0; e < N; e++) {
+        model_forward(m, inputs + e * T, targets + e * T, 1, T, off);
+        for (int t = 0; t < T; t++) {
+            int best = 0, target = targets[e * T + t], bin = lags[e * T + t] ? (int)log2((double)lags[e * T + t]) : 7;
+            for (int v = 1; v < 9; v++) if (m->acts.logits[t * 9 + v] > m->acts.logits[t * 9 + best]) best = v;
+            for (int i = 0; i < 2 && target >= 0; i++) { hits[i][i ? bin : 0] += best == target; counts[i][i ? bin : 0]++; }
+        }
+    }
+    int lines = read_log("s.log", "val_accuracy", logged, 128);
+    check(lines == 80 && counts[0][0] > 100 && hits[0][0] > 0.3 * counts[0][0] && fabs(logged[79] - hits[0][0] / counts[0][0]) < 1e-8, "val_accuracy in the log: %.4f", hits[0][0] / counts[0][0]);
+    ok = !run("--load s.safetensors --val lags.safetensors --batch 7 --eval");
+    const char *line = ok ? strstr((char *)output, "val_accuracy ") : NULL;
+    check(line && fabs(atof(line + 13) - hits[0][0] / counts[0][0]) < 1e-6, "--eval prints it");
+    for (int k = 0; k < 6 && line; k++) {
+        char name[32];
+        snprintf(name, sizeof(name), "lag %d to %d ", 1 << k, (2 << k) - 1);
+        const char *place = strstr(line, name);
+        by_lag[k] = place ? atof(place + strlen(name)) : NAN;
+        ok &= counts[1][k] > 0 && fabs(by_lag[k] - hits[1][k] / counts[1][k]) < 1e-6;
+    }
+    size_t size;
+    unsigned char *log = slurp("s.log", &size);
+    check(ok && log && strstr((char *)log, "\"accuracy_by_lag\": {\"1\": "), "and the accuracy by lag, as the log does");
+    model_free(m);
+    safetensors_free(&file);
+    release();
+}
+
+static void test_generation(void) {
+    heading("evaluation and generation");
+    enum { SEQ = 12, PROMPT = 30, NEW = 40, TEXT_SIZE = 6000 };
+    Dropout off = {0, 0, 0};
+    Safetensors file;
+    double train_loss[64], val_loss[64];
+    size_t size;
+    run("--data text " SMALL "--steps 60 --lr 1e-2 --eval-every 0 --out g.safetensors --log g.log");
+    Model *m = load("g.safetensors", SEQ, &file);
+    if (!m) return;
+    int V = m->config.vocab_size, ids[PROMPT + NEW], ok, id_of[256] = {0};
+    const FileTensor *letters = safetensors_find(&file, "tokenizer.bytes");
+    const unsigned char *text = slurp("text", &size);
+    for (int i = 0; i < V; i++) id_of[letters->data[i]] = i;
+    double sum = 0;
+    for (int w = 0; w < (TEXT_SIZE / 10 - 1) / SEQ; w++) { // the last tenth, window after window
+        int inputs[SEQ], targets[SEQ];
+        for (int t = 0; t < SEQ; t++) {
+            inputs[t] = id_of[text[TEXT_SIZE / 10 * 9 + w * SEQ + t]];
+            targets[t] = id_of[text[TEXT_SIZE / 10 * 9 + w * SEQ + t + 1]];
+        }
+        model_forward(m, inputs, targets, 1, SEQ, off);
+        sum += model_loss(m) / ((TEXT_SIZE / 10 - 1) / SEQ * SEQ);
+    }
+    int lines = read_log("g.log", "train_loss", train_loss, 64);
+    read_log("g.log", "val_loss", val_loss, 64);
+    check_error(lines == 60 ? fabs(val_loss[59] - sum) / sum : NAN, 1e-5, "validation loss against windows counted by hand");
+    ok = !run("--load g.safetensors --data text --eval");
+    check_error(ok && !strncmp((char *)output, "val_loss ", 9) ? fabs(atof((char *)output + 9) - sum) / sum : NAN, 1e-5, "--eval prints it");
+    check(lines == 60 && train_loss[59] < train_loss[0] - 0.3, "60 steps lower the loss from %.3f to %.3f", train_loss[0], train_loss[lines - 1]);
+
+    // Weights three times as large make a text that hangs on every token of its window. At temperature 0, window 12: the
+    // prompt's last 12, later the last 6 when 12 are full.
+    unsigned char *bytes = slurp("g.safetensors", &size);
+    for (int i = 0; i < file.n_tensors; i++)
+        for (int64_t e = 0; e < file.tensors[i].count && !strcmp(file.tensors[i].dtype, "F32"); e++) {
+            float value = 3 * (float)number_of(&file.tensors[i], e);
+            memcpy(bytes + (file.tensors[i].data - file.bytes) + 4 * e, &value, 4);
+        }
+    spill("g.safetensors", bytes, size);
+    for (int64_t i = 0; i < m->table.count; i++) m->params[i] *= 3;
+    char prompt[PROMPT + 1] = "";
+    for (int i = 0; i < PROMPT; i++) prompt[i] = text[i] == '\n' || text[i] == ' ' ? 'a' : (char)text[i];
+    for (int i = 0; i < PROMPT; i++) ids[i] = id_of[(unsigned char)prompt[i]];
+    for (int at = PROMPT, begin = PROMPT - SEQ; at < PROMPT + NEW; at++) {
+        if (at - begin > SEQ) begin = at - SEQ / 2;
+        model_forward(m, ids + begin, ids + begin, 1, at - begin, off);
+        const real *logits = m->acts.logits + (size_t)(at - begin - 1) * V;
+        ids[at] = 0;
+        for (int v = 1; v < V; v++) if (logits[v] > logits[ids[at]]) ids[at] = v;
+    }
+    ok = !run("--load g.safetensors --generate %d --temperature 0 --prompt %s", NEW, prompt);
+    ok = ok && output_size == PROMPT + NEW + 1 && !memcmp(output, prompt, PROMPT) && output[PROMPT + NEW] == '\n';
+    for (int i = 0; ok && i < NEW; i++) ok = output[PROMPT + i] == letters->data[ids[PROMPT + i]];
+    check(ok && !complaint_size, "temperature 0, window %d: prompt and continuation, byte for byte as forward passes give it", SEQ);
+    unsigned char *greedy = output;
+    static const char *greedy_ways[] = {"--temperature 0 --seed 5", "--top-k 1", "--top-p 1e-9"};
+    for (int i = 0; i < 3; i++)
+        check(!run("--load g.safetensors --generate %d --prompt %s %s", NEW, prompt, greedy_ways[i]) && !strcmp((char *)output, (char *)greedy), "%s: the same text", greedy_ways[i]);
+    run("--load g.safetensors --generate 200 --seed 1 --window 0 --temperature 9");
+    unsigned char *first = output;
+    ok = output_size == 201 && !run("--load g.safetensors --generate 200 --seed 1 --window 0 --temperature 9") && !strcmp((char *)output, (char *)first);
+    check(ok && !run("--load g.safetensors --generate 200 --seed 2 --window 0 --temperature 9") && strcmp((char *)output, (char *)first), "sampling: a seed gives its text, another seed another");
+    run("--data tokens.bin --vocab 20 " SMALL "--steps 1 --out n.safetensors");
+    ok = !run("--load n.safetensors --generate 5 --prompt 3~14~15");
+    int numbers = 0;
+    for (char *c = (char *)output; ok && (*c == ' ' || numbers == 0); numbers++) ok = strtol(c, &c, 10) < 20;
+    check(ok && numbers == 8 && !strncmp((char *)output, "3 14 15 ", 8), "tokens without a vocabulary: ids in, ids out");
+    model_free(m);
+    safetensors_free(&file);
+    release();
+}
+
+// The smallest and the oddest runs, with every mixer.
+static void test_edges(void) {
+    heading("edges: T 1, B 1, V 1 and 65536, D 2, one byte, no target");
+    enum { TOKENS = 400, N = 4, T = 6 };
+    uint64_t before = chance;
+    static char same[200];
+    static unsigned char shard[1024 + 2 * TOKENS];
+    int32_t header[3] = {20240520, 1, TOKENS}, *inputs = random_ids(N * T, 9, 0), *targets = random_ids(N * T, 9, 0);
+    memset(same, 'a', sizeof(same));
+    spill("same", same, sizeof(same));
+    memcpy(shard, header, sizeof(header));
+    for (int i = 0; i < TOKENS; i++) { shard[1024 + 2 * i] = (unsigned char)random_int(0, 255); shard[1025 + 2 * i] = (unsigned char)random_int(0, 255); }
+    shard[1024] = shard[1025] = 255;
+    spill("wide.bin", shard, sizeof(shard));
+    for (int i = 0; i < N * T; i++) targets[i] = -1;
+    write_tensors("none.safetensors", N, T, inputs, targets, NULL);
+    copy_file("none.safetensors", "nothing.safetensors");
+    for (int mixer = 0; mixer < N_MIXERS; mixer++) {
+        Config c = config_with(mixer, 11, 16, 2, 2, 1, 40);
+        Model *m = create(&c, 1, 40, TRAIN);
+        int *ids = random_ids(40, 11, 0);
+        Dropout none = {0, 0, 0};
+        shake_weights(m, 0.1);
+        int factor = mixer == MAMBA2 ? 30 : 1000; // its state is a product of three projections: no more fits a float
+        for (int r = 0; r < m->table.n; r++) // nor does the exponential of a larger A_log
+            for (int64_t i = 0; i < m->table.rows[r].count && !strstr(m->table.rows[r].name, "A_log"); i++) m->params[m->table.rows[r].offset + i] *= (real)factor;
+        model_forward(m, ids, ids, 1, 40, none);
+        double loss = model_loss(m) / 40;
+        check(isfinite(loss), "%s, weights %d times as large: the loss is finite (%.3g)", mixers[mixer].name, factor, loss);
+        model_free(m);
+        release();
+    }
+    for (int i = 0; i < N_MIXERS; i++) {
+        const char *name = mixers[i].name;
+        double loss[8], val[8];
+        int ok = !run("--data text --overwrite --mixer %s --dim 2 --heads 1 --layers 1 --seq 1 --batch 1 "
+                      "--steps 3 --eval-every 1 --out e.safetensors --log e.log",
+                      name);
+        check(ok && read_log("e.log", "train_loss", loss, 8) == 3 && fabs(loss[0] - log(12)) < 0.5, "%s: T 1, B 1, D 2", name);
+        ok = !run("--load e.safetensors --generate 5 --prompt c") && output_size == 7 && !run("--load e.safetensors --generate 5 --prompt cdefghij") && output_size == 14;
+        ok = ok && !run("--load e.safetensors --generate 5 --window 3 --prompt cdefghij") && output_size == 14 && !run("--load e.safetensors --generate 5") && output_size == 6;
+        check(ok, "%s: a prompt of one token, one longer than the window, none", name);
+        ok = !run("--data same --overwrite --mixer %s --dim 2 --heads 1 --layers 2 --seq 5 --batch 2 --steps "
+                  "3 --eval-every 1 --out v.safetensors --log v.log",
+                  name);
+        ok = ok && read_log("v.log", "train_loss", loss, 8) == 3 && read_log("v.log", "val_loss", val, 8) == 3 && loss[0] == 0 && loss[2] == 0 && val[2] == 0;
+        check(ok && !run("--load v.safetensors --generate 5") && !strcmp((char *)output, "aaaaa\n"), "%s: text of one distinct byte, V 1: loss 0", name);
+        ok = !run("--data wide.bin --overwrite --vocab 65536 --mixer %s --dim 2 --heads 1 --layers 1 --seq 3 "
+                  "--batch 2 --steps 2 --eval-every 0 --out w.safetensors --log w.log",
+                  name);
+        ok = ok && read_log("w.log", "train_loss", loss, 8) == 2 && fabs(loss[0] - log(65536)) < 0.05;
+        check(ok && !run("--load w.safetensors --generate 3 --prompt 65535") && !strncmp((char *)output, "65535 ", 6), "%s: V 65536", name);
+        ok = !run("--data none.safetensors --val nothing.safetensors --mixer %s " TINY "--batch 2 --warmup 5 "
+                                                                                       "--seq 6 --steps 2 "
+                                                                                       "--weight-decay 0 "
+                                                                                       "--eval-every 0 --out "
+                                                                                       "m.safetensors --log "
+                                                                                       "m.log",
+                  name);
+        ok = ok && read_log("m.log", "train_loss", loss, 8) == 2 && loss[0] == 0 && loss[1] == 0 && read_log("m.log", "grad_norm", loss, 8) == 2 && loss[0] == 0;
+        ok = ok && !run("--data none.safetensors --val nothing.safetensors --mixer %s " TINY
+                        "--batch 2 --warmup 5 --seq 6 --steps 1 --weight-decay 0 --eval-every 0 --out "
+                        "n.safetensors",
+                        name);
+        check(ok && same_tensors("m.best.safetensors", "n.best.safetensors"),
+              "%s: all targets ignored: loss and gradient 0, the weights do not move", name);
+    }
+    for (int i = 0; i < N_MIXERS; i++) { // the last sample is what the saved weights generate
+        const char *name = mixers[i].name;
+        int ok = !run("--data text --mixer %s " SMALL "--steps 6 --eval-every 0 --sample-every 2 --out p.safetensors", name);
+        const char *said = (char *)output, *last = said;
+        for (const char *at = said; ok && (at = strstr(at, "---\n")); at += 4) if (strstr(at + 4, "---\n")) last = at + 4;
+        ok = ok && !run("--load p.best.safetensors --generate 200 --seed 1343") && !strncmp(last, (char *)output, output_size) && output_size == 201;
+        ok = ok && !run("--data text --mixer %s " SMALL "--steps 6 --eval-every 0 --out q.safetensors", name) && same_files("p.safetensors", "q.safetensors");
+        check(ok, "%s: samples while training are those of the saved weights, and change no bit of the run", name);
+    }
+    chance = before;
+    release();
+}
+
+// Writes a file of a machine that is not this one, in the work folder's subfolder `there`.
+static void pretend(const char *name, const char *text) {
+    char path[512];
+    snprintf(path, sizeof(path), "%s/there/%s", work, name);
+    for (char *slash = strchr(path + strlen(work) + 1, '/'); slash; slash = strchr(slash + 1, '/')) {
+        *slash = 0;
+        mkdir(path, 0777);
+        *slash = '/';
+    }
+    snprintf(path, sizeof(path), "there/%s", name);
+    spill(path, text, strlen(text));
+}
+
+static void forget(const char *path) { // removes a folder with all that it holds
+    char inner[600];
+    DIR *dir = opendir(path);
+    for (struct dirent *entry; dir && (entry = readdir(dir)) != NULL;) {
+        if (!strcmp(entry->d_name, ".") || !strcmp(entry->d_name, "..")) continue;
+        snprintf(inner, sizeof(inner), "%.300s/%.255s", path, entry->d_name);
+        if (unlink(inner)) forget(inner);
+    }
+    if (dir) closedir(dir);
+    rmdir(path);
+}
+
+#if defined(_OPENMP) && defined(__linux__)
+static void without_wishes(void) { // the environment of a user who wishes for nothing
+    static const char *const names[] = {"OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT",
+                                        "OMP_PROC_BIND",   "OMP_PLACES",      "KMP_BLOCKTIME"};
+    for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++) unsetenv(names[i]);
+}
+static void on_one_core(void) {
+    without_wishes();
+    cpu_set_t all, one;
+    CPU_ZERO(&one);
+    sched_getaffinity(0, sizeof(all), &all);
+    for (int i = 0; i < CPU_SETSIZE && !CPU_COUNT(&one); i++)
+        if (CPU_ISSET(i, &all)) CPU_SET(i, &one);
+    sched_setaffinity(0, sizeof(one), &one);
+}
+#endif
+
+#if defined(_OPENMP) && defined(__linux__) && !defined(KMP_VERSION_MAJOR)
+static void with_a_policy(void) { unsetenv("GOMP_SPINCOUNT"); } // and OMP_WAIT_POLICY=passive, as the test itself
+
+// Whether the environment with which a program was started last holds the text.
+static int started_with(pid_t child, const char *text) {
+    static char environment[1 << 16];
+    char path[64];
+    snprintf(path, sizeof(path), "/proc/%d/environ", (int)child);
+    int fd = open(path, O_RDONLY);
+    ssize_t n = fd < 0 ? 0 : read(fd, environment, sizeof(environment));
+    if (fd >= 0) close(fd);
+    return n > 0 && memmem(environment, (size_t)n, text, strlen(text)) != NULL;
+}
+#endif
+
+static void test_threads_allowed(void) {
+    heading("as many threads as the process may use, and how they wait");
+    static const struct { const char *name, *files[4][2]; int threads;
+    } cases[] = {
+        {"no /sys, no /proc", {{NULL, NULL}}, 8},
+        {"version 2, no quota",
+         {{"proc/self/cgroup", "0::/a\n"}, {"sys/fs/cgroup/a/cpu.max", "max 100000\n"}},
+         8},
+        {"version 2, 1.5 cores",
+         {{"proc/self/cgroup", "0::/a\n"}, {"sys/fs/cgroup/a/cpu.max", "150000 100000\n"}},
+         2},
+        {"version 2, half a core further up",
+         {{"proc/self/cgroup", "0::/a/b/c\n"},
+          {"sys/fs/cgroup/a/cpu.max", "10000 20000\n"},
+          {"sys/fs/cgroup/a/b/c/cpu.max", "300000 100000\n"}},
+         1},
+        {"version 2 in a container, 3 cores",
+         {{"proc/self/cgroup", "0::/\n"}, {"sys/fs/cgroup/cpu.max", "300000 100000\n"}},
+         3},
+        {"version 1 in a container, 2.2 cores",
+         {{"proc/self/cgroup", "5:memory:/m\n3:cpuacct,cpu:/docker/0a1b\n"},
+          {"sys/fs/cgroup/cpu/cpu.cfs_quota_us", "220000\n"},
+          {"sys/fs/cgroup/cpu/cpu.cfs_period_us", "100000\n"}},
+         3},
+        {"version 1, no quota",
+         {{"proc/self/cgroup", "3:cpu:/a\n"},
+          {"sys/fs/cgroup/cpu/a/cpu.cfs_quota_us", "-1\n"},
+          {"sys/fs/cgroup/cpu/a/cpu.cfs_period_us", "100000\n"}},
+         8},
+        {"version 1, another controller's",
+         {{"proc/self/cgroup", "3:cpuset:/a\n"},
+          {"sys/fs/cgroup/cpu/a/cpu.cfs_quota_us", "100000\n"},
+          {"sys/fs/cgroup/cpu/a/cpu.cfs_period_us", "100000\n"}},
+         8},
+    };
+    char root[96];
+    snprintf(root, sizeof(root), "%s/there", work);
+    for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+        for (int f = 0; f < 4 && cases[i].files[f][0]; f++)
+            pretend(cases[i].files[f][0], cases[i].files[f][1]);
+        int threads = threads_within(root, 8);
+        check(threads == cases[i].threads, "%s: %d of 8 threads", cases[i].name, threads);
+        forget(root);
+    }
+#if defined(_OPENMP) && defined(__linux__)
+    prepare_child = on_one_core;
+    int code = run("--data text " TINY "--seq 12 --batch 2 --steps 1 --eval-every 0 --out u.safetensors");
+    check(!code && output && strstr((char *)output, ", 1 threads,"), "bound to one core: 1 thread, told at "
+                                                                     "the start");
+    prepare_child = NULL;
+    n_threads = "3";
+    code = run("--data text " TINY "--seq 12 --batch 2 --steps 1 --eval-every 0 --out u.safetensors");
+    check(!code && output && strstr((char *)output, ", 3 threads,"), "OMP_NUM_THREADS=3 rules");
+    n_threads = "2";
+#endif
+#if defined(_OPENMP) && defined(__linux__) && !defined(KMP_VERSION_MAJOR)
+    static const char line[] = "--run --data text " SMALL "--steps 100000 --eval-every 0 --out u.safetensors "
+                                                          "--log u.log";
+    for (int wishes = 0; wishes < 2 && !access("/proc/self/exe", R_OK); wishes++) { // needs /proc
+        discard("u.log");
+        prepare_child = wishes ? with_a_policy : without_wishes; // the test itself runs with OMP_WAIT_POLICY=passive
+        pid_t child = start_and_wait_for_log(line, "u.log", 2);
+        int bounded = started_with(child, "GOMP_SPINCOUNT=");
+        int again = started_with(child, "SESSA_STARTED_AGAIN=");
+        kill(child, SIGINT);
+        code = finish(child);
+        if (wishes)
+            check(code == 130 && !bounded && !again, "OMP_WAIT_POLICY set: that rules, the program is "
+                                                     "started once");
+        else
+            check(code == 130 && bounded == again && (again || omp_get_num_procs() == 1), "waiting is "
+                                                                                          "bounded: started "
+                                                                                          "again, once, with "
+                                                                                          "GOMP_SPINCOUNT");
+    }
+    prepare_child = NULL;
+    fflush(stdout);
+    pid_t child = fork();
+    if (!child) { // what has been started again, and what finds a mark that is not its own
+        char mark[32], *none[] = {self, NULL};
+        without_wishes();
+        snprintf(mark, sizeof(mark), "%d", (int)getpid());
+        setenv("GOMP_SPINCOUNT", "1000", 1);
+        setenv("SESSA_STARTED_AGAIN", mark, 1);
+        start_again(none);
+        int clean = !getenv("GOMP_SPINCOUNT") && !getenv("SESSA_STARTED_AGAIN");
+        setenv("GOMP_SPINCOUNT", "7", 1);
+        setenv("SESSA_STARTED_AGAIN", "1", 1);
+        start_again(none);
+        _exit(clean && getenv("GOMP_SPINCOUNT") && !getenv("SESSA_STARTED_AGAIN") ? 0 : 1);
+    }
+    check(!finish(child), "then its environment is as it was before");
+#endif
+    release();
+}
+
+static void on_small_stacks(void) {
+    struct rlimit limit = {256 << 10, 256 << 10};
+    setrlimit(RLIMIT_STACK, &limit);
+    setenv("OMP_STACKSIZE", "128k", 1);
+}
+
+static void test_stacks(void) {
+    heading("stacks of 128 KiB a thread, 256 KiB for the first");
+    prepare_child = on_small_stacks;
+    for (int i = 0; i < N_MIXERS; i++) { // threads at products together; each at whole sequences
+        const char *name = mixers[i].name;
+        int ok = !run("--data text --overwrite --mixer %s --dim 96 --layers 2 --heads 4 --seq 200 --batch 4 "
+                      "--steps 2 --eval-every 1 --sample-every 2 --log s.log --out s.safetensors",
+                      name);
+        ok = ok && !run("--data text --overwrite --mixer %s --dim 96 --layers 1 --heads 1 --seq 300 --batch "
+                        "1 --steps 2 --eval-every 0 --out s.safetensors",
+                        name);
+        ok = ok && (IS_DOUBLE || !run("--resume s.safetensors --steps 3 --eval-every 0")) &&
+             !run("--load s.best.safetensors --generate 20");
+        check(ok, "%s: trains, saves, resumes and generates", name);
+    }
+    prepare_child = NULL;
+    release();
+}
+
+#if defined(__linux__) && !defined(__SANITIZE_ADDRESS__)
+static int bounded_resource;
+static void with_half_a_gib(void) {
+    struct rlimit limit = {512 << 20, 512 << 20};
+    setrlimit(bounded_resource, &limit);
+}
+#endif
+
+static void test_memory_limits(void) {
+    heading("what does not fit is refused before it is touched");
+    run("--data text " SMALL "--steps 2 --out good.safetensors");
+    static const char meminfo[] = "MemTotal:  800000 kB\nMemFree:  3 kB\nMemAvailable:  409600 kB\nSwapFree: "
+                                  " 0 kB\n";
+    static const struct { const char *name, *files[5][2]; double mib; const char *who;
+    } cases[] = {
+        {"the machine", {{"proc/meminfo", meminfo}}, 400, "this machine"},
+        {"the machine, 100 MiB of swap",
+         {{"proc/meminfo", "MemAvailable:  409600 kB\nSwapFree:  102400 kB\n"}},
+         500,
+         "this machine"},
+        {"version 2",
+         {{"proc/meminfo", meminfo},
+          {"proc/self/cgroup", "0::/a\n"},
+          {"sys/fs/cgroup/a/memory.max", "104857600\n"},
+          {"sys/fs/cgroup/a/memory.current", "62914560\n"}},
+         40,
+         "its cgroup"},
+        {"version 2, half of it cache of files",
+         {{"proc/meminfo", meminfo},
+          {"proc/self/cgroup", "0::/a\n"},
+          {"sys/fs/cgroup/a/memory.max", "104857600\n"},
+          {"sys/fs/cgroup/a/memory.current", "62914560\n"},
+          {"sys/fs/cgroup/a/memory.stat", "anon 31457280\ninactive_file 20971520\nactive_file 10485760\n"}},
+         70,
+         "its cgroup"},
+        {"version 2, further up",
+         {{"proc/meminfo", meminfo},
+          {"proc/self/cgroup", "0::/a/b\n"},
+          {"sys/fs/cgroup/a/b/memory.max", "max\n"},
+          {"sys/fs/cgroup/a/memory.max", "104857600\n"},
+          {"sys/fs/cgroup/a/memory.current", "94371840\n"}},
+         10,
+         "its cgroup"},
+        {"version 1 in a container",
+         {{"proc/meminfo", meminfo},
+          {"proc/self/cgroup", "4:memory:/docker/0a1b\n"},
+          {"sys/fs/cgroup/memory/memory.limit_in_bytes", "209715200\n"},
+          {"sys/fs/cgroup/memory/memory.usage_in_bytes", "209715201\n"},
+          {"sys/fs/cgroup/memory/memory.stat", "inactive_file 7\ntotal_inactive_file 1048577\n"}},
+         1,
+         "its cgroup"},
+        {"version 1, no limit",
+         {{"proc/meminfo", meminfo},
+          {"proc/self/cgroup", "4:memory:/a\n"},
+          {"sys/fs/cgroup/memory/a/memory.limit_in_bytes", "9223372036854771712\n"},
+          {"sys/fs/cgroup/memory/a/memory.usage_in_bytes", "1\n"}},
+         400,
+         "this machine"},
+    };
+    char root[96];
+    snprintf(root, sizeof(root), "%s/there", work);
+    for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+        for (int f = 0; f < 5 && cases[i].files[f][0]; f++)
+            pretend(cases[i].files[f][0], cases[i].files[f][1]);
+        MemoryLeft left = memory_left(root);
+        check(left.bytes == cases[i].mib * 0x1p20 && !strcmp(left.who, cases[i].who),
+              "%s: %s leaves %.1f MiB", cases[i].name, left.who, left.bytes / 0x1p20);
+        forget(root);
+    }
+#if defined(__linux__) && !defined(__SANITIZE_ADDRESS__) // whose shadow is larger than any limit
+    static const struct { int resource; const char *name, *options;
+    } limits[] = {
+        {RLIMIT_AS, "ulimit -v",
+         "--data text --dim 2048 --layers 2 --seq 12 --batch 2 --steps 1 --out u.safetensors"},
+        {RLIMIT_DATA, "ulimit -d",
+         "--data text --dim 16 --layers 1 --seq 500 --batch 4000 --steps 1 --out u.safetensors"},
+        {RLIMIT_AS, "ulimit -v", "--data sparse --format bytes " TINY "--steps 1 --out u.safetensors"},
+        {RLIMIT_DATA, "ulimit -d", "--load good.safetensors --generate 900000000"},
+    };
+    char path[256];
+    spill("sparse", "", 0);
+    snprintf(path, sizeof(path), "%s/sparse", work);
+    int made = !truncate(path, 1 << 30);
+    prepare_child = with_half_a_gib;
+    for (int i = 0; i < 4; i++) {
+        struct rusage usage;
+        char line[512];
+        int status = 0;
+        bounded_resource = limits[i].resource;
+        snprintf(line, sizeof(line), "--run %s", limits[i].options);
+        pid_t child = start(line);
+        wait4(child, &status, 0, &usage);
+        complaint = slurp("../stderr", &complaint_size);
+        const char *first = (const char *)complaint, *end = first ? strchr(first, '\n') : NULL;
+        int told =
+            end && !end[1] && strstr(first, "does not fit: it needs ") && strstr(first, limits[i].name);
+        if (told) complaint[end - first] = 0;
+        check(made && WIFEXITED(status) && WEXITSTATUS(status) == 1 && told && usage.ru_maxrss < 100 << 10,
+              "%s of 512 MiB, %ld MiB touched: %.100s", limits[i].name, (long)usage.ru_maxrss >> 10,
+              told ? strstr(first, "it needs") : "not refused");
+    }
+    prepare_child = NULL;
+    discard("sparse");
+#endif
+    release();
+}
+
+// A terminal, as far as the program's lines go: a window of so many columns, the rows that went up included.
+enum { SCREEN_ROWS = 400, SCREEN_COLUMNS = 256 };
+typedef struct {
+    char rows[SCREEN_ROWS][SCREEN_COLUMNS + 1];
+    int columns, row, column, wraps, in_command,
+        commands; // wraps: of lines of steps; commands: escape sequences
+} Screen;
+
+static void show(Screen *s, const char *bytes, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        char c = bytes[i], *row = s->rows[s->row];
+        if (c == 27) s->in_command = 1;
+        else if (s->in_command) {
+            s->in_command = !isalpha((unsigned char)c);
+            if (c != 'J') continue;
+            s->commands++;
+            memset(row + s->column, 0, (size_t)(SCREEN_COLUMNS - s->column));
+            memset(s->rows + s->row + 1, 0, sizeof(s->rows[0]) * (size_t)(SCREEN_ROWS - 1 - s->row));
+        } else if (c == '\r') s->column = 0;
+        else if (c == '\n') s->row += s->row + 1 < SCREEN_ROWS;
+        else {
+            if (s->column == s->columns) {
+                s->wraps += !strncmp(row, "step", 4) || !strncmp(row, "val", 3) || !strncmp(row, "loss", 4);
+                s->column = 0;
+                s->row += s->row + 1 < SCREEN_ROWS;
+            }
+            for (int k = 0; k < s->column; k++) if (!s->rows[s->row][k]) s->rows[s->row][k] = ' ';
+            s->rows[s->row][s->column++] = c;
+        }
+    }
+}
+
+static int terminal_fd;
+static const char *terminal_name, *terminal_type;
+static void at_terminal(void) {
+    setsid();
+    int fd = open(terminal_name, O_RDWR);
+#ifdef TIOCSCTTY
+    ioctl(fd, TIOCSCTTY, 0);
+#endif
+    dup2(fd, 0);
+    dup2(fd, 1);
+    dup2(fd, 2);
+    close(terminal_fd);
+    setenv("TERM", terminal_type, 1);
+    unsetenv("COLUMNS");
+}
+
+static void resize(Screen *s, int columns) {
+    struct winsize size;
+    memset(&size, 0, sizeof(size));
+    size.ws_col = (unsigned short)columns;
+    size.ws_row = 24;
+    ioctl(terminal_fd, TIOCSWINSZ, &size);
+    s->columns = columns ? columns : 80;
+}
+
+// Shows what comes within so many milliseconds of silence, or up to the text; 0 at the end of it all.
+static int watch(Screen *s, int patience, const char *text) {
+    static char bytes[1 << 16];
+    struct pollfd ready = {terminal_fd, POLLIN, 0};
+    while (poll(&ready, 1, patience) > 0) {
+        ssize_t n = read(terminal_fd, bytes, sizeof(bytes));
+        if (n <= 0) return 0;
+        show(s, bytes, (size_t)n);
+        if (text && memmem(bytes, (size_t)n, text, strlen(text))) break;
+    }
+    return 1;
+}
+
+static pid_t start_at_terminal(Screen *s, int columns, const char *type, const char *line) {
+    memset(s, 0, sizeof(*s));
+    terminal_fd = posix_openpt(O_RDWR | O_NOCTTY);
+    if (terminal_fd < 0 || grantpt(terminal_fd) || unlockpt(terminal_fd) ||
+        !(terminal_name = ptsname(terminal_fd)))
+        return -1;
+    int slave = open(terminal_name, O_RDWR | O_NOCTTY); // macOS takes a size only while someone has it open
+    resize(s, columns);
+    terminal_type = type;
+    prepare_child = at_terminal;
+    pid_t child = start(line);
+    prepare_child = NULL;
+    close(slave);
+    return child;
+}
+
+static void test_terminal(void) {
+    heading("the line of a step: in place on a terminal of any width, often enough in a file");
+    static const struct { int columns; const char *type, *row;
+    } cases[] = {{20, "xterm", "val "},
+                 {40, "xterm", "step 10/30 | loss "},
+                 {80, "xterm", "step 10/30 | loss "},
+                 {200, "xterm", "step 10/30 | loss "},
+                 {0, "xterm", "step 10/30 | loss "},
+                 {40, "dumb", "step 10/30 | loss "}};
+    static Screen s;
+    int status = 0;
+    for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+        pid_t child = start_at_terminal(&s, cases[i].columns, cases[i].type,
+                                        "--run --data text " SMALL "--steps 30 --eval-every 10 "
+                                                                   "--eval-batches 2 --out y.safetensors");
+        if (child < 0) {
+            printf("  no pseudo-terminal here: left out\n");
+            release();
+            return;
+        }
+        while (watch(&s, 60000, NULL)) continue;
+        waitpid(child, &status, 0);
+        close(terminal_fd);
+        int rows = 0, whole = 0, spaces = 0;
+        const char *first = "";
+        for (int r = 0; r < SCREEN_ROWS; r++) {
+            char *row = s.rows[r], *val = strstr(row, "val "), *end = row + strlen(row);
+            while (end > row && end[-1] == ' ') *--end = 0;
+            if (strncmp(row, "step", 4) && strncmp(row, "val ", 4) && strncmp(row, "loss", 4)) continue;
+            if (!rows++) first = row;
+            strtod(val ? val + 4 : row, &end);
+            whole += val && (!*end || (rows == 3 && end[0] == ' ' &&
+                                       end[1] == '(')); // nothing of a longer line behind it
+            spaces += strstr(row, "  ") != NULL;
+        }
+        int dumb = !strcmp(cases[i].type, "dumb");
+        check(!status && rows == 3 && whole == 3 && !spaces && !s.wraps &&
+                  !strncmp(first, cases[i].row, strlen(cases[i].row)) && (s.commands == 0) == dumb,
+              "%d columns, %s: three validations, nothing else stays: %s", cases[i].columns, cases[i].type,
+              first);
+    }
+    pid_t child = start_at_terminal(&s, 80, "xterm",
+                                    "--run --data text " SMALL "--steps 100000 --eval-every 0 --out "
+                                                               "y.safetensors");
+    watch(&s, 60000, "step 5/");
+    kill(child, SIGSTOP);
+    waitpid(child, &status, WUNTRACED);
+    watch(&s, 100, NULL);
+    int before = s.wraps, left = (int)strlen(s.rows[s.row]);
+    resize(&s, 40);
+    kill(child, SIGCONT);
+    for (int i = 0; i < 30; i++) watch(&s, 60000, "step");
+    int narrow = (int)strlen(s.rows[s.row]), more = s.wraps - before;
+    check(!before && left > 60 && left < 80 && narrow > 20 && narrow < 40 && more <= 1,
+          "made narrower, from 80 to 40 columns: the next line fits, %d and then %d wide", left, narrow);
+    if (write(terminal_fd, "\3", 1) != 1) check(0, "Ctrl-C cannot be typed");
+    while (watch(&s, 60000, NULL)) continue;
+    waitpid(child, &status, 0);
+    close(terminal_fd);
+    int ending = 0, hint = 0;
+    for (int r = 0; r < SCREEN_ROWS; r++) {
+        ending += !strncmp(s.rows[r], "ending after this step", 22);
+        hint += !strncmp(s.rows[r], "go on with: ", 12);
+    }
+    check(WIFEXITED(status) && WEXITSTATUS(status) == 130 && ending == 1 && hint == 1, "Ctrl-C: what is said "
+                                                                                       "of it begins a row");
+    int code = run("--data text " SMALL "--steps 250 --eval-every 120 --eval-batches 1 --out y.safetensors"),
+        lines = 0;
+    for (const char *at = (char *)output; at && (at = strstr(at, "step ")); at++)
+        lines += at == (char *)output || at[-1] == '\n';
+    check(!code && lines == 6 && !memchr(output, 27, output_size) && !memchr(output, '\r', output_size),
+          "a file: steps 1, 100, 120, 200, 240, 250, and no command of a terminal");
+    Options o;
+    Training t;
+    memset(&o, 0, sizeof(o));
+    memset(&t, 0, sizeof(t));
+    Step quick = {7, 1, 1, 1, 1, 0.1}, slow = {7, 1, 1, 1, 1, 4}, slower = {7, 1, 1, 1, 1, 11},
+         of_before = {7, 1, 1, 1, 1, NAN};
+    int standard_output = dup(STDOUT_FILENO), null = open("/dev/null", O_WRONLY);
+    fflush(stdout);
+    dup2(null, STDOUT_FILENO); // no terminal
+    o.step = 7;
+    int often = !is_printed(&o, &t, &quick, 9.8) && is_printed(&o, &t, &quick, 9.95) &&
+                !is_printed(&o, &t, &slow, 4) && is_printed(&o, &t, &slow, 8) &&
+                is_printed(&o, &t, &slower, 11) && !is_printed(&o, &t, &of_before, 3);
+    dup2(standard_output, STDOUT_FILENO);
+    close(standard_output);
+    close(null);
+    check(often, "a file: silent for ten seconds at most, where no step takes longer");
+    release();
+}
+
+int main(int argc, char **argv) {
+    char twin[PATH_MAX];
+    if (argc > 1 && !strcmp(argv[1], "--run")) return be_the_program(argc, argv);
+    if (argc > 1 && !realpath(argv[1], twin)) { fprintf(stderr, "test_runs: no %s\n", argv[1]); return 1; }
+    begin(argv);
+    open_folder();
+    if (argc > 1) program = twin;
+    if (!IS_DOUBLE) test_resume();
+    if (program == self) {
+        if (!IS_DOUBLE) {
+            test_edges();
+            test_memory_limits();
+            test_terminal();
+        }
+        test_threads_allowed();
+        test_stacks();
+        test_threads();
+        test_order();
+    }
+    setenv("TEST_PRECISION", "fp32", 1); // a twin's, for texts that the CPU's forward passes give
+    test_scores();
+    test_generation();
+    remove_folder();
+    return report();
+}
