@@ -2879,7 +2879,7 @@ static int threads_within(const char *root, int threads) {
 // OpenMP counts the cores that this process may run on, and heeds what the user set; of quotas it knows
 // nothing. How long its threads spin at a barrier before they sleep is bounded: on a core that another
 // program wants they spin in the way of the thread they wait for. Of GNU's, start_again sees to that.
-enum { SPINS = 1000, SPIN_MILLISECONDS = 0 };
+enum { SPINS = 3000, SPIN_MILLISECONDS = 0 };
 static void use_allowed_threads(void) {
     const char *wanted = getenv("OMP_NUM_THREADS");
     int threads = wanted && *wanted ? omp_get_max_threads() : threads_within("", omp_get_max_threads());
@@ -4458,12 +4458,21 @@ typedef struct {
         *started_from;
     int64_t vocab, dim, layers, heads, kv_heads, head_dim, state_dim, seq, steps, batch, accum, warmup,
         decay_steps, seed, eval_every, eval_batches, sample_every, save_every, overwrite, again, generate,
-        eval, top_k, window, step, validated;
+        eval, top_k, window, plain, step, validated;
     double gamma_max, lr, min_lr, beta1, beta2, eps, weight_decay, clip, dropout, temperature, top_p,
         best_val, train_loss, previous_loss, grad_norm;
 } Options;
 
-typedef enum { DATA, MODEL, TRAINING, WATCHING, FILES, INSTEAD, STATE } Group; // STATE: in files, not on the command line
+typedef enum {
+    DATA,
+    MODEL,
+    TRAINING,
+    WATCHING,
+    FILES,
+    INSTEAD,
+    COMPUTING,
+    STATE // in files, not on the command line
+} Group;
 typedef enum { TEXT, INTEGER, NUMBER, FLAG } Type;
 typedef struct {
     Group group;
@@ -4544,6 +4553,8 @@ static const Option option_table[] = {
     {INSTEAD, "window", NULL, INTEGER, FIELD(window), NULL, 0, 1 << 30,
      "positions remembered (else the model's seq), 0: all"},
     {INSTEAD, "eval", NULL, FLAG, FIELD(eval), "0", 0, 1, "validation loss of --load on the whole split"},
+    {COMPUTING, "plain", NULL, FLAG, FIELD(plain), "0", 0, 1,
+     "every layer by its plain loops: slow, to compare and to learn from"},
     {STATE, "step", "step", INTEGER, FIELD(step), "0", 0, 1e11, "updates done"},
     {STATE, "best_val_loss", "best_val_loss", NUMBER, FIELD(best_val), "1e300", 0, 1e300,
      "lowest validation loss so far"},
@@ -4611,7 +4622,8 @@ static int may_lack(const Option *option) {
 }
 
 static void print_help(const char *program) {
-    static const char *titles[] = {"data", "model", "training", "watching", "files", "instead of training"};
+    static const char *titles[] = {"data",  "model", "training", "watching",
+                                   "files", "instead of training", "computing"};
     static const char *types[] = {"TEXT", "N", "X", ""};
     printf("Trains Sessa models, evaluates them and generates with them.\n\n"
            "  %s --data my.txt --dim 256 --layers 6 --seq 256 --out my.safetensors\n"
@@ -4662,7 +4674,7 @@ static int check_use(const Settings *s, char *error) {
         if (o->generate) used = group == MODEL || group == INSTEAD || strstr(" load seed ", word);
         else if (o->eval) used = group == MODEL || group == DATA || strstr(" load eval batch ", word);
         else used = group != INSTEAD || (sampling && o->sample_every);
-        if (s->given[i] && !used)
+        if (s->given[i] && !used && group != COMPUTING)
             return wrong(error, NULL, "--%s changes nothing %s", name,
                          o->generate ? "with --generate"
                          : o->eval   ? "with --eval"
@@ -6089,6 +6101,9 @@ static int prepare(Run *run, char *error) {
     if (o->generate && o->eval) return wrong(error, NULL, "--generate and --eval exclude each other");
     if (!training && !o->load) return wrong(error, NULL, "--generate and --eval take the weights from --load FILE");
     if ((result = check_use(&run->settings, error))) return result;
+    if (o->plain && backend != &cpu_backend)
+        return wrong(error, NULL, "--plain is for the layers of train_sessa.c: the GPU has its own");
+    plain = (int)o->plain;
     if (o->resume && !is_given(&run->settings, "out")) o->out = o->resume;
     if (training) { // before anything is read that another run might be writing
         install_handlers(BEFORE_TRAINING);
@@ -6179,7 +6194,8 @@ static int perform(Run *run, const char *program, char *error) {
     }
     printf("%s: D %d, L %d, H %d, G %d, T %d, V %d, %.2fM parameters; %s, %d threads, %.0f MiB\n", o->mixer, c->d_model,
            c->n_layers, c->n_heads, c->n_kv_heads, c->max_seq_len, c->vocab_size, (double)run->table.count / 1e6,
-           run->backend->name, omp_get_max_threads(), run->backend->bytes(run->model) / 0x1p20);
+           plain ? "CPU, plain loops" : run->backend->name, omp_get_max_threads(),
+           run->backend->bytes(run->model) / 0x1p20);
     int shard = run->train.kind == DATA_SHARD && !o->load && !o->resume && !is_given(&run->settings, "vocab");
     if (shard)
         printf("vocabulary: %d, that of the tokenizer of such shards; --vocab names another\n",

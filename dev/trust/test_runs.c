@@ -100,6 +100,42 @@ static void test_threads(void) {
     release();
 }
 
+// --plain trains, evaluates, generates and resumes what the fast ways do, but for rounding.
+static void test_plain_runs(void) {
+    heading("--plain");
+    static const char *mixers[] = {"sessa", "attention", "mamba2"};
+    for (int i = 0; i < 3; i++) {
+        double fast[8], slow[8], mixed[8], worst = 0;
+        const char *options = "--data text --overwrite --dim 32 --layers 2 --seq 70 --batch 3 --dropout 0.1";
+        int ok = !run("%s --mixer %s --steps 6 --log x.log --out x.safetensors", options, mixers[i]) &&
+                 !run("%s --mixer %s --steps 6 --log y.log --out y.safetensors --plain", options, mixers[i]) &&
+                 !run("%s --mixer %s --steps 3 --decay-steps 6 --log z.log --out z.safetensors --plain", options,
+                      mixers[i]) &&
+                 !run("--resume z.safetensors --steps 6 --log z.log --overwrite");
+        ok = ok && read_log("x.log", "train_loss", fast, 8) == 6 &&
+             read_log("y.log", "train_loss", slow, 8) == 6 && read_log("z.log", "train_loss", mixed, 8) == 6;
+        for (int s = 0; s < 6; s++) {
+            worst_of(&worst, ok ? fabs(slow[s] / fast[s] - 1) : NAN);
+            worst_of(&worst, ok ? fabs(mixed[s] / fast[s] - 1) : NAN);
+        }
+        check_error(worst, bound_of(1e-5, 1e-12), "%s: losses of 6 steps by plain loops, and of 3 and 3 more",
+                    mixers[i]);
+        double scores[2] = {0, 1};
+        for (int way = 0; way < 2; way++) {
+            ok = ok && !run("--load x.safetensors --eval --data text%s", way ? " --plain" : "");
+            scores[way] = ok ? atof((char *)output + strlen("val_loss ")) : NAN;
+        }
+        check_error(fabs(scores[1] / scores[0] - 1), 1e-5, "%s: --eval", mixers[i]);
+        static unsigned char text[256];
+        ok = !run("--load x.safetensors --generate 40 --temperature 0") && output_size < sizeof(text);
+        memcpy(text, output, ok ? output_size : 0);
+        size_t n = output_size;
+        ok = ok && !run("--load x.safetensors --generate 40 --temperature 0 --plain");
+        check(ok && n > 0 && output_size == n && !memcmp(output, text, n), "%s: the same text", mixers[i]);
+    }
+    release();
+}
+
 static int by_value(const void *a, const void *b) { return (*(const double *)a > *(const double *)b) - (*(const double *)a < *(const double *)b); }
 
 static int by_size(const void *a, const void *b) { return *(const int *)a - *(const int *)b; }
@@ -844,6 +880,7 @@ int main(int argc, char **argv) {
         test_threads_allowed();
         test_stacks();
         test_threads();
+        test_plain_runs();
         test_order();
     }
     setenv("TEST_PRECISION", "fp32", 1); // a twin's, for texts that the CPU's forward passes give
