@@ -678,7 +678,7 @@ static double scan_ways(void) {
     int S = random_int(1, 9), W = E + 2 * S, N = B * T, chunks = (T + CHUNK - 1) / CHUNK, size = B * S * E;
     real *step = noise(N * heads, 1), *dA[2], *dskip[2];
     for (int i = 0; i < N * heads; i++) step[i] = (real)exp((double)step[i] - 2);
-    Scan scan = {B, T, E, S, heads, noise(heads, 1), noise(heads, 1)};
+    ScanShape scan = {B, T, E, S, heads, noise(heads, 1), noise(heads, 1)};
     Work work = {(real *)lend(sizeof(real) * scan_scratch(E, S, heads) * (size_t)omp_get_max_threads()), 0};
     const real *xbc = noise(N * W, 1), *dy = noise(N * E, 1);
     Twice to[] = {twice(poison(N * E), N * E), twice(poison(size * chunks), size * chunks), twice(noise(size, 1), size),

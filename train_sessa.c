@@ -1020,7 +1020,7 @@ static void model_update(Model *m, AdamW o, double grad_scale, int64_t step) {
 enum { TAPS = 4, CHUNK = 32 }; // a state is kept each CHUNK rows for the backward pass
 
 // The scan's shape and its parameters: A_log and skip (heads).
-typedef struct { int B, T, E, S, heads; const real *A_log, *skip; } Scan;
+typedef struct { int B, T, E, S, heads; const real *A_log, *skip; } ScanShape;
 
 // The fast ways of this section's layers, see "the same, fast".
 static void conv_forward_fast(real *out, const real *inp, int ld, real *tail, const real *weight,
@@ -1030,9 +1030,9 @@ static void conv_backward_fast(real *dinp, real *dweight, real *dbias, real *dou
 static void step_backward_fast(real *dinp, real *dbias, const real *dstep, int ld_dstep, const real *inp,
                                int ld, const real *bias, int N, int heads);
 static void scan_forward_fast(real *y, real *states, int kept, Work work, const real *xbc, const real *step,
-                              Scan scan);
+                              ScanShape scan);
 static void scan_backward_fast(real *dxbc, real *dstep, real *dA_log, real *dskip, Work work, const real *dy,
-                               const real *states, const real *xbc, const real *step, Scan scan);
+                               const real *states, const real *xbc, const real *step, ScanShape scan);
 static void gated_rmsnorm_forward_fast(real *out, real *rstd, const real *y, const real *z, int ld,
                                        const real *weight, int N, int E);
 static void gated_rmsnorm_backward_fast(real *dy, real *dz, real *dweight, const real *dout, const real *y,
@@ -1136,7 +1136,7 @@ static void step_backward(real *dinp, real *dbias, const real *dstep, int ld_dst
 // One row of the scan for head h, whose state (S,w) it takes from row t-1 to row t: with Δ = step, x, b, c of
 // xbc_t and keep_t = exp(-exp(A_log) Δ_t)
 //     state = keep_t state + Δ_t b_t x_t^T
-static void scan_row(real *state, const real *xbc_t, real step, Scan scan, int h) {
+static void scan_row(real *state, const real *xbc_t, real step, ScanShape scan, int h) {
     int w = scan.E / scan.heads, S = scan.S;
     const real *x = xbc_t + h * w, *b = xbc_t + scan.E;
     real keep = (real)exp(-exp((double)scan.A_log[h]) * (double)step);
@@ -1146,12 +1146,12 @@ static void scan_row(real *state, const real *xbc_t, real step, Scan scan, int h
 }
 
 // A head's columns of a state (S,E), and back.
-static void take_head(real *state, const real *all, Scan scan, int h) {
+static void take_head(real *state, const real *all, ScanShape scan, int h) {
     int w = scan.E / scan.heads;
     for (int64_t s = 0; s < scan.S; s++)
         memcpy(state + s * w, all + s * scan.E + h * w, sizeof(real) * (size_t)w);
 }
-static void put_head(real *all, const real *state, Scan scan, int h) {
+static void put_head(real *all, const real *state, ScanShape scan, int h) {
     int w = scan.E / scan.heads;
     for (int64_t s = 0; s < scan.S; s++)
         memcpy(all + s * scan.E + h * w, state + s * w, sizeof(real) * (size_t)w);
@@ -1163,7 +1163,7 @@ static void put_head(real *all, const real *state, Scan scan, int h) {
 // of CHUNK rows for the backward pass; else (B,S,E) the state to begin with, and afterwards the last one,
 // from which the next call goes on.
 static void scan_forward(real *y, real *states, int kept, Work work, const real *xbc, const real *step,
-                         Scan scan) {
+                         ScanShape scan) {
     if (!plain) return scan_forward_fast(y, states, kept, work, xbc, step, scan);
     int T = scan.T, E = scan.E, S = scan.S, W = E + 2 * S, heads = scan.heads, w = E / heads;
     int64_t chunks = kept ? (T + CHUNK - 1) / CHUNK : 1, size = (int64_t)S * E;
@@ -1198,7 +1198,7 @@ static void scan_forward(real *y, real *states, int kept, Work work, const real 
 // (heads) are +=, dstep (B,T,3·heads) holds the gradient of step in its first `heads` columns; the others are
 // scratch.
 static void scan_backward(real *dxbc, real *dstep, real *dA_log, real *dskip, Work work, const real *dy,
-                          const real *states, const real *xbc, const real *step, Scan scan) {
+                          const real *states, const real *xbc, const real *step, ScanShape scan) {
     if (!plain) return scan_backward_fast(dxbc, dstep, dA_log, dskip, work, dy, states, xbc, step, scan);
     int T = scan.T, E = scan.E, S = scan.S, W = E + 2 * S, heads = scan.heads, w = E / heads;
     int64_t chunks = (T + CHUNK - 1) / CHUNK, size = (int64_t)S * w; // of one head's state
@@ -1285,9 +1285,9 @@ static void gated_rmsnorm_backward(real *dy, real *dz, real *dweight, const real
     }
 }
 
-static Scan scan_of(const Config *c, const LayerWeights *w, int B, int T) {
+static ScanShape scan_of(const Config *c, const LayerWeights *w, int B, int T) {
     int E = 2 * c->d_model;
-    Scan scan = {B, T, E, c->state_dim, E / c->head_dim, w->A_log, w->skip};
+    ScanShape scan = {B, T, E, c->state_dim, E / c->head_dim, w->A_log, w->skip};
     return scan;
 }
 
@@ -1295,7 +1295,7 @@ static Scan scan_of(const Config *c, const LayerWeights *w, int B, int T) {
 // out_proj
 static void mamba2_forward(Model *m, int l, int B, int T, int first) {
     const LayerWeights *w = &m->weights.layers[l];
-    Scan scan = scan_of(&m->config, w, B, T - first);
+    ScanShape scan = scan_of(&m->config, w, B, T - first);
     int D = m->config.d_model, E = scan.E, W = E + 2 * scan.S, heads = scan.heads, ld = E + W + heads;
     int N = B * (T - first), kept = m->grads != NULL;
     Work work = {m->acts.scratch, 0};
@@ -1313,7 +1313,7 @@ static void mamba2_forward(Model *m, int l, int B, int T, int first) {
 
 static void mamba2_backward(Model *m, int l, int B, int T) {
     const LayerWeights *w = &m->weights.layers[l], *dw = &m->grad.layers[l];
-    Scan scan = scan_of(&m->config, w, B, T);
+    ScanShape scan = scan_of(&m->config, w, B, T);
     int D = m->config.d_model, E = scan.E, W = E + 2 * scan.S, heads = scan.heads, ld = E + W + heads;
     int N = B * T;
     LayerActivations *a = &m->acts.layers[l];
@@ -1524,14 +1524,14 @@ typedef struct {
     int M, N, K;
     real alpha, beta;
     const real *bias;
-} Product;
+} MatrixProduct;
 
 // One tile of it: the rows from i0 and the columns from n0 + j0 on, over block_k terms from k0 on. strip:
 // those columns of B, packed. high: of TILE_ROWS rows, else of LOW_ROWS.
 typedef struct { int i0, high, n0, j0, block_n, k0, block_k; } Tile;
 
 __attribute__((always_inline))
-static inline void product_tile(const Product *p, Tile t, const real *strip) {
+static inline void product_tile(const MatrixProduct *p, Tile t, const real *strip) {
     real edge[LOW_ROWS * BLOCK_K], sum[TILE_ROWS * TILE_COLS], zeros[TILE_COLS] = {0};
     int m = t.high ? (int)TILE_ROWS : min_int(LOW_ROWS, p->M - t.i0);
     int n = min_int(TILE_COLS, t.block_n - t.j0);
@@ -1563,8 +1563,8 @@ static inline void product_tile(const Product *p, Tile t, const real *strip) {
 // `out` over that block, counted row by row, it computes an equal share. The barriers keep the block whole
 // while anyone reads it. Which thread takes a tile changes no sum: the bits do not depend on the number of
 // threads.
-ONE_COPY static void matmul_share(const Product *product, real *packed, int thread, int threads) {
-    Product p = *product;
+ONE_COPY static void matmul_share(const MatrixProduct *product, real *packed, int thread, int threads) {
+    MatrixProduct p = *product;
     int high = p.M / TILE_ROWS, low = (p.M % TILE_ROWS + LOW_ROWS - 1) / LOW_ROWS; // rows of tiles
     for (int n0 = 0; n0 < p.N; n0 += BLOCK_N)
         for (int k0 = 0; k0 == 0 || k0 < p.K; k0 += BLOCK_K) {
@@ -1613,7 +1613,7 @@ static inline void row_product(real *out, Matrix a, Matrix b, int N, int K, real
 }
 
 ONE_COPY static void row_strip(const void *call, int item) {
-    const Product *p = (const Product *)call;
+    const MatrixProduct *p = (const MatrixProduct *)call;
     int j0 = item * TILE_COLS, N = p->N - j0;
     Matrix strip = {p->b.at + j0 * p->b.col, p->b.row, p->b.col};
     const real *bias = p->bias ? p->bias + j0 : NULL;
@@ -1623,10 +1623,10 @@ ONE_COPY static void row_strip(const void *call, int item) {
 
 // The calling thread does all of it, NARROW_N columns at a time: the same tiles, so the same sums.
 __attribute__((noinline)) // what it packs is on no other function's stack
-static void matmul_alone(const Product *product) {
+static void matmul_alone(const MatrixProduct *product) {
     real packed[BLOCK_K * NARROW_N] __attribute__((aligned(64)));
     for (int j = 0; j < product->N; j += NARROW_N) {
-        Product p = *product;
+        MatrixProduct p = *product;
         p.out += j;
         p.b.at += j * p.b.col;
         p.N = min_int(NARROW_N, p.N - j);
@@ -1635,7 +1635,7 @@ static void matmul_alone(const Product *product) {
     }
 }
 
-// out = alpha·A·B + beta·out + bias, see Product. beta 0 overwrites. It equals
+// out = alpha·A·B + beta·out + bias, see MatrixProduct. beta 0 overwrites. It equals
 //     for i < M: for j < N: out[i][j] = alpha · Σ_k A[i][k]·B[k][j] + beta · out[i][j] + bias[j]
 // All threads share the work, unless they are at work already: then the calling thread does all of it.
 static void matmul(real *out, ptrdiff_t ld, Matrix a, Matrix b, int M, int N, int K, real alpha, real beta,
@@ -1643,9 +1643,9 @@ static void matmul(real *out, ptrdiff_t ld, Matrix a, Matrix b, int M, int N, in
     // of the one product that all threads are at
     static real packed[BLOCK_K * BLOCK_N] __attribute__((aligned(64)));
     if (K == 0 && beta == 1 && !bias) return;
-    Product p = {out, ld, a, b, M, N, K, alpha, beta, bias};
+    MatrixProduct p = {out, ld, a, b, M, N, K, alpha, beta, bias};
     if (M > 1 && N == 1 && ld == 1 && !bias) { // a column: the same as a row, transposed
-        Product transposed = {out, M, transpose(b), transpose(a), 1, M, K, alpha, beta, NULL};
+        MatrixProduct transposed = {out, M, transpose(b), transpose(a), 1, M, K, alpha, beta, NULL};
         p = transposed;
     }
     if (p.M == 1) {
@@ -2224,13 +2224,13 @@ typedef struct {
     int kept;
     real *scratch;
     const real *xbc, *step;
-    Scan scan;
+    ScanShape scan;
     int P;
 } ScanForward;
 typedef struct {
     real *y, *next, *fresh;
     const real *state, *cb, *keep, *x, *step;
-    Scan scan;
+    ScanShape scan;
     int n;
 } ScanChunk;
 
@@ -2258,7 +2258,7 @@ ONE_COPY static void scan_head(const void *call, int h) {
 
 ONE_COPY static void scan_sequence(const void *call, int item) {
     const ScanForward *p = (const ScanForward *)call;
-    Scan scan = p->scan;
+    ScanShape scan = p->scan;
     int T = scan.T, E = scan.E, S = scan.S, heads = scan.heads, W = E + 2 * S, P = p->P;
     int64_t b = item, size = (int64_t)S * E, slots = p->kept ? (T + P - 1) / P : 1;
     real *keep = p->scratch + scan_scratch(E, S, heads) * (size_t)omp_get_thread_num();
@@ -2282,7 +2282,7 @@ ONE_COPY static void scan_sequence(const void *call, int item) {
 }
 
 static void scan_forward_fast(real *y, real *states, int kept, Work work, const real *xbc, const real *step,
-                              Scan scan) {
+                              ScanShape scan) {
     ScanForward call = {.y = y, .states = states, .kept = kept, .scratch = work.scratch, .xbc = xbc,
                         .step = step, .scan = scan, .P = chunk_height(work.P)};
     for_items(scan.B, shared_out(scan.B), scan_sequence, &call);
@@ -2299,13 +2299,13 @@ typedef struct {
     real *dxbc, *dstep;
     real *scratch;
     const real *dy, *states, *xbc, *step;
-    Scan scan;
+    ScanShape scan;
     int P;
 } ScanBackward;
 typedef struct {
     const real *state, *keep, *cb, *x, *step, *dy, *faded, *read, *pulled;
     real *dh, *dx, *dstep, *dcb;
-    Scan scan;
+    ScanShape scan;
     int n;
 } ScanChunkBackward;
 
@@ -2379,7 +2379,7 @@ static void scan_fades(real *faded, real *fresh, const ScanChunkBackward *k) {
 
 ONE_COPY static void scan_sequence_backward(const void *call, int item) {
     const ScanBackward *p = (const ScanBackward *)call;
-    Scan scan = p->scan;
+    ScanShape scan = p->scan;
     int T = scan.T, E = scan.E, S = scan.S, heads = scan.heads, W = E + 2 * S, P = p->P;
     int64_t b = item, size = (int64_t)S * E, slots = (T + P - 1) / P;
     real *keep = p->scratch + scan_scratch(E, S, heads) * (size_t)omp_get_thread_num();
@@ -2415,7 +2415,7 @@ ONE_COPY static void scan_sequence_backward(const void *call, int item) {
 }
 
 static void scan_backward_fast(real *dxbc, real *dstep, real *dA_log, real *dskip, Work work, const real *dy,
-                               const real *states, const real *xbc, const real *step, Scan scan) {
+                               const real *states, const real *xbc, const real *step, ScanShape scan) {
     ScanBackward call = {.dxbc = dxbc, .dstep = dstep, .scratch = work.scratch, .dy = dy, .states = states,
                          .xbc = xbc, .step = step, .scan = scan, .P = chunk_height(work.P)};
     for_items(scan.B, shared_out(scan.B), scan_sequence_backward, &call);

@@ -293,7 +293,7 @@ static void uniform(double gamma, int T, int report) {
     }
     real *xbc = impulse; // rows of x (2), b, c; x is the impulse, b and c are 1
     for (int t = 0; t < T; t++) xbc[(size_t)t * W + 2] = xbc[(size_t)t * W + 3] = 1;
-    Scan scan = {1, T, D, 1, 1, &A_log, &skip};
+    ScanShape scan = {1, T, D, 1, 1, &A_log, &skip};
     scan_forward(out, states, 0, work, xbc, steps, scan);
     int visible = 0; // float32's exponent ends
     for (int t = 0; t < T; t++) {

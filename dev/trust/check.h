@@ -189,8 +189,9 @@ static inline Shape shape_of(int B, int T, int first, int H, int G, int d, int l
     Shape shape = {B, T, first, H, G, d, ld};
     return shape;
 }
-static inline Scan scan_with(int B, int T, int E, int S, int heads, const real *A_log, const real *skip) {
-    Scan scan = {B, T, E, S, heads, A_log, skip};
+static inline ScanShape scan_with(int B, int T, int E, int S, int heads, const real *A_log,
+                                  const real *skip) {
+    ScanShape scan = {B, T, E, S, heads, A_log, skip};
     return scan;
 }
 
