@@ -26,68 +26,118 @@ tests are in dev/trust/: test_runs.c and test_files.c of the program as a user r
 // ----------------------------------------------------------------------------
 // elementary functions, random numbers
 
-static void test_numbers(void) {
-    heading("elementary functions and random numbers");
-    double worst = 0, worst_cdf = 0, worst_tail = 0;
+static void check_exp(void) {
+    double worst = 0;
     for (double x = -86.9; x < 87.9; x += 0.00137) {
         real rounded = (real)x;
-        double exact = exp((double)rounded), bound = IS_DOUBLE ? 1e-15 : 2.5e-7 + 6e-8 * fabs(x); // half of it with fused multiply-add
+        double exact = exp((double)rounded);
+        double bound = IS_DOUBLE ? 1e-15 : 2.5e-7 + 6e-8 * fabs(x); // half of it with fused multiply-add
         worst_of(&worst, fabs((double)exp_real(rounded) - exact) / exact / bound);
     }
     check_error(worst, 1, "exp_real: relative error, as a share of 2.5e-7 + 6e-8 |x|");
-    for (double x = -12; x < 12; x += 0.00173) {
-        real rounded = (real)x;
-        double exact = 0.5 * erfc(-(double)rounded * 0.70710678118654752440), value = (double)normal_cdf(rounded, exp_real(-rounded * rounded / 2));
-        worst_of(&worst_cdf, fabs(value - exact));
-        if (x < 0 && x > -5) worst_of(&worst_tail, fabs(value - exact) / exact);
-    }
-    check_error(worst_cdf, bound_of(3e-7, 1e-15), "normal_cdf: absolute error, |x| < 12");
-    check_error(worst_tail, bound_of(3e-6, 1e-12), "normal_cdf: relative error of the tail, -5 < x < 0");
     real huge = exp_real((real)1e30), tiny = exp_real((real)-1e30), at_zero = exp_real(0);
     check(huge > (real)1e38 && tiny == 0 && at_zero == 1 && isnan(exp_real((real)NAN)) &&
-          exp_real((real)-INFINITY) == 0, "exp_real: 1 at 0, large at one end, 0 at the other, NaN stays NaN");
-    check((double)normal_cdf(30, 0) == 1 && fabs((double)normal_cdf(-30, 0)) < 1e-37 && isnan(normal_cdf((real)NAN, (real)NAN)), "normal_cdf: 0 and 1 at the ends, NaN stays NaN");
+              exp_real((real)-INFINITY) == 0,
+          "exp_real: 1 at 0, large at one end, 0 at the other, NaN stays NaN");
+}
+
+static void check_normal_cdf(void) {
+    double worst = 0, worst_tail = 0;
+    for (double x = -12; x < 12; x += 0.00173) {
+        real rounded = (real)x;
+        double exact = 0.5 * erfc(-(double)rounded * 0.70710678118654752440);
+        double value = (double)normal_cdf(rounded, exp_real(-rounded * rounded / 2));
+        worst_of(&worst, fabs(value - exact));
+        if (x < 0 && x > -5) worst_of(&worst_tail, fabs(value - exact) / exact);
+    }
+    check_error(worst, bound_of(3e-7, 1e-15), "normal_cdf: absolute error, |x| < 12");
+    check_error(worst_tail, bound_of(3e-6, 1e-12), "normal_cdf: relative error of the tail, -5 < x < 0");
+    double below = (double)normal_cdf(-30, 0), above = (double)normal_cdf(30, 0);
+    check(above == 1 && fabs(below) < 1e-37 && isnan(normal_cdf((real)NAN, (real)NAN)),
+          "normal_cdf: 0 and 1 at the ends, NaN stays NaN");
+}
+
+static void test_numbers(void) {
+    heading("elementary functions, messages and random numbers");
+    check_exp();
+    check_normal_cdf();
     char line[ERROR_SIZE];
     fail(line, "caf\xC3\xA9", "%s", "\x1B[2J\n\xC2\x9B\xFF\xC3");
-    check(!strcmp(line, "caf\xC3\xA9: ?[2J?????"), "messages: control characters and what is no UTF-8 become '?'");
+    check(!strcmp(line, "caf\xC3\xA9: ?[2J?????"),
+          "messages: control characters and what is no UTF-8 become '?'");
     uint64_t state = 0;
     uint64_t first = random_u64(&state), second = random_u64(&state);
-    check(first == 0xE220A8397B1DCDAFu && second == 0x6E789E6AA1B965F4u, "random_u64: the first two words of SplitMix64 from state 0");
+    check(first == 0xE220A8397B1DCDAFu && second == 0x6E789E6AA1B965F4u,
+          "random_u64: the first two words of SplitMix64 from state 0");
 }
 
 // ----------------------------------------------------------------------------
 // the matrix product and the triangular system, against three-line loops
 
+// ref = alpha a b + beta before + bias, in rows ld apart
+static void plain_matmul(precise *ref, int ld, Matrix a, Matrix b, int M, int N, int K, real alpha, real beta,
+                         const real *before, const real *bias) {
+    for (int m = 0; m < M; m++)
+        for (int n = 0; n < N; n++) {
+            precise sum = 0;
+            for (int k = 0; k < K; k++)
+                sum += (double)a.at[m * a.row + k * a.col] * (double)b.at[k * b.row + n * b.col];
+            double kept = beta == 0 ? 0 : (double)beta * (double)before[m * ld + n];
+            ref[m * ld + n] = (double)alpha * sum + kept + (bias ? (double)bias[n] : 0);
+        }
+}
+
+// Random numbers as a matrix of at most `rows` times `cols`: row after row, column after column, or every other number.
+static Matrix random_matrix(int kind, int rows, int cols) {
+    real *numbers = noise(2 * rows * cols + 1, 1);
+    Matrix by_rows = {numbers, cols, 1}, by_columns = {numbers, 1, rows}, apart = {numbers, 2 * cols, 2};
+    return kind == 0 ? by_rows : kind == 1 ? by_columns : apart;
+}
+
 static void test_matmul(void) {
-    heading("matrix product and triangular system against plain loops");
-    static const int Ms[] = {1, 2, TILE_ROWS, TILE_ROWS + 1, 61}, Ns[] = {1, 3, TILE_COLS, TILE_COLS + 1, BLOCK_N + 5}, Ks[] = {0, 1, 5, BLOCK_K, BLOCK_K + 3};
+    heading("matrix product against plain loops");
+    static const int Ms[] = {1, 2, TILE_ROWS, TILE_ROWS + 1, 61};
+    static const int Ns[] = {1, 3, TILE_COLS, TILE_COLS + 1, BLOCK_N + 5};
+    static const int Ks[] = {0, 1, 5, BLOCK_K, BLOCK_K + 3};
     static const real alphas[] = {1, (real)0.5, 1, (real)-0.25}, betas[] = {0, 1, (real)0.75, 0};
-    double worst[2] = {0, 0};
+    double worst = 0, worst_row = 0; // of one row: a product of its own
     for (int i = 0; i < 500; i++) {
         int M = Ms[i % 5], N = Ns[i / 5 % 5], K = Ks[i / 25 % 5], form = i / 125, ld = N + random_int(0, 3);
         int kind_a = random_int(0, 2), kind_b = random_int(0, 2), pad = random_int(0, 3);
-        real alpha = alphas[form], beta = betas[form];
-        ptrdiff_t steps[3][2] = {{K + pad, 1}, {1, M + pad}, {2 * (K + pad), 2}}, steps_b[3][2] = {{N + pad, 1}, {1, K + pad}, {2 * (N + pad), 2}};
-        Matrix a = {noise(2 * (M + pad) * (K + pad) + 1, 1), steps[kind_a][0], steps[kind_a][1]};
-        Matrix b = {noise(2 * (K + pad) * (N + pad) + 1, 1), steps_b[kind_b][0], steps_b[kind_b][1]};
+        Matrix a = random_matrix(kind_a, M + pad, K + pad), b = random_matrix(kind_b, K + pad, N + pad);
         const real *bias = random_int(0, 1) ? noise(N, 1) : NULL;
         real *out = poison((int64_t)M * ld), *before = noise((int64_t)M * ld, 1);
         precise *ref = zeros((int64_t)M * ld);
-        for (int m = 0; m < M; m++)
-            for (int n = 0; n < N; n++) {
-                precise sum = 0;
-                for (int k = 0; k < K; k++) sum += (double)a.at[m * a.row + k * a.col] * (double)b.at[k * b.row + n * b.col];
-                ref[m * ld + n] = (double)alpha * sum + (beta == 0 ? 0 : (double)beta * (double)before[m * ld + n]) + (bias ? (double)bias[n] : 0);
-                if (beta != 0) out[m * ld + n] = before[m * ld + n];
-            }
-        matmul(out, ld, a, b, M, N, K, alpha, beta, bias);
-        worst_of(&worst[M == 1], rows_error(out, ref, M, N, ld, sqrt((double)M * N * K) / 4));
+        plain_matmul(ref, ld, a, b, M, N, K, alphas[form], betas[form], before, bias);
+        for (int m = 0; m < M && betas[form] != 0; m++) // what beta 0 multiplies may be NaN
+            memcpy(out + m * ld, before + m * ld, sizeof(real) * (size_t)N);
+        matmul(out, ld, a, b, M, N, K, alphas[form], betas[form], bias);
+        worst_of(M == 1 ? &worst_row : &worst, rows_error(out, ref, M, N, ld, sqrt((double)M * N * K) / 4));
         release();
     }
-    check_error(worst[0], bound_of(2e-6, 4e-15), "matmul, 400 shapes, strides, alpha, beta, bias: worst");
-    check_error(worst[1], bound_of(2e-6, 4e-15), "matmul of one row, 100 shapes: worst");
-    double worst_way[2] = {0, 0};
-    static const int sizes[] = {1, 2, 5, TILE_ROWS, TILE_ROWS + 1, 31, PANEL_MAX - 1, PANEL_MAX}, widths[] = {1, 7, TILE_COLS, TILE_COLS + 1, 100};
+    check_error(worst, bound_of(2e-6, 4e-15), "matmul, 400 shapes, strides, alpha, beta, bias: worst");
+    check_error(worst_row, bound_of(2e-6, 4e-15), "matmul of one row, 100 shapes: worst");
+}
+
+// Solves (I - lower) x = x for n rows ld apart, or with its transpose: forward row t takes from the rows before it,
+// backward it gives to them.
+static void plain_solve(precise *x, int ld, const real *lower, int n, int D, int backward) {
+    for (int step = 0; step < n; step++) {
+        int t = backward ? n - 1 - step : step;
+        for (int j = 0; j < t; j++)
+            for (int e = 0; e < D; e++) {
+                double weight = (double)lower[t * n + j];
+                if (backward) x[j * ld + e] += weight * x[t * ld + e];
+                else x[t * ld + e] += weight * x[j * ld + e];
+            }
+    }
+}
+
+static void test_triangular(void) {
+    heading("triangular system against plain loops");
+    static const int sizes[] = {1, 2, 5, TILE_ROWS, TILE_ROWS + 1, 31, PANEL_MAX - 1, PANEL_MAX};
+    static const int widths[] = {1, 7, TILE_COLS, TILE_COLS + 1, 100};
+    double worst[2] = {0, 0}; // forward, backward
     for (int i = 0; i < 80; i++) {
         int n = sizes[i % 8], D = widths[i / 8 % 5], backward = i / 40, ld = D + random_int(0, 3);
         real *lower = noise((int64_t)n * n, 0.7 / sqrt((double)n)), *x = poison((int64_t)n * ld);
@@ -96,29 +146,29 @@ static void test_matmul(void) {
             for (int j = t; j < n; j++) lower[t * n + j] = 0;
             for (int e = 0; e < D; e++) ref[t * ld + e] = (double)(x[t * ld + e] = (real)random_normal(&chance));
         }
-        for (int step = 0; step < n; step++) { // forward row t takes from the rows before it; backward it gives to them
-            int t = backward ? n - 1 - step : step;
-            for (int j = 0; j < t; j++)
-                for (int e = 0; e < D; e++) {
-                    double weight = (double)lower[t * n + j];
-                    if (backward) ref[j * ld + e] += weight * ref[t * ld + e];
-                    else ref[t * ld + e] += weight * ref[j * ld + e];
-                }
-        }
+        plain_solve(ref, ld, lower, n, D, backward);
         Matrix reversed = {lower + n * n - 1, -1, -n};
         if (backward) triangular_solve(x + (size_t)(n - 1) * ld, -ld, reversed, n, D);
         else triangular_solve(x, ld, rows_of(lower, n), n, D);
-        worst_of(&worst_way[backward], rows_error(x, ref, n, D, ld, 0));
+        worst_of(&worst[backward], rows_error(x, ref, n, D, ld, 0));
         release();
     }
-    check_error(worst_way[0], bound_of(1e-6, 2e-15), "triangular_solve, 40 shapes: worst");
-    check_error(worst_way[1], bound_of(1e-6, 2e-15), "triangular_solve of the transposed system, 40 shapes: worst");
+    check_error(worst[0], bound_of(1e-6, 2e-15), "triangular_solve, 40 shapes: worst");
+    check_error(worst[1], bound_of(1e-6, 2e-15), "triangular_solve of the transposed system, 40 shapes: worst");
 }
 
 // ----------------------------------------------------------------------------
 // attention and feedback against the loops of their equations, number by number in double
 
-// [15, 16] o_t = Σ_{j≤t} p_tj v_j and, with dout, the gradients of Σ o·dout. Layouts are those of attention_forward.
+// Σ a_i b_i
+static double dot_of(const real *a, const real *b, int n) {
+    precise sum = 0;
+    for (int i = 0; i < n; i++) sum += (double)a[i] * (double)b[i];
+    return sum;
+}
+
+// [15, 16] o_t = Σ_{j≤t} p_tj v_j and, with dout, the gradients of Σ o·dout. Layouts are those of
+// attention_forward.
 static void plain_attention(precise *out, precise *dq, precise *dk, precise *dv, const real *dout,
                             const real *q, int ld, const real *k, const real *v, int ld_kv, int B, int T,
                             int H, int G, int d, int first) {
@@ -126,36 +176,37 @@ static void plain_attention(precise *out, precise *dq, precise *dk, precise *dv,
     for (int b = 0; b < B; b++)
         for (int h = 0; h < H; h++)
             for (int t = first; t < T; t++) {
-                size_t row = (size_t)b * (T - first) + t - first, at = (row * H + h) * d, at_q = row * ld + h * d, sum_at = at;
+                size_t row = (size_t)b * (T - first) + t - first;
+                size_t at = (row * H + h) * d, at_q = row * ld + h * d;
                 size_t kv = (size_t)b * T * ld_kv + h / (H / G) * d;
                 precise sum = 0, mean = 0;
-                for (int j = 0; j <= t; j++) {
-                    precise logit = 0;
-                    for (int i = 0; i < d; i++) logit += (double)q[at_q + i] * (double)k[kv + (size_t)j * ld_kv + i];
-                    sum += p[j] = exp(logit / sqrt((double)d));
-                }
                 for (int j = 0; j <= t; j++)
-                    for (int i = 0; i < d; i++) out[sum_at + i] += p[j] / sum * (double)v[kv + (size_t)j * ld_kv + i];
+                    sum += p[j] = exp(dot_of(q + at_q, k + kv + (size_t)j * ld_kv, d) / sqrt((double)d));
+                for (int j = 0; j <= t; j++) {
+                    const real *value = v + kv + (size_t)j * ld_kv;
+                    for (int i = 0; i < d; i++) out[at + i] += p[j] / sum * (double)value[i];
+                }
                 if (!dout) continue;
                 for (int j = 0; j <= t; j++) {
+                    size_t at_v = kv + (size_t)j * ld_kv;
                     p[j] /= sum;
-                    dp[j] = 0;
-                    for (int i = 0; i < d; i++) {
-                        dp[j] += (double)dout[at + i] * (double)v[kv + (size_t)j * ld_kv + i];
-                        dv[kv + (size_t)j * ld_kv + i] += p[j] * (double)dout[at + i];
-                    }
+                    dp[j] = dot_of(dout + at, v + at_v, d);
+                    for (int i = 0; i < d; i++) dv[at_v + i] += p[j] * (double)dout[at + i];
                     mean += p[j] * dp[j];
                 }
-                for (int j = 0; j <= t; j++)
+                for (int j = 0; j <= t; j++) {
+                    size_t at_k = kv + (size_t)j * ld_kv;
+                    double dlogit = p[j] * (dp[j] - mean) / sqrt((double)d);
                     for (int i = 0; i < d; i++) {
-                        double dlogit = p[j] * (dp[j] - mean) / sqrt((double)d);
-                        dq[at_q + i] += dlogit * (double)k[kv + (size_t)j * ld_kv + i];
-                        dk[kv + (size_t)j * ld_kv + i] += dlogit * (double)q[at_q + i];
+                        dq[at_q + i] += dlogit * (double)k[at_k + i];
+                        dk[at_k + i] += dlogit * (double)q[at_q + i];
                     }
+                }
             }
 }
 
-// [17, 19-22] s_t = f_t + γ_t Σ_{j<t} α_tj s_j and, with ds, the gradients of Σ s·ds. The rows of s before first are given.
+// [17, 19-22] s_t = f_t + γ_t Σ_{j<t} α_tj s_j and, with ds, the gradients of Σ s·ds. The rows of s before first
+// are given.
 static void plain_feedback(precise *s, precise *df, precise *dq, precise *dk, precise *dgamma, const real *ds,
                            const real *f, const real *q, int ld, const real *k, int ld_k, const real *gamma,
                            int B, int T, int D, int first) {
@@ -163,38 +214,42 @@ static void plain_feedback(precise *s, precise *df, precise *dq, precise *dk, pr
     for (int b = 0; b < B; b++) {
         size_t row0 = (size_t)b * (T - first), all0 = (size_t)b * T;
         for (int t = first; t < T; t++) {
-            size_t row = row0 + t - first;
-            precise sum = 0;
+            size_t row = row0 + t - first, at = (all0 + t) * D;
+            precise *weights = alpha + t * T, sum = 0;
+            for (int j = 0; j < t; j++)
+                sum += weights[j] = exp(dot_of(q + row * ld, k + (all0 + j) * ld_k, D) / sqrt((double)D));
+            for (int i = 0; i < D; i++) s[at + i] = (double)f[row * D + i];
             for (int j = 0; j < t; j++) {
-                precise logit = 0;
-                for (int i = 0; i < D; i++) logit += (double)q[row * ld + i] * (double)k[(all0 + j) * ld_k + i];
-                sum += alpha[t * T + j] = exp(logit / sqrt((double)D));
-            }
-            for (int i = 0; i < D; i++) s[(all0 + t) * D + i] = (double)f[row * D + i];
-            for (int j = 0; j < t; j++) {
-                alpha[t * T + j] /= sum;
-                for (int i = 0; i < D; i++) s[(all0 + t) * D + i] += (double)gamma[row] * alpha[t * T + j] * s[(all0 + j) * D + i];
+                weights[j] /= sum;
+                for (int i = 0; i < D; i++)
+                    s[at + i] += (double)gamma[row] * weights[j] * s[(all0 + j) * D + i];
             }
         }
         if (!ds) continue;
         for (size_t i = all0 * D; i < (all0 + T) * D; i++) df[i] = (double)ds[i];
         for (int t = T - 1; t >= 0; t--) { // df_t is complete when the rows after it have given
+            size_t row = all0 + t;
+            const precise *weights = alpha + t * T;
+            double gain = (double)gamma[row];
             precise mean = 0;
             for (int j = 0; j < t; j++) {
+                size_t at = (all0 + j) * D;
                 dalpha[j] = 0;
                 for (int i = 0; i < D; i++) {
-                    df[(all0 + j) * D + i] += (double)gamma[all0 + t] * alpha[t * T + j] * df[(all0 + t) * D + i];
-                    dalpha[j] += df[(all0 + t) * D + i] * s[(all0 + j) * D + i];
+                    df[at + i] += gain * weights[j] * df[row * D + i];
+                    dalpha[j] += df[row * D + i] * s[at + i];
                 }
-                mean += alpha[t * T + j] * dalpha[j];
+                mean += weights[j] * dalpha[j];
             }
-            dgamma[all0 + t] = mean;
-            for (int j = 0; j < t; j++)
+            dgamma[row] = mean;
+            for (int j = 0; j < t; j++) {
+                size_t at_k = (all0 + j) * ld_k;
+                double dlogit = gain * weights[j] * (dalpha[j] - mean) / sqrt((double)D);
                 for (int i = 0; i < D; i++) {
-                    double dlogit = (double)gamma[all0 + t] * alpha[t * T + j] * (dalpha[j] - mean) / sqrt((double)D);
-                    dq[(all0 + t) * ld + i] += dlogit * (double)k[(all0 + j) * ld_k + i];
-                    dk[(all0 + j) * ld_k + i] += dlogit * (double)q[(all0 + t) * ld + i];
+                    dq[row * ld + i] += dlogit * (double)k[at_k + i];
+                    dk[at_k + i] += dlogit * (double)q[row * ld + i];
                 }
+            }
         }
     }
 }
@@ -202,145 +257,187 @@ static void plain_feedback(precise *s, precise *df, precise *dq, precise *dk, pr
 static const int lengths[] = {1, 2, 3, 5, 8, 9, 23, 24, 25, 49, 61, 97, 121, 150, 64, 33};
 enum { N_LENGTHS = 16 };
 
+// A random shape of T rows in panels of height P; worst: out, out after known positions, dq, dk, dv
+static void compare_attention(double worst[5], int T, int P) {
+    int B = random_int(1, 3), G = random_int(1, 2), H = G * random_int(1, 3), d = 2 * random_int(1, 6);
+    int D = H * d, first = random_int(0, T - 1), ld = D + random_int(0, 3);
+    int64_t rows = (int64_t)B * T, size = rows * D, wide = rows * ld;
+    real *q = noise(wide, 1.5), *k = noise(wide, 1), *v = noise(wide, 1), *dout = noise(size, 1);
+    real *out = poison(size), *stats = poison(rows * H * 2), *scratch = scratch_for(T);
+    precise *ref = zeros(size), *dq = zeros(wide), *dk = zeros(wide), *dv = zeros(wide);
+    plain_attention(ref, dq, dk, dv, dout, q, ld, k, v, ld, B, T, H, G, d, 0);
+    attention_forward(out, stats, work_with(scratch, P), q, k, v, shape_of(B, T, 0, H, G, d, ld));
+    worst_of(&worst[0], error_of(out, ref, size, 0));
+
+    real *dq_layer = poison(wide), *dk_layer = poison(wide), *dv_layer = poison(wide);
+    attention_backward(dq_layer, dk_layer, dv_layer, work_with(scratch, P), dout, stats, q, k, v,
+                       shape_of(B, T, 0, H, G, d, ld));
+    double floor = 0.1 * length_of(dout, size);
+    worst_of(&worst[2], rows_error(dq_layer, dq, rows, D, ld, floor));
+    worst_of(&worst[3], rows_error(dk_layer, dk, rows, G * d, ld, floor));
+    worst_of(&worst[4], rows_error(dv_layer, dv, rows, G * d, ld, floor));
+
+    int64_t late_rows = (int64_t)B * (T - first); // the same with the positions before `first` known
+    real *late = poison(late_rows * D), *late_stats = poison(late_rows * H * 2);
+    precise *late_ref = zeros(late_rows * D);
+    plain_attention(late_ref, NULL, NULL, NULL, NULL, q, ld, k, v, ld, B, T, H, G, d, first);
+    attention_forward(late, late_stats, work_with(scratch, P), q, k, v, shape_of(B, T, first, H, G, d, ld));
+    worst_of(&worst[1], error_of(late, late_ref, late_rows * D, 0));
+    release();
+}
+
+// A random shape of T rows in panels of height P; worst: s, s after known positions, df, dq', dk', dgamma
+static void compare_feedback(double worst[6], int T, int P) {
+    int B = random_int(1, 3), D = random_int(2, 40), first = random_int(0, T - 1), ld = D + random_int(0, 3);
+    int64_t n = (int64_t)B * T, wide = n * ld, size = n * D;
+    real *f = noise(size, 1), *q = noise(wide, 1.5), *k = noise(wide, 1), *gamma = noise(n, 1);
+    real *ds = noise(size, 1), *scratch = scratch_for(T);
+    for (int64_t r = 0; r < n; r++) gamma[r] = (real)(0.999 * tanh((double)gamma[r]));
+    real *s = poison(size), *stats = poison(2 * n);
+    precise *ref = zeros(size), *df = zeros(size), *dq = zeros(wide), *dk = zeros(wide), *dgamma = zeros(n);
+    plain_feedback(ref, df, dq, dk, dgamma, ds, f, q, ld, k, ld, gamma, B, T, D, 0);
+    feedback_forward(s, stats, work_with(scratch, P), f, q, k, gamma, shape_of(B, T, 0, 1, 1, D, ld));
+    worst_of(&worst[0], error_of(s, ref, size, 0));
+
+    real *df_layer = copy_of(ds, size), *dq_layer = poison(wide), *dk_layer = poison(wide);
+    real *dgamma_layer = poison(n);
+    feedback_backward(df_layer, dq_layer, dk_layer, dgamma_layer, work_with(scratch, P), s, stats, q, k,
+                      gamma, shape_of(B, T, 0, 1, 1, D, ld));
+    double floor = 0.1 * length_of(ds, size);
+    worst_of(&worst[2], error_of(df_layer, df, size, 0));
+    worst_of(&worst[3], rows_error(dq_layer, dq, n, D, ld, floor));
+    worst_of(&worst[4], rows_error(dk_layer, dk, n, D, ld, floor));
+    worst_of(&worst[5], error_of(dgamma_layer, dgamma, n, floor));
+
+    precise *late_ref = zeros(size); // the same with the rows before `first` given
+    real *late = poison(size), *late_stats = poison(2 * n);
+    for (int b = 0; b < B; b++)
+        for (int at = b * T * D; at < (b * T + first) * D; at++)
+            late_ref[at] = (double)(late[at] = (real)random_normal(&chance));
+    plain_feedback(late_ref, NULL, NULL, NULL, NULL, NULL, f, q, ld, k, ld, gamma, B, T, D, first);
+    feedback_forward(late, late_stats, work_with(scratch, P), f, q, k, gamma,
+                     shape_of(B, T, first, 1, 1, D, ld));
+    worst_of(&worst[1], error_of(late, late_ref, size, 0));
+    release();
+}
+
 static void test_attention(void) {
-    heading("attention and feedback against the loops of their equations: T from 1 to 150, poisoned outputs");
+    static const char *names[] = {"out", "out after known positions", "dq", "dk", "dv"};
+    heading("attention against the loops of its equations: T from 1 to 150, poisoned outputs");
     for (int i = 0; i < N_HEIGHTS; i++) {
-        double worst[5] = {0}; // out, with a cache, dq, dk, dv
-        for (int c = 0; c < N_LENGTHS; c++) {
-            int T = lengths[c], B = random_int(1, 3), G = random_int(1, 2), H = G * random_int(1, 3), d = 2 * random_int(1, 6), D = H * d;
-            int first = random_int(0, T - 1), ld = D + random_int(0, 3), P = panel_heights[i];
-            real *q = noise((int64_t)B * T * ld, 1.5), *k = noise((int64_t)B * T * ld, 1), *v = noise((int64_t)B * T * ld, 1), *dout = noise((int64_t)B * T * D, 1);
-            real *out = poison((int64_t)B * T * D), *stats = poison((int64_t)B * H * T * 2), *scratch = scratch_for(T);
-            precise *ref = zeros((int64_t)B * T * D), *dq = zeros((int64_t)B * T * ld),
-                    *dk = zeros((int64_t)B * T * ld), *dv = zeros((int64_t)B * T * ld);
-            plain_attention(ref, dq, dk, dv, dout, q, ld, k, v, ld, B, T, H, G, d, 0);
-            attention_forward(out, stats, work_with(scratch, P), q, k, v, shape_of(B, T, 0, H, G, d, ld));
-            worst_of(&worst[0], error_of(out, ref, (int64_t)B * T * D, 0));
-            real *dq_layer = poison((int64_t)B * T * ld), *dk_layer = poison((int64_t)B * T * ld), *dv_layer = poison((int64_t)B * T * ld);
-            attention_backward(dq_layer, dk_layer, dv_layer, work_with(scratch, P), dout, stats, q, k, v,
-                               shape_of(B, T, 0, H, G, d, ld));
-            double floor = 0.1 * length_of(dout, (int64_t)B * T * D);
-            worst_of(&worst[2], rows_error(dq_layer, dq, (int64_t)B * T, D, ld, floor));
-            worst_of(&worst[3], rows_error(dk_layer, dk, (int64_t)B * T, G * d, ld, floor));
-            worst_of(&worst[4], rows_error(dv_layer, dv, (int64_t)B * T, G * d, ld, floor));
-            int rows = B * (T - first); // the same with the positions before `first` known
-            real *late = poison((int64_t)rows * D), *late_stats = poison((int64_t)rows * H * 2);
-            precise *late_ref = zeros((int64_t)rows * D);
-            plain_attention(late_ref, NULL, NULL, NULL, NULL, q, ld, k, v, ld, B, T, H, G, d, first);
-            attention_forward(late, late_stats, work_with(scratch, P), q, k, v,
-                              shape_of(B, T, first, H, G, d, ld));
-            worst_of(&worst[1], error_of(late, late_ref, (int64_t)rows * D, 0));
-            release();
-        }
-        static const char *names[] = {"out", "out after known positions", "dq", "dk", "dv"};
-        for (int n = 0; n < 5; n++) check_error(worst[n], bound_of(3e-6, 1e-14), "attention, P %d, %s", panel_heights[i], names[n]);
-    }
-    for (int i = 0; i < N_HEIGHTS; i++) {
-        double worst[6] = {0}; // s, with a cache, df, dq', dk', dgamma
-        for (int c = 0; c < N_LENGTHS; c++) {
-            int T = lengths[c], B = random_int(1, 3), D = random_int(2, 40), first = random_int(0, T - 1), ld = D + random_int(0, 3), P = panel_heights[i];
-            int64_t n = (int64_t)B * T, wide = n * ld, size = n * D;
-            real *f = noise(size, 1), *q = noise(wide, 1.5), *k = noise(wide, 1), *gamma = noise(n, 1), *ds = noise(size, 1), *scratch = scratch_for(T);
-            for (int64_t r = 0; r < n; r++) gamma[r] = (real)(0.999 * tanh((double)gamma[r]));
-            real *s = poison(size), *stats = poison(2 * n), *df_layer = poison(size), *dq_layer = poison(wide), *dk_layer = poison(wide), *dgamma_layer = poison(n);
-            precise *ref = zeros(size), *df = zeros(size), *dq = zeros(wide), *dk = zeros(wide),
-                    *dgamma = zeros(n), floor = 0.1 * length_of(ds, size);
-            plain_feedback(ref, df, dq, dk, dgamma, ds, f, q, ld, k, ld, gamma, B, T, D, 0);
-            feedback_forward(s, stats, work_with(scratch, P), f, q, k, gamma, shape_of(B, T, 0, 1, 1, D, ld));
-            worst_of(&worst[0], error_of(s, ref, size, 0));
-            memcpy(df_layer, ds, sizeof(real) * (size_t)(B * T * D));
-            feedback_backward(df_layer, dq_layer, dk_layer, dgamma_layer, work_with(scratch, P), s, stats, q,
-                              k, gamma, shape_of(B, T, 0, 1, 1, D, ld));
-            worst_of(&worst[2], error_of(df_layer, df, size, 0));
-            worst_of(&worst[3], rows_error(dq_layer, dq, n, D, ld, floor));
-            worst_of(&worst[4], rows_error(dk_layer, dk, n, D, ld, floor));
-            worst_of(&worst[5], error_of(dgamma_layer, dgamma, n, floor));
-            precise *late_ref = zeros(size);
-            real *late = poison(size), *late_stats = poison(2 * n);
-            for (int b = 0; b < B; b++)
-                for (int r = 0; r < first * D; r++) late_ref[b * T * D + r] = (double)(late[b * T * D + r] = (real)random_normal(&chance));
-            plain_feedback(late_ref, NULL, NULL, NULL, NULL, NULL, f, q, ld, k, ld, gamma, B, T, D, first);
-            feedback_forward(late, late_stats, work_with(scratch, P), f, q, k, gamma,
-                             shape_of(B, T, first, 1, 1, D, ld));
-            worst_of(&worst[1], error_of(late, late_ref, size, 0));
-            release();
-        }
-        static const char *names[] = {"s", "s after known positions", "df", "dq'", "dk'", "dgamma"};
-        for (int n = 0; n < 6; n++) check_error(worst[n], bound_of(3e-6, 1e-14), "feedback, P %d, %s", panel_heights[i], names[n]);
+        double worst[5] = {0};
+        int P = panel_heights[i];
+        for (int c = 0; c < N_LENGTHS; c++) compare_attention(worst, lengths[c], P);
+        for (int n = 0; n < 5; n++)
+            check_error(worst[n], bound_of(3e-6, 1e-14), "attention, P %d, %s", P, names[n]);
     }
 }
 
-// Gains at ±γ_max, and logits of exactly ±1e4: a softmax is then the mean over the keys with the query's sign, over all if
-// there is none. The plain loops above would overflow.
-static void test_extremes(void) {
-    heading("the ends of the scales: gains of 0.999, logits of 1e4");
-    enum { T = 150, D = 4 };
-    uint64_t before = chance; // the tests behind this one see the numbers that they always saw
-    static const double gains[] = {0.999, -0.999};
-    for (int i = 0; i < 2; i++) {
-        real *f = noise(T * D, 1), *q = noise(T * D, 0.5), *k = noise(T * D, 0.5), *gamma = noise(T, 0), *ds = noise(T * D, 1), *scratch = scratch_for(T);
-        real *s = poison(T * D), *stats = poison(2 * T), *df_layer = poison(T * D), *dq_layer = poison(T * D), *dk_layer = poison(T * D), *dgamma_layer = poison(T);
-        precise *ref = zeros(T * D), *df = zeros(T * D), *dq = zeros(T * D), *dk = zeros(T * D),
-                *dgamma = zeros(T), largest = 0, largest_f = 0;
-        for (int t = 0; t < T; t++) gamma[t] = (real)gains[i];
-        plain_feedback(ref, df, dq, dk, dgamma, ds, f, q, D, k, D, gamma, 1, T, D, 0);
-        feedback_forward(s, stats, work_with(scratch, 0), f, q, k, gamma, shape_of(1, T, 0, 1, 1, D, D));
-        memcpy(df_layer, ds, sizeof(real) * (size_t)(1 * T * D));
-        feedback_backward(df_layer, dq_layer, dk_layer, dgamma_layer, work_with(scratch, 0), s, stats, q, k,
-                          gamma, shape_of(1, T, 0, 1, 1, D, D));
-        for (int e = 0; e < T * D; e++) {
-            worst_of(&largest, fabs((double)s[e]));
-            worst_of(&largest_f, fabs((double)f[e]));
-        }
-        check_error(error_of(s, ref, T * D, 0), bound_of(1e-5, 1e-13), "feedback, every gain %g: s", gains[i]);
-        check_error(fmax(fmax(error_of(df_layer, df, T * D, 0), error_of(dgamma_layer, dgamma, T, 0)), fmax(error_of(dq_layer, dq, T * D, 0), error_of(dk_layer, dk, T * D, 0))),
-                    bound_of(1e-4, 1e-12), "feedback, every gain %g: gradients", gains[i]);
-        check_error(largest / (largest_f * 1000), 1, "|s| within max |f| / (1 - 0.999), as a share of it");
-        release();
+static void test_feedback(void) {
+    static const char *names[] = {"s", "s after known positions", "df", "dq'", "dk'", "dgamma"};
+    heading("feedback against the loops of its equations: T from 1 to 150, poisoned outputs");
+    for (int i = 0; i < N_HEIGHTS; i++) {
+        double worst[6] = {0};
+        int P = panel_heights[i];
+        for (int c = 0; c < N_LENGTHS; c++) compare_feedback(worst, lengths[c], P);
+        for (int n = 0; n < 6; n++)
+            check_error(worst[n], bound_of(3e-6, 1e-14), "feedback, P %d, %s", P, names[n]);
     }
-    for (int strict = 0; strict < 2; strict++) { // attention, feedback
-        real *f = noise(T * D, 1), *q = noise(T * D, 0), *k = noise(T * D, 0), *gamma = noise(T, 0.3), *out = poison(T * D), *stats = poison(2 * T), *scratch = scratch_for(T);
-        precise *ref = zeros(T * D);
-        for (int t = 0; t < T; t++) {
-            q[t * D] = (real)(random_int(0, 1) ? 2e4 : -2e4); // times 1/sqrt(4)
-            k[t * D] = (real)(t > T / 2 && random_int(0, 1) ? 1 : -1);
-        }
-        for (int t = 0; t < T; t++) {
-            precise n = 0, all = strict ? t : t + 1, sum[D] = {0}, sum_all[D] = {0};
-            for (int j = 0; j < all; j++) {
-                int match = (q[t * D] > 0) == (k[j * D] > 0);
-                n += match;
-                for (int e = 0; e < D; e++) {
-                    double value = strict ? ref[j * D + e] : (double)f[j * D + e];
-                    sum[e] += match ? value : 0;
-                    sum_all[e] += value;
-                }
-            }
+}
+
+// Every gain at ±γ_max.
+static void check_gain(double gain) {
+    enum { T = 150, D = 4, SIZE = T * D };
+    real *f = noise(SIZE, 1), *q = noise(SIZE, 0.5), *k = noise(SIZE, 0.5), *gamma = noise(T, 0);
+    real *ds = noise(SIZE, 1), *scratch = scratch_for(T), *s = poison(SIZE), *stats = poison(2 * T);
+    real *df_layer = copy_of(ds, SIZE), *dq_layer = poison(SIZE), *dk_layer = poison(SIZE);
+    real *dgamma_layer = poison(T);
+    precise *ref = zeros(SIZE), *df = zeros(SIZE), *dq = zeros(SIZE), *dk = zeros(SIZE), *dgamma = zeros(T);
+    precise largest = 0, largest_f = 0, worst = 0;
+    for (int t = 0; t < T; t++) gamma[t] = (real)gain;
+    plain_feedback(ref, df, dq, dk, dgamma, ds, f, q, D, k, D, gamma, 1, T, D, 0);
+    feedback_forward(s, stats, work_with(scratch, 0), f, q, k, gamma, shape_of(1, T, 0, 1, 1, D, D));
+    feedback_backward(df_layer, dq_layer, dk_layer, dgamma_layer, work_with(scratch, 0), s, stats, q, k,
+                      gamma, shape_of(1, T, 0, 1, 1, D, D));
+    check_error(error_of(s, ref, SIZE, 0), bound_of(1e-5, 1e-13), "feedback, every gain %g: s", gain);
+    worst_of(&worst, error_of(df_layer, df, SIZE, 0));
+    worst_of(&worst, error_of(dgamma_layer, dgamma, T, 0));
+    worst_of(&worst, error_of(dq_layer, dq, SIZE, 0));
+    worst_of(&worst, error_of(dk_layer, dk, SIZE, 0));
+    check_error(worst, bound_of(1e-4, 1e-12), "feedback, every gain %g: gradients", gain);
+    for (int i = 0; i < SIZE; i++) {
+        worst_of(&largest, fabs((double)s[i]));
+        worst_of(&largest_f, fabs((double)f[i]));
+    }
+    check_error(largest / (largest_f * 1000), 1, "|s| within max |f| / (1 - 0.999), as a share of it");
+    release();
+}
+
+// Logits of exactly ±1e4 in attention, or in feedback: a softmax is then the mean over the keys with the query's sign,
+// over all if there is none. The plain loops above would overflow.
+static void check_large_logits(int feedback) {
+    enum { T = 150, D = 4, SIZE = T * D };
+    real *f = noise(SIZE, 1), *q = noise(SIZE, 0), *k = noise(SIZE, 0), *gamma = noise(T, 0.3);
+    real *out = poison(SIZE), *stats = poison(2 * T), *scratch = scratch_for(T);
+    precise *ref = zeros(SIZE);
+    for (int t = 0; t < T; t++) {
+        q[t * D] = (real)(random_int(0, 1) ? 2e4 : -2e4); // times 1/sqrt(4)
+        k[t * D] = (real)(t > T / 2 && random_int(0, 1) ? 1 : -1);
+    }
+    for (int t = 0; t < T; t++) {
+        precise n = 0, all = feedback ? t : t + 1, sum[D] = {0}, sum_all[D] = {0};
+        for (int j = 0; j < all; j++) {
+            int match = (q[t * D] > 0) == (k[j * D] > 0);
+            n += match;
             for (int e = 0; e < D; e++) {
-                double mean = n ? sum[e] / n : all ? sum_all[e] / all : 0;
-                ref[t * D + e] = strict ? (double)f[t * D + e] + (double)gamma[t] * mean : mean;
+                double value = feedback ? ref[j * D + e] : (double)f[j * D + e];
+                sum[e] += match ? value : 0;
+                sum_all[e] += value;
             }
         }
-        if (strict) feedback_forward(out, stats, work_with(scratch, 0), f, q, k, gamma,
-                                     shape_of(1, T, 0, 1, 1, D, D));
-        else attention_forward(out, stats, work_with(scratch, 0), q, k, f, shape_of(1, T, 0, 1, 1, D, D));
-        check_error(error_of(out, ref, T * D, 0), bound_of(3e-6, 1e-14), "%s with logits of 1e4 and -1e4", strict ? "feedback" : "attention");
-        release();
+        for (int e = 0; e < D; e++) {
+            double mean = n ? sum[e] / n : all ? sum_all[e] / all : 0;
+            ref[t * D + e] = feedback ? (double)f[t * D + e] + (double)gamma[t] * mean : mean;
+        }
     }
+    if (feedback)
+        feedback_forward(out, stats, work_with(scratch, 0), f, q, k, gamma, shape_of(1, T, 0, 1, 1, D, D));
+    else attention_forward(out, stats, work_with(scratch, 0), q, k, f, shape_of(1, T, 0, 1, 1, D, D));
+    check_error(error_of(out, ref, SIZE, 0), bound_of(3e-6, 1e-14), "%s with logits of 1e4 and -1e4",
+                feedback ? "feedback" : "attention");
+    release();
+}
+
+static void check_large_losses(void) {
     enum { V = 5 };
-    real logits[2 * V] = {(real)1e4, (real)-1e4, 0, (real)1e4, 0, (real)-1e4, (real)-1e4, (real)-1e4, (real)-1e4, (real)-1e4}, losses[2], sums[2], grads[2 * V];
-    int targets[2] = {1, 4};
+    const real high = (real)1e4, low = (real)-1e4;
+    const real logits[2 * V] = {high, low, 0, high, 0, low, low, low, low, low};
+    static const int targets[2] = {1, 4};
+    static const double wanted[2 * V] = {0.5, -1, 0, 0.5, 0, 0.2, 0.2, 0.2, 0.2, -0.8};
+    real losses[2], sums[2], grads[2 * V];
+    precise worst = 0, off = 0;
     crossentropy_forward(losses, sums, logits, targets, 2, V);
     crossentropy_backward(grads, logits, sums, targets, 1, 2, V);
-    double wanted[2 * V] = {0.5, -1, 0, 0.5, 0, 0.2, 0.2, 0.2, 0.2, -0.8}, off = 0;
+    worst_of(&worst, fabs((double)losses[0] - 2e4 - log(2.0)) / 2e4);
+    worst_of(&worst, fabs((double)losses[1] - log(5.0)) / 1e4);
     for (int e = 0; e < 2 * V; e++) worst_of(&off, fabs((double)grads[e] - wanted[e]));
-    check_error(fmax(fabs((double)losses[0] - 2e4 - log(2.0)) / 2e4, fabs((double)losses[1] - log(5.0)) / 1e4), bound_of(1e-7, 1e-12), "cross-entropy of logits of 1e4 and -1e4");
+    check_error(worst, bound_of(1e-7, 1e-12), "cross-entropy of logits of 1e4 and -1e4");
     check_error(off, bound_of(1e-3, 1e-11), "its gradient"); // a logit of 1e4 has a last digit of 1e-3
+}
+
+static void test_extremes(void) {
+    heading("the ends of the scales: gains of 0.999, logits of 1e4");
+    uint64_t before = chance; // the tests behind this one see the numbers that they always saw
+    check_gain(0.999);
+    check_gain(-0.999);
+    check_large_logits(0);
+    check_large_logits(1);
+    check_large_losses();
     chance = before;
 }
 
-// h_t = exp(-exp(A_log) Δ_t) h_{t-1} + Δ_t b_t x_t^T, y_t = c_t^T h_t + skip·x_t token by token, from the state h (B,S,E), and
-// with dy the gradients of Σ y·dy: the states are remembered, and dh runs back over them.
+// h_t = exp(-exp(A_log) Δ_t) h_{t-1} + Δ_t b_t x_t^T, y_t = c_t^T h_t + skip·x_t token by token, from the state
+// h (B,S,E), and with dy the gradients of Σ y·dy: the states are remembered, and dh runs back over them.
 static void plain_scan(precise *y, precise *h, precise *dxbc, precise *dstep, precise *dA, precise *dskip,
                        const real *dy, const real *xbc, const real *step, const real *A_log, const real *skip,
                        int B, int T, int E, int S, int heads) {
@@ -348,15 +445,20 @@ static void plain_scan(precise *y, precise *h, precise *dxbc, precise *dstep, pr
     precise *all = zeros((int64_t)(T + 1) * S), *dh = zeros(S);
     for (int b = 0; b < B; b++)
         for (int e = 0; e < E; e++) {
-            double rate = exp((double)A_log[e / w]);
-            for (int i = 0; i < S; i++) { all[i] = h[((int64_t)b * S + i) * E + e]; dh[i] = 0; }
+            int head = e / w;
+            double rate = exp((double)A_log[head]);
+            for (int i = 0; i < S; i++) {
+                all[i] = h[((int64_t)b * S + i) * E + e];
+                dh[i] = 0;
+            }
             for (int t = 0; t < T; t++) {
                 const real *x = xbc + (int64_t)(b * T + t) * W;
-                double delta = (double)step[(b * T + t) * heads + e / w];
-                precise sum = (double)skip[e / w] * (double)x[e];
+                const precise *before = all + t * S;
+                precise *after = all + (t + 1) * S, sum = (double)skip[head] * (double)x[e];
+                double delta = (double)step[(b * T + t) * heads + head];
                 for (int i = 0; i < S; i++) {
-                    all[(t + 1) * S + i] = exp(-rate * delta) * all[t * S + i] + delta * (double)x[E + i] * (double)x[e];
-                    sum += (double)x[E + S + i] * all[(t + 1) * S + i];
+                    after[i] = exp(-rate * delta) * before[i] + delta * (double)x[E + i] * (double)x[e];
+                    sum += (double)x[E + S + i] * after[i];
                 }
                 y[(int64_t)(b * T + t) * E + e] = sum;
             }
@@ -365,133 +467,178 @@ static void plain_scan(precise *y, precise *h, precise *dxbc, precise *dstep, pr
                 const real *x = xbc + (int64_t)(b * T + t) * W;
                 precise *dx = dxbc + (int64_t)(b * T + t) * W, decay_gradient = 0;
                 double g = (double)dy[(int64_t)(b * T + t) * E + e];
-                double delta = (double)step[(b * T + t) * heads + e / w], decay = exp(-rate * delta);
-                dskip[e / w] += g * (double)x[e];
-                dx[e] += g * (double)skip[e / w];
+                double delta = (double)step[(b * T + t) * heads + head], decay = exp(-rate * delta);
+                dskip[head] += g * (double)x[e];
+                dx[e] += g * (double)skip[head];
                 for (int i = 0; i < S; i++) {
                     dx[E + S + i] += g * all[(t + 1) * S + i];
                     dh[i] += g * (double)x[E + S + i];
                     dx[e] += dh[i] * delta * (double)x[E + i];
                     dx[E + i] += dh[i] * delta * (double)x[e];
-                    dstep[(b * T + t) * heads + e / w] += dh[i] * (double)x[E + i] * (double)x[e];
+                    dstep[(b * T + t) * heads + head] += dh[i] * (double)x[E + i] * (double)x[e];
                     decay_gradient += dh[i] * all[t * S + i];
                     dh[i] *= decay;
                 }
-                dstep[(b * T + t) * heads + e / w] -= decay_gradient * decay * rate;
-                dA[e / w] -= decay_gradient * decay * rate * delta;
+                dstep[(b * T + t) * heads + head] -= decay_gradient * decay * rate;
+                dA[head] -= decay_gradient * decay * rate * delta;
             }
         }
+}
+
+// A random shape of T tokens in chunks of height P, where `uneven` some states decay at once, some never. worst: y, the
+// state carried to a second call, y of both calls, dx b c, dstep, dA_log, dskip
+static void compare_scan(double worst[7], int T, int P, int uneven) {
+    int B = random_int(1, 3), heads = random_int(1, 3), E = heads * random_int(1, 20), S = random_int(1, 9);
+    int first = random_int(0, T - 1), N = B * T, W = E + 2 * S, n_steps = N * heads;
+    int64_t size = (int64_t)N * E, wide = (int64_t)N * W, state_size = (int64_t)S * E;
+    int slots = (T + chunk_height(P) - 1) / chunk_height(P);
+    real *xbc = noise(wide, 1), *step = noise(n_steps, 1), *A_log = noise(heads, 1), *skip = noise(heads, 1);
+    real *dy = noise(size, 1);
+    for (int n = 0; n < n_steps; n++) {
+        if (!uneven) step[n] = (real)exp((double)step[n] - 2);
+        else step[n] = n % 3 ? (real)exp((double)step[n]) : 0;
+    }
+    real *y = poison(size), *states = poison(B * slots * state_size), *dxbc = poison(wide);
+    real *dstep = poison(3 * n_steps), *dA = noise(heads, 0), *dskip = noise(heads, 0);
+    real *scratch = (real *)lend(scan_scratch(E, S, heads) * (size_t)omp_get_max_threads() * sizeof(real));
+    precise *ref = zeros(size), *h = zeros(B * state_size), *ref_x = zeros(wide), *ref_step = zeros(n_steps);
+    precise *ref_A = zeros(heads), *ref_skip = zeros(heads);
+    plain_scan(ref, h, ref_x, ref_step, ref_A, ref_skip, dy, xbc, step, A_log, skip, B, T, E, S, heads);
+    scan_forward(y, states, 1, work_with(scratch, P), xbc, step, scan_with(B, T, E, S, heads, A_log, skip));
+    worst_of(&worst[0], error_of(y, ref, size, 0));
+
+    scan_backward(dxbc, dstep, dA, dskip, work_with(scratch, P), dy, states, xbc, step,
+                  scan_with(B, T, E, S, heads, A_log, skip));
+    double floor = 0.1 * length_of(dy, size);
+    worst_of(&worst[3], error_of(dxbc, ref_x, wide, 0));
+    for (int n = 0; n < n_steps; n++) dstep[n] = dstep[n / heads * 3 * heads + n % heads];
+    worst_of(&worst[4], error_of(dstep, ref_step, n_steps, floor));
+    worst_of(&worst[5], error_of(dA, ref_A, heads, floor));
+    worst_of(&worst[6], error_of(dskip, ref_skip, heads, floor));
+
+    real *state = noise(state_size, 0); // the first sequence in two calls, the state carried over
+    precise *late = zeros((int64_t)T * E), *carried = zeros(state_size);
+    plain_scan(late, carried, NULL, NULL, NULL, NULL, NULL, xbc, step, A_log, skip, 1, T, E, S, heads);
+    if (first)
+        scan_forward(y, state, 0, work_with(scratch, P), xbc, step,
+                     scan_with(1, first, E, S, heads, A_log, skip));
+    scan_forward(y + (int64_t)first * E, state, 0, work_with(scratch, P), xbc + (int64_t)first * W,
+                 step + first * heads, scan_with(1, T - first, E, S, heads, A_log, skip));
+    worst_of(&worst[1], error_of(state, carried, state_size, 0));
+    worst_of(&worst[2], error_of(y, late, (int64_t)T * E, 0));
+    release();
 }
 
 static void test_scan(void) {
+    static const char *names[] = {
+        "y", "the state carried to a second call", "y of both calls", "dx, db, dc", "dstep", "dA_log", "dskip"};
     heading("the Mamba-2 scan in chunks against the recurrence, token by token: T from 1 to 150");
     for (int i = 0; i < N_HEIGHTS; i++) {
-        double worst[8] = {0}; // y, last state, y from a state, dx b c, dstep, dA_log, dskip
-        for (int c = 0; c < N_LENGTHS; c++) {
-            int T = lengths[c], B = random_int(1, 3), heads = random_int(1, 3), E = heads * random_int(1, 20), S = random_int(1, 9), W = E + 2 * S, P = panel_heights[i];
-            int first = random_int(0, T - 1), N = B * T, slots = (T + chunk_height(P) - 1) / chunk_height(P);
-            real *xbc = noise((int64_t)N * W, 1), *step = noise(N * heads, 1), *A_log = noise(heads, 1), *skip = noise(heads, 1), *dy = noise((int64_t)N * E, 1);
-            for (int n = 0; n < N * heads; n++) step[n] = (real)(c % 4 ? exp((double)step[n] - 2) : n % 3 ? exp((double)step[n]) : 0); // some decay at once, some never
-            real *y = poison((int64_t)N * E), *states = poison((int64_t)B * slots * S * E), *dxbc = poison((int64_t)N * W), *dstep = poison(N * 3 * heads), *dA = noise(heads, 0), *dskip = noise(heads, 0);
-            real *scratch = (real *)lend(scan_scratch(E, S, heads) * (size_t)omp_get_max_threads() * sizeof(real));
-            precise *ref = zeros((int64_t)N * E), *h = zeros((int64_t)B * S * E),
-                    *ref_x = zeros((int64_t)N * W), *ref_step = zeros(N * heads), *ref_A = zeros(heads),
-                    *ref_skip = zeros(heads);
-            plain_scan(ref, h, ref_x, ref_step, ref_A, ref_skip, dy, xbc, step, A_log, skip, B, T, E, S, heads);
-            scan_forward(y, states, 1, work_with(scratch, P), xbc, step,
-                         scan_with(B, T, E, S, heads, A_log, skip));
-            worst_of(&worst[0], error_of(y, ref, (int64_t)N * E, 0));
-            scan_backward(dxbc, dstep, dA, dskip, work_with(scratch, P), dy, states, xbc, step,
-                          scan_with(B, T, E, S, heads, A_log, skip));
-            double floor = 0.1 * length_of(dy, (int64_t)N * E);
-            worst_of(&worst[3], error_of(dxbc, ref_x, (int64_t)N * W, 0));
-            for (int n = 0; n < N * heads; n++) dstep[n] = dstep[n / heads * 3 * heads + n % heads];
-            worst_of(&worst[4], error_of(dstep, ref_step, N * heads, floor));
-            worst_of(&worst[5], error_of(dA, ref_A, heads, floor));
-            worst_of(&worst[6], error_of(dskip, ref_skip, heads, floor));
-            real *state = noise((int64_t)S * E, 0); // the first sequence in two calls, the state carried over
-            precise *late = zeros((int64_t)T * E), *carried = zeros((int64_t)S * E);
-            plain_scan(late, carried, NULL, NULL, NULL, NULL, NULL, xbc, step, A_log, skip, 1, T, E, S, heads);
-            if (first) scan_forward(y, state, 0, work_with(scratch, P), xbc, step,
-                                    scan_with(1, first, E, S, heads, A_log, skip));
-            scan_forward(y + (int64_t)first * E, state, 0, work_with(scratch, P), xbc + (int64_t)first * W,
-                         step + first * heads, scan_with(1, T - first, E, S, heads, A_log, skip));
-            worst_of(&worst[1], error_of(state, carried, (int64_t)S * E, 0));
-            worst_of(&worst[2], error_of(y, late, (int64_t)T * E, 0));
-            release();
-        }
-        static const char *names[] = {"y", "the state carried to a second call", "y of both calls", "dx, db, dc", "dstep", "dA_log", "dskip"};
-        // dA_log sums numbers of both signs over all tokens, far larger than their sum. In float64 the sums over all tokens, dA_log
-        // and dskip, come to 11.1 and 1.07 times 1e-14 with AVX2's vectors, to less with AVX-512's
+        double worst[7] = {0};
+        int P = panel_heights[i];
+        for (int c = 0; c < N_LENGTHS; c++) compare_scan(worst, lengths[c], P, c % 4 == 0);
+        // dA_log sums numbers of both signs over all tokens, far larger than their sum. In float64 the sums over
+        // all tokens, dA_log and dskip, come to 11.1 and 1.07 times 1e-14 with AVX2's vectors, to less with
+        // AVX-512's
         for (int n = 0; n < 7; n++)
-            check_error(worst[n], (n == 5 ? 10 : 1) * bound_of(3e-6, 2e-14), "scan, P %d, %s", panel_heights[i], names[n]);
+            check_error(worst[n], (n == 5 ? 10 : 1) * bound_of(3e-6, 2e-14), "scan, P %d, %s", P, names[n]);
     }
 }
 
-// What the feedback path must do, known without any reference.
-static void test_memory(void) {
-    heading("the feedback path's memory, in closed form");
-    enum { T = 300, D = 4, CHAIN = 150 };
-    static const double gains[] = {0.5, 0.999, -0.999, 0.9, -0.3};
-    for (int c = 0; c < 5; c++) { // equal logits: an impulse at τ fades as ℓ^(γ-1)
-        double worst = 0, g = (double)(real)gains[c];
-        for (int i = 0; i < N_HEIGHTS; i++) {
-            real *f = poison(T * D), *q = poison(T * D), *k = noise(T * D, 3), *gamma = poison(T), *s = poison(T * D), *stats = poison(2 * T), *scratch = scratch_for(T);
-            static const int places[D] = {0, 1, 59, 130};
-            for (int t = 0; t < T; t++) {
-                gamma[t] = (real)g;
-                for (int e = 0; e < D; e++) { q[t * D + e] = 0; f[t * D + e] = t == places[e]; }
+// ----------------------------------------------------------------------------
+// what the feedback path must do, known without any reference
+
+// Equal logits: an impulse at τ fades as ℓ^(γ-1).
+static void check_impulse(double gamma_exact) {
+    enum { T = 300, D = 4, SIZE = T * D };
+    static const int places[D] = {0, 1, 59, 130};
+    double worst = 0, g = (double)(real)gamma_exact;
+    for (int i = 0; i < N_HEIGHTS; i++) {
+        real *f = poison(SIZE), *q = poison(SIZE), *k = noise(SIZE, 3), *gamma = poison(T);
+        real *s = poison(SIZE), *stats = poison(2 * T), *scratch = scratch_for(T);
+        for (int t = 0; t < T; t++) {
+            gamma[t] = (real)g;
+            for (int e = 0; e < D; e++) {
+                q[t * D + e] = 0;
+                f[t * D + e] = t == places[e];
             }
-            feedback_forward(s, stats, work_with(scratch, panel_heights[i]), f, q, k, gamma,
-                             shape_of(1, T, 0, 1, 1, D, D));
-            for (int t = 0; t < T; t++)
-                for (int e = 0; e < D; e++) {
-                    double tau = places[e], exact = t < tau ? 0 : t == tau ? 1 : g * exp(lgamma(tau + 1) - lgamma(tau + 1 + g) + lgamma(t + g) - lgamma(t + 1.0));
-                    worst_of(&worst, fabs((double)s[t * D + e] - exact) / fmax(fabs(exact), 1.0 / (t + 1))); // 1/t: what one weight gives
-                }
-            release();
         }
-        check_error(worst, bound_of(2e-5, 1e-11), "impulse response at gamma %g, T 300, worst number of all panel heights", gains[c]);
+        feedback_forward(s, stats, work_with(scratch, panel_heights[i]), f, q, k, gamma,
+                         shape_of(1, T, 0, 1, 1, D, D));
+        for (int t = 0; t < T; t++)
+            for (int e = 0; e < D; e++) {
+                double tau = places[e], exact = t == tau, one_weight = 1.0 / (t + 1);
+                if (t > tau)
+                    exact = g * exp(lgamma(tau + 1) - lgamma(tau + 1 + g) + lgamma(t + g) - lgamma(t + 1.0));
+                double error = fabs((double)s[t * D + e] - exact);
+                worst_of(&worst, error / fmax(fabs(exact), one_weight));
+            }
+        release();
     }
-    double chain = 0; // α_t,t-1 = 1: a chain, s_t = f_t + γ s_{t-1}
-    real *f = poison(CHAIN * CHAIN), *q = poison(CHAIN * CHAIN), *k = poison(CHAIN * CHAIN), *gamma = poison(CHAIN), *s = poison(CHAIN * CHAIN), *stats = poison(2 * CHAIN);
-    for (int t = 0; t < CHAIN; t++) {
+    check_error(worst, bound_of(2e-5, 1e-11),
+                "impulse response at gamma %g, T 300, worst number of all panel heights", gamma_exact);
+}
+
+// α_t,t-1 = 1: a chain, s_t = f_t + γ s_{t-1}
+static void check_chain(void) {
+    enum { T = 150, D = T, SIZE = T * D };
+    double worst = 0;
+    real *f = poison(SIZE), *q = poison(SIZE), *k = poison(SIZE), *gamma = poison(T);
+    real *s = poison(SIZE), *stats = poison(2 * T);
+    for (int t = 0; t < T; t++) {
         gamma[t] = (real)0.875;
-        for (int e = 0; e < CHAIN; e++) {
-            f[t * CHAIN + e] = t == e;
-            q[t * CHAIN + e] = e == t - 1 ? 60 : 0;
-            k[t * CHAIN + e] = e == t ? 60 : 0;
+        for (int e = 0; e < D; e++) {
+            f[t * D + e] = t == e;
+            q[t * D + e] = e == t - 1 ? 60 : 0;
+            k[t * D + e] = e == t ? 60 : 0;
         }
     }
-    feedback_forward(s, stats, work_with(scratch_for(CHAIN), 0), f, q, k, gamma,
-                     shape_of(1, CHAIN, 0, 1, 1, CHAIN, CHAIN));
-    for (int t = 0; t < CHAIN; t++)
-        for (int e = 0; e < CHAIN; e++) worst_of(&chain, fabs((double)s[t * CHAIN + e] - (t < e ? 0 : pow(0.875, t - e))));
-    check_error(chain, bound_of(1e-6, 1e-14), "peaked weights make a chain: s_{t+l} = gamma^l, absolute");
-    memset(gamma, 0, sizeof(real) * CHAIN);
-    feedback_forward(s, stats, work_with(scratch_for(CHAIN), 0), f, q, k, gamma,
-                     shape_of(1, CHAIN, 0, 1, 1, CHAIN, CHAIN));
-    check(!memcmp(s, f, sizeof(real) * CHAIN * CHAIN), "gamma 0: s is f, bit for bit");
+    feedback_forward(s, stats, work_with(scratch_for(T), 0), f, q, k, gamma, shape_of(1, T, 0, 1, 1, D, D));
+    for (int t = 0; t < T; t++)
+        for (int e = 0; e < D; e++) {
+            double exact = t < e ? 0 : pow(0.875, t - e);
+            worst_of(&worst, fabs((double)s[t * D + e] - exact));
+        }
+    check_error(worst, bound_of(1e-6, 1e-14), "peaked weights make a chain: s_{t+l} = gamma^l, absolute");
+    memset(gamma, 0, sizeof(real) * T);
+    feedback_forward(s, stats, work_with(scratch_for(T), 0), f, q, k, gamma, shape_of(1, T, 0, 1, 1, D, D));
+    check(!memcmp(s, f, sizeof(real) * SIZE), "gamma 0: s is f, bit for bit");
     release();
+}
+
+// |s| ≤ max|f| / (1 - max|γ|)
+static void check_largest(void) {
+    enum { T = 300, D = 4, SIZE = T * D };
     double share = 0;
-    for (int c = 0; c < 30; c++) { // |s| ≤ max|f| / (1 - max|γ|)
-        real *fr = noise(T * D, 1), *qr = noise(T * D, c), *kr = noise(T * D, 1), *gr = noise(T, 2), *sr = poison(T * D);
+    for (int c = 0; c < 30; c++) {
+        int steady = c % 3 == 0; // all gains 0.99, all f 1
+        real *f = noise(SIZE, 1), *q = noise(SIZE, c), *k = noise(SIZE, 1), *gamma = noise(T, 2);
+        real *s = poison(SIZE);
         double most_f = 0, most_gamma = 0, most_s = 0, level = random_uniform(&chance);
         for (int t = 0; t < T; t++) {
-            gr[t] = (real)(c % 3 ? 0.999 * level * tanh((double)gr[t]) : 0.99);
-            if (c % 3 == 0) for (int e = 0; e < D; e++) fr[t * D + e] = 1;
-            worst_of(&most_gamma, fabs((double)gr[t]));
+            gamma[t] = (real)(steady ? 0.99 : 0.999 * level * tanh((double)gamma[t]));
+            for (int e = 0; e < D && steady; e++) f[t * D + e] = 1;
+            worst_of(&most_gamma, fabs((double)gamma[t]));
         }
-        feedback_forward(sr, poison(2 * T), work_with(scratch_for(T), 0), fr, qr, kr, gr,
+        feedback_forward(s, poison(2 * T), work_with(scratch_for(T), 0), f, q, k, gamma,
                          shape_of(1, T, 0, 1, 1, D, D));
-        for (int t = 0; t < T * D; t++) {
-            worst_of(&most_f, fabs((double)fr[t]));
-            worst_of(&most_s, fabs((double)sr[t]));
+        for (int i = 0; i < SIZE; i++) {
+            worst_of(&most_f, fabs((double)f[i]));
+            worst_of(&most_s, fabs((double)s[i]));
         }
         worst_of(&share, most_s * (1 - most_gamma) / most_f);
         release();
     }
-    check_error(share, 1 + bound_of(1e-4, 1e-12), "max|s| as a share of max|f|/(1 - max|gamma|), 30 systems: worst");
+    check_error(share, 1 + bound_of(1e-4, 1e-12),
+                "max|s| as a share of max|f|/(1 - max|gamma|), 30 systems: worst");
+}
+
+static void test_memory(void) {
+    static const double gains[] = {0.5, 0.999, -0.999, 0.9, -0.3};
+    heading("the feedback path's memory, in closed form");
+    for (int i = 0; i < 5; i++) check_impulse(gains[i]);
+    check_chain();
+    check_largest();
 }
 
 // ----------------------------------------------------------------------------
@@ -1485,8 +1632,10 @@ static void test_everything(int only_layers) {
 #endif
     test_numbers();
     test_matmul();
+    test_triangular();
     test_plain();
     test_attention();
+    test_feedback();
     test_extremes();
     test_scan();
     test_memory();
