@@ -935,12 +935,28 @@ static double difference(double (*f)(void *), void *state, real *x) {
     return (8 * (values[0] - values[1]) - (values[2] - values[3])) / (12 * h);
 }
 
-// A layer by itself. The check is of Σ out·dout, dout random, by every number of every input. What backward adds to starts
-// from random numbers, what it writes from NaN.
-enum { LB = 2, LT = 11, LN = LB * LT, LD = 8, LH = 4, LG = 2, LW = 2, LE = (LH + 2 * LG) * LW, LV = 5, LS = 3, LM = LD + 2 * LS };
+// A layer by itself. The check is of Σ out·dout, dout random, by every number of every input. What backward adds to
+// starts from random numbers, what it writes from NaN.
+enum {
+    LB = 2,                     // sequences
+    LT = 11,                    // tokens of each
+    LN = LB * LT,
+    LD = 8,                     // width
+    LH = 4,                     // heads
+    LG = 2,                     // of keys and values
+    LW = 2,                     // columns of a head
+    LE = (LH + 2 * LG) * LW,    // q, k and v beside each other
+    LV = 5,                     // vocabulary
+    LS = 3,                     // numbers of mamba2's state
+    LM = LD + 2 * LS            // x, b and c beside each other
+};
 typedef struct {
     int P, *ids;
-    real *out, *dout, *in[4], *grad[4], *mean, *rstd, *scratch, *cosine, *sine, *states, *step;
+    real *in[4], *out;           // inputs, output
+    real *grad[4], *dout;        // their gradients
+    real *mean, *rstd;           // what forward keeps for backward: of attention its statistics
+    real *states, *step;         // of the scan
+    real *scratch, *cosine, *sine;
 } LayerCase;
 typedef struct {
     const char *name;
@@ -950,10 +966,19 @@ typedef struct {
 
 static void embedding_f(LayerCase *c) { embedding_forward(c->out, c->ids, c->in[0], LB, LT, LD); }
 static void embedding_b(LayerCase *c) { embedding_backward(c->grad[0], c->dout, c->ids, LB, LT, LD); }
-static void layernorm_f(LayerCase *c) { layernorm_forward(c->out, c->mean, c->rstd, c->in[0], c->in[1], c->in[2], LN, LD); }
-static void layernorm_b(LayerCase *c) { layernorm_backward(c->grad[0], c->grad[1], c->grad[2], c->dout, c->in[0], c->mean, c->rstd, c->in[1], LN, LD); }
-static void linear_f(LayerCase *c) { linear_forward(c->out, LV, c->in[0], c->in[1], c->in[2], LN, LD, LV); }
-static void linear_b(LayerCase *c) { linear_backward(c->grad[0], c->grad[1], c->grad[2], c->dout, LV, c->in[0], c->in[1], LN, LD, LV); }
+static void layernorm_f(LayerCase *c) {
+    layernorm_forward(c->out, c->mean, c->rstd, c->in[0], c->in[1], c->in[2], LN, LD);
+}
+static void layernorm_b(LayerCase *c) {
+    layernorm_backward(c->grad[0], c->grad[1], c->grad[2], c->dout, c->in[0], c->mean, c->rstd, c->in[1], LN,
+                       LD);
+}
+static void linear_f(LayerCase *c) {
+    linear_forward(c->out, LV, c->in[0], c->in[1], c->in[2], LN, LD, LV);
+}
+static void linear_b(LayerCase *c) {
+    linear_backward(c->grad[0], c->grad[1], c->grad[2], c->dout, LV, c->in[0], c->in[1], LN, LD, LV);
+}
 static void gelu_f(LayerCase *c) { gelu_forward(c->out, c->in[0], LD, LN, LD); }
 static void gelu_b(LayerCase *c) { gelu_backward(c->grad[0], c->dout, c->in[0], LD, LN, LD); }
 static void rope_f(LayerCase *c) {
@@ -991,7 +1016,9 @@ static void feedback_b(LayerCase *c) {
                       shape_of(LB, LT, 0, 1, 1, LD, 2 * LD));
 }
 static void gate_f(LayerCase *c) { gate_forward(c->out, c->in[0], c->in[1], LD, LN, LD); }
-static void gate_b(LayerCase *c) { gate_backward(c->grad[0], c->grad[1], c->dout, c->in[0], c->in[1], LD, LN, LD); }
+static void gate_b(LayerCase *c) {
+    gate_backward(c->grad[0], c->grad[1], c->dout, c->in[0], c->in[1], LD, LN, LD);
+}
 static void dropout_f(LayerCase *c) {
     Dropout drop = {0.3, 5, 7};
     memcpy(c->out, c->in[0], sizeof(real) * LN * LD);
@@ -1008,15 +1035,19 @@ static void crossentropy_b(LayerCase *c) { // takes one dloss for all rows
     crossentropy_backward(c->grad[0], c->in[0], c->mean, c->ids, c->dout[0], LN, LV);
 }
 
-static void conv_f(LayerCase *c) { conv_forward(c->out, c->in[0] + 1, LM + 1, NULL, c->in[1], c->in[2], LB, LT, LM, 0); }
+static void conv_f(LayerCase *c) { // reads all columns but the first
+    conv_forward(c->out, c->in[0] + 1, LM + 1, NULL, c->in[1], c->in[2], LB, LT, LM, 0);
+}
 static void conv_b(LayerCase *c) {
-    real *dout = copy_of(c->dout, LN * LM), keep_first[LN];
-    for (int n = 0; n < LN; n++) keep_first[n] = 0; // the column that the convolution does not read
-    conv_backward(c->grad[0] + 1, c->grad[1], c->grad[2], dout, c->in[0] + 1, LM + 1, c->in[1], c->in[2], LB, LT, LM);
-    for (int n = 0; n < LN; n++) c->grad[0][n * (LM + 1)] = keep_first[n];
+    real *dout = copy_of(c->dout, LN * LM);
+    conv_backward(c->grad[0] + 1, c->grad[1], c->grad[2], dout, c->in[0] + 1, LM + 1, c->in[1], c->in[2], LB,
+                  LT, LM);
+    for (int n = 0; n < LN; n++) c->grad[0][n * (LM + 1)] = 0;
 }
 static void step_f(LayerCase *c) { step_forward(c->out, c->in[0], LD, c->in[1], LN, LD); }
-static void step_b(LayerCase *c) { step_backward(c->grad[0], c->grad[1], c->dout, LD, c->in[0], LD, c->in[1], LN, LD); }
+static void step_b(LayerCase *c) {
+    step_backward(c->grad[0], c->grad[1], c->dout, LD, c->in[0], LD, c->in[1], LN, LD);
+}
 static void scan_f(LayerCase *c) { // two heads; |in[1]| is the step
     for (int i = 0; i < LN * 2; i++) c->step[i] = c->in[1][i] * c->in[1][i];
     scan_forward(c->out, c->states, 1, work_with(c->scratch, c->P), c->in[0], c->step,
@@ -1028,23 +1059,24 @@ static void scan_b(LayerCase *c) {
                   c->in[0], c->step, scan_with(LB, LT, LD, LS, 2, c->in[2], c->in[3]));
     for (int i = 0; i < LN * 2; i++) c->grad[1][i] = 2 * c->in[1][i] * dstep[i / 2 * 6 + i % 2];
 }
-static void norm_f(LayerCase *c) { gated_rmsnorm_forward(c->out, c->rstd, c->in[0], c->in[1], LD, c->in[2], LN, LD); }
-static void norm_b(LayerCase *c) { gated_rmsnorm_backward(c->grad[0], c->grad[1], c->grad[2], c->dout, c->in[0], c->in[1], LD, c->rstd, c->in[2], LN, LD); }
+static void norm_f(LayerCase *c) {
+    gated_rmsnorm_forward(c->out, c->rstd, c->in[0], c->in[1], LD, c->in[2], LN, LD);
+}
+static void norm_b(LayerCase *c) {
+    gated_rmsnorm_backward(c->grad[0], c->grad[1], c->grad[2], c->dout, c->in[0], c->in[1], LD, c->rstd,
+                           c->in[2], LN, LD);
+}
 
+// Σ out·dout after another forward pass.
 typedef struct { const Layer *layer; LayerCase c; } LayerSum;
 static double layer_sum(void *state) {
     LayerSum *sum_of = (LayerSum *)state;
-    precise sum = 0;
     sum_of->layer->forward(&sum_of->c);
-    for (int i = 0; i < sum_of->layer->n_out; i++) sum += (double)sum_of->c.out[i] * (double)sum_of->c.dout[i];
-    return sum;
+    return dot_of(sum_of->c.out, sum_of->c.dout, sum_of->layer->n_out);
 }
 
-static void check_layer(const Layer *layer, int P) {
-    real *before[4], *start[4];
-    LayerSum state;
-    LayerCase *c = &state.c;
-    state.layer = layer;
+// Room for a layer's call; rope's table.
+static void lend_case(LayerCase *c, const Layer *layer, int P) {
     c->P = P;
     c->ids = random_ids(LN, LV, layer->forward == crossentropy_f);
     c->out = poison(layer->n_out);
@@ -1057,6 +1089,14 @@ static void check_layer(const Layer *layer, int P) {
     c->cosine = poison(LT * 2);
     c->sine = poison(LT * 2);
     rope_table(c->cosine, c->sine, LT, 4);
+}
+
+static void check_layer(const Layer *layer, int P) {
+    real *before[4], *start[4];
+    LayerSum state;
+    LayerCase *c = &state.c;
+    state.layer = layer;
+    lend_case(c, layer, P);
     for (int i = 0; i < layer->n_inputs; i++) {
         int n = layer->sizes[i];
         before[i] = copy_of(c->in[i] = noise(n, 0.8), n);
@@ -1082,6 +1122,7 @@ static void check_layer(const Layer *layer, int P) {
 static void test_layers(void) {
     heading("every layer's gradients against central differences");
     static const Layer layers[] = {
+        // name, forward, backward, numbers of the output, inputs, their sizes, whether backward adds to the gradient
         {"embedding", embedding_f, embedding_b, LN * LD, 1, {LV * LD}, {1}},
         {"layernorm", layernorm_f, layernorm_b, LN * LD, 3, {LN * LD, LD, LD}, {1, 1, 1}},
         {"linear", linear_f, linear_b, LN * LV, 3, {LN * LD, LV * LD, LV}, {0, 1, 1}},
@@ -1096,20 +1137,31 @@ static void test_layers(void) {
         {"step", step_f, step_b, LN * LD, 2, {LN * LD, LD}, {0, 1}},
         {"scan", scan_f, scan_b, LN * LD, 4, {LN * LM, LN * 2, 2, 2}, {0, 0, 1, 1}},
         {"gated norm", norm_f, norm_b, LN * LD, 3, {LN * LD, LN * LD, LD}, {0, 0, 1}},
-        {"crossentropy", crossentropy_f, crossentropy_b, LN, 1, {LN * LV}, {0}}};
+        {"crossentropy", crossentropy_f, crossentropy_b, LN, 1, {LN * LV}, {0}},
+    };
     for (size_t i = 0; i < sizeof(layers) / sizeof(layers[0]); i++) {
-        check_layer(&layers[i], 0);
-        if (layers[i].forward == attention_f || layers[i].forward == feedback_f || layers[i].forward == scan_f) check_layer(&layers[i], 3);
+        const Layer *layer = &layers[i];
+        int in_panels = layer->forward == attention_f || layer->forward == feedback_f || layer->forward == scan_f;
+        check_layer(layer, 0);
+        if (in_panels) check_layer(layer, 3);
     }
 }
 
-typedef struct { Model *model; const int *inputs, *targets; int B, T; Dropout drop; double dloss; } Loss;
+// A model's mean loss over the targets that count.
+typedef struct {
+    Model *model;
+    const int *inputs, *targets;
+    int B, T;
+    Dropout drop;
+    double dloss;
+} Loss;
 static double loss_of(void *state) {
     Loss *l = (Loss *)state;
     model_forward(l->model, l->inputs, l->targets, l->B, l->T, l->drop);
     return l->dloss * model_loss(l->model);
 }
 
+// Up to 24 numbers of every tensor of a model.
 static void check_model(const char *name, Config c, int B, int T, int P, double probability) {
     enum { ENTRIES = 24 };
     Model *m = create(&c, B + 1, T + 2, TRAIN); // a batch smaller than the model allows
@@ -1139,9 +1191,11 @@ static void check_model(const char *name, Config c, int B, int T, int P, double 
     }
     for (int r = 0; r < n_tensors; r++) {
         double error = sqrt(off[r]) / fmax(sqrt(size[r]), 1e-3 * mean);
-        if (!(error <= worst)) { worst = error; worst_at = r; }
+        if (!(error <= worst)) worst_at = r;
+        worst_of(&worst, error);
     }
-    check_error(worst, 1e-6, "%s, dropout %g: worst of %d tensors (%s)", name, probability, n_tensors, m->table.rows[worst_at].name);
+    check_error(worst, 1e-6, "%s, dropout %g: worst of %d tensors (%s)", name, probability, n_tensors,
+                m->table.rows[worst_at].name);
     model_free(m);
     release();
 }
@@ -1170,11 +1224,10 @@ static void test_model_gradients(void) {
 // ----------------------------------------------------------------------------
 // AdamW, dropout's mask, the schedule, initial values, sampling
 
-static void test_training_parts(void) {
-    heading("optimiser, dropout, schedule, initial values, sampling");
+static void check_adamw(void) {
     enum { N = 1000, STEPS = 12 };
     real *w = noise(N, 1), *g = poison(N), *m = noise(N, 0), *v = noise(N, 0);
-    precise *w_ref = zeros(N), *m_ref = zeros(N), *v_ref = zeros(N);
+    precise *w_ref = zeros(N), *m_ref = zeros(N), *v_ref = zeros(N), worst = 0;
     AdamW o = {0.01, 0.9, 0.97, 1e-6, 0.3};
     int cleared = 1;
     for (int i = 0; i < N; i++) w_ref[i] = (double)w[i];
@@ -1185,82 +1238,130 @@ static void test_training_parts(void) {
             double grad = scale * (double)g[i];
             m_ref[i] = o.beta1 * m_ref[i] + (1 - o.beta1) * grad;
             v_ref[i] = o.beta2 * v_ref[i] + (1 - o.beta2) * grad * grad;
+            double mean = m_ref[i] / (1 - pow(o.beta1, step)), square = v_ref[i] / (1 - pow(o.beta2, step));
             w_ref[i] -= o.lr * o.weight_decay * w_ref[i];
-            w_ref[i] -= o.lr * m_ref[i] / (1 - pow(o.beta1, step)) / (sqrt(v_ref[i] / (1 - pow(o.beta2, step))) + o.eps);
+            w_ref[i] -= o.lr * mean / (sqrt(square) + o.eps);
         }
         adamw(w, g, m, v, N, o, scale, step);
         for (int i = 0; i < N; i++) cleared &= g[i] == 0;
     }
     check_error(error_of(w, w_ref, N, 0), bound_of(1e-6, 1e-14), "adamw, 12 steps: weights");
-    check_error(fmax(error_of(m, m_ref, N, 0), error_of(v, v_ref, N, 0)), bound_of(1e-6, 1e-14), "adamw, 12 steps: moments");
+    worst_of(&worst, error_of(m, m_ref, N, 0));
+    worst_of(&worst, error_of(v, v_ref, N, 0));
+    check_error(worst, bound_of(1e-6, 1e-14), "adamw, 12 steps: moments");
     check(cleared, "adamw clears the gradient");
     check_error(fabs(norm(w, N) / length_of(w, N) - 1), 1e-13, "norm against a plain sum");
+}
 
-    enum { MASKED = 200000 };
+static void check_dropout(void) {
+    enum { N = 200000 };
     Dropout drop = {0.3, 42, 9}, later = {0.3, 42, 10};
-    real *x = noise(MASKED, 0);
-    for (int i = 0; i < MASKED; i++) x[i] = 1;
-    real *again = copy_of(x, MASKED), *place = copy_of(x, MASKED), *step = copy_of(x, MASKED);
-    dropout(x, MASKED, drop, 2);
-    dropout(again, MASKED, drop, 2);
-    dropout(place, MASKED, drop, 3);
-    dropout(step, MASKED, later, 2);
-    int zero = 0, both[2] = {0, 0}, scaled = 1;
-    for (int i = 0; i < MASKED; i++) {
+    real *x = noise(N, 0);
+    for (int i = 0; i < N; i++) x[i] = 1;
+    real *again = copy_of(x, N), *place = copy_of(x, N), *step = copy_of(x, N);
+    dropout(x, N, drop, 2);
+    dropout(again, N, drop, 2);
+    dropout(place, N, drop, 3);
+    dropout(step, N, later, 2);
+    double zero = 0, with_place = 0, with_step = 0, off = 0;
+    int scaled = 1;
+    for (int i = 0; i < N; i++) {
         zero += x[i] == 0;
-        both[0] += x[i] == 0 && place[i] == 0;
-        both[1] += x[i] == 0 && step[i] == 0;
+        with_place += x[i] == 0 && place[i] == 0;
+        with_step += x[i] == 0 && step[i] == 0;
         scaled &= x[i] == 0 || x[i] == (real)(1 / (1 - 0.3));
     }
-    check_error(fabs(zero / (double)MASKED - 0.3), 0.0042, "dropout 0.3: rate of zeros off (4 standard deviations)");
-    check_error(fmax(fabs(both[0] / (double)MASKED - 0.09), fabs(both[1] / (double)MASKED - 0.09)), 0.0026, "dropout: masks of two places and two steps are independent");
-    check(scaled && !memcmp(x, again, sizeof(real) * MASKED), "dropout: scale 1/(1-p), the same mask when asked again");
+    check_error(fabs(zero / N - 0.3), 0.0042, "dropout 0.3: rate of zeros off (4 standard deviations)");
+    worst_of(&off, fabs(with_place / N - 0.09));
+    worst_of(&off, fabs(with_step / N - 0.09));
+    check_error(off, 0.0026, "dropout: masks of two places and two steps are independent");
+    check(scaled && !memcmp(x, again, sizeof(real) * N),
+          "dropout: scale 1/(1-p), the same mask when asked again");
+}
 
+static void check_schedule(void) {
+    static const struct { int64_t step; double rate; } schedule[] = {
+        {0, 0.5}, {1, 1}, {3, 2}, {4, 2}, {6, 0.5 + 1.5 * 0.85355339059327376}, {8, 1.25}, {12, 0.5}, {1000, 0.5},
+    };
     Options options;
     memset(&options, 0, sizeof(options));
     options.lr = 2;
     options.min_lr = 0.5;
     options.warmup = 4;
     options.decay_steps = 12;
-    static const double rates[][2] = {{0, 0.5}, {1, 1}, {3, 2}, {4, 2}, {6, 0.5 + 1.5 * 0.85355339059327376}, {8, 1.25}, {12, 0.5}, {1000, 0.5}};
     double off = 0;
-    for (int i = 0; i < 8; i++) worst_of(&off, fabs(learning_rate(&options, (int64_t)rates[i][0]) - rates[i][1]));
+    for (int i = 0; i < 8; i++)
+        worst_of(&off, fabs(learning_rate(&options, schedule[i].step) - schedule[i].rate));
     check_error(off, 1e-14, "learning rate: warm-up, cosine, end, past the end");
+}
 
+static void check_initial_values(void) {
     Config c = config_with(SESSA, 50, 64, 1, 4, 4, 8);
-    Model *model = create(&c, 1, 8, EVALUATE);
-    initialise(model->params, &model->table, 1);
-    precise largest = 0, square = 0;
-    const Tensor *t = find_tensor(&model->table, "layers.0.mixer.proj_fb.weight"), *e = find_tensor(&model->table, "wte.weight"), *b = find_tensor(&model->table, "layers.0.mixer.gamma_bias");
-    for (int64_t i = 0; i < t->count; i++) worst_of(&largest, fabs((double)model->params[t->offset + i]));
-    for (int64_t i = 0; i < e->count; i++) square += (double)model->params[e->offset + i] * (double)model->params[e->offset + i];
-    check(largest <= 0.125 && largest > 0.1245 && fabs(sqrt(square / (double)e->count) / 0.02 - 1) < 0.05 && model->params[b->offset] == 1,
+    Model *m = create(&c, 1, 8, EVALUATE);
+    initialise(m->params, &m->table, 1);
+    precise largest = 0;
+    const Tensor *proj = find_tensor(&m->table, "layers.0.mixer.proj_fb.weight");
+    const Tensor *wte = find_tensor(&m->table, "wte.weight");
+    const Tensor *gamma_bias = find_tensor(&m->table, "layers.0.mixer.gamma_bias");
+    for (int64_t i = 0; i < proj->count; i++)
+        worst_of(&largest, fabs((double)m->params[proj->offset + i]));
+    double deviation = length_of(m->params + wte->offset, wte->count) / sqrt((double)wte->count);
+    check(largest <= 0.125 && largest > 0.1245 && fabs(deviation / 0.02 - 1) < 0.05 &&
+              m->params[gamma_bias->offset] == 1,
           "initial values: uniform within 1/sqrt(D), embedding 0.02, gamma_bias 1");
-    model_free(model);
+    model_free(m);
+}
 
-    enum { CHOICES = 6, DRAWS = 40000 };
-    real *logits = noise(CHOICES, 1);
-    Candidate *candidates = (Candidate *)lend(sizeof(Candidate) * CHOICES);
-    precise total = 0, worst = 0, seen[CHOICES] = {0}, likely = 0;
+// How likely, by the logits, what is likelier than `id` is together; how many they are.
+static double likelier(const real *logits, int n, int id, double temperature, int *many) {
+    precise sum = 0, total = 0;
+    *many = 0;
+    for (int i = 0; i < n; i++) {
+        double weight = exp((double)logits[i] / temperature);
+        total += weight;
+        if (logits[i] <= logits[id]) continue;
+        sum += weight;
+        ++*many;
+    }
+    return sum / total;
+}
+
+static void check_sampling(void) {
+    enum { N = 6, DRAWS = 40000 };
+    real *logits = noise(N, 1);
+    Candidate *candidates = (Candidate *)lend(sizeof(Candidate) * N);
+    precise total = 0, worst = 0, seen[N] = {0};
     int best = 0, only_likely = 1;
     uint64_t random = 5;
-    for (int i = 0; i < CHOICES; i++) { total += exp((double)logits[i] / 0.7); if (logits[i] > logits[best]) best = i; }
-    for (int i = 0; i < DRAWS; i++) seen[sample_token(logits, candidates, CHOICES, 0.7, 0, 1, &random)] += 1.0 / DRAWS;
-    for (int i = 0; i < CHOICES; i++) {
+    for (int i = 0; i < N; i++) {
+        total += exp((double)logits[i] / 0.7);
+        if (logits[i] > logits[best]) best = i;
+    }
+    for (int i = 0; i < DRAWS; i++)
+        seen[sample_token(logits, candidates, N, 0.7, 0, 1, &random)] += 1.0 / DRAWS;
+    for (int i = 0; i < N; i++) {
         double p = exp((double)logits[i] / 0.7) / total;
         worst_of(&worst, fabs(seen[i] - p) / sqrt(p * (1 - p) / DRAWS));
     }
     check_error(worst, 4, "sample_token at temperature 0.7: worst frequency, in standard deviations");
     for (int i = 0; i < DRAWS; i++) { // the two likeliest only, then as many as reach 60 %
-        int id = sample_token(logits, candidates, CHOICES, 1, 2, 1, &random), before = 0;
-        for (int j = 0; j < CHOICES; j++) before += logits[j] > logits[id];
-        only_likely &= before < 2;
-        id = sample_token(logits, candidates, CHOICES, 0.7, 0, 0.6, &random);
-        likely = 0;
-        for (int j = 0; j < CHOICES; j++) likely += logits[j] > logits[id] ? exp((double)logits[j] / 0.7) / total : 0;
-        only_likely &= likely < 0.6;
+        int many, id = sample_token(logits, candidates, N, 1, 2, 1, &random);
+        likelier(logits, N, id, 1, &many);
+        only_likely &= many < 2;
+        id = sample_token(logits, candidates, N, 0.7, 0, 0.6, &random);
+        only_likely &= likelier(logits, N, id, 0.7, &many) < 0.6;
     }
-    check(only_likely && sample_token(logits, candidates, CHOICES, 0, 0, 1, &random) == best, "sample_token: top-k, top-p and temperature 0 cut where they should");
+    check(only_likely && sample_token(logits, candidates, N, 0, 0, 1, &random) == best,
+          "sample_token: top-k, top-p and temperature 0 cut where they should");
+}
+
+static void test_training_parts(void) {
+    heading("optimiser, dropout, schedule, initial values, sampling");
+    check_adamw();
+    check_dropout();
+    check_schedule();
+    check_initial_values();
+    check_sampling();
     release();
 }
 
