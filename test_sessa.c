@@ -4,14 +4,15 @@ central differences (in float64), and whole models against dumps of the PyTorch 
 
     ./test_sessa                     everything, and the dumps data/ref_*.safetensors
     ./test_sessa --layers            without what starts this test again: for emulators
-    ./test_sessa my.safetensors ...  only these dumps: any model that you dumped, with the tensors that you chose
+    ./test_sessa my.safetensors ...  only these dumps: of any model, with the tensors that you chose
 
 Built twice: as it is (float32), and with -DREAL=double, where errors are rounding errors of float64 and so
 tiny that a wrong term cannot hide behind them. Each line is one check: what, the error measured, its bound,
 ok or FAIL. Errors are relative and of whole tensors, ‖x - ref‖/‖ref‖, unless the line says otherwise.
 
-The CUDA twin is held against the same dumps by the same code: test_sessacu is this file with -DTEST_CUDA. The other
-tests are in dev/trust/: test_runs.c and test_files.c of the program as a user runs it, test_kernels.cu of the twin.
+The CUDA twin is held against the same dumps by the same code: test_sessacu is this file with -DTEST_CUDA. The
+other tests are in dev/trust/: the program as a user runs it, test_runs.c and test_files.c; the twin's kernels,
+test_kernels.cu.
 */
 #define SESSA_NO_MAIN
 #ifdef TEST_CUDA
@@ -87,7 +88,8 @@ static void plain_matmul(precise *ref, int ld, Matrix a, Matrix b, int M, int N,
         }
 }
 
-// Random numbers as a matrix of at most `rows` times `cols`: row after row, column after column, or every other number.
+// Random numbers as a matrix of at most `rows` times `cols`: row after row, column after column, or every
+// other number.
 static Matrix random_matrix(int kind, int rows, int cols) {
     real *numbers = noise(2 * rows * cols + 1, 1);
     Matrix by_rows = {numbers, cols, 1}, by_columns = {numbers, 1, rows}, apart = {numbers, 2 * cols, 2};
@@ -119,8 +121,8 @@ static void test_matmul(void) {
     check_error(worst_row, bound_of(2e-6, 4e-15), "matmul of one row, 100 shapes: worst");
 }
 
-// Solves (I - lower) x = x for n rows ld apart, or with its transpose: forward row t takes from the rows before it,
-// backward it gives to them.
+// Solves (I - lower) x = x for n rows ld apart, or with its transpose: forward row t takes from the rows
+// before it, backward it gives to them.
 static void plain_solve(precise *x, int ld, const real *lower, int n, int D, int backward) {
     for (int step = 0; step < n; step++) {
         int t = backward ? n - 1 - step : step;
@@ -144,7 +146,10 @@ static void test_triangular(void) {
         precise *ref = zeros((int64_t)n * ld);
         for (int t = 0; t < n; t++) {
             for (int j = t; j < n; j++) lower[t * n + j] = 0;
-            for (int e = 0; e < D; e++) ref[t * ld + e] = (double)(x[t * ld + e] = (real)random_normal(&chance));
+            for (int e = 0; e < D; e++) {
+                x[t * ld + e] = (real)random_normal(&chance);
+                ref[t * ld + e] = (double)x[t * ld + e];
+            }
         }
         plain_solve(ref, ld, lower, n, D, backward);
         Matrix reversed = {lower + n * n - 1, -1, -n};
@@ -154,7 +159,8 @@ static void test_triangular(void) {
         release();
     }
     check_error(worst[0], bound_of(1e-6, 2e-15), "triangular_solve, 40 shapes: worst");
-    check_error(worst[1], bound_of(1e-6, 2e-15), "triangular_solve of the transposed system, 40 shapes: worst");
+    check_error(worst[1], bound_of(1e-6, 2e-15),
+                "triangular_solve of the transposed system, 40 shapes: worst");
 }
 
 // ----------------------------------------------------------------------------
@@ -205,8 +211,8 @@ static void plain_attention(precise *out, precise *dq, precise *dk, precise *dv,
             }
 }
 
-// [17, 19-22] s_t = f_t + γ_t Σ_{j<t} α_tj s_j and, with ds, the gradients of Σ s·ds. The rows of s before first
-// are given.
+// [17, 19-22] s_t = f_t + γ_t Σ_{j<t} α_tj s_j and, with ds, the gradients of Σ s·ds. The rows of s before
+// first are given.
 static void plain_feedback(precise *s, precise *df, precise *dq, precise *dk, precise *dgamma, const real *ds,
                            const real *f, const real *q, int ld, const real *k, int ld_k, const real *gamma,
                            int B, int T, int D, int first) {
@@ -373,8 +379,8 @@ static void check_gain(double gain) {
     release();
 }
 
-// Logits of exactly ±1e4 in attention, or in feedback: a softmax is then the mean over the keys with the query's sign,
-// over all if there is none. The plain loops above would overflow.
+// Logits of exactly ±1e4 in attention, or in feedback: a softmax is then the mean over the keys with the
+// query's sign, over all if there is none. The plain loops above would overflow.
 static void check_large_logits(int feedback) {
     enum { T = 150, D = 4, SIZE = T * D };
     real *f = noise(SIZE, 1), *q = noise(SIZE, 0), *k = noise(SIZE, 0), *gamma = noise(T, 0.3);
@@ -436,8 +442,9 @@ static void test_extremes(void) {
     chance = before;
 }
 
-// h_t = exp(-exp(A_log) Δ_t) h_{t-1} + Δ_t b_t x_t^T, y_t = c_t^T h_t + skip·x_t token by token, from the state
-// h (B,S,E), and with dy the gradients of Σ y·dy: the states are remembered, and dh runs back over them.
+// h_t = exp(-exp(A_log) Δ_t) h_{t-1} + Δ_t b_t x_t^T, y_t = c_t^T h_t + skip·x_t token by token, from the
+// state h (B,S,E), and with dy the gradients of Σ y·dy: the states are remembered, and dh runs back over
+// them.
 static void plain_scan(precise *y, precise *h, precise *dxbc, precise *dstep, precise *dA, precise *dskip,
                        const real *dy, const real *xbc, const real *step, const real *A_log, const real *skip,
                        int B, int T, int E, int S, int heads) {
@@ -485,8 +492,8 @@ static void plain_scan(precise *y, precise *h, precise *dxbc, precise *dstep, pr
         }
 }
 
-// A random shape of T tokens in chunks of height P, where `uneven` some states decay at once, some never. worst: y, the
-// state carried to a second call, y of both calls, dx b c, dstep, dA_log, dskip
+// A random shape of T tokens in chunks of height P, where `uneven` some states decay at once, some never.
+// worst: y, the state carried to a second call, y of both calls, dx b c, dstep, dA_log, dskip
 static void compare_scan(double worst[7], int T, int P, int uneven) {
     int B = random_int(1, 3), heads = random_int(1, 3), E = heads * random_int(1, 20), S = random_int(1, 9);
     int first = random_int(0, T - 1), N = B * T, W = E + 2 * S, n_steps = N * heads;
@@ -530,16 +537,16 @@ static void compare_scan(double worst[7], int T, int P, int uneven) {
 }
 
 static void test_scan(void) {
-    static const char *names[] = {
-        "y", "the state carried to a second call", "y of both calls", "dx, db, dc", "dstep", "dA_log", "dskip"};
+    static const char *names[] = {"y", "the state carried to a second call",
+                                  "y of both calls", "dx, db, dc", "dstep", "dA_log", "dskip"};
     heading("the Mamba-2 scan in chunks against the recurrence, token by token: T from 1 to 150");
     for (int i = 0; i < N_HEIGHTS; i++) {
         double worst[7] = {0};
         int P = panel_heights[i];
         for (int c = 0; c < N_LENGTHS; c++) compare_scan(worst, lengths[c], P, c % 4 == 0);
-        // dA_log sums numbers of both signs over all tokens, far larger than their sum. In float64 the sums over
-        // all tokens, dA_log and dskip, come to 11.1 and 1.07 times 1e-14 with AVX2's vectors, to less with
-        // AVX-512's
+        // dA_log sums numbers of both signs over all tokens, far larger than their sum. In float64 the sums
+        // over all tokens, dA_log and dskip, come to 11.1 and 1.07 times 1e-14 with AVX2's vectors, to less
+        // with AVX-512's
         for (int n = 0; n < 7; n++)
             check_error(worst[n], (n == 5 ? 10 : 1) * bound_of(3e-6, 2e-14), "scan, P %d, %s", P, names[n]);
     }
@@ -644,9 +651,10 @@ static void test_memory(void) {
 // ----------------------------------------------------------------------------
 // plain against fast: both ways of every layer on the same random shapes and numbers
 //
-// Each function below draws a shape, lets the layer run both ways and returns the largest error of what they wrote.
-// The error of a float32 sum of n terms of either sign is about √n · 6e-8 of its length, n up to a few hundred here, and
-// a softmax's backward pass takes one such sum from another: bounds 1e-5, and 1e-13 in float64.
+// Each function below draws a shape, lets the layer run both ways and returns the largest error of what they
+// wrote. The error of a float32 sum of n terms of either sign is about √n · 6e-8 of its length, n up to a few
+// hundred here, and a softmax's backward pass takes one such sum from another: bounds 1e-5, and 1e-13 in
+// float64.
 
 // What a layer writes, once for each way.
 typedef struct {
@@ -654,10 +662,15 @@ typedef struct {
     int64_t n;
 } Twice;
 
+// Of these numbers; of NaN, which the layer writes; of random numbers, which it adds to.
 static Twice twice(real *x, int64_t n) {
     Twice both = {{x, copy_of(x, n)}, n};
     return both;
 }
+static Twice written(int64_t n) { return twice(poison(n), n); }
+static Twice added_to(int64_t n) { return twice(noise(n, 1), n); }
+
+// The way that is being run.
 static real *of(Twice both) { return both.ways[plain]; }
 
 // ‖plain - fast‖ / max(‖fast‖, floor). Infinite where one of the two was not written.
@@ -683,7 +696,7 @@ static double embedding_ways(void) {
     int B = random_int(1, 4), T = random_int(1, 40), D = random_int(1, 150), V = random_int(1, 20);
     const int *ids = random_ids(B * T, V, 0);
     const real *dout = noise(B * T * D, 1);
-    Twice dwte = twice(noise(V * D, 1), V * D);
+    Twice dwte = added_to(V * D);
     for (plain = 0; plain < 2; plain++) embedding_backward(of(dwte), dout, ids, B, T, D);
     return apart(dwte, 0);
 }
@@ -692,7 +705,7 @@ static double layernorm_ways(void) {
     int N = random_int(1, 60), D = random_int(2, 150);
     const real *x = noise(N * D, 2), *dout = noise(N * D, 1), *weight = noise(D, 1), *bias = noise(D, 1);
     real *out = poison(N * D), *mean = poison(N), *rstd = poison(N);
-    Twice to[] = {twice(noise(N * D, 1), N * D), twice(noise(D, 1), D), twice(noise(D, 1), D)};
+    Twice to[] = {added_to(N * D), added_to(D), added_to(D)};
     layernorm_forward(out, mean, rstd, x, weight, bias, N, D);
     for (plain = 0; plain < 2; plain++)
         layernorm_backward(of(to[0]), of(to[1]), of(to[2]), dout, x, mean, rstd, weight, N, D);
@@ -700,12 +713,12 @@ static double layernorm_ways(void) {
 }
 
 static double linear_ways(void) {
-    int N = random_int(1, 70), in = random_int(1, 300), width = random_int(1, 90), ld = width + random_int(0, 3);
-    int biased = random_int(0, 1);
-    const real *inp = noise(N * in, 1), *weight = noise(width * in, 1), *bias = biased ? noise(width, 1) : NULL;
+    int N = random_int(1, 70), in = random_int(1, 300), width = random_int(1, 90);
+    int ld = width + random_int(0, 3), biased = random_int(0, 1);
+    const real *inp = noise(N * in, 1), *weight = noise(width * in, 1);
+    const real *bias = biased ? noise(width, 1) : NULL;
     const real *dout = noise(N * ld, 1);
-    Twice to[] = {twice(poison(N * ld), N * ld), twice(poison(N * in), N * in),
-                  twice(noise(width * in, 1), width * in), twice(noise(width, 1), width)};
+    Twice to[] = {written(N * ld), written(N * in), added_to(width * in), added_to(width)};
     for (plain = 0; plain < 2; plain++) {
         linear_forward(of(to[0]), ld, inp, weight, bias, N, in, width);
         linear_backward(of(to[1]), of(to[2]), biased ? of(to[3]) : NULL, dout, ld, inp, weight, N, in, width);
@@ -716,7 +729,7 @@ static double linear_ways(void) {
 static double gelu_ways(void) {
     int N = random_int(1, 30), D = random_int(1, 90), ld = D + random_int(0, 5);
     const real *inp = noise(N * ld, 3), *dout = noise(N * D, 1);
-    Twice to[] = {twice(poison(N * D), N * D), twice(poison(N * ld), N * ld)};
+    Twice to[] = {written(N * D), written(N * ld)};
     for (plain = 0; plain < 2; plain++) {
         gelu_forward(of(to[0]), inp, ld, N, D);
         gelu_backward(of(to[1]), dout, inp, ld, N, D);
@@ -727,14 +740,14 @@ static double gelu_ways(void) {
 // Attention, or with `strict` the feedback path: over all rows, then over those from `first` on.
 static double attention_ways(void) {
     int T = random_int(1, 150), B = random_int(1, 3), G = random_int(1, 2), H = G * random_int(1, 3);
-    int d = 2 * random_int(1, 12), D = H * d, ld = D + 2 * G * d + random_int(0, 3), first = random_int(0, T - 1);
+    int d = 2 * random_int(1, 12), D = H * d, ld = D + 2 * G * d + random_int(0, 3);
+    int first = random_int(0, T - 1);
     int64_t wide = (int64_t)B * T * ld, size = (int64_t)B * T * D;
     Shape all = {B, T, 0, H, G, d, ld}, late = {B, T, first, H, G, d, ld};
     Work work = {scratch_for(T), panel_heights[random_int(0, N_HEIGHTS - 1)]};
     const real *q = noise(wide, 1.5), *k = q + D, *v = k + G * d, *dout = noise(size, 1);
     int64_t rows = (int64_t)B * (T - first), stats = 2 * (int64_t)B * H * T;
-    Twice to[] = {twice(poison(size), size), twice(poison(stats), stats), twice(poison(rows * D), rows * D),
-                  twice(poison(wide), wide)};
+    Twice to[] = {written(size), written(stats), written(rows * D), written(wide)};
     for (plain = 0; plain < 2; plain++) {
         real *late_stats = poison(2 * rows * H), *dq = of(to[3]), *dk = dq + D, *dv = dk + G * d;
         attention_forward(of(to[2]), late_stats, work, q, k, v, late);
@@ -753,15 +766,15 @@ static double feedback_ways(void) {
     const real *q = noise(wide, 1.5), *k = q + D, *f = noise(size, 1);
     real *gamma = noise(rows, 1), *known = noise(size, 1), *ds = noise(size, 1);
     for (int64_t n = 0; n < rows; n++) gamma[n] = (real)(0.999 * tanh((double)gamma[n]));
-    Twice to[] = {twice(poison(size), size), twice(known, size), twice(ds, size), twice(poison(wide), wide),
-                  twice(poison(rows), rows)};
+    Twice to[] = {written(size), twice(known, size), twice(ds, size), written(wide), written(rows)};
     for (plain = 0; plain < 2; plain++) {
         real *stats = poison(2 * rows), *dq = of(to[3]);
         feedback_forward(of(to[1]), stats, work, f, q, k, gamma, late);
         feedback_forward(of(to[0]), stats, work, f, q, k, gamma, all);
         feedback_backward(of(to[2]), dq, dq + D, of(to[4]), work, of(to[0]), stats, q, k, gamma, all);
     }
-    return worst_apart(to, 5, 0.1 * length_of(ds, size)); // with two rows α is 1, and its gradient rounding alone
+    double floor = 0.1 * length_of(ds, size); // with two rows α is 1, and its gradient rounding alone
+    return worst_apart(to, 5, floor);
 }
 
 static double gain_ways(void) {
@@ -769,7 +782,7 @@ static double gain_ways(void) {
     const real *x = noise(N * D, 1), *weight = noise(D, 0.1), *bias = noise(1, 1);
     real *gamma = poison(N);
     gain_forward(gamma, x, weight, bias, (real)0.999, N, D);
-    Twice to[] = {twice(noise(N * D, 1), N * D), twice(noise(D, 1), D), twice(noise(1, 1), 1), twice(noise(N, 1), N)};
+    Twice to[] = {added_to(N * D), added_to(D), added_to(1), added_to(N)};
     for (plain = 0; plain < 2; plain++)
         gain_backward(of(to[0]), of(to[1]), of(to[2]), of(to[3]), gamma, x, weight, (real)0.999, N, D);
     return worst_apart(to, 4, 1);
@@ -779,7 +792,7 @@ static double crossentropy_ways(void) {
     int N = random_int(1, 40), V = random_int(2, 300);
     const int *targets = random_ids(N, V, 1);
     const real *logits = noise(N * V, 4);
-    Twice to[] = {twice(poison(N), N), twice(poison(N), N), twice(poison(N * V), N * V)};
+    Twice to[] = {written(N), written(N), written(N * V)};
     for (plain = 0; plain < 2; plain++) {
         crossentropy_forward(of(to[0]), of(to[1]), logits, targets, N, V);
         crossentropy_backward(of(to[2]), logits, of(to[1]), targets, (real)0.25, N, V);
@@ -800,9 +813,8 @@ static double conv_ways(void) {
     int first = random_int(0, T - 1), N = B * T, late = T - first;
     const real *inp = noise(N * ld, 1), *weight = noise(W * TAPS, 0.5), *bias = noise(W, 0.5);
     real *dout = noise(N * W, 1), *tail = noise((TAPS - 1) * W, 1);
-    Twice to[] = {twice(poison(N * W), N * W), twice(dout, N * W), twice(poison(N * ld), N * ld),
-                  twice(noise(W * TAPS, 1), W * TAPS), twice(noise(W, 1), W), twice(poison(late * W), late * W),
-                  twice(tail, (TAPS - 1) * W)};
+    Twice to[] = {written(N * W), twice(dout, N * W), written(N * ld), added_to(W * TAPS),
+                  added_to(W), written(late * W), twice(tail, (TAPS - 1) * W)};
     for (plain = 0; plain < 2; plain++) {
         conv_forward(of(to[0]), inp, ld, NULL, weight, bias, B, T, W, 0);
         conv_forward(of(to[5]), inp, ld, of(to[6]), weight, bias, 1, T, W, first);
@@ -814,7 +826,7 @@ static double conv_ways(void) {
 static double step_ways(void) {
     int N = random_int(1, 60), heads = random_int(1, 8), ld = heads + random_int(0, 3);
     const real *inp = noise(N * ld, 2), *bias = noise(heads, 1), *dstep = noise(3 * N * heads, 1);
-    Twice to[] = {twice(poison(N * ld), N * ld), twice(noise(heads, 1), heads)};
+    Twice to[] = {written(N * ld), added_to(heads)};
     for (plain = 0; plain < 2; plain++)
         step_backward(of(to[0]), of(to[1]), dstep, 3 * heads, inp, ld, bias, N, heads);
     return worst_apart(to, 2, 1);
@@ -828,9 +840,8 @@ static double scan_ways(void) {
     Scan scan = {B, T, E, S, heads, noise(heads, 1), noise(heads, 1)};
     Work work = {(real *)lend(sizeof(real) * scan_scratch(E, S, heads) * (size_t)omp_get_max_threads()), 0};
     const real *xbc = noise(N * W, 1), *dy = noise(N * E, 1);
-    Twice to[] = {twice(poison(N * E), N * E), twice(poison(size * chunks), size * chunks), twice(noise(size, 1), size),
-                  twice(poison(N * W), N * W), twice(noise(heads, 1), heads), twice(noise(heads, 1), heads),
-                  twice(poison(N * heads), N * heads)};
+    Twice to[] = {written(N * E), written(size * chunks), added_to(size), written(N * W),
+                  added_to(heads), added_to(heads), written(N * heads)};
     for (plain = 0; plain < 2; plain++) {
         real *dstep = poison(3 * N * heads), *late = poison(N * E);
         dA[plain] = of(to[4]), dskip[plain] = of(to[5]);
@@ -846,8 +857,7 @@ static double scan_ways(void) {
 static double gated_rmsnorm_ways(void) {
     int N = random_int(1, 60), E = random_int(1, 150), ld = E + random_int(0, 5);
     const real *y = noise(N * E, 1), *z = noise(N * ld, 2), *weight = noise(E, 1), *dout = noise(N * E, 1);
-    Twice to[] = {twice(poison(N * E), N * E), twice(poison(N), N), twice(poison(N * E), N * E),
-                  twice(poison(N * ld), N * ld), twice(noise(E, 1), E)};
+    Twice to[] = {written(N * E), written(N), written(N * E), written(N * ld), added_to(E)};
     for (plain = 0; plain < 2; plain++) {
         gated_rmsnorm_forward(of(to[0]), of(to[1]), y, z, ld, weight, N, E);
         gated_rmsnorm_backward(of(to[2]), of(to[3]), of(to[4]), dout, y, z, ld, of(to[1]), weight, N, E);
@@ -866,8 +876,7 @@ static double model_ways(int mixer) {
     shake_weights(m, 0.05);
     memcpy(g->params, m->params, sizeof(real) * (size_t)m->table.count);
     Dropout drop = {random_int(0, 1) * 0.1, 3, 7};
-    Twice to[] = {twice(poison(B * T), B * T), twice(poison(m->table.count), m->table.count), twice(poison(V), V),
-                  twice(poison(V), V)};
+    Twice to[] = {written(B * T), written(m->table.count), written(V), written(V)};
     for (plain = 0; plain < 2; plain++) {
         memset(m->grads, 0, sizeof(real) * (size_t)m->table.count);
         model_forward(m, inputs, targets, B, T, drop);
@@ -935,8 +944,8 @@ static double difference(double (*f)(void *), void *state, real *x) {
     return (8 * (values[0] - values[1]) - (values[2] - values[3])) / (12 * h);
 }
 
-// A layer by itself. The check is of Σ out·dout, dout random, by every number of every input. What backward adds to
-// starts from random numbers, what it writes from NaN.
+// A layer by itself. The check is of Σ out·dout, dout random, by every number of every input. What backward
+// adds to starts from random numbers, what it writes from NaN.
 enum {
     LB = 2,                     // sequences
     LT = 11,                    // tokens of each
@@ -1003,7 +1012,8 @@ static void attention_b(LayerCase *c) {
 static void gain_f(LayerCase *c) { gain_forward(c->out, c->in[0], c->in[1], c->in[2], (real)0.9, LN, LD); }
 static void gain_b(LayerCase *c) {
     memcpy(c->scratch, c->dout, sizeof(real) * LN);
-    gain_backward(c->grad[0], c->grad[1], c->grad[2], c->scratch, c->out, c->in[0], c->in[1], (real)0.9, LN, LD);
+    gain_backward(c->grad[0], c->grad[1], c->grad[2], c->scratch, c->out, c->in[0], c->in[1], (real)0.9, LN,
+                  LD);
 }
 static void feedback_f(LayerCase *c) {
     feedback_forward(c->out, c->mean, work_with(c->scratch, c->P), c->in[0], c->in[1], c->in[1] + LD,
@@ -1122,7 +1132,8 @@ static void check_layer(const Layer *layer, int P) {
 static void test_layers(void) {
     heading("every layer's gradients against central differences");
     static const Layer layers[] = {
-        // name, forward, backward, numbers of the output, inputs, their sizes, whether backward adds to the gradient
+        // name, forward, backward, numbers of the output, inputs, their sizes, whether backward adds to the
+        // gradient
         {"embedding", embedding_f, embedding_b, LN * LD, 1, {LV * LD}, {1}},
         {"layernorm", layernorm_f, layernorm_b, LN * LD, 3, {LN * LD, LD, LD}, {1, 1, 1}},
         {"linear", linear_f, linear_b, LN * LV, 3, {LN * LD, LV * LD, LV}, {0, 1, 1}},
@@ -1141,9 +1152,9 @@ static void test_layers(void) {
     };
     for (size_t i = 0; i < sizeof(layers) / sizeof(layers[0]); i++) {
         const Layer *layer = &layers[i];
-        int in_panels = layer->forward == attention_f || layer->forward == feedback_f || layer->forward == scan_f;
+        void (*forward)(LayerCase *) = layer->forward;
         check_layer(layer, 0);
-        if (in_panels) check_layer(layer, 3);
+        if (forward == attention_f || forward == feedback_f || forward == scan_f) check_layer(layer, 3);
     }
 }
 
@@ -1281,7 +1292,14 @@ static void check_dropout(void) {
 
 static void check_schedule(void) {
     static const struct { int64_t step; double rate; } schedule[] = {
-        {0, 0.5}, {1, 1}, {3, 2}, {4, 2}, {6, 0.5 + 1.5 * 0.85355339059327376}, {8, 1.25}, {12, 0.5}, {1000, 0.5},
+        {0, 0.5}, // warm-up
+        {1, 1},
+        {3, 2},
+        {4, 2},
+        {6, 0.5 + 1.5 * 0.85355339059327376}, // a quarter of the cosine
+        {8, 1.25},
+        {12, 0.5},
+        {1000, 0.5},
     };
     Options options;
     memset(&options, 0, sizeof(options));
@@ -1366,55 +1384,62 @@ static void test_training_parts(void) {
 }
 
 // ----------------------------------------------------------------------------
-// what is tested from here on: the CPU's models, or with -DTEST_CUDA the twin's
+// what is tested from here on: the CPU's models, or with -DTEST_CUDA the twin's, by the same names
 
 #ifdef TEST_CUDA
 enum { ON_GPU = 1 };
 #define TESTED_BACKEND (*backend_gpu())
 
-// the model under test; the CPU's Model beside it has the names, the parameters and room for activations
+// The model under test; the CPU's Model beside it has the names, the parameters and room for activations.
 static Model *tested_gpu;
 
+// One tensor of the device's memory into the CPU's block of activations, row after row.
+template <typename Y>
+static void fetch_rows(real *to, const Tensor *to_row, const Y *device, const Tensor *from) {
+    int64_t width = to_row->n_dims ? to_row->shape[to_row->n_dims - 1] : 1, rows = to_row->count / width;
+    int64_t n = (rows - 1) * from->stride + width;
+    Y *numbers = (Y *)malloc((size_t)n * sizeof(Y));
+    CUDA(cudaMemcpy(numbers, device + from->offset, (size_t)n * sizeof(Y), cudaMemcpyDeviceToHost));
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t i = 0; i < width; i++)
+            to[to_row->offset + r * to_row->stride + i] = (float)numbers[r * from->stride + i];
+    free(numbers);
+}
+
+// All activations that the twin keeps under a name that the CPU's model knows.
 template <typename X> static void fetch_activations(ModelGPU<X> *g, Model *m) {
     for (int r = 0; r < m->acts_table.n; r++) {
-        const Tensor *to_row = &m->acts_table.rows[r], *in_x = find_tensor(&g->x_table, to_row->name),
-            *in_f = find_tensor(&g->f_table, to_row->name);
-        const Tensor *from = in_x ? in_x : in_f;
+        const Tensor *to_row = &m->acts_table.rows[r];
+        const Tensor *in_x = find_tensor(&g->x_table, to_row->name);
+        const Tensor *in_f = find_tensor(&g->f_table, to_row->name), *from = in_x ? in_x : in_f;
         if (!from || from->count < to_row->count || !strcmp(to_row->name, "scratch")) continue;
-        int64_t width = to_row->n_dims ? to_row->shape[to_row->n_dims - 1] : 1, rows = to_row->count / width,
-            size = (int64_t)(in_x ? sizeof(X) : sizeof(float));
-        char *bytes = (char *)malloc((size_t)(rows * from->stride * size));
-        const char *device = in_x ? (const char *)(g->x_block + from->offset) : (const char *)(g->f_block
-                + from->offset);
-        int64_t last = (rows - 1) * from->stride + width;
-        CUDA(cudaMemcpy(bytes, device, (size_t)(last * size), cudaMemcpyDeviceToHost));
-        for (int64_t n = 0; n < rows; n++)
-            for (int64_t i = 0; i < width; i++) {
-                int64_t at = n * from->stride + i;
-                m->acts_block[to_row->offset + n * to_row->stride + i] =
-                    in_x && sizeof(X) == sizeof(bf16) ? __bfloat162float(((const bf16 *)(const void *)bytes)[at]) : ((const float *)(const void *)bytes)[at];
-            }
-        free(bytes);
+        if (in_x) fetch_rows(m->acts_block, to_row, g->x_block, from);
+        else fetch_rows(m->acts_block, to_row, g->f_block, from);
     }
 }
 
-// Panels of height P, 0: as the model chose them
+// Panels of height P, 0: as the model chose them.
 template <typename X> static void ask_height(ModelGPU<X> *g, int P) {
     g->ways = ways_of<X>(&g->host.config, g->host.B, g->host.T, P, P == 0);
     g->host.P = P;
 }
+
 static Model *tested_create(const Config *c, int B, int T, Mode mode, char *error) {
     tested_gpu = backend_gpu()->create(c, B, T, mode, error);
     return tested_gpu ? model_create(c, B, T, mode, error) : NULL;
 }
+
 static void tested_free(Model *m) {
     backend_gpu()->destroy(tested_gpu);
     model_free(m);
 }
+
+// Numbers of the CPU's model into a block of the twin's.
 static void hand_over(Model *m, Block block, const real *from) {
     memcpy(backend_gpu()->read(tested_gpu, block), from, sizeof(real) * (size_t)m->table.count);
     backend_gpu()->write(tested_gpu, block);
 }
+
 static void tested_forward(Model *m, const int *inputs, const int *targets, int B, int T, Dropout drop) {
     hand_over(m, PARAMS, m->params);
     if (gpu.precision == BF16) ask_height((ModelGPU<bf16> *)tested_gpu, m->P);
@@ -1423,15 +1448,18 @@ static void tested_forward(Model *m, const int *inputs, const int *targets, int 
     if (gpu.precision == BF16) fetch_activations((ModelGPU<bf16> *)tested_gpu, m);
     else fetch_activations((ModelGPU<float> *)tested_gpu, m);
 }
+
 static double tested_loss(Model *m) {
     (void)m;
     return backend_gpu()->loss(tested_gpu);
 }
+
 static void tested_backward(Model *m, double dloss) {
     hand_over(m, GRADS, m->grads);
     backend_gpu()->backward(tested_gpu, dloss);
     memcpy(m->grads, backend_gpu()->read(tested_gpu, GRADS), sizeof(real) * (size_t)m->table.count);
 }
+
 static double tested_update(Model *m, AdamW o, double clip, int64_t step) {
     double length = backend_gpu()->update(tested_gpu, o, clip, step);
     memcpy(m->params, backend_gpu()->read(tested_gpu, PARAMS), sizeof(real) * (size_t)m->table.count);
@@ -1448,6 +1476,7 @@ static int run_tested(int argc, char **argv) {
     unguard(gpu.workspace, 2 * (WORKSPACE + GUARD));
     return n_broken ? 1 : code;
 }
+
 #else
 enum { ON_GPU = 0 };
 #define TESTED_BACKEND cpu_backend
@@ -1463,40 +1492,44 @@ enum { ON_GPU = 0 };
 // ----------------------------------------------------------------------------
 // generation: prefill and single steps against one full forward pass
 
+// A model that reads a text in pieces, twice, against one that reads it at once.
+static void check_extend(const char *name, Config c) {
+    enum { T = 150, PIECES = 14 };
+    static const int pieces[PIECES] = {20, 1, 1, 3, 1, 60, 1, 9, 1, 1, 30, 1, 20, 1}; // their sum is T
+    char error[ERROR_SIZE];
+    int V = c.vocab_size;
+    Model *whole = create(&c, 1, T, EVALUATE), *stepwise = TESTED_BACKEND.create(&c, 1, T, GENERATE, error);
+    if (!stepwise) { check(0, "%s", error); return; }
+    int *ids = random_ids(T, V, 0);
+    shake_weights(whole, 0.2);
+    memcpy(TESTED_BACKEND.read(stepwise, PARAMS), whole->params, sizeof(real) * (size_t)whole->table.count);
+    TESTED_BACKEND.write(stepwise, PARAMS);
+    model_forward(whole, ids, ids, 1, T, no_dropout);
+    precise worst = 0, *ref = zeros(V);
+    real *logits = poison(V), *first = poison(V);
+    for (int round = 0; round < 2; round++) { // the second from the start again
+        for (int p = 0, at = 0; p < PIECES; p++) {
+            TESTED_BACKEND.extend(stepwise, ids + at, pieces[p], at, logits);
+            at += pieces[p];
+            for (int n = 0; n < V; n++) ref[n] = (double)whole->acts.logits[(at - 1) * V + n];
+            worst_of(&worst, error_of(logits, ref, V, 0));
+        }
+        if (round == 0) memcpy(first, logits, sizeof(real) * (size_t)V);
+    }
+    check_error(worst, bound_of(1e-5, 1e-13), "%s: logits, pieces of 1 to 60 tokens", name);
+    check(!memcmp(first, logits, sizeof(real) * (size_t)V), "%s: the same bits when it starts again", name);
+    model_free(whole);
+    TESTED_BACKEND.destroy(stepwise);
+    release();
+}
+
 static void test_extend(void) {
     heading("prefill and single steps against one forward pass");
-    enum { T = 150, V = 13 };
-    static const int pieces[] = {20, 1, 1, 3, 1, 60, 1, 9, 1, 1, 30, 1, 20, 1}; // their sum is T
-    Config configs[] = {config_with(SESSA, V, 16, 2, 4, 2, T), config_with(SESSA, V, 10, 2, 1, 1, T), config_with(ATTENTION, V, 16, 2, 4, 4, T),
-                        config_with(ATTENTION, V, 8, 1, 1, 1, T), config_with(MAMBA2, V, 16, 2, 4, 4, T)};
-    static const char *names[] = {"sessa, H 4, G 2", "sessa, one head", "attention, H 4", "attention, one head", "mamba2"};
-    for (int i = 0; i < 5; i++) {
-        char error[ERROR_SIZE];
-        Model *whole = create(&configs[i], 1, T, EVALUATE), *stepwise = TESTED_BACKEND.create(&configs[i], 1, T, GENERATE, error);
-        if (!stepwise) { check(0, "%s", error); return; }
-        int *ids = random_ids(T, V, 0);
-        Dropout off = {0, 0, 0};
-        shake_weights(whole, 0.2);
-        memcpy(TESTED_BACKEND.read(stepwise, PARAMS), whole->params, sizeof(real) * (size_t)whole->table.count);
-        TESTED_BACKEND.write(stepwise, PARAMS);
-        model_forward(whole, ids, ids, 1, T, off);
-        precise worst = 0, *ref = zeros(V);
-        real *logits = poison(V), *first = poison(V);
-        for (int round = 0; round < 2; round++) { // the second from the start again
-            for (int p = 0, at = 0; p < 14; p++) {
-                TESTED_BACKEND.extend(stepwise, ids + at, pieces[p], at, logits);
-                at += pieces[p];
-                for (int n = 0; n < V; n++) ref[n] = (double)whole->acts.logits[(at - 1) * V + n];
-                worst_of(&worst, error_of(logits, ref, V, 0));
-            }
-            if (!round) memcpy(first, logits, sizeof(real) * V);
-        }
-        check_error(worst, bound_of(1e-5, 1e-13), "%s: logits, pieces of 1 to 60 tokens", names[i]);
-        check(!memcmp(first, logits, sizeof(real) * V), "%s: the same bits when it starts again", names[i]);
-        model_free(whole);
-        TESTED_BACKEND.destroy(stepwise);
-        release();
-    }
+    check_extend("sessa, H 4, G 2", config_with(SESSA, 13, 16, 2, 4, 2, 150));
+    check_extend("sessa, one head", config_with(SESSA, 13, 10, 2, 1, 1, 150));
+    check_extend("attention, H 4", config_with(ATTENTION, 13, 16, 2, 4, 4, 150));
+    check_extend("attention, one head", config_with(ATTENTION, 13, 8, 1, 1, 1, 150));
+    check_extend("mamba2", config_with(MAMBA2, 13, 16, 2, 4, 4, 150));
 }
 
 // ----------------------------------------------------------------------------
@@ -1516,6 +1549,7 @@ static int *take_ids(const Safetensors *file, const char *name, int B, int T, in
     return ids;
 }
 
+// ‖t‖ over the elements from..to.
 static double tensor_norm(const FileTensor *t, int64_t from, int64_t to) {
     precise sum = 0;
     for (int64_t i = from; i < to; i++) sum += number_of(t, i) * number_of(t, i);
@@ -1523,7 +1557,8 @@ static double tensor_norm(const FileTensor *t, int64_t from, int64_t to) {
 }
 
 // ‖x - t‖ over the elements from..to of t; x has rows of `width` numbers, `stride` apart.
-static double tensor_distance(const FileTensor *t, const real *x, int64_t width, int64_t stride, int64_t from, int64_t to) {
+static double tensor_distance(const FileTensor *t, const real *x, int64_t width, int64_t stride, int64_t from,
+                              int64_t to) {
     precise sum = 0;
     for (int64_t i = from; i < to; i++) {
         double error = (double)x[i / width * stride + i % width] - number_of(t, i);
@@ -1532,92 +1567,188 @@ static double tensor_distance(const FileTensor *t, const real *x, int64_t width,
     return sqrt(sum);
 }
 
+// A dump's model and batch.
+typedef struct {
+    const Safetensors *file;
+    Model *model;
+    const int *inputs, *targets;
+    int B, T;
+    double dloss; // 1 / the number of targets that count
+} Dump;
+
+// In float64 all that is left of the error is the dump's own rounding to float32: each number is off by at
+// most 2^-24 of itself, so a tensor by at most 6e-8 of its norm.
+static double bound_of_dump(void) { return dump_bound > 0 ? dump_bound : bound_of(1e-5, 2e-7); }
+
 // A loss and the update after it, n times, on the same batch, as the dump's optimiser did.
-static void check_losses(Model *m, const Safetensors *file, const FileTensor *losses, const int *inputs, const int *targets, int B, int T, double dloss) {
+static void check_losses(const Dump *dump, const FileTensor *losses) {
+    const Safetensors *file = dump->file;
+    Model *m = dump->model;
     int ok = losses->n_dims == 1 && !strcmp(losses->dtype, "F32");
     if (!check(ok, "losses is F32 and has one dimension")) return;
-    AdamW o = {meta_number(file, "learning_rate", 0, 1e3, &ok), meta_number(file, "beta1", 0, 1, &ok), meta_number(file, "beta2", 0, 1, &ok),
-               meta_number(file, "eps", 0, 1, &ok), meta_number(file, "weight_decay", 0, 1e3, &ok)};
+    double lr = meta_number(file, "learning_rate", 0, 1e3, &ok);
+    double beta1 = meta_number(file, "beta1", 0, 1, &ok), beta2 = meta_number(file, "beta2", 0, 1, &ok);
+    double eps = meta_number(file, "eps", 0, 1, &ok), decay = meta_number(file, "weight_decay", 0, 1e3, &ok);
     double clip = meta_number(file, "grad_clip", 0, 1e30, &ok), worst = 0, worst_length = 0;
-    Dropout off = {0, 0, 0};
+    AdamW adam = {lr, beta1, beta2, eps, decay};
     if (!ok) return;
     take_weights(m, file);
     memset(m->grads, 0, sizeof(real) * (size_t)m->table.count);
     for (int64_t i = 0; i < losses->count; i++) {
-        tested_forward(m, inputs, targets, B, T, off);
-        double loss = dloss * tested_loss(m), ref = number_of(losses, i);
+        tested_forward(m, dump->inputs, dump->targets, dump->B, dump->T, no_dropout);
+        double loss = dump->dloss * tested_loss(m), ref = number_of(losses, i);
         worst_of(&worst, fabs(loss - ref) / fmax(fabs(ref), 1e-30));
-        tested_backward(m, dloss);
+        tested_backward(m, dump->dloss);
         double length = norm(m->grads, m->table.count);
-        worst_of(&worst_length, fabs(tested_update(m, o, clip, i + 1) / length - 1));
+        worst_of(&worst_length, fabs(tested_update(m, adam, clip, i + 1) / length - 1));
     }
     check_error(worst_length, 1e-6, "the gradients' norm that an update returns");
-    check_error(worst, dump_bound > 0 ? dump_bound : bound_of(1e-5, 2e-7), "losses of %d AdamW steps: worst", (int)losses->count);
+    check_error(worst, bound_of_dump(), "losses of %d AdamW steps: worst", (int)losses->count);
 }
 
-// Every tensor of the dump, at four panel heights. In float64 all that is left of the error is the dump's own rounding to
-// float32: each number is off by at most 2^-24 of itself, so a tensor by at most 6e-8 of its norm.
-static void check_tensors(Model *m, const Safetensors *file, const int *inputs, const int *targets, int B, int T, double dloss) {
-    double bound = dump_bound > 0 ? dump_bound : bound_of(1e-5, 2e-7);
-    precise means[2] = {0, 0}, *distance = zeros((int64_t)file->n_tensors * 2 * N_HEIGHTS);
-    int counts[2] = {0, 0}, checked = 0;
-    const Tensor **rows = (const Tensor **)lend(sizeof(Tensor *) * (size_t)(file->n_tensors + 1));
-    for (int i = 0; i < file->n_tensors; i++) { // first: what is there, and is it what we have
-        const FileTensor *t = &file->tensors[i];
-        int act = !strncmp(t->name, "act.", 4), grad = !strncmp(t->name, "grad.", 5);
-        if (!act && !grad) {
-            if (!find_tensor(&m->table, t->name) && strcmp(t->name, "inputs") && strcmp(t->name, "targets") && strcmp(t->name, "losses"))
-                check(0, "%.60s: no tensor that a dump may hold", t->name);
-            continue;
-        }
-        const Tensor *row = act ? find_tensor(&m->acts_table, t->name + 4) : find_tensor(&m->table, t->name + 5);
-        if (!row) { check(0, "%.60s: the model has no such tensor", t->name); continue; }
-        if (!same_shape(t, "F32", row->n_dims, row->shape)) { check(0, "%.60s: not F32, or of another shape than the model's", t->name); continue; }
-        rows[i] = row;
-        means[grad] += tensor_norm(t, 0, t->count);
-        counts[grad]++;
+static int is_gradient(const FileTensor *t) { return !strncmp(t->name, "grad.", 5); }
+
+// The keys' bias shifts all logits of a row alike: its gradient is 0 but for rounding, measured by the other
+// half, the queries'.
+static int in_halves(const FileTensor *t) {
+    return is_gradient(t) && strstr(t->name, "proj_fb.bias") != NULL;
+}
+
+// The model's row of a dump's activation or gradient; NULL for the dump's other tensors, and after a failed
+// check.
+static const Tensor *row_of(const Model *m, const FileTensor *t) {
+    static const char *const others[] = {"inputs", "targets", "losses"};
+    int act = !strncmp(t->name, "act.", 4), known = find_tensor(&m->table, t->name) != NULL;
+    for (int i = 0; i < 3; i++) known |= !strcmp(t->name, others[i]);
+    if (!act && !is_gradient(t)) {
+        if (!known) check(0, "%.60s: no tensor that a dump may hold", t->name);
+        return NULL;
     }
-    for (int p = 0; p < N_HEIGHTS; p++) {
-        Dropout off = {0, 0, 0};
-        m->P = panel_heights[p];
-        memset(m->grads, 0, sizeof(real) * (size_t)m->table.count);
-        tested_forward(m, inputs, targets, B, T, off);
-        for (int pass = 0; pass < 2; pass++) { // activations before the backward pass, which overwrites the logits
-            if (pass) tested_backward(m, dloss);
-            for (int i = 0; i < file->n_tensors; i++) {
-                const FileTensor *t = &file->tensors[i];
-                const Tensor *row = rows[i];
-                if (!row || (t->name[0] == 'g') != pass) continue;
-                int64_t half = pass && strstr(t->name, "proj_fb.bias") ? t->count / 2 : t->count, width = row->n_dims ? row->shape[row->n_dims - 1] : 1;
-                const real *x = (pass ? m->grads : m->acts_block) + row->offset;
-                precise *place = distance + ((size_t)i * N_HEIGHTS + p) * 2;
-                place[0] = tensor_distance(t, x, width, row->stride, 0, half);
-                place[1] = tensor_distance(t, x, width, row->stride, half, t->count);
-            }
+    const Tensor *row = act ? find_tensor(&m->acts_table, t->name + 4) : find_tensor(&m->table, t->name + 5);
+    if (!row) {
+        check(0, "%.60s: the model has no such tensor", t->name);
+        return NULL;
+    }
+    if (same_shape(t, "F32", row->n_dims, row->shape)) return row;
+    check(0, "%.60s: not F32, or of another shape than the model's", t->name);
+    return NULL;
+}
+
+// What a tensor is off by at each panel height: all of it, or its first and its second half.
+typedef struct { double off[2][N_HEIGHTS]; } Distances;
+
+// A forward and a backward pass at a panel height.
+static void measure(const Dump *dump, const Tensor **rows, int height, Distances *distances) {
+    const Safetensors *file = dump->file;
+    Model *m = dump->model;
+    m->P = panel_heights[height];
+    memset(m->grads, 0, sizeof(real) * (size_t)m->table.count);
+    tested_forward(m, dump->inputs, dump->targets, dump->B, dump->T, no_dropout);
+    for (int pass = 0; pass < 2; pass++) { // the backward pass overwrites the logits: activations first
+        if (pass) tested_backward(m, dump->dloss);
+        for (int i = 0; i < file->n_tensors; i++) {
+            const FileTensor *t = &file->tensors[i];
+            const Tensor *row = rows[i];
+            if (!row || is_gradient(t) != pass) continue;
+            int64_t half = in_halves(t) ? t->count / 2 : t->count;
+            int64_t width = row->n_dims ? row->shape[row->n_dims - 1] : 1;
+            const real *x = (pass ? m->grads : m->acts_block) + row->offset;
+            distances[i].off[0][height] = tensor_distance(t, x, width, row->stride, 0, half);
+            distances[i].off[1][height] = tensor_distance(t, x, width, row->stride, half, t->count);
         }
     }
     m->P = 0;
-    printf("  %-50s %9s %9s %9s %9s  (bound %.1e)\n", "tensor, relative error at panel height", "auto", "1", "3", "8", bound);
+}
+
+// A line for a tensor, or for each of its halves; size: what its error is a share of.
+static void check_tensor(const FileTensor *t, const Distances *distances, double size) {
+    int halves = in_halves(t) ? 2 : 1;
+    for (int half = 0; half < halves; half++) {
+        double worst = 0, errors[N_HEIGHTS];
+        for (int p = 0; p < N_HEIGHTS; p++) {
+            errors[p] = distances->off[half][p] / fmax(size, 1e-30);
+            worst_of(&worst, errors[p]);
+        }
+        int ok = worst <= bound_of_dump(); // false for NaN
+        printf("  %-40s %9s", t->name, halves == 1 ? "" : half ? "k' half" : "q' half");
+        for (int p = 0; p < N_HEIGHTS; p++) printf(" %9.2e", errors[p]);
+        printf("  %s\n", ok ? "ok" : "FAIL");
+        count(ok);
+    }
+}
+
+// Every activation and gradient of the dump, at four panel heights.
+static void check_tensors(const Dump *dump) {
+    const Safetensors *file = dump->file;
+    const Tensor **rows = (const Tensor **)lend(sizeof(Tensor *) * (size_t)(file->n_tensors + 1));
+    Distances *distances = (Distances *)lend(sizeof(Distances) * (size_t)(file->n_tensors + 1));
+    precise norms[2] = {0, 0}; // of all activations, of all gradients
+    int counts[2] = {0, 0};
+    for (int i = 0; i < file->n_tensors; i++) {
+        const FileTensor *t = &file->tensors[i];
+        rows[i] = row_of(dump->model, t);
+        if (!rows[i]) continue;
+        norms[is_gradient(t)] += tensor_norm(t, 0, t->count);
+        counts[is_gradient(t)]++;
+    }
+    for (int p = 0; p < N_HEIGHTS; p++) measure(dump, rows, p, distances);
+    printf("  %-50s %9s %9s %9s %9s  (bound %.1e)\n", "tensor, relative error at panel height", "auto", "1",
+           "3", "8", bound_of_dump());
     for (int i = 0; i < file->n_tensors; i++) {
         const FileTensor *t = &file->tensors[i];
         if (!rows[i]) continue;
-        int grad = t->name[0] == 'g', halves = grad && strstr(t->name, "proj_fb.bias") ? 2 : 1;
-        int64_t half = t->count / halves;
-        // The keys' bias shifts all logits of a row alike: its gradient is 0 but for rounding, measured by the other half.
-        // D's, a number a head, is a sum over all tokens and channels that nearly cancels once weights are trained (1e-4 to 5e-3 of the
-        // mean of all norms, in four runs): in float32 what its terms lost may be more than 1e-5 of what is left.
-        double least = grad && sizeof(real) == sizeof(float) && strstr(t->name, "mixer.D") ? 1e-2 : 1e-3;
-        double size = fmax(tensor_norm(t, 0, half), least * means[grad] / counts[grad]);
-        for (int part = 0; part < halves; part++) {
-            double worst = 0, errors[N_HEIGHTS];
-            for (int p = 0; p < N_HEIGHTS; p++) worst_of(&worst, errors[p] = distance[((size_t)i * N_HEIGHTS + p) * 2 + part] / fmax(size, 1e-30));
-            printf("  %-40s %9s %9.2e %9.2e %9.2e %9.2e  %s\n", t->name, halves == 1 ? "" : part ? "k' half" : "q' half", errors[0], errors[1], errors[2],
-                   errors[3], worst <= bound ? "ok" : "FAIL");
-            count(worst <= bound);
-            checked++;
-        }
+        // The gradient of mamba2's D, a number a head, is a sum over all tokens and channels that nearly
+        // cancels once weights are trained (1e-4 to 5e-3 of the mean of all norms, in four runs): in float32
+        // what its terms lost may be more than 1e-5 of what is left.
+        double least = is_gradient(t) && !IS_DOUBLE && strstr(t->name, "mixer.D") ? 1e-2 : 1e-3;
+        double mean = norms[is_gradient(t)] / counts[is_gradient(t)];
+        double size = tensor_norm(t, 0, in_halves(t) ? t->count / 2 : t->count);
+        check_tensor(t, &distances[i], fmax(size, least * mean));
     }
-    if (!checked) check(0, "the dump holds no activation and no gradient to check");
+    if (!counts[0] && !counts[1]) check(0, "the dump holds no activation and no gradient to check");
+}
+
+// The model that a dump's metadata describe; clears *ok after a failed check.
+static Config config_in(const Safetensors *file, int *ok) {
+    int V = (int)meta_number(file, "vocab_size", 1, 1 << 20, ok);
+    int D = (int)meta_number(file, "d_model", 2, 1 << 14, ok);
+    int L = (int)meta_number(file, "n_layers", 1, 1000, ok);
+    int H = (int)meta_number(file, "n_heads", 1, 1 << 14, ok);
+    int G = (int)meta_number(file, "n_kv_heads", 1, 1 << 14, ok);
+    int T = (int)meta_number(file, "max_seq_len", 1, 1 << 24, ok);
+    Config c = config_with(0, V, D, L, H, G, T);
+    c.gamma_max = meta_number(file, "gamma_max", 0, 1, ok);
+    const char *mixer = safetensors_meta(file, "mixer");
+    c.mixer = mixer ? find_mixer(mixer) : -1;
+    if (c.mixer < 0) *ok = check(0, "metadata mixer is %.40s", mixer ? mixer : "missing");
+    if (c.mixer == MAMBA2) {
+        c.head_dim = (int)meta_number(file, "mamba_head_dim", 1, 1 << 15, ok);
+        c.state_dim = (int)meta_number(file, "mamba_state_dim", 1, 1 << 12, ok);
+        if (*ok && 2 * D % c.head_dim) *ok = check(0, "mamba_head_dim does not divide twice d_model");
+    }
+    if (*ok && (D % H || D / H % 2 || H % G)) *ok = check(0, "heads do not divide the width");
+    return c;
+}
+
+// All that a dump holds, by a model that has just been made.
+static void check_contents(Model *m, const Safetensors *file, int B, int T) {
+    int V = m->config.vocab_size, counted = 0;
+    const char *missing = take_weights(m, file);
+    const int *inputs = take_ids(file, "inputs", B, T, 0, V);
+    const int *targets = take_ids(file, "targets", B, T, -1, V);
+    if (missing) {
+        check(0, "%s is missing, or is not F32 or of another shape", missing);
+        return;
+    }
+    if (!inputs || !targets) {
+        check(0, "inputs or targets are missing, or not I32 (B,T) within the vocabulary");
+        return;
+    }
+    for (int i = 0; i < B * T; i++) counted += targets[i] >= 0;
+    Dump dump = {file, m, inputs, targets, B, T, counted ? 1.0 / counted : 0};
+    const FileTensor *losses = safetensors_find(file, "losses");
+    check_tensors(&dump);
+    if (losses) check_losses(&dump, losses);
 }
 
 static void check_dump(const char *path) {
@@ -1626,33 +1757,13 @@ static void check_dump(const char *path) {
     int ok = 1;
     heading(path);
     if (safetensors_read(&file, path, error)) { check(0, "%s", error); return; }
-    const char *mixer = safetensors_meta(&file, "mixer");
-    Config c = config_with(0, (int)meta_number(&file, "vocab_size", 1, 1 << 20, &ok), (int)meta_number(&file, "d_model", 2, 1 << 14, &ok),
-                           (int)meta_number(&file, "n_layers", 1, 1000, &ok), (int)meta_number(&file, "n_heads", 1, 1 << 14, &ok),
-                           (int)meta_number(&file, "n_kv_heads", 1, 1 << 14, &ok), (int)meta_number(&file, "max_seq_len", 1, 1 << 24, &ok));
-    int B = (int)meta_number(&file, "batch_size", 1, 1 << 14, &ok), T = (int)meta_number(&file, "seq_len", 1, 1 << 16, &ok);
-    c.gamma_max = meta_number(&file, "gamma_max", 0, 1, &ok);
-    if (!mixer || (c.mixer = find_mixer(mixer)) < 0) ok = check(0, "metadata mixer is %.40s", mixer ? mixer : "missing");
-    if (c.mixer == MAMBA2) {
-        c.head_dim = (int)meta_number(&file, "mamba_head_dim", 1, 1 << 15, &ok);
-        c.state_dim = (int)meta_number(&file, "mamba_state_dim", 1, 1 << 12, &ok);
-        if (ok && 2 * c.d_model % c.head_dim) ok = check(0, "mamba_head_dim does not divide twice d_model");
-    }
-    if (ok && (c.d_model % c.n_heads || c.d_model / c.n_heads % 2 || c.n_heads % c.n_kv_heads)) ok = check(0, "heads do not divide the width");
-    Model *m = NULL;
-    if (ok && !(m = tested_create(&c, B, T, KEEP_ALL, error))) ok = check(0, "%s", error);
+    Config c = config_in(&file, &ok);
+    int B = (int)meta_number(&file, "batch_size", 1, 1 << 14, &ok);
+    int T = (int)meta_number(&file, "seq_len", 1, 1 << 16, &ok);
+    Model *m = ok ? tested_create(&c, B, T, KEEP_ALL, error) : NULL;
+    if (ok && !m) check(0, "%s", error);
     if (m) {
-        const char *missing = take_weights(m, &file);
-        int *inputs = take_ids(&file, "inputs", B, T, 0, c.vocab_size), *targets = take_ids(&file, "targets", B, T, -1, c.vocab_size), counted = 0;
-        if (missing) check(0, "%s is missing, or is not F32 or of another shape", missing);
-        else if (!inputs || !targets) check(0, "inputs or targets are missing, or not I32 (B,T) within the vocabulary");
-        else {
-            for (int i = 0; i < B * T; i++) counted += targets[i] >= 0;
-            double dloss = counted ? 1.0 / counted : 0;
-            const FileTensor *losses = safetensors_find(&file, "losses");
-            check_tensors(m, &file, inputs, targets, B, T, dloss);
-            if (losses) check_losses(m, &file, losses, inputs, targets, B, T, dloss);
-        }
+        check_contents(m, &file, B, T);
         tested_free(m);
     }
     safetensors_free(&file);
@@ -1678,13 +1789,22 @@ static int fails_on(const unsigned char *bytes, size_t size) {
 // The check of dumps must fail where it should: on copies of a dump with one thing wrong.
 static void test_bad_dumps(const char *dump) {
     heading("damaged copies of a dump are refused");
-    static const char *edits[][2] = {{"\"act.encoded\"", "\"act.encodet\""}, {"\"act.encoded\"", "\"extra\""}, {"\"grad.wte.weight\"", "\"grad.wte.waight\""}, {"\"d_model\"", "\"d_modal\""},
-                                     {"\"inputs\"", "\"imputs\""}, {"\"ln_f.bias\"", "\"ln_f.bios\""}};
+    static const char *const edits[][2] = { // of the header: from, to
+        {"\"act.encoded\"", "\"act.encodet\""},
+        {"\"act.encoded\"", "\"extra\""},
+        {"\"grad.wte.weight\"", "\"grad.wte.waight\""},
+        {"\"d_model\"", "\"d_modal\""},
+        {"\"inputs\"", "\"imputs\""},
+        {"\"ln_f.bias\"", "\"ln_f.bios\""},
+    };
     char error[ERROR_SIZE];
     Safetensors file;
     unsigned char *bytes;
     size_t size;
-    if (file_read(dump, &bytes, &size, error) || safetensors_read(&file, dump, error)) { check(0, "%s", error); return; }
+    if (safetensors_read(&file, dump, error) || file_read(dump, &bytes, &size, error)) {
+        check(0, "%s", error);
+        return;
+    }
     keep(bytes);
     for (int i = 0; i < 6; i++) {
         size_t size_bad = size;
@@ -1705,7 +1825,8 @@ static void test_bad_dumps(const char *dump) {
 }
 
 #ifdef TEST_CUDA
-// A bf16 number is off by 2^-8 of itself at most; the way through a layer has 8 roundings, and so has the way back.
+// A bf16 number is off by 2^-8 of itself at most; the way through a layer has 8 roundings, and so has the way
+// back.
 static void check_dumps_in_bf16(const glob_t *dumps) {
     gpu.precision = BF16;
     for (size_t i = 0; i < dumps->gl_pathc; i++) {
@@ -1769,8 +1890,8 @@ int main(int argc, char **argv) {
     gpu.precision = FP32; // 1e-4 in float32
     dump_bound = 1e-4;
 #endif
-    // A trained checkpoint's rows of s are alike, and what α's gradient keeps of dA - δ is their difference: float32
-    // has lost up to two of its digits there. In float64 the bound is the dump's own.
+    // A trained checkpoint's rows of s are alike, and what α's gradient keeps of dA - δ is their difference:
+    // float32 has lost up to two of its digits there. In float64 the bound is the dump's own.
     int trained = argc == 3 && !strcmp(argv[1], "--trained");
     if (trained) {
         dump_bound = bound_of(1e-4, 0);
