@@ -1,9 +1,9 @@
 /*
-The test of the program as a user runs it: stop and resume, threads, the order of the data, scores, generation, the
-smallest models, limits of the system, terminals.
+The test of the program as a user runs it: stop and resume, threads, the order of the data, scores,
+generation, the smallest models, limits of the system, terminals.
 
     ./test_runs                    everything
-    ./test_runs ./test_sessacu     what a twin must do as well: the runs are those of that binary, started with --run
+    ./test_runs ./test_sessacu     what the twin must do as well: that binary is the one started with --run
 
 Built twice, as test_sessa is. A checkpoint is float32: what resumes from one is tested in float32 alone.
 */
@@ -26,7 +26,8 @@ static void check_resume(const char *name, const char *options) {
     ok = ok && !run("--resume b.safetensors --steps 20 --log b.log " WATCH);
     int same = same_files("a.safetensors", "b.safetensors");
     int same_best = same_files("a.best.safetensors", "b.best.safetensors");
-    check(ok && same && same_best, "%s: 10 steps and 10 resumed write the bytes of 20, best weights too", name);
+    check(ok && same && same_best, "%s: 10 steps and 10 resumed write the bytes of 20, best weights too",
+          name);
 
     int logged = same_logs("a.log", "b.log", 20);
     double steps[64];
@@ -124,9 +125,10 @@ static void check_threads(const char *shape) {
 }
 
 static void check_micro_batches(const char *data) {
+    static const char options[] = TINY "--seq 12 --steps 6 --eval-every 0";
     double x[8], y[8], worst = 0;
-    int ok = !run("--data %s " TINY "--seq 12 --batch 8 --steps 6 --eval-every 0 --log x.log", data);
-    ok = ok && !run("--data %s " TINY "--seq 12 --batch 4 --accum 2 --steps 6 --eval-every 0 --log y.log", data);
+    int ok = !run("--data %s %s --batch 8 --log x.log", data, options);
+    ok = ok && !run("--data %s %s --batch 4 --accum 2 --log y.log", data, options);
     ok = ok && read_log("x.log", "train_loss", x, 8) == 6 && read_log("y.log", "train_loss", y, 8) == 6;
     for (int s = 0; s < 6; s++) worst_of(&worst, ok ? fabs(x[s] - y[s]) / x[s] : NAN);
     check_error(worst, bound_of(1e-5, 1e-12), "%s: losses of --batch 4 --accum 2 against --batch 8", data);
@@ -150,12 +152,13 @@ static void test_threads(void) {
 
 // --plain trains, evaluates, generates and resumes what the fast ways do, but for rounding.
 static void check_plain(const char *mixer) {
-    static const char options[] = "--data text --overwrite --dim 32 --layers 2 --seq 70 --batch 3 --dropout 0.1";
     double fast[8], slow[8], mixed[8], worst = 0;
-    int ok = !run("%s --mixer %s --steps 6 --log x.log --out x.safetensors", options, mixer);
-    ok = ok && !run("%s --mixer %s --steps 6 --log y.log --out y.safetensors --plain", options, mixer);
-    ok = ok && !run("%s --mixer %s --steps 3 --decay-steps 6 --log z.log --out z.safetensors --plain", options,
-                    mixer);
+    char o[128];
+    snprintf(o, sizeof(o), "--data text --overwrite --mixer %s %s", mixer,
+             "--dim 32 --layers 2 --seq 70 --batch 3 --dropout 0.1");
+    int ok = !run("%s --steps 6 --log x.log --out x.safetensors", o);
+    ok = ok && !run("%s --steps 6 --log y.log --out y.safetensors --plain", o);
+    ok = ok && !run("%s --steps 3 --decay-steps 6 --log z.log --out z.safetensors --plain", o);
     ok = ok && !run("--resume z.safetensors --steps 6 --log z.log --overwrite");
     ok = ok && read_log("x.log", "train_loss", fast, 8) == 6 && read_log("y.log", "train_loss", slow, 8) == 6;
     ok = ok && read_log("z.log", "train_loss", mixed, 8) == 6;
@@ -163,7 +166,8 @@ static void check_plain(const char *mixer) {
         worst_of(&worst, ok ? fabs(slow[s] / fast[s] - 1) : NAN);
         worst_of(&worst, ok ? fabs(mixed[s] / fast[s] - 1) : NAN);
     }
-    check_error(worst, bound_of(1e-5, 1e-12), "%s: losses of 6 steps by plain loops, and of 3 and 3 more", mixer);
+    check_error(worst, bound_of(1e-5, 1e-12), "%s: losses of 6 steps by plain loops, and of 3 and 3 more",
+                mixer);
 
     double scores[2];
     for (int way = 0; way < 2; way++) {
@@ -263,7 +267,8 @@ static void test_order(void) {
     check_masks();
     for (int seed = 1; seed < 4; seed++) check_places(seed);
     double x[STEPS + 1];
-    int ok = losses_of(x, STEPS, "--data text --seq 12 --batch 1"), places = 1; // of 5388 where 12 tokens can start
+    int places = 1; // of 5388 where 12 tokens can start
+    int ok = losses_of(x, STEPS, "--data text --seq 12 --batch 1");
     qsort(x, STEPS, sizeof(double), by_value);
     for (int i = 1; i < STEPS; i++) places += x[i] != x[i - 1];
     check(ok && places >= STEPS - 4, "text: %d steps start at %d places", STEPS, places);
@@ -500,8 +505,8 @@ static void check_large_weights(int mixer) {
     }
     model_forward(m, ids, ids, 1, T, no_dropout);
     double loss = model_loss(m) / T;
-    check(isfinite(loss), "%s, weights %d times as large: the loss is finite (%.3g)", mixers[mixer].name, factor,
-          loss);
+    check(isfinite(loss), "%s, weights %d times as large: the loss is finite (%.3g)", mixers[mixer].name,
+          factor, loss);
     model_free(m);
     release();
 }
@@ -551,7 +556,8 @@ static void check_no_target(const char *mixer) {
 
 // The last sample is what the saved weights generate.
 static void check_samples(const char *mixer) {
-    int ok = !run("--data text --mixer %s " SMALL "--steps 6 --eval-every 0 --sample-every 2 --out p.safetensors",
+    int ok = !run("--data text --mixer %s " SMALL "--steps 6 --eval-every 0 --sample-every 2 "
+                  "--out p.safetensors",
                   mixer);
     const char *last = (char *)output; // samples stand between lines of ---
     for (const char *at = last; ok && (at = strstr(at, "---\n")) != NULL; at += 4)
@@ -594,7 +600,8 @@ static void pretend(const char *name, const char *text) {
     spill(path, text, strlen(text));
 }
 
-static void forget(const char *path) { // removes a folder with all that it holds
+// Removes a folder with all that it holds.
+static void forget(const char *path) {
     char inner[600];
     DIR *dir = opendir(path);
     for (struct dirent *entry; dir && (entry = readdir(dir)) != NULL;) {
@@ -606,12 +613,22 @@ static void forget(const char *path) { // removes a folder with all that it hold
     rmdir(path);
 }
 
+// Files of a machine, and what is found of it.
+enum { MOST_FILES = 5 };
+typedef struct { const char *name, *text; } Pretended;
+
+static void pretend_all(const Pretended *files) {
+    for (int f = 0; f < MOST_FILES && files[f].name; f++) pretend(files[f].name, files[f].text);
+}
+
 #if defined(_OPENMP) && defined(__linux__)
-static void without_wishes(void) { // the environment of a user who wishes for nothing
+// The environment of a user who wishes for nothing.
+static void without_wishes(void) {
     static const char *const names[] = {"OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT",
                                         "OMP_PROC_BIND",   "OMP_PLACES",      "KMP_BLOCKTIME"};
     for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++) unsetenv(names[i]);
 }
+
 static void on_one_core(void) {
     without_wishes();
     cpu_set_t all, one;
@@ -621,10 +638,24 @@ static void on_one_core(void) {
         if (CPU_ISSET(i, &all)) CPU_SET(i, &one);
     sched_setaffinity(0, sizeof(one), &one);
 }
+
+static void check_number_of_threads(void) {
+    static const char options[] = "--data text " TINY "--seq 12 --batch 2 --steps 1 --eval-every 0 "
+                                  "--out u.safetensors";
+    prepare_child = on_one_core;
+    int ok = !run("%s", options);
+    prepare_child = NULL;
+    check(ok && said(", 1 threads,"), "bound to one core: 1 thread, told at the start");
+    n_threads = "3";
+    ok = !run("%s", options);
+    n_threads = "2";
+    check(ok && said(", 3 threads,"), "OMP_NUM_THREADS=3 rules");
+}
 #endif
 
 #if defined(_OPENMP) && defined(__linux__) && !defined(KMP_VERSION_MAJOR)
-static void with_a_policy(void) { unsetenv("GOMP_SPINCOUNT"); } // and OMP_WAIT_POLICY=passive, as the test itself
+// The test itself runs with OMP_WAIT_POLICY=passive: that stays.
+static void with_a_policy(void) { unsetenv("GOMP_SPINCOUNT"); }
 
 // Whether the environment with which a program was started last holds the text.
 static int started_with(pid_t child, const char *text) {
@@ -636,100 +667,125 @@ static int started_with(pid_t child, const char *text) {
     if (fd >= 0) close(fd);
     return n > 0 && memmem(environment, (size_t)n, text, strlen(text)) != NULL;
 }
+
+// A program that is looked at while it trains, then stopped.
+typedef struct {
+    int code;
+    int bounded; // its threads' waiting is
+    int again;   // it started itself again
+} Started;
+
+static Started started(void (*prepare)(void)) {
+    static const char line[] = "--run --data text " SMALL "--steps 100000 --eval-every 0 --out u.safetensors "
+                               "--log u.log";
+    Started found;
+    discard("u.log");
+    prepare_child = prepare;
+    pid_t child = start_and_wait_for_log(line, "u.log", 2);
+    prepare_child = NULL;
+    found.bounded = started_with(child, "GOMP_SPINCOUNT=");
+    found.again = started_with(child, "SESSA_STARTED_AGAIN=");
+    kill(child, SIGINT);
+    found.code = finish(child);
+    return found;
+}
+
+// What has been started again, and what finds a mark that is not its own: 0 if the environment is as it was.
+static int environment_code(void) {
+    char mark[32], *none[] = {self, NULL};
+    without_wishes();
+    snprintf(mark, sizeof(mark), "%d", (int)getpid());
+    setenv("GOMP_SPINCOUNT", "1000", 1);
+    setenv("SESSA_STARTED_AGAIN", mark, 1);
+    start_again(none);
+    int clean = !getenv("GOMP_SPINCOUNT") && !getenv("SESSA_STARTED_AGAIN");
+    setenv("GOMP_SPINCOUNT", "7", 1);
+    setenv("SESSA_STARTED_AGAIN", "1", 1);
+    start_again(none);
+    return clean && getenv("GOMP_SPINCOUNT") && !getenv("SESSA_STARTED_AGAIN") ? 0 : 1;
+}
+
+static void check_waiting(void) {
+    if (!access("/proc/self/exe", R_OK)) { // what is needed to start again and to look
+        Started usual = started(without_wishes), told = started(with_a_policy);
+        int one_core = omp_get_num_procs() == 1;
+        check(usual.code == 130 && usual.bounded == usual.again && (usual.again || one_core),
+              "waiting is bounded: started again, once, with GOMP_SPINCOUNT");
+        check(told.code == 130 && !told.bounded && !told.again,
+              "OMP_WAIT_POLICY set: that rules, the program is started once");
+    }
+    fflush(stdout);
+    pid_t child = fork();
+    if (!child) _exit(environment_code());
+    check(!finish(child), "then its environment is as it was before");
+}
 #endif
 
 static void test_threads_allowed(void) {
     heading("as many threads as the process may use, and how they wait");
-    static const struct { const char *name, *files[4][2]; int threads;
+    static const struct {
+        const char *name;
+        Pretended files[MOST_FILES];
+        int threads; // of 8
     } cases[] = {
         {"no /sys, no /proc", {{NULL, NULL}}, 8},
-        {"version 2, no quota",
-         {{"proc/self/cgroup", "0::/a\n"}, {"sys/fs/cgroup/a/cpu.max", "max 100000\n"}},
-         8},
-        {"version 2, 1.5 cores",
-         {{"proc/self/cgroup", "0::/a\n"}, {"sys/fs/cgroup/a/cpu.max", "150000 100000\n"}},
-         2},
-        {"version 2, half a core further up",
-         {{"proc/self/cgroup", "0::/a/b/c\n"},
-          {"sys/fs/cgroup/a/cpu.max", "10000 20000\n"},
-          {"sys/fs/cgroup/a/b/c/cpu.max", "300000 100000\n"}},
-         1},
-        {"version 2 in a container, 3 cores",
-         {{"proc/self/cgroup", "0::/\n"}, {"sys/fs/cgroup/cpu.max", "300000 100000\n"}},
-         3},
-        {"version 1 in a container, 2.2 cores",
-         {{"proc/self/cgroup", "5:memory:/m\n3:cpuacct,cpu:/docker/0a1b\n"},
-          {"sys/fs/cgroup/cpu/cpu.cfs_quota_us", "220000\n"},
-          {"sys/fs/cgroup/cpu/cpu.cfs_period_us", "100000\n"}},
-         3},
-        {"version 1, no quota",
-         {{"proc/self/cgroup", "3:cpu:/a\n"},
-          {"sys/fs/cgroup/cpu/a/cpu.cfs_quota_us", "-1\n"},
-          {"sys/fs/cgroup/cpu/a/cpu.cfs_period_us", "100000\n"}},
-         8},
-        {"version 1, another controller's",
-         {{"proc/self/cgroup", "3:cpuset:/a\n"},
-          {"sys/fs/cgroup/cpu/a/cpu.cfs_quota_us", "100000\n"},
-          {"sys/fs/cgroup/cpu/a/cpu.cfs_period_us", "100000\n"}},
-         8},
+        {
+            "version 2, no quota",
+            {{"proc/self/cgroup", "0::/a\n"}, {"sys/fs/cgroup/a/cpu.max", "max 100000\n"}},
+            8,
+        },
+        {
+            "version 2, 1.5 cores",
+            {{"proc/self/cgroup", "0::/a\n"}, {"sys/fs/cgroup/a/cpu.max", "150000 100000\n"}},
+            2,
+        },
+        {
+            "version 2, half a core further up",
+            {{"proc/self/cgroup", "0::/a/b/c\n"},
+             {"sys/fs/cgroup/a/cpu.max", "10000 20000\n"},
+             {"sys/fs/cgroup/a/b/c/cpu.max", "300000 100000\n"}},
+            1,
+        },
+        {
+            "version 2 in a container, 3 cores",
+            {{"proc/self/cgroup", "0::/\n"}, {"sys/fs/cgroup/cpu.max", "300000 100000\n"}},
+            3,
+        },
+        {
+            "version 1 in a container, 2.2 cores",
+            {{"proc/self/cgroup", "5:memory:/m\n3:cpuacct,cpu:/docker/0a1b\n"},
+             {"sys/fs/cgroup/cpu/cpu.cfs_quota_us", "220000\n"},
+             {"sys/fs/cgroup/cpu/cpu.cfs_period_us", "100000\n"}},
+            3,
+        },
+        {
+            "version 1, no quota",
+            {{"proc/self/cgroup", "3:cpu:/a\n"},
+             {"sys/fs/cgroup/cpu/a/cpu.cfs_quota_us", "-1\n"},
+             {"sys/fs/cgroup/cpu/a/cpu.cfs_period_us", "100000\n"}},
+            8,
+        },
+        {
+            "version 1, another controller's",
+            {{"proc/self/cgroup", "3:cpuset:/a\n"},
+             {"sys/fs/cgroup/cpu/a/cpu.cfs_quota_us", "100000\n"},
+             {"sys/fs/cgroup/cpu/a/cpu.cfs_period_us", "100000\n"}},
+            8,
+        },
     };
     char root[96];
     snprintf(root, sizeof(root), "%s/there", work);
     for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
-        for (int f = 0; f < 4 && cases[i].files[f][0]; f++)
-            pretend(cases[i].files[f][0], cases[i].files[f][1]);
+        pretend_all(cases[i].files);
         int threads = threads_within(root, 8);
         check(threads == cases[i].threads, "%s: %d of 8 threads", cases[i].name, threads);
         forget(root);
     }
 #if defined(_OPENMP) && defined(__linux__)
-    prepare_child = on_one_core;
-    int code = run("--data text " TINY "--seq 12 --batch 2 --steps 1 --eval-every 0 --out u.safetensors");
-    check(!code && output && strstr((char *)output, ", 1 threads,"), "bound to one core: 1 thread, told at "
-                                                                     "the start");
-    prepare_child = NULL;
-    n_threads = "3";
-    code = run("--data text " TINY "--seq 12 --batch 2 --steps 1 --eval-every 0 --out u.safetensors");
-    check(!code && output && strstr((char *)output, ", 3 threads,"), "OMP_NUM_THREADS=3 rules");
-    n_threads = "2";
+    check_number_of_threads();
 #endif
 #if defined(_OPENMP) && defined(__linux__) && !defined(KMP_VERSION_MAJOR)
-    static const char line[] = "--run --data text " SMALL "--steps 100000 --eval-every 0 --out u.safetensors "
-                                                          "--log u.log";
-    for (int wishes = 0; wishes < 2 && !access("/proc/self/exe", R_OK); wishes++) { // needs /proc
-        discard("u.log");
-        prepare_child = wishes ? with_a_policy : without_wishes; // the test itself runs with OMP_WAIT_POLICY=passive
-        pid_t child = start_and_wait_for_log(line, "u.log", 2);
-        int bounded = started_with(child, "GOMP_SPINCOUNT=");
-        int again = started_with(child, "SESSA_STARTED_AGAIN=");
-        kill(child, SIGINT);
-        code = finish(child);
-        if (wishes)
-            check(code == 130 && !bounded && !again, "OMP_WAIT_POLICY set: that rules, the program is "
-                                                     "started once");
-        else
-            check(code == 130 && bounded == again && (again || omp_get_num_procs() == 1), "waiting is "
-                                                                                          "bounded: started "
-                                                                                          "again, once, with "
-                                                                                          "GOMP_SPINCOUNT");
-    }
-    prepare_child = NULL;
-    fflush(stdout);
-    pid_t child = fork();
-    if (!child) { // what has been started again, and what finds a mark that is not its own
-        char mark[32], *none[] = {self, NULL};
-        without_wishes();
-        snprintf(mark, sizeof(mark), "%d", (int)getpid());
-        setenv("GOMP_SPINCOUNT", "1000", 1);
-        setenv("SESSA_STARTED_AGAIN", mark, 1);
-        start_again(none);
-        int clean = !getenv("GOMP_SPINCOUNT") && !getenv("SESSA_STARTED_AGAIN");
-        setenv("GOMP_SPINCOUNT", "7", 1);
-        setenv("SESSA_STARTED_AGAIN", "1", 1);
-        start_again(none);
-        _exit(clean && getenv("GOMP_SPINCOUNT") && !getenv("SESSA_STARTED_AGAIN") ? 0 : 1);
-    }
-    check(!finish(child), "then its environment is as it was before");
+    check_waiting();
 #endif
     release();
 }
@@ -748,158 +804,196 @@ static void test_stacks(void) {
         int ok = !run("--data text --overwrite --mixer %s --dim 96 --layers 2 --heads 4 --seq 200 --batch 4 "
                       "--steps 2 --eval-every 1 --sample-every 2 --log s.log --out s.safetensors",
                       name);
-        ok = ok && !run("--data text --overwrite --mixer %s --dim 96 --layers 1 --heads 1 --seq 300 --batch "
-                        "1 --steps 2 --eval-every 0 --out s.safetensors",
+        ok = ok && !run("--data text --overwrite --mixer %s --dim 96 --layers 1 --heads 1 --seq 300 "
+                        "--batch 1 --steps 2 --eval-every 0 --out s.safetensors",
                         name);
-        ok = ok && (IS_DOUBLE || !run("--resume s.safetensors --steps 3 --eval-every 0")) &&
-             !run("--load s.best.safetensors --generate 20");
+        ok = ok && (IS_DOUBLE || !run("--resume s.safetensors --steps 3 --eval-every 0"));
+        ok = ok && !run("--load s.best.safetensors --generate 20");
         check(ok, "%s: trains, saves, resumes and generates", name);
     }
     prepare_child = NULL;
     release();
 }
 
-#if defined(__linux__) && !defined(__SANITIZE_ADDRESS__)
-static int bounded_resource;
-static void with_half_a_gib(void) {
-    struct rlimit limit = {512 << 20, 512 << 20};
-    setrlimit(bounded_resource, &limit);
-}
-#endif
-
-static void test_memory_limits(void) {
-    heading("what does not fit is refused before it is touched");
-    run("--data text " SMALL "--steps 2 --out good.safetensors");
-    static const char meminfo[] = "MemTotal:  800000 kB\nMemFree:  3 kB\nMemAvailable:  409600 kB\nSwapFree: "
-                                  " 0 kB\n";
-    static const struct { const char *name, *files[5][2]; double mib; const char *who;
+// How much memory is left, by what the system says of it.
+static void check_memory_left(void) {
+    static const char meminfo[] = "MemTotal:  800000 kB\nMemFree:  3 kB\nMemAvailable:  409600 kB\n"
+                                  "SwapFree:  0 kB\n";
+    static const struct {
+        const char *name;
+        Pretended files[MOST_FILES];
+        double mib;
+        const char *who;
     } cases[] = {
         {"the machine", {{"proc/meminfo", meminfo}}, 400, "this machine"},
-        {"the machine, 100 MiB of swap",
-         {{"proc/meminfo", "MemAvailable:  409600 kB\nSwapFree:  102400 kB\n"}},
-         500,
-         "this machine"},
-        {"version 2",
-         {{"proc/meminfo", meminfo},
-          {"proc/self/cgroup", "0::/a\n"},
-          {"sys/fs/cgroup/a/memory.max", "104857600\n"},
-          {"sys/fs/cgroup/a/memory.current", "62914560\n"}},
-         40,
-         "its cgroup"},
-        {"version 2, half of it cache of files",
-         {{"proc/meminfo", meminfo},
-          {"proc/self/cgroup", "0::/a\n"},
-          {"sys/fs/cgroup/a/memory.max", "104857600\n"},
-          {"sys/fs/cgroup/a/memory.current", "62914560\n"},
-          {"sys/fs/cgroup/a/memory.stat", "anon 31457280\ninactive_file 20971520\nactive_file 10485760\n"}},
-         70,
-         "its cgroup"},
-        {"version 2, further up",
-         {{"proc/meminfo", meminfo},
-          {"proc/self/cgroup", "0::/a/b\n"},
-          {"sys/fs/cgroup/a/b/memory.max", "max\n"},
-          {"sys/fs/cgroup/a/memory.max", "104857600\n"},
-          {"sys/fs/cgroup/a/memory.current", "94371840\n"}},
-         10,
-         "its cgroup"},
-        {"version 1 in a container",
-         {{"proc/meminfo", meminfo},
-          {"proc/self/cgroup", "4:memory:/docker/0a1b\n"},
-          {"sys/fs/cgroup/memory/memory.limit_in_bytes", "209715200\n"},
-          {"sys/fs/cgroup/memory/memory.usage_in_bytes", "209715201\n"},
-          {"sys/fs/cgroup/memory/memory.stat", "inactive_file 7\ntotal_inactive_file 1048577\n"}},
-         1,
-         "its cgroup"},
-        {"version 1, no limit",
-         {{"proc/meminfo", meminfo},
-          {"proc/self/cgroup", "4:memory:/a\n"},
-          {"sys/fs/cgroup/memory/a/memory.limit_in_bytes", "9223372036854771712\n"},
-          {"sys/fs/cgroup/memory/a/memory.usage_in_bytes", "1\n"}},
-         400,
-         "this machine"},
+        {
+            "the machine, 100 MiB of swap",
+            {{"proc/meminfo", "MemAvailable:  409600 kB\nSwapFree:  102400 kB\n"}},
+            500,
+            "this machine",
+        },
+        {
+            "version 2",
+            {{"proc/meminfo", meminfo},
+             {"proc/self/cgroup", "0::/a\n"},
+             {"sys/fs/cgroup/a/memory.max", "104857600\n"},
+             {"sys/fs/cgroup/a/memory.current", "62914560\n"}},
+            40,
+            "its cgroup",
+        },
+        {
+            "version 2, half of it cache of files",
+            {{"proc/meminfo", meminfo},
+             {"proc/self/cgroup", "0::/a\n"},
+             {"sys/fs/cgroup/a/memory.max", "104857600\n"},
+             {"sys/fs/cgroup/a/memory.current", "62914560\n"},
+             {"sys/fs/cgroup/a/memory.stat",
+              "anon 31457280\ninactive_file 20971520\nactive_file 10485760\n"}},
+            70,
+            "its cgroup",
+        },
+        {
+            "version 2, further up",
+            {{"proc/meminfo", meminfo},
+             {"proc/self/cgroup", "0::/a/b\n"},
+             {"sys/fs/cgroup/a/b/memory.max", "max\n"},
+             {"sys/fs/cgroup/a/memory.max", "104857600\n"},
+             {"sys/fs/cgroup/a/memory.current", "94371840\n"}},
+            10,
+            "its cgroup",
+        },
+        {
+            "version 1 in a container",
+            {{"proc/meminfo", meminfo},
+             {"proc/self/cgroup", "4:memory:/docker/0a1b\n"},
+             {"sys/fs/cgroup/memory/memory.limit_in_bytes", "209715200\n"},
+             {"sys/fs/cgroup/memory/memory.usage_in_bytes", "209715201\n"},
+             {"sys/fs/cgroup/memory/memory.stat", "inactive_file 7\ntotal_inactive_file 1048577\n"}},
+            1,
+            "its cgroup",
+        },
+        {
+            "version 1, no limit",
+            {{"proc/meminfo", meminfo},
+             {"proc/self/cgroup", "4:memory:/a\n"},
+             {"sys/fs/cgroup/memory/a/memory.limit_in_bytes", "9223372036854771712\n"},
+             {"sys/fs/cgroup/memory/a/memory.usage_in_bytes", "1\n"}},
+            400,
+            "this machine",
+        },
     };
     char root[96];
     snprintf(root, sizeof(root), "%s/there", work);
     for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
-        for (int f = 0; f < 5 && cases[i].files[f][0]; f++)
-            pretend(cases[i].files[f][0], cases[i].files[f][1]);
+        pretend_all(cases[i].files);
         MemoryLeft left = memory_left(root);
         check(left.bytes == cases[i].mib * 0x1p20 && !strcmp(left.who, cases[i].who),
               "%s: %s leaves %.1f MiB", cases[i].name, left.who, left.bytes / 0x1p20);
         forget(root);
     }
+}
+
 #if defined(__linux__) && !defined(__SANITIZE_ADDRESS__) // whose shadow is larger than any limit
-    static const struct { int resource; const char *name, *options;
-    } limits[] = {
-        {RLIMIT_AS, "ulimit -v",
-         "--data text --dim 2048 --layers 2 --seq 12 --batch 2 --steps 1 --out u.safetensors"},
-        {RLIMIT_DATA, "ulimit -d",
-         "--data text --dim 16 --layers 1 --seq 500 --batch 4000 --steps 1 --out u.safetensors"},
-        {RLIMIT_AS, "ulimit -v", "--data sparse --format bytes " TINY "--steps 1 --out u.safetensors"},
-        {RLIMIT_DATA, "ulimit -d", "--load good.safetensors --generate 900000000"},
-    };
-    char path[256];
-    spill("sparse", "", 0);
-    snprintf(path, sizeof(path), "%s/sparse", work);
-    int made = !truncate(path, 1 << 30);
+static int bounded_resource;
+static void with_half_a_gib(void) {
+    struct rlimit limit = {512 << 20, 512 << 20};
+    setrlimit(bounded_resource, &limit);
+}
+
+// A run that this limit leaves no room for: one line says so, and little memory was touched.
+static void check_limit(int resource, const char *name, const char *options) {
+    struct rusage usage;
+    char line[512];
+    int status = 0;
+    snprintf(line, sizeof(line), "--run %s", options);
+    bounded_resource = resource;
     prepare_child = with_half_a_gib;
-    for (int i = 0; i < 4; i++) {
-        struct rusage usage;
-        char line[512];
-        int status = 0;
-        bounded_resource = limits[i].resource;
-        snprintf(line, sizeof(line), "--run %s", limits[i].options);
-        pid_t child = start(line);
-        wait4(child, &status, 0, &usage);
-        complaint = slurp("../stderr", &complaint_size);
-        const char *first = (const char *)complaint, *end = first ? strchr(first, '\n') : NULL;
-        int told =
-            end && !end[1] && strstr(first, "does not fit: it needs ") && strstr(first, limits[i].name);
-        if (told) complaint[end - first] = 0;
-        check(made && WIFEXITED(status) && WEXITSTATUS(status) == 1 && told && usage.ru_maxrss < 100 << 10,
-              "%s of 512 MiB, %ld MiB touched: %.100s", limits[i].name, (long)usage.ru_maxrss >> 10,
-              told ? strstr(first, "it needs") : "not refused");
-    }
+    pid_t child = start(line);
     prepare_child = NULL;
+    wait4(child, &status, 0, &usage);
+    complaint = slurp("../stderr", &complaint_size);
+    char *end = complaint ? strchr((char *)complaint, '\n') : NULL;
+    int told = end && !end[1] && complained("does not fit: it needs ") && complained(name);
+    if (told) *end = 0;
+    check(WIFEXITED(status) && WEXITSTATUS(status) == 1 && told && usage.ru_maxrss < 100 << 10,
+          "%s of 512 MiB, %ld MiB touched: %.100s", name, (long)usage.ru_maxrss >> 10,
+          told ? complained("it needs") : "not refused");
+}
+
+static void check_limits(void) {
+    spill("sparse", "", 0);
+    if (truncate(in_work("sparse"), 1 << 30)) check(0, "no file of 1 GiB: %s", strerror(errno));
+    check_limit(RLIMIT_AS, "ulimit -v",
+                "--data text --dim 2048 --layers 2 --seq 12 --batch 2 --steps 1 --out u.safetensors");
+    check_limit(RLIMIT_DATA, "ulimit -d",
+                "--data text --dim 16 --layers 1 --seq 500 --batch 4000 --steps 1 --out u.safetensors");
+    check_limit(RLIMIT_AS, "ulimit -v", "--data sparse --format bytes " TINY "--steps 1 --out u.safetensors");
+    check_limit(RLIMIT_DATA, "ulimit -d", "--load good.safetensors --generate 900000000");
     discard("sparse");
+}
+#endif
+
+static void test_memory_limits(void) {
+    heading("what does not fit is refused before it is touched");
+    check_memory_left();
+#if defined(__linux__) && !defined(__SANITIZE_ADDRESS__)
+    run("--data text " SMALL "--steps 2 --out good.safetensors");
+    check_limits();
 #endif
     release();
 }
+
+// ----------------------------------------------------------------------------
+// terminals
 
 // A terminal, as far as the program's lines go: a window of so many columns, the rows that went up included.
 enum { SCREEN_ROWS = 400, SCREEN_COLUMNS = 256 };
 typedef struct {
     char rows[SCREEN_ROWS][SCREEN_COLUMNS + 1];
-    int columns, row, column, wraps, in_command,
-        commands; // wraps: of lines of steps; commands: escape sequences
+    int columns, row, column; // its width; where the next character goes
+    int wraps;                // of lines of steps
+    int commands, in_command; // escape sequences
 } Screen;
 
-static void show(Screen *s, const char *bytes, size_t n) {
-    for (size_t i = 0; i < n; i++) {
-        char c = bytes[i], *row = s->rows[s->row];
-        if (c == 27) s->in_command = 1;
-        else if (s->in_command) {
-            s->in_command = !isalpha((unsigned char)c);
-            if (c != 'J') continue;
-            s->commands++;
-            memset(row + s->column, 0, (size_t)(SCREEN_COLUMNS - s->column));
-            memset(s->rows + s->row + 1, 0, sizeof(s->rows[0]) * (size_t)(SCREEN_ROWS - 1 - s->row));
-        } else if (c == '\r') s->column = 0;
-        else if (c == '\n') s->row += s->row + 1 < SCREEN_ROWS;
-        else {
-            if (s->column == s->columns) {
-                s->wraps += !strncmp(row, "step", 4) || !strncmp(row, "val", 3) || !strncmp(row, "loss", 4);
-                s->column = 0;
-                s->row += s->row + 1 < SCREEN_ROWS;
-            }
-            for (int k = 0; k < s->column; k++) if (!s->rows[s->row][k]) s->rows[s->row][k] = ' ';
-            s->rows[s->row][s->column++] = c;
+static void next_row(Screen *s) { s->row += s->row + 1 < SCREEN_ROWS; }
+
+static int is_line_of_a_step(const char *row) {
+    return !strncmp(row, "step", 4) || !strncmp(row, "val ", 4) || !strncmp(row, "loss", 4);
+}
+
+// One character; of all escape sequences only the one that clears what is behind does something.
+static void show_character(Screen *s, char c) {
+    char *row = s->rows[s->row];
+    if (c == 27) s->in_command = 1;
+    else if (s->in_command) {
+        s->in_command = !isalpha((unsigned char)c);
+        if (c != 'J') return;
+        s->commands++;
+        memset(row + s->column, 0, (size_t)(SCREEN_COLUMNS - s->column));
+        memset(s->rows + s->row + 1, 0, sizeof(s->rows[0]) * (size_t)(SCREEN_ROWS - 1 - s->row));
+    } else if (c == '\r') s->column = 0;
+    else if (c == '\n') next_row(s);
+    else {
+        if (s->column == s->columns) {
+            s->wraps += is_line_of_a_step(row);
+            s->column = 0;
+            next_row(s);
+            row = s->rows[s->row];
         }
+        for (int k = 0; k < s->column; k++)
+            if (!row[k]) row[k] = ' ';
+        row[s->column++] = c;
     }
 }
 
-static int terminal_fd;
+static void show(Screen *s, const char *bytes, size_t n) {
+    for (size_t i = 0; i < n; i++) show_character(s, bytes[i]);
+}
+
+static int terminal_fd; // the test's end
 static const char *terminal_name, *terminal_type;
+
+// What start() does for a child at the other end.
 static void at_terminal(void) {
     setsid();
     int fd = open(terminal_name, O_RDWR);
@@ -914,6 +1008,7 @@ static void at_terminal(void) {
     unsetenv("COLUMNS");
 }
 
+// A window of so many columns, 0: it does not say.
 static void resize(Screen *s, int columns) {
     struct winsize size;
     memset(&size, 0, sizeof(size));
@@ -936,6 +1031,7 @@ static int watch(Screen *s, int patience, const char *text) {
     return 1;
 }
 
+// The program at a new terminal, -1 where there is none to be had.
 static pid_t start_at_terminal(Screen *s, int columns, const char *type, const char *line) {
     memset(s, 0, sizeof(*s));
     terminal_fd = posix_openpt(O_RDWR | O_NOCTTY);
@@ -952,50 +1048,46 @@ static pid_t start_at_terminal(Screen *s, int columns, const char *type, const c
     return child;
 }
 
-static void test_terminal(void) {
-    heading("the line of a step: in place on a terminal of any width, often enough in a file");
-    static const struct { int columns; const char *type, *row;
-    } cases[] = {{20, "xterm", "val "},
-                 {40, "xterm", "step 10/30 | loss "},
-                 {80, "xterm", "step 10/30 | loss "},
-                 {200, "xterm", "step 10/30 | loss "},
-                 {0, "xterm", "step 10/30 | loss "},
-                 {40, "dumb", "step 10/30 | loss "}};
+// What it shows until it ends; returns its status.
+static int watch_to_the_end(Screen *s, pid_t child) {
+    int status = 0;
+    while (watch(s, 60000, NULL)) continue;
+    waitpid(child, &status, 0);
+    close(terminal_fd);
+    return status;
+}
+
+// 30 steps, three validations: their lines stay, in rows that begin with these words, and nothing else does.
+static void check_rows(const char *type, int columns, const char *begin) {
+    static const char line[] = "--run --data text " SMALL "--steps 30 --eval-every 10 --eval-batches 2 "
+                               "--out y.safetensors";
+    static Screen s;
+    pid_t child = start_at_terminal(&s, columns, type, line);
+    int status = watch_to_the_end(&s, child), rows = 0, whole = 0, spaces = 0, dumb = !strcmp(type, "dumb");
+    const char *first = "";
+    for (int r = 0; r < SCREEN_ROWS; r++) {
+        char *row = s.rows[r], *end = row + strlen(row);
+        const char *val = strstr(row, "val ");
+        while (end > row && end[-1] == ' ') *--end = 0;
+        if (!is_line_of_a_step(row)) continue;
+        if (!rows++) first = row;
+        strtod(val ? val + 4 : row, &end);
+        int last = rows == 3 && end[0] == ' ' && end[1] == '('; // says of which step the best weights are
+        whole += val && (!*end || last);                        // nothing of a longer line behind it
+        spaces += strstr(row, "  ") != NULL;
+    }
+    int in_place = !spaces && !s.wraps && (s.commands == 0) == dumb;
+    check(!status && rows == 3 && whole == 3 && in_place && !strncmp(first, begin, strlen(begin)),
+          "%d columns, %s: three validations, nothing else stays: %s", columns, type, first);
+}
+
+// A window that is made narrower while the program stands still; then Ctrl-C, typed.
+static void check_narrower(void) {
+    static const char endless[] = "--run --data text " SMALL "--steps 100000 --eval-every 0 "
+                                  "--out y.safetensors";
     static Screen s;
     int status = 0;
-    for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
-        pid_t child = start_at_terminal(&s, cases[i].columns, cases[i].type,
-                                        "--run --data text " SMALL "--steps 30 --eval-every 10 "
-                                                                   "--eval-batches 2 --out y.safetensors");
-        if (child < 0) {
-            printf("  no pseudo-terminal here: left out\n");
-            release();
-            return;
-        }
-        while (watch(&s, 60000, NULL)) continue;
-        waitpid(child, &status, 0);
-        close(terminal_fd);
-        int rows = 0, whole = 0, spaces = 0;
-        const char *first = "";
-        for (int r = 0; r < SCREEN_ROWS; r++) {
-            char *row = s.rows[r], *val = strstr(row, "val "), *end = row + strlen(row);
-            while (end > row && end[-1] == ' ') *--end = 0;
-            if (strncmp(row, "step", 4) && strncmp(row, "val ", 4) && strncmp(row, "loss", 4)) continue;
-            if (!rows++) first = row;
-            strtod(val ? val + 4 : row, &end);
-            whole += val && (!*end || (rows == 3 && end[0] == ' ' &&
-                                       end[1] == '(')); // nothing of a longer line behind it
-            spaces += strstr(row, "  ") != NULL;
-        }
-        int dumb = !strcmp(cases[i].type, "dumb");
-        check(!status && rows == 3 && whole == 3 && !spaces && !s.wraps &&
-                  !strncmp(first, cases[i].row, strlen(cases[i].row)) && (s.commands == 0) == dumb,
-              "%d columns, %s: three validations, nothing else stays: %s", cases[i].columns, cases[i].type,
-              first);
-    }
-    pid_t child = start_at_terminal(&s, 80, "xterm",
-                                    "--run --data text " SMALL "--steps 100000 --eval-every 0 --out "
-                                                               "y.safetensors");
+    pid_t child = start_at_terminal(&s, 80, "xterm", endless);
     watch(&s, 60000, "step 5/");
     kill(child, SIGSTOP);
     waitpid(child, &status, WUNTRACED);
@@ -1007,29 +1099,33 @@ static void test_terminal(void) {
     int narrow = (int)strlen(s.rows[s.row]), more = s.wraps - before;
     check(!before && left > 60 && left < 80 && narrow > 20 && narrow < 40 && more <= 1,
           "made narrower, from 80 to 40 columns: the next line fits, %d and then %d wide", left, narrow);
+
     if (write(terminal_fd, "\3", 1) != 1) check(0, "Ctrl-C cannot be typed");
-    while (watch(&s, 60000, NULL)) continue;
-    waitpid(child, &status, 0);
-    close(terminal_fd);
+    status = watch_to_the_end(&s, child);
     int ending = 0, hint = 0;
     for (int r = 0; r < SCREEN_ROWS; r++) {
         ending += !strncmp(s.rows[r], "ending after this step", 22);
         hint += !strncmp(s.rows[r], "go on with: ", 12);
     }
-    check(WIFEXITED(status) && WEXITSTATUS(status) == 130 && ending == 1 && hint == 1, "Ctrl-C: what is said "
-                                                                                       "of it begins a row");
-    int code = run("--data text " SMALL "--steps 250 --eval-every 120 --eval-batches 1 --out y.safetensors"),
-        lines = 0;
+    check(WIFEXITED(status) && WEXITSTATUS(status) == 130 && ending == 1 && hint == 1,
+          "Ctrl-C: what is said of it begins a row");
+}
+
+// Without a terminal: so many lines, and no silence of more than ten seconds.
+static void check_lines_in_a_file(void) {
+    int code = run("--data text " SMALL "--steps 250 --eval-every 120 --eval-batches 1 --out y.safetensors");
+    int lines = 0;
     for (const char *at = (char *)output; at && (at = strstr(at, "step ")); at++)
         lines += at == (char *)output || at[-1] == '\n';
     check(!code && lines == 6 && !memchr(output, 27, output_size) && !memchr(output, '\r', output_size),
           "a file: steps 1, 100, 120, 200, 240, 250, and no command of a terminal");
+
     Options o;
     Training t;
     memset(&o, 0, sizeof(o));
     memset(&t, 0, sizeof(t));
-    Step quick = {7, 1, 1, 1, 1, 0.1}, slow = {7, 1, 1, 1, 1, 4}, slower = {7, 1, 1, 1, 1, 11},
-         of_before = {7, 1, 1, 1, 1, NAN};
+    Step quick = {7, 1, 1, 1, 1, 0.1}, slow = {7, 1, 1, 1, 1, 4}, slower = {7, 1, 1, 1, 1, 11};
+    Step of_before = {7, 1, 1, 1, 1, NAN};
     int standard_output = dup(STDOUT_FILENO), null = open("/dev/null", O_WRONLY);
     fflush(stdout);
     dup2(null, STDOUT_FILENO); // no terminal
@@ -1041,6 +1137,27 @@ static void test_terminal(void) {
     close(standard_output);
     close(null);
     check(often, "a file: silent for ten seconds at most, where no step takes longer");
+}
+
+static int there_are_terminals(void) {
+    int fd = posix_openpt(O_RDWR | O_NOCTTY), ok = fd >= 0 && !grantpt(fd) && !unlockpt(fd) && ptsname(fd);
+    if (fd >= 0) close(fd);
+    return ok;
+}
+
+static void test_terminal(void) {
+    static const char row[] = "step 10/30 | loss ";
+    heading("the line of a step: in place on a terminal of any width, often enough in a file");
+    if (there_are_terminals()) {
+        check_rows("xterm", 20, "val ");
+        check_rows("xterm", 40, row);
+        check_rows("xterm", 80, row);
+        check_rows("xterm", 200, row);
+        check_rows("xterm", 0, row);
+        check_rows("dumb", 40, row);
+        check_narrower();
+    } else printf("  no pseudo-terminal here: left out\n");
+    check_lines_in_a_file();
     release();
 }
 
