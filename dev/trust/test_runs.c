@@ -153,6 +153,7 @@ static void test_threads(void) {
 // --plain trains, evaluates, generates and resumes what the fast ways do, but for rounding.
 static void check_plain(const char *mixer) {
     double fast[8], slow[8], mixed[8], worst = 0;
+    double rounded = bound_of(0, 1e-7); // a checkpoint is float32, and the mixed run goes on from one
     char o[128];
     snprintf(o, sizeof(o), "--data text --overwrite --mixer %s %s", mixer,
              "--dim 32 --layers 2 --seq 70 --batch 3 --dropout 0.1");
@@ -164,7 +165,7 @@ static void check_plain(const char *mixer) {
     ok = ok && read_log("z.log", "train_loss", mixed, 8) == 6;
     for (int s = 0; s < 6; s++) {
         worst_of(&worst, ok ? fabs(slow[s] / fast[s] - 1) : NAN);
-        worst_of(&worst, ok ? fabs(mixed[s] / fast[s] - 1) : NAN);
+        worst_of(&worst, ok ? fabs(mixed[s] / fast[s] - 1) - rounded : NAN);
     }
     check_error(worst, bound_of(1e-5, 1e-12), "%s: losses of 6 steps by plain loops, and of 3 and 3 more",
                 mixer);
