@@ -1162,13 +1162,9 @@ static void test_terminal(void) {
     release();
 }
 
-int main(int argc, char **argv) {
-    char twin[PATH_MAX];
-    if (argc > 1 && !strcmp(argv[1], "--run")) return be_the_program(argc, argv);
-    if (argc > 1 && !realpath(argv[1], twin)) { fprintf(stderr, "test_runs: no %s\n", argv[1]); return 1; }
-    begin(argv);
+// Not a part of main: what stands on its stack would be taken from the program's, which start() starts there.
+__attribute__((noinline)) static void test_all(void) {
     open_folder();
-    if (argc > 1) program = twin;
     if (!IS_DOUBLE) test_resume();
     if (program == self) {
         if (!IS_DOUBLE) {
@@ -1186,5 +1182,17 @@ int main(int argc, char **argv) {
     test_scores();
     test_generation();
     remove_folder();
+}
+
+int main(int argc, char **argv) {
+    static char twin[PATH_MAX];
+    if (argc > 1 && !strcmp(argv[1], "--run")) return be_the_program(argc, argv);
+    if (argc > 1 && !realpath(argv[1], twin)) {
+        fprintf(stderr, "test_runs: no %s\n", argv[1]);
+        return 1;
+    }
+    begin(argv);
+    if (argc > 1) program = twin;
+    test_all();
     return report();
 }
