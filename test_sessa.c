@@ -11,8 +11,8 @@ tiny that a wrong term cannot hide behind them. Each line is one check: what, th
 ok or FAIL. Errors are relative and of whole tensors, ‖x - ref‖/‖ref‖, unless the line says otherwise.
 
 The CUDA twin is held against the same dumps by the same code: test_sessacu is this file with -DTEST_CUDA. The
-other tests are in dev/trust/: the program as a user runs it, test_runs.c and test_files.c; the twin's kernels,
-test_kernels.cu.
+other tests are in dev/trust/: test_runs.c and test_files.c, the program as a user runs it; test_kernels.cu,
+what the twin computes.
 */
 #define SESSA_NO_MAIN
 #ifdef TEST_CUDA
