@@ -58,8 +58,8 @@ static inline int report(void) {
 
 static char self[PATH_MAX]; // this binary
 
-// Finds this binary, and starts it again with threads that sleep while they wait: threads that spin at barriers starve
-// each other on a busy machine. OpenMP reads its settings before main.
+// Finds this binary, and starts it again with threads that sleep while they wait: threads that spin at
+// barriers starve each other on a busy machine. OpenMP reads its settings before main.
 static inline void begin(char **argv) {
     if (!realpath("/proc/self/exe", self) && !realpath(argv[0], self)) exit(1);
     if (getenv("OMP_WAIT_POLICY")) return;
@@ -254,8 +254,8 @@ static inline int same_shape(const FileTensor *t, const char *dtype, int n_dims,
     return 1;
 }
 
-// Puts the file's weights into the model. Returns NULL, or the name of one that is missing or has a wrong dtype
-// or shape.
+// Puts the file's weights into the model. Returns NULL, or the name of one that is missing or has a wrong
+// dtype or shape.
 static inline const char *take_weights(Model *m, const Safetensors *file) {
     for (int r = 0; r < m->table.n; r++) {
         const Tensor *row = &m->table.rows[r];
@@ -266,15 +266,16 @@ static inline const char *take_weights(Model *m, const Safetensors *file) {
     return NULL;
 }
 
-// A copy of a safetensors file with the first `from` of its header replaced; *size is that of the file, then the
-// copy's. NULL after a failed check if the header does not hold `from`.
+// A copy of a safetensors file with the first `from` of its header replaced; *size is that of the file, then
+// the copy's. NULL after a failed check if the header does not hold `from`.
 static inline unsigned char *with_header(const unsigned char *good, size_t *size, const char *from,
                                          const char *to) {
     uint64_t length;
     memcpy(&length, good, 8);
     const unsigned char *at = (const unsigned char *)memmem(good + 8, (size_t)length, from, strlen(from));
     if (!at) { check(0, "the header of a file does not hold %s", from); return NULL; }
-    size_t head = (size_t)(at - good), before = strlen(from), after = strlen(to), tail = *size - head - before;
+    size_t head = (size_t)(at - good), before = strlen(from), after = strlen(to);
+    size_t tail = *size - head - before;
     unsigned char *bad = (unsigned char *)lend(head + after + tail);
     length += after - before;
     memcpy(bad, good, head);

@@ -1,5 +1,5 @@
-// The program, run by a test as a user runs it: in a folder of its own, by starting this very binary again with
-// --run, so that threads, signals and exit codes are real. Included behind check.h.
+// The program, run by a test as a user runs it: in a folder of its own, by starting this very binary again
+// with --run, so that threads, signals and exit codes are real. Included behind check.h.
 #ifndef RUN_H
 #define RUN_H
 #include <dirent.h>
@@ -11,27 +11,32 @@ static size_t output_size, complaint_size;
 static const char *program = self;  // the binary that is the program when it is started with --run
 static const char *n_threads = "2"; // and its OMP_NUM_THREADS
 
+// The path of a file of the work folder, until the next call.
+static inline const char *in_work(const char *name) {
+    static char path[PATH_MAX];
+    snprintf(path, sizeof(path), "%s/%s", work, name);
+    return path;
+}
+
 // The bytes of a file of the work folder with a zero behind them, NULL if there is none.
 static inline unsigned char *slurp(const char *name, size_t *size) {
-    char path[PATH_MAX], error[ERROR_SIZE];
+    char error[ERROR_SIZE];
     unsigned char *bytes = NULL;
-    snprintf(path, sizeof(path), "%s/%s", work, name);
-    return file_read(path, &bytes, size, error) ? NULL : (unsigned char *)keep(bytes);
+    return file_read(in_work(name), &bytes, size, error) ? NULL : (unsigned char *)keep(bytes);
 }
 
 // Writes a file of the work folder.
 static inline void spill(const char *name, const void *bytes, size_t size) {
-    char path[PATH_MAX];
-    snprintf(path, sizeof(path), "%s/%s", work, name);
-    FILE *out = fopen(path, "wb");
-    if (!out || fwrite(bytes, 1, size, out) != size || fclose(out)) { printf("%s cannot be written\n", path); exit(1); }
+    FILE *out = fopen(in_work(name), "wb");
+    if (!out || fwrite(bytes, 1, size, out) != size || fclose(out)) {
+        printf("%s cannot be written\n", in_work(name));
+        exit(1);
+    }
 }
 
 // Removes a file or an empty folder of the work folder, if it is there.
 static inline void discard(const char *name) {
-    char path[512];
-    snprintf(path, sizeof(path), "%s/%s", work, name);
-    if (unlink(path)) rmdir(path);
+    if (unlink(in_work(name))) rmdir(in_work(name));
 }
 
 // Whether two files hold the same bytes, and some.
@@ -41,18 +46,23 @@ static inline int same_files(const char *a, const char *b) {
     return x && y && size_a == size_b && size_a > 0 && !memcmp(x, y, size_a);
 }
 
+// Reads a safetensors file of the work folder; returns whether that went well. To be freed then.
+static inline int open_tensors(Safetensors *file, const char *name) {
+    char error[ERROR_SIZE];
+    memset(file, 0, sizeof(*file));
+    return !safetensors_read(file, in_work(name), error);
+}
+
 // Whether two safetensors files hold the same tensors; their metadata may differ.
 static inline int same_tensors(const char *a, const char *b) {
     Safetensors x, y;
-    char path[512], error[ERROR_SIZE];
-    memset(&y, 0, sizeof(y));
-    snprintf(path, sizeof(path), "%s/%s", work, a);
-    if (safetensors_read(&x, path, error)) return 0;
-    snprintf(path, sizeof(path), "%s/%s", work, b);
-    int same = !safetensors_read(&y, path, error) && x.n_tensors == y.n_tensors && x.n_tensors > 0;
-    for (int i = 0; same && i < x.n_tensors; i++)
-        same = !strcmp(x.tensors[i].name, y.tensors[i].name) && x.tensors[i].size == y.tensors[i].size &&
-               !memcmp(x.tensors[i].data, y.tensors[i].data, x.tensors[i].size);
+    if (!open_tensors(&x, a)) return 0;
+    int same = open_tensors(&y, b) && x.n_tensors == y.n_tensors && x.n_tensors > 0;
+    for (int i = 0; same && i < x.n_tensors; i++) {
+        const FileTensor *t = &x.tensors[i], *other = &y.tensors[i];
+        same = !strcmp(t->name, other->name) && t->size == other->size;
+        same = same && !memcmp(t->data, other->data, t->size);
+    }
     safetensors_free(&x);
     safetensors_free(&y);
     return same;
@@ -70,19 +80,23 @@ static inline uint64_t folder_state(int remove) {
     uint64_t state = 0;
     DIR *dir = opendir(work);
     for (struct dirent *entry; dir && (entry = readdir(dir)) != NULL;) {
+        const char *name = entry->d_name;
         size_t size = 0;
-        if (entry->d_name[0] == '.') continue;
-        const unsigned char *bytes = slurp(entry->d_name, &size);
-        state += splitmix64(hash_bytes((const unsigned char *)entry->d_name, strlen(entry->d_name))) ^ (bytes ? hash_bytes(bytes, size) : 0);
-        if (remove) discard(entry->d_name);
+        if (name[0] == '.') continue;
+        const unsigned char *bytes = slurp(name, &size);
+        uint64_t of_name = splitmix64(hash_bytes((const unsigned char *)name, strlen(name)));
+        state += of_name ^ (bytes ? hash_bytes(bytes, size) : 0);
+        if (remove) discard(name);
     }
     closedir(dir);
     return state;
 }
 
-static void (*prepare_child)(void); // what start() does in the child before it becomes the program, NULL: nothing
+// What start() does in the child before it becomes the program, NULL: nothing.
+static void (*prepare_child)(void);
 
-// Starts the program's binary in the work folder. Words are split at spaces, a ~ inside a word stands for a space.
+// Starts the program's binary in the work folder. Words are split at spaces, a ~ inside a word stands for a
+// space.
 static inline pid_t start(const char *line) {
     static char text[4096];
     char *words[80];
@@ -90,7 +104,8 @@ static inline pid_t start(const char *line) {
     words[n++] = (char *)program;
     snprintf(text, sizeof(text), "%s", line);
     for (char *word = strtok(text, " "); word && n < 79; word = strtok(NULL, " ")) {
-        for (char *c = word; *c; c++) if (*c == '~') *c = ' ';
+        for (char *c = word; *c; c++)
+            if (*c == '~') *c = ' ';
         words[n++] = word;
     }
     words[n] = NULL;
@@ -123,8 +138,15 @@ static inline int run(const char *format, ...) {
     vsnprintf(line + 6, sizeof(line) - 6, format, arguments);
     va_end(arguments);
     int code = finish(start(line));
-    if (code && code != 1 && code != 2) printf("  exit code %d: %s\n%s", code, line, complaint ? (char *)complaint : "");
+    if (code && code != 1 && code != 2)
+        printf("  exit code %d: %s\n%s", code, line, complaint ? (char *)complaint : "");
     return code;
+}
+
+// Where the last run printed these words, on standard output or in its complaint; NULL: it did not.
+static inline const char *said(const char *words) { return output ? strstr((char *)output, words) : NULL; }
+static inline const char *complained(const char *words) {
+    return complaint ? strstr((char *)complaint, words) : NULL;
 }
 
 // The numbers behind "key": in the lines of a log; returns the number of lines.
@@ -160,8 +182,10 @@ static inline int same_logs(const char *a, const char *b, int lines) {
 #define WATCH "--eval-every 5 --eval-batches 2 "
 
 // Writes an example set; lags may be NULL.
-static inline void write_tensors(const char *name, int N, int T, int32_t *inputs, int32_t *targets, int32_t *lags) {
-    char path[256], error[ERROR_SIZE], names[3][8] = {"inputs", "targets", "lags"}, key[] = "vocab_size", value[] = "9";
+static inline void write_tensors(const char *name, int N, int T, const int32_t *inputs,
+                                 const int32_t *targets, const int32_t *lags) {
+    char error[ERROR_SIZE], names[3][8] = {"inputs", "targets", "lags"}, key[] = "vocab_size", value[] = "9";
+    const int32_t *numbers[] = {inputs, targets, lags};
     FileTensor tensors[3];
     Meta meta = {key, value};
     memset(tensors, 0, sizeof(tensors));
@@ -173,25 +197,30 @@ static inline void write_tensors(const char *name, int N, int T, int32_t *inputs
         tensors[i].shape[1] = T;
         tensors[i].count = (int64_t)N * T;
         tensors[i].size = (size_t)N * (size_t)T * 4;
-        tensors[i].data = (const unsigned char *)(i == 2 ? lags : i ? targets : inputs);
+        tensors[i].data = (const unsigned char *)numbers[i];
     }
-    snprintf(path, sizeof(path), "%s/%s", work, name);
     Place place;
-    int written = !settle(&place, path, NULL, error);
-    if (!written || safetensors_write(&place, tensors, lags ? 3 : 2, &meta, 1, 0, NULL, error)) {
+    int settled = !settle(&place, in_work(name), NULL, error);
+    if (!settled || safetensors_write(&place, tensors, lags ? 3 : 2, &meta, 1, 0, NULL, error)) {
         printf("%s\n", error);
         exit(1);
     }
 }
 
-// A text, a token shard and a set of 20 examples with some targets ignored.
+// A text, one letter after the other of a row of twelve but for one in four; the same with one letter
+// changed, and its beginning; a token shard; a set of 20 examples with some targets ignored.
 static inline void write_data(void) {
     enum { TEXT_SIZE = 6000, TOKENS = 500, N = 20, T = 12 };
     static const char letters[] = "abcdefghij \n";
     static char text[TEXT_SIZE];
     static unsigned char shard[1024 + 2 * TOKENS];
-    int32_t header[3] = {20240520, 1, TOKENS}, *inputs = random_ids(N * T, 9, 0), *targets = random_ids(N * T, 9, 1);
-    for (int i = 0; i < TEXT_SIZE; i++) text[i] = letters[random_int(0, 3) ? (i ? (int)(strchr(letters, text[i - 1]) - letters) + 1 : 0) % 12 : random_int(0, 11)];
+    int32_t header[3] = {20240520, 1, TOKENS};
+    const int32_t *inputs = random_ids(N * T, 9, 0), *targets = random_ids(N * T, 9, 1);
+    for (int i = 0, next = 0; i < TEXT_SIZE; i++) {
+        int letter = random_int(0, 3) ? next : random_int(0, 11);
+        text[i] = letters[letter];
+        next = (letter + 1) % 12;
+    }
     memcpy(shard, header, sizeof(header));
     for (int i = 0; i < TOKENS; i++) shard[1024 + 2 * i] = (unsigned char)random_int(0, 19);
     spill("text", text, TEXT_SIZE);
@@ -206,10 +235,12 @@ static inline void write_data(void) {
 static inline pid_t start_and_wait_for_log(const char *line, const char *log, int lines) {
     double steps[64];
     pid_t child = start(line);
-    for (int i = 0; i < 4000 && read_log(log, "step", steps, 64) < lines; i++) { release(); usleep(5000); }
+    for (int i = 0; i < 4000 && read_log(log, "step", steps, 64) < lines; i++) {
+        release();
+        usleep(5000);
+    }
     return child;
 }
-
 
 // A folder for the runs of this test, with data in it.
 static inline void open_folder(void) {
@@ -227,6 +258,7 @@ static inline void clean_folder(void) {
     write_data();
 }
 
+// The end of the runs: nothing is left of them.
 static inline void remove_folder(void) {
     folder_state(1);
     discard("../stdout");
