@@ -3455,7 +3455,7 @@ static void remove_leftovers(const char *target) {
     folder_of(folder, target);
     DIR *dir = opendir(folder);
     if (!dir) return;
-    for (struct dirent *entry; (entry = readdir(dir));) {
+    for (struct dirent *entry; (entry = readdir(dir)) != NULL;) {
         if (!is_temporary_name(entry->d_name, strrchr(target, '/') + 1)) continue;
         int found = !fstatat(dirfd(dir), entry->d_name, &info, AT_SYMLINK_NOFOLLOW);
         if (found && S_ISREG(info.st_mode)) unlinkat(dirfd(dir), entry->d_name, 0);

@@ -23,7 +23,7 @@ typedef struct {
     Mode mode;      // TRAIN, or GENERATE
     int refused;    // model_create says why it cannot be made
     int apart;      // without clusters, as on a part of a GPU
-} Shape;
+} Case;
 
 static uint64_t chance;
 static int between(int low, int high) { return low + (int)(random_u64(&chance) % (uint64_t)(high - low + 1)); }
@@ -47,7 +47,7 @@ static void meet(const char *name, int here) {
 }
 
 // All branches are named each time, so that one that is never met is there with 0.
-template <typename X> static void meet_ways(const ModelGPU<X> *m, const Shape *s) {
+template <typename X> static void meet_ways(const ModelGPU<X> *m, const Case *s) {
     const Config *c = &s->c;
     int D = c->d_model, d = D / c->n_heads, B = s->B, T = s->T, sessa = c->mixer == SESSA,
         direct = c->mixer != MAMBA2, training = s->mode == TRAIN, bf16_ = sizeof(X) == 2,
@@ -198,12 +198,12 @@ template <typename X> static float *losses_of(Model *m, int N) {
 
 // The way through a layer has 8 roundings, and so has the way back. float32 rounds at 2^-24, and more often than is
 // counted here. LayerNorm of a few numbers leaves little more than signs: what comes back through it nearly cancels.
-static double gradient_bound(const Shape *s) {
+static double gradient_bound(const Case *s) {
     double rounding = s->precision == FP32 ? 0x1p-16 : s->precision == TF32 ? 0x1p-11 : 0x1p-8;
     return rounding * (8 * s->c.n_layers + 2) * (s->c.d_model < 8 ? 4 : 1);
 }
-static double loss_bound(const Shape *s) { return gradient_bound(s) / 2; }
-static double operations(const Shape *s) { // of the CPU's forward and backward pass
+static double loss_bound(const Case *s) { return gradient_bound(s) / 2; }
+static double operations(const Case *s) { // of the CPU's forward and backward pass
     double N = (double)s->B * s->T, D = s->c.d_model,
            width = proj_width(&s->c) + 4 * D + (s->c.mixer == MAMBA2 ? 2 * D * s->c.state_dim / 4 : 0);
     return 6 * N * (D * width * s->c.n_layers + D * s->c.vocab_size) +
@@ -211,7 +211,7 @@ static double operations(const Shape *s) { // of the CPU's forward and backward 
 }
 
 // The model of this shape for batches of B, with the weights that all models of the shape get.
-static Model *make(const Backend *backend, const Shape *s, int B, Mode mode) {
+static Model *make(const Backend *backend, const Case *s, int B, Mode mode) {
     char error[ERROR_SIZE] = "";
     Model *m = backend->create(&s->c, B, s->T, mode, error);
     if (!m) { fails("%s", error); return NULL; }
@@ -222,7 +222,7 @@ static Model *make(const Backend *backend, const Shape *s, int B, Mode mode) {
 
 // How far the gradients move when each weight does by one rounding at most: some shapes' further than any bound that is
 // good for the others.
-static double gradient_blur(Model *m, const Shape *s, const int *ids, const int *targets, const float *grads) {
+static double gradient_blur(Model *m, const Case *s, const int *ids, const int *targets, const float *grads) {
     const Backend *backend = backend_gpu();
     double unit = s->precision == FP32 ? 0x1p-19 : s->precision == TF32 ? 0x1p-11 : 0x1p-8;
     AdamW none = {0, 0.9, 0.99, 1e-8, 0.1};
@@ -236,7 +236,7 @@ static double gradient_blur(Model *m, const Shape *s, const int *ids, const int 
     return gradient_distance(backend->read(m, GRADS), grads, &m->table);
 }
 
-template <typename X> static void check_training(const Shape *s, const int *ids, const int *targets) {
+template <typename X> static void check_training(const Case *s, const int *ids, const int *targets) {
     const Backend *backend = backend_gpu();
     int B = s->B, T = s->T, N = B * T, lefts[] = {s->left, B - 1, 1};
     double dloss = 1.0 / N;
@@ -306,7 +306,7 @@ template <typename X> static void check_training(const Shape *s, const int *ids,
 }
 
 // A text in pieces, the last tokens one by one, and at once.
-template <typename X> static void check_generation(const Shape *s, const int *ids) {
+template <typename X> static void check_generation(const Case *s, const int *ids) {
     const Backend *backend = backend_gpu();
     int T = s->T, V = s->c.vocab_size, singles = T > 4 ? 4 : T - 1,
         prompt = at_most(log_between(1, T), T - singles);
@@ -335,7 +335,7 @@ template <typename X> static void check_generation(const Shape *s, const int *id
     backend->destroy(m);
 }
 
-static void check_shape(const Shape *s) {
+static void check_shape(const Case *s) {
     const Config *c = &s->c;
     int clusters = gpu.clusters;
     gpu.precision = s->precision;
@@ -370,8 +370,8 @@ static void check_shape(const Shape *s) {
 // ----------------------------------------------------------------------------
 // the shapes
 
-static Shape shape(int mixer, Precision precision, int B, int T, int D, int H, int G, int L, int V, int left) {
-    Shape s = {{V, D, L, H, G, T, 0.999, mixer, mixer == MAMBA2 ? (D % 32 ? D : 64) : 0, mixer == MAMBA2 ? 64 : 0},
+static Case shape(int mixer, Precision precision, int B, int T, int D, int H, int G, int L, int V, int left) {
+    Case s = {{V, D, L, H, G, T, 0.999, mixer, mixer == MAMBA2 ? (D % 32 ? D : 64) : 0, mixer == MAMBA2 ? 64 : 0},
                B, T, left, precision, TRAIN, 0, 0};
     return s;
 }
@@ -379,8 +379,8 @@ static Shape shape(int mixer, Precision precision, int B, int T, int D, int H, i
 // What went wrong once: partial batches that chose another way, and more memory, than their model; short sequences
 // in several panels; sums over rows past their room; partial sums of the embedding's gradient; attention's panels
 // of a smaller batch; a decoder's shared memory; what no launch takes.
-static int fixed_shape(Shape *s, int i) {
-    const Shape all[] = {shape(SESSA, BF16, 8, 1024, 768, 12, 12, 2, 256, 7),
+static int fixed_shape(Case *s, int i) {
+    const Case all[] = {shape(SESSA, BF16, 8, 1024, 768, 12, 12, 2, 256, 7),
                          shape(SESSA, BF16, 8, 1024, 768, 12, 12, 4, 256, 6),
                          shape(SESSA, BF16, 8, 512, 768, 12, 12, 2, 256, 7),
                          shape(SESSA, BF16, 16, 1024, 384, 6, 6, 2, 256, 13),
@@ -426,9 +426,9 @@ static void take_heads(Config *c, int d, int width, int shared) {
 static int even_columns(void) { return 2 * log_between(1, 40); }
 static int eight_columns(int most) { return 8 * log_between(1, most / 8); }
 
-// Shape i of a seed: what is not settled by its kind is log-uniform, and small enough to take a moment.
+// Case i of a seed: what is not settled by its kind is log-uniform, and small enough to take a moment.
 enum { KINDS = 30 };
-static void draw(Shape *s, int i) {
+static void draw(Case *s, int i) {
     int kind = i % KINDS, any = kind == 29 ? between(0, 2) : 0;
     memset(s, 0, sizeof(*s));
     Config *c = &s->c;
@@ -565,7 +565,7 @@ int main(int argc, char **argv) {
     if (gpu_open(error)) { fprintf(stderr, "test_shapes: %s\n", error); return 1; }
     double begun = omp_get_wtime();
     for (int i = first; i < first + count; i++) {
-        Shape s;
+        Case s;
         chance = splitmix64(splitmix64(seed) + (uint64_t)i);
         if (!fixed_shape(&s, i)) draw(&s, i);
         snprintf(command, sizeof(command), "./test_shapes %llu %d 1", (unsigned long long)seed, i);
