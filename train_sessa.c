@@ -469,8 +469,8 @@ static void gain_backward(real *dx, real *dweight, real *dbias, real *dgamma, co
 //
 // q' and k' are one head of all D columns and not one a head, since one s comes back. They have no RoPE (the
 // paper, 3.3): a row chooses by content which outputs it hears again. Order comes in by the triangle itself:
-// even of a constant f the solve makes an s that rises with t (Corollary I.8). It costs what one more attention
-// of one head costs, O(T²·D) a sequence; only that the rows must come one after the other is new.
+// even of a constant f the solve makes an s that rises with t (Corollary I.8). It costs what one more
+// attention of one head costs, O(T²·D) a sequence; only that the rows must come one after the other is new.
 //
 // shape: H = G = 1 and d = D. f (B,T-first,D); q', k': D columns of rows ld apart, q' for the positions
 // first..T-1 and k' for 0..T-1; gamma (B,T-first), stats (B,T-first,2); s (B,T,D), its rows before first
@@ -2039,8 +2039,8 @@ ONE_COPY static void attention_group_backward(const void *call, int item) {
 static void attention_backward_fast(real *dq, real *dk, real *dv, Work work, const real *dout, real *stats,
                                     const real *q, const real *k, const real *v, Shape shape) {
     int P = panel_height(work.P, shape.T);
-    AttentionBackward call = {.dq = dq, .dk = dk, .dv = dv, .stats = stats, .scratch = work.scratch, .dout = dout,
-                              .q = q, .k = k, .v = v, .shape = shape, .P = P};
+    AttentionBackward call = {.dq = dq, .dk = dk, .dv = dv, .stats = stats, .scratch = work.scratch,
+                              .dout = dout, .q = q, .k = k, .v = v, .shape = shape, .P = P};
     int items = shape.B * shape.G;
     for_items(items, shared_out(items), attention_group_backward, &call);
 }
@@ -2488,9 +2488,10 @@ static Tensor *new_row(Table *table, const char *name, int layer) {
     return row;
 }
 
-// Adds a tensor (layer -1: of the whole model) and returns its place in the block, or NULL while block is NULL and only
-// names and sizes are wanted.
-static real *add_tensor(Table *table, real *block, int layer, const char *name, int n_dims, int64_t d0, int64_t d1, int64_t d2) {
+// Adds a tensor (layer -1: of the whole model) and returns its place in the block, or NULL while block is
+// NULL and only names and sizes are wanted.
+static real *add_tensor(Table *table, real *block, int layer, const char *name, int n_dims, int64_t d0,
+                        int64_t d1, int64_t d2) {
     Tensor *row = new_row(table, name, layer);
     int64_t shape[3] = {d0, d1, d2};
     double size = 1;
@@ -2505,8 +2506,8 @@ static real *add_tensor(Table *table, real *block, int layer, const char *name, 
 }
 
 // A third dimension is that of the convolution's taps.
-static real *add_parameter(Table *table, real *block, int layer, const char *name, int n_dims, int64_t d0, int64_t d1,
-                           Init init, double value) {
+static real *add_parameter(Table *table, real *block, int layer, const char *name, int n_dims, int64_t d0,
+                           int64_t d1, Init init, double value) {
     real *place = add_tensor(table, block, layer, name, n_dims, d0, d1, TAPS);
     table->last->init = init;
     table->last->init_value = value;
@@ -2514,7 +2515,8 @@ static real *add_parameter(Table *table, real *block, int layer, const char *nam
 }
 
 // Names `width` columns, from `column` on, of a tensor of the same layer.
-static void add_view(Table *table, int layer, const char *name, const char *whole, int64_t column, int64_t width) {
+static void add_view(Table *table, int layer, const char *name, const char *whole, int64_t column,
+                     int64_t width) {
     char path[64];
     int i = table->n - 1;
     snprintf(path, sizeof(path), "layers.%d.%s", layer, whole);
@@ -2527,8 +2529,8 @@ static void add_view(Table *table, int layer, const char *name, const char *whol
     view.shape[view.n_dims - 1] = width;
     *row = view;
 }
-// Of Sessa, and of attention, which lacks the rows of the feedback path. The rows of W_proj and b_proj lie next to each
-// other, whatever their names.
+// Of Sessa, and of attention, which lacks the rows of the feedback path. The rows of W_proj and b_proj lie
+// next to each other, whatever their names.
 static void attention_weights(Table *t, real *block, const Config *c, int l, LayerWeights *w) {
     int D = c->d_model, kv_width = c->n_kv_heads * (D / c->n_heads), feedback = c->mixer == SESSA;
     double bound = 1 / sqrt((double)D);
@@ -2541,15 +2543,18 @@ static void attention_weights(Table *t, real *block, const Config *c, int l, Lay
     add_parameter(t, block, l, "mixer.v_proj.bias", 1, kv_width, 1, INIT_UNIFORM, bound);
     if (feedback) add_parameter(t, block, l, "mixer.proj_fb.bias", 1, 2 * D, 1, INIT_UNIFORM, bound);
     w->W_o = NULL;
-    if (c->n_heads > 1) w->W_o = add_parameter(t, block, l, "mixer.out_proj.weight", 2, D, D, INIT_UNIFORM, bound);
+    if (c->n_heads > 1)
+        w->W_o = add_parameter(t, block, l, "mixer.out_proj.weight", 2, D, D, INIT_UNIFORM, bound);
     if (!feedback) return;
     w->gamma_bias = add_parameter(t, block, l, "mixer.gamma_bias", 0, 1, 1, INIT_CONSTANT, 1);
     w->gamma_weight = add_parameter(t, block, l, "mixer.gamma_ctx.weight", 2, 1, D, INIT_UNIFORM, bound);
 }
 
 // q, k and v of every layer are kept: for the backward pass, and in generation as the cache.
-static void attention_activations(Table *t, real *block, const Config *c, int l, Activations *acts, int B, int T, Mode mode) {
-    int D = c->d_model, H = c->n_heads, kv_width = c->n_kv_heads * (D / H), ld = proj_width(c), sessa = c->mixer == SESSA;
+static void attention_activations(Table *t, real *block, const Config *c, int l, Activations *acts, int B,
+                                  int T, Mode mode) {
+    int D = c->d_model, H = c->n_heads, kv_width = c->n_kv_heads * (D / H), ld = proj_width(c);
+    int sessa = c->mixer == SESSA;
     LayerActivations *a = &acts->layers[l];
     a->proj = add_tensor(t, block, l, "proj", 3, B, T, ld);
     add_view(t, l, "q", "proj", 0, D);
@@ -2567,7 +2572,8 @@ static void attention_activations(Table *t, real *block, const Config *c, int l,
         if (sessa) a->fb_stats = add_tensor(t, block, l, "fb_stats", 3, B, T, 2);
     }
     if (l) return;
-    acts->scratch = add_tensor(t, block, -1, "scratch", 2, omp_get_max_threads(), (int64_t)panel_scratch(T), 1);
+    int threads = omp_get_max_threads();
+    acts->scratch = add_tensor(t, block, -1, "scratch", 2, threads, (int64_t)panel_scratch(T), 1);
     if (mode < TRAIN) return;
     acts->dproj = add_tensor(t, block, -1, "dproj", 3, B, T, ld);
     if (sessa) acts->dgamma = add_tensor(t, block, -1, "dgamma", 2, B, T, 1);
@@ -2575,20 +2581,24 @@ static void attention_activations(Table *t, real *block, const Config *c, int l,
 
 static void mamba2_weights(Table *t, real *block, const Config *c, int l, LayerWeights *w) {
     int D = c->d_model, E = 2 * D, W = E + 2 * c->state_dim, heads = E / c->head_dim;
-    w->in_proj = add_parameter(t, block, l, "mixer.in_proj.weight", 2, proj_width(c), D, INIT_UNIFORM, 1 / sqrt((double)D));
+    w->in_proj = add_parameter(t, block, l, "mixer.in_proj.weight", 2, proj_width(c), D, INIT_UNIFORM,
+                               1 / sqrt((double)D));
     w->conv_weight = add_parameter(t, block, l, "mixer.conv1d.weight", 3, W, 1, INIT_UNIFORM, 0.5);
     w->conv_bias = add_parameter(t, block, l, "mixer.conv1d.bias", 1, W, 1, INIT_UNIFORM, 0.5);
     w->step_bias = add_parameter(t, block, l, "mixer.dt_bias", 1, heads, 1, INIT_STEP_BIAS, 1);
     w->A_log = add_parameter(t, block, l, "mixer.A_log", 1, heads, 1, INIT_LOG_DECAY, 1);
     w->skip = add_parameter(t, block, l, "mixer.D", 1, heads, 1, INIT_CONSTANT, 1);
     w->norm_weight = add_parameter(t, block, l, "mixer.norm.weight", 1, E, 1, INIT_CONSTANT, 1);
-    w->out_proj = add_parameter(t, block, l, "mixer.out_proj.weight", 2, D, E, INIT_UNIFORM, 1 / sqrt((double)E));
+    w->out_proj =
+        add_parameter(t, block, l, "mixer.out_proj.weight", 2, D, E, INIT_UNIFORM, 1 / sqrt((double)E));
 }
 
-// Kept for the backward pass: the projections, the state before each chunk, the scan's output. In generation the cache is
-// the last state and the convolution's last inputs, however long the past is.
-static void mamba2_activations(Table *t, real *block, const Config *c, int l, Activations *acts, int B, int T, Mode mode) {
-    int D = c->d_model, E = 2 * D, S = c->state_dim, W = E + 2 * S, heads = E / c->head_dim, training = mode >= TRAIN;
+// Kept for the backward pass: the projections, the state before each chunk, the scan's output. In generation
+// the cache is the last state and the convolution's last inputs, however long the past is.
+static void mamba2_activations(Table *t, real *block, const Config *c, int l, Activations *acts, int B, int T,
+                               Mode mode) {
+    int D = c->d_model, E = 2 * D, S = c->state_dim, W = E + 2 * S, heads = E / c->head_dim;
+    int training = mode >= TRAIN;
     LayerActivations *a = &acts->layers[l];
     if (l == 0 || training) {
         a->proj = add_tensor(t, block, l, "proj", 3, B, T, proj_width(c));
@@ -2597,7 +2607,8 @@ static void mamba2_activations(Table *t, real *block, const Config *c, int l, Ac
         a->rms = add_tensor(t, block, l, "rms", 2, B, T, 1);
         a->s = add_tensor(t, block, l, "s", 3, B, T, D);
     }
-    a->states = add_tensor(t, block, l, "states", 3, training ? (int64_t)B * ((T + CHUNK - 1) / CHUNK) : B, S, E);
+    int64_t states = training ? (int64_t)B * ((T + CHUNK - 1) / CHUNK) : B;
+    a->states = add_tensor(t, block, l, "states", 3, states, S, E);
     if (!training) a->tail = add_tensor(t, block, l, "tail", 2, TAPS - 1, W, 1);
     if (l == 0 || mode == KEEP_ALL) {
         a->xbc = add_tensor(t, block, l, "conv", 3, B, T, W);
@@ -2605,7 +2616,8 @@ static void mamba2_activations(Table *t, real *block, const Config *c, int l, Ac
         a->normed = add_tensor(t, block, l, "normed", 3, B, T, E);
     }
     if (l) return;
-    acts->scratch = add_tensor(t, block, -1, "scratch", 2, omp_get_max_threads(), (int64_t)scan_scratch(E, S, heads), 1);
+    int threads = omp_get_max_threads();
+    acts->scratch = add_tensor(t, block, -1, "scratch", 2, threads, (int64_t)scan_scratch(E, S, heads), 1);
     if (!training) return;
     acts->dproj = add_tensor(t, block, -1, "dproj", 3, B, T, proj_width(c));
     acts->dy = add_tensor(t, block, -1, "dy", 3, B, T, E);
@@ -2613,7 +2625,8 @@ static void mamba2_activations(Table *t, real *block, const Config *c, int l, Ac
     acts->dstep = add_tensor(t, block, -1, "dstep", 3, B, T, 3 * heads);
 }
 
-// Adds every parameter's row to the table, under its name in files, and points the weights into the block (if not NULL).
+// Adds every parameter's row to the table, under its name in files, and points the weights into the block (if
+// not NULL).
 static void carve_weights(Weights *w, Table *t, real *block, const Config *c) {
     int D = c->d_model;
     double bound = 1 / sqrt((double)D);
@@ -2635,8 +2648,8 @@ static void carve_weights(Weights *w, Table *t, real *block, const Config *c) {
     w->ln_f_bias = add_parameter(t, block, -1, "ln_f.bias", 1, D, 1, INIT_CONSTANT, 0);
 }
 
-// The same for the activations of B sequences of T tokens; names are those of reference dumps, less "act.". How many
-// there are of a buffer, and which of them are one:
+// The same for the activations of B sequences of T tokens; names are those of reference dumps, less "act.".
+// How many there are of a buffer, and which of them are one:
 //
 //                                 GENERATE, EVALUATE    TRAIN                 KEEP_ALL
 //     x, y                        one of all layers     one a layer           one a layer
@@ -2647,9 +2660,11 @@ static void carve_weights(Weights *w, Table *t, real *block, const Config *c) {
 //     o, stats, gamma, fb_stats   one                   one a layer           one a layer
 //     dx, ds, dabar, dag, dproj   none                  one                   one
 //
-// What a layer shares in training the backward pass computes again, or never needs. With the mixer "attention" f is s;
-// dout is layer 0's ln, which is free by then. Of mamba2's buffers see mamba2_activations.
-static void carve_activations(Activations *acts, Table *t, real *block, const Config *c, int B, int T, Mode mode) {
+// What a layer shares in training the backward pass computes again, or never needs. With the mixer
+// "attention" f is s; dout is layer 0's ln, which is free by then. Of mamba2's buffers see
+// mamba2_activations.
+static void carve_activations(Activations *acts, Table *t, real *block, const Config *c, int B, int T,
+                              Mode mode) {
     int D = c->d_model, d = D / c->n_heads, training = mode >= TRAIN, keep_all = mode == KEEP_ALL;
     t->n = 0;
     t->count = 0;
@@ -2699,7 +2714,9 @@ static uint64_t random_u64(uint64_t *state) {
     *state += 0x9E3779B97F4A7C15u;
     return out;
 }
-static double random_uniform(uint64_t *state) { return (double)(random_u64(state) >> 11) * 0x1p-53; } // [0, 1)
+static double random_uniform(uint64_t *state) { // [0, 1)
+    return (double)(random_u64(state) >> 11) * 0x1p-53;
+}
 static double random_normal(uint64_t *state) { // Box and Muller
     double radius = sqrt(-2 * log(1 - random_uniform(state)));
     return radius * cos(6.28318530717958647692 * random_uniform(state));
@@ -2729,14 +2746,15 @@ static void initialise(real *params, const Table *table, uint64_t seed) {
 
 enum { ERROR_SIZE = 512, FAILED = -1, WRONG_OPTION = -2 }; // every `char *error` points to ERROR_SIZE bytes
 
-// The bytes of the UTF-8 character at s, of which at most n are there; 0 if it is none: overlong, a surrogate, or too large.
+// The bytes of the UTF-8 character at s, of which at most n are there; 0 if it is none: overlong, a
+// surrogate, or too large.
 static size_t utf8_length(const unsigned char *s, size_t n) {
     size_t length = s[0] < 0x80 ? 1 : s[0] < 0xE0 ? 2 : s[0] < 0xF0 ? 3 : 4;
     if ((length > 1 && s[0] < 0xC2) || s[0] > 0xF4 || length > n) return 0;
     for (size_t i = 1; i < length; i++)
         if ((s[i] & 0xC0) != 0x80) return 0;
     if ((s[0] == 0xE0 && s[1] < 0xA0) || (s[0] == 0xF0 && s[1] < 0x90)) return 0;     // overlong
-    if ((s[0] == 0xED && s[1] > 0x9F) || (s[0] == 0xF4 && s[1] > 0x8F)) return 0;     // surrogate, above U+10FFFF
+    if ((s[0] == 0xED && s[1] > 0x9F) || (s[0] == 0xF4 && s[1] > 0x8F)) return 0; // surrogate, above U+10FFFF
     return length;
 }
 
@@ -2746,8 +2764,9 @@ static int utf8_valid(const unsigned char *text, size_t length) {
     return n > 0;
 }
 
-// Writes "path: what" (only "what" if path is NULL) into error as one line. What stands in a file may be hostile: a control
-// character (also U+0080 to U+009F), and what is no UTF-8, becomes '?', so that no file commands the terminal.
+// Writes "path: what" (only "what" if path is NULL) into error as one line. What stands in a file may be
+// hostile: a control character (also U+0080 to U+009F), and what is no UTF-8, becomes '?', so that no file
+// commands the terminal.
 __attribute__((format(printf, 3, 4)))
 static int fail(char *error, const char *path, const char *format, ...) {
     va_list arguments;
@@ -2766,7 +2785,8 @@ static int fail(char *error, const char *path, const char *format, ...) {
 }
 #define wrong(...) (fail(__VA_ARGS__), WRONG_OPTION)
 
-// 0 and the value if the whole text is one finite decimal number ("3e-4", "-1", ".5"), else -1: no spaces, hex or inf.
+// 0 and the value if the whole text is one finite decimal number ("3e-4", "-1", ".5"), else -1: no spaces,
+// hex or inf.
 static int parse_number(const char *text, double *value) {
     char *end;
     double number = strtod(text, &end);
@@ -2942,13 +2962,14 @@ static void *grow(void *old, size_t bytes) {
 // the model's memory
 
 static void model_free(Model *m) {
-    void *blocks[] = {m->weights.layers, m->grad.layers, m->acts.layers, m->table.rows, m->acts_table.rows, m->params,
-                      m->grads, m->exp_avg, m->exp_avg_sq, m->acts_block, m->inputs, m->targets, m};
+    void *blocks[] = {m->weights.layers, m->grad.layers, m->acts.layers, m->table.rows, m->acts_table.rows,
+                      m->params, m->grads, m->exp_avg, m->exp_avg_sq, m->acts_block, m->inputs, m->targets,
+                      m};
     for (size_t i = 0; i < sizeof(blocks) / sizeof(blocks[0]); i++) free(blocks[i]);
 }
 
-// A zeroed array, a large one in huge pages where the system has them: rows far apart then cost no table walks. Clears
-// *whole where it cannot be had. count < 0: too large to be addressed.
+// A zeroed array, a large one in huge pages where the system has them: rows far apart then cost no table
+// walks. Clears *whole where it cannot be had. count < 0: too large to be addressed.
 static void *allocate(int64_t count, size_t size, int *whole) {
     enum { HUGE_PAGE = 1 << 21 };
     void *memory = NULL;
@@ -2986,7 +3007,8 @@ static Model *model_create(const Config *c, int B, int T, Mode mode, char *error
         return NULL;
     }
     int64_t n = m->table.count, n_acts = m->acts_table.count;
-    m->bytes = n < 0 || n_acts < 0 ? INFINITY : ((double)n * (training ? 4 : 1) + (double)n_acts) * sizeof(real);
+    m->bytes = ((double)n * (training ? 4 : 1) + (double)n_acts) * sizeof(real);
+    if (n < 0 || n_acts < 0) m->bytes = INFINITY;
     double bytes = m->bytes + 2.0 * B * T * sizeof(int) + LARGE; // and what else is small
     #pragma omp parallel reduction(+ : threads)
     threads++; // they are started here: what their stacks take is not left for the model
@@ -3012,28 +3034,33 @@ static Model *model_create(const Config *c, int B, int T, Mode mode, char *error
 }
 
 // ----------------------------------------------------------------------------
-// the backend: all that the training loop and the command line know of the layers. The CUDA twin brings its own, with a
-// Model of its own behind the pointer.
+// the backend: all that the training loop and the command line know of the layers. The CUDA twin brings its
+// own, with a Model of its own behind the pointer.
 
 typedef enum { PARAMS, EXP_AVG, EXP_AVG_SQ, GRADS } Block;
-static const char *block_prefixes[] = {"", "exp_avg.", "exp_avg_sq."}; // of names in files, which hold no gradients
+static const char *block_prefixes[] = {"", "exp_avg.", "exp_avg_sq."}; // in files, which hold no gradients
 
 typedef struct {
     const char *name;
     Model *(*create)(const Config *config, int B, int T, Mode mode, char *error);
     void (*destroy)(Model *model);
     double (*bytes)(const Model *model);
-    real *(*read)(Model *model, Block block);  // the block's numbers, in the parameter table's order, in memory of their own
-    void (*write)(Model *model, Block block);  // makes the numbers that stand there the model's
+    // the block's numbers, in the parameter table's order, in memory of their own
+    real *(*read)(Model *model, Block block);
+    // makes the numbers that stand there the model's
+    void (*write)(Model *model, Block block);
     void (*forward)(Model *model, const int *inputs, const int *targets, int B, int T, Dropout drop);
-    double (*loss)(Model *model);              // of the last forward pass, the sum; the GPU may be at work until it is asked for
+    // of the last forward pass, the sum; the GPU may be at work until it is asked for
+    double (*loss)(Model *model);
     void (*hits)(Model *model, char *hits);
     void (*backward)(Model *model, double dloss);
-    double (*update)(Model *model, AdamW options, double clip, int64_t step); // the gradients' norm; not finite: no update
+    // the gradients' norm; not finite: no update
+    double (*update)(Model *model, AdamW options, double clip, int64_t step);
     void (*extend)(Model *model, const int *tokens, int n, int first, real *logits);
 } Backend;
 
-// hits[n] = 1 where the target of token n has the largest logit of its row, else 0, of the last model_forward. hits (N)
+// hits[n] = 1 where the target of token n has the largest logit of its row, else 0, of the last
+// model_forward. hits (N)
 static void model_hits(Model *m, char *hits) {
     int V = m->config.vocab_size;
     #pragma omp parallel for
@@ -3045,7 +3072,8 @@ static void model_hits(Model *m, char *hits) {
     }
 }
 
-static double cpu_bytes(const Model *m) { // what the process takes by now, data and program included: no step takes more
+// What the process takes by now, data and program included: no step takes more.
+static double cpu_bytes(const Model *m) {
     struct rusage usage;
     getrusage(RUSAGE_SELF, &usage);
 #ifdef __APPLE__
@@ -3056,7 +3084,10 @@ static double cpu_bytes(const Model *m) { // what the process takes by now, data
     return (double)usage.ru_maxrss * unit > m->bytes ? (double)usage.ru_maxrss * unit : m->bytes;
 }
 static real *cpu_read(Model *m, Block block) {
-    return block == PARAMS ? m->params : block == GRADS ? m->grads : block == EXP_AVG ? m->exp_avg : m->exp_avg_sq;
+    return block == PARAMS    ? m->params
+           : block == GRADS   ? m->grads
+           : block == EXP_AVG ? m->exp_avg
+                              : m->exp_avg_sq;
 }
 static void cpu_write(Model *m, Block block) { (void)m; (void)block; } // the host's memory is the model's own
 static double cpu_update(Model *m, AdamW options, double clip, int64_t step) {
@@ -3065,8 +3096,9 @@ static double cpu_update(Model *m, AdamW options, double clip, int64_t step) {
     return length;
 }
 
-static const Backend cpu_backend = {"CPU", model_create, model_free, cpu_bytes, cpu_read, cpu_write, model_forward, model_loss,
-                                    model_hits, model_backward, cpu_update, model_extend};
+static const Backend cpu_backend = {"CPU",      model_create,   model_free,    cpu_bytes,
+                                    cpu_read,   cpu_write,      model_forward, model_loss,
+                                    model_hits, model_backward, cpu_update,    model_extend};
 
 // ----------------------------------------------------------------------------
 // signals: what asks for an end lets the step end and be saved
@@ -4451,7 +4483,7 @@ static void copy_sequence(int *inputs, int *targets, const Dataset *set, int64_t
 }
 
 // ----------------------------------------------------------------------------
-// options: one table drives the command line, its help, the metadata of files and what a resumed run must repeat
+// options: one table drives the command line, its help, the metadata of files and what a resumed run repeats
 
 typedef struct {
     const char *data, *val, *format, *mixer, *log, *out, *load, *resume, *prompt, *data_content, *val_content,
@@ -4590,11 +4622,13 @@ static int set_option(Options *o, const Option *option, const char *text, char *
     return 0;
 }
 
-// An option's value as text, a number with as many digits as give the same number again. NULL: one that is not set.
+// An option's value as text, a number with as many digits as give the same number again. NULL: one that is
+// not set.
 static const char *option_text(char text[96], const Options *o, const Option *option) {
     const void *field = (const char *)o + option->offset;
     if (option->type == TEXT) return *(const char *const *)field;
-    if (option->type != NUMBER && !option->fallback && option->low > 0 && !*(const int64_t *)field) return NULL;
+    if (option->type != NUMBER && !option->fallback && option->low > 0 && !*(const int64_t *)field)
+        return NULL;
     if (option->type != NUMBER) snprintf(text, 96, "%lld", (long long)*(const int64_t *)field);
     for (int digits = 6; option->type == NUMBER && digits <= 17; digits++) {
         snprintf(text, 96, "%.*g", digits, *(const double *)field);
@@ -4605,7 +4639,8 @@ static const char *option_text(char text[96], const Options *o, const Option *op
 
 static const Option *find_option(const char *name, size_t length) {
     for (int i = 0; i < N_OPTIONS && option_table[i].group < STATE; i++)
-        if (strlen(option_table[i].name) == length && !strncmp(option_table[i].name, name, length)) return &option_table[i];
+        if (strlen(option_table[i].name) == length && !strncmp(option_table[i].name, name, length))
+            return &option_table[i];
     return NULL;
 }
 static int is_given(const Settings *s, const char *name) {
@@ -4627,7 +4662,8 @@ static void print_help(const char *program) {
     static const char *types[] = {"TEXT", "N", "X", ""};
     printf("Trains Sessa models, evaluates them and generates with them.\n\n"
            "  %s --data my.txt --dim 256 --layers 6 --seq 256 --out my.safetensors\n"
-           "  %s --load my.best.safetensors --generate 500 --prompt \"Once upon\" --temperature 0.8\n", program, program);
+           "  %s --load my.best.safetensors --generate 500 --prompt \"Once upon\" --temperature 0.8\n",
+           program, program);
     for (int i = 0; i < N_OPTIONS && option_table[i].group < STATE; i++) {
         const Option *o = &option_table[i];
         if (i == 0 || o->group != o[-1].group) printf("\n%s\n", titles[o->group]);
@@ -4645,7 +4681,8 @@ static int parse_options(Settings *s, int argc, char **argv, char *error) {
     s->values.min_lr = -1;
     s->values.window = s->values.warmup = -1;
     for (int i = 0; i < N_OPTIONS; i++)
-        if (option_table[i].fallback) set_option(&s->values, &option_table[i], option_table[i].fallback, error);
+        if (option_table[i].fallback)
+            set_option(&s->values, &option_table[i], option_table[i].fallback, error);
     for (int i = 1; i < argc; i++) {
         if (!strcmp(argv[i], "--help") || !strcmp(argv[i], "-h")) return 1;
         const char *equals = strchr(argv[i], '=');
@@ -4653,7 +4690,8 @@ static int parse_options(Settings *s, int argc, char **argv, char *error) {
         const Option *option = strncmp(argv[i], "--", 2) ? NULL : find_option(argv[i] + 2, length - 2);
         if (!option) return wrong(error, NULL, "unknown option '%s' (--help lists them)", argv[i]);
         const char *value = equals ? equals + 1 : option->type == FLAG ? "1" : ++i < argc ? argv[i] : "";
-        if (!*value && strcmp(option->name, "prompt")) return wrong(error, NULL, "--%s takes a value", option->name);
+        if (!*value && strcmp(option->name, "prompt"))
+            return wrong(error, NULL, "--%s takes a value", option->name);
         if (s->given[option - option_table])
             return wrong(error, NULL, "--%s stands there twice", option->name);
         if (set_option(&s->values, option, value, error)) return WRONG_OPTION;
@@ -4725,20 +4763,24 @@ typedef struct {
 
 // The model that the options describe.
 static int config_of(Config *c, const Options *o, char *error) {
-    Config config = {(int)o->vocab, (int)o->dim, (int)o->layers, (int)o->heads, (int)o->kv_heads, (int)o->seq, o->gamma_max,
-                     find_mixer(o->mixer), (int)o->head_dim, (int)o->state_dim};
+    Config config = {(int)o->vocab, (int)o->dim,  (int)o->layers,       (int)o->heads,    (int)o->kv_heads,
+                     (int)o->seq,   o->gamma_max, find_mixer(o->mixer), (int)o->head_dim, (int)o->state_dim};
     *c = config;
-    if (c->mixer < 0) return wrong(error, NULL, "--mixer takes sessa, attention or mamba2, not '%s'", o->mixer);
+    if (c->mixer < 0)
+        return wrong(error, NULL, "--mixer takes sessa, attention or mamba2, not '%s'", o->mixer);
     if (c->mixer == MAMBA2 && 2 * o->dim % o->head_dim)
         return wrong(error, NULL, "--head-dim %d does not divide twice --dim %d", c->head_dim, c->d_model);
     if (c->mixer != MAMBA2 && o->head_dim + o->state_dim)
         return wrong(error, NULL, "--head-dim and --state-dim are for mamba2");
-    if (o->dim % o->heads) return wrong(error, NULL, "--heads %d does not divide --dim %d", c->n_heads, c->d_model);
-    if (o->dim / o->heads % 2) return wrong(error, NULL, "--dim / --heads must be even, not %d", c->d_model / c->n_heads);
+    if (o->dim % o->heads)
+        return wrong(error, NULL, "--heads %d does not divide --dim %d", c->n_heads, c->d_model);
+    if (o->dim / o->heads % 2)
+        return wrong(error, NULL, "--dim / --heads must be even, not %d", c->d_model / c->n_heads);
     if (o->heads % o->kv_heads)
         return wrong(error, NULL, "--kv-heads %d does not divide --heads %d", c->n_kv_heads, c->n_heads);
     if (!o->generate && o->batch * o->accum > INT_MAX / 64 / o->seq)
-        return wrong(error, NULL, "--batch times --accum times --seq must not exceed %d tokens", INT_MAX / 64);
+        return wrong(error, NULL, "--batch times --accum times --seq must not exceed %d tokens",
+                     INT_MAX / 64);
     return 0;
 }
 
@@ -4781,7 +4823,8 @@ static int save_checkpoint(Run *run, Place *place, Content content, int trial, u
         const real *values = run->backend->read(run->model, (Block)block);
         const void *data = values; // written from where they are, unless they must be rounded first
         if (!isfinite(norm(values, run->table.count)))
-            result = fail(error, path, "not written: %s", block ? "a moment is not finite" : "a weight is not finite");
+            result = fail(error, path, "not written: %s",
+                          block ? "a moment is not finite" : "a weight is not finite");
         if (sizeof(real) != sizeof(float)) {
             data = numbers + (size_t)block * count;
             for (size_t k = 0; k < count; k++) numbers[(size_t)block * count + k] = (float)values[k];
@@ -4886,16 +4929,19 @@ static int settings_from_file(Run *run, const char *path, int resume, char *erro
         set_option(&run->stored, option, text, problem);
         if (!s->given[i]) s->values = other;
         else if (!may_differ) {
-            const char *ours = option_text(given, &s->values, option), *theirs = option_text(stored, &other, option);
+            const char *ours = option_text(given, &s->values, option);
+            const char *theirs = option_text(stored, &other, option);
             if (strcmp(ours, theirs))
                 return wrong(error, NULL, "--%s %s differs from %s, which has %s", name, ours, path, theirs);
         }
     }
-    if (find_mixer(s->values.mixer) < 0) return fail(error, path, "its mixer '%.40s' is unknown", s->values.mixer);
+    if (find_mixer(s->values.mixer) < 0)
+        return fail(error, path, "its mixer '%.40s' is unknown", s->values.mixer);
     if (config_of(&run->config, &s->values, problem)) return fail(error, path, "%.200s", problem);
     const FileTensor *bytes = safetensors_find(&run->file, "tokenizer.bytes");
     if (!bytes) return 0;
-    int valid = !strcmp(bytes->dtype, "U8") && bytes->n_dims == 1 && bytes->count == s->values.vocab && bytes->count <= 256;
+    int valid = !strcmp(bytes->dtype, "U8") && bytes->n_dims == 1 && bytes->count == s->values.vocab &&
+                bytes->count <= 256;
     for (int64_t i = 0; valid && i < bytes->count; i++) valid = !seen[bytes->data[i]]++;
     if (!valid) return fail(error, path, "tokenizer.bytes is not vocab_size distinct bytes");
     memcpy(run->vocab, bytes->data, (size_t)bytes->count);
@@ -5008,21 +5054,25 @@ static int open_data(Run *run, char *error) {
     for (int i = 0; kind == DATA_EXAMPLES && i < n_sets; i++) {
         if (!is_given(&run->settings, "seq") && i == 0) o->seq = sets[i]->width;
         if (sets[i]->width != o->seq)
-            return fail(error, paths[i], "it holds sequences of %d tokens, not of %d", sets[i]->width, (int)o->seq);
+            return fail(error, paths[i], "it holds sequences of %d tokens, not of %d", sets[i]->width,
+                        (int)o->seq);
     }
     static const char too_short[] = "%s takes %lld of its tokens or examples, there are %lld";
     int64_t least = kind == DATA_EXAMPLES ? 1 : o->seq + 1, n_train = run->train_end,
             n_val = run->val_end - run->val_begin;
-    if (!o->eval && n_train < least) return fail(error, o->data, too_short, "training", (long long)least, (long long)n_train);
-    if (n_val < least) return fail(error, paths[n_sets - 1], too_short, "validation", (long long)least, (long long)n_val);
+    if (!o->eval && n_train < least)
+        return fail(error, o->data, too_short, "training", (long long)least, (long long)n_train);
+    if (n_val < least)
+        return fail(error, paths[n_sets - 1], too_short, "validation", (long long)least, (long long)n_val);
     return 0;
 }
 
-// The place of the run's i-th training sequence. In a stream of tokens it is the fraction u + i/φ (mod 1) of all places, u
-// drawn from the seed, φ the golden ratio: any place is as likely as any other, and those of a run, or of a batch, spread as
-// evenly as can be, where independent draws leave a fifth of the text unread after an epoch and a half (2000 steps on
-// TinyShakespeare end 0.006 to 0.014 nats lower). Of examples it is the next of a fresh permutation. It follows from seed and
-// i alone, so that a resumed run needs to know nothing but its step.
+// The place of the run's i-th training sequence. In a stream of tokens it is the fraction u + i/φ (mod 1) of
+// all places, u drawn from the seed, φ the golden ratio: any place is as likely as any other, and those of a
+// run, or of a batch, spread as evenly as can be, where independent draws leave a fifth of the text unread
+// after an epoch and a half (2000 steps on TinyShakespeare end 0.006 to 0.014 nats lower). Of examples it is
+// the next of a fresh permutation. It follows from seed and i alone, so that a resumed run needs to know
+// nothing but its step.
 static int64_t sequence_place(Run *run, int64_t i) {
     uint64_t seed = (uint64_t)run->settings.values.seed, state = splitmix64(seed) ^ splitmix64(1);
     int64_t n = run->train_end, epoch = i / n;
@@ -5042,8 +5092,8 @@ static int64_t sequence_place(Run *run, int64_t i) {
     return run->order[i % n];
 }
 
-// What a validation finds: the mean loss in nats and, of example sets, the share of the targets that are the likeliest
-// token; of those that say their lag also by lag, from 2^k to 2^(k+1) - 1. NAN: no such target.
+// What a validation finds: the mean loss in nats and, of example sets, the share of the targets that are the
+// likeliest token; of those that say their lag also by lag, from 2^k to 2^(k+1) - 1. NAN: no such target.
 enum { LAG_BINS = 31 };
 typedef struct {
     double loss, accuracy, by_lag[LAG_BINS];
@@ -5058,16 +5108,19 @@ static Score evaluate(Run *run, int64_t max_batches, int lasts) {
     const Dataset *set = run->val_set;
     int T = (int)o->seq, examples = set->kind == DATA_EXAMPLES;
     int64_t length = run->val_end - run->val_begin, windows = examples ? length : (length - 1) / T;
-    int64_t batches = (windows + o->batch - 1) / o->batch, taken = max_batches && max_batches < batches ? max_batches : batches;
+    int64_t batches = (windows + o->batch - 1) / o->batch;
+    int64_t taken = max_batches && max_batches < batches ? max_batches : batches;
     int64_t count = 0, hits = 0, of_bin[LAG_BINS] = {0}, hits_of[LAG_BINS] = {0};
     double sum = 0;
     Score score;
     memset(&score, 0, sizeof(score));
     for (int64_t i = 0; i < taken && !score.broken; i++) {
-        int64_t first = (batches / taken * i + batches % taken * i / taken) * o->batch; // batches·i/taken, which may overflow
+        int64_t batch = batches / taken * i + batches % taken * i / taken; // batches·i/taken may overflow
+        int64_t first = batch * o->batch;
         int B = (int)(windows - first < o->batch ? windows - first : o->batch);
         for (int b = 0; b < B; b++)
-            copy_sequence(run->inputs + b * T, run->targets + b * T, set, run->val_begin + (first + b) * (examples ? 1 : T), T);
+            copy_sequence(run->inputs + b * T, run->targets + b * T, set,
+                          run->val_begin + (first + b) * (examples ? 1 : T), T);
         run->backend->forward(run->model, run->inputs, run->targets, B, T, no_dropout);
         sum += run->backend->loss(run->model);
         if (examples) run->backend->hits(run->model, run->hits);
@@ -5086,7 +5139,8 @@ static Score evaluate(Run *run, int64_t max_batches, int lasts) {
     score.count = count;
     score.loss = count ? sum / (double)count : NAN;
     score.accuracy = count && examples ? (double)hits / (double)count : NAN;
-    for (int k = 0; k < LAG_BINS; k++) score.by_lag[k] = of_bin[k] ? (double)hits_of[k] / (double)of_bin[k] : NAN;
+    for (int k = 0; k < LAG_BINS; k++)
+        score.by_lag[k] = of_bin[k] ? (double)hits_of[k] / (double)of_bin[k] : NAN;
     return score;
 }
 
@@ -5103,7 +5157,8 @@ static void print_score(FILE *out, const Score *score) {
     if (!isnan(score->accuracy)) print_member(out, "val_accuracy", score->accuracy, 9);
     for (int k = 0; k < LAG_BINS; k++)
         if (!isnan(score->by_lag[k]))
-            fprintf(out, "%s\"%d\": %.9g", bins++ ? ", " : ", \"accuracy_by_lag\": {", 1 << k, score->by_lag[k]);
+            fprintf(out, "%s\"%d\": %.9g", bins++ ? ", " : ", \"accuracy_by_lag\": {", 1 << k,
+                    score->by_lag[k]);
     if (bins) fprintf(out, "}");
 }
 
@@ -5377,7 +5432,8 @@ static int check_best(Run *run, char *error) {
     if (!damaged) {
         const char *loss = safetensors_meta(&file, "best_val_loss");
         other = !is_same_run(run, &file, 1) || (!first && loss && strtod(loss, NULL) > o->best_val);
-        if (!other && !first && loss) o->best_val = strtod(loss, NULL); // lower, if the run was killed before it knew
+        if (!other && !first && loss)
+            o->best_val = strtod(loss, NULL); // lower, if the run was killed before it knew
         safetensors_free(&file);
     }
     if (other && !o->overwrite)
@@ -5422,7 +5478,9 @@ static void print_changes(const Run *run) {
 // generation
 
 typedef struct { double weight; int id; } Candidate;
-static int comes_first(Candidate a, Candidate b) { return a.weight != b.weight ? a.weight > b.weight : a.id < b.id; }
+static int comes_first(Candidate a, Candidate b) {
+    return a.weight != b.weight ? a.weight > b.weight : a.id < b.id;
+}
 
 // Lets the candidate at i of a heap of n, the first of each subtree at its top, sink to its place.
 static void sift_down(Candidate *heap, int n, int i) {
@@ -5435,11 +5493,11 @@ static void sift_down(Candidate *heap, int n, int i) {
     heap[i] = c;
 }
 
-// Draws a token from softmax(logits/temperature), cut to the top_k likeliest (0: all) and then to the fewest likeliest
-// whose probabilities reach top_p. candidates: scratch (V); no more of them are put in order, from the end, than the cut
-// asks for. -1 if a logit is not finite.
-static int sample_token(const real *logits, Candidate *candidates, int V, double temperature, int64_t top_k, double top_p,
-                        uint64_t *random) {
+// Draws a token from softmax(logits/temperature), cut to the top_k likeliest (0: all) and then to the fewest
+// likeliest whose probabilities reach top_p. candidates: scratch (V); no more of them are put in order, from
+// the end, than the cut asks for. -1 if a logit is not finite.
+static int sample_token(const real *logits, Candidate *candidates, int V, double temperature, int64_t top_k,
+                        double top_p, uint64_t *random) {
     int best = 0, ordered = 0, kept = V, most = top_k && top_k < V ? (int)top_k : V;
     double total = 0, sum = 0;
     for (int i = 0; i < V; i++) {
@@ -5472,18 +5530,22 @@ static int sample_token(const real *logits, Candidate *candidates, int V, double
     return candidates[V - kept].id;
 }
 
-// Reads the prompt as token ids: its bytes' ids, or, without a vocabulary of bytes, numbers between spaces. Returns their
-// number, or WRONG_OPTION. ids has room for strlen(prompt) + 1.
+// Reads the prompt as token ids: its bytes' ids, or, without a vocabulary of bytes, numbers between spaces.
+// Returns their number, or WRONG_OPTION. ids has room for strlen(prompt) + 1.
 static int encode_prompt(const Run *run, const char *prompt, int *ids, char *error) {
     int n = 0;
     while (*prompt) {
         const char *place = (const char *)memchr(run->vocab, *prompt, (size_t)run->vocab_bytes);
         char *end = (char *)prompt + 1;
-        long id = run->vocab_bytes ? (place ? place - (const char *)run->vocab : -1) : strtol(prompt, &end, 10);
+        long id =
+            run->vocab_bytes ? (place ? place - (const char *)run->vocab : -1) : strtol(prompt, &end, 10);
         if (run->vocab_bytes && id < 0)
-            return wrong(error, NULL, "--prompt: the vocabulary lacks its byte %d, 0x%02X", n, (unsigned char)*prompt);
-        if (end == prompt || id < 0 || id >= run->config.vocab_size || (!run->vocab_bytes && *end && *end != ' '))
-            return wrong(error, NULL, "--prompt takes token ids from 0 to %d between spaces", run->config.vocab_size - 1);
+            return wrong(error, NULL, "--prompt: the vocabulary lacks its byte %d, 0x%02X", n,
+                         (unsigned char)*prompt);
+        if (end == prompt || id < 0 || id >= run->config.vocab_size ||
+            (!run->vocab_bytes && *end && *end != ' '))
+            return wrong(error, NULL, "--prompt takes token ids from 0 to %d between spaces",
+                         run->config.vocab_size - 1);
         ids[n++] = (int)id;
         prompt = end;
         while (!run->vocab_bytes && *prompt == ' ') prompt++;
@@ -5515,8 +5577,8 @@ static void print_byte(Character *c, unsigned char byte) {
     }
 }
 
-// Writes the prompt and n sampled tokens to standard output as they are made. When the positions that the model
-// remembers are full, the last half is read afresh.
+// Writes the prompt and n sampled tokens to standard output as they are made. When the positions that the
+// model remembers are full, the last half is read afresh.
 static int generate(Run *run, const char *prompt, int64_t n, uint64_t random, char *error) {
     const Options *o = &run->settings.values;
     int V = run->config.vocab_size, T = run->model_T, result = 0;
@@ -5533,7 +5595,8 @@ static int generate(Run *run, const char *prompt, int64_t n, uint64_t random, ch
     if (count < 0) result = count;
     else fputs(prompt, stdout);
     if (count == 0) { // nothing to go on from: a new line, or token 0
-        const unsigned char *newline = (const unsigned char *)memchr(run->vocab, '\n', (size_t)run->vocab_bytes);
+        const unsigned char *newline =
+            (const unsigned char *)memchr(run->vocab, '\n', (size_t)run->vocab_bytes);
         tokens[count++] = newline ? (int)(newline - run->vocab) : 0;
     }
     for (int64_t made = 0; made < n && !result && !interrupted; made++) {
@@ -5550,7 +5613,8 @@ static int generate(Run *run, const char *prompt, int64_t n, uint64_t random, ch
         else printf(made || *prompt ? " %d" : "%d", id);
         if (fflush(stdout)) result = fail(error, "standard output", "%s", strerror(errno));
     }
-    if (!result && (putchar('\n') == EOF || fflush(stdout))) result = fail(error, "standard output", "%s", strerror(errno));
+    if (!result && (putchar('\n') == EOF || fflush(stdout)))
+        result = fail(error, "standard output", "%s", strerror(errno));
     free(logits);
     free(candidates);
     free(tokens);
@@ -5574,8 +5638,8 @@ static double learning_rate(const Options *o, int64_t step) {
     return o->min_lr + (o->lr - o->min_lr) * (1 + cos(3.14159265358979323846 * progress)) / 2;
 }
 
-// One step: reads accum micro-batches, sums their gradients of the mean loss over all targets, clips, updates. FAILED
-// if loss or gradient are not finite: the weights are then still those of before.
+// One step: reads accum micro-batches, sums their gradients of the mean loss over all targets, clips,
+// updates. FAILED if loss or gradient are not finite: the weights are then still those of before.
 static int train_step(Run *run, double *loss, double *grad_norm, char *error) {
     Options *o = &run->settings.values;
     const Backend *backend = run->backend;
@@ -5598,7 +5662,8 @@ static int train_step(Run *run, double *loss, double *grad_norm, char *error) {
     AdamW adam = {learning_rate(o, o->step), o->beta1, o->beta2, o->eps, o->weight_decay};
     *grad_norm = isfinite(*loss) ? backend->update(run->model, adam, o->clip, o->step + 1) : NAN;
     if (!isfinite(*loss) || !isfinite(*grad_norm))
-        return fail(error, NULL, "step %lld: loss %g, gradient norm %g: stopped before the update; a lower --lr may help",
+        return fail(error, NULL,
+                    "step %lld: loss %g, gradient norm %g: stopped before the update; a lower --lr may help",
                     (long long)o->step + 1, *loss, *grad_norm);
     o->step++;
     return 0;
@@ -5660,8 +5725,9 @@ static int log_open(Log *log, const Options *o, char *error) {
     } else if (!scan.is_log) {
         result = wrong(error, o->log, "it is no log: another --log, or --overwrite");
     } else if (!scan.own) {
-        result = wrong(error, o->log,
-                       "nothing shows that it is the log of this run: another --log, or --overwrite goes on in it");
+        result = wrong(
+            error, o->log,
+            "nothing shows that it is the log of this run: another --log, or --overwrite goes on in it");
     }
     log->last = scan.last;
     log->last_line = scan.before;
@@ -5682,7 +5748,8 @@ static int log_open(Log *log, const Options *o, char *error) {
 static int log_line(Log *log, const Step *s, const Score *score, char *error) {
     int again = s->step == log->last;
     if (!log->file || s->step < log->last || (again && (!score || log->complete || log->stream))) return 0;
-    if (log->cut_at >= 0 && (ftruncate(fileno(log->file), log->cut_at) || fseek(log->file, log->cut_at, SEEK_SET)))
+    if (log->cut_at >= 0 &&
+        (ftruncate(fileno(log->file), log->cut_at) || fseek(log->file, log->cut_at, SEEK_SET)))
         return fail(error, log->path, "%s", strerror(errno));
     log->cut_at = -1;
     if (!again) log->last_line = ftell(log->file);
@@ -6099,7 +6166,8 @@ static int prepare(Run *run, char *error) {
     if (o->resume && (o->load || !training))
         return wrong(error, NULL, "--resume goes with neither --load, --generate nor --eval");
     if (o->generate && o->eval) return wrong(error, NULL, "--generate and --eval exclude each other");
-    if (!training && !o->load) return wrong(error, NULL, "--generate and --eval take the weights from --load FILE");
+    if (!training && !o->load)
+        return wrong(error, NULL, "--generate and --eval take the weights from --load FILE");
     if ((result = check_use(&run->settings, error))) return result;
     if (o->plain && backend != &cpu_backend)
         return wrong(error, NULL, "--plain is for the layers of train_sessa.c: the GPU has its own");
@@ -6144,7 +6212,8 @@ static int prepare(Run *run, char *error) {
     for (int block = 0; block < n_blocks; block++)
         if (load_block(run, path, (Block)block, error)) return FAILED;
 
-    int64_t window = o->window < 0 ? o->seq : o->window, needed = (int64_t)strlen(o->prompt) + 1 + o->generate;
+    int64_t window = o->window < 0 ? o->seq : o->window,
+            needed = (int64_t)strlen(o->prompt) + 1 + o->generate;
     int B = o->generate ? 1 : (int)o->batch;
     int T = run->model_T = !o->generate ? (int)o->seq : (int)(window && window < needed ? window : needed);
     run->model = backend->create(&run->config, B, T, training ? TRAIN : o->eval ? EVALUATE : GENERATE, error);
@@ -6189,13 +6258,14 @@ static int perform(Run *run, const char *program, char *error) {
         printf("val_loss %.6f%s\n", score.loss, run->val_note);
         if (!isnan(score.accuracy)) printf("val_accuracy %.6f\n", score.accuracy);
         for (int k = 0; k < LAG_BINS; k++)
-            if (!isnan(score.by_lag[k])) printf("lag %d to %lld %.6f\n", 1 << k, (2LL << k) - 1, score.by_lag[k]);
+            if (!isnan(score.by_lag[k]))
+                printf("lag %d to %lld %.6f\n", 1 << k, (2LL << k) - 1, score.by_lag[k]);
         return 0;
     }
-    printf("%s: D %d, L %d, H %d, G %d, T %d, V %d, %.2fM parameters; %s, %d threads, %.0f MiB\n", o->mixer, c->d_model,
-           c->n_layers, c->n_heads, c->n_kv_heads, c->max_seq_len, c->vocab_size, (double)run->table.count / 1e6,
-           plain ? "CPU, plain loops" : run->backend->name, omp_get_max_threads(),
-           run->backend->bytes(run->model) / 0x1p20);
+    printf("%s: D %d, L %d, H %d, G %d, T %d, V %d, %.2fM parameters; %s, %d threads, %.0f MiB\n", o->mixer,
+           c->d_model, c->n_layers, c->n_heads, c->n_kv_heads, c->max_seq_len, c->vocab_size,
+           (double)run->table.count / 1e6, plain ? "CPU, plain loops" : run->backend->name,
+           omp_get_max_threads(), run->backend->bytes(run->model) / 0x1p20);
     int shard = run->train.kind == DATA_SHARD && !o->load && !o->resume && !is_given(&run->settings, "vocab");
     if (shard)
         printf("vocabulary: %d, that of the tokenizer of such shards; --vocab names another\n",
@@ -6241,7 +6311,8 @@ static int run_program(int argc, char **argv, const Backend *backend) {
         result = perform(&run, argv[0], error);
     }
     end_line(&run);
-    if (!result && (fflush(stdout) || ferror(stdout))) result = fail(error, "standard output", "closed, or on a full disk");
+    if (!result && (fflush(stdout) || ferror(stdout)))
+        result = fail(error, "standard output", "closed, or on a full disk");
     if (result) fflush(stdout); // before the line of the error
     if (result < 0) fprintf(stderr, "train_sessa: %s\n", error);
     remove_locks();
