@@ -28,13 +28,18 @@ def wait_for(what, seconds=40):
 
 
 class Browser:
-    """script(code, *arguments) runs the body of an async function in the page and returns what it returns."""
+    """script(code, *arguments) runs the body of an async function in the page, and returns what that returns."""
     process = None
 
     def script(self, code, *arguments):
-        wrapped = ("const done = arguments[arguments.length - 1], given = Array.from(arguments).slice(0, -1);"
-                   f"(async (...args) => {{ {code} }})(...given).then((value) => done({{value}}), (error) => done({{error: String(error)}}));")
-        result = self.execute(wrapped, list(arguments))
+        # in the page's own scope, by eval: a driver's scripts do not see what the page declares with let and const
+        call = (f"window.answer = null; (async (...args) => {{ {code} }})(...{json.dumps(arguments)}).then("
+                "(value) => { window.answer = JSON.stringify({value}); },"
+                "(error) => { window.answer = JSON.stringify({error: String(error)}); });")
+        self.execute(f"(window.wrappedJSObject || window).eval({json.dumps(call)});")
+        while not (answer := self.execute("return (window.wrappedJSObject || window).answer;")):
+            time.sleep(0.02)
+        result = json.loads(answer)
         if "error" in result:
             raise RuntimeError(result["error"])
         return result.get("value")
@@ -65,15 +70,13 @@ class Chromium(Browser):
     def there():
         return shutil.which("chromium") and shutil.which("chromedriver")
 
-    def __init__(self, dark=False, width=1200, height=900):
+    def __init__(self, width=1200, height=900):
         self.folder = tempfile.mkdtemp()
         self.port = free_port()
         self.process = subprocess.Popen(["chromedriver", f"--port={self.port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         options = ["--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--no-first-run",
                    f"--user-data-dir={self.folder}", f"--window-size={width},{height}"]
         chrome = {"binary": shutil.which("chromium"), "args": options}
-        if dark == "phone":
-            chrome["mobileEmulation"] = {"deviceMetrics": {"width": width, "height": height, "pixelRatio": 2}}
         capabilities = {"capabilities": {"alwaysMatch": {"goog:chromeOptions": chrome}}}
         self.session = ""
         self.session = "/session/" + wait_for(lambda: self.post("/session", capabilities))["sessionId"]
@@ -96,8 +99,8 @@ class Chromium(Browser):
     def open(self, url):
         self.post("/url", {"url": url})
 
-    def execute(self, script, arguments):
-        return self.post("/execute/async", {"script": script, "args": arguments})
+    def execute(self, script):
+        return self.post("/execute/sync", {"script": script, "args": []})
 
     def screenshot(self):
         params = {"captureBeyondViewport": True, "format": "png"}
@@ -171,8 +174,8 @@ class Firefox(Browser):
     def open(self, url):
         self.send("WebDriver:Navigate", {"url": url})
 
-    def execute(self, script, arguments):
-        return self.send("WebDriver:ExecuteAsyncScript", {"script": script, "args": arguments, "sandbox": None, "newSandbox": False})["value"]
+    def execute(self, script):
+        return self.send("WebDriver:ExecuteScript", {"script": script, "args": [], "sandbox": None, "newSandbox": False})["value"]
 
     def screenshot(self):
         return self.send("WebDriver:TakeScreenshot", {"full": True, "hash": False})["value"]

@@ -112,10 +112,11 @@ def text_is_rule(text):
 
 
 def beginning(path):
-    """The first part of a text, up to the end of a line. It must be UTF-8: the page holds it as it is."""
+    """The first part of a text, up to the end of a line, and a name for it."""
     with open(path, "rb") as file:
         data = file.read(BEGINNING)
-    return data[:data.rfind(b"\n") + 1].decode()
+    stem, ending = os.path.splitext(os.path.basename(path))
+    return data[:data.rfind(b"\n") + 1].decode(), f"{stem}-beginning{ending}"
 
 
 def embed(value):
@@ -157,8 +158,8 @@ def main():
         page = page.replace(mark, text)
     # the worker's own lines first: they say where the program's output goes
     page = page.replace('"WORKER"', embed(parts["worker.js"] + "\n" + program))
-    page = page.replace('"TEXT"', embed(beginning(options.text)))
-    page = page.replace('"TEXT NAME"', embed(os.path.basename(options.text)))
+    text, name = beginning(options.text)
+    page = page.replace('"TEXT"', embed(text)).replace('"TEXT NAME"', embed(name))
     page = page.replace('"LISTING"', embed(listing))
     with open(options.out, "w", encoding="utf-8") as file:
         file.write(page)

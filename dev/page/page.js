@@ -310,7 +310,7 @@ const takeFile = guard(async (file) => {
         showText();
         say(`${name}: a text of ${n} bytes; Train begins with it`, "good");
     } catch (error) {
-        throw new Error(`${error.message}; ${text.name} stays`);
+        throw new Error(`${error.message.replace(/; --format bytes.*/, "")}; ${text.name} stays`);
     }
 });
 
