@@ -104,7 +104,7 @@ class Chromium(Browser):
 
     def screenshot(self):
         params = {"captureBeyondViewport": True, "format": "png"}
-        width, height = self.script("return [document.documentElement.scrollWidth, document.documentElement.scrollHeight];")
+        width, height = self.script("return [window.innerWidth, document.documentElement.scrollHeight];")
         params["clip"] = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
         return self.post("/goog/cdp/execute", {"cmd": "Page.captureScreenshot", "params": params})["data"]
 

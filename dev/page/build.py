@@ -18,7 +18,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.normpath(os.path.join(HERE, "..", ".."))
 FLAGS = ["-O3", "-msimd128", "-ffast-math", "-fno-finite-math-only", "-Wall", "-Wextra", "-Werror",
          "-Wno-unknown-pragmas", "-Wno-unknown-warning-option"]
-LINK = ["-sSINGLE_FILE=1", "-sENVIRONMENT=worker,node", "-sALLOW_MEMORY_GROWTH=1", "-sTOTAL_STACK=2097152",
+LINK = ["-sSINGLE_FILE=1", "-sENVIRONMENT=worker", "-sALLOW_MEMORY_GROWTH=1", "-sTOTAL_STACK=2097152",
         "-sFORCE_FILESYSTEM=1", "-sEXPORTED_RUNTIME_METHODS=['ccall','FS','UTF8ToString','HEAPU8','HEAPF32','HEAPF64']",
         "--no-entry"]
 BEGINNING = 120000  # bytes of the text that the page holds

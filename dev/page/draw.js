@@ -136,7 +136,7 @@ const draw = (() => {
     // Arcs over a text: one row for each of `rows` [{name, weights (T)}], from the picked letter to those that reach it;
     // below them the letters and, if given, γ as bars, up where it is positive. pick(t): a letter was pointed at.
     function arcs(box, {letters, picked, rows, gamma, pick}) {
-        const T = letters.length, step = Math.max(10, Math.min(26, Math.floor((box.clientWidth - 16) / T))), high = 76, bars = gamma ? 66 : 0;
+        const T = letters.length, step = Math.max(10, Math.min(40, Math.floor((box.clientWidth - 16) / T))), high = 76, bars = gamma ? 66 : 0;
         const width = Math.max(step * T + 16, box.clientWidth), height = rows.length * (high + 18) + 26 + bars;
         const svg = make("svg", {width, height, viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true"});
         const x = (t) => 8 + step * (t + 0.5);

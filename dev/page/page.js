@@ -243,9 +243,9 @@ function showRuns() {
         body.append(element("tr", {},
             element("td", {}, key, NAMES[name]),
             element("td", {}, run.step || run.active ? `step ${run.step} of ${run.steps}` : run.info.loaded ? "loaded" : "untrained"),
-            element("td", {className: "number"}, last === undefined ? "" : last.toFixed(4)),
-            element("td", {className: "number"}, kept === undefined ? "" : kept.toFixed(4)),
-            element("td", {className: "number"}, run.active && run.rate ? `${Math.round(run.rate * run.info.batch * run.info.seq)}` : ""),
+            element("td", {className: "number", "data-name": "loss"}, last === undefined ? "" : last.toFixed(4)),
+            element("td", {className: "number", "data-name": "kept back"}, kept === undefined ? "" : kept.toFixed(4)),
+            element("td", {className: "number", "data-name": "letters/s"}, run.active && run.rate ? `${Math.round(run.rate * run.info.batch * run.info.seq)}` : ""),
             element("td", {}, `${run.info.dim} wide, ${run.info.layers} layers, ${run.info.parameters} weights`),
             element("td", {}, save("Save the run", "run"), " ", save("Save the best weights", "best"))));
     });
@@ -529,7 +529,7 @@ async function tail(slot, layer) {
         }
         rows.push(element("tr", {}, element("td", {}, element("span", {className: `key ${key}`}), `${NAMES[key]}, layer ${l + 1}`),
             element("td", {}, run.step ? `step ${run.step}` : run.info.loaded ? "loaded" : "untrained"),
-            element("td", {className: "number"}, ...(Number.isFinite(power) ? ["lag", element("sup", {}, minus(power.toFixed(2)))] : ["none"])),
+            element("td", {className: "number"}, ...(other !== 2 && Number.isFinite(power) ? ["lag", element("sup", {}, minus(power.toFixed(2)))] : ["no power"])),
             element("td", {className: "number"}, Number.isFinite(rate) ? `× ${Math.exp(rate).toFixed(4)}` : "none")));
     }
     if (runs[slot].info.seq < TAIL.T) marks.push({x: runs[slot].info.seq, text: `trained on ${runs[slot].info.seq}`});
@@ -665,6 +665,8 @@ function escape(string) { return string.replace(/&/g, "&amp;").replace(/</g, "&l
 function showListing() {
     const {notes, functions} = three.stages[three.stage], now = notes[three.at], lines = [];
     $("at").value = three.at;
+    const weights = {attention_forward: "p", attention_backward: "p", feedback_forward: "alpha", feedback_backward: "alpha"}[three.stages[three.stage].name];
+    $("stage-note").textContent = `${three.stages[three.stage].name}.${weights ? ` What softmax_row calls weights are ${weights} here.` : ""} An element shows its last value, a local variable each that it had.`;
     $("at-text").textContent = `${three.at + 1} of ${notes.length}: ${now.label} = ${number(now.value)}`;
     // of each line: arrays' elements as they are now, and the values that a local has had
     const values = new Map();
@@ -681,7 +683,7 @@ function showListing() {
             for (const [key, list] of own || []) {
                 const label = key.replace("#", ""), current = line === now.line && label === now.label;
                 const tail = list.length > 12 ? ["…", ...list.slice(-11).map(number)] : list.map(number);
-                cells.push(`<span class="value${current ? " now" : ""}"><b>${label}</b> ${tail.join(" ")}</span>`);
+                cells.push(`<span class="value${current ? " now" : ""}${list.length > 1 ? " list" : ""}"><b>${label}</b> ${tail.join(" ")}</span>`);
             }
             const code = escape(LISTING.lines[line]).replace(/(\/\/.*)$/, '<span class="comment">$1</span>');
             lines.push(`<tr${line === now.line ? ' class="now"' : ""}><td class="n">${line}</td><td>${code}</td><td class="values">${cells.join(" ")}</td></tr>`);
@@ -740,7 +742,7 @@ function preset(which) {
 // ----------------------------------------------------------------------------
 // the knife
 
-const CUTS = [["0", "whole"], ["1", "no feedback: γ = 0"], ["2", "even feedback: α = 1/t"], ["3", "even attention"]];
+const CUTS = [["0", "whole"], ["1", "no feedback (γ = 0)"], ["2", "even feedback (α = 1/t)"], ["3", "even attention"]];
 const cutting = {slot: -1, cuts: [], turn: 0, each: null};
 const cutKinds = (mixer) => CUTS.filter(([value]) => value === "0" || (mixer === "sessa") || (mixer === "attention" && value === "3"));
 
@@ -777,8 +779,8 @@ function showKnife() {
     $("knife-loss").replaceChildren(element("div", {className: "scroll"}, element("table", {}, element("tr", {}, ...["", "loss", "more by", ""].map((name, i) => element("th", {className: i === 1 || i === 2 ? "number" : ""}, name))),
         ...rows.map(([name, loss, more]) => {
             const bar = element("td");
-            const svg = draw.make("svg", {width: 160, height: 12});
-            svg.append(draw.make("rect", {x: 0, y: 1, width: Math.max(more ? 1 : 0, 158 * Math.abs(more) / largest), height: 10, fill: `var(--${more < 0 ? "sessa" : "negative"})`}));
+            const wide = window.innerWidth < 600 ? 80 : 160, svg = draw.make("svg", {width: wide, height: 12});
+            svg.append(draw.make("rect", {x: 0, y: 1, width: Math.max(more ? 1 : 0, wide * Math.abs(more) / largest), height: 10, fill: `var(--${more < 0 ? "sessa" : "negative"})`}));
             bar.append(svg);
             return element("tr", {}, element("td", {}, name), element("td", {className: "number"}, loss.toFixed(4)),
                 element("td", {className: "number"}, more ? `${more > 0 ? "+" : "−"}${Math.abs(more).toFixed(4)}` : ""), bar);
@@ -794,7 +796,7 @@ const tryEach = guard(async () => {
     for (const [value, name] of cutKinds(runs[slot].info.mixer).slice(1))
         for (let l = 0; l < cuts.length; l++) {
             const which = cuts.map((_, k) => (k === l ? value : "0")).join("");
-            each.push([`layer ${l + 1}: ${name}`, (await ask("knife", {slot, cuts: which, batches: BATCHES, prompt: "", n: 0, seed: 0})).loss]);
+            each.push([`layer ${l + 1}, ${name}`, (await ask("knife", {slot, cuts: which, batches: BATCHES, prompt: "", n: 0, seed: 0})).loss]);
             cutting.each = each;
             showKnife();
         }

@@ -89,7 +89,7 @@ class Page:
         self.browser = browser
         browser.open(url)
         browser.until("document.getElementById('status').textContent === 'ready'", 60)
-        self.text = base64.b64decode(self.js("return btoa(TEXT.replace(/[^\\0-\\x7f]/g, ''));"))
+        self.text = self.js("return TEXT;").encode()
         self.text_name = self.js("return TEXT_NAME;")
 
     def js(self, code, *arguments):
@@ -376,16 +376,20 @@ def bad_input(page, native):
         page.train("sessa", 20, {field: value})
         page.browser.until("document.getElementById('status').className === 'bad' && document.getElementById('status').textContent", 30)
         print(f"      {page.status()}")
-    page.js("choose('look'); document.getElementById('look-text').value = 'a ~ b'; await look();")
+    lacking = next(byte for byte in range(33, 127) if byte not in page.text)
+    page.js("choose('look'); document.getElementById('look-text').value = args[0]; await look();", f"a {chr(lacking)} b")
     said = page.js("return document.getElementById('look-state').textContent;")
-    assert "0x7E" in said, said
+    assert f"0x{lacking:02X}" in said, said
     page.js("document.getElementById('look-text').value = ''; await look();")
     assert "no text" in page.js("return document.getElementById('look-state').textContent;")
     assert before == page.js("return [runs.map((run) => run.step), text.name, runs[1].points.size];")
-    said = page.drop("own text.txt", b"What is dropped is trained on, letter by letter. " * 60)
-    assert "a text of 2940 bytes" in said, said
+    own = "Größe: what is dropped is trained on, byte by byte. "
+    said = page.drop("own text.txt", (own * 60).encode())
+    assert f"a text of {len(own.encode()) * 60} bytes" in said, said
     page.train("sessa", 5, {"seq": "32"})
     page.done([0], 5)
+    page.js("document.getElementById('look-model').value = '0'; document.getElementById('look-text').value = args[0]; await look();", own)
+    assert page.js("return seen.T;") == len(own.encode())
     page.js("text = {name: TEXT_NAME, bytes: new TextEncoder().encode(TEXT)};")
 
 
