@@ -198,7 +198,7 @@ def maps(page, native):
         assert "weights loaded" in said, said
         for layer in range(2):
             native.run("out.safetensors", "--load", "given.safetensors", "--data", page.text_name, "--out", "no.safetensors", "--seq", str(T), "--map", str(layer),
-                       "--map-size", str(T), program=native.influence_program)
+                       "--map-size", str(T), "--targets", "1", "--probes", "1", program=native.influence_program)
             wanted = read_tensors(native.read("out.safetensors"))
             page.js("choose('look'); document.getElementById('look-model').value = args[0]; fillLayers();"
                     "document.getElementById('look-layer').value = args[1]; document.getElementById('look-head').value = '-1';"
@@ -215,7 +215,7 @@ def maps(page, native):
                 heads = page.js("return Promise.all([0, 1].map(async (head) => [...await ask('matrix', {kind: 0, layer: args[0], head, T: args[1]})]));", layer, T)
                 close("sessa, mean of the heads", [(a + b) / 2 for a, b in zip(*heads)], wanted["map.direct"][1], 2e-6)
         native.run("out.safetensors", "--load", "given.safetensors", "--data", page.text_name, "--out", "no.safetensors", "--seq", "256", "--sequences", "4",
-                   program=native.influence_program)
+                   "--targets", "1", "--probes", "1", program=native.influence_program)
         wanted, tail = read_tensors(native.read("out.safetensors")), page.js("return [...await ask('tail', {slot: args[0], ...TAIL})];", slot)
         kind = {"sessa": "solve", "attention": "direct", "mamba2": "chain"}[mixer]
         for layer in range(2):
