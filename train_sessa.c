@@ -6169,8 +6169,6 @@ static int prepare(Run *run, char *error) {
     if (!training && !o->load)
         return wrong(error, NULL, "--generate and --eval take the weights from --load FILE");
     if ((result = check_use(&run->settings, error))) return result;
-    if (o->plain && backend != &cpu_backend)
-        return wrong(error, NULL, "--plain is for the layers of train_sessa.c: the GPU has its own");
     plain = (int)o->plain;
     if (o->resume && !is_given(&run->settings, "out")) o->out = o->resume;
     if (training) { // before anything is read that another run might be writing
@@ -6262,9 +6260,9 @@ static int perform(Run *run, const char *program, char *error) {
                 printf("lag %d to %lld %.6f\n", 1 << k, (2LL << k) - 1, score.by_lag[k]);
         return 0;
     }
-    printf("%s: D %d, L %d, H %d, G %d, T %d, V %d, %.2fM parameters; %s, %d threads, %.0f MiB\n", o->mixer,
+    printf("%s: D %d, L %d, H %d, G %d, T %d, V %d, %.2fM parameters; %s%s, %d threads, %.0f MiB\n", o->mixer,
            c->d_model, c->n_layers, c->n_heads, c->n_kv_heads, c->max_seq_len, c->vocab_size,
-           (double)run->table.count / 1e6, plain ? "CPU, plain loops" : run->backend->name,
+           (double)run->table.count / 1e6, run->backend->name, plain ? ", plain" : "",
            omp_get_max_threads(), run->backend->bytes(run->model) / 0x1p20);
     int shard = run->train.kind == DATA_SHARD && !o->load && !o->resume && !is_given(&run->settings, "vocab");
     if (shard)
