@@ -1076,30 +1076,28 @@ static void copy_gpu(Y *out, int ld, const X *x, int N, int D, cudaStream_t stre
 
 enum { PANEL = 64 };
 
-// A sequence's part of the scratch, in this order; weights and dA have `row` floats a row.
+// The scratch, in this order; weights, dA and dlogits have `row` numbers a row.
 typedef struct {
     int64_t row;
     float *weights; // (B,PANEL,row) the logits, e in their place
     float *dA;      // (B,PANEL,row)
-    float *u;       // (B,PANEL,D) X
-    float *past;    // (B,PANEL,D) forward: what the rows before the panel give
-    float *handed;  // (B,T,D) backward: what the rows behind have handed to a row
+    float *dlogits; // (B,PANEL,row) X
+    float *part;    // (B,PANEL,D) forward: what the rows before the panel give; backward: u
+    float *all;     // (B,T,D) forward: s; backward: what the rows behind have handed to a row
     float *dk;      // (B,T,D)
 } FeedbackScratch;
 static int64_t feedback_scratch_gpu(int B, int T, int D) {
-    int64_t row = round_up(T, 64), panel = PANEL * row, columns = PANEL * (int64_t)D, all = (int64_t)T * D;
-    return B * (2 * panel + 2 * columns + 2 * all) + 16;
+    int64_t panel = PANEL * round_up(T, 64), columns = PANEL * (int64_t)D, all = (int64_t)T * D;
+    return B * (3 * panel + columns + 2 * all);
 }
-
 #ifndef SESSA_PLAIN
 #include "dev/cuda/feedback.cuh"
 #endif
 
 static FeedbackScratch feedback_scratch_of(Scratch scratch, int B, int T, int D) {
     int64_t row = round_up(T, 64), panel = B * PANEL * row, columns = B * PANEL * (int64_t)D, all = (int64_t)B * T * D;
-    float *at = borrow(scratch, feedback_scratch_gpu(B, T, D));
-    float *u = at + 2 * panel, *past = u + columns, *handed = past + columns;
-    return {row, at, at + panel, u, past, handed, handed + all};
+    float *at = borrow(scratch, feedback_scratch_gpu(B, T, D)), *part = at + 3 * panel;
+    return {row, at, at + panel, at + 2 * panel, part, part + columns, part + columns + all};
 }
 
 // e of the panel of rows i0 .. i0+n-1, in the place of their logits, with m and 1/z (known: given).
@@ -1110,39 +1108,40 @@ static void feedback_weights_gpu(FeedbackScratch at, float *stats, int known, co
     MatrixGPU<X> q_I = rows_of_gpu(q + row * ld, ld, rows * ld), k_all = rows_of_gpu(k, ld, shape.T * ld);
     float scale = 1 / sqrtf((float)shape.d);
     matmul_gpu(into(at.weights, at.row, panel), q_I, transpose_gpu(k_all), n, i0 + n, shape.d, scale, 0, shape.B, stream);
-    softmax_panel_gpu<X>(at.weights, at.row, panel, stats + 2 * row, 2 * rows, known, 0, i0, n, PANEL, 1, shape.B, stream);
+    softmax_panel_gpu<float>(at.weights, at.row, panel, stats + 2 * row, 2 * rows, known, 0, i0, n, PANEL, 1, shape.B, stream);
 }
 
-// What a panel's kernels read, of sequence b = blockIdx.y: e_rj is e[b·step + r·row + j], the panel's first row is i0.
-template <typename X> struct PanelRows {
-    const X *e;
-    int64_t row, step;
-    const float *gamma, *stats; // of the panel's rows, `rows` to the next sequence
-    int64_t rows;
+// What the kernels read of the panel of rows i0 .. i0+n-1, each for the sequence b = blockIdx.y: e_rj is weights(r)[j], rows of
+// gamma and stats follow each other, `rows` to the next sequence.
+struct PanelRows {
+    const float *e, *gamma, *stats;
+    int64_t row, rows;
     int T, D, i0, n;
-    __device__ const X *weights(int r) const { return e + blockIdx.y * step + r * row; }
-    __device__ float inverse(int r) const { return stats[2 * (blockIdx.y * rows + r) + 1]; } // 1/z
+    __device__ const float *weights(int r) const { return e + ((int64_t)blockIdx.y * PANEL + r) * row; }
+    __device__ float inverse(int r) const { return stats[2 * (blockIdx.y * rows + r) + 1]; }  // 1/z
     __device__ float scale(int r) const { return gamma[blockIdx.y * rows + r] * inverse(r); } // γ/z
 };
-template <typename X>
-static PanelRows<X> panel_rows(FeedbackScratch at, const float *gamma, const float *stats, Shape shape, int i0, int n) {
-    int64_t rows = shape.T - shape.first, row = i0 - shape.first, step = PANEL * at.row;
-    return {(const X *)at.weights, ld_x<X>(at.row), ld_x<X>(step), gamma + row, stats + 2 * row, rows, shape.T, shape.d, i0, n};
+static PanelRows panel_rows(FeedbackScratch at, const float *gamma, const float *stats, Shape shape, int i0, int n) {
+    int64_t rows = shape.T - shape.first, row = i0 - shape.first;
+    return {at.weights, gamma + row, stats + 2 * row, at.row, rows, shape.T, shape.d, i0, n};
 }
 
-// s_t = f_t + (γ_t/z_t) (past_t + Σ_{i0≤j<t} e_tj s_j) for the panel's rows, from the first to the last. A thread takes column i.
-template <typename X> __global__ void feedback_solve_kernel(X *s, const X *f, int64_t f_step, const float *past, PanelRows<X> p) {
+// s_t = f_t + (γ_t/z_t) (before_t + Σ_{i0≤j<t} e_tj s_j) for the panel's rows, from the first to the last. A thread takes column i.
+// exact (B,T,D) is s in float32: s rounded to X and read again, row after row, would wander off.
+template <typename X>
+__global__ void feedback_solve_kernel(X *s, float *exact, const X *f, int64_t f_step, const float *before, PanelRows p) {
     wait_for_results();
     int D = p.D, i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= D) return;
-    s += ((int64_t)blockIdx.y * p.T + p.i0) * D + i;
-    f += blockIdx.y * f_step + i;
-    past += blockIdx.y * (int64_t)PANEL * D + i;
+    int64_t place = ((int64_t)blockIdx.y * p.T + p.i0) * D + i;
+    before += (int64_t)blockIdx.y * PANEL * D + i;
     for (int r = 0; r < p.n; r++) {
-        const X *e = p.weights(r) + p.i0;
-        float sum = p.i0 ? past[(int64_t)r * D] : 0;
-        for (int j = 0; j < r; j++) sum += get(e[j]) * get(s[(int64_t)j * D]);
-        s[(int64_t)r * D] = to<X>(get(f[(int64_t)r * D]) + p.scale(r) * sum);
+        const float *e = p.weights(r) + p.i0;
+        int64_t row = (int64_t)r * D;
+        float sum = p.i0 ? before[row] : 0;
+        for (int j = 0; j < r; j++) sum += e[j] * exact[place + (int64_t)j * D];
+        exact[place + row] = get(f[blockIdx.y * f_step + row + i]) + p.scale(r) * sum;
+        s[place + row] = to<X>(exact[place + row]);
     }
 }
 
@@ -1154,47 +1153,51 @@ static void feedback_forward_gpu(X *s, X *c, float *stats, Scratch weights, Scra
     int B = shape.B, T = shape.T, D = shape.d, first = shape.first;
     int64_t all = (int64_t)T * D, columns = PANEL * (int64_t)D, f_step = (int64_t)(T - first) * D;
     FeedbackScratch at = feedback_scratch_of(scratch, B, T, D);
+    dim3 blocks((D + 63) / 64, B);
+    copy_gpu(at.all, D, s, first, D, stream);
     for (int i0 = first; i0 < T; i0 += PANEL) {
         int n = min_int(PANEL, T - i0);
+        const X *f_I = f + (int64_t)(i0 - first) * D;
         feedback_weights_gpu(at, stats, 0, q, k, shape, i0, n, stream);
-        PanelRows<X> p = panel_rows<X>(at, gamma, stats, shape, i0, n);
-        MatrixGPU<X> e = rows_of_gpu(p.e, p.row, p.step), before = rows_of_gpu((const X *)s, D, all);
-        if (i0) matmul_gpu(into(at.past, D, columns), e, before, n, D, i0, 1, 0, B, stream);
-        LAUNCH(feedback_solve_kernel<X>, dim3((D + 63) / 64, B), 64, 0, stream, s, f + (int64_t)(i0 - first) * D, f_step, at.past, p);
+        MatrixGPU<float> e = rows_of_gpu<float>(at.weights, at.row, PANEL * at.row), s_all = rows_of_gpu<float>(at.all, D, all);
+        if (i0) matmul_gpu(into(at.part, D, columns), e, s_all, n, D, i0, 1, 0, B, stream);
+        PanelRows p = panel_rows(at, gamma, stats, shape, i0, n);
+        LAUNCH(feedback_solve_kernel<X>, blocks, 64, 0, stream, s, at.all, f_I, f_step, at.part, p);
     }
 }
 
-// λ_t = ds_t + handed_t + Σ_{t<j<i0+n} e_jt u_j with u_j = (γ_j/z_j) λ_j, from the panel's last row to its first. df = X(λ), but u
-// comes from λ as it is: X(γ X(λ)) would be X(λ), and the loop no contraction. A thread takes column i.
+// λ_t = ds_t + handed_t + Σ_{t<j<i0+n} e_jt u_j with u_j = (γ_j/z_j) λ_j, from the panel's last row to its first. A thread takes
+// column i. df = X(λ), u stays float32.
 template <typename X>
-__global__ void feedback_adjoint_kernel(X *df, X *u, const X *ds, const float *handed, PanelRows<X> p) {
+__global__ void feedback_adjoint_kernel(X *df, float *u, const X *ds, const float *handed, PanelRows p) {
     wait_for_results();
     int D = p.D, i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= D) return;
     int64_t place = ((int64_t)blockIdx.y * p.T + p.i0) * D + i;
-    u += blockIdx.y * (int64_t)PANEL * D + i;
+    u += (int64_t)blockIdx.y * PANEL * D + i;
     for (int r = p.n - 1; r >= 0; r--) {
         int64_t row = (int64_t)r * D;
         float lambda = get(ds[place + row]) + (p.i0 + p.n < p.T ? handed[place + row] : 0);
-        for (int j = r + 1; j < p.n; j++) lambda += get(p.weights(j)[p.i0 + r]) * get(u[(int64_t)j * D]);
+        for (int j = r + 1; j < p.n; j++) lambda += p.weights(j)[p.i0 + r] * u[(int64_t)j * D];
         df[place + row] = to<X>(lambda);
-        u[row] = to<X>(p.scale(r) * lambda);
+        u[row] = p.scale(r) * lambda;
     }
 }
 
-// Row t of the panel, with dA_tj = λ_t·s_j: dgamma_t = δ_t = Σ_j α_tj dA_tj, and the gradient of the logits, (γ_t/z_t) e_tj (dA_tj - δ_t),
-// takes the place of e_tj. A block takes a row.
-template <typename X> __global__ void feedback_dlogits_kernel(float *dgamma, X *e, const float *dA, int64_t dA_row, PanelRows<X> p) {
+// Row t of the panel, with dA_tj = λ_t·s_j: dgamma_t = δ_t = Σ_j α_tj dA_tj, dlogits_tj = (γ_t/z_t) e_tj (dA_tj - δ_t), as X. A block
+// takes a row; dlogits has the layout of e.
+template <typename X> __global__ void feedback_dlogits_kernel(float *dgamma, X *dlogits, const float *dA, PanelRows p) {
     __shared__ float shared[32];
     wait_for_results();
     int r = blockIdx.x, t = p.i0 + r;
+    const float *e = p.weights(r);
     float sum = 0, scale = p.scale(r);
-    e += p.weights(r) - p.e;
-    dA += (blockIdx.y * (int64_t)PANEL + r) * dA_row;
-    for (int j = threadIdx.x; j < t; j += blockDim.x) sum += get(e[j]) * dA[j];
+    dA += e - p.e;
+    dlogits += e - p.e;
+    for (int j = threadIdx.x; j < t; j += blockDim.x) sum += e[j] * dA[j];
     float delta = p.inverse(r) * block_sum(sum, shared);
     if (threadIdx.x == 0) dgamma[(int64_t)blockIdx.y * p.T + t] = delta;
-    for (int j = threadIdx.x; j < p.i0 + p.n; j += blockDim.x) e[j] = to<X>(j < t ? scale * get(e[j]) * (dA[j] - delta) : 0);
+    for (int j = threadIdx.x; j < p.i0 + p.n; j += blockDim.x) dlogits[j] = to<X>(j < t ? scale * e[j] * (dA[j] - delta) : 0);
 }
 
 // df may be ds. dbias, unless NULL: the sums of dq and dk, which follow each other, over the rows are added to it.
@@ -1208,21 +1211,25 @@ static void feedback_backward_gpu(X *df, X *dq, X *dk, float *dgamma, float *dbi
     int64_t all = (int64_t)T * D, columns = PANEL * (int64_t)D, wide_all = (int64_t)T * ld;
     float scale = 1 / sqrtf((float)D);
     FeedbackScratch at = feedback_scratch_of(scratch, B, T, D);
-    X *u = (X *)at.u;
+    int64_t panel = PANEL * at.row;
+    X *dlogits = (X *)at.dlogits;
     for (int i0 = (T - 1) / PANEL * PANEL; i0 >= 0; i0 -= PANEL) {
         int n = min_int(PANEL, T - i0), end = i0 + n, last = end == T;
-        int64_t row = (int64_t)i0 * D, wide_row = (int64_t)i0 * ld, panel = PANEL * at.row;
+        X *dq_I = dq + (int64_t)i0 * ld;
         feedback_weights_gpu(at, stats, 1, q, k, shape, i0, n, stream);
-        PanelRows<X> p = panel_rows<X>(at, gamma, stats, shape, i0, n);
-        MatrixGPU<X> e = rows_of_gpu(p.e, p.row, p.step), lambda_I = rows_of_gpu((const X *)df + row, D, all),
-            u_I = rows_of_gpu((const X *)u, D, columns), q_I = rows_of_gpu(q + wide_row, ld, wide_all),
-            k_all = rows_of_gpu(k, ld, wide_all), s_all = rows_of_gpu(s, D, all);
-        LAUNCH(feedback_adjoint_kernel<X>, dim3((D + 63) / 64, B), 64, 0, stream, df, u, ds, at.handed, p);
-        matmul_gpu(into(at.handed, D, all), transpose_gpu(e), u_I, i0, D, n, 1, (float)!last, B, stream);
+        PanelRows p = panel_rows(at, gamma, stats, shape, i0, n);
+        MatrixGPU<float> e = rows_of_gpu<float>(at.weights, at.row, panel), u = rows_of_gpu<float>(at.part, D, columns);
+        MatrixGPU<X> lambda_I = rows_of_gpu<X>(df + (int64_t)i0 * D, D, all), s_all = rows_of_gpu(s, D, all),
+            q_I = rows_of_gpu(q + (int64_t)i0 * ld, ld, wide_all), k_all = rows_of_gpu(k, ld, wide_all),
+            dl = rows_of_gpu<X>(dlogits, at.row, panel);
+        // λ of the panel, and what it hands to the rows before it
+        LAUNCH(feedback_adjoint_kernel<X>, dim3((D + 63) / 64, B), 64, 0, stream, df, at.part, ds, at.all, p);
+        matmul_gpu(into(at.all, D, all), transpose_gpu(e), u, i0, D, n, 1, (float)!last, B, stream);
+        // from λ the gradients
         matmul_gpu(into(at.dA, at.row, panel), lambda_I, transpose_gpu(s_all), n, end, D, 1, 0, B, stream);
-        LAUNCH(feedback_dlogits_kernel<X>, dim3(n, B), 128, 0, stream, dgamma, (X *)at.weights, at.dA, at.row, p);
-        matmul_gpu(into(dq + wide_row, ld, wide_all), e, k_all, n, D, end, scale, 0, B, stream);
-        matmul_gpu(into(at.dk, D, all), transpose_gpu(e), q_I, end, D, n, scale, (float)!last, B, stream);
+        LAUNCH(feedback_dlogits_kernel<X>, dim3(n, B), 128, 0, stream, dgamma, dlogits, at.dA, p);
+        matmul_gpu(into(dq_I, ld, wide_all), dl, k_all, n, D, end, scale, 0, B, stream);
+        matmul_gpu(into(at.dk, D, all), transpose_gpu(dl), q_I, end, D, n, scale, (float)!last, B, stream);
     }
     copy_gpu(dk, ld, at.dk, B * T, D, stream);
     if (dbias) rope_backward_gpu(dq, dbias, ld, {}, B * T, 0, 2 * D, sums, stream);
@@ -1323,7 +1330,725 @@ static void crossentropy_gpu(float *losses, char *hits, X *dlogits, const X *log
 }
 
 // ----------------------------------------------------------------------------
-// layers of the Mamba-2 mixer
+// the model
+
+// As in train_sessa.c. x, rounded to X, is what the layer read from the residual stream, kept for the backward pass only.
+template <typename X> struct LayerActivationsGPU {
+    X *x;                       // (N,D)
+    float *ln_mean, *ln_rstd;   // (N)
+    X *n, *ag, *abar, *proj, *o, *f, *s, *c, *gated, *branch; // dag takes the place of ag; c: feedback's (e s)/z
+    float *stats, *gamma, *fb_stats;
+    Scratch fb_weights;
+    X *xbc, *y_scan, *normed, *tail; // mamba2
+    float *step, *rms, *states, *carried;
+};
+template <typename X> struct ActivationsGPU {
+    LayerActivationsGPU<X> *layers;
+    float *residual;                // (N,D) the stream between the layers; backward its gradient, dx
+    X *y;                           // (N,D) its end, kept for the backward pass only
+    float *ln_mean, *ln_rstd;       // (N)
+    X *ln_f, *logits;               // (N,D), (N,V) with ld_logits numbers from row to row
+    int64_t ld_logits;
+    float *losses;                  // (N)
+    char *hits;                     // (N) 1: no other logit was larger than the target's
+    X *ds, *dout, *dbranch, *dabar, *dproj, *dy, *dxbc;
+    float *dgamma, *dstep, *cosine, *sine;
+    Scratch scratch;
+};
+
+// What a step reads from the device's memory, because it changes from step to step; room for ids behind it: inputs,
+// targets, the lists of sort_tokens.
+typedef struct {
+    uint64_t dropout_key;
+    float scale[4]; // dloss, 0, 1: what products scale by
+    int first;      // generation: positions known
+    int ids[];
+} Inputs;
+
+// What all passes of a model do: chosen when it is made, by its largest batch, and with it the memory that they
+// take. A smaller batch, as evaluation's last, and generation behind a short prompt go the same way.
+typedef struct {
+    AttentionWay attention;
+    Panels feedback[2]; // 1: where positions begin at a multiple of 8, so that tiles can
+} Ways;
+#ifdef SESSA_PLAIN
+template <typename X> static Panels feedback_panels(int B, int T, int D, int, int = 1, int = 0) {
+    return {0, 0, 0, feedback_scratch_gpu(B, T, D)};
+}
+#endif
+template <typename X> static Ways ways_of(const Config *c, int B, int T, int P, int keep) {
+    int D = c->d_model, d = D / c->n_heads, E = proj_width(c);
+    Ways ways = {attention_way<X>(B, T, c->n_heads, c->n_kv_heads, d, E, P),
+                 {feedback_panels<X>(B, T, D, P, 0, keep), feedback_panels<X>(B, T, D, P, E % 8 == 0, keep)}};
+    return ways;
+}
+
+// The first member is a Model as the other parts know it: configuration, table of parameters, and in the host's memory
+// a copy of the parameters or of what belongs to them, made when asked for. The device's blocks have their tensors at
+// `places`: at multiples of 64 numbers, but for those that follow another within one product.
+template <typename X> struct ModelGPU {
+    Model host;
+    char *memory;                                // all of the model, one allocation
+    int64_t count, *places;                      // numbers in a block; (rows of the table)
+    float *params, *exp_avg, *exp_avg_sq, *grads; // in the order of Block
+    X *copy;                                     // the parameters as X: products read them; float: params itself
+    unsigned char *decayed;                      // for each 64 numbers
+    Weights weights, grad;                       // in the device's memory
+    ActivationsGPU<X> acts;
+    Table x_table, f_table;                      // activations of type X, of type float
+    X *x_block;
+    float *f_block;
+    Inputs *inputs, *host_inputs;                // in the device's memory; page-locked, as is the result of sums
+    double *norm;                                // in the device's memory: its square, and what clipping makes of the gradients
+    double *host_sum;                            // of losses; of squares of gradients
+    int plain;                                   // made for the plain ways
+    cudaEvent_t loss_there, lists_there, norm_there; // when the host may read, or write again, what the device was asked for
+    int *host_lists, *starts;                    // of sort_tokens: page-locked; (V+1)
+    ColumnSums sums;
+    int dlogits_ready, decodes;
+    Ways ways;
+    Recordings recordings;
+};
+
+// The ModelGPU behind a Model. Whether its passes are plain was settled when it was made.
+template <typename X> static ModelGPU<X> *of(const Model *model) {
+    ModelGPU<X> *m = (ModelGPU<X> *)(void *)model;
+    plain = m->plain;
+    return m;
+}
+
+template <typename X> static const X *as_x(const ModelGPU<X> *m, const float *weight) {
+    return weight ? m->copy + (weight - m->params) : NULL;
+}
+
+// ----------------------------------------------------------------------------
+// mixers: what stands between GELU and gate, abar → s. The gain γ comes from the GELU's pass over the same numbers, and
+// backward dgamma goes into the GELU's.
+
+static Shape attention_shape(const Config *c, int B, int T, int first) {
+    int D = c->d_model, H = c->n_heads;
+    return {B, T, first, H, c->n_kv_heads, D / H, proj_width(c)};
+}
+
+template <typename X>
+static void projections_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int first, cudaStream_t stream) {
+    int D = m->host.config.d_model, E = proj_width(&m->host.config), N = B * (T - first);
+    LayerWeights *w = &m->weights.layers[l];
+    LayerActivationsGPU<X> *a = &m->acts.layers[l];
+    linear_forward_gpu(a->proj + (size_t)first * E, E, a->abar, as_x(m, w->W_proj), as_x(m, w->b_proj), N, D, E, stream);
+}
+
+// What follows from q, k and v.
+template <typename X>
+static void direct_read_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int first, X *f, cudaStream_t stream) {
+    const Config *c = &m->host.config;
+    int D = c->d_model, H = c->n_heads, G = c->n_kv_heads, d = D / H, E = proj_width(c), N = B * (T - first);
+    Shape shape = attention_shape(c, B, T, first);
+    LayerWeights *w = &m->weights.layers[l];
+    LayerActivationsGPU<X> *a = &m->acts.layers[l];
+    X *q = a->proj + (size_t)first * E, *k = a->proj + D, *v = k + G * d, *o = w->W_o ? a->o : f;
+    rope_forward_gpu(q, E, m->acts.cosine, m->acts.sine, N, T - first, H + G, d, first, 1, stream);
+    attention_forward_gpu(o, a->stats, m->acts.scratch, q, k, v, shape, &m->ways.attention, stream);
+    if (w->W_o) linear_forward_gpu(f, D, o, as_x(m, w->W_o), (const X *)NULL, N, D, D, stream);
+}
+
+template <typename X> static void direct_read_backward_gpu(ModelGPU<X> *m, int l, int B, int T, cudaStream_t stream) {
+    const Config *c = &m->host.config;
+    int D = c->d_model, G = c->n_kv_heads, d = D / c->n_heads, E = proj_width(c), N = B * T, add = m->sums.add;
+    Shape shape = attention_shape(c, B, T, 0);
+    LayerWeights *w = &m->weights.layers[l], *dw = &m->grad.layers[l];
+    LayerActivationsGPU<X> *a = &m->acts.layers[l];
+    ActivationsGPU<X> *back = &m->acts;
+    const X *k = a->proj + D, *v = k + G * d, *out = w->W_o ? a->o : a->f;
+    X *dk = back->dproj + D, *dv = dk + G * d, *dout = w->W_o ? back->dout : back->ds;
+    if (w->W_o) {
+        linear_backward_gpu(dout, NULL, back->ds, D, a->o, as_x(m, w->W_o), N, D, D, add, stream);
+        linear_weight_gpu(dw->W_o, back->ds, D, a->o, N, D, D, add, beside(W_O_GRADIENT, in_ring(shape)));
+    }
+    attention_backward_gpu(back->dproj, dk, dv, dw->b_proj, back->scratch, dout, out, a->stats, a->proj, k, v, shape,
+                           &m->ways.attention, {back->cosine, back->sine, T, d / 2, 0, -1}, &m->sums, stream);
+    linear_backward_gpu(back->dabar, dw->W_proj, back->dproj, E, a->abar, as_x(m, w->W_proj), N, D, E, add, stream);
+}
+
+template <typename X>
+static void attention_mixer_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int first, cudaStream_t stream) {
+    X *s = m->acts.layers[l].s + (size_t)first * m->host.config.d_model;
+    projections_forward_gpu(m, l, B, T, first, stream);
+    direct_read_forward_gpu(m, l, B, T, first, s, stream);
+}
+
+static Shape feedback_shape_gpu(const Config *c, int B, int T, int first) {
+    return {B, T, first, 1, 1, c->d_model, proj_width(c)};
+}
+
+// With tiles, neither attention nor the feedback's weights and inverses need scratch or workspace of the other's: they go
+// beside each other.
+template <typename X>
+static void sessa_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int first, cudaStream_t stream) {
+    int D = m->host.config.d_model, E = proj_width(&m->host.config);
+    LayerActivationsGPU<X> *a = &m->acts.layers[l];
+    const X *q = a->proj + (size_t)first * E + E - 2 * D, *k = a->proj + E - D;
+    const Panels *panels = &m->ways.feedback[first % 8 == 0];
+    projections_forward_gpu(m, l, B, T, first, stream);
+    direct_read_forward_gpu(m, l, B, T, first, a->f, beside(DIRECT_READ, m->ways.attention.tiles && panels->tiles));
+    feedback_forward_gpu(a->s, a->c, a->fb_stats, a->fb_weights, m->acts.scratch, a->f, q, k, a->gamma,
+                         feedback_shape_gpu(&m->host.config, B, T, first), panels, stream);
+}
+
+template <typename X> static void sessa_backward_gpu(ModelGPU<X> *m, int l, int B, int T, cudaStream_t stream) {
+    int D = m->host.config.d_model, E = proj_width(&m->host.config);
+    LayerActivationsGPU<X> *a = &m->acts.layers[l];
+    ActivationsGPU<X> *back = &m->acts;
+    const X *q = a->proj + E - 2 * D, *k = q + D;
+    X *dq = back->dproj + E - 2 * D, *dk = dq + D;
+    float *dbias = m->grad.layers[l].b_proj + E - 2 * D;
+    feedback_backward_gpu(back->ds, dq, dk, back->dgamma, dbias, a->fb_weights, back->scratch, back->ds, a->s, a->c, a->fb_stats,
+                          q, k, a->gamma, feedback_shape_gpu(&m->host.config, B, T, 0), &m->ways.feedback[1], &m->sums, stream);
+    direct_read_backward_gpu(m, l, B, T, stream);
+}
+
+// Mamba-2 stands behind the update.
+template <typename X> static void mamba2_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int first, cudaStream_t stream);
+template <typename X> static void mamba2_backward_gpu(ModelGPU<X> *m, int l, int B, int T, cudaStream_t stream);
+
+template <typename X> struct MixerGPU {
+    void (*forward)(ModelGPU<X> *model, int layer, int B, int T, int first, cudaStream_t stream);
+    void (*backward)(ModelGPU<X> *model, int layer, int B, int T, cudaStream_t stream);
+};
+template <typename X> static const MixerGPU<X> mixers_gpu[N_MIXERS] = {
+    {sessa_forward_gpu<X>, sessa_backward_gpu<X>},
+    {attention_mixer_forward_gpu<X>, direct_read_backward_gpu<X>},
+    {mamba2_forward_gpu<X>, mamba2_backward_gpu<X>},
+};
+
+#ifndef SESSA_PLAIN
+#include "dev/cuda/decode.cuh"
+#endif
+
+// ----------------------------------------------------------------------------
+// the model's memory
+
+// Rows of the projections are padded to multiples of 8 numbers: tensor cores ask for it.
+static int proj_ld(const Config *c) { return c->mixer == MAMBA2 ? (int)round_up(proj_width(c), 8) : proj_width(c); }
+
+// What Mamba-2 takes, which stands behind the update.
+template <typename X> static void mamba2_activations_gpu(ModelGPU<X> *m, int l, int B, int T, Mode mode);
+static int64_t mamba2_sums_room(const Config *c, int B, int T);
+static int64_t scan_scratch_gpu(ScanShape scan);
+static int scan_fits(const Config *c, size_t number);
+
+template <typename Y>
+static Y *add_activation(Table *table, Y *block, int layer, const char *name, int n_dims, int64_t d0, int64_t d1, int64_t d2) {
+    if (table->count >= 0) table->count = round_up(table->count, 64);
+    add_tensor(table, NULL, layer, name, n_dims, d0, d1, d2);
+    const Tensor *row = &table->rows[table->n - 1];
+    if (table->count >= 0) table->count += GUARD / (int64_t)sizeof(Y);
+    if (block) guard(block + row->offset + row->count, block + round_up(table->count, 64), name, layer);
+    return block ? block + row->offset : NULL;
+}
+
+// Numbers for the partial sums of a layer's passes, and of ln_f's, which come before the first layer's.
+static int64_t column_sums_room(const Config *c, int B, int T) {
+    int D = c->d_model, N = B * T, kv_width = c->n_kv_heads * (D / c->n_heads);
+    auto pass = [&](int sums, int width) { return (int64_t)sums * sum_chunks(N, width, 1) * width; };
+    int64_t norm = 3 * (int64_t)row_blocks(N, D, 0, BLOCKS_AT_ONCE / 2) * D,
+            layer = 2 * norm + pass(1, D) + pass(3, D); // gate, GELU
+    if (c->mixer == MAMBA2) return layer + mamba2_sums_room(c, B, T);
+    layer += pass(1, D + 2 * kv_width);
+    return c->mixer == SESSA ? layer + (plain ? 0 : 2 * tile_sums_room(D, B, T)) + pass(1, 2 * D) : layer;
+}
+
+// What the model's passes share: numbers of the feedback's weights, of scratch, of partial sums. A test may ask for
+// panels of any height.
+typedef struct { int64_t weights, scratch, sums; } Room;
+template <typename X> static Room room_of(const Config *c, int B, int T, Mode mode, const Ways *ways) {
+    int D = c->d_model, H = c->n_heads;
+    Room room = {0, 0, column_sums_room(c, B, T)};
+    auto at_least = [](int64_t &size, int64_t numbers) { if (size < numbers) size = numbers; };
+    auto add = [&](const Ways &w, int tiles) {
+        at_least(room.scratch, w.attention.scratch);
+        if (c->mixer != SESSA) return;
+        at_least(room.scratch, w.feedback[tiles].total);
+        at_least(room.weights, w.feedback[tiles].weights);
+    };
+    LayerWeights none = {};
+    if (c->mixer == MAMBA2) at_least(room.scratch, scan_scratch_gpu(scan_of(c, &none, B, T)));
+    else add(*ways, 1);
+    if (c->mixer != MAMBA2 && mode == GENERATE) add(*ways, 0);
+    for (int P = 1; P <= min_int(T, 128) && mode == KEEP_ALL && c->mixer != MAMBA2; P++)
+        add(ways_of<X>(c, B, T, P, 0), 1);
+    if (mode == GENERATE) at_least(room.scratch, decode_parts(D, H) + c->vocab_size);
+    if (mode >= TRAIN && !plain) at_least(room.scratch, embedding_scratch(B * T, c->vocab_size, D));
+    return room;
+}
+
+// The list of carve_activations, in two blocks. The outputs of LayerNorm, GELU and gate are not shared as there, but kept for the
+// backward pass; a KEEP_ALL model shares nothing but f and the branch.
+template <typename X> static void carve_activations_gpu(ModelGPU<X> *m, int B, int T, Mode mode) {
+    const Config *c = &m->host.config;
+    int D = c->d_model, H = c->n_heads, d = D / H, kv_width = c->n_kv_heads * d, E = proj_ld(c);
+    int sessa = c->mixer == SESSA, mamba2 = c->mixer == MAMBA2, training = mode >= TRAIN, keep_all = mode == KEEP_ALL;
+    ActivationsGPU<X> *acts = &m->acts;
+    Table *t = &m->x_table, *f = &m->f_table;
+    X *x = m->x_block;
+    float *fb = m->f_block;
+    t->n = f->n = 0;
+    t->count = f->count = 0;
+    Room room = room_of<X>(c, B, T, mode, &m->ways);
+    X *read = training ? add_activation(t, x, -1, "encoded", 3, B, T, D) : NULL; // by the next layer
+    for (int l = 0; l < c->n_layers; l++) {
+        LayerActivationsGPU<X> *a = &acts->layers[l];
+        if (l > 0) *a = acts->layers[0];
+        a->x = read;
+        if (mamba2) mamba2_activations_gpu(m, l, B, T, mode);
+        else {
+            a->proj = add_activation(t, x, l, "proj", 3, B, T, E);
+            add_view(t, l, "q", "proj", 0, D);
+            add_view(t, l, "k", "proj", D, kv_width);
+            add_view(t, l, "v", "proj", D + kv_width, kv_width);
+            a->s = add_activation(t, x, l, "s", 3, B, T, D);
+        }
+        if (sessa) add_view(t, l, "fb_q", "proj", E - 2 * D, D);
+        if (sessa) add_view(t, l, "fb_k", "proj", E - D, D);
+        if (c->mixer == ATTENTION) add_view(t, l, "f", "s", 0, D);
+        if (l == 0 || training) {
+            a->ln_mean = add_activation(f, fb, l, "ln_mean", 2, B, T, 1);
+            a->ln_rstd = add_activation(f, fb, l, "ln_rstd", 2, B, T, 1);
+            a->ag = add_activation(t, x, l, "ag", 3, B, T, 2 * D);
+            add_view(t, l, "a", "ag", 0, D);
+            add_view(t, l, "g", "ag", D, D);
+            if (H > 1 && !mamba2) a->o = add_activation(t, x, l, "o", 3, B, T, D);
+            if (!mamba2) a->stats = add_activation(f, fb, l, "stats", 3, B * H, T, 2);
+            if (sessa) a->gamma = add_activation(f, fb, l, "gamma", 2, B, T, 1);
+            a->c = sessa && training && !plain ? add_activation(t, x, l, "fb_c", 3, B, T, D) : NULL;
+            if (sessa) a->fb_stats = add_activation(f, fb, l, "fb_stats", 3, B, T, 2);
+            if (sessa && !plain && (l == 0 || m->ways.feedback[1].kept))
+                a->fb_weights = {add_activation(f, fb, l, "fb_weights", 1, room.weights, 1, 1), room.weights};
+            a->n = add_activation(t, x, l, "ln", 3, B, T, D);
+            a->abar = add_activation(t, x, l, "abar", 3, B, T, D);
+            a->gated = add_activation(t, x, l, "gated", 3, B, T, D);
+        }
+        if (l == 0) a->f = a->branch = add_activation(t, x, l, "branch", 3, B, T, D);
+        // H 1: attention's own output
+        if (sessa && (keep_all || (H == 1 && training))) a->f = add_activation(t, x, l, "f", 3, B, T, D);
+        if (!sessa && H == 1) a->f = a->s;
+        if (training) read = add_activation(t, x, l, "residual", 3, B, T, D);
+    }
+    acts->y = read;
+    acts->residual = add_activation(f, fb, -1, "stream", 3, B, T, D);
+    acts->ln_mean = add_activation(f, fb, -1, "ln_f_mean", 2, B, T, 1);
+    acts->ln_rstd = add_activation(f, fb, -1, "ln_f_rstd", 2, B, T, 1);
+    acts->ln_f = add_activation(t, x, -1, "ln_f", 3, B, T, D);
+    acts->ld_logits = round_up(c->vocab_size, 8);
+    acts->logits = add_activation(t, x, -1, "logits", 3, B, mode == GENERATE ? 1 : T, acts->ld_logits);
+    t->rows[t->n - 1].shape[2] = c->vocab_size;
+    acts->losses = add_activation(f, fb, -1, "losses", 2, B, T, 1);
+    acts->hits = (char *)add_activation(f, fb, -1, "hits", 1, B * (int64_t)T / 4 + 1, 1, 1);
+    acts->cosine = add_activation(f, fb, -1, "cosine", 2, T, d / 2, 1);
+    acts->sine = add_activation(f, fb, -1, "sine", 2, T, d / 2, 1);
+    acts->scratch = {add_activation(f, fb, -1, "scratch", 1, room.scratch, 1, 1), room.scratch};
+    m->decodes = mode == GENERATE && !mamba2 && !plain && decodes(D, H);
+    if (!training) return;
+    acts->dout = acts->layers[0].branch; // free by then
+    acts->ds = add_activation(t, x, -1, "ds", 3, B, T, D);
+    acts->dabar = acts->ln_f; // likewise
+    acts->dbranch = add_activation(t, x, -1, "dbranch", 3, B, T, D);
+    acts->dproj = add_activation(t, x, -1, "dproj", 3, B, T, E);
+    acts->dgamma = add_activation(f, fb, -1, "dgamma", 2, B, T, 1);
+    m->sums.room = m->sums.next = add_activation(f, fb, -1, "sums", 1, room.sums, 1, 1);
+    m->sums.end = m->sums.room + room.sums;
+}
+
+// Points the weights into a block of the device: first to addresses of a block that is nowhere and follows the table, then
+// to the places of the tensors that stand there.
+template <typename X> static void device_weights(const ModelGPU<X> *m, Weights *w, float *block) {
+    Table table;
+    memset(&table, 0, sizeof(table));
+    real *nowhere = (real *)sizeof(real), **fields = (real **)(void *)w->layers;
+    size_t n = (size_t)m->host.config.n_layers * sizeof(LayerWeights) / sizeof(real *);
+    auto move = [&](real **field) {
+        int i = 0;
+        if (!*field) return;
+        while (m->host.table.rows[i].offset != *field - nowhere) i++;
+        *field = block + m->places[i];
+    };
+    carve_weights(w, &table, nowhere, &m->host.config);
+    free(table.rows);
+    for (size_t i = 0; i < n; i++) move(&fields[i]);
+    for (real **field : {&w->wte, &w->ln_f_weight, &w->ln_f_bias}) move(field);
+}
+
+template <typename X> static void model_free_gpu(Model *model) {
+    ModelGPU<X> *m = of<X>(model);
+    if (gpu.ready) cudaDeviceSynchronize();
+    unguard(m->memory, m->memory ? (size_t)(m->host.bytes - 2 * WORKSPACE) : 0);
+    cudaFree(m->memory);
+    cudaFreeHost(m->host_inputs);
+    for (cudaEvent_t *event : {&m->loss_there, &m->lists_there, &m->norm_there})
+        if (*event) cudaEventDestroy(*event);
+    forget_recordings(&m->recordings);
+    void *blocks[] = {m->host.weights.layers, m->weights.layers, m->grad.layers, m->acts.layers, m->host.table.rows,
+                      m->x_table.rows, m->f_table.rows, m->host.params,
+                      m->host.grads, m->host.exp_avg, m->host.exp_avg_sq, m->places, m->starts, m};
+    for (size_t i = 0; i < sizeof(blocks) / sizeof(blocks[0]); i++) free(blocks[i]);
+}
+
+// The parts of the model's memory, one after the other; there 0: only their sizes.
+template <typename Y> static Y *take(char **memory, int64_t count, const char *name, int there) {
+    char *at = *memory, *end = at + count * (int64_t)sizeof(Y);
+    *memory += round_up(count * (int64_t)sizeof(Y), 256) + GUARD;
+    if (there) guard(end, *memory, name, -1);
+    return (Y *)at;
+}
+template <typename X> static int64_t carve_memory(ModelGPU<X> *m, char *memory, int B, int T, Mode mode) {
+    static const char *const names[] = {"parameters", "first moments", "second moments", "gradients"};
+    char *at = memory;
+    int64_t tokens = (int64_t)B * T;
+    int there = memory != NULL;
+    float **blocks[] = {&m->params, &m->exp_avg, &m->exp_avg_sq, &m->grads};
+    for (int i = 0; i < 4; i++)
+        *blocks[i] = take<float>(&at, i == PARAMS || mode >= TRAIN ? m->count : 0, names[i], there);
+    m->copy = sizeof(X) == sizeof(bf16) ? take<X>(&at, m->count, "copy of the parameters", there) : (X *)m->params;
+    m->decayed = take<unsigned char>(&at, m->count / 64, "decayed", there);
+    m->norm = take<double>(&at, 2, "norm", there);
+    m->inputs = (Inputs *)take<char>(&at, (int64_t)sizeof(Inputs) + (6 * tokens + 2) * (int64_t)sizeof(int),
+                                     "inputs", there);
+    m->x_block = take<X>(&at, m->x_table.count, "activations", there);
+    m->f_block = take<float>(&at, m->f_table.count, "activations in float32", there);
+    return at - memory;
+}
+
+// What the launches cannot take is said before anything is allocated. FAILED and a line in error
+static int within_launches(const Config *c, int B, int T, size_t number, char *error) {
+    int64_t D = c->d_model, widest = c->mixer == MAMBA2 ? 2 * D + 2 * c->state_dim : D,
+            row = c->mixer == MAMBA2 ? 2 * D : D;
+    int most = 0, seeds = c->mixer == SESSA ? feedback_shared() : 0;
+    CUDA(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
+    if (B > MOST_SEQUENCES)
+        return fail(error, NULL,
+                    "--batch %d: the GPU takes at most %d sequences at once; --accum makes a step of more", B,
+                    MOST_SEQUENCES);
+    if (row > MOST_COLUMNS)
+        return fail(error, NULL, "--dim %d: the GPU takes rows of at most %d numbers, here they have %lld",
+                    c->d_model, MOST_COLUMNS, (long long)row);
+    if ((int64_t)B * T * widest > MOST_PIECES)
+        return fail(error, NULL,
+                    "--batch %d times --seq %d: the GPU takes at most %lld tokens of this width at once", B, T,
+                    (long long)(MOST_PIECES / widest));
+    if (c->mixer == MAMBA2 && !scan_fits(c, number))
+        return fail(error, NULL, "--head-dim %d with --state-dim %d: too large for the GPU's shared memory; --plain goes without",
+                    c->head_dim, c->state_dim);
+    if (most < seeds)
+        return fail(error, NULL, "the mixer sessa needs %d KiB of shared memory a block, this GPU has %d; --plain goes without",
+                    seeds >> 10, most >> 10);
+    return 0;
+}
+
+template <typename X> static Model *model_create_gpu(const Config *c, int B, int T, Mode mode, char *error) {
+#ifdef SESSA_PLAIN
+    plain = 1;
+#endif
+    if (gpu_open(error) || within_launches(c, B, T, sizeof(X), error)) return NULL;
+    int whole = 1, d = c->d_model / c->n_heads;
+    ModelGPU<X> *m = (ModelGPU<X> *)allocate(1, sizeof(ModelGPU<X>), &whole);
+    if (!m) { fail(error, NULL, "out of memory"); return NULL; }
+    m->plain = plain;
+    m->host.config = *c;
+    m->host.B = B;
+    m->host.T = T;
+    m->dlogits_ready = mode == TRAIN;
+    int64_t tokens = (int64_t)B * T, ids = (6 * tokens + 2) * (int64_t)sizeof(int), pairs = (int64_t)T * (d / 2);
+    real *tables = (real *)allocate(2 * pairs, sizeof(real), &whole); // cosine and sine
+    for (Weights *w : {&m->host.weights, &m->weights, &m->grad})
+        w->layers = (LayerWeights *)allocate(c->n_layers, sizeof(LayerWeights), &whole);
+    m->acts.layers = (LayerActivationsGPU<X> *)allocate(c->n_layers, sizeof(LayerActivationsGPU<X>), &whole);
+    m->starts = (int *)allocate((int64_t)c->vocab_size + 1, sizeof(int), &whole);
+    if (whole) carve_weights(&m->host.weights, &m->host.table, NULL, c);
+    m->places = (int64_t *)allocate(m->host.table.n, sizeof(int64_t), &whole);
+    if (!whole) { fail(error, NULL, "out of memory"); free(tables); model_free_gpu<X>(&m->host); return NULL; }
+    for (int i = 0; i < m->host.table.n; i++) { // the projections stay together: they are one product
+        const Tensor *row = &m->host.table.rows[i];
+        int follows = strstr(row->name, ".k_proj.") || strstr(row->name, ".v_proj.") || strstr(row->name, ".proj_fb.");
+        if (!follows) m->count = round_up(m->count, 64);
+        m->places[i] = m->count;
+        m->count += i ? row->count : round_up(c->vocab_size, 8) * c->d_model; // wte: rows more, of zeros that stay zeros
+    }
+    m->count = round_up(m->count, 64);
+    double needed = INFINITY;
+    size_t present = 0, all = 0;
+    CUDA(cudaMemGetInfo(&present, &all));
+    for (int keep = mode >= TRAIN;; keep = 0) { // without, the feedback's weights are computed again
+        m->ways = ways_of<X>(c, B, T, 0, keep);
+        m->x_block = NULL; // no place yet, sizes alone
+        m->f_block = NULL;
+        carve_activations_gpu(m, B, T, mode);
+        if (m->host.table.count >= 0 && m->x_table.count >= 0 && m->f_table.count >= 0 && m->host.table.count < PTRDIFF_MAX / 64)
+            needed = (double)carve_memory(m, NULL, B, T, mode);
+        if (!keep || needed < 0.9 * (double)present) break;
+    }
+    cudaError_t code = cudaErrorMemoryAllocation;
+    if (needed <= (double)present) code = cudaMalloc((void **)&m->memory, (size_t)needed);
+    if (code == cudaSuccess) code = cudaMallocHost((void **)&m->host_inputs, sizeof(Inputs) + (size_t)ids + 2 * sizeof(double));
+    if (code != cudaSuccess) {
+        cudaGetLastError();
+        fail(error, NULL, "the model does not fit: it needs %.2f GiB of the GPU's memory, of whose %.1f GiB %.2f are free",
+             needed / 0x1p30, (double)all / 0x1p30, (double)present / 0x1p30);
+        free(tables);
+        model_free_gpu<X>(&m->host);
+        return NULL;
+    }
+    m->host.bytes = needed + 2 * WORKSPACE;
+    for (cudaEvent_t *event : {&m->loss_there, &m->lists_there, &m->norm_there})
+        CUDA(cudaEventCreateWithFlags(event, cudaEventDisableTiming));
+    CUDA(cudaMemset(m->memory, 0, (size_t)needed));
+    carve_memory(m, m->memory, B, T, mode);
+    carve_activations_gpu(m, B, T, mode);
+    device_weights(m, &m->weights, m->params);
+    device_weights(m, &m->grad, m->grads);
+    m->host_inputs->scale[1] = 0;
+    m->host_inputs->scale[2] = 1;
+    m->host_lists = m->host_inputs->ids + 2 * tokens;
+    m->host_sum = (double *)((char *)m->host_inputs + round_up((int64_t)sizeof(Inputs) + ids, sizeof(double)));
+    for (int i = 0; i < m->host.table.n; i++) {
+        const Tensor *row = &m->host.table.rows[i];
+        int64_t from = m->places[i] / 64, end = (m->places[i] + row->count + 63) / 64;
+        if (row->n_dims >= 2) CUDA(cudaMemset(m->decayed + from, 1, (size_t)(end - from)));
+    }
+    rope_table(tables, tables + pairs, T, d);
+    CUDA(cudaMemcpy(m->acts.cosine, tables, (size_t)pairs * sizeof(real), cudaMemcpyHostToDevice));
+    CUDA(cudaMemcpy(m->acts.sine, tables + pairs, (size_t)pairs * sizeof(real), cudaMemcpyHostToDevice));
+    free(tables);
+    return &m->host;
+}
+
+// ----------------------------------------------------------------------------
+// forward, backward, update
+
+// hidden_forward, of the layers from .. end-1. inputs: in the device's memory, NULL: x is what the layers before made of them
+template <typename X>
+static void hidden_forward_gpu(ModelGPU<X> *m, const int *inputs, int B, int T, int first, double dropout, int from, int end,
+                               cudaStream_t stream) {
+    const Config *c = &m->host.config;
+    int D = c->d_model, N = B * (T - first), last = c->n_layers - 1;
+    ActivationsGPU<X> *acts = &m->acts;
+    auto mask = [&](int place) { return mask_of(&m->inputs->dropout_key, dropout, place); };
+    if (inputs) embedding_forward_gpu(acts->residual, inputs, m->weights.wte, mask(0), B, T - first, D, stream);
+    for (int l = from; l < end; l++) {
+        LayerWeights *w = &m->weights.layers[l];
+        LayerActivationsGPU<X> *a = &acts->layers[l];
+        const X *branch = l ? acts->layers[l - 1].branch : NULL;
+        layernorm_forward_gpu(a->n, a->x, a->ln_mean, a->ln_rstd, acts->residual, branch, mask(2 * l), w->ln_weight, w->ln_bias,
+                              N, D, stream);                                                       // [13] of the layer before, [9]
+        linear_forward_gpu(a->ag, 2 * D, a->n, as_x(m, w->W_in), as_x(m, w->b_in), N, D, 2 * D, stream);                    // [10]
+        gelu_forward_gpu(a->abar, a->gamma, a->ag, 2 * D, w->gamma_weight, w->gamma_bias, (float)c->gamma_max, N, D,
+                         stream);                                                                                     // [11, 18]
+        mixers_gpu<X>[c->mixer].forward(m, l, B, T, first, stream);                                                         // [12]
+        gate_forward_gpu(a->gated, a->s + (size_t)first * D, a->ag + D, 2 * D, mask(1 + 2 * l), N, D, stream);              // [13]
+        linear_forward_gpu(a->branch, D, a->gated, as_x(m, w->W_out), as_x(m, w->b_out), N, D, D, stream);
+    }
+    if (end > last) layernorm_forward_gpu(acts->ln_f, acts->y, acts->ln_mean, acts->ln_rstd, acts->residual,
+                                          acts->layers[last].branch, mask(2 + 2 * last), m->weights.ln_f_weight,
+                                          m->weights.ln_f_bias, N, D, stream);
+}
+
+// out = Σ x_i, or Σ x_i², in double: a block takes its share, then one block those of the blocks.
+template <int SQUARES, typename Y> __global__ void sum_kernel(double *out, const Y *x, int64_t n) {
+    __shared__ double sums[256];
+    wait_for_results();
+    double sum = 0;
+    int64_t end = n * (blockIdx.x + 1) / gridDim.x;
+    for (int64_t i = n * blockIdx.x / gridDim.x + threadIdx.x; i < end;
+         i += 256) sum += SQUARES ? (double)x[i] * (double)x[i] : (double)x[i];
+    sums[threadIdx.x] = sum;
+    for (int half = 128; half; half /= 2) {
+        __syncthreads();
+        if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+    }
+    if (threadIdx.x == 0) out[blockIdx.x] = sums[0];
+}
+template <int SQUARES> static void sum_gpu(double *out, const float *x, int64_t n, cudaStream_t stream) {
+    int blocks = n < 1 << 19 ? 64 : 1056;
+    double *partial = (double *)gpu.workspace;
+    LAUNCH((sum_kernel<SQUARES, float>), blocks, 256, 0, stream, partial, x, n);
+    LAUNCH((sum_kernel<0, double>), 1, 256, 0, stream, out, partial, blocks);
+}
+
+template <typename X>
+static void model_forward_gpu(Model *model, const int *inputs, const int *targets, int B, int T, Dropout drop) {
+    ModelGPU<X> *m = of<X>(model);
+    cudaStream_t stream = gpu.stream;
+    int D = m->host.config.d_model, V = m->host.config.vocab_size, N = B * T, early = early_layers(&m->host.config);
+    ActivationsGPU<X> *acts = &m->acts;
+    Inputs *host = m->host_inputs;
+    must_fit(B, m->host.B, "sequences of a batch");
+    must_fit(T, m->host.T, "tokens of a sequence");
+    CUDA(cudaEventSynchronize(m->loss_there)); // nothing reads the last batch there any more
+    host->dropout_key = dropout_key(drop);
+    memcpy(host->ids, inputs, sizeof(int) * (size_t)N);
+    memcpy(host->ids + N, targets, sizeof(int) * (size_t)N);
+    CUDA(cudaMemcpyAsync(m->inputs, host, sizeof(Inputs) + sizeof(int) * 2 * (size_t)N, cudaMemcpyHostToDevice, stream));
+    m->host.batch_B = B;
+    m->host.batch_T = T;
+    m->host.drop = drop;
+    replay(m, FORWARD_EARLY, B, T, drop.probability,
+           [&] { hidden_forward_gpu(m, m->inputs->ids, B, T, 0, drop.probability, 0, early, stream); });
+    join(LATE_UPDATE);
+    replay(m, FORWARD_LATE, B, T, drop.probability, [&] {
+        hidden_forward_gpu(m, (const int *)NULL, B, T, 0, drop.probability, early, m->host.config.n_layers, stream);
+        linear_forward_gpu(acts->logits, (int)acts->ld_logits, acts->ln_f, as_x(m, m->weights.wte), (const X *)NULL, N,
+                           D, (int)acts->ld_logits, stream);
+        crossentropy_gpu(acts->losses, acts->hits, m->dlogits_ready ? acts->logits : NULL, acts->logits, acts->ld_logits,
+                         m->inputs->ids + N, N, V, stream);
+        sum_gpu<0>(m->host_sum, acts->losses, N, stream);
+    });
+    CUDA(cudaEventRecord(m->loss_there, stream));
+}
+
+template <typename X> static double model_loss_gpu(Model *model) {
+    ModelGPU<X> *m = of<X>(model);
+    CUDA(cudaEventSynchronize(m->loss_there));
+    return m->host_sum[0];
+}
+
+template <typename X> static void model_hits_gpu(Model *m, char *hits) {
+    CUDA(cudaMemcpyAsync(hits, ((ModelGPU<X> *)m)->acts.hits, (size_t)(m->batch_B * m->batch_T), cudaMemcpyDeviceToHost,
+                         gpu.stream));
+    CUDA(cudaStreamSynchronize(gpu.stream));
+}
+
+// model_backward, all but its last line: down to dx, the gradient of the embedding's output.
+template <typename X> static void backward_launches_gpu(ModelGPU<X> *m, int B, int T, double dropout, cudaStream_t stream) {
+    const Config *c = &m->host.config;
+    int D = c->d_model, V = c->vocab_size, N = B * T, last = c->n_layers - 1, ld_logits = (int)m->acts.ld_logits,
+        add = m->sums.add;
+    ActivationsGPU<X> *acts = &m->acts;
+    Weights *w = &m->weights, *dw = &m->grad;
+    float *dx = acts->residual;
+    auto mask = [&](int place) { return mask_of(&m->inputs->dropout_key, dropout, place); };
+    if (!m->dlogits_ready)
+        crossentropy_gpu(acts->losses, acts->hits, acts->logits, acts->logits, ld_logits, m->inputs->ids + N, N, V, stream);
+    linear_backward_gpu(acts->ds, dw->wte, acts->logits, ld_logits, acts->ln_f, as_x(m, w->wte), N, D, ld_logits, add, stream,
+                        m->inputs->scale);
+    layernorm_backward_gpu(dx, dw->ln_f_weight, dw->ln_f_bias, acts->dbranch, dw->layers[last].b_out, mask(2 + 2 * last), 1,
+                           acts->ds, acts->y, acts->ln_mean, acts->ln_rstd, w->ln_f_weight, N, D, &m->sums, stream);
+    for (int l = last; l >= 0; l--) {
+        LayerWeights *wl = &w->layers[l], *dwl = &dw->layers[l];
+        LayerActivationsGPU<X> *a = &acts->layers[l];
+        // out through W_out and the gate; the gradients of a and g take their place
+        linear_backward_gpu(acts->ds, NULL, acts->dbranch, D, a->gated, as_x(m, wl->W_out), N, D, D, add, stream);
+        gate_backward_gpu(acts->ds, a->ag + D, dwl->b_in + D, acts->ds, a->s, a->ag + D, 2 * D, mask(1 + 2 * l), N, D, &m->sums,
+                          stream);
+        linear_weight_gpu(dwl->W_out, acts->dbranch, D, a->gated, N, D, D, add, beside(W_OUT_GRADIENT));
+        // through the mixer
+        mixers_gpu<X>[c->mixer].backward(m, l, B, T, stream);
+        gelu_backward_gpu(a->ag, dwl->b_in, dwl->gamma_weight, dwl->gamma_bias, acts->dabar, a->ag, 2 * D, acts->dgamma, a->gamma,
+                          wl->gamma_weight, (float)c->gamma_max, N, D, &m->sums, stream);
+        join(W_OUT_GRADIENT);
+        join(W_O_GRADIENT);
+        // through W_in and the LayerNorm, on to the branch of the layer below
+        linear_backward_gpu(acts->ds, NULL, a->ag, 2 * D, a->n, as_x(m, wl->W_in), N, D, 2 * D, add, stream);
+        linear_weight_gpu(dwl->W_in, a->ag, 2 * D, a->n, N, D, 2 * D, add, beside(W_IN_GRADIENT));
+        layernorm_backward_gpu(dx, dwl->ln_weight, dwl->ln_bias, l ? acts->dbranch : (X *)NULL,
+                               l ? dw->layers[l - 1].b_out : (float *)NULL, mask(2 * l), 0, acts->ds, a->x, a->ln_mean,
+                               a->ln_rstd, wl->ln_weight, N, D, &m->sums, stream);
+        column_sums_gpu(&m->sums, stream);
+    }
+    join(W_IN_GRADIENT);
+}
+
+template <typename X> static void model_backward_gpu(Model *model, double dloss) {
+    ModelGPU<X> *m = of<X>(model);
+    cudaStream_t stream = gpu.stream;
+    int B = m->host.batch_B, T = m->host.batch_T, N = B * T, V = m->host.config.vocab_size;
+    Inputs *host = m->host_inputs, *device = m->inputs;
+    float scale = (float)dloss;
+    each(1, 1, 0, stream, [=] __device__ (auto, int, int) { device->scale[0] = scale; });
+    replay(m, m->sums.add ? BACKWARD_ADDS : BACKWARD, B, T, m->host.drop.probability,
+           [&] { backward_launches_gpu(m, B, T, m->host.drop.probability, stream); });
+    int *lists = device->ids + (m->host_lists - host->ids);
+    Tokens tokens = {device->ids, host->ids, N, V, lists, m->host_lists, m->starts, m->lists_there};
+    embedding_backward_gpu(m->grad.wte, m->acts.scratch, m->acts.residual, tokens, m->host.config.d_model, stream);
+    m->sums.add = 1;
+}
+
+// adamw: a thread takes 4 numbers; all parameters in one launch, the tensors' ends rounded up hold zeros that stay zeros.
+// It does not clear the gradient: the next backward pass overwrites it.
+// scale: in the device's memory; NaN: nothing is updated.
+template <typename X>
+__global__ void adamw_kernel(float *w, const float *g, float *exp_avg, float *exp_avg_sq, X *copy,
+                             const unsigned char *decayed, int64_t n, float beta1, float beta2, float rate1,
+                             float rate2, float keep, float step_size, float correction, float eps, const double *scale) {
+    wait_for_results();
+    int64_t i = 4 * ((int64_t)blockIdx.x * blockDim.x + threadIdx.x);
+    float factor = (float)*scale;
+    if (i >= n || isnan(factor)) return;
+    float p[4], grad[4], m[4], v[4];
+    read_some<4>(p, w + i);
+    read_some<4>(grad, g + i);
+    read_some<4>(m, exp_avg + i);
+    read_some<4>(v, exp_avg_sq + i);
+    if (!decayed[i / 64]) keep = 1;
+    for (int e = 0; e < 4; e++) {
+        grad[e] *= factor;
+        m[e] = beta1 * m[e] + rate1 * grad[e];
+        v[e] = beta2 * v[e] + rate2 * grad[e] * grad[e];
+        p[e] = keep * p[e] - step_size * m[e] / (sqrtf(v[e]) * correction + eps);
+    }
+    write_some<4>(w + i, p);
+    write_some<4>(exp_avg + i, m);
+    write_some<4>(exp_avg_sq + i, v);
+    if constexpr (sizeof(X) == 2) *(uint2 *)(copy + i) = make_uint2(pack_two(p[0], p[1]), pack_two(p[2], p[3]));
+}
+// The host goes on as soon as it has the norm. What the next forward pass needs first, embedding and early layers, comes first.
+template <typename X> static double model_update_gpu(Model *model, AdamW o, double clip, int64_t step) {
+    ModelGPU<X> *m = of<X>(model);
+    double *norm = m->norm; // the next batch's inputs are on their way while late layers read it
+    join(LATE_UPDATE);
+    sum_gpu<1>(norm, m->grads, m->count, gpu.stream);
+    each(1, 1, 0, gpu.stream, [=] __device__ (auto, int, int) { // clip_scale
+        double length = sqrt(norm[0]);
+        norm[1] = !isfinite(length) ? NAN : clip > 0 && clip < length + 1e-6 ? clip / (length + 1e-6) : 1;
+    });
+    CUDA(cudaMemcpyAsync(m->host_sum + 1, norm, sizeof(double), cudaMemcpyDeviceToHost, gpu.stream));
+    CUDA(cudaEventRecord(m->norm_there, gpu.stream));
+    auto adamw = [&](int64_t from, int64_t end, cudaStream_t stream) {
+        LAUNCH(adamw_kernel<X>, (unsigned)(((end - from) / 4 + 255) / 256), 256, 0, stream, m->params + from,
+               m->grads + from, m->exp_avg + from, m->exp_avg_sq + from, m->copy + from, m->decayed + from / 64, end - from,
+               (float)o.beta1, (float)o.beta2, (float)(1 - o.beta1), (float)(1 - o.beta2), (float)(1 - o.lr * o.weight_decay),
+               (float)(o.lr / (1 - pow(o.beta1, (double)step))), (float)(1 / sqrt(1 - pow(o.beta2, (double)step))), (float)o.eps,
+               norm + 1);
+    };
+    int64_t early = m->weights.layers[early_layers(&m->host.config)].ln_weight - m->params;
+    adamw(0, early, gpu.stream);
+    adamw(early, m->count, beside(LATE_UPDATE));
+    CUDA(cudaEventSynchronize(m->norm_there));
+    if (isfinite(m->host_sum[1])) m->sums.add = 0;
+    return sqrt(m->host_sum[1]);
+}
+
+template <typename X> static void model_extend_gpu(Model *model, const int *tokens, int n, int first, real *logits) {
+    ModelGPU<X> *m = of<X>(model);
+    cudaStream_t stream = gpu.stream;
+    int D = m->host.config.d_model, V = m->host.config.vocab_size;
+    int64_t parts = decode_parts(D, m->host.config.n_heads);
+    float *row = borrow(m->acts.scratch, parts + V) + parts;
+    must_fit(first + n, m->host.T, "tokens of a sequence");
+    m->host_inputs->first = first;
+    memcpy(m->host_inputs->ids, tokens, sizeof(int) * (size_t)n);
+    CUDA(cudaMemcpyAsync(m->inputs, m->host_inputs, sizeof(Inputs) + sizeof(int) * (size_t)n, cudaMemcpyHostToDevice, stream));
+    if (n == 1 && m->decodes) replay(m, ONE_TOKEN, 0, 0, 0, [&] { hidden_decode_gpu(m, stream); });
+    else {
+        hidden_forward_gpu(m, m->inputs->ids, 1, first + n, first, 0, 0, m->host.config.n_layers, stream);
+        linear_forward_gpu(m->acts.logits, V, m->acts.ln_f + (size_t)(n - 1) * D, as_x(m, m->weights.wte), (const X *)NULL, 1, D,
+                           V, stream);
+        copy_gpu(row, V, m->acts.logits, 1, V, stream);
+    }
+    CUDA(cudaMemcpyAsync(logits, row, sizeof(float) * (size_t)V, cudaMemcpyDeviceToHost, stream));
+    CUDA(cudaStreamSynchronize(stream));
+}
+
+// ----------------------------------------------------------------------------
+// Mamba-2, the mixer that the paper compares with
 
 __device__ static inline float sigmoid_gpu(float x) { return 1 / (1 + __expf(-x)); }
 
@@ -1664,186 +2389,42 @@ static void gated_rmsnorm_backward_gpu(X *dy, X *dz, float *dweight, const X *do
     });
 }
 
-// ----------------------------------------------------------------------------
-// the model
-
-// As in train_sessa.c. x, rounded to X, is what the layer read from the residual stream, kept for the backward pass only.
-template <typename X> struct LayerActivationsGPU {
-    X *x;                       // (N,D)
-    float *ln_mean, *ln_rstd;   // (N)
-    X *n, *ag, *abar, *proj, *o, *f, *s, *c, *gated, *branch; // dag takes the place of ag; c: feedback's (e s)/z
-    float *stats, *gamma, *fb_stats;
-    Scratch fb_weights;
-    X *xbc, *y_scan, *normed, *tail; // mamba2
-    float *step, *rms, *states, *carried;
-};
-template <typename X> struct ActivationsGPU {
-    LayerActivationsGPU<X> *layers;
-    float *residual;                // (N,D) the stream between the layers; backward its gradient, dx
-    X *y;                           // (N,D) its end, kept for the backward pass only
-    float *ln_mean, *ln_rstd;       // (N)
-    X *ln_f, *logits;               // (N,D), (N,V) with ld_logits numbers from row to row
-    int64_t ld_logits;
-    float *losses;                  // (N)
-    char *hits;                     // (N) 1: no other logit was larger than the target's
-    X *ds, *dout, *dbranch, *dabar, *dproj, *dy, *dxbc;
-    float *dgamma, *dstep, *cosine, *sine;
-    Scratch scratch;
-};
-
-// What a step reads from the device's memory, because it changes from step to step; room for ids behind it: inputs,
-// targets, the lists of sort_tokens.
-typedef struct {
-    uint64_t dropout_key;
-    float scale[4]; // dloss, 0, 1: what products scale by
-    int first;      // generation: positions known
-    int ids[];
-} Inputs;
-
-// What all passes of a model do: chosen when it is made, by its largest batch, and with it the memory that they
-// take. A smaller batch, as evaluation's last, and generation behind a short prompt go the same way.
-typedef struct {
-    AttentionWay attention;
-    Panels feedback[2]; // 1: where positions begin at a multiple of 8, so that tiles can
-} Ways;
-#ifdef SESSA_PLAIN
-template <typename X> static Panels feedback_panels(int B, int T, int D, int, int = 1, int = 0) {
-    return {0, 0, 0, feedback_scratch_gpu(B, T, D)};
-}
-#endif
-template <typename X> static Ways ways_of(const Config *c, int B, int T, int P, int keep) {
-    int D = c->d_model, d = D / c->n_heads, E = proj_width(c);
-    Ways ways = {attention_way<X>(B, T, c->n_heads, c->n_kv_heads, d, E, P),
-                 {feedback_panels<X>(B, T, D, P, 0, keep), feedback_panels<X>(B, T, D, P, E % 8 == 0, keep)}};
-    return ways;
-}
-
-// The first member is a Model as the other parts know it: configuration, table of parameters, and in the host's memory
-// a copy of the parameters or of what belongs to them, made when asked for. The device's blocks have their tensors at
-// `places`: at multiples of 64 numbers, but for those that follow another within one product.
-template <typename X> struct ModelGPU {
-    Model host;
-    char *memory;                                // all of the model, one allocation
-    int64_t count, *places;                      // numbers in a block; (rows of the table)
-    float *params, *exp_avg, *exp_avg_sq, *grads; // in the order of Block
-    X *copy;                                     // the parameters as X: products read them; float: params itself
-    unsigned char *decayed;                      // for each 64 numbers
-    Weights weights, grad;                       // in the device's memory
-    ActivationsGPU<X> acts;
-    Table x_table, f_table;                      // activations of type X, of type float
-    X *x_block;
-    float *f_block;
-    Inputs *inputs, *host_inputs;                // in the device's memory; page-locked, as is the result of sums
-    double *norm;                                // in the device's memory: its square, and what clipping makes of the gradients
-    double *host_sum;                            // of losses; of squares of gradients
-    int plain;                                   // made for the plain ways
-    cudaEvent_t loss_there, lists_there, norm_there; // when the host may read, or write again, what the device was asked for
-    int *host_lists, *starts;                    // of sort_tokens: page-locked; (V+1)
-    ColumnSums sums;
-    int dlogits_ready, decodes;
-    Ways ways;
-    Recordings recordings;
-};
-
-// The ModelGPU behind a Model. Whether its passes are plain was settled when it was made.
-template <typename X> static ModelGPU<X> *of(const Model *model) {
-    ModelGPU<X> *m = (ModelGPU<X> *)(void *)model;
-    plain = m->plain;
-    return m;
-}
-
-template <typename X> static const X *as_x(const ModelGPU<X> *m, const float *weight) {
-    return weight ? m->copy + (weight - m->params) : NULL;
-}
-
-// ----------------------------------------------------------------------------
-// mixers: what stands between GELU and gate, abar → s. The gain γ comes from the GELU's pass over the same numbers, and
-// backward dgamma goes into the GELU's.
-
-static Shape attention_shape(const Config *c, int B, int T, int first) {
-    int D = c->d_model, H = c->n_heads;
-    return {B, T, first, H, c->n_kv_heads, D / H, proj_width(c)};
-}
-
-template <typename X>
-static void projections_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int first, cudaStream_t stream) {
-    int D = m->host.config.d_model, E = proj_width(&m->host.config), N = B * (T - first);
-    LayerWeights *w = &m->weights.layers[l];
-    LayerActivationsGPU<X> *a = &m->acts.layers[l];
-    linear_forward_gpu(a->proj + (size_t)first * E, E, a->abar, as_x(m, w->W_proj), as_x(m, w->b_proj), N, D, E, stream);
-}
-
-// What follows from q, k and v.
-template <typename X>
-static void direct_read_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int first, X *f, cudaStream_t stream) {
+template <typename X> static void mamba2_activations_gpu(ModelGPU<X> *m, int l, int B, int T, Mode mode) {
     const Config *c = &m->host.config;
-    int D = c->d_model, H = c->n_heads, G = c->n_kv_heads, d = D / H, E = proj_width(c), N = B * (T - first);
-    Shape shape = attention_shape(c, B, T, first);
-    LayerWeights *w = &m->weights.layers[l];
+    int D = c->d_model, E = 2 * D, S = c->state_dim, W = E + 2 * S, heads = E / c->head_dim, training = mode >= TRAIN;
+    int chunk = scan_chunk<X>(c);
     LayerActivationsGPU<X> *a = &m->acts.layers[l];
-    X *q = a->proj + (size_t)first * E, *k = a->proj + D, *v = k + G * d, *o = w->W_o ? a->o : f;
-    rope_forward_gpu(q, E, m->acts.cosine, m->acts.sine, N, T - first, H + G, d, first, 1, stream);
-    attention_forward_gpu(o, a->stats, m->acts.scratch, q, k, v, shape, &m->ways.attention, stream);
-    if (w->W_o) linear_forward_gpu(f, D, o, as_x(m, w->W_o), (const X *)NULL, N, D, D, stream);
-}
-
-template <typename X> static void direct_read_backward_gpu(ModelGPU<X> *m, int l, int B, int T, cudaStream_t stream) {
-    const Config *c = &m->host.config;
-    int D = c->d_model, G = c->n_kv_heads, d = D / c->n_heads, E = proj_width(c), N = B * T, add = m->sums.add;
-    Shape shape = attention_shape(c, B, T, 0);
-    LayerWeights *w = &m->weights.layers[l], *dw = &m->grad.layers[l];
-    LayerActivationsGPU<X> *a = &m->acts.layers[l];
-    ActivationsGPU<X> *back = &m->acts;
-    const X *k = a->proj + D, *v = k + G * d, *out = w->W_o ? a->o : a->f;
-    X *dk = back->dproj + D, *dv = dk + G * d, *dout = w->W_o ? back->dout : back->ds;
-    if (w->W_o) {
-        linear_backward_gpu(dout, NULL, back->ds, D, a->o, as_x(m, w->W_o), N, D, D, add, stream);
-        linear_weight_gpu(dw->W_o, back->ds, D, a->o, N, D, D, add, beside(W_O_GRADIENT, in_ring(shape)));
+    Table *t = &m->x_table, *f = &m->f_table;
+    X *x = m->x_block;
+    float *fb = m->f_block;
+    if (l == 0 || training) {
+        a->proj = add_activation(t, x, l, "proj", 3, B, T, proj_ld(c));
+        add_view(t, l, "z", "proj", 0, E);
+        a->y_scan = add_activation(t, x, l, "y", 3, B, T, E);
+        a->rms = add_activation(f, fb, l, "rms", 2, B, T, 1);
+        a->s = add_activation(t, x, l, "s", 3, B, T, D);
+        a->states = add_activation(f, fb, l, "states", 3, (int64_t)B * ((T + chunk - 1) / chunk), S, E);
     }
-    attention_backward_gpu(back->dproj, dk, dv, dw->b_proj, back->scratch, dout, out, a->stats, a->proj, k, v, shape,
-                           &m->ways.attention, {back->cosine, back->sine, T, d / 2, 0, -1}, &m->sums, stream);
-    linear_backward_gpu(back->dabar, dw->W_proj, back->dproj, E, a->abar, as_x(m, w->W_proj), N, D, E, add, stream);
+    if (mode == GENERATE) a->carried = add_activation(f, fb, l, "carried", 2, S, E, 1);
+    if (mode == GENERATE) a->tail = add_activation(t, x, l, "tail", 2, TAPS - 1, W, 1);
+    if (l == 0 || mode == KEEP_ALL) {
+        a->xbc = add_activation(t, x, l, "conv", 3, B, T, W);
+        a->step = add_activation(f, fb, l, "dt", 3, B, T, heads);
+        a->normed = add_activation(t, x, l, "normed", 3, B, T, E);
+    }
+    if (l || !training) return;
+    m->acts.dy = add_activation(t, x, -1, "dy", 3, B, T, E);
+    m->acts.dxbc = add_activation(t, x, -1, "dxbc", 3, B, T, W);
+    m->acts.dstep = add_activation(f, fb, -1, "dstep", 3, B, T, 3 * heads);
 }
 
-template <typename X>
-static void attention_mixer_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int first, cudaStream_t stream) {
-    X *s = m->acts.layers[l].s + (size_t)first * m->host.config.d_model;
-    projections_forward_gpu(m, l, B, T, first, stream);
-    direct_read_forward_gpu(m, l, B, T, first, s, stream);
+static int64_t mamba2_sums_room(const Config *c, int B, int T) {
+    int E = 2 * c->d_model, heads = E / c->head_dim, W = E + 2 * c->state_dim;
+    auto pass = [&](int sums, int width) { return (int64_t)sums * sum_chunks(B * T, width, 1) * width; };
+    return pass(1, E) + pass(2, heads) + pass(1, heads) + (int64_t)conv_chunks(B, T, W) * (TAPS + 1) * W;
 }
-
-static Shape feedback_shape_gpu(const Config *c, int B, int T, int first) {
-    return {B, T, first, 1, 1, c->d_model, proj_width(c)};
-}
-
-// With tiles, neither attention nor the feedback's weights and inverses need scratch or workspace of the other's: they go
-// beside each other.
-template <typename X>
-static void sessa_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int first, cudaStream_t stream) {
-    int D = m->host.config.d_model, E = proj_width(&m->host.config);
-    LayerActivationsGPU<X> *a = &m->acts.layers[l];
-    const X *q = a->proj + (size_t)first * E + E - 2 * D, *k = a->proj + E - D;
-    const Panels *panels = &m->ways.feedback[first % 8 == 0];
-    projections_forward_gpu(m, l, B, T, first, stream);
-    direct_read_forward_gpu(m, l, B, T, first, a->f, beside(DIRECT_READ, m->ways.attention.tiles && panels->tiles));
-    feedback_forward_gpu(a->s, a->c, a->fb_stats, a->fb_weights, m->acts.scratch, a->f, q, k, a->gamma,
-                         feedback_shape_gpu(&m->host.config, B, T, first), panels, stream);
-}
-
-template <typename X> static void sessa_backward_gpu(ModelGPU<X> *m, int l, int B, int T, cudaStream_t stream) {
-    int D = m->host.config.d_model, E = proj_width(&m->host.config);
-    LayerActivationsGPU<X> *a = &m->acts.layers[l];
-    ActivationsGPU<X> *back = &m->acts;
-    const X *q = a->proj + E - 2 * D, *k = q + D;
-    X *dq = back->dproj + E - 2 * D, *dk = dq + D;
-    float *dbias = m->grad.layers[l].b_proj + E - 2 * D;
-    feedback_backward_gpu(back->ds, dq, dk, back->dgamma, dbias, a->fb_weights, back->scratch, back->ds, a->s, a->c, a->fb_stats,
-                          q, k, a->gamma, feedback_shape_gpu(&m->host.config, B, T, 0), &m->ways.feedback[1], &m->sums, stream);
-    direct_read_backward_gpu(m, l, B, T, stream);
-}
-
-// Rows of the projections are padded to multiples of 8 numbers: tensor cores ask for it.
-static int proj_ld(const Config *c) { return c->mixer == MAMBA2 ? (int)round_up(proj_width(c), 8) : proj_width(c); }
+// Whether the GPU's shared memory suffices for the fast way's chunks.
+static int scan_fits(const Config *c, size_t number) { return plain || scan_rows(c->state_dim, c->head_dim, (int)number); }
 
 template <typename X>
 static void mamba2_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int first, cudaStream_t stream) {
@@ -1882,566 +2463,6 @@ template <typename X> static void mamba2_backward_gpu(ModelGPU<X> *m, int l, int
     step_backward_gpu(back->dproj + width - heads, dw->step_bias, back->dstep, 3 * heads, step, ld, w->step_bias, N, heads,
                       &m->sums, stream);
     linear_backward_gpu(back->dabar, dw->in_proj, back->dproj, ld, a->abar, as_x(m, w->in_proj), N, D, width, m->sums.add, stream);
-}
-
-template <typename X> struct MixerGPU {
-    void (*forward)(ModelGPU<X> *model, int layer, int B, int T, int first, cudaStream_t stream);
-    void (*backward)(ModelGPU<X> *model, int layer, int B, int T, cudaStream_t stream);
-};
-template <typename X> static const MixerGPU<X> mixers_gpu[N_MIXERS] = {
-    {sessa_forward_gpu<X>, sessa_backward_gpu<X>},
-    {attention_mixer_forward_gpu<X>, direct_read_backward_gpu<X>},
-    {mamba2_forward_gpu<X>, mamba2_backward_gpu<X>},
-};
-
-#ifndef SESSA_PLAIN
-#include "dev/cuda/decode.cuh"
-#endif
-
-// ----------------------------------------------------------------------------
-// the model's memory
-
-template <typename Y>
-static Y *add_activation(Table *table, Y *block, int layer, const char *name, int n_dims, int64_t d0, int64_t d1, int64_t d2) {
-    if (table->count >= 0) table->count = round_up(table->count, 64);
-    add_tensor(table, NULL, layer, name, n_dims, d0, d1, d2);
-    const Tensor *row = &table->rows[table->n - 1];
-    if (table->count >= 0) table->count += GUARD / (int64_t)sizeof(Y);
-    if (block) guard(block + row->offset + row->count, block + round_up(table->count, 64), name, layer);
-    return block ? block + row->offset : NULL;
-}
-
-template <typename X> static void mamba2_activations_gpu(ModelGPU<X> *m, int l, int B, int T, Mode mode) {
-    const Config *c = &m->host.config;
-    int D = c->d_model, E = 2 * D, S = c->state_dim, W = E + 2 * S, heads = E / c->head_dim, training = mode >= TRAIN;
-    int chunk = scan_chunk<X>(c);
-    LayerActivationsGPU<X> *a = &m->acts.layers[l];
-    Table *t = &m->x_table, *f = &m->f_table;
-    X *x = m->x_block;
-    float *fb = m->f_block;
-    if (l == 0 || training) {
-        a->proj = add_activation(t, x, l, "proj", 3, B, T, proj_ld(c));
-        add_view(t, l, "z", "proj", 0, E);
-        a->y_scan = add_activation(t, x, l, "y", 3, B, T, E);
-        a->rms = add_activation(f, fb, l, "rms", 2, B, T, 1);
-        a->s = add_activation(t, x, l, "s", 3, B, T, D);
-        a->states = add_activation(f, fb, l, "states", 3, (int64_t)B * ((T + chunk - 1) / chunk), S, E);
-    }
-    if (mode == GENERATE) a->carried = add_activation(f, fb, l, "carried", 2, S, E, 1);
-    if (mode == GENERATE) a->tail = add_activation(t, x, l, "tail", 2, TAPS - 1, W, 1);
-    if (l == 0 || mode == KEEP_ALL) {
-        a->xbc = add_activation(t, x, l, "conv", 3, B, T, W);
-        a->step = add_activation(f, fb, l, "dt", 3, B, T, heads);
-        a->normed = add_activation(t, x, l, "normed", 3, B, T, E);
-    }
-    if (l || !training) return;
-    m->acts.dy = add_activation(t, x, -1, "dy", 3, B, T, E);
-    m->acts.dxbc = add_activation(t, x, -1, "dxbc", 3, B, T, W);
-    m->acts.dstep = add_activation(f, fb, -1, "dstep", 3, B, T, 3 * heads);
-}
-
-// Numbers for the partial sums of a layer's passes, and of ln_f's, which come before the first layer's.
-static int64_t column_sums_room(const Config *c, int B, int T) {
-    int D = c->d_model, E = 2 * D, W = E + 2 * c->state_dim, N = B * T, kv_width = c->n_kv_heads * (D / c->n_heads);
-    auto pass = [&](int sums, int width) { return (int64_t)sums * sum_chunks(N, width, 1) * width; };
-    int64_t norm = 3 * (int64_t)row_blocks(N, D, 0, BLOCKS_AT_ONCE / 2) * D,
-            layer = 2 * norm + pass(1, D) + pass(3, D); // gate, GELU
-    if (c->mixer == MAMBA2) {
-        int heads = E / c->head_dim;
-        return layer + pass(1, E) + pass(2, heads) + pass(1, heads) +
-               (int64_t)conv_chunks(B, T, W) * (TAPS + 1) * W;
-    }
-    layer += pass(1, D + 2 * kv_width);
-    return c->mixer == SESSA ? layer + (plain ? 0 : 2 * tile_sums_room(D, B, T)) + pass(1, 2 * D) : layer;
-}
-
-// What the model's passes share: numbers of the feedback's weights, of scratch, of partial sums. A test may ask for
-// panels of any height.
-typedef struct { int64_t weights, scratch, sums; } Room;
-template <typename X> static Room room_of(const Config *c, int B, int T, Mode mode, const Ways *ways) {
-    int D = c->d_model, H = c->n_heads;
-    Room room = {0, 0, column_sums_room(c, B, T)};
-    auto at_least = [](int64_t &size, int64_t numbers) { if (size < numbers) size = numbers; };
-    auto add = [&](const Ways &w, int tiles) {
-        at_least(room.scratch, w.attention.scratch);
-        if (c->mixer != SESSA) return;
-        at_least(room.scratch, w.feedback[tiles].total);
-        at_least(room.weights, w.feedback[tiles].weights);
-    };
-    LayerWeights none = {};
-    if (c->mixer == MAMBA2) at_least(room.scratch, scan_scratch_gpu(scan_of(c, &none, B, T)));
-    else add(*ways, 1);
-    if (c->mixer != MAMBA2 && mode == GENERATE) add(*ways, 0);
-    for (int P = 1; P <= min_int(T, 128) && mode == KEEP_ALL && c->mixer != MAMBA2; P++)
-        add(ways_of<X>(c, B, T, P, 0), 1);
-    if (mode == GENERATE) at_least(room.scratch, decode_parts(D, H) + c->vocab_size);
-    if (mode >= TRAIN && !plain) at_least(room.scratch, embedding_scratch(B * T, c->vocab_size, D));
-    return room;
-}
-
-// The list of carve_activations, in two blocks. The outputs of LayerNorm, GELU and gate are not shared as there, but kept for the
-// backward pass; a KEEP_ALL model shares nothing but f and the branch.
-template <typename X> static void carve_activations_gpu(ModelGPU<X> *m, int B, int T, Mode mode) {
-    const Config *c = &m->host.config;
-    int D = c->d_model, H = c->n_heads, d = D / H, kv_width = c->n_kv_heads * d, E = proj_ld(c);
-    int sessa = c->mixer == SESSA, mamba2 = c->mixer == MAMBA2, training = mode >= TRAIN, keep_all = mode == KEEP_ALL;
-    ActivationsGPU<X> *acts = &m->acts;
-    Table *t = &m->x_table, *f = &m->f_table;
-    X *x = m->x_block;
-    float *fb = m->f_block;
-    t->n = f->n = 0;
-    t->count = f->count = 0;
-    Room room = room_of<X>(c, B, T, mode, &m->ways);
-    X *read = training ? add_activation(t, x, -1, "encoded", 3, B, T, D) : NULL; // by the next layer
-    for (int l = 0; l < c->n_layers; l++) {
-        LayerActivationsGPU<X> *a = &acts->layers[l];
-        if (l > 0) *a = acts->layers[0];
-        a->x = read;
-        if (mamba2) mamba2_activations_gpu(m, l, B, T, mode);
-        else {
-            a->proj = add_activation(t, x, l, "proj", 3, B, T, E);
-            add_view(t, l, "q", "proj", 0, D);
-            add_view(t, l, "k", "proj", D, kv_width);
-            add_view(t, l, "v", "proj", D + kv_width, kv_width);
-            a->s = add_activation(t, x, l, "s", 3, B, T, D);
-        }
-        if (sessa) add_view(t, l, "fb_q", "proj", E - 2 * D, D);
-        if (sessa) add_view(t, l, "fb_k", "proj", E - D, D);
-        if (c->mixer == ATTENTION) add_view(t, l, "f", "s", 0, D);
-        if (l == 0 || training) {
-            a->ln_mean = add_activation(f, fb, l, "ln_mean", 2, B, T, 1);
-            a->ln_rstd = add_activation(f, fb, l, "ln_rstd", 2, B, T, 1);
-            a->ag = add_activation(t, x, l, "ag", 3, B, T, 2 * D);
-            add_view(t, l, "a", "ag", 0, D);
-            add_view(t, l, "g", "ag", D, D);
-            if (H > 1 && !mamba2) a->o = add_activation(t, x, l, "o", 3, B, T, D);
-            if (!mamba2) a->stats = add_activation(f, fb, l, "stats", 3, B * H, T, 2);
-            if (sessa) a->gamma = add_activation(f, fb, l, "gamma", 2, B, T, 1);
-            a->c = sessa && training && !plain ? add_activation(t, x, l, "fb_c", 3, B, T, D) : NULL;
-            if (sessa) a->fb_stats = add_activation(f, fb, l, "fb_stats", 3, B, T, 2);
-            if (sessa && !plain && (l == 0 || m->ways.feedback[1].kept))
-                a->fb_weights = {add_activation(f, fb, l, "fb_weights", 1, room.weights, 1, 1), room.weights};
-            a->n = add_activation(t, x, l, "ln", 3, B, T, D);
-            a->abar = add_activation(t, x, l, "abar", 3, B, T, D);
-            a->gated = add_activation(t, x, l, "gated", 3, B, T, D);
-        }
-        if (l == 0) a->f = a->branch = add_activation(t, x, l, "branch", 3, B, T, D);
-        // H 1: attention's own output
-        if (sessa && (keep_all || (H == 1 && training))) a->f = add_activation(t, x, l, "f", 3, B, T, D);
-        if (!sessa && H == 1) a->f = a->s;
-        if (training) read = add_activation(t, x, l, "residual", 3, B, T, D);
-    }
-    acts->y = read;
-    acts->residual = add_activation(f, fb, -1, "stream", 3, B, T, D);
-    acts->ln_mean = add_activation(f, fb, -1, "ln_f_mean", 2, B, T, 1);
-    acts->ln_rstd = add_activation(f, fb, -1, "ln_f_rstd", 2, B, T, 1);
-    acts->ln_f = add_activation(t, x, -1, "ln_f", 3, B, T, D);
-    acts->ld_logits = round_up(c->vocab_size, 8);
-    acts->logits = add_activation(t, x, -1, "logits", 3, B, mode == GENERATE ? 1 : T, acts->ld_logits);
-    t->rows[t->n - 1].shape[2] = c->vocab_size;
-    acts->losses = add_activation(f, fb, -1, "losses", 2, B, T, 1);
-    acts->hits = (char *)add_activation(f, fb, -1, "hits", 1, B * (int64_t)T / 4 + 1, 1, 1);
-    acts->cosine = add_activation(f, fb, -1, "cosine", 2, T, d / 2, 1);
-    acts->sine = add_activation(f, fb, -1, "sine", 2, T, d / 2, 1);
-    acts->scratch = {add_activation(f, fb, -1, "scratch", 1, room.scratch, 1, 1), room.scratch};
-    m->decodes = mode == GENERATE && !mamba2 && !plain && decodes(D, H);
-    if (!training) return;
-    acts->dout = acts->layers[0].branch; // free by then
-    acts->ds = add_activation(t, x, -1, "ds", 3, B, T, D);
-    acts->dabar = acts->ln_f; // likewise
-    acts->dbranch = add_activation(t, x, -1, "dbranch", 3, B, T, D);
-    acts->dproj = add_activation(t, x, -1, "dproj", 3, B, T, E);
-    acts->dgamma = add_activation(f, fb, -1, "dgamma", 2, B, T, 1);
-    m->sums.room = m->sums.next = add_activation(f, fb, -1, "sums", 1, room.sums, 1, 1);
-    m->sums.end = m->sums.room + room.sums;
-}
-
-// Points the weights into a block of the device: first to addresses of a block that is nowhere and follows the table, then
-// to the places of the tensors that stand there.
-template <typename X> static void device_weights(const ModelGPU<X> *m, Weights *w, float *block) {
-    Table table;
-    memset(&table, 0, sizeof(table));
-    real *nowhere = (real *)sizeof(real), **fields = (real **)(void *)w->layers;
-    size_t n = (size_t)m->host.config.n_layers * sizeof(LayerWeights) / sizeof(real *);
-    auto move = [&](real **field) {
-        int i = 0;
-        if (!*field) return;
-        while (m->host.table.rows[i].offset != *field - nowhere) i++;
-        *field = block + m->places[i];
-    };
-    carve_weights(w, &table, nowhere, &m->host.config);
-    free(table.rows);
-    for (size_t i = 0; i < n; i++) move(&fields[i]);
-    for (real **field : {&w->wte, &w->ln_f_weight, &w->ln_f_bias}) move(field);
-}
-
-template <typename X> static void model_free_gpu(Model *model) {
-    ModelGPU<X> *m = of<X>(model);
-    if (gpu.ready) cudaDeviceSynchronize();
-    unguard(m->memory, m->memory ? (size_t)(m->host.bytes - 2 * WORKSPACE) : 0);
-    cudaFree(m->memory);
-    cudaFreeHost(m->host_inputs);
-    for (cudaEvent_t *event : {&m->loss_there, &m->lists_there, &m->norm_there})
-        if (*event) cudaEventDestroy(*event);
-    forget_recordings(&m->recordings);
-    void *blocks[] = {m->host.weights.layers, m->weights.layers, m->grad.layers, m->acts.layers, m->host.table.rows,
-                      m->x_table.rows, m->f_table.rows, m->host.params,
-                      m->host.grads, m->host.exp_avg, m->host.exp_avg_sq, m->places, m->starts, m};
-    for (size_t i = 0; i < sizeof(blocks) / sizeof(blocks[0]); i++) free(blocks[i]);
-}
-
-// The parts of the model's memory, one after the other; there 0: only their sizes.
-template <typename Y> static Y *take(char **memory, int64_t count, const char *name, int there) {
-    char *at = *memory, *end = at + count * (int64_t)sizeof(Y);
-    *memory += round_up(count * (int64_t)sizeof(Y), 256) + GUARD;
-    if (there) guard(end, *memory, name, -1);
-    return (Y *)at;
-}
-template <typename X> static int64_t carve_memory(ModelGPU<X> *m, char *memory, int B, int T, Mode mode) {
-    static const char *const names[] = {"parameters", "first moments", "second moments", "gradients"};
-    char *at = memory;
-    int64_t tokens = (int64_t)B * T;
-    int there = memory != NULL;
-    float **blocks[] = {&m->params, &m->exp_avg, &m->exp_avg_sq, &m->grads};
-    for (int i = 0; i < 4; i++)
-        *blocks[i] = take<float>(&at, i == PARAMS || mode >= TRAIN ? m->count : 0, names[i], there);
-    m->copy = sizeof(X) == sizeof(bf16) ? take<X>(&at, m->count, "copy of the parameters", there) : (X *)m->params;
-    m->decayed = take<unsigned char>(&at, m->count / 64, "decayed", there);
-    m->norm = take<double>(&at, 2, "norm", there);
-    m->inputs = (Inputs *)take<char>(&at, (int64_t)sizeof(Inputs) + (6 * tokens + 2) * (int64_t)sizeof(int),
-                                     "inputs", there);
-    m->x_block = take<X>(&at, m->x_table.count, "activations", there);
-    m->f_block = take<float>(&at, m->f_table.count, "activations in float32", there);
-    return at - memory;
-}
-
-// What the launches cannot take is said before anything is allocated. FAILED and a line in error
-static int within_launches(const Config *c, int B, int T, size_t number, char *error) {
-    int64_t D = c->d_model, widest = c->mixer == MAMBA2 ? 2 * D + 2 * c->state_dim : D,
-            row = c->mixer == MAMBA2 ? 2 * D : D;
-    int most = 0, seeds = c->mixer == SESSA ? feedback_shared() : 0;
-    CUDA(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
-    if (B > MOST_SEQUENCES)
-        return fail(error, NULL,
-                    "--batch %d: the GPU takes at most %d sequences at once; --accum makes a step of more", B,
-                    MOST_SEQUENCES);
-    if (row > MOST_COLUMNS)
-        return fail(error, NULL, "--dim %d: the GPU takes rows of at most %d numbers, here they have %lld",
-                    c->d_model, MOST_COLUMNS, (long long)row);
-    if ((int64_t)B * T * widest > MOST_PIECES)
-        return fail(error, NULL,
-                    "--batch %d times --seq %d: the GPU takes at most %lld tokens of this width at once", B, T,
-                    (long long)(MOST_PIECES / widest));
-    if (c->mixer == MAMBA2 && !plain && !scan_rows(c->state_dim, c->head_dim, (int)number))
-        return fail(error, NULL, "--head-dim %d with --state-dim %d: too large for the GPU's shared memory; --plain goes without",
-                    c->head_dim, c->state_dim);
-    if (most < seeds)
-        return fail(error, NULL, "the mixer sessa needs %d KiB of shared memory a block, this GPU has %d; --plain goes without",
-                    seeds >> 10, most >> 10);
-    return 0;
-}
-
-template <typename X> static Model *model_create_gpu(const Config *c, int B, int T, Mode mode, char *error) {
-#ifdef SESSA_PLAIN
-    plain = 1;
-#endif
-    if (gpu_open(error) || within_launches(c, B, T, sizeof(X), error)) return NULL;
-    int whole = 1, d = c->d_model / c->n_heads;
-    ModelGPU<X> *m = (ModelGPU<X> *)allocate(1, sizeof(ModelGPU<X>), &whole);
-    if (!m) { fail(error, NULL, "out of memory"); return NULL; }
-    m->plain = plain;
-    m->host.config = *c;
-    m->host.B = B;
-    m->host.T = T;
-    m->dlogits_ready = mode == TRAIN;
-    int64_t tokens = (int64_t)B * T, ids = (6 * tokens + 2) * (int64_t)sizeof(int), pairs = (int64_t)T * (d / 2);
-    real *tables = (real *)allocate(2 * pairs, sizeof(real), &whole); // cosine and sine
-    for (Weights *w : {&m->host.weights, &m->weights, &m->grad})
-        w->layers = (LayerWeights *)allocate(c->n_layers, sizeof(LayerWeights), &whole);
-    m->acts.layers = (LayerActivationsGPU<X> *)allocate(c->n_layers, sizeof(LayerActivationsGPU<X>), &whole);
-    m->starts = (int *)allocate((int64_t)c->vocab_size + 1, sizeof(int), &whole);
-    if (whole) carve_weights(&m->host.weights, &m->host.table, NULL, c);
-    m->places = (int64_t *)allocate(m->host.table.n, sizeof(int64_t), &whole);
-    if (!whole) { fail(error, NULL, "out of memory"); free(tables); model_free_gpu<X>(&m->host); return NULL; }
-    for (int i = 0; i < m->host.table.n; i++) { // the projections stay together: they are one product
-        const Tensor *row = &m->host.table.rows[i];
-        int follows = strstr(row->name, ".k_proj.") || strstr(row->name, ".v_proj.") || strstr(row->name, ".proj_fb.");
-        if (!follows) m->count = round_up(m->count, 64);
-        m->places[i] = m->count;
-        m->count += i ? row->count : round_up(c->vocab_size, 8) * c->d_model; // wte: rows more, of zeros that stay zeros
-    }
-    m->count = round_up(m->count, 64);
-    double needed = INFINITY;
-    size_t present = 0, all = 0;
-    CUDA(cudaMemGetInfo(&present, &all));
-    for (int keep = mode >= TRAIN;; keep = 0) { // without, the feedback's weights are computed again
-        m->ways = ways_of<X>(c, B, T, 0, keep);
-        m->x_block = NULL; // no place yet, sizes alone
-        m->f_block = NULL;
-        carve_activations_gpu(m, B, T, mode);
-        if (m->host.table.count >= 0 && m->x_table.count >= 0 && m->f_table.count >= 0 && m->host.table.count < PTRDIFF_MAX / 64)
-            needed = (double)carve_memory(m, NULL, B, T, mode);
-        if (!keep || needed < 0.9 * (double)present) break;
-    }
-    cudaError_t code = cudaErrorMemoryAllocation;
-    if (needed <= (double)present) code = cudaMalloc((void **)&m->memory, (size_t)needed);
-    if (code == cudaSuccess) code = cudaMallocHost((void **)&m->host_inputs, sizeof(Inputs) + (size_t)ids + 2 * sizeof(double));
-    if (code != cudaSuccess) {
-        cudaGetLastError();
-        fail(error, NULL, "the model does not fit: it needs %.2f GiB of the GPU's memory, of whose %.1f GiB %.2f are free",
-             needed / 0x1p30, (double)all / 0x1p30, (double)present / 0x1p30);
-        free(tables);
-        model_free_gpu<X>(&m->host);
-        return NULL;
-    }
-    m->host.bytes = needed + 2 * WORKSPACE;
-    for (cudaEvent_t *event : {&m->loss_there, &m->lists_there, &m->norm_there})
-        CUDA(cudaEventCreateWithFlags(event, cudaEventDisableTiming));
-    CUDA(cudaMemset(m->memory, 0, (size_t)needed));
-    carve_memory(m, m->memory, B, T, mode);
-    carve_activations_gpu(m, B, T, mode);
-    device_weights(m, &m->weights, m->params);
-    device_weights(m, &m->grad, m->grads);
-    m->host_inputs->scale[1] = 0;
-    m->host_inputs->scale[2] = 1;
-    m->host_lists = m->host_inputs->ids + 2 * tokens;
-    m->host_sum = (double *)((char *)m->host_inputs + round_up((int64_t)sizeof(Inputs) + ids, sizeof(double)));
-    for (int i = 0; i < m->host.table.n; i++) {
-        const Tensor *row = &m->host.table.rows[i];
-        int64_t from = m->places[i] / 64, end = (m->places[i] + row->count + 63) / 64;
-        if (row->n_dims >= 2) CUDA(cudaMemset(m->decayed + from, 1, (size_t)(end - from)));
-    }
-    rope_table(tables, tables + pairs, T, d);
-    CUDA(cudaMemcpy(m->acts.cosine, tables, (size_t)pairs * sizeof(real), cudaMemcpyHostToDevice));
-    CUDA(cudaMemcpy(m->acts.sine, tables + pairs, (size_t)pairs * sizeof(real), cudaMemcpyHostToDevice));
-    free(tables);
-    return &m->host;
-}
-
-// ----------------------------------------------------------------------------
-// forward, backward, update
-
-// hidden_forward, of the layers from .. end-1. inputs: in the device's memory, NULL: x is what the layers before made of them
-template <typename X>
-static void hidden_forward_gpu(ModelGPU<X> *m, const int *inputs, int B, int T, int first, double dropout, int from, int end,
-                               cudaStream_t stream) {
-    const Config *c = &m->host.config;
-    int D = c->d_model, N = B * (T - first), last = c->n_layers - 1;
-    ActivationsGPU<X> *acts = &m->acts;
-    auto mask = [&](int place) { return mask_of(&m->inputs->dropout_key, dropout, place); };
-    if (inputs) embedding_forward_gpu(acts->residual, inputs, m->weights.wte, mask(0), B, T - first, D, stream);
-    for (int l = from; l < end; l++) {
-        LayerWeights *w = &m->weights.layers[l];
-        LayerActivationsGPU<X> *a = &acts->layers[l];
-        const X *branch = l ? acts->layers[l - 1].branch : NULL;
-        layernorm_forward_gpu(a->n, a->x, a->ln_mean, a->ln_rstd, acts->residual, branch, mask(2 * l), w->ln_weight, w->ln_bias,
-                              N, D, stream);                                                       // [13] of the layer before, [9]
-        linear_forward_gpu(a->ag, 2 * D, a->n, as_x(m, w->W_in), as_x(m, w->b_in), N, D, 2 * D, stream);                    // [10]
-        gelu_forward_gpu(a->abar, a->gamma, a->ag, 2 * D, w->gamma_weight, w->gamma_bias, (float)c->gamma_max, N, D,
-                         stream);                                                                                     // [11, 18]
-        mixers_gpu<X>[c->mixer].forward(m, l, B, T, first, stream);                                                         // [12]
-        gate_forward_gpu(a->gated, a->s + (size_t)first * D, a->ag + D, 2 * D, mask(1 + 2 * l), N, D, stream);              // [13]
-        linear_forward_gpu(a->branch, D, a->gated, as_x(m, w->W_out), as_x(m, w->b_out), N, D, D, stream);
-    }
-    if (end > last) layernorm_forward_gpu(acts->ln_f, acts->y, acts->ln_mean, acts->ln_rstd, acts->residual,
-                                          acts->layers[last].branch, mask(2 + 2 * last), m->weights.ln_f_weight,
-                                          m->weights.ln_f_bias, N, D, stream);
-}
-
-// out = Σ x_i, or Σ x_i², in double: a block takes its share, then one block those of the blocks.
-template <int SQUARES, typename Y> __global__ void sum_kernel(double *out, const Y *x, int64_t n) {
-    __shared__ double sums[256];
-    wait_for_results();
-    double sum = 0;
-    int64_t end = n * (blockIdx.x + 1) / gridDim.x;
-    for (int64_t i = n * blockIdx.x / gridDim.x + threadIdx.x; i < end;
-         i += 256) sum += SQUARES ? (double)x[i] * (double)x[i] : (double)x[i];
-    sums[threadIdx.x] = sum;
-    for (int half = 128; half; half /= 2) {
-        __syncthreads();
-        if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
-    }
-    if (threadIdx.x == 0) out[blockIdx.x] = sums[0];
-}
-template <int SQUARES> static void sum_gpu(double *out, const float *x, int64_t n, cudaStream_t stream) {
-    int blocks = n < 1 << 19 ? 64 : 1056;
-    double *partial = (double *)gpu.workspace;
-    LAUNCH((sum_kernel<SQUARES, float>), blocks, 256, 0, stream, partial, x, n);
-    LAUNCH((sum_kernel<0, double>), 1, 256, 0, stream, out, partial, blocks);
-}
-
-template <typename X>
-static void model_forward_gpu(Model *model, const int *inputs, const int *targets, int B, int T, Dropout drop) {
-    ModelGPU<X> *m = of<X>(model);
-    cudaStream_t stream = gpu.stream;
-    int D = m->host.config.d_model, V = m->host.config.vocab_size, N = B * T, early = early_layers(&m->host.config);
-    ActivationsGPU<X> *acts = &m->acts;
-    Inputs *host = m->host_inputs;
-    must_fit(B, m->host.B, "sequences of a batch");
-    must_fit(T, m->host.T, "tokens of a sequence");
-    CUDA(cudaEventSynchronize(m->loss_there)); // nothing reads the last batch there any more
-    host->dropout_key = dropout_key(drop);
-    memcpy(host->ids, inputs, sizeof(int) * (size_t)N);
-    memcpy(host->ids + N, targets, sizeof(int) * (size_t)N);
-    CUDA(cudaMemcpyAsync(m->inputs, host, sizeof(Inputs) + sizeof(int) * 2 * (size_t)N, cudaMemcpyHostToDevice, stream));
-    m->host.batch_B = B;
-    m->host.batch_T = T;
-    m->host.drop = drop;
-    replay(m, FORWARD_EARLY, B, T, drop.probability,
-           [&] { hidden_forward_gpu(m, m->inputs->ids, B, T, 0, drop.probability, 0, early, stream); });
-    join(LATE_UPDATE);
-    replay(m, FORWARD_LATE, B, T, drop.probability, [&] {
-        hidden_forward_gpu(m, (const int *)NULL, B, T, 0, drop.probability, early, m->host.config.n_layers, stream);
-        linear_forward_gpu(acts->logits, (int)acts->ld_logits, acts->ln_f, as_x(m, m->weights.wte), (const X *)NULL, N,
-                           D, (int)acts->ld_logits, stream);
-        crossentropy_gpu(acts->losses, acts->hits, m->dlogits_ready ? acts->logits : NULL, acts->logits, acts->ld_logits,
-                         m->inputs->ids + N, N, V, stream);
-        sum_gpu<0>(m->host_sum, acts->losses, N, stream);
-    });
-    CUDA(cudaEventRecord(m->loss_there, stream));
-}
-
-template <typename X> static double model_loss_gpu(Model *model) {
-    ModelGPU<X> *m = of<X>(model);
-    CUDA(cudaEventSynchronize(m->loss_there));
-    return m->host_sum[0];
-}
-
-template <typename X> static void model_hits_gpu(Model *m, char *hits) {
-    CUDA(cudaMemcpyAsync(hits, ((ModelGPU<X> *)m)->acts.hits, (size_t)(m->batch_B * m->batch_T), cudaMemcpyDeviceToHost,
-                         gpu.stream));
-    CUDA(cudaStreamSynchronize(gpu.stream));
-}
-
-// model_backward, all but its last line: down to dx, the gradient of the embedding's output.
-template <typename X> static void backward_launches_gpu(ModelGPU<X> *m, int B, int T, double dropout, cudaStream_t stream) {
-    const Config *c = &m->host.config;
-    int D = c->d_model, V = c->vocab_size, N = B * T, last = c->n_layers - 1, ld_logits = (int)m->acts.ld_logits,
-        add = m->sums.add;
-    ActivationsGPU<X> *acts = &m->acts;
-    Weights *w = &m->weights, *dw = &m->grad;
-    float *dx = acts->residual;
-    auto mask = [&](int place) { return mask_of(&m->inputs->dropout_key, dropout, place); };
-    if (!m->dlogits_ready)
-        crossentropy_gpu(acts->losses, acts->hits, acts->logits, acts->logits, ld_logits, m->inputs->ids + N, N, V, stream);
-    linear_backward_gpu(acts->ds, dw->wte, acts->logits, ld_logits, acts->ln_f, as_x(m, w->wte), N, D, ld_logits, add, stream,
-                        m->inputs->scale);
-    layernorm_backward_gpu(dx, dw->ln_f_weight, dw->ln_f_bias, acts->dbranch, dw->layers[last].b_out, mask(2 + 2 * last), 1,
-                           acts->ds, acts->y, acts->ln_mean, acts->ln_rstd, w->ln_f_weight, N, D, &m->sums, stream);
-    for (int l = last; l >= 0; l--) {
-        LayerWeights *wl = &w->layers[l], *dwl = &dw->layers[l];
-        LayerActivationsGPU<X> *a = &acts->layers[l];
-        // out through W_out and the gate; the gradients of a and g take their place
-        linear_backward_gpu(acts->ds, NULL, acts->dbranch, D, a->gated, as_x(m, wl->W_out), N, D, D, add, stream);
-        gate_backward_gpu(acts->ds, a->ag + D, dwl->b_in + D, acts->ds, a->s, a->ag + D, 2 * D, mask(1 + 2 * l), N, D, &m->sums,
-                          stream);
-        linear_weight_gpu(dwl->W_out, acts->dbranch, D, a->gated, N, D, D, add, beside(W_OUT_GRADIENT));
-        // through the mixer
-        mixers_gpu<X>[c->mixer].backward(m, l, B, T, stream);
-        gelu_backward_gpu(a->ag, dwl->b_in, dwl->gamma_weight, dwl->gamma_bias, acts->dabar, a->ag, 2 * D, acts->dgamma, a->gamma,
-                          wl->gamma_weight, (float)c->gamma_max, N, D, &m->sums, stream);
-        join(W_OUT_GRADIENT);
-        join(W_O_GRADIENT);
-        // through W_in and the LayerNorm, on to the branch of the layer below
-        linear_backward_gpu(acts->ds, NULL, a->ag, 2 * D, a->n, as_x(m, wl->W_in), N, D, 2 * D, add, stream);
-        linear_weight_gpu(dwl->W_in, a->ag, 2 * D, a->n, N, D, 2 * D, add, beside(W_IN_GRADIENT));
-        layernorm_backward_gpu(dx, dwl->ln_weight, dwl->ln_bias, l ? acts->dbranch : (X *)NULL,
-                               l ? dw->layers[l - 1].b_out : (float *)NULL, mask(2 * l), 0, acts->ds, a->x, a->ln_mean,
-                               a->ln_rstd, wl->ln_weight, N, D, &m->sums, stream);
-        column_sums_gpu(&m->sums, stream);
-    }
-    join(W_IN_GRADIENT);
-}
-
-template <typename X> static void model_backward_gpu(Model *model, double dloss) {
-    ModelGPU<X> *m = of<X>(model);
-    cudaStream_t stream = gpu.stream;
-    int B = m->host.batch_B, T = m->host.batch_T, N = B * T, V = m->host.config.vocab_size;
-    Inputs *host = m->host_inputs, *device = m->inputs;
-    float scale = (float)dloss;
-    each(1, 1, 0, stream, [=] __device__ (auto, int, int) { device->scale[0] = scale; });
-    replay(m, m->sums.add ? BACKWARD_ADDS : BACKWARD, B, T, m->host.drop.probability,
-           [&] { backward_launches_gpu(m, B, T, m->host.drop.probability, stream); });
-    int *lists = device->ids + (m->host_lists - host->ids);
-    Tokens tokens = {device->ids, host->ids, N, V, lists, m->host_lists, m->starts, m->lists_there};
-    embedding_backward_gpu(m->grad.wte, m->acts.scratch, m->acts.residual, tokens, m->host.config.d_model, stream);
-    m->sums.add = 1;
-}
-
-// adamw: a thread takes 4 numbers; all parameters in one launch, the tensors' ends rounded up hold zeros that stay zeros.
-// It does not clear the gradient: the next backward pass overwrites it.
-// scale: in the device's memory; NaN: nothing is updated.
-template <typename X>
-__global__ void adamw_kernel(float *w, const float *g, float *exp_avg, float *exp_avg_sq, X *copy,
-                             const unsigned char *decayed, int64_t n, float beta1, float beta2, float rate1,
-                             float rate2, float keep, float step_size, float correction, float eps, const double *scale) {
-    wait_for_results();
-    int64_t i = 4 * ((int64_t)blockIdx.x * blockDim.x + threadIdx.x);
-    float factor = (float)*scale;
-    if (i >= n || isnan(factor)) return;
-    float p[4], grad[4], m[4], v[4];
-    read_some<4>(p, w + i);
-    read_some<4>(grad, g + i);
-    read_some<4>(m, exp_avg + i);
-    read_some<4>(v, exp_avg_sq + i);
-    if (!decayed[i / 64]) keep = 1;
-    for (int e = 0; e < 4; e++) {
-        grad[e] *= factor;
-        m[e] = beta1 * m[e] + rate1 * grad[e];
-        v[e] = beta2 * v[e] + rate2 * grad[e] * grad[e];
-        p[e] = keep * p[e] - step_size * m[e] / (sqrtf(v[e]) * correction + eps);
-    }
-    write_some<4>(w + i, p);
-    write_some<4>(exp_avg + i, m);
-    write_some<4>(exp_avg_sq + i, v);
-    if constexpr (sizeof(X) == 2) *(uint2 *)(copy + i) = make_uint2(pack_two(p[0], p[1]), pack_two(p[2], p[3]));
-}
-// The host goes on as soon as it has the norm. What the next forward pass needs first, embedding and early layers, comes first.
-template <typename X> static double model_update_gpu(Model *model, AdamW o, double clip, int64_t step) {
-    ModelGPU<X> *m = of<X>(model);
-    double *norm = m->norm; // the next batch's inputs are on their way while late layers read it
-    join(LATE_UPDATE);
-    sum_gpu<1>(norm, m->grads, m->count, gpu.stream);
-    each(1, 1, 0, gpu.stream, [=] __device__ (auto, int, int) { // clip_scale
-        double length = sqrt(norm[0]);
-        norm[1] = !isfinite(length) ? NAN : clip > 0 && clip < length + 1e-6 ? clip / (length + 1e-6) : 1;
-    });
-    CUDA(cudaMemcpyAsync(m->host_sum + 1, norm, sizeof(double), cudaMemcpyDeviceToHost, gpu.stream));
-    CUDA(cudaEventRecord(m->norm_there, gpu.stream));
-    auto adamw = [&](int64_t from, int64_t end, cudaStream_t stream) {
-        LAUNCH(adamw_kernel<X>, (unsigned)(((end - from) / 4 + 255) / 256), 256, 0, stream, m->params + from,
-               m->grads + from, m->exp_avg + from, m->exp_avg_sq + from, m->copy + from, m->decayed + from / 64, end - from,
-               (float)o.beta1, (float)o.beta2, (float)(1 - o.beta1), (float)(1 - o.beta2), (float)(1 - o.lr * o.weight_decay),
-               (float)(o.lr / (1 - pow(o.beta1, (double)step))), (float)(1 / sqrt(1 - pow(o.beta2, (double)step))), (float)o.eps,
-               norm + 1);
-    };
-    int64_t early = m->weights.layers[early_layers(&m->host.config)].ln_weight - m->params;
-    adamw(0, early, gpu.stream);
-    adamw(early, m->count, beside(LATE_UPDATE));
-    CUDA(cudaEventSynchronize(m->norm_there));
-    if (isfinite(m->host_sum[1])) m->sums.add = 0;
-    return sqrt(m->host_sum[1]);
-}
-
-template <typename X> static void model_extend_gpu(Model *model, const int *tokens, int n, int first, real *logits) {
-    ModelGPU<X> *m = of<X>(model);
-    cudaStream_t stream = gpu.stream;
-    int D = m->host.config.d_model, V = m->host.config.vocab_size;
-    int64_t parts = decode_parts(D, m->host.config.n_heads);
-    float *row = borrow(m->acts.scratch, parts + V) + parts;
-    must_fit(first + n, m->host.T, "tokens of a sequence");
-    m->host_inputs->first = first;
-    memcpy(m->host_inputs->ids, tokens, sizeof(int) * (size_t)n);
-    CUDA(cudaMemcpyAsync(m->inputs, m->host_inputs, sizeof(Inputs) + sizeof(int) * (size_t)n, cudaMemcpyHostToDevice, stream));
-    if (n == 1 && m->decodes) replay(m, ONE_TOKEN, 0, 0, 0, [&] { hidden_decode_gpu(m, stream); });
-    else {
-        hidden_forward_gpu(m, m->inputs->ids, 1, first + n, first, 0, 0, m->host.config.n_layers, stream);
-        linear_forward_gpu(m->acts.logits, V, m->acts.ln_f + (size_t)(n - 1) * D, as_x(m, m->weights.wte), (const X *)NULL, 1, D,
-                           V, stream);
-        copy_gpu(row, V, m->acts.logits, 1, V, stream);
-    }
-    CUDA(cudaMemcpyAsync(logits, row, sizeof(float) * (size_t)V, cudaMemcpyDeviceToHost, stream));
-    CUDA(cudaStreamSynchronize(stream));
 }
 
 // ----------------------------------------------------------------------------
