@@ -2743,6 +2743,10 @@ static void initialise(real *params, const Table *table, uint64_t seed) {
 
 // ----------------------------------------------------------------------------
 // errors and numbers
+//
+// An error is one line of text and a negative result; the caller hands both on, up to run_program, which
+// prints the line. Text from outside is read strictly here, a number as well as a character: whatever a file
+// or a command line holds, what is printed stays one harmless line.
 
 enum { ERROR_SIZE = 512, FAILED = -1, WRONG_OPTION = -2 }; // every `char *error` points to ERROR_SIZE bytes
 
@@ -2764,23 +2768,49 @@ static int utf8_valid(const unsigned char *text, size_t length) {
     return n > 0;
 }
 
-// Writes "path: what" (only "what" if path is NULL) into error as one line. What stands in a file may be
-// hostile: a control character (also U+0080 to U+009F), and what is no UTF-8, becomes '?', so that no file
-// commands the terminal.
+// Writes "path: what" (only "what" if path is NULL) into `line`, ERROR_SIZE bytes, as one line. What stands in
+// a file may be hostile: a control character (also U+0080 to U+009F), and what is no UTF-8, becomes '?', so
+// that no file commands the terminal.
+__attribute__((format(printf, 3, 0)))
+static void write_line(char *line, const char *path, const char *format, va_list arguments) {
+    int used = path ? snprintf(line, ERROR_SIZE, "%.300s: ", path) : 0;
+    vsnprintf(line + used, (size_t)(ERROR_SIZE - used), format, arguments);
+    for (size_t n; *line; line += n) {
+        const unsigned char *c = (const unsigned char *)line;
+        n = utf8_length(c, 4); // the zero at the end is no continuation
+        if (n && c[0] >= 32 && c[0] != 127 && !(c[0] == 0xC2 && c[1] < 0xA0)) continue;
+        *line = '?';
+        n = 1;
+    }
+}
+
+// Such a line where it is no error.
+__attribute__((format(printf, 3, 4)))
+static void format_line(char *line, const char *path, const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    write_line(line, path, format, arguments);
+    va_end(arguments);
+}
+
+// Such a line on standard error: the program goes on.
+__attribute__((format(printf, 2, 3)))
+static void print_warning(const char *path, const char *format, ...) {
+    char line[ERROR_SIZE];
+    va_list arguments;
+    va_start(arguments, format);
+    write_line(line, path, format, arguments);
+    va_end(arguments);
+    fprintf(stderr, "train_sessa: warning: %s\n", line);
+}
+
+// Such a line as the error that the caller hands on: `return fail(...)`.
 __attribute__((format(printf, 3, 4)))
 static int fail(char *error, const char *path, const char *format, ...) {
     va_list arguments;
-    int used = path ? snprintf(error, ERROR_SIZE, "%.300s: ", path) : 0;
     va_start(arguments, format);
-    vsnprintf(error + used, (size_t)(ERROR_SIZE - used), format, arguments);
+    write_line(error, path, format, arguments);
     va_end(arguments);
-    for (size_t n; *error; error += n) {
-        const unsigned char *c = (const unsigned char *)error;
-        n = utf8_length(c, 4); // the zero at the end is no continuation
-        if (n && c[0] >= 32 && c[0] != 127 && !(c[0] == 0xC2 && c[1] < 0xA0)) continue;
-        *error = '?';
-        n = 1;
-    }
     return FAILED;
 }
 #define wrong(...) (fail(__VA_ARGS__), WRONG_OPTION)
@@ -3213,9 +3243,6 @@ static void install_handlers(Phase phase) {
 // there is replaced. A Replacement is the file on its way there. So at any moment the old file or the new one
 // lies there, whole, and nothing is lost by a crash, by a second run, or by a file put there meanwhile.
 
-// Writes "path: what" as one line of valid text into `line` (ERROR_SIZE), as fail does, where it is no error.
-#define format_line(...) ((void)fail(__VA_ARGS__))
-
 // A 64-bit hash: FNV-1a's step (xor, then multiply by its prime), taken on 8 bytes at a time for speed and
 // followed by a fold of the upper half into the lower, which the hash by bytes does not need. The last bytes
 // are padded with zeros, so the size goes in first. It tells files apart that differ by accident, not by
@@ -3353,10 +3380,8 @@ static int lock_descriptor(int fd) {
 // Said once.
 static void warn_of_no_locks(const char *path) {
     static int said = 0;
-    char line[ERROR_SIZE];
     if (said++) return;
-    format_line(line, path, "the file system knows no locks: nothing keeps two runs from writing it at once");
-    fprintf(stderr, "train_sessa: warning: %s\n", line);
+    print_warning(path, "the file system knows no locks: nothing keeps two runs from writing it at once");
 }
 
 // A place where a file is written: what its path names, settled once, and what may be replaced there:
@@ -4483,16 +4508,40 @@ static void copy_sequence(int *inputs, int *targets, const Dataset *set, int64_t
 }
 
 // ----------------------------------------------------------------------------
-// options: one table drives the command line, its help, the metadata of files and what a resumed run repeats
+// options
+//
+// One table drives everything that is done with an option: the command line and its help, the metadata of a
+// checkpoint, what a resumed run repeats and what it may change. A new option is a field of Options and a row
+// of the table. What the table cannot say stands behind it: the defaults that depend on other options, and
+// which options go together.
 
+// The value of every option, and what is stored with them of where a run stands.
 typedef struct {
-    const char *data, *val, *format, *mixer, *log, *out, *load, *resume, *prompt, *data_content, *val_content,
-        *started_from;
-    int64_t vocab, dim, layers, heads, kv_heads, head_dim, state_dim, seq, steps, batch, accum, warmup,
-        decay_steps, seed, eval_every, eval_batches, sample_every, save_every, overwrite, again, generate,
-        eval, top_k, window, plain, step, validated;
-    double gamma_max, lr, min_lr, beta1, beta2, eps, weight_decay, clip, dropout, temperature, top_p,
-        best_val, train_loss, previous_loss, grad_norm;
+    // data
+    const char *data, *val, *format;
+    // model
+    const char *mixer;
+    int64_t vocab, dim, layers, heads, kv_heads, head_dim, state_dim, seq;
+    double gamma_max;
+    // training
+    int64_t steps, batch, accum, warmup, decay_steps, seed;
+    double lr, min_lr, beta1, beta2, eps, weight_decay, clip, dropout;
+    // watching
+    int64_t eval_every, eval_batches, sample_every;
+    const char *log;
+    // files
+    const char *out, *load, *resume;
+    int64_t save_every, overwrite, again;
+    // instead of training
+    int64_t generate, eval, top_k, window;
+    const char *prompt;
+    double temperature, top_p;
+    // computing
+    int64_t plain;
+    // state
+    int64_t step, validated;
+    double best_val, train_loss, previous_loss, grad_norm;
+    const char *data_content, *val_content, *started_from;
 } Options;
 
 typedef enum {
@@ -4609,51 +4658,93 @@ enum { N_OPTIONS = sizeof(option_table) / sizeof(option_table[0]) };
 
 typedef struct { Options values; char given[N_OPTIONS]; } Settings;
 
+// The defaults. Most stand in the table. An option without one there is not set, 0, or -1 where 0 is a value,
+// until the command line, a checkpoint or the data sets it; what is left then follows from other options, as
+// settle_defaults says and no other place does.
+static void clear_options(Options *o) {
+    memset(o, 0, sizeof(*o));
+    o->min_lr = -1;
+    o->warmup = -1;
+    o->window = -1;
+}
+static void settle_defaults(Options *o) {
+    int mamba2 = find_mixer(o->mixer) == MAMBA2;
+    if (!o->kv_heads) o->kv_heads = o->heads;
+    if (mamba2 && !o->head_dim) o->head_dim = 2 * o->dim < 64 ? 2 * o->dim : 64;
+    if (mamba2 && !o->state_dim) o->state_dim = 64;
+    if (o->min_lr < 0) o->min_lr = o->lr / 10;
+    if (!o->decay_steps) o->decay_steps = o->steps > 0 ? o->steps : 1;
+    if (o->warmup < 0) o->warmup = o->decay_steps < 2000 ? o->decay_steps * 3 / 20 : 300;
+    if (!o->save_every) o->save_every = o->eval_every;
+    if (o->window < 0) o->window = o->seq;
+    if (!o->resume) o->validated = 0;
+}
+
 // Sets one option from its text.
 static int set_option(Options *o, const Option *option, const char *text, char *error) {
     void *field = (char *)o + option->offset;
     double low = option->low, high = option->high, number;
-    if (option->type == TEXT) *(const char **)field = text;
-    else if (option->type == NUMBER && !parse_number(text, &number) && number >= low && number <= high)
+    int is_number = option->type == NUMBER;
+    if (option->type == TEXT) {
+        *(const char **)field = text;
+        return 0;
+    }
+    if (is_number && !parse_number(text, &number) && number >= low && number <= high) {
         *(double *)field = number;
-    else if (option->type == NUMBER || parse_integer(text, low, high, (int64_t *)field))
-        return wrong(error, NULL, "--%s takes a %snumber from %.9g to %.9g, not '%s'", option->name,
-                     option->type == NUMBER ? "" : "whole ", low, high, text);
-    return 0;
+        return 0;
+    }
+    if (!is_number && !parse_integer(text, low, high, (int64_t *)field)) return 0;
+    const char *kind = is_number ? "" : "whole ";
+    return wrong(error, NULL, "--%s takes a %snumber from %.9g to %.9g, not '%s'", option->name, kind, low,
+                 high, text);
 }
 
-// An option's value as text, a number with as many digits as give the same number again. NULL: one that is
-// not set.
+// An option's value as text, a number with as many digits as give the same number again. NULL: not set.
 static const char *option_text(char text[96], const Options *o, const Option *option) {
     const void *field = (const char *)o + option->offset;
     if (option->type == TEXT) return *(const char *const *)field;
-    if (option->type != NUMBER && !option->fallback && option->low > 0 && !*(const int64_t *)field)
-        return NULL;
-    if (option->type != NUMBER) snprintf(text, 96, "%lld", (long long)*(const int64_t *)field);
-    for (int digits = 6; option->type == NUMBER && digits <= 17; digits++) {
-        snprintf(text, 96, "%.*g", digits, *(const double *)field);
-        if (strtod(text, NULL) == *(const double *)field) break;
+    if (option->type == NUMBER) {
+        double number = *(const double *)field;
+        for (int digits = 6; digits <= 17; digits++) {
+            snprintf(text, 96, "%.*g", digits, number);
+            if (strtod(text, NULL) == number) break;
+        }
+        return text;
     }
+    int64_t number = *(const int64_t *)field;
+    if (!number && !option->fallback && option->low > 0) return NULL;
+    snprintf(text, 96, "%lld", (long long)number);
     return text;
 }
 
+// The row of the table with this name, NULL if there is none, or none for the command line.
 static const Option *find_option(const char *name, size_t length) {
-    for (int i = 0; i < N_OPTIONS && option_table[i].group < STATE; i++)
-        if (strlen(option_table[i].name) == length && !strncmp(option_table[i].name, name, length))
-            return &option_table[i];
+    for (int i = 0; i < N_OPTIONS && option_table[i].group < STATE; i++) {
+        const Option *option = &option_table[i];
+        if (strlen(option->name) == length && !strncmp(option->name, name, length)) return option;
+    }
     return NULL;
 }
+// Whether it stands on the command line.
 static int is_given(const Settings *s, const char *name) {
     return s->given[find_option(name, strlen(name)) - option_table];
 }
 
+// Whether the option's name is one of those in a list of words, " like this ".
+static int is_among(const Option *option, const char *list) {
+    char word[24];
+    snprintf(word, sizeof(word), " %s ", option->name);
+    return strstr(list, word) != NULL;
+}
+
 // Whether a run's file may lack it: it is not always set, or came later.
 static int may_lack(const Option *option) {
-    static const char *keys[] = {"val",           "data_format", "validated",   "train_loss",
-                                 "previous_loss", "grad_norm",   "started_from"};
-    for (size_t i = 0; i < sizeof(keys) / sizeof(keys[0]); i++)
-        if (!strcmp(option->key, keys[i])) return 1;
-    return 0;
+    return is_among(option, " val format validated train_loss previous_loss grad_norm started_from ");
+}
+
+// What may be given at a resume and differ from what the run stores: the data's content is compared instead.
+static int may_differ_at_resume(const Option *option) {
+    return option->group == DATA || is_among(option, " steps lr min-lr decay-steps ");
 }
 
 static void print_help(const char *program) {
@@ -4678,18 +4769,20 @@ static void print_help(const char *program) {
 // Reads the command line: --name value or --name=value. 1 if help was asked for.
 static int parse_options(Settings *s, int argc, char **argv, char *error) {
     memset(s, 0, sizeof(*s));
-    s->values.min_lr = -1;
-    s->values.window = s->values.warmup = -1;
-    for (int i = 0; i < N_OPTIONS; i++)
-        if (option_table[i].fallback)
-            set_option(&s->values, &option_table[i], option_table[i].fallback, error);
+    clear_options(&s->values);
+    for (int i = 0; i < N_OPTIONS; i++) {
+        const char *fallback = option_table[i].fallback;
+        if (fallback) set_option(&s->values, &option_table[i], fallback, error);
+    }
     for (int i = 1; i < argc; i++) {
-        if (!strcmp(argv[i], "--help") || !strcmp(argv[i], "-h")) return 1;
-        const char *equals = strchr(argv[i], '=');
-        size_t length = equals ? (size_t)(equals - argv[i]) : strlen(argv[i]);
-        const Option *option = strncmp(argv[i], "--", 2) ? NULL : find_option(argv[i] + 2, length - 2);
-        if (!option) return wrong(error, NULL, "unknown option '%s' (--help lists them)", argv[i]);
-        const char *value = equals ? equals + 1 : option->type == FLAG ? "1" : ++i < argc ? argv[i] : "";
+        const char *word = argv[i], *equals = strchr(word, '=');
+        if (!strcmp(word, "--help") || !strcmp(word, "-h")) return 1;
+        size_t length = equals ? (size_t)(equals - word) : strlen(word);
+        const Option *option = strncmp(word, "--", 2) ? NULL : find_option(word + 2, length - 2);
+        if (!option) return wrong(error, NULL, "unknown option '%s' (--help lists them)", word);
+        const char *value = "1"; // of a flag
+        if (equals) value = equals + 1;
+        else if (option->type != FLAG) value = ++i < argc ? argv[i] : "";
         if (!*value && strcmp(option->name, "prompt"))
             return wrong(error, NULL, "--%s takes a value", option->name);
         if (s->given[option - option_table])
@@ -4700,27 +4793,46 @@ static int parse_options(Settings *s, int argc, char **argv, char *error) {
     return 0;
 }
 
+// Whether the model is trained; else it generates or is evaluated.
+static int is_training(const Options *o) { return !o->generate && !o->eval; }
+
+// Whether the option changes anything in what the program was asked to do.
+static int is_of_use(const Options *o, const Option *option) {
+    Group group = option->group;
+    if (group == COMPUTING) return 1;
+    if (o->generate) return group == MODEL || group == INSTEAD || is_among(option, " load seed ");
+    if (o->eval) return group == MODEL || group == DATA || is_among(option, " load eval batch ");
+    if (group != INSTEAD) return 1;
+    return o->sample_every && is_among(option, " temperature top-k top-p ");
+}
+
 // An option that would change nothing is refused: whoever wrote it expects something of it.
 static int check_use(const Settings *s, char *error) {
     const Options *o = &s->values;
-    for (int i = 0; i < N_OPTIONS && option_table[i].group < STATE; i++) {
-        const char *name = option_table[i].name;
-        char word[24];
-        Group group = option_table[i].group;
-        snprintf(word, sizeof(word), " %s ", name);
-        int sampling = strstr(" temperature top-k top-p ", word) != NULL, used;
-        if (o->generate) used = group == MODEL || group == INSTEAD || strstr(" load seed ", word);
-        else if (o->eval) used = group == MODEL || group == DATA || strstr(" load eval batch ", word);
-        else used = group != INSTEAD || (sampling && o->sample_every);
-        if (s->given[i] && !used && group != COMPUTING)
-            return wrong(error, NULL, "--%s changes nothing %s", name,
-                         o->generate ? "with --generate"
-                         : o->eval   ? "with --eval"
-                         : sampling  ? "without --sample-every or --generate"
-                                     : "without --generate");
+    for (int i = 0; i < N_OPTIONS; i++) {
+        const Option *option = &option_table[i];
+        if (!s->given[i] || is_of_use(o, option)) continue;
+        const char *when = "without --generate";
+        if (is_among(option, " temperature top-k top-p ")) when = "without --sample-every or --generate";
+        if (o->eval) when = "with --eval";
+        if (o->generate) when = "with --generate";
+        return wrong(error, NULL, "--%s changes nothing %s", option->name, when);
     }
     if (is_given(s, "gamma-max") && strcmp(o->mixer, "sessa"))
         return wrong(error, NULL, "--gamma-max changes nothing with --mixer %s", o->mixer);
+    return 0;
+}
+
+// Whether the options of the command line go together.
+static int check_options(const Settings *s, char *error) {
+    const Options *o = &s->values;
+    if (o->resume && (o->load || !is_training(o)))
+        return wrong(error, NULL, "--resume goes with neither --load, --generate nor --eval");
+    if (o->generate && o->eval)
+        return wrong(error, NULL, "--generate and --eval exclude each other");
+    if (!is_training(o) && !o->load)
+        return wrong(error, NULL, "--generate and --eval take the weights from --load FILE");
+    if (check_use(s, error)) return WRONG_OPTION;
     if (o->again && (o->resume || o->overwrite))
         return wrong(error, NULL, "--again goes with neither --resume nor --overwrite");
     if (strcmp(o->format, "auto") && strcmp(o->format, "bytes"))
@@ -4899,14 +5011,6 @@ static int load_block(Run *run, const char *path, Block block, char *error) {
     }
     if (values) run->backend->write(run->model, block);
     return 0;
-}
-
-// What may be given at a resume and differ from what the run stores: the data's content is compared instead.
-static int may_differ_at_resume(const Option *option) {
-    static const char schedule[] = " steps lr min-lr decay-steps ";
-    char word[24];
-    snprintf(word, sizeof(word), " %s ", option->name);
-    return option->group == DATA || strstr(schedule, word) != NULL;
 }
 
 // Takes the options from a checkpoint, those of the model or, to resume, all that are stored, and the
@@ -5449,10 +5553,7 @@ static int check_best(Run *run, char *error) {
 }
 
 static void print_zeros(const char *path, const Dataset *set) {
-    char line[ERROR_SIZE];
-    if (!set->zeros) return;
-    fail(line, path, "a text of which %lld bytes are 0", (long long)set->zeros);
-    fprintf(stderr, "train_sessa: warning: %s\n", line);
+    if (set->zeros) print_warning(path, "a text of which %lld bytes are 0", (long long)set->zeros);
 }
 
 // Tells what a resumed run does otherwise than its file says, and that a schedule has come to its end.
@@ -6163,12 +6264,7 @@ static int prepare(Run *run, char *error) {
     const Backend *backend = run->backend;
     const char *path = o->resume ? o->resume : o->load;
     int result, training = !o->generate && !o->eval;
-    if (o->resume && (o->load || !training))
-        return wrong(error, NULL, "--resume goes with neither --load, --generate nor --eval");
-    if (o->generate && o->eval) return wrong(error, NULL, "--generate and --eval exclude each other");
-    if (!training && !o->load)
-        return wrong(error, NULL, "--generate and --eval take the weights from --load FILE");
-    if ((result = check_use(&run->settings, error))) return result;
+    if (check_options(&run->settings, error)) return WRONG_OPTION;
     if (o->plain && backend != &cpu_backend)
         return wrong(error, NULL, "--plain is for the layers of train_sessa.c: the GPU has its own");
     plain = (int)o->plain;
@@ -6184,15 +6280,7 @@ static int prepare(Run *run, char *error) {
         return fail(error, path,
                     "it holds weights alone, no run that could be resumed; --load starts from them");
     if (path && (result = settings_from_file(run, path, o->resume != NULL, error))) return result;
-    // defaults that depend on other options
-    if (!o->kv_heads) o->kv_heads = o->heads;
-    if (!o->head_dim && find_mixer(o->mixer) == MAMBA2) o->head_dim = 2 * o->dim < 64 ? 2 * o->dim : 64;
-    if (!o->state_dim && find_mixer(o->mixer) == MAMBA2) o->state_dim = 64;
-    if (o->min_lr < 0) o->min_lr = o->lr / 10;
-    if (!o->decay_steps) o->decay_steps = o->steps > 0 ? o->steps : 1;
-    if (o->warmup < 0) o->warmup = o->decay_steps < 2000 ? o->decay_steps * 3 / 20 : 300;
-    if (!o->save_every) o->save_every = o->eval_every;
-    if (!o->resume) o->validated = 0;
+    settle_defaults(o);
     if (config_of(&run->config, o, error)) return WRONG_OPTION;
     if (training && (result = check_distinct(run, error))) return result;
     if (training && !o->again && (result = check_free(run, error))) return result;
@@ -6212,7 +6300,7 @@ static int prepare(Run *run, char *error) {
     for (int block = 0; block < n_blocks; block++)
         if (load_block(run, path, (Block)block, error)) return FAILED;
 
-    int64_t window = o->window < 0 ? o->seq : o->window,
+    int64_t window = o->window,
             needed = (int64_t)strlen(o->prompt) + 1 + o->generate;
     int B = o->generate ? 1 : (int)o->batch;
     int T = run->model_T = !o->generate ? (int)o->seq : (int)(window && window < needed ? window : needed);
