@@ -4875,8 +4875,16 @@ typedef struct {
 
 // The model that the options describe.
 static int config_of(Config *c, const Options *o, char *error) {
-    Config config = {(int)o->vocab, (int)o->dim,  (int)o->layers,       (int)o->heads,    (int)o->kv_heads,
-                     (int)o->seq,   o->gamma_max, find_mixer(o->mixer), (int)o->head_dim, (int)o->state_dim};
+    Config config = {.vocab_size = (int)o->vocab,
+                     .d_model = (int)o->dim,
+                     .n_layers = (int)o->layers,
+                     .n_heads = (int)o->heads,
+                     .n_kv_heads = (int)o->kv_heads,
+                     .max_seq_len = (int)o->seq,
+                     .gamma_max = o->gamma_max,
+                     .mixer = find_mixer(o->mixer),
+                     .head_dim = (int)o->head_dim,
+                     .state_dim = (int)o->state_dim};
     *c = config;
     if (c->mixer < 0)
         return wrong(error, NULL, "--mixer takes sessa, attention or mamba2, not '%s'", o->mixer);
@@ -4890,9 +4898,9 @@ static int config_of(Config *c, const Options *o, char *error) {
         return wrong(error, NULL, "--dim / --heads must be even, not %d", c->d_model / c->n_heads);
     if (o->heads % o->kv_heads)
         return wrong(error, NULL, "--kv-heads %d does not divide --heads %d", c->n_kv_heads, c->n_heads);
-    if (!o->generate && o->batch * o->accum > INT_MAX / 64 / o->seq)
-        return wrong(error, NULL, "--batch times --accum times --seq must not exceed %d tokens",
-                     INT_MAX / 64);
+    int most = INT_MAX / 64; // tokens of a step
+    if (!o->generate && o->batch * o->accum > most / o->seq)
+        return wrong(error, NULL, "--batch times --accum times --seq must not exceed %d tokens", most);
     return 0;
 }
 
@@ -4902,14 +4910,13 @@ typedef enum { WEIGHTS, RESUMABLE } Content;
 // their number. Weights alone do not say how many steps the run has: it may go on without a change of them.
 static int metadata_of(const Run *run, Content content, Meta *meta, char texts[][96], char *error) {
     static char format[] = "format", pt[] = "pt"; // which readers of the transformers family ask for
-    const Options *o = &run->settings.values;
     Meta first = {format, pt};
     int n = 0;
     meta[n++] = first;
     for (int i = 0; i < N_OPTIONS; i++) {
         const Option *option = &option_table[i];
-        int stored = option->key && (content == RESUMABLE || strcmp(option->name, "steps"));
-        const char *text = stored ? option_text(texts[i], o, option) : NULL;
+        int stored = option->key && (content == RESUMABLE || !is_among(option, " steps "));
+        const char *text = stored ? option_text(texts[i], &run->settings.values, option) : NULL;
         Options copy;
         if (!text) continue;
         if (set_option(&copy, option, text, error)) return FAILED; // what is written can be read
@@ -4919,48 +4926,77 @@ static int metadata_of(const Run *run, Content content, Meta *meta, char texts[]
     return n;
 }
 
+// What a checkpoint is made of, while it is written.
+typedef struct {
+    FileTensor *tensors;
+    int n;
+    char (*names)[96];
+    float *numbers; // of a build in float64: rounded, block by block
+} CheckpointFile;
+
+// Adds the tensors of a block of the model. Their numbers are written from where they are, unless they must
+// be rounded first.
+static int add_block(CheckpointFile *file, const Run *run, Block block, const char *path, char *error) {
+    const Table *table = &run->table;
+    const real *values = run->backend->read(run->model, block);
+    const unsigned char *data = (const unsigned char *)values;
+    const char *what = block == PARAMS ? "a weight" : "a moment";
+    if (!isfinite(norm(values, table->count))) return fail(error, path, "not written: %s is not finite", what);
+    if (sizeof(real) != sizeof(float)) {
+        float *rounded = file->numbers + (int)block * table->count;
+        for (int64_t k = 0; k < table->count; k++) rounded[k] = (float)values[k];
+        data = (const unsigned char *)rounded;
+    }
+    for (int i = 0; i < table->n; i++) {
+        const Tensor *row = &table->rows[i];
+        char *name = file->names[file->n];
+        snprintf(name, 96, "%s%s", block_prefixes[block], row->name);
+        FileTensor *t = &file->tensors[file->n++];
+        t->name = name;
+        strcpy(t->dtype, "F32");
+        t->n_dims = row->n_dims;
+        memcpy(t->shape, row->shape, sizeof(row->shape));
+        t->count = row->count;
+        t->size = (size_t)row->count * 4;
+        t->data = data + row->offset * 4;
+    }
+    return 0;
+}
+
+// Adds the vocabulary of a model of bytes.
+static void add_vocabulary(CheckpointFile *file, const Run *run) {
+    int64_t size = run->vocab_bytes;
+    FileTensor t = {(char *)"tokenizer.bytes", "U8", 1, {size}, size, (size_t)size, run->vocab};
+    if (size) file->tensors[file->n++] = t;
+}
+
 // Writes the weights, and RESUMABLE all that a run needs to go on, to a place. trial, total: see
 // safetensors_write.
 static int save_checkpoint(Run *run, Place *place, Content content, int trial, uint64_t *total, char *error) {
-    const char *path = place->path;
-    int n_blocks = content == RESUMABLE ? 3 : 1, n = 0, n_rows = run->table.n;
-    FileTensor *tensors = (FileTensor *)calloc((size_t)(n_blocks * n_rows + 1), sizeof(FileTensor));
-    char (*names)[96] = (char (*)[96])malloc((size_t)(n_blocks * n_rows) * 96), texts[N_OPTIONS][96];
-    size_t count = (size_t)run->table.count;
-    float *numbers = (float *)grow(
-        NULL, sizeof(real) == sizeof(float) ? sizeof(float) : (size_t)n_blocks * count * sizeof(float));
+    int n_blocks = content == RESUMABLE ? 3 : 1;
+    size_t n_tensors = (size_t)(n_blocks * run->table.n), count = (size_t)n_blocks * (size_t)run->table.count;
+    CheckpointFile file;
+    file.n = 0;
+    file.tensors = (FileTensor *)calloc(n_tensors + 1, sizeof(FileTensor));
+    file.names = (char (*)[96])malloc(n_tensors * 96);
+    file.numbers = (float *)grow(NULL, (sizeof(real) == sizeof(float) ? 1 : count) * sizeof(float));
     Meta meta[N_OPTIONS + 1];
-    int result = tensors && names && numbers ? 0 : fail(error, path, "cannot be written: out of memory");
-    for (int block = 0; !result && block < n_blocks; block++) {
-        const real *values = run->backend->read(run->model, (Block)block);
-        const void *data = values; // written from where they are, unless they must be rounded first
-        if (!isfinite(norm(values, run->table.count)))
-            result = fail(error, path, "not written: %s",
-                          block ? "a moment is not finite" : "a weight is not finite");
-        if (sizeof(real) != sizeof(float)) {
-            data = numbers + (size_t)block * count;
-            for (size_t k = 0; k < count; k++) numbers[(size_t)block * count + k] = (float)values[k];
-        }
-        for (int i = 0; i < n_rows; i++, n++) {
-            const Tensor *row = &run->table.rows[i];
-            FileTensor t = {names[n], "F32", row->n_dims, {0}, row->count, (size_t)row->count * 4,
-                            (const unsigned char *)data + row->offset * 4};
-            snprintf(names[n], 96, "%s%s", block_prefixes[block], row->name);
-            memcpy(t.shape, row->shape, sizeof(row->shape));
-            tensors[n] = t;
-        }
+    char texts[N_OPTIONS][96];
+    int result = 0, n_meta = 0;
+    if (!file.tensors || !file.names || !file.numbers)
+        result = fail(error, place->path, "cannot be written: out of memory");
+    for (int block = 0; !result && block < n_blocks; block++)
+        result = add_block(&file, run, (Block)block, place->path, error);
+    if (!result) {
+        add_vocabulary(&file, run);
+        n_meta = metadata_of(run, content, meta, texts, error);
+        if (n_meta < 0) result = FAILED;
     }
-    if (!result && run->vocab_bytes) {
-        int64_t size = run->vocab_bytes;
-        FileTensor t = {(char *)"tokenizer.bytes", "U8", 1, {size}, size, (size_t)size, run->vocab};
-        tensors[n++] = t;
-    }
-    int n_meta = result ? 0 : metadata_of(run, content, meta, texts, error);
-    if (n_meta < 0) result = FAILED;
-    if (!result) result = safetensors_write(place, tensors, n, meta, n_meta, trial, total, error);
-    free(tensors);
-    free(names);
-    free(numbers);
+    if (!result)
+        result = safetensors_write(place, file.tensors, file.n, meta, n_meta, trial, total, error);
+    free(file.tensors);
+    free(file.names);
+    free(file.numbers);
     return result;
 }
 
@@ -4986,71 +5022,106 @@ static int save_run(Run *run, char *error) {
     return 0;
 }
 
-// Reads one block of the table's tensors from the run's file into the model. While there is no model yet it
-// only checks them: that they are there, with their dtypes and shapes, all numbers finite.
-static int load_block(Run *run, const char *path, Block block, char *error) {
-    real *values = run->model ? run->backend->read(run->model, block) : NULL;
-    for (int i = 0; i < run->table.n; i++) {
-        const Tensor *row = &run->table.rows[i];
-        char name[96];
-        snprintf(name, sizeof(name), "%s%s", block_prefixes[block], row->name);
-        const FileTensor *t = safetensors_find(&run->file, name);
-        if (!t) return fail(error, path, "tensor %s is missing", name);
-        size_t shape_size = sizeof(int64_t) * (size_t)row->n_dims;
-        int known = !strcmp(t->dtype, "F32") || !strcmp(t->dtype, "F16") || !strcmp(t->dtype, "BF16");
-        if (!known || t->n_dims != row->n_dims || memcmp(t->shape, row->shape, shape_size))
-            return fail(error, path, "tensor %s has another dtype or shape than the model's", name);
-        for (int64_t k = 0; k < row->count; k++) {
-            float value = float_at(t, k);
-            if (!values && !isfinite(value))
-                return fail(error, path, "tensor %s holds a number that is not finite", name);
-            if (!values && block == EXP_AVG_SQ && value < 0)
-                return fail(error, path, "tensor %s holds a square below 0", name);
-            if (values) values[row->offset + k] = (real)value;
-        }
+// The tensor of the run's file that is a row of the table in that block. NULL and the line if there is none
+// of this shape, of numbers that can be read.
+static const FileTensor *find_row(const Run *run, const Tensor *row, const char *path, Block block,
+                                  char *error) {
+    char name[96];
+    snprintf(name, sizeof(name), "%s%s", block_prefixes[block], row->name);
+    const FileTensor *t = safetensors_find(&run->file, name);
+    if (!t) {
+        fail(error, path, "tensor %s is missing", name);
+        return NULL;
     }
-    if (values) run->backend->write(run->model, block);
+    size_t shape_size = sizeof(int64_t) * (size_t)row->n_dims;
+    int known = !strcmp(t->dtype, "F32") || !strcmp(t->dtype, "F16") || !strcmp(t->dtype, "BF16");
+    if (known && t->n_dims == row->n_dims && !memcmp(t->shape, row->shape, shape_size)) return t;
+    fail(error, path, "tensor %s has another dtype or shape than the model's", name);
+    return NULL;
+}
+
+// Whether the run's file has all tensors of a block: known before memory is taken for the model.
+static int check_block(const Run *run, const char *path, Block block, char *error) {
+    for (int i = 0; i < run->table.n; i++)
+        if (!find_row(run, &run->table.rows[i], path, block, error)) return FAILED;
     return 0;
 }
 
-// Takes the options from a checkpoint, those of the model or, to resume, all that are stored, and the
-// vocabulary. What was given on the command line as well must agree, but for --seq of a model and, of a run,
-// --steps, the schedule's rates and length (print_changes tells what changes), and --data and --val, whose
-// content is compared later.
-static int settings_from_file(Run *run, const char *path, int resume, char *error) {
-    Settings *s = &run->settings;
-    char given[96], stored[96], problem[ERROR_SIZE], seen[256] = {0};
-    for (int i = 0; i < N_OPTIONS; i++) {
-        const Option *option = &option_table[i];
-        if (!option->key || (!resume && option->group != MODEL)) continue;
-        const char *text = safetensors_meta(&run->file, option->key), *name = option->name;
-        int may_differ = resume ? may_differ_at_resume(option) : !strcmp(name, "seq");
-        Options other = s->values;
-        int of_mamba2 = !strncmp(option->key, "mamba_", 6);
-        if (!text && (may_lack(option) || (of_mamba2 && strcmp(s->values.mixer, "mamba2")))) continue;
-        if (!text || set_option(&other, option, text, problem))
-            return fail(error, path, "metadata %s is %s", option->key, text ? "no valid value" : "missing");
-        set_option(&run->stored, option, text, problem);
-        if (!s->given[i]) s->values = other;
-        else if (!may_differ) {
-            const char *ours = option_text(given, &s->values, option);
-            const char *theirs = option_text(stored, &other, option);
-            if (strcmp(ours, theirs))
-                return wrong(error, NULL, "--%s %s differs from %s, which has %s", name, ours, path, theirs);
+// What is wrong with a number of a block, NULL: nothing.
+static const char *wrong_number(Block block, float number) {
+    if (!isfinite(number)) return "a number that is not finite";
+    if (block == EXP_AVG_SQ && number < 0) return "a square below 0";
+    return NULL;
+}
+
+// Reads a block from the run's file into the model. check_block has been there.
+static int load_block(Run *run, const char *path, Block block, char *error) {
+    real *values = run->backend->read(run->model, block);
+    for (int i = 0; i < run->table.n; i++) {
+        const Tensor *row = &run->table.rows[i];
+        const FileTensor *t = find_row(run, row, path, block, error);
+        if (!t) return FAILED;
+        for (int64_t k = 0; k < row->count; k++) {
+            float number = float_at(t, k);
+            const char *problem = wrong_number(block, number);
+            if (problem) return fail(error, path, "tensor %s holds %s", t->name, problem);
+            values[row->offset + k] = (real)number;
         }
     }
-    if (find_mixer(s->values.mixer) < 0)
-        return fail(error, path, "its mixer '%.40s' is unknown", s->values.mixer);
-    if (config_of(&run->config, &s->values, problem)) return fail(error, path, "%.200s", problem);
+    run->backend->write(run->model, block);
+    return 0;
+}
+
+// Takes one option from a checkpoint. What was given on the command line as well must agree, but for --seq of
+// a model and, of a run, --steps, the schedule's rates and length (print_changes tells what changes), and
+// --data and --val, whose content is compared later.
+static int option_from_file(Run *run, const Option *option, const char *path, int resume, char *error) {
+    Settings *s = &run->settings;
+    char given[96], stored[96], problem[ERROR_SIZE];
+    const char *text = safetensors_meta(&run->file, option->key);
+    if (!text) {
+        int of_mamba2 = !strncmp(option->key, "mamba_", 6);
+        if (may_lack(option) || (of_mamba2 && strcmp(s->values.mixer, "mamba2"))) return 0;
+        return fail(error, path, "metadata %s is missing", option->key);
+    }
+    if (set_option(&run->stored, option, text, problem))
+        return fail(error, path, "metadata %s is no valid value", option->key);
+    if (!s->given[option - option_table]) return set_option(&s->values, option, text, error);
+    if (resume ? may_differ_at_resume(option) : is_among(option, " seq ")) return 0;
+    const char *ours = option_text(given, &s->values, option);
+    const char *theirs = option_text(stored, &run->stored, option);
+    if (!strcmp(ours, theirs)) return 0;
+    return wrong(error, NULL, "--%s %s differs from %s, which has %s", option->name, ours, path, theirs);
+}
+
+// Takes the vocabulary from a checkpoint; one of ids has none.
+static int vocabulary_from_file(Run *run, const char *path, char *error) {
+    char seen[256] = {0};
     const FileTensor *bytes = safetensors_find(&run->file, "tokenizer.bytes");
     if (!bytes) return 0;
-    int valid = !strcmp(bytes->dtype, "U8") && bytes->n_dims == 1 && bytes->count == s->values.vocab &&
-                bytes->count <= 256;
+    int valid = !strcmp(bytes->dtype, "U8") && bytes->n_dims == 1;
+    valid = valid && bytes->count == run->settings.values.vocab && bytes->count <= 256;
     for (int64_t i = 0; valid && i < bytes->count; i++) valid = !seen[bytes->data[i]]++;
     if (!valid) return fail(error, path, "tokenizer.bytes is not vocab_size distinct bytes");
     memcpy(run->vocab, bytes->data, (size_t)bytes->count);
     run->vocab_bytes = (int)bytes->count;
     return 0;
+}
+
+// Takes the options from a checkpoint, those of the model or, to resume, all that are stored, and the
+// vocabulary.
+static int settings_from_file(Run *run, const char *path, int resume, char *error) {
+    const Options *o = &run->settings.values;
+    char problem[ERROR_SIZE];
+    for (int i = 0; i < N_OPTIONS; i++) {
+        const Option *option = &option_table[i];
+        if (!option->key || (!resume && option->group != MODEL)) continue;
+        int result = option_from_file(run, option, path, resume, error);
+        if (result) return result;
+    }
+    if (find_mixer(o->mixer) < 0) return fail(error, path, "its mixer '%.40s' is unknown", o->mixer);
+    if (config_of(&run->config, o, problem)) return fail(error, path, "%.200s", problem);
+    return vocabulary_from_file(run, path, error);
 }
 
 // Reads one data file into its place.
@@ -5064,83 +5135,120 @@ static int read_set(Run *run, Dataset *set, const char *path, char *error) {
 static int find_validation(Run *run, char *error) {
     Options *o = &run->settings.values;
     const char *trained_on = safetensors_meta(&run->file, "data_content");
-    const char *validated_on = safetensors_meta(&run->file, "val_content"),
-               *val = safetensors_meta(&run->file, "val");
+    const char *validated_on = safetensors_meta(&run->file, "val_content");
+    const char *val = safetensors_meta(&run->file, "val");
+    char problem[ERROR_SIZE];
+    static const char note[] = " (the last tenth of %.200s: %s)";
     if (!trained_on) { // another program's weights, or an earlier version's
-        fail(run->val_note, NULL,
-             " (the last tenth of %.200s: the weights do not say what they were trained on)", o->data);
+        format_line(run->val_note, NULL, note, o->data, "the weights do not say what they were trained on");
         return 0;
     }
-    if (validated_on && *validated_on && !strcmp(run->train.content, validated_on)) {
+    int has_file = validated_on && *validated_on;
+    if (has_file && !strcmp(run->train.content, validated_on)) {
         run->val_begin = 0;
-    } else if (strcmp(run->train.content, trained_on)) {
-        fail(run->val_note, NULL, " (the last tenth of %.200s: not the text that the model was trained on)",
-             o->data);
-    } else if (validated_on && *validated_on) {
-        char problem[ERROR_SIZE];
-        if (!val || read_set(run, &run->val, val, problem) || strcmp(run->val.content, validated_on))
-            return fail(error, o->data,
-                        "the model was trained on all of it and validated on another file, %.200s: give that "
-                        "as --val",
-                        val ? val : "not named");
-        o->val = val;
+        return 0;
     }
-    return 0;
+    if (strcmp(run->train.content, trained_on)) {
+        format_line(run->val_note, NULL, note, o->data, "not the text that the model was trained on");
+        return 0;
+    }
+    if (!has_file) return 0;
+    o->val = val;
+    if (val && !read_set(run, &run->val, val, problem) && !strcmp(run->val.content, validated_on)) return 0;
+    return fail(error, o->data, "the model was trained on all of it and validated on another file, %.200s: "
+                "give that as --val", val ? val : "not named");
 }
 
-// Settles the vocabulary (unless a checkpoint has) from the sets that are there.
+// The vocabulary of texts: their distinct bytes, sorted.
+static void vocabulary_of_texts(Run *run, Dataset **sets, int n_sets) {
+    char seen[256] = {0};
+    for (int i = 0; i < n_sets; i++)
+        for (int64_t k = 0; k < sets[i]->count; k++) seen[sets[i]->bytes[k]] = 1;
+    for (int byte = 0; byte < 256; byte++)
+        if (seen[byte]) run->vocab[run->vocab_bytes++] = (unsigned char)byte;
+    run->settings.values.vocab = run->vocab_bytes;
+}
+
+// Settles the vocabulary, unless a checkpoint has, from the sets that are there, and makes texts token ids.
 static int settle_vocabulary(Run *run, Dataset **sets, const char **paths, int n_sets, char *error) {
     Options *o = &run->settings.values;
-    int loaded = o->load || o->resume, max_id = -1, hint = 0, seen[256] = {0};
-    DataKind kind = sets[0]->kind;
-    for (int i = 0; i < n_sets; i++) {
-        max_id = sets[i]->max_id > max_id ? sets[i]->max_id : max_id;
-        hint = sets[i]->vocab_hint > hint ? sets[i]->vocab_hint : hint;
-    }
-    if (kind == DATA_TEXT && !loaded) { // the distinct bytes, sorted
+    int loaded = o->load || o->resume, text = sets[0]->kind == DATA_TEXT;
+    if (text && !loaded) {
         if (is_given(&run->settings, "vocab"))
-            return wrong(error, NULL,
-                         "--vocab is for token shards and example sets: the vocabulary of a text is its "
-                         "bytes");
-        for (int i = 0; i < n_sets; i++)
-            for (int64_t k = 0; k < sets[i]->count; k++) seen[sets[i]->bytes[k]] = 1;
-        for (int byte = 0; byte < 256; byte++)
-            if (seen[byte]) run->vocab[run->vocab_bytes++] = (unsigned char)byte;
-        o->vocab = run->vocab_bytes;
+            return wrong(error, NULL, "--vocab is for token shards and example sets: the vocabulary of a "
+                         "text is its bytes");
+        vocabulary_of_texts(run, sets, n_sets);
     }
-    if (kind == DATA_TEXT && !run->vocab_bytes)
+    if (text && !run->vocab_bytes)
         return fail(error, paths[0], "it is text, but the model's tokens are ids");
-    if (kind != DATA_TEXT && run->vocab_bytes)
+    if (!text && run->vocab_bytes)
         return fail(error, paths[0], "it holds token ids, but the model's tokens are bytes");
-    for (int i = 0; kind == DATA_TEXT && i < n_sets; i++)
-        if (dataset_encode(sets[i], run->vocab, run->vocab_bytes, paths[i], error)) return FAILED;
+    int max_id = -1, hint = 0;
+    for (int i = 0; i < n_sets; i++) {
+        if (text && dataset_encode(sets[i], run->vocab, run->vocab_bytes, paths[i], error)) return FAILED;
+        if (sets[i]->max_id > max_id) max_id = sets[i]->max_id;
+        if (sets[i]->vocab_hint > hint) hint = sets[i]->vocab_hint;
+    }
     if (!o->vocab) o->vocab = hint > max_id ? hint : max_id + 1;
-    if (max_id >= o->vocab)
-        return fail(error, paths[0], "token id %d does not fit a vocabulary of %d", max_id, (int)o->vocab);
+    if (max_id < o->vocab) return 0;
+    return fail(error, paths[0], "token id %d does not fit a vocabulary of %d", max_id, (int)o->vocab);
+}
+
+// Reads --data and --val. To evaluate --val, --data is not needed. A resumed run must find what it read.
+static int read_data(Run *run, char *error) {
+    Options *o = &run->settings.values;
+    Dataset *sets[] = {&run->train, &run->val};
+    const char *paths[] = {o->data, o->val}, **contents[] = {&o->data_content, &o->val_content};
+    int val_alone = o->eval && o->val;
+    for (int i = val_alone; i < (o->val ? 2 : 1); i++) {
+        if (read_set(run, sets[i], paths[i], error)) return FAILED;
+        const char *now = sets[i]->content, *before = *contents[i];
+        if (o->resume && strcmp(before, now))
+            return fail(error, paths[i], "%s; the run being resumed read %.90s", now,
+                        *before ? before : "none");
+        *contents[i] = now;
+    }
     return 0;
 }
 
-// Opens --data and --val, settles the vocabulary and the splits. To evaluate --val, --data is not needed.
-static int open_data(Run *run, char *error) {
+// Settles what is trained on and what is validated on: two files, or the last tenth of one.
+static int settle_splits(Run *run, char *error) {
     Options *o = &run->settings.values;
-    Dataset *sets[2] = {NULL, NULL};
-    const char *paths[2], **contents[] = {&o->data_content, &o->val_content};
-    int n_sets = 0, val_alone = o->eval && o->val;
-    for (int i = val_alone; i < (o->val ? 2 : 1); i++) {
-        Dataset *set = i ? &run->val : &run->train;
-        const char *path = i ? o->val : o->data;
-        if (read_set(run, set, path, error)) return FAILED;
-        if (o->resume && strcmp(*contents[i], set->content))
-            return fail(error, path, "%s; the run being resumed read %.90s", set->content,
-                        **contents[i] ? *contents[i] : "none");
-        *contents[i] = set->content;
-    }
+    int val_alone = o->eval && o->val;
     run->train_end = o->val ? run->train.count : run->train.count * 9 / 10;
     run->val_begin = o->val ? 0 : run->train_end;
     if (o->eval && !val_alone && find_validation(run, error)) return FAILED;
-    run->val_set = o->val ? &run->val : &run->train;
     if (o->val) run->val_begin = 0;
+    run->val_set = o->val ? &run->val : &run->train;
     run->val_end = run->val_set->count;
+    return 0;
+}
+
+// Sequences are as long as the examples; of both splits there is one at least.
+static int check_lengths(Run *run, Dataset **sets, const char **paths, int n_sets, char *error) {
+    static const char too_short[] = "%s takes %lld of its tokens or examples, there are %lld";
+    Options *o = &run->settings.values;
+    int examples = sets[0]->kind == DATA_EXAMPLES;
+    if (examples && !is_given(&run->settings, "seq")) o->seq = sets[0]->width;
+    for (int i = 0; examples && i < n_sets; i++) {
+        int width = sets[i]->width;
+        if (width != o->seq)
+            return fail(error, paths[i], "it holds sequences of %d tokens, not of %d", width, (int)o->seq);
+    }
+    long long least = examples ? 1 : o->seq + 1, n_train = run->train_end;
+    long long n_val = run->val_end - run->val_begin;
+    if (!o->eval && n_train < least) return fail(error, o->data, too_short, "training", least, n_train);
+    if (n_val < least) return fail(error, paths[n_sets - 1], too_short, "validation", least, n_val);
+    return 0;
+}
+
+// Opens --data and --val, settles the splits, the vocabulary and the length of a sequence.
+static int open_data(Run *run, char *error) {
+    Options *o = &run->settings.values;
+    if (read_data(run, error) || settle_splits(run, error)) return FAILED;
+    Dataset *sets[2] = {NULL, NULL}; // those that are there
+    const char *paths[2];
+    int n_sets = 0;
     if (run->train.count) {
         paths[n_sets] = o->data;
         sets[n_sets++] = &run->train;
@@ -5152,23 +5260,7 @@ static int open_data(Run *run, char *error) {
     if (n_sets == 2 && run->val.kind != run->train.kind)
         return fail(error, NULL, "%.200s and %.200s are of different kinds", o->data, o->val);
     int result = settle_vocabulary(run, sets, paths, n_sets, error);
-    if (result) return result;
-
-    DataKind kind = sets[0]->kind;
-    for (int i = 0; kind == DATA_EXAMPLES && i < n_sets; i++) {
-        if (!is_given(&run->settings, "seq") && i == 0) o->seq = sets[i]->width;
-        if (sets[i]->width != o->seq)
-            return fail(error, paths[i], "it holds sequences of %d tokens, not of %d", sets[i]->width,
-                        (int)o->seq);
-    }
-    static const char too_short[] = "%s takes %lld of its tokens or examples, there are %lld";
-    int64_t least = kind == DATA_EXAMPLES ? 1 : o->seq + 1, n_train = run->train_end,
-            n_val = run->val_end - run->val_begin;
-    if (!o->eval && n_train < least)
-        return fail(error, o->data, too_short, "training", (long long)least, (long long)n_train);
-    if (n_val < least)
-        return fail(error, paths[n_sets - 1], too_short, "validation", (long long)least, (long long)n_val);
-    return 0;
+    return result ? result : check_lengths(run, sets, paths, n_sets, error);
 }
 
 // The place of the run's i-th training sequence. In a stream of tokens it is the fraction u + i/φ (mod 1) of
@@ -5354,21 +5446,22 @@ static int check_distinct(const Run *run, char *error) {
 // Settles where the run's file, its best weights and its log lie, and locks these places.
 static int claim_places(Run *run, char *error) {
     const Options *o = &run->settings.values;
+    Place *out = &run->out_place, *best = &run->best_place, *log = &run->log_place;
     struct stat info;
-    int stream = o->log && !stat(o->log, &info) && !S_ISREG(info.st_mode), result;
+    char folder[PATH_MAX];
+    int stream = o->log && !stat(o->log, &info) && !S_ISREG(info.st_mode);
     // who may read the run, or the one that goes on, may read what is written
     const char *like = !stat(o->out, &info) ? o->out : o->resume;
-    if (settle(&run->out_place, o->out, like, error) || settle(&run->best_place, run->best_path, like, error))
-        return FAILED;
-    if ((result = check_distinct(run, error))) return result;
-    if (take_lock(&run->out_place, error) || take_lock(&run->best_place, error)) return FAILED;
+    if (best_beside(run->best_path, o->out, error)) return FAILED;
+    if (settle(out, o->out, like, error) || settle(best, run->best_path, like, error)) return FAILED;
+    int result = check_distinct(run, error);
+    if (result) return result;
+    if (take_lock(out, error) || take_lock(best, error)) return FAILED;
     if (!o->log || stream) return 0;
-    if (settle(&run->log_place, o->log, NULL, error)) return FAILED;
-    char folder[PATH_MAX];
-    folder_of(folder, run->log_place.target);
-    return access(folder, W_OK)
-               ? 0
-               : take_lock(&run->log_place, error); // a log that lies there needs no file beside it
+    if (settle(log, o->log, NULL, error)) return FAILED;
+    folder_of(folder, log->target);
+    if (access(folder, W_OK)) return 0; // a log that lies there needs no file beside it
+    return take_lock(log, error);
 }
 
 // What lies at path and how one goes on with it, for the line that refuses to replace it. text: ERROR_SIZE
@@ -6241,15 +6334,14 @@ static int train(Run *run, const char *program, char *error) {
 
 // Reads the file of --load or --resume; what a run was started from is stored with it.
 static int read_checkpoint(Run *run, const char *path, char *error) {
+    static const char no_best[] = "%.400s (a run has no best weights before its first validation: its own "
+                                  "file can be loaded)";
     unsigned char *bytes;
     size_t size;
     if (file_read(path, &bytes, &size, error)) {
         char problem[ERROR_SIZE];
         memcpy(problem, error, sizeof(problem));
-        if (access(path, F_OK) && strstr(path, ".best."))
-            fail(error, NULL,
-                 "%.400s (a run has no best weights before its first validation: its own file can be loaded)",
-                 problem);
+        if (access(path, F_OK) && strstr(path, ".best.")) fail(error, NULL, no_best, problem);
         return FAILED;
     }
     unsigned long long hash = (unsigned long long)hash_bytes(bytes, size);
@@ -6258,55 +6350,50 @@ static int read_checkpoint(Run *run, const char *path, char *error) {
     return safetensors_parse(&run->file, bytes, size, path, error);
 }
 
-// Opens files and data and makes the model, ready to go.
-static int prepare(Run *run, char *error) {
-    Options *o = &run->settings.values;
-    const Backend *backend = run->backend;
-    const char *path = o->resume ? o->resume : o->load;
-    int result, training = !o->generate && !o->eval;
-    if (check_options(&run->settings, error)) return WRONG_OPTION;
-    if (o->plain && backend != &cpu_backend)
-        return wrong(error, NULL, "--plain is for the layers of train_sessa.c: the GPU has its own");
-    plain = (int)o->plain;
-    if (o->resume && !is_given(&run->settings, "out")) o->out = o->resume;
-    if (training) { // before anything is read that another run might be writing
-        install_handlers(BEFORE_TRAINING);
-        if (best_beside(run->best_path, o->out, error)) return FAILED;
-        if ((result = claim_places(run, error))) return result;
-    }
-    if (path && read_checkpoint(run, path, error)) return FAILED;
-    if (o->resume && !safetensors_find(&run->file, "exp_avg.wte.weight") &&
-        safetensors_find(&run->file, "wte.weight"))
+// The checkpoint that is gone on with or started from, NULL: none; and how many blocks of the model it gives.
+static const char *checkpoint_path(const Options *o) { return o->resume ? o->resume : o->load; }
+static int checkpoint_blocks(const Options *o) { return o->resume ? 3 : o->load ? 1 : 0; }
+
+// Opens that file and takes from it what it says of the model or the run.
+static int open_checkpoint(Run *run, char *error) {
+    const Options *o = &run->settings.values;
+    const char *path = checkpoint_path(o);
+    if (!path) return 0;
+    if (read_checkpoint(run, path, error)) return FAILED;
+    int is_run = safetensors_find(&run->file, "exp_avg.wte.weight") != NULL;
+    int has_weights = safetensors_find(&run->file, "wte.weight") != NULL;
+    if (o->resume && has_weights && !is_run)
         return fail(error, path,
                     "it holds weights alone, no run that could be resumed; --load starts from them");
-    if (path && (result = settings_from_file(run, path, o->resume != NULL, error))) return result;
-    settle_defaults(o);
-    if (config_of(&run->config, o, error)) return WRONG_OPTION;
-    if (training && (result = check_distinct(run, error))) return result;
-    if (training && !o->again && (result = check_free(run, error))) return result;
-    if (!o->generate && (result = open_data(run, error))) return result;
-    if (training && o->again && (result = check_free(run, error))) return result; // now with the data's hash
-    if (o->resume && (result = check_best(run, error))) return result;
-    if (config_of(&run->config, o, error)) return WRONG_OPTION; // now with the data's T and V
+    return settings_from_file(run, path, o->resume != NULL, error);
+}
 
-    // the parameters' names and shapes alone: memory is taken only for what the file really holds
-    int n_blocks = !path ? 0 : o->resume ? 3 : 1;
+// Makes the table of the parameters, their names and shapes alone, and finds them in the checkpoint: memory
+// is taken later, and only for what a file really holds.
+static int make_table(Run *run, char *error) {
+    const Options *o = &run->settings.values;
     Weights weights;
-    weights.layers = (LayerWeights *)calloc((size_t)o->layers, sizeof(LayerWeights));
+    weights.layers = (LayerWeights *)calloc((size_t)run->config.n_layers, sizeof(LayerWeights));
     if (!weights.layers) return fail(error, NULL, "out of memory");
     carve_weights(&weights, &run->table, NULL, &run->config);
     free(weights.layers);
     if (run->table.incomplete) return fail(error, NULL, "out of memory");
-    for (int block = 0; block < n_blocks; block++)
-        if (load_block(run, path, (Block)block, error)) return FAILED;
+    for (int block = 0; block < checkpoint_blocks(o); block++)
+        if (check_block(run, checkpoint_path(o), (Block)block, error)) return FAILED;
+    return 0;
+}
 
-    int64_t window = o->window,
-            needed = (int64_t)strlen(o->prompt) + 1 + o->generate;
-    int B = o->generate ? 1 : (int)o->batch;
-    int T = run->model_T = !o->generate ? (int)o->seq : (int)(window && window < needed ? window : needed);
-    run->model = backend->create(&run->config, B, T, training ? TRAIN : o->eval ? EVALUATE : GENERATE, error);
+// Makes the model, for the longest sequence that it will see, and the arrays for the tokens of a step.
+static int make_model(Run *run, char *error) {
+    const Options *o = &run->settings.values;
+    int64_t needed = (int64_t)strlen(o->prompt) + 1 + o->generate; // positions, where all are remembered
+    int64_t longest = o->window && o->window < needed ? o->window : needed;
+    Mode mode = o->generate ? GENERATE : o->eval ? EVALUATE : TRAIN;
+    int B = o->generate ? 1 : (int)o->batch, T = o->generate ? (int)longest : (int)o->seq;
+    run->model_T = T;
+    run->model = run->backend->create(&run->config, B, T, mode, error);
     if (!run->model) return FAILED;
-    size_t tokens = (size_t)B * (size_t)T * (size_t)(training ? o->accum : 1);
+    size_t tokens = (size_t)B * (size_t)T * (size_t)(mode == TRAIN ? o->accum : 1);
     size_t examples = run->train.kind == DATA_EXAMPLES ? (size_t)run->train_end : 1;
     double bytes = (double)tokens * (2 * sizeof(int) + 1) + (double)examples * sizeof(int32_t);
     if (check_room(bytes, NULL, "a step's data", error)) return FAILED;
@@ -6314,52 +6401,102 @@ static int prepare(Run *run, char *error) {
     run->targets = (int *)malloc(tokens * sizeof(int));
     run->hits = (char *)malloc(tokens);
     run->order = (int32_t *)malloc(examples * sizeof(int32_t));
-    if (!run->inputs || !run->targets || !run->hits || !run->order) return fail(error, NULL, "out of memory");
-    memset(run->order, 0,
-           examples * sizeof(int32_t)); // touched: what is asked for later is told what is left
-    for (int block = 0; block < n_blocks; block++)
-        if (load_block(run, path, (Block)block, error)) return FAILED;
-    if (!path) {
-        initialise(backend->read(run->model, PARAMS), &run->table, (uint64_t)o->seed);
-        backend->write(run->model, PARAMS);
+    if (!run->inputs || !run->targets || !run->hits || !run->order)
+        return fail(error, NULL, "out of memory");
+    // touched: what is asked for later is told what is left
+    memset(run->order, 0, examples * sizeof(int32_t));
+    return 0;
+}
+
+// Gives the model its numbers: those of the checkpoint, or fresh ones, drawn from the seed.
+static int fill_model(Run *run, char *error) {
+    const Options *o = &run->settings.values;
+    for (int block = 0; block < checkpoint_blocks(o); block++)
+        if (load_block(run, checkpoint_path(o), (Block)block, error)) return FAILED;
+    if (checkpoint_blocks(o)) return 0;
+    initialise(run->backend->read(run->model, PARAMS), &run->table, (uint64_t)o->seed);
+    run->backend->write(run->model, PARAMS);
+    return 0;
+}
+
+// Opens files and data and makes the model, ready to go. What can be refused is refused as early as it is
+// known: options that do not go together before anything is read, what may not be replaced before the data,
+// a file that lacks a tensor before memory is taken for the model.
+static int prepare(Run *run, char *error) {
+    Options *o = &run->settings.values;
+    int training = is_training(o), result;
+    if (check_options(&run->settings, error)) return WRONG_OPTION;
+    if (o->plain && run->backend != &cpu_backend)
+        return wrong(error, NULL, "--plain is for the layers of train_sessa.c: the GPU has its own");
+    plain = (int)o->plain;
+
+    // a run goes on in its own file; its places are locked before anything is read that another run might
+    // be writing
+    if (o->resume && !is_given(&run->settings, "out")) o->out = o->resume;
+    if (training) install_handlers(BEFORE_TRAINING);
+    if (training && (result = claim_places(run, error))) return result;
+
+    if ((result = open_checkpoint(run, error))) return result;
+    settle_defaults(o);
+    if (config_of(&run->config, o, error)) return WRONG_OPTION;
+
+    // --again compares the data's hash as well: it looks at what is there once the data is read
+    if (training && (result = check_distinct(run, error))) return result;
+    if (training && !o->again && (result = check_free(run, error))) return result;
+    if (!o->generate && (result = open_data(run, error))) return result;
+    if (training && o->again && (result = check_free(run, error))) return result;
+    if (o->resume && (result = check_best(run, error))) return result;
+    if (config_of(&run->config, o, error)) return WRONG_OPTION; // now with the data's T and V
+
+    if (make_table(run, error)) return FAILED;
+    if (make_model(run, error)) return FAILED;
+    return fill_model(run, error);
+}
+
+// The validation loss of the whole split, for --eval.
+static int print_evaluation(Run *run, char *error) {
+    Score score = evaluate(run, 0, 0);
+    if (score.broken) return 130;
+    if (!score.count) return fail(error, NULL, "no validation loss: the validation part has no targets");
+    if (!isfinite(score.loss)) return fail(error, NULL, "the validation loss is %g", score.loss);
+    printf("val_loss %.6f%s\n", score.loss, run->val_note);
+    if (!isnan(score.accuracy)) printf("val_accuracy %.6f\n", score.accuracy);
+    for (int k = 0; k < LAG_BINS; k++) {
+        if (isnan(score.by_lag[k])) continue;
+        printf("lag %d to %lld %.6f\n", 1 << k, (2LL << k) - 1, score.by_lag[k]);
     }
     return 0;
+}
+
+// What is trained, and on what.
+static void print_model(const Run *run) {
+    const Options *o = &run->settings.values;
+    const Config *c = &run->config;
+    printf("%s: D %d, L %d, H %d, G %d, T %d, V %d, %.2fM parameters; ", o->mixer, c->d_model, c->n_layers,
+           c->n_heads, c->n_kv_heads, c->max_seq_len, c->vocab_size, (double)run->table.count / 1e6);
+    printf("%s, %d threads, %.0f MiB\n", plain ? "CPU, plain loops" : run->backend->name,
+           omp_get_max_threads(), run->backend->bytes(run->model) / 0x1p20);
+    int from_file = o->load || o->resume;
+    if (run->train.kind == DATA_SHARD && !from_file && !is_given(&run->settings, "vocab"))
+        printf("vocabulary: %d, that of the tokenizer of such shards; --vocab names another\n",
+               c->vocab_size);
+    print_changes(run);
 }
 
 // Generates, evaluates or trains, as the options say. Returns 0, the exit code 130 after a signal, or an
 // error.
 static int perform(Run *run, const char *program, char *error) {
     const Options *o = &run->settings.values;
-    const Config *c = &run->config;
-    if (o->generate || o->eval) install_handlers(WHILE_READING);
+    if (!is_training(o)) install_handlers(WHILE_READING);
     print_zeros(o->data, &run->train);
     print_zeros(o->val, &run->val);
-    if (o->generate) {
-        int result = generate(run, o->prompt, o->generate, splitmix64((uint64_t)o->seed), error);
-        return result ? result : interrupted ? 130 : 0;
+    if (o->eval) return print_evaluation(run, error);
+    if (!o->generate) {
+        print_model(run);
+        return train(run, program, error);
     }
-    if (o->eval) {
-        Score score = evaluate(run, 0, 0);
-        if (score.broken) return 130;
-        if (!score.count) return fail(error, NULL, "no validation loss: the validation part has no targets");
-        if (!isfinite(score.loss)) return fail(error, NULL, "the validation loss is %g", score.loss);
-        printf("val_loss %.6f%s\n", score.loss, run->val_note);
-        if (!isnan(score.accuracy)) printf("val_accuracy %.6f\n", score.accuracy);
-        for (int k = 0; k < LAG_BINS; k++)
-            if (!isnan(score.by_lag[k]))
-                printf("lag %d to %lld %.6f\n", 1 << k, (2LL << k) - 1, score.by_lag[k]);
-        return 0;
-    }
-    printf("%s: D %d, L %d, H %d, G %d, T %d, V %d, %.2fM parameters; %s, %d threads, %.0f MiB\n", o->mixer,
-           c->d_model, c->n_layers, c->n_heads, c->n_kv_heads, c->max_seq_len, c->vocab_size,
-           (double)run->table.count / 1e6, plain ? "CPU, plain loops" : run->backend->name,
-           omp_get_max_threads(), run->backend->bytes(run->model) / 0x1p20);
-    int shard = run->train.kind == DATA_SHARD && !o->load && !o->resume && !is_given(&run->settings, "vocab");
-    if (shard)
-        printf("vocabulary: %d, that of the tokenizer of such shards; --vocab names another\n",
-               c->vocab_size);
-    print_changes(run);
-    return train(run, program, error);
+    int result = generate(run, o->prompt, o->generate, splitmix64((uint64_t)o->seed), error);
+    return result ? result : interrupted ? 130 : 0;
 }
 
 // Gives 0, 1 and 2 back to standard input, output and error where they were closed: else the first file that
