@@ -5297,6 +5297,24 @@ typedef struct {
     int broken;    // a signal broke it off: it says nothing
 } Score;
 
+// What evaluate counts: targets, those that are the likeliest token, and both by lag.
+typedef struct { int64_t targets, hits, of_bin[LAG_BINS], hits_of[LAG_BINS]; } Tally;
+
+// Counts the n targets of the batch that was evaluated last; lags (n), or NULL.
+static void count_targets(Tally *tally, const Run *run, const int32_t *lags, int n) {
+    int examples = run->val_set->kind == DATA_EXAMPLES;
+    for (int i = 0; i < n; i++) {
+        if (run->targets[i] < 0) continue;
+        tally->targets++;
+        tally->hits += examples && run->hits[i];
+        int lag = lags ? lags[i] : 0, bin = 0;
+        if (!lag) continue;
+        while (lag >> (bin + 1)) bin++;
+        tally->of_bin[bin]++;
+        tally->hits_of[bin] += run->hits[i];
+    }
+}
+
 // Over consecutive windows of the validation split: all of them, or max_batches evenly spaced batches. A
 // signal that asks for an end breaks it off, unless it `lasts`.
 static Score evaluate(Run *run, int64_t max_batches, int lasts) {
@@ -5306,37 +5324,32 @@ static Score evaluate(Run *run, int64_t max_batches, int lasts) {
     int64_t length = run->val_end - run->val_begin, windows = examples ? length : (length - 1) / T;
     int64_t batches = (windows + o->batch - 1) / o->batch;
     int64_t taken = max_batches && max_batches < batches ? max_batches : batches;
-    int64_t count = 0, hits = 0, of_bin[LAG_BINS] = {0}, hits_of[LAG_BINS] = {0};
     double sum = 0;
+    Tally tally;
     Score score;
+    memset(&tally, 0, sizeof(tally));
     memset(&score, 0, sizeof(score));
     for (int64_t i = 0; i < taken && !score.broken; i++) {
         int64_t batch = batches / taken * i + batches % taken * i / taken; // batches·i/taken may overflow
         int64_t first = batch * o->batch;
         int B = (int)(windows - first < o->batch ? windows - first : o->batch);
-        for (int b = 0; b < B; b++)
-            copy_sequence(run->inputs + b * T, run->targets + b * T, set,
-                          run->val_begin + (first + b) * (examples ? 1 : T), T);
+        for (int b = 0; b < B; b++) {
+            int64_t at = run->val_begin + (first + b) * (examples ? 1 : T);
+            copy_sequence(run->inputs + b * T, run->targets + b * T, set, at, T);
+        }
         run->backend->forward(run->model, run->inputs, run->targets, B, T, no_dropout);
         sum += run->backend->loss(run->model);
         if (examples) run->backend->hits(run->model, run->hits);
-        for (int n = 0; n < B * T; n++) {
-            if (run->targets[n] < 0) continue;
-            int lag = set->lags ? set->lags[(run->val_begin + first) * T + n] : 0, bin = 0;
-            count++;
-            hits += examples && run->hits[n];
-            if (!lag) continue;
-            while (lag >> (bin + 1)) bin++;
-            of_bin[bin]++;
-            hits_of[bin] += run->hits[n];
-        }
+        const int32_t *lags = set->lags ? set->lags + (run->val_begin + first) * T : NULL;
+        count_targets(&tally, run, lags, B * T);
         score.broken = interrupted && !lasts && i + 1 < taken;
     }
-    score.count = count;
-    score.loss = count ? sum / (double)count : NAN;
-    score.accuracy = count && examples ? (double)hits / (double)count : NAN;
+    double count = (double)tally.targets;
+    score.count = tally.targets;
+    score.loss = tally.targets ? sum / count : NAN;
+    score.accuracy = tally.targets && examples ? (double)tally.hits / count : NAN;
     for (int k = 0; k < LAG_BINS; k++)
-        score.by_lag[k] = of_bin[k] ? (double)hits_of[k] / (double)of_bin[k] : NAN;
+        score.by_lag[k] = tally.of_bin[k] ? (double)tally.hits_of[k] / (double)tally.of_bin[k] : NAN;
     return score;
 }
 
@@ -5351,10 +5364,11 @@ static void print_score(FILE *out, const Score *score) {
     int bins = 0;
     print_member(out, "val_loss", score->loss, 9);
     if (!isnan(score->accuracy)) print_member(out, "val_accuracy", score->accuracy, 9);
-    for (int k = 0; k < LAG_BINS; k++)
-        if (!isnan(score->by_lag[k]))
-            fprintf(out, "%s\"%d\": %.9g", bins++ ? ", " : ", \"accuracy_by_lag\": {", 1 << k,
-                    score->by_lag[k]);
+    for (int k = 0; k < LAG_BINS; k++) {
+        if (isnan(score->by_lag[k])) continue;
+        const char *before = bins++ ? ", " : ", \"accuracy_by_lag\": {";
+        fprintf(out, "%s\"%d\": %.9g", before, 1 << k, score->by_lag[k]);
+    }
     if (bins) fprintf(out, "}");
 }
 
@@ -5419,26 +5433,35 @@ static int is_servant(const char *path, const Place *place) {
     return !strcmp(target + length, ".lock") || !strncmp(target + length, ".tmp.", 5);
 }
 
+// Whether a file is the one that standard output or error goes to: its name, NULL if it is neither.
+static const char *standard_stream(const char *path) {
+    static const char *const names[] = {NULL, "output", "error"};
+    struct stat file, standard;
+    if (!path || stat(path, &file)) return NULL;
+    for (int fd = 1; fd <= 2; fd++)
+        if (!fstat(fd, &standard) && S_ISREG(standard.st_mode) && same_place(&file, &standard))
+            return names[fd];
+    return NULL;
+}
+
 // Two of a run's files that are one file would destroy each other; so would what is printed.
 static int check_distinct(const Run *run, char *error) {
+    enum { RESUME = 3, OUT = 4, N_PATHS = 7 };
     const Options *o = &run->settings.values;
     const char *names[] = {"--data", "--val", "--load", "--resume", "--out", "the best weights", "--log"};
     const char *paths[] = {o->data, o->val, o->load, o->resume, o->out, run->best_path, o->log};
-    struct stat file, standard;
-    for (int i = 0; i < 7; i++) {
+    for (int i = 0; i < N_PATHS; i++) {
         for (int j = 0; j < i; j++) {
-            int resumed = i == 4 && j == 3; // a run goes on in its own file
+            int resumed = i == OUT && j == RESUME; // a run goes on in its own file
             if (resumed || !same_file(paths[i], paths[j])) continue;
             return wrong(error, NULL, "%s and %s are one file: %.200s", names[j], names[i], paths[i]);
         }
         if (is_servant(paths[i], &run->out_place) || is_servant(paths[i], &run->best_place))
             return wrong(error, NULL, "%s, %.200s: names that end in .lock or .tmp.* are the run's own",
                          names[i], paths[i]);
-        for (int fd = 1; fd <= 2 && i >= 4; fd++)
-            if (paths[i] && !fstat(fd, &standard) && S_ISREG(standard.st_mode) && !stat(paths[i], &file) &&
-                same_place(&file, &standard))
-                return wrong(error, NULL, "%s and standard %s are one file: %.200s", names[i],
-                             fd == 1 ? "output" : "error", paths[i]);
+        const char *stream = i >= OUT ? standard_stream(paths[i]) : NULL;
+        if (stream)
+            return wrong(error, NULL, "%s and standard %s are one file: %.200s", names[i], stream, paths[i]);
     }
     return 0;
 }
@@ -5469,19 +5492,19 @@ static int claim_places(Run *run, char *error) {
 static void describe(char *text, const char *path) {
     Safetensors file;
     char problem[ERROR_SIZE], state[96] = "";
-    memset(&file, 0, sizeof(file));
-    int known = !safetensors_read(&file, path, problem);
-    int run = known && safetensors_find(&file, "exp_avg.wte.weight");
-    int weights = known && safetensors_find(&file, "wte.weight");
-    const char *step = known ? safetensors_meta(&file, "step") : NULL,
-               *loss = step ? safetensors_meta(&file, "best_val_loss") : NULL;
+    if (safetensors_read(&file, path, problem)) memset(&file, 0, sizeof(file)); // it is none
+    const char *step = safetensors_meta(&file, "step"), *loss = safetensors_meta(&file, "best_val_loss");
     double best = loss && strlen(loss) < 40 ? strtod(loss, NULL) : 1e300;
     if (step && best < 1e300)
         snprintf(state, sizeof(state), " of step %.20s, validation loss %.4f", step, best);
-    else if (step) snprintf(state, sizeof(state), " of step %.20s", step);
-    if (run) fail(text, NULL, "a run%s; --resume %.150s goes on with it,", state, path);
-    else if (weights) fail(text, NULL, "weights%s; --load %.150s starts from them,", state, path);
-    else fail(text, NULL, "no checkpoint;");
+    else if (step)
+        snprintf(state, sizeof(state), " of step %.20s", step);
+    if (safetensors_find(&file, "exp_avg.wte.weight"))
+        format_line(text, NULL, "a run%s; --resume %.150s goes on with it,", state, path);
+    else if (safetensors_find(&file, "wte.weight"))
+        format_line(text, NULL, "weights%s; --load %.150s starts from them,", state, path);
+    else
+        format_line(text, NULL, "no checkpoint;");
     safetensors_free(&file);
 }
 
@@ -5489,26 +5512,46 @@ static void describe(char *text, const char *path) {
 // them, and what an earlier version did not store counts as equal.
 static int is_same_run(const Run *run, const Safetensors *file, int going_on) {
     char text[96];
-    int same = safetensors_find(file, "wte.weight") != NULL;
+    int weights_alone = !safetensors_find(file, "exp_avg.wte.weight");
+    if (!safetensors_find(file, "wte.weight")) return 0;
     for (int i = 0; i < N_OPTIONS; i++) {
         const Option *option = &option_table[i];
-        int content = !strcmp(option->name, "started_from") ||
-                      (option->group == STATE && strstr(option->name, "_content"));
+        int content = is_among(option, " data_content val_content started_from ");
         if (!content && option->group != MODEL && option->group != TRAINING) continue;
-        const char *theirs = safetensors_meta(file, option->key),
-                   *ours = option_text(text, &run->settings.values, option);
-        int of_run = !strcmp(option->name, "steps") && !safetensors_find(file, "exp_avg.wte.weight");
-        int untold = going_on && !theirs && option->group != MODEL; // by an earlier version
-        if (of_run || untold || (going_on && may_differ_at_resume(option))) continue;
-        same = same && (theirs && ours ? !strcmp(theirs, ours) : !theirs == !ours);
+        if (weights_alone && is_among(option, " steps ")) continue;
+        if (going_on && may_differ_at_resume(option)) continue;
+        const char *theirs = safetensors_meta(file, option->key);
+        const char *ours = option_text(text, &run->settings.values, option);
+        if (going_on && !theirs && option->group != MODEL) continue; // by an earlier version
+        int equal = theirs && ours ? !strcmp(theirs, ours) : !theirs == !ours;
+        if (!equal) return 0;
     }
-    return same;
+    return 1;
 }
 
-// What a log holds: where the lines of the steps before a certain one end, and its own; its size; the last
-// step up to that one; whether all its lines are a log's, whether it is this run's, whether the step's line
-// has a validation.
-typedef struct { long before, upto, size; int64_t last; int is_log, own, validated, failed; } LogScan;
+// What a log holds.
+typedef struct {
+    long before, upto;  // where the lines of the steps before a certain one end, and its own
+    long size;
+    int64_t last;       // the last step up to that one
+    int is_log;         // all its lines are a log's
+    int own;            // it is this run's
+    int validated;      // the step's line has a validation
+    int failed;         // it could not be read
+} LogScan;
+
+// Reads the next line of a log that is not empty, with its step, which must be above `last`, and its loss: 1.
+// 0: the end, torn maybe by what killed the run. -1: it is no log's line.
+static int log_next(FILE *file, char line[4096], long long last, long long *step, char loss[32]) {
+    do {
+        if (!fgets(line, 4096, file)) return 0;
+    } while (*line == '\n');
+    size_t length = strlen(line);
+    int whole = length > 0 && line[length - 1] == '\n';
+    if (!whole && last) return 0;
+    int fields = sscanf(line, "{\"step\": %lld, \"train_loss\": %30[^,}]", step, loss);
+    return whole && fields == 2 && *step > last ? 1 : -1;
+}
 
 // Reads a log, of which `step` was the last that the run's file knows, with this loss and that of the step
 // before, -1: not known. It is the run's if it is empty, if the step's line has that loss, if it ends with
@@ -5517,21 +5560,13 @@ static LogScan log_scan(FILE *file, int64_t step, double loss, double before) {
     char line[4096], expected[32], earlier[32], previous[64], stands[32];
     LogScan scan;
     long long logged = 0, first = 0, last = 0;
-    int whole = 1;
+    int found;
     memset(&scan, 0, sizeof(scan));
-    scan.is_log = 1;
     snprintf(expected, sizeof(expected), "%.9g", loss);
     snprintf(earlier, sizeof(earlier), "%.9g", before);
     snprintf(previous, sizeof(previous), "\"previous_loss\": %s}", loss < 0 ? "null" : expected);
-    while (scan.is_log && whole && fgets(line, sizeof(line), file)) {
-        size_t length = strlen(line);
-        whole = length > 0 && line[length - 1] == '\n';
-        if (*line == '\n') continue;
-        if (!whole && last) break; // the torn end of a killed run
-        int fields = sscanf(line, "{\"step\": %lld, \"train_loss\": %30[^,}]", &logged, stands);
-        scan.is_log = whole && fields == 2 && logged > last;
+    while ((found = log_next(file, line, last, &logged, stands)) > 0) {
         last = logged;
-        if (!scan.is_log) break;
         if (!first) first = logged;
         if (logged == first && logged - 1 == step) scan.own = strstr(line, previous) != NULL;
         if (logged > step) continue;
@@ -5543,9 +5578,10 @@ static LogScan log_scan(FILE *file, int64_t step, double loss, double before) {
         scan.own = loss < 0 || !strcmp(stands, expected);
         scan.validated = strstr(line, "\"val_loss\"") != NULL;
     }
-    if (loss < 0 && last > step && first <= step)
-        scan.own = 0; // an earlier version's run: nothing is cut off unproved
+    scan.is_log = found == 0;
     scan.failed = ferror(file) || fseek(file, 0, SEEK_END) || (scan.size = ftell(file)) < 0;
+    // an earlier version's run: nothing is cut off unproved
+    if (loss < 0 && last > step && first <= step) scan.own = 0;
     if (scan.last == step - 1 && last > step) scan.own = 0;
     if (!scan.size) scan.own = 1;
     return scan;
@@ -5560,89 +5596,100 @@ static int check_log_free(const Options *o, char *error) {
     if (!file) return fail(error, o->log, "%s", strerror(errno));
     LogScan scan = log_scan(file, INT64_MAX, -1, -1);
     fclose(file);
-    static const char what[] = "%.250s is there: %s up to step %lld; --resume goes on with its run, --log "
-                               "names another place, --overwrite replaces it";
-    if (scan.is_log) return wrong(error, NULL, what, o->log, "a log", (long long)scan.last);
-    return wrong(error, NULL,
-                 "%.250s is there, and is no log; --log names another place, --overwrite replaces it",
-                 o->log);
+    if (!scan.is_log)
+        return wrong(error, NULL, "%.250s is there, and is no log; --log names another place, --overwrite "
+                     "replaces it", o->log);
+    return wrong(error, NULL, "%.250s is there: a log up to step %lld; --resume goes on with its run, --log "
+                 "names another place, --overwrite replaces it", o->log, (long long)scan.last);
+}
+
+// Whether what lies at path may be replaced by --again: a run of the same settings and data, or its weights.
+static int is_again(const Run *run, const char *path) {
+    Safetensors file;
+    char problem[ERROR_SIZE];
+    if (!run->settings.values.again || safetensors_read(&file, path, problem)) return 0;
+    int same = is_same_run(run, &file, 0);
+    safetensors_free(&file);
+    return same;
 }
 
 // A run replaces what it wrote or resumed and nothing else, unless it is told to.
 static int check_free(Run *run, char *error) {
     const Options *o = &run->settings.values;
-    char what[ERROR_SIZE], problem[ERROR_SIZE];
     const char *paths[] = {o->out, run->best_path};
-    int own = o->resume && same_file(o->out, o->resume), there[2], result = check_log_free(o, error);
+    int own = o->resume && same_file(o->out, o->resume), there[2];
+    int result = check_log_free(o, error);
     if (result) return result;
     run->replaces_best = !own && o->overwrite;
     if (own || o->overwrite) return 0;
     for (int i = 0; i < 2; i++) {
-        Safetensors file;
+        char what[ERROR_SIZE];
         there[i] = lies_there(paths[i], error);
         if (there[i] < 0) return FAILED;
-        int same = there[i] && o->again && !safetensors_read(&file, paths[i], problem);
-        if (same) {
-            same = is_same_run(run, &file, 0);
-            safetensors_free(&file);
-        }
-        if (!there[i] || same) continue;
+        if (!there[i] || is_again(run, paths[i])) continue;
         describe(what, paths[i]);
-        return wrong(error, NULL,
-                     "%.150s is there: %.250s --out names another place, --overwrite replaces it", paths[i],
-                     what);
+        return wrong(error, NULL, "%.150s is there: %.250s --out names another place, --overwrite replaces "
+                     "it", paths[i], what);
     }
-    for (int i = 0; i < 2 && o->again; i++)
-        if (there[i]) {
-            print_quoted(paths[i]);
-            printf(" of the same settings and data is replaced\n");
-        }
+    for (int i = 0; i < 2; i++) {
+        if (!there[i]) continue;
+        print_quoted(paths[i]);
+        printf(" of the same settings and data is replaced\n");
+    }
     return 0;
 }
 
-// Of a resumed run: the best weights so far lie beside its file. Where they do not, the lowest loss counts
-// anew, and that is said; where another run's lie there, they are not touched. They are this run's if they
-// have its settings and data and, of a run that knows a lowest loss, none above it.
-static int check_best(Run *run, char *error) {
+// Whether the best weights at path are the resumed run's: 1 or 0, FAILED with the line where they are damaged.
+// They are its own if they have its settings and data and, of a run that knows a lowest loss, none above it.
+// A lower one is taken over: the run was killed before it knew.
+static int is_own_best(Run *run, const char *path, char *error) {
     Options *o = &run->settings.values;
-    char path[PATH_MAX];
     unsigned char *bytes;
     size_t size;
     Safetensors file;
+    char problem[ERROR_SIZE];
+    if (file_read(path, &bytes, &size, error)) return FAILED;
+    if (safetensors_parse(&file, bytes, size, path, problem)) {
+        if (o->overwrite) return 0;
+        return fail(error, NULL, "%.400s; move it away, or --overwrite replaces it", problem);
+    }
+    const char *loss = safetensors_meta(&file, "best_val_loss");
+    int compared = loss && o->best_val < 1e300;
+    double theirs = compared ? strtod(loss, NULL) : o->best_val;
+    int own = is_same_run(run, &file, 1) && !(theirs > o->best_val);
+    if (own) o->best_val = theirs;
+    safetensors_free(&file);
+    return own;
+}
+
+// Of a resumed run: the best weights so far lie beside its file. Where they do not, the lowest loss counts
+// anew, and that is said; where another run's lie there, they are not touched. One that goes on under another
+// name takes its best weights with it.
+static int check_best(Run *run, char *error) {
+    Options *o = &run->settings.values;
+    char path[PATH_MAX], line[ERROR_SIZE];
     if (best_beside(path, o->resume, error)) return FAILED;
-    int there = lies_there(path, error), first = o->best_val >= 1e300;
+    int there = lies_there(path, error), none_so_far = o->best_val >= 1e300;
     if (there < 0) return FAILED;
-    if (!there && !first) {
-        fail(error, NULL, "%.200s is not there: the lowest validation loss, %.4f, counts anew", path,
-             o->best_val);
-        printf("%s\n", error);
+    if (!there && !none_so_far) {
+        format_line(line, NULL, "%.200s is not there: the lowest validation loss, %.4f, counts anew", path,
+                    o->best_val);
+        printf("%s\n", line);
         o->best_val = 1e300;
     }
     if (!there) return 0;
-    if (file_read(path, &bytes, &size, error)) return FAILED;
-    int damaged = safetensors_parse(&file, bytes, size, path, error), other = damaged;
-    if (damaged && !o->overwrite) {
-        char problem[ERROR_SIZE];
-        memcpy(problem, error, sizeof(problem));
-        return fail(error, NULL, "%.400s; move it away, or --overwrite replaces it", problem);
-    }
-    if (!damaged) {
-        const char *loss = safetensors_meta(&file, "best_val_loss");
-        other = !is_same_run(run, &file, 1) || (!first && loss && strtod(loss, NULL) > o->best_val);
-        if (!other && !first && loss)
-            o->best_val = strtod(loss, NULL); // lower, if the run was killed before it knew
-        safetensors_free(&file);
-    }
-    if (other && !o->overwrite)
+    int own = is_own_best(run, path, error), in_place = same_file(path, run->best_path);
+    if (own == FAILED) return FAILED;
+    if (!own && !o->overwrite)
         return wrong(error, path,
                      "not the best weights of the resumed run: move it away, or --overwrite replaces it");
-    if (other) o->best_val = 1e300;
-    if (other && same_file(path, run->best_path)) run->replaces_best = 1;
-    if (other || first || same_file(path, run->best_path)) return 0;
-    if (file_read(path, &bytes, &size, error)) return FAILED;
-    run->old_best = bytes;
-    run->n_old_best = size;
-    return 0;
+    if (!own) {
+        o->best_val = 1e300;
+        if (in_place) run->replaces_best = 1;
+        return 0;
+    }
+    if (none_so_far || in_place) return 0;
+    return file_read(path, &run->old_best, &run->n_old_best, error);
 }
 
 static void print_zeros(const char *path, const Dataset *set) {
@@ -5653,16 +5700,18 @@ static void print_zeros(const char *path, const Dataset *set) {
 static void print_changes(const Run *run) {
     const Options *o = &run->settings.values;
     char ours[96], theirs[96];
-    for (int i = 0; o->resume && i < N_OPTIONS; i++) {
+    if (!o->resume) return;
+    for (int i = 0; i < N_OPTIONS; i++) {
         const Option *option = &option_table[i];
-        if (option->group != TRAINING || !run->settings.given[i] || !strcmp(option->name, "steps")) continue;
-        const char *now = option_text(ours, o, option), *before = option_text(theirs, &run->stored, option);
-        if (strcmp(now, before))
-            printf("from step %lld on: --%s %s in place of %s\n", (long long)o->step + 1, option->name, now,
-                   before);
+        if (option->group != TRAINING || !run->settings.given[i] || is_among(option, " steps ")) continue;
+        const char *now = option_text(ours, o, option);
+        const char *before = option_text(theirs, &run->stored, option);
+        if (!strcmp(now, before)) continue;
+        printf("from step %lld on: --%s %s in place of %s\n", (long long)o->step + 1, option->name, now,
+               before);
     }
     int64_t first = o->step > o->decay_steps ? o->step : o->decay_steps;
-    if (o->resume && o->steps > first)
+    if (o->steps > first)
         printf("the schedule ends at step %lld: the steps after it are made with the lowest rate, %g; "
                "--decay-steps %lld stretches it\n",
                (long long)o->decay_steps, o->min_lr, (long long)o->steps);
