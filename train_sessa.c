@@ -5736,13 +5736,33 @@ static void sift_down(Candidate *heap, int n, int i) {
     heap[i] = c;
 }
 
+// Puts the likeliest of V candidates, as few as the cut of sample_token asks for, in order from the end.
+// Returns the number of those that are kept; *total, the sum of all weights, becomes theirs.
+static int keep_likeliest(Candidate *candidates, int V, int most, double top_p, double *total) {
+    int ordered = 0, kept = 0;
+    double sum = 0;
+    for (int i = V / 2; i >= 0; i--) sift_down(candidates, V, i);
+    while (ordered < most && (most < V || sum < top_p * *total)) {
+        int last = V - 1 - ordered++;
+        Candidate first = candidates[0];
+        candidates[0] = candidates[last];
+        sift_down(candidates, last, 0);
+        candidates[last] = first;
+        sum += first.weight;
+    }
+    if (most < V) *total = sum;
+    for (sum = 0; kept < ordered && (kept == 0 || sum < top_p * *total); kept++)
+        sum += candidates[V - 1 - kept].weight;
+    *total = sum;
+    return kept;
+}
+
 // Draws a token from softmax(logits/temperature), cut to the top_k likeliest (0: all) and then to the fewest
-// likeliest whose probabilities reach top_p. candidates: scratch (V); no more of them are put in order, from
-// the end, than the cut asks for. -1 if a logit is not finite.
+// likeliest whose probabilities reach top_p. candidates: scratch (V). -1 if a logit is not finite.
 static int sample_token(const real *logits, Candidate *candidates, int V, double temperature, int64_t top_k,
                         double top_p, uint64_t *random) {
-    int best = 0, ordered = 0, kept = V, most = top_k && top_k < V ? (int)top_k : V;
-    double total = 0, sum = 0;
+    int best = 0, kept = V, most = top_k && top_k < V ? (int)top_k : V;
+    double total = 0;
     for (int i = 0; i < V; i++) {
         if (!isfinite(logits[i])) return -1;
         if (logits[i] > logits[best]) best = i;
@@ -5753,45 +5773,36 @@ static int sample_token(const real *logits, Candidate *candidates, int V, double
         candidates[i].id = i;
         total += candidates[i].weight;
     }
-    if (most < V || top_p < 1) {
-        for (int i = V / 2; i >= 0; i--) sift_down(candidates, V, i);
-        for (; ordered < most && (most < V || sum < top_p * total); ordered++) {
-            Candidate first = candidates[0];
-            candidates[0] = candidates[V - 1 - ordered];
-            sift_down(candidates, V - 1 - ordered, 0);
-            candidates[V - 1 - ordered] = first;
-            sum += first.weight;
-        }
-        if (most < V) total = sum;
-        for (kept = 0, sum = 0; kept < ordered && (kept == 0 || sum < top_p * total); kept++)
-            sum += candidates[V - 1 - kept].weight;
-        total = sum;
-    }
+    if (most < V || top_p < 1) kept = keep_likeliest(candidates, V, most, top_p, &total);
     double left = random_uniform(random) * total;
     for (int i = V - 1; i > V - kept; i--)
         if ((left -= candidates[i].weight) < 0) return candidates[i].id;
     return candidates[V - kept].id;
 }
 
+// The id of a byte, -1 if the vocabulary lacks it.
+static int id_of_byte(const Run *run, char byte) {
+    const void *place = memchr(run->vocab, byte, (size_t)run->vocab_bytes);
+    return place ? (int)((const unsigned char *)place - run->vocab) : -1;
+}
+
 // Reads the prompt as token ids: its bytes' ids, or, without a vocabulary of bytes, numbers between spaces.
 // Returns their number, or WRONG_OPTION. ids has room for strlen(prompt) + 1.
 static int encode_prompt(const Run *run, const char *prompt, int *ids, char *error) {
-    int n = 0;
-    while (*prompt) {
-        const char *place = (const char *)memchr(run->vocab, *prompt, (size_t)run->vocab_bytes);
-        char *end = (char *)prompt + 1;
-        long id =
-            run->vocab_bytes ? (place ? place - (const char *)run->vocab : -1) : strtol(prompt, &end, 10);
-        if (run->vocab_bytes && id < 0)
+    int n = 0, V = run->config.vocab_size;
+    for (; run->vocab_bytes && prompt[n]; n++) {
+        ids[n] = id_of_byte(run, prompt[n]);
+        if (ids[n] < 0)
             return wrong(error, NULL, "--prompt: the vocabulary lacks its byte %d, 0x%02X", n,
-                         (unsigned char)*prompt);
-        if (end == prompt || id < 0 || id >= run->config.vocab_size ||
-            (!run->vocab_bytes && *end && *end != ' '))
-            return wrong(error, NULL, "--prompt takes token ids from 0 to %d between spaces",
-                         run->config.vocab_size - 1);
+                         (unsigned char)prompt[n]);
+    }
+    while (!run->vocab_bytes && *prompt) {
+        char *end;
+        long id = strtol(prompt, &end, 10);
+        if (end == prompt || id < 0 || id >= V || (*end && *end != ' '))
+            return wrong(error, NULL, "--prompt takes token ids from 0 to %d between spaces", V - 1);
         ids[n++] = (int)id;
-        prompt = end;
-        while (!run->vocab_bytes && *prompt == ' ') prompt++;
+        prompt = end + strspn(end, " ");
     }
     return n;
 }
@@ -5806,11 +5817,10 @@ static void print_byte(Character *c, unsigned char byte) {
     c->bytes[c->n++] = byte;
     while (c->n > 0) {
         unsigned char first = c->bytes[0];
-        int length = first >= 0xC2 && first < 0xE0    ? 2
-                     : (first & 0xF0) == 0xE0         ? 3
-                     : first >= 0xF0 && first <= 0xF4 ? 4
-                                                      : 1;
-        int follow = 1;
+        int length = 1, follow = 1;
+        if (first >= 0xC2 && first < 0xE0) length = 2;
+        if (first >= 0xE0 && first < 0xF0) length = 3;
+        if (first >= 0xF0 && first <= 0xF4) length = 4;
         while (follow < c->n && follow < length && (c->bytes[follow] & 0xC0) == 0x80) follow++;
         if (follow == c->n && follow < length) return; // it may go on
         int printed = follow == length ? length : 1;
@@ -5820,47 +5830,65 @@ static void print_byte(Character *c, unsigned char byte) {
     }
 }
 
-// Writes the prompt and n sampled tokens to standard output as they are made. When the positions that the
-// model remembers are full, the last half is read afresh.
-static int generate(Run *run, const char *prompt, int64_t n, uint64_t random, char *error) {
+// What generation needs beside the model: the tokens so far, and scratch (V).
+typedef struct {
+    const char *prompt;
+    int *tokens, count;
+    real *logits;
+    Candidate *candidates;
+} Generation;
+
+// Writes n sampled tokens behind those that are there, as they are made. When the positions that the model
+// remembers are full, the last half is read afresh.
+static int generate_tokens(Run *run, Generation *g, int64_t n, uint64_t random, char *error) {
     const Options *o = &run->settings.values;
-    int V = run->config.vocab_size, T = run->model_T, result = 0;
+    int V = run->config.vocab_size, T = run->model_T;
     int fed = 0, begin = 0; // the model has seen `fed` tokens and remembers them from `begin` on
     Character character = {{0}, 0};
-    double bytes =
-        (double)V * (sizeof(real) + sizeof(Candidate)) + ((double)n + (double)strlen(prompt)) * sizeof(int);
-    if (check_room(bytes, NULL, "what is generated", error)) return FAILED;
-    real *logits = (real *)malloc((size_t)V * sizeof(real));
-    Candidate *candidates = (Candidate *)malloc((size_t)V * sizeof(Candidate));
-    int *tokens = (int *)malloc((strlen(prompt) + 2 + (size_t)n) * sizeof(int));
-    int count = tokens && candidates && logits ? encode_prompt(run, prompt, tokens, error)
-              : fail(error, NULL, "out of memory");
-    if (count < 0) result = count;
-    else fputs(prompt, stdout);
-    if (count == 0) { // nothing to go on from: a new line, or token 0
-        const unsigned char *newline =
-            (const unsigned char *)memchr(run->vocab, '\n', (size_t)run->vocab_bytes);
-        tokens[count++] = newline ? (int)(newline - run->vocab) : 0;
-    }
-    for (int64_t made = 0; made < n && !result && !interrupted; made++) {
-        if (count - begin > T) {
-            int keep = !made ? T : T > 1 ? T / 2 : 1;
-            fed = begin = count - keep;
+    for (int64_t made = 0; made < n && !interrupted; made++) {
+        if (g->count - begin > T) {
+            int half = T > 1 ? T / 2 : 1;
+            begin = g->count - (made ? half : T);
+            fed = begin;
         }
-        run->backend->extend(run->model, tokens + fed, count - fed, fed - begin, logits);
-        fed = count;
-        int id = sample_token(logits, candidates, V, o->temperature, o->top_k, o->top_p, &random);
-        if (id < 0) { result = fail(error, NULL, "a logit is not finite: the weights are spoilt"); break; }
-        tokens[count++] = id;
+        run->backend->extend(run->model, g->tokens + fed, g->count - fed, fed - begin, g->logits);
+        fed = g->count;
+        int id = sample_token(g->logits, g->candidates, V, o->temperature, o->top_k, o->top_p, &random);
+        if (id < 0) return fail(error, NULL, "a logit is not finite: the weights are spoilt");
+        g->tokens[g->count++] = id;
         if (run->vocab_bytes) print_byte(&character, run->vocab[id]);
-        else printf(made || *prompt ? " %d" : "%d", id);
-        if (fflush(stdout)) result = fail(error, "standard output", "%s", strerror(errno));
+        else printf(made || *g->prompt ? " %d" : "%d", id);
+        if (fflush(stdout)) return fail(error, "standard output", "%s", strerror(errno));
     }
-    if (!result && (putchar('\n') == EOF || fflush(stdout)))
-        result = fail(error, "standard output", "%s", strerror(errno));
-    free(logits);
-    free(candidates);
-    free(tokens);
+    if (putchar('\n') == EOF || fflush(stdout)) return fail(error, "standard output", "%s", strerror(errno));
+    return 0;
+}
+
+// Writes the prompt and n sampled tokens to standard output.
+static int generate(Run *run, const char *prompt, int64_t n, uint64_t random, char *error) {
+    size_t V = (size_t)run->config.vocab_size, length = strlen(prompt);
+    double bytes = (double)V * (sizeof(real) + sizeof(Candidate)) + ((double)n + (double)length) * sizeof(int);
+    if (check_room(bytes, NULL, "what is generated", error)) return FAILED;
+    Generation g;
+    g.prompt = prompt;
+    g.logits = (real *)malloc(V * sizeof(real));
+    g.candidates = (Candidate *)malloc(V * sizeof(Candidate));
+    g.tokens = (int *)malloc((length + 2 + (size_t)n) * sizeof(int));
+    int result;
+    if (!g.tokens || !g.candidates || !g.logits) result = fail(error, NULL, "out of memory");
+    else result = encode_prompt(run, prompt, g.tokens, error);
+    if (result >= 0) {
+        g.count = result;
+        fputs(prompt, stdout);
+        if (!g.count) { // nothing to go on from: a new line, or token 0
+            int newline = id_of_byte(run, '\n');
+            g.tokens[g.count++] = newline < 0 ? 0 : newline;
+        }
+        result = generate_tokens(run, &g, n, random, error);
+    }
+    free(g.logits);
+    free(g.candidates);
+    free(g.tokens);
     return result;
 }
 
