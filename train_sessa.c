@@ -5957,76 +5957,98 @@ typedef struct {
     double previous;
 } Log;
 
-// Opens the log: a new one for a new run; of a resumed one it will be cut back to the resumed step, once
-// there is a line to write. A pipe or a device is written as it is. A file that is no log of this run is not
-// touched, unless --overwrite says so.
-static int log_open(Log *log, const Options *o, char *error) {
+// Opens the log's file and locks it. A pipe or a device is written as it is.
+static int log_open_file(Log *log, char *error) {
     struct stat info;
-    memset(log, 0, sizeof(*log));
-    log->cut_at = -1;
-    log->path = o->log;
-    log->previous = o->train_loss >= 0 ? o->train_loss : NAN;
-    if (!o->log) return 0;
-    int there = !stat(o->log, &info);
+    int there = !stat(log->path, &info);
+    log->created = !there;
     log->stream = there && !S_ISREG(info.st_mode);
-    int fd =
-        open(o->log, log->stream ? O_WRONLY | O_NONBLOCK | O_CLOEXEC : O_RDWR | O_CREAT | O_CLOEXEC, 0666);
-    if (fd < 0) return fail(error, o->log, "%s", errno == ENXIO ? "nobody reads this pipe" : strerror(errno));
+    int flags = log->stream ? O_WRONLY | O_NONBLOCK : O_RDWR | O_CREAT;
+    int fd = open(log->path, flags | O_CLOEXEC, 0666);
+    if (fd < 0)
+        return fail(error, log->path, "%s", errno == ENXIO ? "nobody reads this pipe" : strerror(errno));
     int locked = log->stream ? 1 : lock_descriptor(fd);
     if (log->stream) fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) & ~O_NONBLOCK);
-    if (locked < 0) warn_of_no_locks(o->log);
+    if (locked < 0) warn_of_no_locks(log->path);
     log->file = locked ? fdopen(fd, log->stream ? "w" : "r+") : NULL;
-    if (!log->file) {
-        close(fd);
-        return fail(error, o->log, "%s", locked ? strerror(errno) : "another run is writing it");
-    }
-    log->created = !there;
-    log->begins = o->resume != NULL;
-    if (log->stream) return 0;
+    if (log->file) return 0;
+    fail(error, log->path, "%s", locked ? strerror(errno) : "another run is writing it");
+    close(fd);
+    return FAILED;
+}
+
+// Why a log that lies there is not gone on with, NULL: it is.
+static const char *log_refusal(const LogScan *scan, const Options *o) {
+    if (o->overwrite) return NULL; // it is the run's: the user says so
+    if (!o->resume) return scan->size ? "it was written meanwhile" : NULL;
+    if (!scan->is_log) return "it is no log: another --log, or --overwrite";
+    if (scan->own) return NULL;
+    return "nothing shows that it is the log of this run: another --log, or --overwrite goes on in it";
+}
+
+// Finds where the log goes on: a new run's at its begin; a resumed one's is cut back to the resumed step, once
+// there is a line to write. A file that is no log of this run is not touched, unless --overwrite says so.
+static int log_find_end(Log *log, const Options *o, char *error) {
     LogScan scan = log_scan(log->file, o->resume ? o->step : 0, o->train_loss, o->previous_loss);
-    int result = scan.failed ? fail(error, o->log, "%s", strerror(errno)) : 0;
-    if (result) {
-        // what could not be read is not cut
-    } else if (o->overwrite && o->resume && scan.is_log) {
-        // it is the run's: the user says so
-    } else if (o->overwrite) {
-        memset(&scan, 0, sizeof(scan));
-    } else if (scan.size && !o->resume) {
-        result = wrong(error, o->log, "it was written meanwhile");
-    } else if (!scan.is_log) {
-        result = wrong(error, o->log, "it is no log: another --log, or --overwrite");
-    } else if (!scan.own) {
-        result = wrong(
-            error, o->log,
-            "nothing shows that it is the log of this run: another --log, or --overwrite goes on in it");
-    }
+    if (scan.failed) return fail(error, log->path, "%s", strerror(errno));
+    const char *refusal = log_refusal(&scan, o);
+    if (refusal) return wrong(error, log->path, "%s", refusal);
+    if (!o->resume || !scan.is_log) memset(&scan, 0, sizeof(scan)); // it begins anew
     log->last = scan.last;
     log->last_line = scan.before;
     log->complete = scan.validated;
     log->begins = log->begins && !scan.last;
     log->cut_at = scan.upto;
-    if (!result && !o->resume && (ftruncate(fd, 0) || fseek(log->file, 0, SEEK_SET)))
-        result = fail(error, o->log, "%s", strerror(errno));
+    if (o->resume) return 0;
+    if (!ftruncate(fileno(log->file), 0) && !fseek(log->file, 0, SEEK_SET)) return 0;
+    return fail(error, log->path, "%s", strerror(errno));
+}
+
+// Opens the log, if one is asked for.
+static int log_open(Log *log, const Options *o, char *error) {
+    memset(log, 0, sizeof(*log));
+    log->path = o->log;
+    log->cut_at = -1;
+    log->begins = o->resume != NULL;
+    log->previous = o->train_loss >= 0 ? o->train_loss : NAN;
+    if (!o->log) return 0;
+    if (log_open_file(log, error)) return FAILED;
+    if (log->stream) return 0;
+    int result = log_find_end(log, o, error);
     if (!result) return 0;
     fclose(log->file);
     log->file = NULL;
     return result;
 }
 
+// Goes to where a line is written: the end, or `again` the begin of the last line. 0, or -1 with errno.
+static int log_seek(Log *log, int again) {
+    if (log->cut_at >= 0) {
+        if (ftruncate(fileno(log->file), log->cut_at)) return -1;
+        if (fseek(log->file, log->cut_at, SEEK_SET)) return -1;
+    }
+    log->cut_at = -1;
+    if (again) return fseek(log->file, log->last_line, SEEK_SET);
+    log->last_line = ftell(log->file);
+    return log->last_line < 0 && !log->stream ? -1 : 0;
+}
+
+// Takes back a line that did not reach its file, that the log stays whole. 0, or -1 where that is not done.
+static int log_take_back(Log *log, int64_t step) {
+    clearerr(log->file);
+    if (log->stream || ftruncate(fileno(log->file), log->last_line)) return -1;
+    fseek(log->file, log->last_line, SEEK_SET);
+    log->last = step - 1;
+    return 0;
+}
+
 // Writes the line of a step; score: of the validation there, NULL: none. The line that stands there is
-// written again if it lacks the validation. FAILED if the line is not on its way to the disk: then it is
-// taken back, that the log stays whole.
+// written again if it lacks the validation. FAILED if the line is not on its way to the disk.
 static int log_line(Log *log, const Step *s, const Score *score, char *error) {
     int again = s->step == log->last;
-    if (!log->file || s->step < log->last || (again && (!score || log->complete || log->stream))) return 0;
-    if (log->cut_at >= 0 &&
-        (ftruncate(fileno(log->file), log->cut_at) || fseek(log->file, log->cut_at, SEEK_SET)))
-        return fail(error, log->path, "%s", strerror(errno));
-    log->cut_at = -1;
-    if (!again) log->last_line = ftell(log->file);
-    if (!again && !log->stream && log->last_line < 0) return fail(error, log->path, "%s", strerror(errno));
-    if (again && fseek(log->file, log->last_line, SEEK_SET))
-        return fail(error, log->path, "%s", strerror(errno));
+    if (!log->file || s->step < log->last) return 0;
+    if (again && (!score || log->complete || log->stream)) return 0;
+    if (log_seek(log, again)) return fail(error, log->path, "%s", strerror(errno));
     fprintf(log->file, "{\"step\": %lld", (long long)s->step);
     print_member(log->file, "train_loss", s->loss, 9);
     if (score) print_score(log->file, score);
@@ -6037,19 +6059,17 @@ static int log_line(Log *log, const Step *s, const Score *score, char *error) {
     fprintf(log->file, "}\n");
     log->last = s->step;
     log->complete = score != NULL;
-    if (!fflush(log->file) && !ferror(log->file)) {
-        log->lines++;
-        return log->stream || !again || !ftruncate(fileno(log->file), ftell(log->file)) ? 0
-             : fail(error, log->path, "%s", strerror(errno));
+    if (fflush(log->file) || ferror(log->file)) {
+        char ignored[ERROR_SIZE];
+        fail(error, log->path, "%s", strerror(errno));
+        if (!log_take_back(log, s->step) && again) log_line(log, s, NULL, ignored); // as it stood there
+        return FAILED;
     }
-    fail(error, log->path, "%s", strerror(errno));
-    clearerr(log->file);
-    if (log->stream || ftruncate(fileno(log->file), log->last_line)) return FAILED;
-    fseek(log->file, log->last_line, SEEK_SET);
-    log->last = s->step - 1;
-    char problem[ERROR_SIZE];
-    if (again) log_line(log, s, NULL, problem); // as it stood there
-    return FAILED;
+    log->lines++;
+    // what stood there may have been longer
+    if (again && ftruncate(fileno(log->file), ftell(log->file)))
+        return fail(error, log->path, "%s", strerror(errno));
+    return 0;
 }
 
 // A log that was made for nothing is removed.
@@ -6073,7 +6093,8 @@ static void print_resume_command(Run *run, const char *program) {
     for (int i = 0; i < N_OPTIONS; i++) {
         const Option *option = &option_table[i];
         char text[96];
-        if (!s->given[i] || (option->group != WATCHING && strcmp(option->name, "save-every"))) continue;
+        int needed = option->group == WATCHING || is_among(option, " save-every ");
+        if (!s->given[i] || !needed) continue;
         printf(" --%s ", option->name);
         print_quoted(option_text(text, &s->values, option));
     }
@@ -6096,46 +6117,64 @@ static void end_line(Run *run) {
     run->in_place = 0;
 }
 
+// The fields of a step's line.
+enum { OF_STEP, OF_LOSS, OF_NORM, OF_RATE, OF_TIME, OF_SPEED, OF_LEFT, OF_VALIDATION, OF_ACCURACY, N_FIELDS };
+
+// Writes them as text; what is not known stays empty.
+static void fill_fields(char fields[][80], const Options *o, const Step *s, double left, const Score *score) {
+    for (int i = 0; i < N_FIELDS; i++) fields[i][0] = 0;
+    snprintf(fields[OF_STEP], 80, "step %lld/%lld", (long long)o->step, (long long)o->steps);
+    snprintf(fields[OF_LOSS], 80, "loss %.4f", s->loss);
+    snprintf(fields[OF_NORM], 80, "norm %.3f", s->grad_norm);
+    snprintf(fields[OF_RATE], 80, "lr %.2e", s->rate);
+    if (isfinite(s->elapsed)) { // else the step was made before the run was resumed
+        long long seconds_left = (long long)left;
+        snprintf(fields[OF_TIME], 80, "%.1f ms", s->elapsed * 1e3);
+        snprintf(fields[OF_SPEED], 80, "%.0f tok/s", s->tokens / s->elapsed);
+        snprintf(fields[OF_LEFT], 80, "%lld:%02d left", seconds_left / 60, (int)(seconds_left % 60));
+    }
+    if (!score) return;
+    int has_accuracy = !isnan(score->accuracy), last = o->step == o->steps;
+    snprintf(fields[OF_VALIDATION], 80, "val %.4f", score->loss);
+    if (has_accuracy) snprintf(fields[OF_ACCURACY], 80, "accuracy %.4f", score->accuracy);
+    if (last) strcat(fields[has_accuracy ? OF_ACCURACY : OF_VALIDATION], " (whole split)");
+}
+
+// Makes them a line; returns its length.
+static int join_fields(char line[N_FIELDS * 80], char fields[][80]) {
+    int length = 0;
+    line[0] = 0;
+    for (int i = 0; i < N_FIELDS; i++) {
+        if (!fields[i][0]) continue;
+        const char *between = i == OF_ACCURACY ? ", " : " | ";
+        size_t room = (size_t)(N_FIELDS * 80 - length);
+        length += snprintf(line + length, room, "%s%s", length ? between : "", fields[i]);
+    }
+    return length;
+}
+
 // The line of a step. A file gets it whole. A terminal gets the fields that fit, over the line before, and
 // unless it stays, as a validation does, the cursor goes back to its begin: when the window is made narrower,
 // and the line is broken in two, that is still the begin, and all behind it is cleared.
 static void print_step(Run *run, const Step *s, double left, const Score *score) {
-    enum { STEP, LOSS, NORM, RATE, TIME, SPEED, LEFT, VALIDATION, ACCURACY, N_FIELDS };
-    static const int first_to_go[] = {
-        NORM, RATE,     SPEED, TIME,
-        LEFT, ACCURACY, LOSS,  STEP}; // a line without a validation always has its step
+    static const int first_to_go[] = {OF_NORM, OF_RATE,     OF_SPEED, OF_TIME,
+                                      OF_LEFT, OF_ACCURACY, OF_LOSS,  OF_STEP};
+    enum { N_TO_GO = sizeof(first_to_go) / sizeof(first_to_go[0]) };
     const Options *o = &run->settings.values;
+    char fields[N_FIELDS][80], line[N_FIELDS * 80];
+    int columns = terminal_columns();
+    fill_fields(fields, o, s, left, score);
+    int length = join_fields(line, fields);
+    for (int i = 0; i < N_TO_GO && columns && length >= columns; i++) {
+        if (first_to_go[i] == OF_STEP && !score) continue; // a line without a validation has its step
+        fields[first_to_go[i]][0] = 0;
+        length = join_fields(line, fields);
+    }
     const char *terminal_type = getenv("TERM");
-    char fields[N_FIELDS][80], line[N_FIELDS * 80] = "";
-    int last = o->step == o->steps, columns = terminal_columns(), length = 0;
     int commands = terminal_type && strcmp(terminal_type, "dumb");
-    memset(fields, 0, sizeof(fields));
-    snprintf(fields[STEP], 80, "step %lld/%lld", (long long)o->step, (long long)o->steps);
-    snprintf(fields[LOSS], 80, "loss %.4f", s->loss);
-    snprintf(fields[NORM], 80, "norm %.3f", s->grad_norm);
-    snprintf(fields[RATE], 80, "lr %.2e", s->rate);
-    if (isfinite(s->elapsed)) { // else the step was made before the run was resumed
-        snprintf(fields[TIME], 80, "%.1f ms", s->elapsed * 1e3);
-        snprintf(fields[SPEED], 80, "%.0f tok/s", s->tokens / s->elapsed);
-        snprintf(fields[LEFT], 80, "%lld:%02d left", (long long)left / 60, (int)((long long)left % 60));
-    }
-    if (score) snprintf(fields[VALIDATION], 80, "val %.4f", score->loss);
-    if (score && !isnan(score->accuracy)) snprintf(fields[ACCURACY], 80, "accuracy %.4f", score->accuracy);
-    if (score && last) strcat(fields[isnan(score->accuracy) ? VALIDATION : ACCURACY], " (whole split)");
-    for (size_t gone = 0; gone <= sizeof(first_to_go) / sizeof(first_to_go[0]); gone++) {
-        length = 0;
-        for (int i = 0; i < N_FIELDS; i++)
-            if (fields[i][0])
-                length += snprintf(line + length, sizeof(line) - (size_t)length, "%s%s",
-                                   !length         ? ""
-                                   : i == ACCURACY ? ", "
-                                                   : " | ",
-                                   fields[i]);
-        if (!columns || length < columns || gone == sizeof(first_to_go) / sizeof(first_to_go[0])) break;
-        if (score || first_to_go[gone] != STEP) fields[first_to_go[gone]][0] = 0;
-    }
-    int stays = !columns || score || last, room = columns - 1; // a full row would be left at once
-    if (columns && length > room) length = room > 0 ? room : 0;
+    int stays = !columns || score || o->step == o->steps;
+    int room = columns > 1 ? columns - 1 : 0; // a full row would be left at once
+    if (columns && length > room) length = room;
     printf("%s%.*s", columns ? "\r" : "", length, line);
     if (columns && commands) printf("\033[J");
     else if (columns) printf("%*s", room - length, "");
@@ -6169,6 +6208,7 @@ typedef struct {
     const char *saved;      // the file that holds saved_step, NULL: none yet
     int64_t saved_step;
     int complete;           // the run's last step is concluded
+    int idle;               // there was nothing to do
 } Training;
 
 // Validates: as --eval-every asks, if `due`, else, before a save, one batch, so that what is saved is not
@@ -6184,10 +6224,8 @@ static int judge(Run *run, int due, int to_save, Score *score, char *error) {
     }
     if (!quick.count || isfinite(quick.loss)) return 0;
     *score = quick;
-    return fail(error, NULL,
-                "step %lld: the validation loss is %g: stopped, this step is not saved; a lower --lr may "
-                "help",
-                (long long)o->step, quick.loss);
+    static const char why[] = "stopped, this step is not saved; a lower --lr may help";
+    return fail(error, NULL, "step %lld: the validation loss is %g: %s", (long long)o->step, quick.loss, why);
 }
 
 // Whether a step without a validation gets its line: on a terminal each; in a file the first, every
@@ -6198,54 +6236,65 @@ static int is_printed(const Options *o, const Training *t, const Step *s, double
            silent + s->elapsed > 10;
 }
 
-// What follows an update, in this order: the step is judged, then come the log's line, the best weights, the
-// run's file; so whatever ends the program in between, nothing is named that is not there. The line of the
-// run's last step gets the validation of the whole split from conclude_run. A log that fails, or best
-// weights, do not keep the run from being saved, and end it.
+// Saves the run. A power cut must not leave it ahead of its log.
+static int store_run(Run *run, Training *t, char *error) {
+    const Options *o = &run->settings.values;
+    if (t->log.file) flush_to_disk(fileno(t->log.file));
+    if (save_run(run, error)) return FAILED;
+    t->saved = o->out;
+    t->saved_step = o->step;
+    return 0;
+}
+
+// Writes what a step leaves, in this order: the log's line, the best weights, the run's file; so whatever
+// ends the program in between, nothing is named that is not there. The line of the run's last step gets the
+// validation of the whole split from conclude_run. A log that fails, or best weights, do not keep the run
+// from being saved, and end it; the resumed run makes up for the validation. score->count 0: there is none.
+static int store_step(Run *run, Training *t, const Step *s, const Score *score, int validated, int to_save,
+                      char *error) {
+    Options *o = &run->settings.values;
+    int last = o->step == o->steps, scored = score->count > 0, result = 0;
+    int64_t validated_before = o->validated;
+    double best_before = o->best_val;
+    if (validated) o->validated = o->step;
+    if (!last || !t->log.stream) result = log_line(&t->log, s, scored && !last ? score : NULL, error);
+    if (!result && scored && score->loss < o->best_val) {
+        o->best_val = score->loss;
+        result = save_best(run, error);
+    }
+    if (result) {
+        o->validated = validated_before;
+        o->best_val = best_before;
+    }
+    if (!result && !to_save) return 0;
+    char second[ERROR_SIZE]; // the first problem is what is told
+    int saved = store_run(run, t, result ? second : error);
+    return result ? result : saved;
+}
+
+// What follows an update: the step is judged, stored and printed.
 static int conclude_step(Run *run, Training *t, const Step *s, char *error) {
     Options *o = &run->settings.values;
     int last = o->step == o->steps, due = o->eval_every && o->step % o->eval_every == 0;
     int to_save = last || interrupted || (o->save_every && o->step % o->save_every == 0);
-    double best_before = o->best_val;
-    int64_t validated_before = o->validated;
-    char second[ERROR_SIZE];
     Score score;
     o->train_loss = s->loss;
     o->grad_norm = s->grad_norm;
     if (judge(run, due, to_save, &score, error)) {
+        char second[ERROR_SIZE];
         log_line(&t->log, s, &score, second); // the first problem is what is told
         return FAILED;
     }
-    int scored = score.count > 0, result = 0;
-    if (due && !score.broken) o->validated = o->step;
     saving = 1;
-    if (!last || !t->log.stream) result = log_line(&t->log, s, last || !scored ? NULL : &score, error);
-    if (result) o->validated = validated_before; // the resumed run makes up for it
-    if (!result && scored && score.loss < o->best_val) {
-        o->best_val = score.loss;
-        if ((result = save_best(run, error))) {
-            o->best_val = best_before;
-            o->validated = validated_before;
-        }
-    }
-    if (result || to_save) {
-        if (t->log.file)
-            flush_to_disk(fileno(t->log.file)); // a power cut must not leave a run ahead of its log
-        int saved = save_run(run, result ? second : error);
-        if (!saved) {
-            t->saved = o->out;
-            t->saved_step = o->step;
-        }
-        if (!result) result = saved;
-    }
+    int result = store_step(run, t, s, &score, due && !score.broken, to_save, error);
     saving = 0;
     if (result || last) return result;
-    double now = seconds(),
-           left = (now - t->start) / (double)(o->step - t->first_step) * (double)(o->steps - o->step);
-    if (scored || is_printed(o, t, s, now - t->told)) {
-        print_step(run, s, left, scored ? &score : NULL);
-        t->told = now;
-    }
+    double now = seconds(), so_far = now - t->start;
+    double left = so_far / (double)(o->step - t->first_step) * (double)(o->steps - o->step);
+    int scored = score.count > 0;
+    if (!scored && !is_printed(o, t, s, now - t->told)) return 0;
+    print_step(run, s, left, scored ? &score : NULL);
+    t->told = now;
     return 0;
 }
 
@@ -6254,21 +6303,21 @@ static int conclude_step(Run *run, Training *t, const Step *s, char *error) {
 static int conclude_run(Run *run, Training *t, const Step *s, char *error) {
     Options *o = &run->settings.values;
     Score score = evaluate(run, 0, 0);
-    int scored = score.count > 0 && !score.broken, result = 0;
-    if (scored && !isfinite(score.loss))
+    const Score *whole = score.count > 0 && !score.broken ? &score : NULL;
+    int result = 0;
+    if (whole && !isfinite(score.loss))
         result = fail(error, NULL, "step %lld: the validation loss of the whole split is %g",
                       (long long)o->step, score.loss);
     saving = 1;
-    int logged = log_line(&t->log, s, scored ? &score : NULL, error);
+    int logged = log_line(&t->log, s, whole, error);
     if (!result) result = logged;
-    if (!result && !score.broken &&
-        o->best_val >= 1e300) { // they say their loss; the run has had no validation
-        if (scored) o->best_val = score.loss;
+    if (!result && !score.broken && o->best_val >= 1e300) {
+        if (whole) o->best_val = score.loss; // the weights say it; the run has had no validation
         result = save_best(run, error);
         o->best_val = 1e300;
     }
     saving = 0;
-    if (!result) print_step(run, s, 0, scored ? &score : NULL);
+    if (!result) print_step(run, s, 0, whole);
     t->complete = !result && !score.broken;
     return result;
 }
@@ -6281,9 +6330,9 @@ static int check_disk(const Run *run, uint64_t run_size, uint64_t best_size, cha
     const Place *out = &run->out_place, *best = &run->best_place;
     folder_of(folder, out->target);
     if (statvfs(folder, &disk) || !disk.f_blocks) return 0; // it does not tell, the saves will
-    double kept =
-        (double)(out->there ? out->known.st_size : 0) + (double)(best->there ? best->known.st_size : 0);
-    double needed = (double)run_size + (double)best_size + (double)run_size - kept;
+    double needed = (double)run_size + (double)best_size + (double)run_size;
+    if (out->there) needed -= (double)out->known.st_size;
+    if (best->there) needed -= (double)best->known.st_size;
     double left = (double)disk.f_bavail * (double)disk.f_frsize;
     if (needed <= left) return 0;
     return fail(error, out->path,
@@ -6295,15 +6344,17 @@ static int check_disk(const Run *run, uint64_t run_size, uint64_t best_size, cha
 // does it.
 static int begin_training(Run *run, Training *t, char *error) {
     Options *o = &run->settings.values;
+    Place *out = &run->out_place, *best = &run->best_place;
     uint64_t run_size = 0, best_size = 0;
-    if (run->out_place.lock >= 0) remove_leftovers(run->out_place.target);
-    if (run->best_place.lock >= 0) remove_leftovers(run->best_place.target);
-    if (save_checkpoint(run, &run->out_place, RESUMABLE, 1, &run_size, error)) return FAILED;
-    if (save_checkpoint(run, &run->best_place, WEIGHTS, 1, &best_size, error)) return FAILED;
+    if (out->lock >= 0) remove_leftovers(out->target);
+    if (best->lock >= 0) remove_leftovers(best->target);
+    if (save_checkpoint(run, out, RESUMABLE, 1, &run_size, error)) return FAILED;
+    if (save_checkpoint(run, best, WEIGHTS, 1, &best_size, error)) return FAILED;
     if (check_disk(run, run_size, best_size, error)) return FAILED;
-    if (o->sample_every &&
-        !(t->sampler = run->backend->create(&run->config, 1, (int)o->seq, GENERATE, error)))
-        return FAILED;
+    if (o->sample_every) {
+        t->sampler = run->backend->create(&run->config, 1, (int)o->seq, GENERATE, error);
+        if (!t->sampler) return FAILED;
+    }
     return log_open(&t->log, o, error);
 }
 
@@ -6318,92 +6369,129 @@ static int train_steps(Run *run, Training *t, Step *s, char *error) {
         s->step = o->step;
         o->previous_loss = o->train_loss;
         if (conclude_step(run, t, s, error)) return FAILED;
-        if (o->sample_every && o->step % o->sample_every == 0 && print_sample(run, t->sampler, error) &&
-            !ferror(stdout))
-            return FAILED; // if it is standard output that fails, nobody reads any more: no reason to stop
+        if (!o->sample_every || o->step % o->sample_every) continue;
+        // if it is standard output that fails, nobody reads any more: no reason to stop
+        if (print_sample(run, t->sampler, error) && !ferror(stdout)) return FAILED;
     }
     return 0;
 }
 
 // A signal came: what is not saved yet is judged and saved.
 static int save_stopped(Run *run, Training *t, char *error) {
-    Options *o = &run->settings.values;
+    const Options *o = &run->settings.values;
     Score score;
     if (t->saved == o->out && t->saved_step == o->step) return 0;
     if (judge(run, 0, 1, &score, error)) return FAILED;
     saving = 1;
-    if (t->log.file) flush_to_disk(fileno(t->log.file));
-    int result = save_run(run, error);
+    int result = store_run(run, t, error);
     saving = 0;
-    if (result) return result;
-    t->saved = o->out;
-    t->saved_step = o->step;
-    return 0;
+    return result;
 }
 
-// The training loop. 130 after a signal that asked for an end.
-static int train(Run *run, const char *program, char *error) {
-    Options *o = &run->settings.values;
-    Training t;
-    char problem[ERROR_SIZE];
-    memset(&t, 0, sizeof(t));
-    t.start = t.told = seconds();
-    t.first_step = t.saved_step = o->step;
-    t.saved = o->resume;
-    // what a stop or a kill left open of the resumed step is done first: its validation, its line, of the
-    // last step the end
-    int known = o->resume && o->step > 0 && o->train_loss >= 0, finished = o->step >= o->steps;
-    int due = o->eval_every && o->step > 0 && o->step % o->eval_every == 0;
-    int pending = known && due && o->validated >= 0 && o->validated < o->step;
-    double rate = learning_rate(o->resume ? &run->stored : o, o->step - 1),
-           tokens = (double)(o->accum * o->batch * o->seq);
-    Step s = {o->step, known ? o->train_loss : NAN, known ? o->grad_norm : NAN, rate, tokens, NAN};
-    install_handlers(WHILE_TRAINING);
-    int result = begin_training(run, &t, error);
-    int no_line = t.log.file && known && !t.log.stream && t.log.last == o->step - 1;
-    int missing = t.log.file && known && !t.log.stream && finished && !t.log.complete;
-    int renamed = o->resume && strcmp(o->out, o->resume);
-    int incomplete = o->step == o->steps && o->resume &&
-                     (pending || missing || renamed || !lies_there(run->best_path, problem));
-    int idle = finished && !incomplete;
-    if (!result && idle)
+// The step that a run begins behind: of a resumed one what its file says of it.
+static Step step_before(const Run *run) {
+    const Options *o = &run->settings.values;
+    int known = o->resume && o->step > 0 && o->train_loss >= 0;
+    Step s = {.step = o->step,
+              .loss = known ? o->train_loss : NAN,
+              .grad_norm = known ? o->grad_norm : NAN,
+              .rate = learning_rate(o->resume ? &run->stored : o, o->step - 1),
+              .tokens = (double)(o->accum * o->batch * o->seq),
+              .elapsed = NAN};
+    return s;
+}
+
+// What a stop or a kill left open of the resumed step: its line in the log, its validation, of the last step
+// the end.
+typedef struct { int line, validation, end; } Unfinished;
+
+static Unfinished find_unfinished(const Run *run, const Log *log, int renamed) {
+    const Options *o = &run->settings.values;
+    char ignored[ERROR_SIZE];
+    Unfinished open = {0, 0, 0};
+    if (!o->resume) return open;
+    int known = o->step > 0 && o->train_loss >= 0, due = o->eval_every && o->step % o->eval_every == 0;
+    int logged = log->file && !log->stream;
+    open.line = known && logged && log->last == o->step - 1;
+    open.validation = known && due && o->validated >= 0 && o->validated < o->step;
+    if (o->step != o->steps) return open;
+    open.end = open.validation || renamed || (known && logged && !log->complete);
+    open.end = open.end || !lies_there(run->best_path, ignored);
+    return open;
+}
+
+// Everything from what was left open to the end of the run, or to a signal.
+static int train_to_end(Run *run, Training *t, char *error) {
+    const Options *o = &run->settings.values;
+    int renamed = o->resume && strcmp(o->out, o->resume), result = 0;
+    Unfinished open = find_unfinished(run, &t->log, renamed);
+    Step s = step_before(run);
+    t->idle = o->step >= o->steps && !open.end;
+    if (t->idle) {
         printf("nothing to do: %lld of %lld steps are done\n", (long long)o->step, (long long)o->steps);
-    if (!result && !idle && no_line) result = log_line(&t.log, &s, NULL, error);
-    if (!result && !idle && pending) result = conclude_step(run, &t, &s, error);
-    if (!result && !idle) result = train_steps(run, &t, &s, error);
-    if (!result && !idle && (interrupted || renamed)) result = save_stopped(run, &t, error);
-    if (!result && !idle && o->step == o->steps) result = conclude_run(run, &t, &s, error);
-    struct stat logged;
-    int log_gone = t.log.file && !fstat(fileno(t.log.file), &logged) && !logged.st_nlink;
-    log_close(&t.log);
-    if (t.sampler) run->backend->destroy(t.sampler);
-    if (result == FAILED) {
-        char ignored[ERROR_SIZE];
-        int held = t.saved && lies_there(t.saved, ignored) == 1;
-        memcpy(problem, error, sizeof(problem));
-        if (held)
-            fail(error, NULL, "%.290s; %.180s holds step %lld", problem, t.saved, (long long)t.saved_step);
-        else if (t.saved) fail(error, NULL, "%.290s; %.180s is not there any more", problem, t.saved);
-        else if (o->best_val < 1e300 && lies_there(run->best_path, ignored) == 1)
-            fail(error, NULL, "%.290s; only the best weights were saved before, %.160s", problem,
-                 run->best_path);
-        else fail(error, NULL, "%.290s; nothing was saved before", problem);
+        return 0;
     }
-    if (result || idle) return result;
-    if (!t.complete) {
-        print_resume_command(run, program);
-        return 130;
-    }
-    if (lies_there(o->out, problem) != 1) return fail(error, o->out, "it is not there any more");
-    if (lies_there(run->best_path, problem) != 1)
+    if (open.line) result = log_line(&t->log, &s, NULL, error);
+    if (!result && open.validation) result = conclude_step(run, t, &s, error);
+    if (!result) result = train_steps(run, t, &s, error);
+    if (!result && (interrupted || renamed)) result = save_stopped(run, t, error);
+    if (!result && o->step == o->steps) result = conclude_run(run, t, &s, error);
+    return result;
+}
+
+// Adds to the line of an error what of the run is saved.
+static void tell_what_is_saved(const Run *run, const Training *t, char *error) {
+    char problem[ERROR_SIZE], ignored[ERROR_SIZE];
+    memcpy(problem, error, sizeof(problem));
+    int has_best = run->settings.values.best_val < 1e300 && lies_there(run->best_path, ignored) == 1;
+    if (t->saved && lies_there(t->saved, ignored) == 1)
+        format_line(error, NULL, "%.290s; %.180s holds step %lld", problem, t->saved,
+                    (long long)t->saved_step);
+    else if (t->saved)
+        format_line(error, NULL, "%.290s; %.180s is not there any more", problem, t->saved);
+    else if (has_best)
+        format_line(error, NULL, "%.290s; only the best weights were saved before, %.160s", problem,
+                    run->best_path);
+    else
+        format_line(error, NULL, "%.290s; nothing was saved before", problem);
+}
+
+// Says where the files of a complete run lie. They must be there.
+static int tell_files(const Run *run, const Training *t, int log_is_gone, char *error) {
+    const Options *o = &run->settings.values;
+    char ignored[ERROR_SIZE];
+    if (lies_there(o->out, ignored) != 1) return fail(error, o->out, "it is not there any more");
+    if (lies_there(run->best_path, ignored) != 1)
         return fail(error, run->best_path, "the best weights are not there any more; the run is saved");
-    if (log_gone) return fail(error, o->log, "the log is not there any more; the run is saved");
+    if (log_is_gone) return fail(error, o->log, "the log is not there any more; the run is saved");
     printf("saved to ");
     print_quoted(o->out);
     printf(", the best weights to ");
     print_quoted(run->best_path);
-    printf(" (%.1f s)\n", seconds() - t.start);
+    printf(" (%.1f s)\n", seconds() - t->start);
     return 0;
+}
+
+// Trains. 130 after a signal that asked for an end.
+static int train(Run *run, const char *program, char *error) {
+    const Options *o = &run->settings.values;
+    struct stat logged;
+    Training t;
+    memset(&t, 0, sizeof(t));
+    t.start = t.told = seconds();
+    t.first_step = t.saved_step = o->step;
+    t.saved = o->resume;
+    install_handlers(WHILE_TRAINING);
+    int result = begin_training(run, &t, error);
+    if (!result) result = train_to_end(run, &t, error);
+    int log_is_gone = t.log.file && !fstat(fileno(t.log.file), &logged) && !logged.st_nlink;
+    log_close(&t.log);
+    if (t.sampler) run->backend->destroy(t.sampler);
+    if (result == FAILED) tell_what_is_saved(run, &t, error);
+    if (result || t.idle) return result;
+    if (t.complete) return tell_files(run, &t, log_is_gone, error);
+    print_resume_command(run, program);
+    return 130;
 }
 
 // ----------------------------------------------------------------------------
