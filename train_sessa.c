@@ -31,7 +31,9 @@ What stands where, in this order:
     forward, backward, update                       to here the architecture is told: read this first
     Mamba-2                the mixer that the paper compares with, plain; nothing else needs it
     the same, fast         panels, tiles, vectors: how the layers above are made fast
-    tables, memory, the machine, signals, files, data, options, a run, generation, training, the program
+    tables, memory, the machine, signals, files, data, options
+    a run                  its checkpoints, data, validation, and the places that it writes
+    generation, training, the program
 
 Plain is what a layer is, fast is how it is made fast. The functions of the first half are plain: explicit
 loops, with no more memory than O(T) for a sequence. Where there is a faster way the function begins with
@@ -2707,6 +2709,9 @@ static void carve_activations(Activations *acts, Table *t, real *block, const Co
 
 // ----------------------------------------------------------------------------
 // random numbers and initial values
+//
+// Initial values, the order of the data and what is sampled are drawn from one small generator, so
+// that a seed repeats a run. (Dropout draws nothing: it hashes the place of an element.)
 
 // The generator's whole state is one word.
 static uint64_t random_u64(uint64_t *state) {
@@ -2744,11 +2749,12 @@ static void initialise(real *params, const Table *table, uint64_t seed) {
 // ----------------------------------------------------------------------------
 // errors and numbers
 //
-// An error is one line of text and a negative result; the caller hands both on, up to run_program, which
-// prints the line. Text from outside is read strictly here, a number as well as a character: whatever a file
-// or a command line holds, what is printed stays one harmless line.
+// An error is one line of text and a negative result; the caller hands both on, up to run_program,
+// which prints the line. Text from outside is read strictly here, a number as well as a character:
+// whatever a file or a command line holds, what is printed stays one harmless line.
 
-enum { ERROR_SIZE = 512, FAILED = -1, WRONG_OPTION = -2 }; // every `char *error` points to ERROR_SIZE bytes
+// Every `char *error` points to ERROR_SIZE bytes.
+enum { ERROR_SIZE = 512, FAILED = -1, WRONG_OPTION = -2 };
 
 // The bytes of the UTF-8 character at s, of which at most n are there; 0 if it is none: overlong, a
 // surrogate, or too large.
@@ -2757,8 +2763,9 @@ static size_t utf8_length(const unsigned char *s, size_t n) {
     if ((length > 1 && s[0] < 0xC2) || s[0] > 0xF4 || length > n) return 0;
     for (size_t i = 1; i < length; i++)
         if ((s[i] & 0xC0) != 0x80) return 0;
-    if ((s[0] == 0xE0 && s[1] < 0xA0) || (s[0] == 0xF0 && s[1] < 0x90)) return 0;     // overlong
-    if ((s[0] == 0xED && s[1] > 0x9F) || (s[0] == 0xF4 && s[1] > 0x8F)) return 0; // surrogate, above U+10FFFF
+    if ((s[0] == 0xE0 && s[1] < 0xA0) || (s[0] == 0xF0 && s[1] < 0x90)) return 0; // overlong
+    if (s[0] == 0xED && s[1] > 0x9F) return 0; // a surrogate
+    if (s[0] == 0xF4 && s[1] > 0x8F) return 0; // above U+10FFFF
     return length;
 }
 
@@ -2768,9 +2775,9 @@ static int utf8_valid(const unsigned char *text, size_t length) {
     return n > 0;
 }
 
-// Writes "path: what" (only "what" if path is NULL) into `line`, ERROR_SIZE bytes, as one line. What stands in
-// a file may be hostile: a control character (also U+0080 to U+009F), and what is no UTF-8, becomes '?', so
-// that no file commands the terminal.
+// Writes "path: what" (only "what" if path is NULL) into `line`, ERROR_SIZE bytes, as one line.
+// What stands in a file may be hostile: a control character (also U+0080 to U+009F), and what is no
+// UTF-8, becomes '?', so that no file commands the terminal.
 __attribute__((format(printf, 3, 0)))
 static void write_line(char *line, const char *path, const char *format, va_list arguments) {
     int used = path ? snprintf(line, ERROR_SIZE, "%.300s: ", path) : 0;
@@ -2815,8 +2822,8 @@ static int fail(char *error, const char *path, const char *format, ...) {
 }
 #define wrong(...) (fail(__VA_ARGS__), WRONG_OPTION)
 
-// 0 and the value if the whole text is one finite decimal number ("3e-4", "-1", ".5"), else -1: no spaces,
-// hex or inf.
+// 0 and the value if the whole text is one finite decimal number ("3e-4", "-1", ".5"), else -1: no
+// spaces, hex or inf.
 static int parse_number(const char *text, double *value) {
     char *end;
     double number = strtod(text, &end);
@@ -2825,7 +2832,8 @@ static int parse_number(const char *text, double *value) {
     return 0;
 }
 
-// The same for an integer in low..high, however written ("128", "1.28e2", "128.0"). Exact up to 2^53.
+// The same for an integer in low..high, however written ("128", "1.28e2", "128.0"). Exact up to
+// 2^53.
 static int parse_integer(const char *text, double low, double high, int64_t *value) {
     double number;
     if (parse_number(text, &number) || number != floor(number) || number < low || number > high) return -1;
@@ -2857,8 +2865,9 @@ static double number_of_cgroup(const char *folder, const char *file, const char 
     return snprintf(path, sizeof(path), "%s/%s", folder, file) < PATH_MAX ? number_in(path, key, field) : NAN;
 }
 
-// The cores that a cgroup may keep busy, and the bytes that it may still take: the cache of files makes room.
-// Its files have the names of version 2 or those of version 1. INFINITY: it sets no bound.
+// The cores that a cgroup may keep busy, and the bytes that it may still take: the cache of files
+// makes room. Its files have the names of version 2 or those of version 1. INFINITY: it sets no
+// bound.
 static double cgroup_cores(const char *folder) {
     double quota = number_of_cgroup(folder, "cpu.max", "", 0),
            period = number_of_cgroup(folder, "cpu.max", "", 1);
@@ -2885,10 +2894,10 @@ static double cgroup_memory(const char *folder) {
     return least;
 }
 
-// The least that `bound` gives for the folders of this process's cgroup of a controller and of all cgroups
-// above. A line of /proc/self/cgroup is "4:memory:/path" in version 1, "0::/path" in version 2. In a
-// container the path may be the host's: then only the last folder on the way up, where the container's own
-// cgroup is mounted, is there.
+// The least that `bound` gives for the folders of this process's cgroup of a controller and of all
+// cgroups above. A line of /proc/self/cgroup is "4:memory:/path" in version 1, "0::/path" in
+// version 2. In a container the path may be the host's: then only the last folder on the way up,
+// where the container's own cgroup is mounted, is there.
 static double cgroup_least(const char *root, const char *controller, double (*bound)(const char *)) {
     char line[PATH_MAX], folder[2 * PATH_MAX];
     double least = INFINITY;
@@ -2903,7 +2912,8 @@ static double cgroup_least(const char *root, const char *controller, double (*bo
         snprintf(names, sizeof(names), ",%s,", list + 1);
         int second = !list[1];
         if (!second && !strstr(names, wanted)) continue;
-        for (int i = 0; i < 1 + second; i++) { // version 2, beside version 1, may be mounted one folder lower
+        // version 2, beside version 1, may be mounted one folder lower
+        for (int i = 0; i < 1 + second; i++) {
             snprintf(folder, sizeof(folder), "%s/sys/fs/cgroup%s%s", root, second ? "" : "/",
                      second ? (i ? "/unified" : "") : controller);
             size_t top = strlen(folder);
@@ -2926,9 +2936,10 @@ static int threads_within(const char *root, int threads) {
     return cores < threads ? (int)cores : threads;
 }
 
-// OpenMP counts the cores that this process may run on, and heeds what the user set; of quotas it knows
-// nothing. How long its threads spin at a barrier before they sleep is bounded: on a core that another
-// program wants they spin in the way of the thread they wait for. Of GNU's, start_again sees to that.
+// OpenMP counts the cores that this process may run on, and heeds what the user set; of quotas it
+// knows nothing. How long its threads spin at a barrier before they sleep is bounded: on a core
+// that another program wants they spin in the way of the thread they wait for. Of GNU's,
+// start_again sees to that.
 enum { SPINS = 3000, SPIN_MILLISECONDS = 0 };
 static void use_allowed_threads(void) {
     const char *wanted = getenv("OMP_NUM_THREADS");
@@ -2971,9 +2982,10 @@ static MemoryLeft memory_left(const char *root) {
     return left;
 }
 
-// 0 if so many bytes can be had; else FAILED and the line, which begins with the path (NULL: none) and
-// `what`. Linux gives memory out that is not there, and ends the program when it is touched, so whatever
-// grows with a file or an option asks before it is allocated; what is smaller than LARGE need not.
+// 0 if so many bytes can be had; else FAILED and the line, which begins with the path (NULL: none)
+// and `what`. Linux gives memory out that is not there, and ends the program when it is touched, so
+// whatever grows with a file or an option asks before it is allocated; what is smaller than LARGE
+// need not.
 enum { LARGE = 1 << 20 };
 static int check_room(double bytes, const char *path, const char *what, char *error) {
     if (bytes < LARGE) return 0;
@@ -2990,6 +3002,10 @@ static void *grow(void *old, size_t bytes) {
 
 // ----------------------------------------------------------------------------
 // the model's memory
+//
+// One block holds the parameters and one each their gradients and the two moments of AdamW; another
+// holds the activations. The tables are made twice: first without memory, to know the sizes, then
+// over it. What does not fit is known before anything large is touched.
 
 static void model_free(Model *m) {
     void *blocks[] = {m->weights.layers, m->grad.layers, m->acts.layers, m->table.rows, m->acts_table.rows,
@@ -2998,8 +3014,8 @@ static void model_free(Model *m) {
     for (size_t i = 0; i < sizeof(blocks) / sizeof(blocks[0]); i++) free(blocks[i]);
 }
 
-// A zeroed array, a large one in huge pages where the system has them: rows far apart then cost no table
-// walks. Clears *whole where it cannot be had. count < 0: too large to be addressed.
+// A zeroed array, a large one in huge pages where the system has them: rows far apart then cost no
+// table walks. Clears *whole where it cannot be had. count < 0: too large to be addressed.
 static void *allocate(int64_t count, size_t size, int *whole) {
     enum { HUGE_PAGE = 1 << 21 };
     void *memory = NULL;
@@ -3013,9 +3029,9 @@ static void *allocate(int64_t count, size_t size, int *whole) {
     return memset(memory, 0, bytes);
 }
 
-// A model for batches of up to B sequences of T tokens, its parameters 0. NULL, and a line in error, if it
-// does not fit: that is known before anything large is touched, and all of it is touched here, so no later
-// step can run out of memory.
+// A model for batches of up to B sequences of T tokens, its parameters 0. NULL, and a line in
+// error, if it does not fit: that is known before anything large is touched, and all of it is
+// touched here, so no later step can run out of memory.
 static Model *model_create(const Config *c, int B, int T, Mode mode, char *error) {
     int whole = 1, training = mode >= TRAIN, threads = 0;
     Model *m = (Model *)allocate(1, sizeof(Model), &whole);
@@ -3064,11 +3080,14 @@ static Model *model_create(const Config *c, int B, int T, Mode mode, char *error
 }
 
 // ----------------------------------------------------------------------------
-// the backend: all that the training loop and the command line know of the layers. The CUDA twin brings its
-// own, with a Model of its own behind the pointer.
+// the backend
+//
+// All that the training loop and the command line know of the layers. The CUDA twin brings its own, with a
+// Model of its own behind the pointer.
 
 typedef enum { PARAMS, EXP_AVG, EXP_AVG_SQ, GRADS } Block;
-static const char *block_prefixes[] = {"", "exp_avg.", "exp_avg_sq."}; // in files, which hold no gradients
+// Of the tensors' names in files, which hold no gradients.
+static const char *block_prefixes[] = {"", "exp_avg.", "exp_avg_sq."};
 
 typedef struct {
     const char *name;
@@ -3119,7 +3138,8 @@ static real *cpu_read(Model *m, Block block) {
            : block == EXP_AVG ? m->exp_avg
                               : m->exp_avg_sq;
 }
-static void cpu_write(Model *m, Block block) { (void)m; (void)block; } // the host's memory is the model's own
+// The host's memory is the model's own.
+static void cpu_write(Model *m, Block block) { (void)m; (void)block; }
 static double cpu_update(Model *m, AdamW options, double clip, int64_t step) {
     double length = norm(m->grads, m->table.count);
     if (isfinite(length)) model_update(m, options, clip_scale(length, clip), step);
@@ -3133,18 +3153,20 @@ static const Backend cpu_backend = {"CPU",      model_create,   model_free,    c
 // ----------------------------------------------------------------------------
 // signals: what asks for an end lets the step end and be saved
 //
-// A handler only notes the signal in `interrupted`; the loops of training, evaluation and generation look at
-// it. What a signal does depends on the phase the program is in, see install_handlers. The lock files that
-// the process holds are kept here too: they go at any end, also at one that a handler brings about.
+// A handler only notes the signal in `interrupted`; the loops of training, evaluation and
+// generation look at it. What a signal does depends on the phase the program is in, see
+// install_handlers. The lock files that the process holds are kept here too: they go at any end,
+// also at one that a handler brings about.
 
-// Of this process; the handler reads and writes them. `interrupted`: the signal that asked for an end, 0:
-// none. While `saving`, nothing ends the program. `told`: the terminal has been told what a second Ctrl-C
-// does.
+// Of this process; the handler reads and writes them. `interrupted`: the signal that asked for an
+// end, 0: none. While `saving`, nothing ends the program. `told`: the terminal has been told what a
+// second Ctrl-C does.
 static volatile sig_atomic_t interrupted, saving, told;
 static int terminal = -1; // a descriptor on which Ctrl-C is answered, -1: there is none
 
 enum { MAX_LOCKS = 3 };
-static char lock_paths[MAX_LOCKS][PATH_MAX + 8]; // of the lock files that this process holds, see take_lock
+// Of the lock files that this process holds, see take_lock.
+static char lock_paths[MAX_LOCKS][PATH_MAX + 8];
 static int lock_files[MAX_LOCKS];
 static volatile sig_atomic_t n_locks;
 
@@ -3153,8 +3175,8 @@ static int same_place(const struct stat *a, const struct stat *b) {
     return a->st_dev == b->st_dev && a->st_ino == b->st_ino;
 }
 
-// Nothing but system calls: it runs in signal handlers and at exit. The locks themselves end with the
-// process. What has taken the name of a lock file meanwhile stays.
+// Nothing but system calls: it runs in signal handlers and at exit. The locks themselves end with
+// the process. What has taken the name of a lock file meanwhile stays.
 static void remove_locks(void) {
     while (n_locks > 0) {
         struct stat mine, there;
@@ -3166,9 +3188,9 @@ static void remove_locks(void) {
     }
 }
 
-// While training: the first of these signals ends the step, which is then saved, and so does any later one.
-// Only a second Ctrl-C typed at a terminal, once that has been told, ends the program at once; one that
-// another program sends does not.
+// While training: the first of these signals ends the step, which is then saved, and so does any
+// later one. Only a second Ctrl-C typed at a terminal, once that has been told, ends the program at
+// once; one that another program sends does not.
 static void on_signal(int number, siginfo_t *info, void *context) {
     static const char line[] =
         "\nending after this step, to save it; Ctrl-C again ends at once, without saving\n";
@@ -3211,7 +3233,8 @@ static int is_ignored(int number) {
     return !(now.sa_flags & SA_SIGINFO) && now.sa_handler == SIG_IGN;
 }
 
-typedef enum { BEFORE_TRAINING, WHILE_TRAINING, WHILE_READING } Phase; // READING: generating or evaluating
+// READING: generating or evaluating.
+typedef enum { BEFORE_TRAINING, WHILE_TRAINING, WHILE_READING } Phase;
 
 // Sets what the signals do from here on.
 static void install_handlers(Phase phase) {
@@ -3231,7 +3254,8 @@ static void install_handlers(Phase phase) {
         if (numbers[i] == SIGHUP && is_ignored(SIGHUP)) continue;
         sigaction(numbers[i], &action, NULL);
     }
-    signal(SIGPIPE, SIG_IGN); // a closed pipe and a file size beyond its limit are errors of the write
+    // a closed pipe and a file size beyond its limit are errors of the write
+    signal(SIGPIPE, SIG_IGN);
     signal(SIGXFSZ, SIG_IGN);
     if (phase == WHILE_TRAINING && terminal < 0) terminal = open_terminal();
 }
@@ -3239,14 +3263,15 @@ static void install_handlers(Phase phase) {
 // ----------------------------------------------------------------------------
 // files: read whole; written whole, into a temporary file that then takes the place of the old one
 //
-// A Place is where a file is written: settled once, locked against other runs, and checked before anything
-// there is replaced. A Replacement is the file on its way there. So at any moment the old file or the new one
-// lies there, whole, and nothing is lost by a crash, by a second run, or by a file put there meanwhile.
+// A Place is where a file is written: settled once, locked against other runs, and checked before
+// anything there is replaced. A Replacement is the file on its way there. So at any moment the old
+// file or the new one lies there, whole, and nothing is lost by a crash, by a second run, or by a
+// file put there meanwhile.
 
-// A 64-bit hash: FNV-1a's step (xor, then multiply by its prime), taken on 8 bytes at a time for speed and
-// followed by a fold of the upper half into the lower, which the hash by bytes does not need. The last bytes
-// are padded with zeros, so the size goes in first. It tells files apart that differ by accident, not by
-// design.
+// A 64-bit hash: FNV-1a's step (xor, then multiply by its prime), taken on 8 bytes at a time for
+// speed and followed by a fold of the upper half into the lower, which the hash by bytes does not
+// need. The last bytes are padded with zeros, so the size goes in first. It tells files apart that
+// differ by accident, not by design.
 static uint64_t hash_bytes(const unsigned char *bytes, size_t size) {
     const uint64_t prime = 0x100000001b3;
     uint64_t hash = (0xcbf29ce484222325 ^ size) * prime;
@@ -3288,7 +3313,8 @@ static int read_open_file(int fd, const char *path, unsigned char **bytes, size_
     return FAILED;
 }
 
-// Reads a whole regular file into fresh memory, with a zero byte past its end. *bytes is NULL when it fails.
+// Reads a whole regular file into fresh memory, with a zero byte past its end. *bytes is NULL when
+// it fails.
 static int file_read(const char *path, unsigned char **bytes, size_t *size, char *error) {
     *bytes = NULL;
     int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); // a pipe without a writer: no waiting
@@ -3311,8 +3337,8 @@ static int write_all(int fd, const void *bytes, size_t n) {
     return 0;
 }
 
-// Makes what was written survive a power cut; 0, or -1 with errno. Not every file system can flush: that
-// is no error.
+// Makes what was written survive a power cut; 0, or -1 with errno. Not every file system can flush:
+// that is no error.
 static int flush_to_disk(int fd) {
     int result;
 #ifdef F_FULLFSYNC
@@ -3337,8 +3363,8 @@ static void folder_of(char folder[PATH_MAX], const char *target) {
     snprintf(folder, PATH_MAX, "%.*s", (int)(strrchr(target, '/') + 1 - target), target);
 }
 
-// The place that path names once all links are followed, also where there is no file yet. target: PATH_MAX
-// bytes.
+// The place that path names once all links are followed, also where there is no file yet. target:
+// PATH_MAX bytes.
 static int resolve(const char *path, char *target, char *error) {
     char next[PATH_MAX], link[PATH_MAX], folder[PATH_MAX];
     int fits = snprintf(next, sizeof(next), "%s", path) < PATH_MAX;
@@ -3367,8 +3393,9 @@ static int resolve(const char *path, char *target, char *error) {
     return fail(error, path, "cannot be written: %s", problem);
 }
 
-// Locks an open file for this process, until it ends, in whatever way, and in whatever container: 1 if that
-// is done, 0 if another one holds the lock, -1 with errno if the file system knows no locks.
+// Locks an open file for this process, until it ends, in whatever way, and in whatever container: 1
+// if that is done, 0 if another one holds the lock, -1 with errno if the file system knows no
+// locks.
 static int lock_descriptor(int fd) {
     int result;
     do result = flock(fd, LOCK_EX | LOCK_NB);
@@ -3384,8 +3411,8 @@ static void warn_of_no_locks(const char *path) {
     print_warning(path, "the file system knows no locks: nothing keeps two runs from writing it at once");
 }
 
-// A place where a file is written: what its path names, settled once, and what may be replaced there:
-// nothing, the file that lay there when the run began, or the one that the run left last.
+// A place where a file is written: what its path names, settled once, and what may be replaced
+// there: nothing, the file that lay there when the run began, or the one that the run left last.
 typedef struct {
     const char *path;      // as the user named it
     const char *like;      // the file whose rights a new one gets, NULL: none
@@ -3393,7 +3420,7 @@ typedef struct {
     int lock;              // the index of its lock, -1: none
     int there;             // a file lies there that may be replaced, which is
     struct stat known;
-    uint64_t head;         // a hash of how it begins: a checkpoint's metadata tell it from any other
+    uint64_t head;         // a hash of how it begins: metadata tell a checkpoint from any other
 } Place;
 
 // A hash of the first bytes of a file, 0 if it cannot be read.
@@ -3406,7 +3433,8 @@ static uint64_t head_of(const char *path) {
     return n < 0 ? 0 : hash_bytes(bytes, (size_t)n);
 }
 
-// Makes a place of a path: what lies there now may be replaced. FAILED if nothing can be written there.
+// Makes a place of a path: what lies there now may be replaced. FAILED if nothing can be written
+// there.
 static int settle(Place *p, const char *path, const char *like, char *error) {
     memset(p, 0, sizeof(*p));
     p->path = path;
@@ -3421,7 +3449,8 @@ static int settle(Place *p, const char *path, const char *like, char *error) {
 }
 
 // Opens the lock file of a place and locks it: its descriptor, or -1 with the line. *locked: see
-// lock_descriptor. A file of that name that is no lock, which is empty, is another program's, and stays.
+// lock_descriptor. A file of that name that is no lock, which is empty, is another program's, and
+// stays.
 static int open_lock(const char *path, const char *name, int flags, int *locked, char *error) {
     struct stat info;
     int fd = open(name, O_RDWR | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC | flags, 0666);
@@ -3437,10 +3466,10 @@ static int open_lock(const char *path, const char *name, int flags, int *locked,
     return fail(error, path, "cannot be locked: %.250s is there and is no lock", name);
 }
 
-// Locks a place by a file beside it: the file itself gets another inode with each save. What killed runs
-// left, the lock file or temporary ones, belongs to whoever holds the lock. A lock file is removed by its
-// holder: whoever opened it before that, and locks it after, sees that the name now means another file, or
-// none, and begins again.
+// Locks a place by a file beside it: the file itself gets another inode with each save. What killed
+// runs left, the lock file or temporary ones, belongs to whoever holds the lock. A lock file is
+// removed by its holder: whoever opened it before that, and locks it after, sees that the name now
+// means another file, or none, and begins again.
 static int take_lock(Place *p, char *error) {
     char *name = lock_paths[n_locks];
     struct stat mine, there;
@@ -3466,8 +3495,8 @@ static int take_lock(Place *p, char *error) {
     }
 }
 
-// The lock of a place must still be this run's. A lock file that somebody removed, or that stayed behind when
-// the folder was moved, is made again.
+// The lock of a place must still be this run's. A lock file that somebody removed, or that stayed
+// behind when the folder was moved, is made again.
 static int hold_lock(Place *p, char *error) {
     const char *name = lock_paths[p->lock];
     struct stat mine, there;
@@ -3484,20 +3513,21 @@ static int hold_lock(Place *p, char *error) {
     return 0;
 }
 
-// Before something is replaced: the lock must still be ours, and what lies there the file that may be
-// replaced.
+// Before something is replaced: the lock must still be ours, and what lies there the file that may
+// be replaced.
 static int check_ours(Place *p, char *error) {
     struct stat now;
     if (p->lock >= 0 && hold_lock(p, error)) return FAILED;
     if (lstat(p->target, &now))
         return errno == ENOENT ? 0 : fail(error, p->path, "cannot be written: %s", strerror(errno));
-    // whose it is neither its time says, which a touch changes, nor its inode, which some file systems
-    // invent: its size and its beginning do
+    // whose it is neither its time says, which a touch changes, nor its inode, which some file
+    // systems invent: its size and its beginning do
     if (p->there && now.st_size == p->known.st_size && head_of(p->target) == p->head) return 0;
     return fail(error, p->path, "another file was put there meanwhile, which stays");
 }
 
-// Whether `name` is that of a temporary file of the file `of`: <of>.tmp.s<eight hexadecimal digits>.
+// Whether `name` is that of a temporary file of the file `of`: <of>.tmp.s<eight hexadecimal
+// digits>.
 static int is_temporary_name(const char *name, const char *of) {
     size_t length = strlen(of);
     if (strncmp(name, of, length) || strncmp(name + length, ".tmp.s", 6)) return 0;
@@ -3561,9 +3591,9 @@ static void name_temporary(Replacement *r) {
     snprintf(r->temporary, sizeof(r->temporary), "%s.tmp.s%08x", r->place->target, (unsigned)name);
 }
 
-// Creates the temporary file that will take a place. It gets owner and rights of the file that is there, or
-// else of `like`, so that what only its owner may read stays so; what is new can be written by its owner, or
-// it could not be replaced again.
+// Creates the temporary file that will take a place. It gets owner and rights of the file that is
+// there, or else of `like`, so that what only its owner may read stays so; what is new can be
+// written by its owner, or it could not be replaced again.
 static int replacement_open(Replacement *r, Place *p, char *error) {
     struct stat old = p->known;
     int there = p->there && !lstat(p->target, &old);
@@ -3577,7 +3607,8 @@ static int replacement_open(Replacement *r, Place *p, char *error) {
         if (r->fd < 0 && errno != EEXIST && errno != EINTR) break;
     }
     if (r->fd < 0) return fail(error, p->path, "cannot be written: %s", strerror(errno));
-    // root, going on with a user's run, may give it away; where that is refused it stays as it is: no error
+    // root, going on with a user's run, may give it away; where that is refused it stays as it is:
+    // no error
     int owned = known && old.st_uid == geteuid() && old.st_gid == getegid();
     if (known && !owned && fchown(r->fd, old.st_uid, old.st_gid)) errno = 0;
     if (!known && fstat(r->fd, &old)) errno = 0;
@@ -3587,8 +3618,8 @@ static int replacement_open(Replacement *r, Place *p, char *error) {
     return 0;
 }
 
-// A finished temporary file whose place is another file's by now: it is kept under a name that no run
-// removes.
+// A finished temporary file whose place is another file's by now: it is kept under a name that no
+// run removes.
 static void keep_aside(const Replacement *r, char *error) {
     char kept[PATH_MAX + 32], problem[ERROR_SIZE];
     snprintf(kept, sizeof(kept), "%s.kept.%s", r->place->target, strrchr(r->temporary, '.') + 1);
@@ -3597,7 +3628,8 @@ static void keep_aside(const Replacement *r, char *error) {
     else fail(error, NULL, "%.250s; what was to take its place is %.200s", problem, kept);
 }
 
-// Flushes and closes the temporary file, into which `size` bytes were written if `ok`. Returns 0 or an errno.
+// Flushes and closes the temporary file, into which `size` bytes were written if `ok`. Returns 0 or
+// an errno.
 static int finish_temporary(Replacement *r, int ok, uint64_t size, struct stat *written) {
     int problem = 0;
     if (!ok || flush_to_disk(r->fd) || fstat(r->fd, written)) problem = errno;
@@ -3616,9 +3648,10 @@ static void flush_folder(const char *target) {
     close(fd);
 }
 
-// Ends what replacement_open began. ok: all `size` bytes were written; they are flushed to the disk, only
-// then get their name, and then the folder is flushed, too: there is at any moment the old file or the new
-// one, whole. Not ok, or `trial`: the temporary file is removed, and the old one stays.
+// Ends what replacement_open began. ok: all `size` bytes were written; they are flushed to the
+// disk, only then get their name, and then the folder is flushed, too: there is at any moment the
+// old file or the new one, whole. Not ok, or `trial`: the temporary file is removed, and the old
+// one stays.
 static int replacement_close(Replacement *r, int ok, uint64_t size, int trial, char *error) {
     Place *p = r->place;
     struct stat written;
@@ -3652,18 +3685,18 @@ static int write_whole(Place *place, const unsigned char *bytes, size_t size, ch
 // safetensors: checkpoints, reference dumps and example sets are files of this one format
 //
 //     8 bytes             length of the header
-//     header              JSON: {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, ...},
-//                         and under "__metadata__" an object of strings; spaces may follow
+//     header              JSON: {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
+//                         ...}, and under "__metadata__" an object of strings; spaces may follow
 //     data                the tensors' bytes, row-major; offsets count from here; no gaps
 //
-// Numbers are little-endian, as is every machine that this is built for. A file comes from anywhere, so
-// nothing in it is trusted: what the reader returns has been checked, and any other file is refused with one
-// line that says why.
+// Numbers are little-endian, as is every machine that this is built for. A file comes from
+// anywhere, so nothing in it is trusted: what the reader returns has been checked, and any other
+// file is refused with one line that says why.
 
 enum { MAX_DIMS = 8, MAX_HEADER = 100000000 };
 
-// One tensor of a file: count is in elements, size in bytes. The data need not be aligned: read it with
-// memcpy.
+// One tensor of a file: count is in elements, size in bytes. The data need not be aligned: read it
+// with memcpy.
 typedef struct {
     char *name, dtype[16];
     int n_dims;              // may be larger than MAX_DIMS; shape then holds the first ones
@@ -3674,7 +3707,8 @@ typedef struct {
 
 typedef struct { char *key, *value; } Meta;
 
-// A file in memory. Names, metadata and data point into bytes; tensors are sorted by name, metadata by key.
+// A file in memory. Names, metadata and data point into bytes; tensors are sorted by name, metadata
+// by key.
 typedef struct {
     unsigned char *bytes;
     size_t size;
@@ -3684,8 +3718,8 @@ typedef struct {
     int n_meta;
 } Safetensors;
 
-// Bits that an element of this dtype takes, 0 if the format has no such dtype: they are the number in its
-// name.
+// Bits that an element of this dtype takes, 0 if the format has no such dtype: they are the number
+// in its name.
 static int dtype_bits(const char *dtype) {
     static const char known[] = " BOOL U8 I8 F8_E5M2 F8_E4M3 F8_E8M0 F4 F6_E2M3 F6_E3M2 I16 U16 F16 BF16 "
                                 "I32 U32 F32 I64 U64 F64 C64 ";
@@ -3696,8 +3730,8 @@ static int dtype_bits(const char *dtype) {
     return digits ? atoi(digits) : 8; // BOOL
 }
 
-// The header while it is read. The first problem stays and moves the place to the end, so that whatever is
-// read after it reads nothing, and only the end asks whether there was one.
+// The header while it is read. The first problem stays and moves the place to the end, so that
+// whatever is read after it reads nothing, and only the end asks whether there was one.
 typedef struct {
     unsigned char *at, *end;
     const unsigned char *place; // of the problem
@@ -3733,7 +3767,8 @@ static void json_expect(Json *j, char c) {
     else json_fail(j, "expected '{' or '['");
 }
 
-// Inside an object or array that ends with `close`, having read n of its items: 1 if another one follows.
+// Inside an object or array that ends with `close`, having read n of its items: 1 if another one
+// follows.
 static int json_next(Json *j, char close, int n) {
     if (json_take(j, close)) return 0;
     if (n) json_expect(j, ',');
@@ -3749,7 +3784,8 @@ static int json_hex(Json *j) {
     return (int)strtol(digits, NULL, 16);
 }
 
-// The character that an escape stands for, of a surrogate pair both halves; -1 if it is no valid escape.
+// The character that an escape stands for, of a surrogate pair both halves; -1 if it is no valid
+// escape.
 static int json_escape(Json *j) {
     static const char letters[] = "\"\\/bfnrt", meaning[] = "\"\\/\b\f\n\r\t";
     int c = j->at < j->end ? *j->at++ : 0;
@@ -3766,9 +3802,9 @@ static int json_escape(Json *j) {
     return 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00);
 }
 
-// Reads a string and decodes it where it stands: UTF-8 is never longer than the escape, and the closing quote
-// leaves room for the zero byte. U+0000 becomes C0 80, which is no valid UTF-8, so that the text equals no
-// other.
+// Reads a string and decodes it where it stands: UTF-8 is never longer than the escape, and the
+// closing quote leaves room for the zero byte. U+0000 becomes C0 80, which is no valid UTF-8, so
+// that the text equals no other.
 static char *json_string(Json *j) {
     static const int lead[] = {0, 0xC0, 0xE0, 0xF0};
     static char nothing[] = "";
@@ -3816,8 +3852,8 @@ static int64_t json_integer(Json *j) {
     return number;
 }
 
-// Reads an array of integers, of which the first `room` are kept. Returns their number and, in *product,
-// their product, -1 if it overflows.
+// Reads an array of integers, of which the first `room` are kept. Returns their number and, in
+// *product, their product, -1 if it overflows.
 static int json_integers(Json *j, int64_t *list, int room, int64_t *product) {
     int n = 0;
     *product = 1;
@@ -3830,8 +3866,8 @@ static int json_integers(Json *j, int64_t *list, int room, int64_t *product) {
     return n;
 }
 
-// Reads the value of one tensor's entry: its three fields, in any order, each once. The data must lie inside
-// the data_size bytes at data and be as long as dtype and shape say.
+// Reads the value of one tensor's entry: its three fields, in any order, each once. The data must
+// lie inside the data_size bytes at data and be as long as dtype and shape say.
 static void json_tensor(Json *j, FileTensor *t, const unsigned char *data, int64_t data_size) {
     int64_t offsets[2] = {0, 0}, bits = 0, unused;
     int dtypes = 0, shapes = 0, places = 0; // how often each field was seen
@@ -3864,8 +3900,8 @@ static void json_tensor(Json *j, FileTensor *t, const unsigned char *data, int64
     t->size = (size_t)(bits / 8);
 }
 
-// An array of n items with room for one more: it doubles whenever n is a power of two. The old one when
-// memory is exhausted.
+// An array of n items with room for one more: it doubles whenever n is a power of two. The old one
+// when memory is exhausted.
 static void *json_grow(Json *j, void *array, int n, size_t item) {
     if (n & (n - 1)) return array;
     void *larger = grow(array, (n ? (size_t)n * 2 : 1) * item);
@@ -3917,7 +3953,8 @@ static int compare_names(const void *a, const void *b) {
     return strcmp(*(char *const *)a, *(char *const *)b);
 }
 
-// Sorts n FileTensor or Meta by name; returns a name that stands there twice, NULL if there is none.
+// Sorts n FileTensor or Meta by name; returns a name that stands there twice, NULL if there is
+// none.
 static const char *sort_names(void *array, int n, size_t item) {
     char *items = (char *)array;
     if (n > 1) qsort(items, (size_t)n, item, compare_names);
@@ -3926,8 +3963,8 @@ static const char *sort_names(void *array, int n, size_t item) {
     return NULL;
 }
 
-// Checks that the tensors cover the data exactly, each byte once, and that no name or key stands there twice;
-// leaves tensors and metadata sorted for the search.
+// Checks that the tensors cover the data exactly, each byte once, and that no name or key stands
+// there twice; leaves tensors and metadata sorted for the search.
 static int check_layout(Safetensors *file, const unsigned char *data, const char *path, char *error) {
     FileTensor *tensors = file->tensors;
     const unsigned char *reached = data, *end = file->bytes + file->size;
@@ -3967,8 +4004,8 @@ static int parse_header(Safetensors *file, size_t length, const char *path, char
     return fail(error, path, "header, byte %lld: %s", (long long)(json.place - start), json.problem);
 }
 
-// Makes a Safetensors of the bytes of a file; they must come from malloc and belong to it from now on, also
-// when it fails. The path is for messages only.
+// Makes a Safetensors of the bytes of a file; they must come from malloc and belong to it from now
+// on, also when it fails. The path is for messages only.
 static int safetensors_parse(Safetensors *file, unsigned char *bytes, size_t size, const char *path,
                              char *error) {
     uint64_t length = 0;
@@ -4083,7 +4120,8 @@ static void text_numbers(Text *out, const int64_t *numbers, int n) { // "[2,3]"
     text_add(out, "]");
 }
 
-// Adds the header of a file, its tensors laid out in the order given, padded with spaces to a multiple of 8.
+// Adds the header of a file, its tensors laid out in the order given, padded with spaces to a
+// multiple of 8.
 static void write_header(Text *out, const FileTensor *tensors, int n_tensors, const Meta *meta, int n_meta) {
     int64_t offset = 0;
     text_add(out, "{");
@@ -4112,9 +4150,9 @@ static void write_header(Text *out, const FileTensor *tensors, int n_tensors, co
     while (!out->failed && out->size % 8) text_add(out, " ");
 }
 
-// Writes a safetensors file with the tensors in the order given, whole or not at all (see replacement_close).
-// trial: all of it is done but for the last step, and nothing is left: tells before a long run whether the
-// place can be written. *total: the bytes of the file, or NULL.
+// Writes a safetensors file with the tensors in the order given, whole or not at all (see
+// replacement_close). trial: all of it is done but for the last step, and nothing is left: tells
+// before a long run whether the place can be written. *total: the bytes of the file, or NULL.
 static int safetensors_write(Place *place, const FileTensor *tensors, int n_tensors, const Meta *meta,
                              int n_meta, int trial, uint64_t *total, char *error) {
     Text header = {NULL, 0, 0, 0};
@@ -4144,24 +4182,25 @@ static int safetensors_write(Place *place, const FileTensor *tensors, int n_tens
 // ----------------------------------------------------------------------------
 // data: text, token shards, example sets
 //
-// Text is any file of bytes, a token is a byte's place in the vocabulary. A shard is llm.c's: 256 int32
-// (magic, version, number of tokens, the rest unused), then the tokens: uint16 of GPT-2 (magic 20240520,
-// version 1) or uint32 of Llama 3 (20240801, 7). An example set is a safetensors file with `inputs` and
-// `targets` (N,T), and maybe `lags` (N,T): how far back lies what each target asks for. What a file is, is
-// told by what it holds; what looks like anything else is refused.
+// Text is any file of bytes, a token is a byte's place in the vocabulary. A shard is llm.c's: 256
+// int32 (magic, version, number of tokens, the rest unused), then the tokens: uint16 of GPT-2
+// (magic 20240520, version 1) or uint32 of Llama 3 (20240801, 7). An example set is a safetensors
+// file with `inputs` and `targets` (N,T), and maybe `lags` (N,T): how far back lies what each
+// target asks for. What a file is, is told by what it holds; what looks like anything else is
+// refused.
 
 typedef enum { DATA_TEXT, DATA_SHARD, DATA_EXAMPLES } DataKind;
 
 typedef struct {
     DataKind kind;
-    unsigned char *bytes;      // TEXT, SHARD: the file; dataset_encode puts token ids in a text's place
+    unsigned char *bytes;      // TEXT, SHARD: the file; dataset_encode makes a text token ids
     const uint16_t *tokens;    // SHARD: inside bytes
     const uint32_t *tokens32;  // a SHARD of wider tokens: inside bytes
     int32_t *inputs, *targets; // EXAMPLES: (count, width); a target of -1 is none
     int32_t *lags;             // EXAMPLES: (count, width) or NULL
     int64_t count;             // tokens or examples
     int width;                 // EXAMPLES: T of the file
-    int vocab_hint;            // EXAMPLES: the metadata's vocab_size, or 0; SHARD: its tokenizer's, in llm.c
+    int vocab_hint;            // EXAMPLES: the metadata's vocab_size, or 0; SHARD: its tokenizer's
     int max_id;                // SHARD, EXAMPLES: the largest id, -1 if there is none
     int64_t zeros;             // TEXT: bytes that are 0
     char content[96];          // kind, size and hash: what a resumed run must find again
@@ -4205,7 +4244,8 @@ static int shard_read(Dataset *data, size_t size, const char *path, char *error)
     return 0;
 }
 
-// An element of a tensor of integers of that many bits; one of U64 that is too large becomes negative.
+// An element of a tensor of integers of that many bits; one of U64 that is too large becomes
+// negative.
 static int64_t integer_at(const FileTensor *t, int bits, int64_t i) {
     uint64_t word = 0; // little-endian: the element's bytes come lowest
     memcpy(&word, t->data + i * bits / 8, (size_t)bits / 8);
@@ -4213,8 +4253,9 @@ static int64_t integer_at(const FileTensor *t, int bits, int64_t i) {
     return (int64_t)(word << (64 - bits)) >> (64 - bits); // extend the sign
 }
 
-// An integer tensor as int32; raises max_id to its largest number. Every number must be `low` or more and
-// below 2^24, the largest vocabulary. NULL and the line if one is not, or if the dtype is no integer's.
+// An integer tensor as int32; raises max_id to its largest number. Every number must be `low` or
+// more and below 2^24, the largest vocabulary. NULL and the line if one is not, or if the dtype is
+// no integer's.
 static int32_t *ids_read(const FileTensor *tensor, int low, int *max_id, const char *path, char *error) {
     char what[80];
     if (*tensor->dtype != 'I' && *tensor->dtype != 'U') {
@@ -4340,12 +4381,14 @@ static int is_signed_by(const Signature *s, const unsigned char *bytes, size_t s
     return size >= (size_t)(s->at + s->n) && !memcmp(bytes + s->at, s->bytes, (size_t)s->n);
 }
 
-// Of a file: how often each byte stands at each place of a number of 32 bits, and what follows from it.
+// Of a file: how often each byte stands at each place of a number of 32 bits, and what follows from
+// it. letters: at each place of a number of 16 bits what is no control character, or is white
+// space. controls: those that texts of no encoding hold, which are all but white space, escape and
+// zero.
 typedef struct {
     size_t size, of[4][256];
     size_t zeros[4], all_zeros;
-    size_t letters[2]; // no control characters but white space, at the places of a number of 16 bits
-    size_t controls;   // of those that texts of no encoding hold: all but white space, escape and zero
+    size_t letters[2], controls;
 } ByteCounts;
 
 static void count_bytes(ByteCounts *c, const unsigned char *bytes, size_t size) {
@@ -4365,8 +4408,8 @@ static void count_bytes(ByteCounts *c, const unsigned char *bytes, size_t size) 
 
 static const char utf16[] = "UTF-16 text (convert it: iconv -f UTF-16 -t UTF-8)";
 
-// Whether every other byte is one of few, as in UTF-16 of an alphabet that is not Latin, and control
-// characters stand between them, which no text with a byte for a letter holds.
+// Whether every other byte is one of few, as in UTF-16 of an alphabet that is not Latin, and
+// control characters stand between them, which no text with a byte for a letter holds.
 static int is_utf16(const ByteCounts *c) {
     size_t most[2] = {0}, controls = 0, half = c->size / 2;
     for (int parity = 0; parity < 2; parity++) {
@@ -4381,8 +4424,8 @@ static int is_utf16(const ByteCounts *c) {
            controls > c->size / 50;
 }
 
-// What the zeros look like: NULL where they may be a text's. Numbers of 16 or 32 bits, token ids or the
-// letters of UTF-16, leave zeros at the same place of each number.
+// What the zeros look like: NULL where they may be a text's. Numbers of 16 or 32 bits, token ids or
+// the letters of UTF-16, leave zeros at the same place of each number.
 static const char *zeros_look_like(const ByteCounts *c) {
     const size_t *zeros = c->zeros;
     size_t half = c->size / 2, quarter = c->size / 4;
@@ -4398,8 +4441,8 @@ static const char *zeros_look_like(const ByteCounts *c) {
 }
 
 // What bytes look like that are no text: NULL where they may be one. Other numbers than those of
-// zeros_look_like and packed data leave control characters everywhere, which texts of no encoding hold (but
-// for those of white space, backspace, escape and a zero as a separator).
+// zeros_look_like and packed data leave control characters everywhere, which texts of no encoding
+// hold (but for those of white space, backspace, escape and a zero as a separator).
 static const char *looks_like(const unsigned char *bytes, size_t size) {
     ByteCounts counts;
     count_bytes(&counts, bytes, size);
@@ -4422,8 +4465,8 @@ static int is_safetensors(const unsigned char *bytes, size_t size) {
     return length >= 2 && length <= size - 8 && length <= MAX_HEADER && bytes[8] == '{';
 }
 
-// Tells the kind of a file by what it holds; a file named *.safetensors must be one. as_bytes: any file is
-// text.
+// Tells the kind of a file by what it holds; a file named *.safetensors must be one. as_bytes: any
+// file is text.
 static int data_kind(DataKind *kind, const unsigned char *bytes, size_t size, int as_bytes, const char *path,
                      char *error) {
     *kind = DATA_TEXT;
@@ -4497,8 +4540,8 @@ static inline int token_at(const Dataset *set, int64_t i) {
     return set->bytes[i];
 }
 
-// Copies one sequence into inputs and targets (T): the example, or the tokens from `at` on and the ones that
-// follow them.
+// Copies one sequence into inputs and targets (T): the example, or the tokens from `at` on and the
+// ones that follow them.
 static void copy_sequence(int *inputs, int *targets, const Dataset *set, int64_t at, int T) {
     for (int t = 0; t < T; t++) {
         int64_t element = at * T + t; // of the examples' arrays
@@ -4510,10 +4553,10 @@ static void copy_sequence(int *inputs, int *targets, const Dataset *set, int64_t
 // ----------------------------------------------------------------------------
 // options
 //
-// One table drives everything that is done with an option: the command line and its help, the metadata of a
-// checkpoint, what a resumed run repeats and what it may change. A new option is a field of Options and a row
-// of the table. What the table cannot say stands behind it: the defaults that depend on other options, and
-// which options go together.
+// One table drives everything that is done with an option: the command line and its help, the
+// metadata of a checkpoint, what a resumed run repeats and what it may change. A new option is a
+// field of Options and a row of the table. What the table cannot say stands behind it: the defaults
+// that depend on other options, and which options go together.
 
 // The value of every option, and what is stored with them of where a run stands.
 typedef struct {
@@ -4658,9 +4701,9 @@ enum { N_OPTIONS = sizeof(option_table) / sizeof(option_table[0]) };
 
 typedef struct { Options values; char given[N_OPTIONS]; } Settings;
 
-// The defaults. Most stand in the table. An option without one there is not set, 0, or -1 where 0 is a value,
-// until the command line, a checkpoint or the data sets it; what is left then follows from other options, as
-// settle_defaults says and no other place does.
+// The defaults. Most stand in the table. An option without one there is not set, 0, or -1 where 0
+// is a value, until the command line, a checkpoint or the data sets it; what is left then follows
+// from other options, as settle_defaults says and no other place does.
 static void clear_options(Options *o) {
     memset(o, 0, sizeof(*o));
     o->min_lr = -1;
@@ -4699,7 +4742,8 @@ static int set_option(Options *o, const Option *option, const char *text, char *
                  high, text);
 }
 
-// An option's value as text, a number with as many digits as give the same number again. NULL: not set.
+// An option's value as text, a number with as many digits as give the same number again. NULL: not
+// set.
 static const char *option_text(char text[96], const Options *o, const Option *option) {
     const void *field = (const char *)o + option->offset;
     if (option->type == TEXT) return *(const char *const *)field;
@@ -4742,7 +4786,8 @@ static int may_lack(const Option *option) {
     return is_among(option, " val format validated train_loss previous_loss grad_norm started_from ");
 }
 
-// What may be given at a resume and differ from what the run stores: the data's content is compared instead.
+// What may be given at a resume and differ from what the run stores: the data's content is compared
+// instead.
 static int may_differ_at_resume(const Option *option) {
     return option->group == DATA || is_among(option, " steps lr min-lr decay-steps ");
 }
@@ -4842,34 +4887,43 @@ static int check_options(const Settings *s, char *error) {
 
 // ----------------------------------------------------------------------------
 // a run: options, data, model and where training stands
+//
+// One struct holds all that the program knows of what it was asked to do, whether that is to train,
+// to evaluate or to generate; nothing of it is global. The sections after this one fill it in: from
+// checkpoints, from data, and with the places where files may be written.
 
 typedef struct {
     const Backend *backend;
     Settings settings;
-    Config config;
-    Options stored;           // of a resumed run: as its file has them
+    Options stored;           // of a resumed run: the options as its file has them
+    Config config;            // the model that the options describe
+
+    // files
     char best_path[PATH_MAX]; // beside --out: the weights with the lowest validation loss
     Place out_place, best_place, log_place;
-    unsigned char
-        *old_best; // of a run resumed under another name: the best weights so far, until its first save
+    int replaces_best;        // another run's best weights lie at best_path, and may go
+    unsigned char *old_best;  // of a run resumed under another name: its best weights, until the first save
     size_t n_old_best;
-    int replaces_best;        // what lies at the place of the best weights is another run's, and may go
-    char started_from[96];    // kind, size and hash of --load
     Safetensors file;         // of --load or --resume; options may point into it
+    char started_from[96];    // kind, size and hash of --load
+
+    // data
+    Dataset train, val;       // val is unused when it is the rest of train
+    const Dataset *val_set;   // the one of them that is validated on
+    int64_t train_end, val_begin, val_end; // tokens or examples of the two splits
+    char val_note[ERROR_SIZE]; // what --eval says of a text that the model was not validated on
     unsigned char vocab[256]; // the bytes of a text model's tokens
     int vocab_bytes;          // their number, 0: tokens are ids
-    Dataset train, val;       // val is unused when it is the rest of train
-    const Dataset *val_set;
-    char val_note[ERROR_SIZE]; // what --eval says of the text, where it is not the one that the model was
-                               // validated on
-    int64_t train_end, val_begin, val_end; // tokens or examples of the two splits
+    int32_t *order;           // example sets: this epoch's permutation
+    int64_t order_epoch;
+
+    // model
     Model *model;
-    int model_T;              // its longest sequence: of a training batch, or what generation remembers
+    int model_T;              // its longest sequence: of a batch, or what generation remembers
     Table table;              // of the parameters
     int *inputs, *targets;    // (accum·batch, seq)
     char *hits;               // (batch, seq)
-    int32_t *order;           // example sets: this epoch's permutation
-    int64_t order_epoch;
+
     int in_place;             // the line of a step stands on the terminal, the cursor on it
 } Run;
 
@@ -4904,12 +4958,21 @@ static int config_of(Config *c, const Options *o, char *error) {
     return 0;
 }
 
+// ----------------------------------------------------------------------------
+// a run's checkpoints
+//
+// A checkpoint is a safetensors file: the parameters, and in RESUMABLE ones AdamW's moments, by the
+// names of the parameter table; as metadata the options, by the table of options; of a model of
+// bytes its vocabulary. A resumed run goes on with the same bits: what it needs beside the file is
+// its data, whose hash is compared.
+
 typedef enum { WEIGHTS, RESUMABLE } Content;
 
-// The options that a file stores, as its metadata; each as text that reads back as the same value. Returns
-// their number. Weights alone do not say how many steps the run has: it may go on without a change of them.
+// The options that a file stores, as its metadata; each as text that reads back as the same value.
+// Returns their number. Weights alone do not say how many steps the run has: it may go on without a
+// change of them.
 static int metadata_of(const Run *run, Content content, Meta *meta, char texts[][96], char *error) {
-    static char format[] = "format", pt[] = "pt"; // which readers of the transformers family ask for
+    static char format[] = "format", pt[] = "pt"; // readers of the transformers family ask for it
     Meta first = {format, pt};
     int n = 0;
     meta[n++] = first;
@@ -4934,8 +4997,8 @@ typedef struct {
     float *numbers; // of a build in float64: rounded, block by block
 } CheckpointFile;
 
-// Adds the tensors of a block of the model. Their numbers are written from where they are, unless they must
-// be rounded first.
+// Adds the tensors of a block of the model. Their numbers are written from where they are, unless
+// they must be rounded first.
 static int add_block(CheckpointFile *file, const Run *run, Block block, const char *path, char *error) {
     const Table *table = &run->table;
     const real *values = run->backend->read(run->model, block);
@@ -5007,8 +5070,8 @@ static int save_best(Run *run, char *error) {
     return 0;
 }
 
-// The run. One resumed under another name takes the best weights so far with it; one that replaces another
-// run, as it was told to, takes that one's best weights away: they would not be its own.
+// The run. One resumed under another name takes the best weights so far with it; one that replaces
+// another run, as it was told to, takes that one's best weights away: they would not be its own.
 static int save_run(Run *run, char *error) {
     if (run->n_old_best) {
         if (write_whole(&run->best_place, run->old_best, run->n_old_best, error)) return FAILED;
@@ -5022,8 +5085,8 @@ static int save_run(Run *run, char *error) {
     return 0;
 }
 
-// The tensor of the run's file that is a row of the table in that block. NULL and the line if there is none
-// of this shape, of numbers that can be read.
+// The tensor of the run's file that is a row of the table in that block. NULL and the line if there
+// is none of this shape, of numbers that can be read.
 static const FileTensor *find_row(const Run *run, const Tensor *row, const char *path, Block block,
                                   char *error) {
     char name[96];
@@ -5072,9 +5135,9 @@ static int load_block(Run *run, const char *path, Block block, char *error) {
     return 0;
 }
 
-// Takes one option from a checkpoint. What was given on the command line as well must agree, but for --seq of
-// a model and, of a run, --steps, the schedule's rates and length (print_changes tells what changes), and
-// --data and --val, whose content is compared later.
+// Takes one option from a checkpoint. What was given on the command line as well must agree, but
+// for --seq of a model and, of a run, --steps, the schedule's rates and length (print_changes tells
+// what changes), and --data and --val, whose content is compared later.
 static int option_from_file(Run *run, const Option *option, const char *path, int resume, char *error) {
     Settings *s = &run->settings;
     char given[96], stored[96], problem[ERROR_SIZE];
@@ -5108,8 +5171,8 @@ static int vocabulary_from_file(Run *run, const char *path, char *error) {
     return 0;
 }
 
-// Takes the options from a checkpoint, those of the model or, to resume, all that are stored, and the
-// vocabulary.
+// Takes the options from a checkpoint, those of the model or, to resume, all that are stored, and
+// the vocabulary.
 static int settings_from_file(Run *run, const char *path, int resume, char *error) {
     const Options *o = &run->settings.values;
     char problem[ERROR_SIZE];
@@ -5124,14 +5187,57 @@ static int settings_from_file(Run *run, const char *path, int resume, char *erro
     return vocabulary_from_file(run, path, error);
 }
 
+// Reads the file of --load or --resume; what a run was started from is stored with it.
+static int read_checkpoint(Run *run, const char *path, char *error) {
+    static const char no_best[] = "%.400s (a run has no best weights before its first validation: its own "
+                                  "file can be loaded)";
+    unsigned char *bytes;
+    size_t size;
+    if (file_read(path, &bytes, &size, error)) {
+        char problem[ERROR_SIZE];
+        memcpy(problem, error, sizeof(problem));
+        if (access(path, F_OK) && strstr(path, ".best.")) fail(error, NULL, no_best, problem);
+        return FAILED;
+    }
+    unsigned long long hash = (unsigned long long)hash_bytes(bytes, size);
+    snprintf(run->started_from, sizeof(run->started_from), "checkpoint, %zu bytes, hash %016llx", size, hash);
+    if (run->settings.values.load) run->settings.values.started_from = run->started_from;
+    return safetensors_parse(&run->file, bytes, size, path, error);
+}
+
+// The checkpoint that is gone on with or started from, NULL: none; and how many blocks of the model
+// it gives.
+static const char *checkpoint_path(const Options *o) { return o->resume ? o->resume : o->load; }
+static int checkpoint_blocks(const Options *o) { return o->resume ? 3 : o->load ? 1 : 0; }
+
+// Opens that file and takes from it what it says of the model or the run.
+static int open_checkpoint(Run *run, char *error) {
+    const Options *o = &run->settings.values;
+    const char *path = checkpoint_path(o);
+    if (!path) return 0;
+    if (read_checkpoint(run, path, error)) return FAILED;
+    int is_run = safetensors_find(&run->file, "exp_avg.wte.weight") != NULL;
+    int has_weights = safetensors_find(&run->file, "wte.weight") != NULL;
+    if (o->resume && has_weights && !is_run)
+        return fail(error, path,
+                    "it holds weights alone, no run that could be resumed; --load starts from them");
+    return settings_from_file(run, path, o->resume != NULL, error);
+}
+
+// ----------------------------------------------------------------------------
+// a run's data
+//
+// Which sets are read, where training ends and validation begins, which tokens there are, how long
+// a sequence is, and in which order the sequences come: sequence_place is the one to read.
+
 // Reads one data file into its place.
 static int read_set(Run *run, Dataset *set, const char *path, char *error) {
     return dataset_read(set, path, !strcmp(run->settings.values.format, "bytes"), error);
 }
 
-// What --eval without --val evaluates: of the text that the model was trained on its validation part, which
-// may be a file of its own, or the text that it was validated on; of another text the last tenth, and the
-// result says so.
+// What --eval without --val evaluates: of the text that the model was trained on its validation
+// part, which may be a file of its own, or the text that it was validated on; of another text the
+// last tenth, and the result says so.
 static int find_validation(Run *run, char *error) {
     Options *o = &run->settings.values;
     const char *trained_on = safetensors_meta(&run->file, "data_content");
@@ -5169,7 +5275,8 @@ static void vocabulary_of_texts(Run *run, Dataset **sets, int n_sets) {
     run->settings.values.vocab = run->vocab_bytes;
 }
 
-// Settles the vocabulary, unless a checkpoint has, from the sets that are there, and makes texts token ids.
+// Settles the vocabulary, unless a checkpoint has, from the sets that are there, and makes texts
+// token ids.
 static int settle_vocabulary(Run *run, Dataset **sets, const char **paths, int n_sets, char *error) {
     Options *o = &run->settings.values;
     int loaded = o->load || o->resume, text = sets[0]->kind == DATA_TEXT;
@@ -5194,7 +5301,8 @@ static int settle_vocabulary(Run *run, Dataset **sets, const char **paths, int n
     return fail(error, paths[0], "token id %d does not fit a vocabulary of %d", max_id, (int)o->vocab);
 }
 
-// Reads --data and --val. To evaluate --val, --data is not needed. A resumed run must find what it read.
+// Reads --data and --val. To evaluate --val, --data is not needed. A resumed run must find what it
+// read.
 static int read_data(Run *run, char *error) {
     Options *o = &run->settings.values;
     Dataset *sets[] = {&run->train, &run->val};
@@ -5263,12 +5371,12 @@ static int open_data(Run *run, char *error) {
     return result ? result : check_lengths(run, sets, paths, n_sets, error);
 }
 
-// The place of the run's i-th training sequence. In a stream of tokens it is the fraction u + i/φ (mod 1) of
-// all places, u drawn from the seed, φ the golden ratio: any place is as likely as any other, and those of a
-// run, or of a batch, spread as evenly as can be, where independent draws leave a fifth of the text unread
-// after an epoch and a half (2000 steps on TinyShakespeare end 0.006 to 0.014 nats lower). Of examples it is
-// the next of a fresh permutation. It follows from seed and i alone, so that a resumed run needs to know
-// nothing but its step.
+// The place of the run's i-th training sequence. In a stream of tokens it is the fraction u + i/φ
+// (mod 1) of all places, u drawn from the seed, φ the golden ratio: any place is as likely as any
+// other, and those of a run, or of a batch, spread as evenly as can be, where independent draws
+// leave a fifth of the text unread after an epoch and a half (2000 steps on TinyShakespeare end
+// 0.006 to 0.014 nats lower). Of examples it is the next of a fresh permutation. It follows from
+// seed and i alone, so that a resumed run needs to know nothing but its step.
 static int64_t sequence_place(Run *run, int64_t i) {
     uint64_t seed = (uint64_t)run->settings.values.seed, state = splitmix64(seed) ^ splitmix64(1);
     int64_t n = run->train_end, epoch = i / n;
@@ -5288,8 +5396,15 @@ static int64_t sequence_place(Run *run, int64_t i) {
     return run->order[i % n];
 }
 
-// What a validation finds: the mean loss in nats and, of example sets, the share of the targets that are the
-// likeliest token; of those that say their lag also by lag, from 2^k to 2^(k+1) - 1. NAN: no such target.
+// ----------------------------------------------------------------------------
+// validation
+//
+// The mean loss over the validation split, and of example sets the share of the targets that the
+// model would have chosen, also by how far back lies what they ask for.
+
+// What a validation finds: the mean loss in nats and, of example sets, the share of the targets
+// that are the likeliest token; of those that say their lag also by lag, from 2^k to 2^(k+1) - 1.
+// NAN: no such target.
 enum { LAG_BINS = 31 };
 typedef struct {
     double loss, accuracy, by_lag[LAG_BINS];
@@ -5315,8 +5430,8 @@ static void count_targets(Tally *tally, const Run *run, const int32_t *lags, int
     }
 }
 
-// Over consecutive windows of the validation split: all of them, or max_batches evenly spaced batches. A
-// signal that asks for an end breaks it off, unless it `lasts`.
+// Over consecutive windows of the validation split: all of them, or max_batches evenly spaced
+// batches. A signal that asks for an end breaks it off, unless it `lasts`.
 static Score evaluate(Run *run, int64_t max_batches, int lasts) {
     const Options *o = &run->settings.values;
     const Dataset *set = run->val_set;
@@ -5330,7 +5445,8 @@ static Score evaluate(Run *run, int64_t max_batches, int lasts) {
     memset(&tally, 0, sizeof(tally));
     memset(&score, 0, sizeof(score));
     for (int64_t i = 0; i < taken && !score.broken; i++) {
-        int64_t batch = batches / taken * i + batches % taken * i / taken; // batches·i/taken may overflow
+        // batches·i/taken, where the product may overflow
+        int64_t batch = batches / taken * i + batches % taken * i / taken;
         int64_t first = batch * o->batch;
         int B = (int)(windows - first < o->batch ? windows - first : o->batch);
         for (int b = 0; b < B; b++) {
@@ -5353,7 +5469,8 @@ static Score evaluate(Run *run, int64_t max_batches, int lasts) {
     return score;
 }
 
-// "name": number as a member of a JSON object, which knows no NaN and no infinity: null in their place.
+// "name": number as a member of a JSON object, which knows no NaN and no infinity: null in their
+// place.
 static void print_member(FILE *out, const char *name, double number, int digits) {
     if (isfinite(number)) fprintf(out, ", \"%s\": %.*g", name, digits, number);
     else fprintf(out, ", \"%s\": null", name);
@@ -5374,6 +5491,10 @@ static void print_score(FILE *out, const Score *score) {
 
 // ----------------------------------------------------------------------------
 // what a run writes: its places, and whose files lie there
+//
+// A run replaces what it wrote itself, and nothing else unless it is told to. Here stands how it
+// tells: a checkpoint by the settings and the hash of the data in its metadata, a log by the losses
+// in its lines.
 
 // Prints a word so that a shell reads it as one, and a terminal is not commanded by it.
 static void print_quoted(const char *word) {
@@ -5403,7 +5524,8 @@ static int lies_there(const char *path, char *error) {
     return errno == ENOENT || errno == ENOTDIR ? 0 : fail(error, path, "%s", strerror(errno));
 }
 
-// Whether two paths name one file, or would: the same name in the same folder, however that is reached.
+// Whether two paths name one file, or would: the same name in the same folder, however that is
+// reached.
 static int same_file(const char *a, const char *b) {
     struct stat s, t;
     char one[PATH_MAX], other[PATH_MAX], problem[ERROR_SIZE];
@@ -5487,8 +5609,8 @@ static int claim_places(Run *run, char *error) {
     return take_lock(log, error);
 }
 
-// What lies at path and how one goes on with it, for the line that refuses to replace it. text: ERROR_SIZE
-// bytes
+// What lies at path and how one goes on with it, for the line that refuses to replace it. text:
+// ERROR_SIZE bytes
 static void describe(char *text, const char *path) {
     Safetensors file;
     char problem[ERROR_SIZE], state[96] = "";
@@ -5508,8 +5630,8 @@ static void describe(char *text, const char *path) {
     safetensors_free(&file);
 }
 
-// Whether a checkpoint stores this run's settings and data. going_on: as far as a resumed run may not change
-// them, and what an earlier version did not store counts as equal.
+// Whether a checkpoint stores this run's settings and data. going_on: as far as a resumed run may
+// not change them, and what an earlier version did not store counts as equal.
 static int is_same_run(const Run *run, const Safetensors *file, int going_on) {
     char text[96];
     int weights_alone = !safetensors_find(file, "exp_avg.wte.weight");
@@ -5540,8 +5662,8 @@ typedef struct {
     int failed;         // it could not be read
 } LogScan;
 
-// Reads the next line of a log that is not empty, with its step, which must be above `last`, and its loss: 1.
-// 0: the end, torn maybe by what killed the run. -1: it is no log's line.
+// Reads the next line of a log that is not empty, with its step, which must be above `last`, and
+// its loss: 1. 0: the end, torn maybe by what killed the run. -1: it is no log's line.
 static int log_next(FILE *file, char line[4096], long long last, long long *step, char loss[32]) {
     do {
         if (!fgets(line, 4096, file)) return 0;
@@ -5553,9 +5675,10 @@ static int log_next(FILE *file, char line[4096], long long last, long long *step
     return whole && fields == 2 && *step > last ? 1 : -1;
 }
 
-// Reads a log, of which `step` was the last that the run's file knows, with this loss and that of the step
-// before, -1: not known. It is the run's if it is empty, if the step's line has that loss, if it ends with
-// the line before, which has its loss, or if it begins right behind the step and says so (previous_loss).
+// Reads a log, of which `step` was the last that the run's file knows, with this loss and that of
+// the step before, -1: not known. It is the run's if it is empty, if the step's line has that loss,
+// if it ends with the line before, which has its loss, or if it begins right behind the step and
+// says so (previous_loss).
 static LogScan log_scan(FILE *file, int64_t step, double loss, double before) {
     char line[4096], expected[32], earlier[32], previous[64], stands[32];
     LogScan scan;
@@ -5603,7 +5726,8 @@ static int check_log_free(const Options *o, char *error) {
                  "names another place, --overwrite replaces it", o->log, (long long)scan.last);
 }
 
-// Whether what lies at path may be replaced by --again: a run of the same settings and data, or its weights.
+// Whether what lies at path may be replaced by --again: a run of the same settings and data, or its
+// weights.
 static int is_again(const Run *run, const char *path) {
     Safetensors file;
     char problem[ERROR_SIZE];
@@ -5639,9 +5763,9 @@ static int check_free(Run *run, char *error) {
     return 0;
 }
 
-// Whether the best weights at path are the resumed run's: 1 or 0, FAILED with the line where they are damaged.
-// They are its own if they have its settings and data and, of a run that knows a lowest loss, none above it.
-// A lower one is taken over: the run was killed before it knew.
+// Whether the best weights at path are the resumed run's: 1 or 0, FAILED with the line where they
+// are damaged. They are its own if they have its settings and data and, of a run that knows a
+// lowest loss, none above it. A lower one is taken over: the run was killed before it knew.
 static int is_own_best(Run *run, const char *path, char *error) {
     Options *o = &run->settings.values;
     unsigned char *bytes;
@@ -5662,9 +5786,9 @@ static int is_own_best(Run *run, const char *path, char *error) {
     return own;
 }
 
-// Of a resumed run: the best weights so far lie beside its file. Where they do not, the lowest loss counts
-// anew, and that is said; where another run's lie there, they are not touched. One that goes on under another
-// name takes its best weights with it.
+// Of a resumed run: the best weights so far lie beside its file. Where they do not, the lowest loss
+// counts anew, and that is said; where another run's lie there, they are not touched. One that goes
+// on under another name takes its best weights with it.
 static int check_best(Run *run, char *error) {
     Options *o = &run->settings.values;
     char path[PATH_MAX], line[ERROR_SIZE];
@@ -5696,7 +5820,8 @@ static void print_zeros(const char *path, const Dataset *set) {
     if (set->zeros) print_warning(path, "a text of which %lld bytes are 0", (long long)set->zeros);
 }
 
-// Tells what a resumed run does otherwise than its file says, and that a schedule has come to its end.
+// Tells what a resumed run does otherwise than its file says, and that a schedule has come to its
+// end.
 static void print_changes(const Run *run) {
     const Options *o = &run->settings.values;
     char ours[96], theirs[96];
@@ -5719,6 +5844,10 @@ static void print_changes(const Run *run) {
 
 // ----------------------------------------------------------------------------
 // generation
+//
+// A token at a time: the model gives logits, a token is drawn from them, and the forward pass goes
+// on with it. What is worth reading is sample_token, and how generate_tokens goes on when the
+// positions are full.
 
 typedef struct { double weight; int id; } Candidate;
 static int comes_first(Candidate a, Candidate b) {
@@ -5736,8 +5865,8 @@ static void sift_down(Candidate *heap, int n, int i) {
     heap[i] = c;
 }
 
-// Puts the likeliest of V candidates, as few as the cut of sample_token asks for, in order from the end.
-// Returns the number of those that are kept; *total, the sum of all weights, becomes theirs.
+// Puts the likeliest of V candidates, as few as the cut of sample_token asks for, in order from the
+// end. Returns the number of those that are kept; *total, the sum of all weights, becomes theirs.
 static int keep_likeliest(Candidate *candidates, int V, int most, double top_p, double *total) {
     int ordered = 0, kept = 0;
     double sum = 0;
@@ -5757,8 +5886,9 @@ static int keep_likeliest(Candidate *candidates, int V, int most, double top_p, 
     return kept;
 }
 
-// Draws a token from softmax(logits/temperature), cut to the top_k likeliest (0: all) and then to the fewest
-// likeliest whose probabilities reach top_p. candidates: scratch (V). -1 if a logit is not finite.
+// Draws a token from softmax(logits/temperature), cut to the top_k likeliest (0: all) and then to
+// the fewest likeliest whose probabilities reach top_p. candidates: scratch (V). -1 if a logit is
+// not finite.
 static int sample_token(const real *logits, Candidate *candidates, int V, double temperature, int64_t top_k,
                         double top_p, uint64_t *random) {
     int best = 0, kept = V, most = top_k && top_k < V ? (int)top_k : V;
@@ -5786,8 +5916,8 @@ static int id_of_byte(const Run *run, char byte) {
     return place ? (int)((const unsigned char *)place - run->vocab) : -1;
 }
 
-// Reads the prompt as token ids: its bytes' ids, or, without a vocabulary of bytes, numbers between spaces.
-// Returns their number, or WRONG_OPTION. ids has room for strlen(prompt) + 1.
+// Reads the prompt as token ids: its bytes' ids, or, without a vocabulary of bytes, numbers between
+// spaces. Returns their number, or WRONG_OPTION. ids has room for strlen(prompt) + 1.
 static int encode_prompt(const Run *run, const char *prompt, int *ids, char *error) {
     int n = 0, V = run->config.vocab_size;
     for (; run->vocab_bytes && prompt[n]; n++) {
@@ -5810,9 +5940,9 @@ static int encode_prompt(const Run *run, const char *prompt, int *ids, char *err
 // A character of UTF-8 whose bytes are still to come.
 typedef struct { unsigned char bytes[4]; int n; } Character;
 
-// Prints a byte, or keeps it while it begins a character of UTF-8: what is read as text is whole at any
-// moment, and what the last token leaves unfinished is not printed. Bytes that are no UTF-8 are printed as
-// they are.
+// Prints a byte, or keeps it while it begins a character of UTF-8: what is read as text is whole at
+// any moment, and what the last token leaves unfinished is not printed. Bytes that are no UTF-8 are
+// printed as they are.
 static void print_byte(Character *c, unsigned char byte) {
     c->bytes[c->n++] = byte;
     while (c->n > 0) {
@@ -5838,8 +5968,8 @@ typedef struct {
     Candidate *candidates;
 } Generation;
 
-// Writes n sampled tokens behind those that are there, as they are made. When the positions that the model
-// remembers are full, the last half is read afresh.
+// Writes n sampled tokens behind those that are there, as they are made. When the positions that
+// the model remembers are full, the last half is read afresh.
 static int generate_tokens(Run *run, Generation *g, int64_t n, uint64_t random, char *error) {
     const Options *o = &run->settings.values;
     int V = run->config.vocab_size, T = run->model_T;
@@ -5894,6 +6024,11 @@ static int generate(Run *run, const char *prompt, int64_t n, uint64_t random, ch
 
 // ----------------------------------------------------------------------------
 // training
+//
+// train_step is the algorithm, and learning_rate its schedule. What surrounds them is what a long
+// run needs: after each step conclude_step validates, logs and saves, so that a kill at any moment
+// leaves what can be gone on with; a resumed run first does what the last one left open. The loop
+// is train_steps.
 
 static double seconds(void) {
     struct timespec now;
@@ -5909,8 +6044,9 @@ static double learning_rate(const Options *o, int64_t step) {
     return o->min_lr + (o->lr - o->min_lr) * (1 + cos(3.14159265358979323846 * progress)) / 2;
 }
 
-// One step: reads accum micro-batches, sums their gradients of the mean loss over all targets, clips,
-// updates. FAILED if loss or gradient are not finite: the weights are then still those of before.
+// One step: reads accum micro-batches, sums their gradients of the mean loss over all targets,
+// clips, updates. FAILED if loss or gradient are not finite: the weights are then still those of
+// before.
 static int train_step(Run *run, double *loss, double *grad_norm, char *error) {
     Options *o = &run->settings.values;
     const Backend *backend = run->backend;
@@ -5986,8 +6122,9 @@ static const char *log_refusal(const LogScan *scan, const Options *o) {
     return "nothing shows that it is the log of this run: another --log, or --overwrite goes on in it";
 }
 
-// Finds where the log goes on: a new run's at its begin; a resumed one's is cut back to the resumed step, once
-// there is a line to write. A file that is no log of this run is not touched, unless --overwrite says so.
+// Finds where the log goes on: a new run's at its begin; a resumed one's is cut back to the resumed
+// step, once there is a line to write. A file that is no log of this run is not touched, unless
+// --overwrite says so.
 static int log_find_end(Log *log, const Options *o, char *error) {
     LogScan scan = log_scan(log->file, o->resume ? o->step : 0, o->train_loss, o->previous_loss);
     if (scan.failed) return fail(error, log->path, "%s", strerror(errno));
@@ -6021,7 +6158,8 @@ static int log_open(Log *log, const Options *o, char *error) {
     return result;
 }
 
-// Goes to where a line is written: the end, or `again` the begin of the last line. 0, or -1 with errno.
+// Goes to where a line is written: the end, or `again` the begin of the last line. 0, or -1 with
+// errno.
 static int log_seek(Log *log, int again) {
     if (log->cut_at >= 0) {
         if (ftruncate(fileno(log->file), log->cut_at)) return -1;
@@ -6033,7 +6171,8 @@ static int log_seek(Log *log, int again) {
     return log->last_line < 0 && !log->stream ? -1 : 0;
 }
 
-// Takes back a line that did not reach its file, that the log stays whole. 0, or -1 where that is not done.
+// Takes back a line that did not reach its file, that the log stays whole. 0, or -1 where that is
+// not done.
 static int log_take_back(Log *log, int64_t step) {
     clearerr(log->file);
     if (log->stream || ftruncate(fileno(log->file), log->last_line)) return -1;
@@ -6042,8 +6181,8 @@ static int log_take_back(Log *log, int64_t step) {
     return 0;
 }
 
-// Writes the line of a step; score: of the validation there, NULL: none. The line that stands there is
-// written again if it lacks the validation. FAILED if the line is not on its way to the disk.
+// Writes the line of a step; score: of the validation there, NULL: none. The line that stands there
+// is written again if it lacks the validation. FAILED if the line is not on its way to the disk.
 static int log_line(Log *log, const Step *s, const Score *score, char *error) {
     int again = s->step == log->last;
     if (!log->file || s->step < log->last) return 0;
@@ -6062,7 +6201,8 @@ static int log_line(Log *log, const Step *s, const Score *score, char *error) {
     if (fflush(log->file) || ferror(log->file)) {
         char ignored[ERROR_SIZE];
         fail(error, log->path, "%s", strerror(errno));
-        if (!log_take_back(log, s->step) && again) log_line(log, s, NULL, ignored); // as it stood there
+        int taken_back = !log_take_back(log, s->step);
+        if (taken_back && again) log_line(log, s, NULL, ignored); // as it stood there
         return FAILED;
     }
     log->lines++;
@@ -6080,7 +6220,8 @@ static void log_close(Log *log) {
     log->file = NULL;
 }
 
-// Prints how to go on after a stop: --resume and what was given of the rows that a checkpoint does not hold.
+// Prints how to go on after a stop: --resume and what was given of the rows that a checkpoint does
+// not hold.
 static void print_resume_command(Run *run, const char *program) {
     const Settings *s = &run->settings;
     run->in_place = 0;
@@ -6153,9 +6294,10 @@ static int join_fields(char line[N_FIELDS * 80], char fields[][80]) {
     return length;
 }
 
-// The line of a step. A file gets it whole. A terminal gets the fields that fit, over the line before, and
-// unless it stays, as a validation does, the cursor goes back to its begin: when the window is made narrower,
-// and the line is broken in two, that is still the begin, and all behind it is cleared.
+// The line of a step. A file gets it whole. A terminal gets the fields that fit, over the line
+// before, and unless it stays, as a validation does, the cursor goes back to its begin: when the
+// window is made narrower, and the line is broken in two, that is still the begin, and all behind
+// it is cleared.
 static void print_step(Run *run, const Step *s, double left, const Score *score) {
     static const int first_to_go[] = {OF_NORM, OF_RATE,     OF_SPEED, OF_TIME,
                                       OF_LEFT, OF_ACCURACY, OF_LOSS,  OF_STEP};
@@ -6166,7 +6308,7 @@ static void print_step(Run *run, const Step *s, double left, const Score *score)
     fill_fields(fields, o, s, left, score);
     int length = join_fields(line, fields);
     for (int i = 0; i < N_TO_GO && columns && length >= columns; i++) {
-        if (first_to_go[i] == OF_STEP && !score) continue; // a line without a validation has its step
+        if (first_to_go[i] == OF_STEP && !score) continue; // such a line has its step
         fields[first_to_go[i]][0] = 0;
         length = join_fields(line, fields);
     }
@@ -6183,7 +6325,8 @@ static void print_step(Run *run, const Step *s, double left, const Score *score)
     run->in_place = !stays;
 }
 
-// Prints a sample, with a model made for generation: the one that trains keeps no cache of the past.
+// Prints a sample, with a model made for generation: the one that trains keeps no cache of the
+// past.
 static int print_sample(Run *run, Model *sampler, char *error) {
     const Options *o = &run->settings.values;
     Model *trained = run->model;
@@ -6211,8 +6354,9 @@ typedef struct {
     int idle;               // there was nothing to do
 } Training;
 
-// Validates: as --eval-every asks, if `due`, else, before a save, one batch, so that what is saved is not
-// only finite but has a finite loss. FAILED, with the line, if it has none: then nothing may be saved.
+// Validates: as --eval-every asks, if `due`, else, before a save, one batch, so that what is saved
+// is not only finite but has a finite loss. FAILED, with the line, if it has none: then nothing may
+// be saved.
 static int judge(Run *run, int due, int to_save, Score *score, char *error) {
     const Options *o = &run->settings.values;
     memset(score, 0, sizeof(*score));
@@ -6229,8 +6373,8 @@ static int judge(Run *run, int due, int to_save, Score *score, char *error) {
 }
 
 // Whether a step without a validation gets its line: on a terminal each; in a file the first, every
-// hundredth, and one that would leave the file silent for over ten seconds, if the next step takes as long.
-// silent: seconds since a line.
+// hundredth, and one that would leave the file silent for over ten seconds, if the next step takes
+// as long. silent: seconds since a line.
 static int is_printed(const Options *o, const Training *t, const Step *s, double silent) {
     return isatty(STDOUT_FILENO) || o->step == t->first_step + 1 || o->step % 100 == 0 ||
            silent + s->elapsed > 10;
@@ -6246,10 +6390,11 @@ static int store_run(Run *run, Training *t, char *error) {
     return 0;
 }
 
-// Writes what a step leaves, in this order: the log's line, the best weights, the run's file; so whatever
-// ends the program in between, nothing is named that is not there. The line of the run's last step gets the
-// validation of the whole split from conclude_run. A log that fails, or best weights, do not keep the run
-// from being saved, and end it; the resumed run makes up for the validation. score->count 0: there is none.
+// Writes what a step leaves, in this order: the log's line, the best weights, the run's file; so
+// whatever ends the program in between, nothing is named that is not there. The line of the run's
+// last step gets the validation of the whole split from conclude_run. A log that fails, or best
+// weights, do not keep the run from being saved, and end it; the resumed run makes up for the
+// validation. score->count 0: there is none.
 static int store_step(Run *run, Training *t, const Step *s, const Score *score, int validated, int to_save,
                       char *error) {
     Options *o = &run->settings.values;
@@ -6298,8 +6443,9 @@ static int conclude_step(Run *run, Training *t, const Step *s, char *error) {
     return 0;
 }
 
-// The end of the last step: the whole split, the log's last line, and, if no validation came before, the last
-// weights as the best. A signal that breaks the validation off leaves this to a resumed run.
+// The end of the last step: the whole split, the log's last line, and, if no validation came
+// before, the last weights as the best. A signal that breaks the validation off leaves this to a
+// resumed run.
 static int conclude_run(Run *run, Training *t, const Step *s, char *error) {
     Options *o = &run->settings.values;
     Score score = evaluate(run, 0, 0);
@@ -6322,8 +6468,8 @@ static int conclude_run(Run *run, Training *t, const Step *s, char *error) {
     return result;
 }
 
-// Whether the file system has room for what a run keeps there: its file, the best weights, and a temporary
-// file beside them.
+// Whether the file system has room for what a run keeps there: its file, the best weights, and a
+// temporary file beside them.
 static int check_disk(const Run *run, uint64_t run_size, uint64_t best_size, char *error) {
     struct statvfs disk;
     char folder[PATH_MAX];
@@ -6340,8 +6486,8 @@ static int check_disk(const Run *run, uint64_t run_size, uint64_t best_size, cha
                 needed / 0x1p20, left / 0x1p20);
 }
 
-// Makes what a run needs while it trains, and tries everything that a save will ask for, the way the save
-// does it.
+// Makes what a run needs while it trains, and tries everything that a save will ask for, the way
+// the save does it.
 static int begin_training(Run *run, Training *t, char *error) {
     Options *o = &run->settings.values;
     Place *out = &run->out_place, *best = &run->best_place;
@@ -6401,8 +6547,8 @@ static Step step_before(const Run *run) {
     return s;
 }
 
-// What a stop or a kill left open of the resumed step: its line in the log, its validation, of the last step
-// the end.
+// What a stop or a kill left open of the resumed step: its line in the log, its validation, of the
+// last step the end.
 typedef struct { int line, validation, end; } Unfinished;
 
 static Unfinished find_unfinished(const Run *run, const Log *log, int renamed) {
@@ -6496,45 +6642,12 @@ static int train(Run *run, const char *program, char *error) {
 
 // ----------------------------------------------------------------------------
 // the program
+//
+// prepare opens what the options name and makes the model, perform does what was asked for, and
+// run_program stands around them with the exit code. Read it backwards, from main.
 
-// Reads the file of --load or --resume; what a run was started from is stored with it.
-static int read_checkpoint(Run *run, const char *path, char *error) {
-    static const char no_best[] = "%.400s (a run has no best weights before its first validation: its own "
-                                  "file can be loaded)";
-    unsigned char *bytes;
-    size_t size;
-    if (file_read(path, &bytes, &size, error)) {
-        char problem[ERROR_SIZE];
-        memcpy(problem, error, sizeof(problem));
-        if (access(path, F_OK) && strstr(path, ".best.")) fail(error, NULL, no_best, problem);
-        return FAILED;
-    }
-    unsigned long long hash = (unsigned long long)hash_bytes(bytes, size);
-    snprintf(run->started_from, sizeof(run->started_from), "checkpoint, %zu bytes, hash %016llx", size, hash);
-    if (run->settings.values.load) run->settings.values.started_from = run->started_from;
-    return safetensors_parse(&run->file, bytes, size, path, error);
-}
-
-// The checkpoint that is gone on with or started from, NULL: none; and how many blocks of the model it gives.
-static const char *checkpoint_path(const Options *o) { return o->resume ? o->resume : o->load; }
-static int checkpoint_blocks(const Options *o) { return o->resume ? 3 : o->load ? 1 : 0; }
-
-// Opens that file and takes from it what it says of the model or the run.
-static int open_checkpoint(Run *run, char *error) {
-    const Options *o = &run->settings.values;
-    const char *path = checkpoint_path(o);
-    if (!path) return 0;
-    if (read_checkpoint(run, path, error)) return FAILED;
-    int is_run = safetensors_find(&run->file, "exp_avg.wte.weight") != NULL;
-    int has_weights = safetensors_find(&run->file, "wte.weight") != NULL;
-    if (o->resume && has_weights && !is_run)
-        return fail(error, path,
-                    "it holds weights alone, no run that could be resumed; --load starts from them");
-    return settings_from_file(run, path, o->resume != NULL, error);
-}
-
-// Makes the table of the parameters, their names and shapes alone, and finds them in the checkpoint: memory
-// is taken later, and only for what a file really holds.
+// Makes the table of the parameters, their names and shapes alone, and finds them in the
+// checkpoint: memory is taken later, and only for what a file really holds.
 static int make_table(Run *run, char *error) {
     const Options *o = &run->settings.values;
     Weights weights;
@@ -6548,10 +6661,12 @@ static int make_table(Run *run, char *error) {
     return 0;
 }
 
-// Makes the model, for the longest sequence that it will see, and the arrays for the tokens of a step.
+// Makes the model, for the longest sequence that it will see, and the arrays for the tokens of a
+// step.
 static int make_model(Run *run, char *error) {
     const Options *o = &run->settings.values;
-    int64_t needed = (int64_t)strlen(o->prompt) + 1 + o->generate; // positions, where all are remembered
+    // positions of what is generated: all of them, or those that are remembered
+    int64_t needed = (int64_t)strlen(o->prompt) + 1 + o->generate;
     int64_t longest = o->window && o->window < needed ? o->window : needed;
     Mode mode = o->generate ? GENERATE : o->eval ? EVALUATE : TRAIN;
     int B = o->generate ? 1 : (int)o->batch, T = o->generate ? (int)longest : (int)o->seq;
@@ -6584,9 +6699,9 @@ static int fill_model(Run *run, char *error) {
     return 0;
 }
 
-// Opens files and data and makes the model, ready to go. What can be refused is refused as early as it is
-// known: options that do not go together before anything is read, what may not be replaced before the data,
-// a file that lacks a tensor before memory is taken for the model.
+// Opens files and data and makes the model, ready to go. What can be refused is refused as early as
+// it is known: options that do not go together before anything is read, what may not be replaced
+// before the data, a file that lacks a tensor before memory is taken for the model.
 static int prepare(Run *run, char *error) {
     Options *o = &run->settings.values;
     int training = is_training(o), result;
@@ -6595,8 +6710,8 @@ static int prepare(Run *run, char *error) {
         return wrong(error, NULL, "--plain is for the layers of train_sessa.c: the GPU has its own");
     plain = (int)o->plain;
 
-    // a run goes on in its own file; its places are locked before anything is read that another run might
-    // be writing
+    // a run goes on in its own file; its places are locked before anything is read that another run
+    // might be writing
     if (o->resume && !is_given(&run->settings, "out")) o->out = o->resume;
     if (training) install_handlers(BEFORE_TRAINING);
     if (training && (result = claim_places(run, error))) return result;
@@ -6648,8 +6763,8 @@ static void print_model(const Run *run) {
     print_changes(run);
 }
 
-// Generates, evaluates or trains, as the options say. Returns 0, the exit code 130 after a signal, or an
-// error.
+// Generates, evaluates or trains, as the options say. Returns 0, the exit code 130 after a signal,
+// or an error.
 static int perform(Run *run, const char *program, char *error) {
     const Options *o = &run->settings.values;
     if (!is_training(o)) install_handlers(WHILE_READING);
@@ -6664,17 +6779,18 @@ static int perform(Run *run, const char *program, char *error) {
     return result ? result : interrupted ? 130 : 0;
 }
 
-// Gives 0, 1 and 2 back to standard input, output and error where they were closed: else the first file that
-// is opened takes the number, and gets what is printed. They read and write nothing, and printing still
-// fails.
+// Gives 0, 1 and 2 back to standard input, output and error where they were closed: else the first
+// file that is opened takes the number, and gets what is printed. They read and write nothing, and
+// printing still fails.
 static void open_closed(void) {
     for (int fd = 0; fd <= 2; fd++)
         if (fcntl(fd, F_GETFD) < 0 && errno == EBADF && open("/dev/null", fd ? O_RDONLY : O_WRONLY) != fd)
             return;
 }
 
-// Takes the stack that the deepest call will need: where memory is limited, the system kills a program whose
-// stack cannot grow, and here an allocation fails later instead, which ends in a line.
+// Takes the stack that the deepest call will need: where memory is limited, the system kills a
+// program whose stack cannot grow, and here an allocation fails later instead, which ends in a
+// line.
 __attribute__((noinline)) static void take_stack(void) {
     enum { PAGE = 4096, STACK = 176 << 10 };
     volatile char stack[STACK];
@@ -6719,11 +6835,11 @@ static int run_program(int argc, char **argv, const Backend *backend) {
     return result == WRONG_OPTION ? 2 : result == FAILED ? 1 : result;
 }
 
-// GNU's OpenMP reads before main how often a waiting thread looks before it sleeps, 300,000 times by default;
-// so the program starts itself again, once, with that bounded. What the user says of it, and of the cores
-// that threads are bound to, rules: a thread that OpenMP has bound would hand that on. Valgrind follows no
-// program into its next start. Where it cannot be done the program goes on as it is; a program that it starts
-// finds the environment as it was.
+// GNU's OpenMP reads before main how often a waiting thread looks before it sleeps, 300,000 times
+// by default; so the program starts itself again, once, with that bounded. What the user says of
+// it, and of the cores that threads are bound to, rules: a thread that OpenMP has bound would hand
+// that on. Valgrind follows no program into its next start. Where it cannot be done the program
+// goes on as it is; a program that it starts finds the environment as it was.
 __attribute__((unused)) // by programs that include this file
 static void start_again(char **argv) {
 #if defined(_OPENMP) && defined(__linux__) && !defined(KMP_VERSION_MAJOR)
