@@ -2836,7 +2836,8 @@ static int parse_number(const char *text, double *value) {
 // 2^53.
 static int parse_integer(const char *text, double low, double high, int64_t *value) {
     double number;
-    if (parse_number(text, &number) || number != floor(number) || number < low || number > high) return -1;
+    if (parse_number(text, &number) || number != floor(number) || number < low || number > high)
+        return -1;
     *value = (int64_t)number;
     return 0;
 }
@@ -2862,15 +2863,16 @@ static double number_in(const char *path, const char *key, int field) {
 }
 static double number_of_cgroup(const char *folder, const char *file, const char *key, int field) {
     char path[PATH_MAX];
-    return snprintf(path, sizeof(path), "%s/%s", folder, file) < PATH_MAX ? number_in(path, key, field) : NAN;
+    int fits = snprintf(path, sizeof(path), "%s/%s", folder, file) < PATH_MAX;
+    return fits ? number_in(path, key, field) : NAN;
 }
 
 // The cores that a cgroup may keep busy, and the bytes that it may still take: the cache of files
 // makes room. Its files have the names of version 2 or those of version 1. INFINITY: it sets no
 // bound.
 static double cgroup_cores(const char *folder) {
-    double quota = number_of_cgroup(folder, "cpu.max", "", 0),
-           period = number_of_cgroup(folder, "cpu.max", "", 1);
+    double quota = number_of_cgroup(folder, "cpu.max", "", 0);
+    double period = number_of_cgroup(folder, "cpu.max", "", 1);
     if (isnan(period)) {
         quota = number_of_cgroup(folder, "cpu.cfs_quota_us", "", 0);
         period = number_of_cgroup(folder, "cpu.cfs_period_us", "", 0);
@@ -2880,11 +2882,13 @@ static double cgroup_cores(const char *folder) {
 static double cgroup_memory(const char *folder) {
     static const char *names[2][4] = {
         {"memory.max", "memory.current", "inactive_file ", "active_file "},
-        {"memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file ", "total_active_file "}};
+        {"memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file ",
+         "total_active_file "},
+    };
     double least = INFINITY;
     for (int i = 0; i < 2; i++) {
-        double left =
-            number_of_cgroup(folder, names[i][0], "", 0) - number_of_cgroup(folder, names[i][1], "", 0);
+        double limit = number_of_cgroup(folder, names[i][0], "", 0);
+        double left = limit - number_of_cgroup(folder, names[i][1], "", 0);
         for (int k = 2; k < 4; k++) {
             double cache = number_of_cgroup(folder, "memory.stat", names[i][k], 0);
             if (cache > 0) left += cache;
@@ -2898,13 +2902,15 @@ static double cgroup_memory(const char *folder) {
 // cgroups above. A line of /proc/self/cgroup is "4:memory:/path" in version 1, "0::/path" in
 // version 2. In a container the path may be the host's: then only the last folder on the way up,
 // where the container's own cgroup is mounted, is there.
-static double cgroup_least(const char *root, const char *controller, double (*bound)(const char *)) {
+static double cgroup_least(const char *root, const char *controller,
+                           double (*bound)(const char *)) {
     char line[PATH_MAX], folder[2 * PATH_MAX];
     double least = INFINITY;
     snprintf(folder, sizeof(folder), "%s/proc/self/cgroup", root);
     FILE *file = fopen(folder, "r");
     while (file && fgets(line, sizeof(line), file)) {
-        char *list = strchr(line, ':'), *path = list ? strchr(list + 1, ':') : NULL, wanted[32], names[256];
+        char wanted[32], names[256];
+        char *list = strchr(line, ':'), *path = list ? strchr(list + 1, ':') : NULL;
         if (!path) continue;
         *path++ = 0;
         path[strcspn(path, "\n")] = 0;
@@ -2943,10 +2949,12 @@ static int threads_within(const char *root, int threads) {
 enum { SPINS = 3000, SPIN_MILLISECONDS = 0 };
 static void use_allowed_threads(void) {
     const char *wanted = getenv("OMP_NUM_THREADS");
-    int threads = wanted && *wanted ? omp_get_max_threads() : threads_within("", omp_get_max_threads());
-    if (threads < omp_get_max_threads()) omp_set_num_threads(threads);
+    int most = omp_get_max_threads();
+    int threads = wanted && *wanted ? most : threads_within("", most);
+    if (threads < most) omp_set_num_threads(threads);
 #ifdef KMP_VERSION_MAJOR // LLVM's and Intel's
-    if (!getenv("KMP_BLOCKTIME") && !getenv("OMP_WAIT_POLICY")) kmp_set_blocktime(SPIN_MILLISECONDS);
+    if (!getenv("KMP_BLOCKTIME") && !getenv("OMP_WAIT_POLICY"))
+        kmp_set_blocktime(SPIN_MILLISECONDS);
 #endif
 }
 
@@ -2958,9 +2966,10 @@ static MemoryLeft memory_left(const char *root) {
     struct rlimit limit;
     snprintf(path, sizeof(path), "%.4000s/proc/meminfo", root);
     double swap = number_in(path, "SwapFree:", 0);
-    MemoryLeft left = {number_in(path, "MemAvailable:", 0) * 1024 + (swap > 0 ? swap * 1024 : 0), "this "
-                                                                                                  "machine"};
-    double page = (double)sysconf(_SC_PAGESIZE), within = cgroup_least(root, "memory", cgroup_memory);
+    MemoryLeft left = {NAN, "this machine"};
+    left.bytes = number_in(path, "MemAvailable:", 0) * 1024 + (swap > 0 ? swap * 1024 : 0);
+    double page = (double)sysconf(_SC_PAGESIZE);
+    double within = cgroup_least(root, "memory", cgroup_memory);
     if (isnan(left.bytes)) left.bytes = (double)sysconf(_SC_PHYS_PAGES) * page;
     if (within < left.bytes) {
         left.bytes = within;
@@ -2991,8 +3000,8 @@ static int check_room(double bytes, const char *path, const char *what, char *er
     if (bytes < LARGE) return 0;
     MemoryLeft left = memory_left("");
     if (bytes <= left.bytes) return 0;
-    return fail(error, path, "%.200s does not fit: it needs %.1f MiB of memory, %s leaves %.1f", what,
-                bytes / 0x1p20, left.who, left.bytes / 0x1p20);
+    return fail(error, path, "%.200s does not fit: it needs %.1f MiB of memory, %s leaves %.1f",
+                what, bytes / 0x1p20, left.who, left.bytes / 0x1p20);
 }
 
 // realloc for what grows: NULL, and the old memory stays, also where so much would not fit.
@@ -3008,9 +3017,9 @@ static void *grow(void *old, size_t bytes) {
 // over it. What does not fit is known before anything large is touched.
 
 static void model_free(Model *m) {
-    void *blocks[] = {m->weights.layers, m->grad.layers, m->acts.layers, m->table.rows, m->acts_table.rows,
-                      m->params, m->grads, m->exp_avg, m->exp_avg_sq, m->acts_block, m->inputs, m->targets,
-                      m};
+    void *blocks[] = {m->weights.layers, m->grad.layers, m->acts.layers, m->table.rows,
+                      m->acts_table.rows, m->params, m->grads, m->exp_avg, m->exp_avg_sq,
+                      m->acts_block, m->inputs, m->targets, m};
     for (size_t i = 0; i < sizeof(blocks) / sizeof(blocks[0]); i++) free(blocks[i]);
 }
 
@@ -3064,7 +3073,8 @@ static Model *model_create(const Config *c, int B, int T, Mode mode, char *error
     m->inputs = (int *)allocate((int64_t)B * T, sizeof(int), &whole);
     m->targets = (int *)allocate((int64_t)B * T, sizeof(int), &whole);
     real **blocks[] = {&m->params, &m->grads, &m->exp_avg, &m->exp_avg_sq};
-    for (int i = 0; i < (training ? 4 : 1); i++) *blocks[i] = (real *)allocate(n, sizeof(real), &whole);
+    for (int i = 0; i < (training ? 4 : 1); i++)
+        *blocks[i] = (real *)allocate(n, sizeof(real), &whole);
     if (!whole) {
         if (fits)
             fail(error, NULL, "the model does not fit: the system refuses %.1f MiB of memory",
@@ -3082,8 +3092,8 @@ static Model *model_create(const Config *c, int B, int T, Mode mode, char *error
 // ----------------------------------------------------------------------------
 // the backend
 //
-// All that the training loop and the command line know of the layers. The CUDA twin brings its own, with a
-// Model of its own behind the pointer.
+// All that the training loop and the command line know of the layers. The CUDA twin brings its own,
+// with a Model of its own behind the pointer.
 
 typedef enum { PARAMS, EXP_AVG, EXP_AVG_SQ, GRADS } Block;
 // Of the tensors' names in files, which hold no gradients.
@@ -3098,7 +3108,8 @@ typedef struct {
     real *(*read)(Model *model, Block block);
     // makes the numbers that stand there the model's
     void (*write)(Model *model, Block block);
-    void (*forward)(Model *model, const int *inputs, const int *targets, int B, int T, Dropout drop);
+    void (*forward)(Model *model, const int *inputs, const int *targets, int B, int T,
+                    Dropout drop);
     // of the last forward pass, the sum; the GPU may be at work until it is asked for
     double (*loss)(Model *model);
     void (*hits)(Model *model, char *hits);
@@ -3284,44 +3295,65 @@ static uint64_t hash_bytes(const unsigned char *bytes, size_t size) {
     return hash;
 }
 
-// The part of file_read for a file that is open.
-static int read_open_file(int fd, const char *path, unsigned char **bytes, size_t *size, char *error) {
+// Reads up to n bytes; how many there were, or -1 with errno.
+static int64_t read_bytes(int fd, unsigned char *bytes, size_t n) {
+    size_t got = 0;
+    while (got < n) {
+        ssize_t now = read(fd, bytes + got, n - got < 1 << 30 ? n - got : 1 << 30);
+        if (now < 0 && errno == EINTR) continue;
+        if (now < 0) return -1;
+        if (now == 0) break;
+        got += (size_t)now;
+    }
+    return (int64_t)got;
+}
+
+// The part of file_read and header_read for a file that is open.
+static int read_open_file(int fd, const char *path, int only_header, unsigned char **bytes,
+                          size_t *size, char *error) {
     struct stat info;
     if (fstat(fd, &info)) return fail(error, path, "%s", strerror(errno));
     if (!S_ISREG(info.st_mode)) return fail(error, path, "a folder or a device, not a file");
-    size_t room = (size_t)info.st_size + 1; // one byte more than there should be
-    if (check_room((double)room, path, "it", error)) return FAILED;
-    unsigned char *memory = (unsigned char *)malloc(room);
+    size_t expected = (size_t)info.st_size, asked = expected + 1; // one more than there should be
+    if (check_room((double)asked, path, "it", error)) return FAILED;
+    unsigned char *memory = (unsigned char *)malloc(asked);
     if (!memory) return fail(error, path, "it does not fit in memory");
-    size_t got = 0;
-    ssize_t n = 0;
-    while (got < room) {
-        n = read(fd, memory + got, room - got < 1 << 30 ? room - got : 1 << 30);
-        if (n < 0 && errno == EINTR) continue;
-        if (n <= 0) break;
-        got += (size_t)n;
-    }
-    if (n >= 0 && got == room - 1) {
-        memory[got] = 0;
+    uint64_t header = 0; // its length
+    if (only_header && pread(fd, &header, 8, 0) == 8 && expected > 8 && header < expected - 8)
+        asked = 8 + (size_t)header;
+    int64_t got = read_bytes(fd, memory, asked);
+    if (got == (int64_t)(asked < expected ? asked : expected)) {
+        memory[expected] = 0;
         *bytes = memory;
-        *size = got;
+        *size = expected;
         return 0;
     }
-    if (n < 0) fail(error, path, "%s", strerror(errno));
+    if (got < 0) fail(error, path, "%s", strerror(errno));
     else fail(error, path, "it cannot be read to its end, or its size changed meanwhile");
     free(memory);
     return FAILED;
 }
 
-// Reads a whole regular file into fresh memory, with a zero byte past its end. *bytes is NULL when
-// it fails.
-static int file_read(const char *path, unsigned char **bytes, size_t *size, char *error) {
+static int open_and_read(const char *path, int only_header, unsigned char **bytes, size_t *size,
+                         char *error) {
     *bytes = NULL;
     int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); // a pipe without a writer: no waiting
     if (fd < 0) return fail(error, path, "%s", strerror(errno));
-    int result = read_open_file(fd, path, bytes, size, error);
+    int result = read_open_file(fd, path, only_header, bytes, size, error);
     close(fd);
     return result;
+}
+
+// Reads a whole regular file into fresh memory, with a zero byte past its end. *bytes is NULL when it
+// fails.
+static int file_read(const char *path, unsigned char **bytes, size_t *size, char *error) {
+    return open_and_read(path, 0, bytes, size, error);
+}
+
+// The same for a safetensors file of which only the header is wanted: there is memory for all of it,
+// but what follows the header is not read.
+static int header_read(const char *path, unsigned char **bytes, size_t *size, char *error) {
+    return open_and_read(path, 1, bytes, size, error);
 }
 
 // Writes n bytes; 0, or -1 with errno.
@@ -3408,7 +3440,8 @@ static int lock_descriptor(int fd) {
 static void warn_of_no_locks(const char *path) {
     static int said = 0;
     if (said++) return;
-    print_warning(path, "the file system knows no locks: nothing keeps two runs from writing it at once");
+    print_warning(path,
+                  "the file system knows no locks: nothing keeps two runs from writing it at once");
 }
 
 // A place where a file is written: what its path names, settled once, and what may be replaced
@@ -3442,7 +3475,8 @@ static int settle(Place *p, const char *path, const char *like, char *error) {
     p->lock = -1;
     if (resolve(path, p->target, error)) return FAILED;
     p->there = !lstat(p->target, &p->known);
-    if (!p->there) return errno == ENOENT ? 0 : fail(error, path, "cannot be written: %s", strerror(errno));
+    if (!p->there)
+        return errno == ENOENT ? 0 : fail(error, path, "cannot be written: %s", strerror(errno));
     p->head = head_of(p->target);
     int unread = S_ISREG(p->known.st_mode) && !p->head;
     return unread ? fail(error, path, "cannot be written: %s", strerror(errno)) : 0;
@@ -3563,7 +3597,8 @@ static int check_replaceable(const Replacement *r, char *error) {
     struct stat folder;
     char folder_path[PATH_MAX];
     folder_of(folder_path, p->target);
-    if (!S_ISREG(p->known.st_mode)) return fail(error, p->path, "cannot be written: not a regular file");
+    if (!S_ISREG(p->known.st_mode))
+        return fail(error, p->path, "cannot be written: not a regular file");
     // one that is read-only or append-only stays
     int fd = access(p->target, W_OK) ? -1 : open(p->target, O_WRONLY | O_CLOEXEC);
     if (fd < 0) return fail(error, p->path, "cannot be written: %s", strerror(errno));
@@ -3721,8 +3756,9 @@ typedef struct {
 // Bits that an element of this dtype takes, 0 if the format has no such dtype: they are the number
 // in its name.
 static int dtype_bits(const char *dtype) {
-    static const char known[] = " BOOL U8 I8 F8_E5M2 F8_E4M3 F8_E8M0 F4 F6_E2M3 F6_E3M2 I16 U16 F16 BF16 "
-                                "I32 U32 F32 I64 U64 F64 C64 ";
+    static const char known[] =
+        " BOOL U8 I8 F8_E5M2 F8_E4M3 F8_E8M0 F4 F6_E2M3 F6_E3M2 I16 U16 F16 BF16 I32 U32 F32 "
+        "I64 U64 F64 C64 ";
     char word[24];
     snprintf(word, sizeof(word), " %s ", dtype);
     if (!*dtype || strchr(dtype, ' ') || !strstr(known, word)) return 0;
@@ -3747,7 +3783,8 @@ static void json_fail(Json *j, const char *problem) {
 
 // Skips white space.
 static void json_space(Json *j) {
-    while (j->at < j->end && (*j->at == ' ' || *j->at == '\t' || *j->at == '\n' || *j->at == '\r')) j->at++;
+    while (j->at < j->end && (*j->at == ' ' || *j->at == '\t' || *j->at == '\n' || *j->at == '\r'))
+        j->at++;
 }
 
 // Takes the byte c, after white space: 1, or 0 if another stands there.
@@ -3842,7 +3879,8 @@ static int64_t json_integer(Json *j) {
     const unsigned char *start = j->at;
     for (; j->at < j->end && *j->at >= '0' && *j->at <= '9'; j->at++) {
         int digit = *j->at - '0';
-        if (__builtin_mul_overflow(number, 10, &number) || __builtin_add_overflow(number, digit, &number)) {
+        if (__builtin_mul_overflow(number, 10, &number) ||
+            __builtin_add_overflow(number, digit, &number)) {
             json_fail(j, "a number above 2^63-1");
             return 0;
         }
@@ -3884,7 +3922,8 @@ static void json_tensor(Json *j, FileTensor *t, const unsigned char *data, int64
         else
             json_fail(j, "a tensor's field is unknown, or stands there twice");
     }
-    if (!dtypes || !shapes || n_offsets != 2) json_fail(j, "a tensor lacks dtype, shape or two data_offsets");
+    if (!dtypes || !shapes || n_offsets != 2)
+        json_fail(j, "a tensor lacks dtype, shape or two data_offsets");
     if (j->problem) return;
     int of_element = dtype_bits(t->dtype);
     if (!of_element)
@@ -3934,7 +3973,8 @@ static void json_header(Json *j, Safetensors *file, const unsigned char *data) {
         FileTensor tensor;
         memset(&tensor, 0, sizeof(tensor));
         tensor.name = name;
-        file->tensors = (FileTensor *)json_grow(j, file->tensors, file->n_tensors, sizeof(FileTensor));
+        file->tensors = (FileTensor *)json_grow(j, file->tensors, file->n_tensors,
+                                                sizeof(FileTensor));
         json_tensor(j, &tensor, data, data_size);
         if (!j->problem) file->tensors[file->n_tensors++] = tensor;
     }
@@ -3965,20 +4005,22 @@ static const char *sort_names(void *array, int n, size_t item) {
 
 // Checks that the tensors cover the data exactly, each byte once, and that no name or key stands
 // there twice; leaves tensors and metadata sorted for the search.
-static int check_layout(Safetensors *file, const unsigned char *data, const char *path, char *error) {
+static int check_layout(Safetensors *file, const unsigned char *data, const char *path,
+                        char *error) {
     FileTensor *tensors = file->tensors;
     const unsigned char *reached = data, *end = file->bytes + file->size;
     if (tensors) qsort(tensors, (size_t)file->n_tensors, sizeof(FileTensor), compare_places);
     for (int i = 0; i < file->n_tensors; i++) {
         if (tensors[i].data != reached) {
-            const char *what = tensors[i].data < reached ? "overlaps another"
-                                                         : "has bytes before it that no tensor claims";
+            const char *what = "has bytes before it that no tensor claims";
+            if (tensors[i].data < reached) what = "overlaps another";
             return fail(error, path, "tensor '%.80s' %s", tensors[i].name, what);
         }
         reached += tensors[i].size;
     }
     if (reached != end)
-        return fail(error, path, "no tensor claims the last %lld bytes", (long long)(end - reached));
+        return fail(error, path, "no tensor claims the last %lld bytes",
+                    (long long)(end - reached));
     const char *twice = sort_names(tensors, file->n_tensors, sizeof(FileTensor));
     if (!twice) twice = sort_names(file->meta, file->n_meta, sizeof(Meta));
     return twice ? fail(error, path, "the name '%.80s' stands there twice", twice) : 0;
@@ -3996,12 +4038,14 @@ static void safetensors_free(Safetensors *file) {
 static int parse_header(Safetensors *file, size_t length, const char *path, char *error) {
     unsigned char *start = file->bytes + 8, *data = start + length;
     Json json = {.at = start, .end = data, .place = start, .problem = NULL};
-    if (!length || *start != '{') json_fail(&json, "it does not start with '{': no safetensors file");
+    if (!length || *start != '{')
+        json_fail(&json, "it does not start with '{': no safetensors file");
     if (!utf8_valid(start, length)) json_fail(&json, "not valid UTF-8");
     json_expect(&json, '{');
     json_header(&json, file, data);
     if (!json.problem) return check_layout(file, data, path, error);
-    return fail(error, path, "header, byte %lld: %s", (long long)(json.place - start), json.problem);
+    return fail(error, path, "header, byte %lld: %s", (long long)(json.place - start),
+                json.problem);
 }
 
 // Makes a Safetensors of the bytes of a file; they must come from malloc and belong to it from now
@@ -4024,10 +4068,19 @@ static int safetensors_parse(Safetensors *file, unsigned char *bytes, size_t siz
     return result;
 }
 
+// Reads a file, or its header alone: metadata, and names and shapes of tensors whose data may not be
+// looked at.
+__attribute__((unused)) // by programs that include this file
 static int safetensors_read(Safetensors *file, const char *path, char *error) {
     unsigned char *bytes;
     size_t size;
     if (file_read(path, &bytes, &size, error)) return FAILED;
+    return safetensors_parse(file, bytes, size, path, error);
+}
+static int safetensors_read_header(Safetensors *file, const char *path, char *error) {
+    unsigned char *bytes;
+    size_t size;
+    if (header_read(path, &bytes, &size, error)) return FAILED;
     return safetensors_parse(file, bytes, size, path, error);
 }
 
@@ -4122,7 +4175,8 @@ static void text_numbers(Text *out, const int64_t *numbers, int n) { // "[2,3]"
 
 // Adds the header of a file, its tensors laid out in the order given, padded with spaces to a
 // multiple of 8.
-static void write_header(Text *out, const FileTensor *tensors, int n_tensors, const Meta *meta, int n_meta) {
+static void write_header(Text *out, const FileTensor *tensors, int n_tensors, const Meta *meta,
+                         int n_meta) {
     int64_t offset = 0;
     text_add(out, "{");
     for (int i = 0; i < n_meta; i++) {
@@ -4153,13 +4207,15 @@ static void write_header(Text *out, const FileTensor *tensors, int n_tensors, co
 // Writes a safetensors file with the tensors in the order given, whole or not at all (see
 // replacement_close). trial: all of it is done but for the last step, and nothing is left: tells
 // before a long run whether the place can be written. *total: the bytes of the file, or NULL.
-static int safetensors_write(Place *place, const FileTensor *tensors, int n_tensors, const Meta *meta,
-                             int n_meta, int trial, uint64_t *total, char *error) {
+static int safetensors_write(Place *place, const FileTensor *tensors, int n_tensors,
+                             const Meta *meta, int n_meta, int trial, uint64_t *total,
+                             char *error) {
     Text header = {NULL, 0, 0, 0};
     for (int i = 0; i < n_meta; i++) {
         const char *key = meta[i].key, *value = meta[i].value;
         if (!utf8_valid((const unsigned char *)value, strlen(value)))
-            return fail(error, place->path, "'%.80s', '%.80s' cannot be stored: not UTF-8", key, value);
+            return fail(error, place->path, "'%.80s', '%.80s' cannot be stored: not UTF-8", key,
+                        value);
     }
     write_header(&header, tensors, n_tensors, meta, n_meta);
     uint64_t length = header.size, size = 8 + length;
@@ -4226,11 +4282,12 @@ static int shard_read(Dataset *data, size_t size, const char *path, char *error)
     const void *tokens = data->bytes + SHARD_HEADER;
     size_t held = size - SHARD_HEADER;
     if (header[1] != version)
-        return fail(error, path, "a token shard of version %d; only %d is known", header[1], version);
+        return fail(error, path, "a token shard of version %d; only %d is known", header[1],
+                    version);
     if (header[2] < 1 || (uint64_t)header[2] * (wide ? 4 : 2) != held)
         return fail(error, path,
-                    "a token shard whose header says %d tokens; the file holds %zu bytes of them", header[2],
-                    held);
+                    "a token shard whose header says %d tokens; the file holds %zu bytes of them",
+                    header[2], held);
     data->count = header[2];
     data->vocab_hint = wide ? 128256 : 50257;
     if (wide) data->tokens32 = (const uint32_t *)tokens;
@@ -4238,7 +4295,8 @@ static int shard_read(Dataset *data, size_t size, const char *path, char *error)
     for (int64_t i = 0; i < data->count; i++) {
         uint32_t id = wide ? data->tokens32[i] : data->tokens[i];
         if (id >= MAX_VOCAB)
-            return fail(error, path, "its token %lld is %u; ids are below 2^24", (long long)i, (unsigned)id);
+            return fail(error, path, "its token %lld is %u; ids are below 2^24", (long long)i,
+                        (unsigned)id);
         if ((int)id > data->max_id) data->max_id = (int)id;
     }
     return 0;
@@ -4256,7 +4314,8 @@ static int64_t integer_at(const FileTensor *t, int bits, int64_t i) {
 // An integer tensor as int32; raises max_id to its largest number. Every number must be `low` or
 // more and below 2^24, the largest vocabulary. NULL and the line if one is not, or if the dtype is
 // no integer's.
-static int32_t *ids_read(const FileTensor *tensor, int low, int *max_id, const char *path, char *error) {
+static int32_t *ids_read(const FileTensor *tensor, int low, int *max_id, const char *path,
+                         char *error) {
     char what[80];
     if (*tensor->dtype != 'I' && *tensor->dtype != 'U') {
         fail(error, path, "'%s' is no tensor of integers", tensor->name);
@@ -4276,8 +4335,10 @@ static int32_t *ids_read(const FileTensor *tensor, int low, int *max_id, const c
     for (int64_t i = 0; i < tensor->count; i++) {
         int64_t id = integer_at(tensor, bits, i);
         if (id < low || id >= MAX_VOCAB) {
-            long long example = (long long)(i / tensor->shape[1]), t = (long long)(i % tensor->shape[1]);
-            fail(error, path, "'%s' holds %lld at [%lld,%lld]; what it holds is %d or more and below 2^24",
+            long long example = (long long)(i / tensor->shape[1]);
+            long long t = (long long)(i % tensor->shape[1]);
+            fail(error, path,
+                 "'%s' holds %lld at [%lld,%lld]; what it holds is %d or more and below 2^24",
                  tensor->name, (long long)id, example, t, low);
             free(ids);
             return NULL;
@@ -4299,7 +4360,8 @@ static int examples_read(Dataset *data, const Safetensors *file, const char *pat
         const FileTensor *t = tensors[i];
         if (!t && i < 2) return fail(error, path, "not an example set: it has no '%s'", names[i]);
         if (t && (t->n_dims != 2 || memcmp(t->shape, inputs->shape, 2 * sizeof(int64_t))))
-            return fail(error, path, "'%s' must have two dimensions, (N,T), and the shape of 'inputs'",
+            return fail(error, path,
+                        "'%s' must have two dimensions, (N,T), and the shape of 'inputs'",
                         names[i]);
     }
     if (!inputs->count || inputs->shape[1] > 1 << 24 || inputs->shape[0] > INT_MAX)
@@ -4307,7 +4369,8 @@ static int examples_read(Dataset *data, const Safetensors *file, const char *pat
     const char *vocab_size = safetensors_meta(file, "vocab_size");
     int64_t vocab = 0;
     if (vocab_size && parse_integer(vocab_size, 1, MAX_VOCAB, &vocab))
-        return fail(error, path, "its metadata's vocab_size is '%.40s', not a whole number up to 2^24",
+        return fail(error, path,
+                    "its metadata's vocab_size is '%.40s', not a whole number up to 2^24",
                     vocab_size);
     data->count = inputs->shape[0];
     data->width = (int)inputs->shape[1];
@@ -4374,7 +4437,8 @@ static const Signature signatures[] = {
 };
 
 // Whether the signature stands in the bytes. Letters alone may begin a text as well.
-static int is_signed_by(const Signature *s, const unsigned char *bytes, size_t size, int only_letters) {
+static int is_signed_by(const Signature *s, const unsigned char *bytes, size_t size,
+                        int only_letters) {
     int printable = 1;
     for (int i = 0; i < s->n; i++) printable = printable && s->bytes[i] >= 32 && s->bytes[i] < 127;
     if (printable && only_letters && strcmp(s->bytes, "%PDF-")) return 0;
@@ -4467,8 +4531,8 @@ static int is_safetensors(const unsigned char *bytes, size_t size) {
 
 // Tells the kind of a file by what it holds; a file named *.safetensors must be one. as_bytes: any
 // file is text.
-static int data_kind(DataKind *kind, const unsigned char *bytes, size_t size, int as_bytes, const char *path,
-                     char *error) {
+static int data_kind(DataKind *kind, const unsigned char *bytes, size_t size, int as_bytes,
+                     const char *path, char *error) {
     *kind = DATA_TEXT;
     if (as_bytes) return 0;
     size_t length = strlen(path);
@@ -4507,8 +4571,8 @@ static int dataset_read(Dataset *data, const char *path, int as_bytes, char *err
     if (file_read(path, &data->bytes, &size, error)) return FAILED;
     int result = data_kind(&data->kind, data->bytes, size, as_bytes, path, error);
     if (!result) {
-        snprintf(data->content, sizeof(data->content), "%s, %zu bytes, hash %016llx", kinds[data->kind], size,
-                 (unsigned long long)hash_bytes(data->bytes, size));
+        snprintf(data->content, sizeof(data->content), "%s, %zu bytes, hash %016llx",
+                 kinds[data->kind], size, (unsigned long long)hash_bytes(data->bytes, size));
         data->max_id = -1;
         data->count = (int64_t)size;
         result = dataset_fill(data, size, path, error);
@@ -4518,16 +4582,16 @@ static int dataset_read(Dataset *data, const char *path, int as_bytes, char *err
 }
 
 // Puts a text's token ids in the place of its bytes.
-static int dataset_encode(Dataset *data, const unsigned char *vocab, int vocab_size, const char *path,
-                          char *error) {
+static int dataset_encode(Dataset *data, const unsigned char *vocab, int vocab_size,
+                          const char *path, char *error) {
     int ids[256];
     for (int byte = 0; byte < 256; byte++) ids[byte] = -1;
     for (int id = 0; id < vocab_size; id++) ids[vocab[id]] = id;
     for (int64_t i = 0; i < data->count; i++) {
         int byte = data->bytes[i];
         if (ids[byte] < 0)
-            return fail(error, path, "the vocabulary lacks the byte 0x%02X at offset %lld", (unsigned)byte,
-                        (long long)i);
+            return fail(error, path, "the vocabulary lacks the byte 0x%02X at offset %lld",
+                        (unsigned)byte, (long long)i);
         data->bytes[i] = (unsigned char)ids[byte];
     }
     return 0;
@@ -4612,12 +4676,14 @@ typedef struct {
 static const Option option_table[] = {
     {DATA, "data", "data", TEXT, FIELD(data), "data/tinyshakespeare.txt", 0, 0,
      "text, token shard or example set, told by what it holds"},
-    {DATA, "val", "val", TEXT, FIELD(val), NULL, 0, 0, "validation data (else the last 10 % of --data)"},
+    {DATA, "val", "val", TEXT, FIELD(val), NULL, 0, 0,
+     "validation data (else the last 10 % of --data)"},
     {DATA, "format", "data_format", TEXT, FIELD(format), "auto", 0, 0,
      "auto: told by what the file holds; bytes: any file as text"},
     {MODEL, "vocab", "vocab_size", INTEGER, FIELD(vocab), NULL, 1, MAX_VOCAB,
      "of shards (else the tokenizer's: 50257, 128256), of examples (else from them)"},
-    {MODEL, "mixer", "mixer", TEXT, FIELD(mixer), "sessa", 0, 0, "sessa, attention (no feedback) or mamba2"},
+    {MODEL, "mixer", "mixer", TEXT, FIELD(mixer), "sessa", 0, 0,
+     "sessa, attention (no feedback) or mamba2"},
     {MODEL, "dim", "d_model", INTEGER, FIELD(dim), "128", 1, 1 << 16, "width D"},
     {MODEL, "layers", "n_layers", INTEGER, FIELD(layers), "5", 1, 4096, "layers L"},
     {MODEL, "heads", "n_heads", INTEGER, FIELD(heads), "4", 1, 1 << 16,
@@ -4628,11 +4694,13 @@ static const Option option_table[] = {
      "mamba2: width w of a head, a divisor of 2D (else 64, or 2D)"},
     {MODEL, "state-dim", "mamba_state_dim", INTEGER, FIELD(state_dim), NULL, 1, 1024,
      "mamba2: state of a channel (else 64)"},
-    {MODEL, "seq", "max_seq_len", INTEGER, FIELD(seq), "64", 1, 1 << 24, "tokens T of a training sequence"},
+    {MODEL, "seq", "max_seq_len", INTEGER, FIELD(seq), "64", 1, 1 << 24,
+     "tokens T of a training sequence"},
     {MODEL, "gamma-max", "gamma_max", NUMBER, FIELD(gamma_max), "0.999", 1e-6, 0.999999,
      "bound of the feedback gain"},
     {TRAINING, "steps", "steps", INTEGER, FIELD(steps), "2000", 0, 1e11, "updates of the weights"},
-    {TRAINING, "batch", "batch", INTEGER, FIELD(batch), "12", 1, 1 << 20, "sequences of a micro-batch"},
+    {TRAINING, "batch", "batch", INTEGER, FIELD(batch), "12", 1, 1 << 20,
+     "sequences of a micro-batch"},
     {TRAINING, "accum", "accum", INTEGER, FIELD(accum), "1", 1, 1 << 20, "micro-batches of a step"},
     {TRAINING, "lr", "lr", NUMBER, FIELD(lr), "3e-3", 0, 1e3, "learning rate"},
     {TRAINING, "min-lr", "min_lr", NUMBER, FIELD(min_lr), NULL, 0, 1e3,
@@ -4646,7 +4714,8 @@ static const Option option_table[] = {
     {TRAINING, "eps", "eps", NUMBER, FIELD(eps), "1e-8", 1e-30, 1, "AdamW"},
     {TRAINING, "weight-decay", "weight_decay", NUMBER, FIELD(weight_decay), "0.1", 0, 1e3,
      "AdamW, on matrices"},
-    {TRAINING, "clip", "clip", NUMBER, FIELD(clip), "1", 0, 1e30, "bound of the gradient's norm, 0: none"},
+    {TRAINING, "clip", "clip", NUMBER, FIELD(clip), "1", 0, 1e30,
+     "bound of the gradient's norm, 0: none"},
     {TRAINING, "dropout", "dropout", NUMBER, FIELD(dropout), "0", 0, 0.999, "probability"},
     {TRAINING, "seed", "seed", INTEGER, FIELD(seed), "1337", 0, 9e15,
      "of weights, data order, dropout and sampling"},
@@ -4656,7 +4725,8 @@ static const Option option_table[] = {
      "batches of a validation; the last takes all"},
     {WATCHING, "sample-every", NULL, INTEGER, FIELD(sample_every), "0", 0, 1e12,
      "steps between samples, 0: none"},
-    {WATCHING, "log", NULL, TEXT, FIELD(log), NULL, 0, 0, "one JSON object a line, one line a step"},
+    {WATCHING, "log", NULL, TEXT, FIELD(log), NULL, 0, 0,
+     "one JSON object a line, one line a step"},
     {FILES, "out", NULL, TEXT, FIELD(out), "sessa.safetensors", 0, 0,
      "the run, to resume; the best weights lie beside it"},
     {FILES, "save-every", NULL, INTEGER, FIELD(save_every), NULL, 1, 1e12,
@@ -4667,16 +4737,21 @@ static const Option option_table[] = {
      "replace a run of the same settings and data, as make train does"},
     {FILES, "load", NULL, TEXT, FIELD(load), NULL, 0, 0,
      "start from, evaluate or generate with these weights"},
-    {FILES, "resume", NULL, TEXT, FIELD(resume), NULL, 0, 0, "go on exactly where this run stopped"},
-    {INSTEAD, "generate", NULL, INTEGER, FIELD(generate), NULL, 1, 1e9, "write that many tokens with --load"},
+    {FILES, "resume", NULL, TEXT, FIELD(resume), NULL, 0, 0,
+     "go on exactly where this run stopped"},
+    {INSTEAD, "generate", NULL, INTEGER, FIELD(generate), NULL, 1, 1e9,
+     "write that many tokens with --load"},
     {INSTEAD, "prompt", NULL, TEXT, FIELD(prompt), "", 0, 0, "text (or token ids) to go on from"},
-    {INSTEAD, "temperature", NULL, NUMBER, FIELD(temperature), "1", 0, 1e6, "0: always the likeliest token"},
-    {INSTEAD, "top-k", NULL, INTEGER, FIELD(top_k), "0", 0, 1 << 24, "only the k likeliest tokens, 0: all"},
+    {INSTEAD, "temperature", NULL, NUMBER, FIELD(temperature), "1", 0, 1e6,
+     "0: always the likeliest token"},
+    {INSTEAD, "top-k", NULL, INTEGER, FIELD(top_k), "0", 0, 1 << 24,
+     "only the k likeliest tokens, 0: all"},
     {INSTEAD, "top-p", NULL, NUMBER, FIELD(top_p), "1", 1e-9, 1,
      "only the likeliest tokens of that total probability"},
     {INSTEAD, "window", NULL, INTEGER, FIELD(window), NULL, 0, 1 << 30,
      "positions remembered (else the model's seq), 0: all"},
-    {INSTEAD, "eval", NULL, FLAG, FIELD(eval), "0", 0, 1, "validation loss of --load on the whole split"},
+    {INSTEAD, "eval", NULL, FLAG, FIELD(eval), "0", 0, 1,
+     "validation loss of --load on the whole split"},
     {COMPUTING, "plain", NULL, FLAG, FIELD(plain), "0", 0, 1,
      "every layer by its plain loops: slow, to compare and to learn from"},
     {STATE, "step", "step", INTEGER, FIELD(step), "0", 0, 1e11, "updates done"},
@@ -4738,8 +4813,8 @@ static int set_option(Options *o, const Option *option, const char *text, char *
     }
     if (!is_number && !parse_integer(text, low, high, (int64_t *)field)) return 0;
     const char *kind = is_number ? "" : "whole ";
-    return wrong(error, NULL, "--%s takes a %snumber from %.9g to %.9g, not '%s'", option->name, kind, low,
-                 high, text);
+    return wrong(error, NULL, "--%s takes a %snumber from %.9g to %.9g, not '%s'", option->name,
+                 kind, low, high, text);
 }
 
 // An option's value as text, a number with as many digits as give the same number again. NULL: not
@@ -4783,7 +4858,8 @@ static int is_among(const Option *option, const char *list) {
 
 // Whether a run's file may lack it: it is not always set, or came later.
 static int may_lack(const Option *option) {
-    return is_among(option, " val format validated train_loss previous_loss grad_norm started_from ");
+    return is_among(option,
+                    " val format validated train_loss previous_loss grad_norm started_from ");
 }
 
 // What may be given at a resume and differ from what the run stores: the data's content is compared
@@ -4793,12 +4869,13 @@ static int may_differ_at_resume(const Option *option) {
 }
 
 static void print_help(const char *program) {
-    static const char *titles[] = {"data",  "model", "training", "watching",
-                                   "files", "instead of training", "computing"};
+    static const char *titles[] = {
+        "data", "model", "training", "watching", "files", "instead of training", "computing"};
     static const char *types[] = {"TEXT", "N", "X", ""};
     printf("Trains Sessa models, evaluates them and generates with them.\n\n"
            "  %s --data my.txt --dim 256 --layers 6 --seq 256 --out my.safetensors\n"
-           "  %s --load my.best.safetensors --generate 500 --prompt \"Once upon\" --temperature 0.8\n",
+           "  %s --load my.best.safetensors --generate 500 --prompt \"Once upon\" "
+           "--temperature 0.8\n",
            program, program);
     for (int i = 0; i < N_OPTIONS && option_table[i].group < STATE; i++) {
         const Option *o = &option_table[i];
@@ -4807,8 +4884,8 @@ static void print_help(const char *program) {
         if (o->fallback && *o->fallback && o->type != FLAG) printf(" [%s]", o->fallback);
         printf("\n");
     }
-    printf("\nThreads: OMP_NUM_THREADS. Exit code 0: done, 1: failed, 2: wrong option, 130: stopped by "
-           "Ctrl-C\nor a signal, saved; a second Ctrl-C ends it at once.\n");
+    printf("\nThreads: OMP_NUM_THREADS. Exit code 0: done, 1: failed, 2: wrong option, 130: stopped "
+           "by Ctrl-C\nor a signal, saved; a second Ctrl-C ends it at once.\n");
 }
 
 // Reads the command line: --name value or --name=value. 1 if help was asked for.
@@ -4858,7 +4935,8 @@ static int check_use(const Settings *s, char *error) {
         const Option *option = &option_table[i];
         if (!s->given[i] || is_of_use(o, option)) continue;
         const char *when = "without --generate";
-        if (is_among(option, " temperature top-k top-p ")) when = "without --sample-every or --generate";
+        if (is_among(option, " temperature top-k top-p "))
+            when = "without --sample-every or --generate";
         if (o->eval) when = "with --eval";
         if (o->generate) when = "with --generate";
         return wrong(error, NULL, "--%s changes nothing %s", option->name, when);
@@ -4902,7 +4980,8 @@ typedef struct {
     char best_path[PATH_MAX]; // beside --out: the weights with the lowest validation loss
     Place out_place, best_place, log_place;
     int replaces_best;        // another run's best weights lie at best_path, and may go
-    unsigned char *old_best;  // of a run resumed under another name: its best weights, until the first save
+    unsigned char
+        *old_best; // of a run resumed under another name: its best weights, until the first save
     size_t n_old_best;
     Safetensors file;         // of --load or --resume; options may point into it
     char started_from[96];    // kind, size and hash of --load
@@ -4943,7 +5022,8 @@ static int config_of(Config *c, const Options *o, char *error) {
     if (c->mixer < 0)
         return wrong(error, NULL, "--mixer takes sessa, attention or mamba2, not '%s'", o->mixer);
     if (c->mixer == MAMBA2 && 2 * o->dim % o->head_dim)
-        return wrong(error, NULL, "--head-dim %d does not divide twice --dim %d", c->head_dim, c->d_model);
+        return wrong(error, NULL, "--head-dim %d does not divide twice --dim %d", c->head_dim,
+                     c->d_model);
     if (c->mixer != MAMBA2 && o->head_dim + o->state_dim)
         return wrong(error, NULL, "--head-dim and --state-dim are for mamba2");
     if (o->dim % o->heads)
@@ -4951,10 +5031,12 @@ static int config_of(Config *c, const Options *o, char *error) {
     if (o->dim / o->heads % 2)
         return wrong(error, NULL, "--dim / --heads must be even, not %d", c->d_model / c->n_heads);
     if (o->heads % o->kv_heads)
-        return wrong(error, NULL, "--kv-heads %d does not divide --heads %d", c->n_kv_heads, c->n_heads);
+        return wrong(error, NULL, "--kv-heads %d does not divide --heads %d", c->n_kv_heads,
+                     c->n_heads);
     int most = INT_MAX / 64; // tokens of a step
     if (!o->generate && o->batch * o->accum > most / o->seq)
-        return wrong(error, NULL, "--batch times --accum times --seq must not exceed %d tokens", most);
+        return wrong(error, NULL, "--batch times --accum times --seq must not exceed %d tokens",
+                     most);
     return 0;
 }
 
@@ -4999,12 +5081,14 @@ typedef struct {
 
 // Adds the tensors of a block of the model. Their numbers are written from where they are, unless
 // they must be rounded first.
-static int add_block(CheckpointFile *file, const Run *run, Block block, const char *path, char *error) {
+static int add_block(CheckpointFile *file, const Run *run, Block block, const char *path,
+                     char *error) {
     const Table *table = &run->table;
     const real *values = run->backend->read(run->model, block);
     const unsigned char *data = (const unsigned char *)values;
     const char *what = block == PARAMS ? "a weight" : "a moment";
-    if (!isfinite(norm(values, table->count))) return fail(error, path, "not written: %s is not finite", what);
+    if (!isfinite(norm(values, table->count)))
+        return fail(error, path, "not written: %s is not finite", what);
     if (sizeof(real) != sizeof(float)) {
         float *rounded = file->numbers + (int)block * table->count;
         for (int64_t k = 0; k < table->count; k++) rounded[k] = (float)values[k];
@@ -5035,9 +5119,11 @@ static void add_vocabulary(CheckpointFile *file, const Run *run) {
 
 // Writes the weights, and RESUMABLE all that a run needs to go on, to a place. trial, total: see
 // safetensors_write.
-static int save_checkpoint(Run *run, Place *place, Content content, int trial, uint64_t *total, char *error) {
+static int save_checkpoint(Run *run, Place *place, Content content, int trial, uint64_t *total,
+                           char *error) {
     int n_blocks = content == RESUMABLE ? 3 : 1;
-    size_t n_tensors = (size_t)(n_blocks * run->table.n), count = (size_t)n_blocks * (size_t)run->table.count;
+    size_t n_tensors = (size_t)(n_blocks * run->table.n);
+    size_t count = (size_t)n_blocks * (size_t)run->table.count;
     CheckpointFile file;
     file.n = 0;
     file.tensors = (FileTensor *)calloc(n_tensors + 1, sizeof(FileTensor));
@@ -5138,7 +5224,8 @@ static int load_block(Run *run, const char *path, Block block, char *error) {
 // Takes one option from a checkpoint. What was given on the command line as well must agree, but
 // for --seq of a model and, of a run, --steps, the schedule's rates and length (print_changes tells
 // what changes), and --data and --val, whose content is compared later.
-static int option_from_file(Run *run, const Option *option, const char *path, int resume, char *error) {
+static int option_from_file(Run *run, const Option *option, const char *path, int resume,
+                            char *error) {
     Settings *s = &run->settings;
     char given[96], stored[96], problem[ERROR_SIZE];
     const char *text = safetensors_meta(&run->file, option->key);
@@ -5154,7 +5241,8 @@ static int option_from_file(Run *run, const Option *option, const char *path, in
     const char *ours = option_text(given, &s->values, option);
     const char *theirs = option_text(stored, &run->stored, option);
     if (!strcmp(ours, theirs)) return 0;
-    return wrong(error, NULL, "--%s %s differs from %s, which has %s", option->name, ours, path, theirs);
+    return wrong(error, NULL, "--%s %s differs from %s, which has %s", option->name, ours, path,
+                 theirs);
 }
 
 // Takes the vocabulary from a checkpoint; one of ids has none.
@@ -5182,15 +5270,17 @@ static int settings_from_file(Run *run, const char *path, int resume, char *erro
         int result = option_from_file(run, option, path, resume, error);
         if (result) return result;
     }
-    if (find_mixer(o->mixer) < 0) return fail(error, path, "its mixer '%.40s' is unknown", o->mixer);
+    if (find_mixer(o->mixer) < 0)
+        return fail(error, path, "its mixer '%.40s' is unknown", o->mixer);
     if (config_of(&run->config, o, problem)) return fail(error, path, "%.200s", problem);
     return vocabulary_from_file(run, path, error);
 }
 
 // Reads the file of --load or --resume; what a run was started from is stored with it.
 static int read_checkpoint(Run *run, const char *path, char *error) {
-    static const char no_best[] = "%.400s (a run has no best weights before its first validation: its own "
-                                  "file can be loaded)";
+    static const char no_best[] =
+        "%.400s (a run has no best weights before its first validation: its own file can be "
+        "loaded)";
     unsigned char *bytes;
     size_t size;
     if (file_read(path, &bytes, &size, error)) {
@@ -5200,7 +5290,8 @@ static int read_checkpoint(Run *run, const char *path, char *error) {
         return FAILED;
     }
     unsigned long long hash = (unsigned long long)hash_bytes(bytes, size);
-    snprintf(run->started_from, sizeof(run->started_from), "checkpoint, %zu bytes, hash %016llx", size, hash);
+    snprintf(run->started_from, sizeof(run->started_from), "checkpoint, %zu bytes, hash %016llx",
+             size, hash);
     if (run->settings.values.load) run->settings.values.started_from = run->started_from;
     return safetensors_parse(&run->file, bytes, size, path, error);
 }
@@ -5219,8 +5310,8 @@ static int open_checkpoint(Run *run, char *error) {
     int is_run = safetensors_find(&run->file, "exp_avg.wte.weight") != NULL;
     int has_weights = safetensors_find(&run->file, "wte.weight") != NULL;
     if (o->resume && has_weights && !is_run)
-        return fail(error, path,
-                    "it holds weights alone, no run that could be resumed; --load starts from them");
+        return fail(error, path, "it holds weights alone, no run that could be resumed; --load "
+                                 "starts from them");
     return settings_from_file(run, path, o->resume != NULL, error);
 }
 
@@ -5246,7 +5337,8 @@ static int find_validation(Run *run, char *error) {
     char problem[ERROR_SIZE];
     static const char note[] = " (the last tenth of %.200s: %s)";
     if (!trained_on) { // another program's weights, or an earlier version's
-        format_line(run->val_note, NULL, note, o->data, "the weights do not say what they were trained on");
+        format_line(run->val_note, NULL, note, o->data,
+                    "the weights do not say what they were trained on");
         return 0;
     }
     int has_file = validated_on && *validated_on;
@@ -5255,14 +5347,18 @@ static int find_validation(Run *run, char *error) {
         return 0;
     }
     if (strcmp(run->train.content, trained_on)) {
-        format_line(run->val_note, NULL, note, o->data, "not the text that the model was trained on");
+        format_line(run->val_note, NULL, note, o->data,
+                    "not the text that the model was trained on");
         return 0;
     }
     if (!has_file) return 0;
     o->val = val;
-    if (val && !read_set(run, &run->val, val, problem) && !strcmp(run->val.content, validated_on)) return 0;
-    return fail(error, o->data, "the model was trained on all of it and validated on another file, %.200s: "
-                "give that as --val", val ? val : "not named");
+    if (val && !read_set(run, &run->val, val, problem) && !strcmp(run->val.content, validated_on))
+        return 0;
+    return fail(error, o->data,
+                "the model was trained on all of it and validated on another file, %.200s: give "
+                "that as --val",
+                val ? val : "not named");
 }
 
 // The vocabulary of texts: their distinct bytes, sorted.
@@ -5277,13 +5373,15 @@ static void vocabulary_of_texts(Run *run, Dataset **sets, int n_sets) {
 
 // Settles the vocabulary, unless a checkpoint has, from the sets that are there, and makes texts
 // token ids.
-static int settle_vocabulary(Run *run, Dataset **sets, const char **paths, int n_sets, char *error) {
+static int settle_vocabulary(Run *run, Dataset **sets, const char **paths, int n_sets,
+                             char *error) {
     Options *o = &run->settings.values;
     int loaded = o->load || o->resume, text = sets[0]->kind == DATA_TEXT;
     if (text && !loaded) {
         if (is_given(&run->settings, "vocab"))
-            return wrong(error, NULL, "--vocab is for token shards and example sets: the vocabulary of a "
-                         "text is its bytes");
+            return wrong(error, NULL,
+                         "--vocab is for token shards and example sets: the vocabulary of a text "
+                         "is its bytes");
         vocabulary_of_texts(run, sets, n_sets);
     }
     if (text && !run->vocab_bytes)
@@ -5292,13 +5390,15 @@ static int settle_vocabulary(Run *run, Dataset **sets, const char **paths, int n
         return fail(error, paths[0], "it holds token ids, but the model's tokens are bytes");
     int max_id = -1, hint = 0;
     for (int i = 0; i < n_sets; i++) {
-        if (text && dataset_encode(sets[i], run->vocab, run->vocab_bytes, paths[i], error)) return FAILED;
+        if (text && dataset_encode(sets[i], run->vocab, run->vocab_bytes, paths[i], error))
+            return FAILED;
         if (sets[i]->max_id > max_id) max_id = sets[i]->max_id;
         if (sets[i]->vocab_hint > hint) hint = sets[i]->vocab_hint;
     }
     if (!o->vocab) o->vocab = hint > max_id ? hint : max_id + 1;
     if (max_id < o->vocab) return 0;
-    return fail(error, paths[0], "token id %d does not fit a vocabulary of %d", max_id, (int)o->vocab);
+    return fail(error, paths[0], "token id %d does not fit a vocabulary of %d", max_id,
+                (int)o->vocab);
 }
 
 // Reads --data and --val. To evaluate --val, --data is not needed. A resumed run must find what it
@@ -5341,11 +5441,13 @@ static int check_lengths(Run *run, Dataset **sets, const char **paths, int n_set
     for (int i = 0; examples && i < n_sets; i++) {
         int width = sets[i]->width;
         if (width != o->seq)
-            return fail(error, paths[i], "it holds sequences of %d tokens, not of %d", width, (int)o->seq);
+            return fail(error, paths[i], "it holds sequences of %d tokens, not of %d", width,
+                        (int)o->seq);
     }
     long long least = examples ? 1 : o->seq + 1, n_train = run->train_end;
     long long n_val = run->val_end - run->val_begin;
-    if (!o->eval && n_train < least) return fail(error, o->data, too_short, "training", least, n_train);
+    if (!o->eval && n_train < least)
+        return fail(error, o->data, too_short, "training", least, n_train);
     if (n_val < least) return fail(error, paths[n_sets - 1], too_short, "validation", least, n_val);
     return 0;
 }
@@ -5430,6 +5532,11 @@ static void count_targets(Tally *tally, const Run *run, const int32_t *lags, int
     }
 }
 
+// NAN: of none.
+static double fraction(int64_t part, int64_t whole) {
+    return whole ? (double)part / (double)whole : NAN;
+}
+
 // Over consecutive windows of the validation split: all of them, or max_batches evenly spaced
 // batches. A signal that asks for an end breaks it off, unless it `lasts`.
 static Score evaluate(Run *run, int64_t max_batches, int lasts) {
@@ -5460,12 +5567,11 @@ static Score evaluate(Run *run, int64_t max_batches, int lasts) {
         count_targets(&tally, run, lags, B * T);
         score.broken = interrupted && !lasts && i + 1 < taken;
     }
-    double count = (double)tally.targets;
     score.count = tally.targets;
-    score.loss = tally.targets ? sum / count : NAN;
-    score.accuracy = tally.targets && examples ? (double)tally.hits / count : NAN;
+    score.loss = tally.targets ? sum / (double)tally.targets : NAN;
+    score.accuracy = examples ? fraction(tally.hits, tally.targets) : NAN;
     for (int k = 0; k < LAG_BINS; k++)
-        score.by_lag[k] = tally.of_bin[k] ? (double)tally.hits_of[k] / (double)tally.of_bin[k] : NAN;
+        score.by_lag[k] = fraction(tally.hits_of[k], tally.of_bin[k]);
     return score;
 }
 
@@ -5501,8 +5607,9 @@ static void print_quoted(const char *word) {
     int plain = *word != 0, hostile = 0;
     for (const char *c = word; *c; c++) {
         plain = plain && (isalnum((unsigned char)*c) || strchr("-_./=:,+@%", *c));
-        int c1 = (unsigned char)c[0] == 0xC2 && (unsigned char)c[1] >= 0x80 && (unsigned char)c[1] < 0xA0;
-        hostile = hostile || c1 || (unsigned char)*c < 32 || *c == 127;
+        unsigned char byte = (unsigned char)c[0], next = (unsigned char)c[1];
+        int c1 = byte == 0xC2 && next >= 0x80 && next < 0xA0; // U+0080 to U+009F
+        hostile = hostile || c1 || byte < 32 || byte == 127;
     }
     hostile = hostile || !utf8_valid((const unsigned char *)word, strlen(word));
     if (!plain) fputs(hostile ? "$'" : "'", stdout);
@@ -5570,20 +5677,24 @@ static const char *standard_stream(const char *path) {
 static int check_distinct(const Run *run, char *error) {
     enum { RESUME = 3, OUT = 4, N_PATHS = 7 };
     const Options *o = &run->settings.values;
-    const char *names[] = {"--data", "--val", "--load", "--resume", "--out", "the best weights", "--log"};
+    const char *names[] = {"--data", "--val", "--load", "--resume",
+                           "--out", "the best weights", "--log"};
     const char *paths[] = {o->data, o->val, o->load, o->resume, o->out, run->best_path, o->log};
     for (int i = 0; i < N_PATHS; i++) {
         for (int j = 0; j < i; j++) {
             int resumed = i == OUT && j == RESUME; // a run goes on in its own file
             if (resumed || !same_file(paths[i], paths[j])) continue;
-            return wrong(error, NULL, "%s and %s are one file: %.200s", names[j], names[i], paths[i]);
+            return wrong(error, NULL, "%s and %s are one file: %.200s", names[j], names[i],
+                         paths[i]);
         }
         if (is_servant(paths[i], &run->out_place) || is_servant(paths[i], &run->best_place))
-            return wrong(error, NULL, "%s, %.200s: names that end in .lock or .tmp.* are the run's own",
+            return wrong(error, NULL,
+                         "%s, %.200s: names that end in .lock or .tmp.* are the run's own",
                          names[i], paths[i]);
         const char *stream = i >= OUT ? standard_stream(paths[i]) : NULL;
         if (stream)
-            return wrong(error, NULL, "%s and standard %s are one file: %.200s", names[i], stream, paths[i]);
+            return wrong(error, NULL, "%s and standard %s are one file: %.200s", names[i], stream,
+                         paths[i]);
     }
     return 0;
 }
@@ -5598,7 +5709,8 @@ static int claim_places(Run *run, char *error) {
     // who may read the run, or the one that goes on, may read what is written
     const char *like = !stat(o->out, &info) ? o->out : o->resume;
     if (best_beside(run->best_path, o->out, error)) return FAILED;
-    if (settle(out, o->out, like, error) || settle(best, run->best_path, like, error)) return FAILED;
+    if (settle(out, o->out, like, error) || settle(best, run->best_path, like, error))
+        return FAILED;
     int result = check_distinct(run, error);
     if (result) return result;
     if (take_lock(out, error) || take_lock(best, error)) return FAILED;
@@ -5614,8 +5726,9 @@ static int claim_places(Run *run, char *error) {
 static void describe(char *text, const char *path) {
     Safetensors file;
     char problem[ERROR_SIZE], state[96] = "";
-    if (safetensors_read(&file, path, problem)) memset(&file, 0, sizeof(file)); // it is none
-    const char *step = safetensors_meta(&file, "step"), *loss = safetensors_meta(&file, "best_val_loss");
+    if (safetensors_read_header(&file, path, problem)) memset(&file, 0, sizeof(file)); // it is none
+    const char *step = safetensors_meta(&file, "step");
+    const char *loss = safetensors_meta(&file, "best_val_loss");
     double best = loss && strlen(loss) < 40 ? strtod(loss, NULL) : 1e300;
     if (step && best < 1e300)
         snprintf(state, sizeof(state), " of step %.20s, validation loss %.4f", step, best);
@@ -5720,10 +5833,14 @@ static int check_log_free(const Options *o, char *error) {
     LogScan scan = log_scan(file, INT64_MAX, -1, -1);
     fclose(file);
     if (!scan.is_log)
-        return wrong(error, NULL, "%.250s is there, and is no log; --log names another place, --overwrite "
-                     "replaces it", o->log);
-    return wrong(error, NULL, "%.250s is there: a log up to step %lld; --resume goes on with its run, --log "
-                 "names another place, --overwrite replaces it", o->log, (long long)scan.last);
+        return wrong(error, NULL,
+                     "%.250s is there, and is no log; --log names another place, --overwrite "
+                     "replaces it",
+                     o->log);
+    return wrong(error, NULL,
+                 "%.250s is there: a log up to step %lld; --resume goes on with its run, --log "
+                 "names another place, --overwrite replaces it",
+                 o->log, (long long)scan.last);
 }
 
 // Whether what lies at path may be replaced by --again: a run of the same settings and data, or its
@@ -5731,7 +5848,7 @@ static int check_log_free(const Options *o, char *error) {
 static int is_again(const Run *run, const char *path) {
     Safetensors file;
     char problem[ERROR_SIZE];
-    if (!run->settings.values.again || safetensors_read(&file, path, problem)) return 0;
+    if (!run->settings.values.again || safetensors_read_header(&file, path, problem)) return 0;
     int same = is_same_run(run, &file, 0);
     safetensors_free(&file);
     return same;
@@ -5752,8 +5869,9 @@ static int check_free(Run *run, char *error) {
         if (there[i] < 0) return FAILED;
         if (!there[i] || is_again(run, paths[i])) continue;
         describe(what, paths[i]);
-        return wrong(error, NULL, "%.150s is there: %.250s --out names another place, --overwrite replaces "
-                     "it", paths[i], what);
+        return wrong(error, NULL,
+                     "%.150s is there: %.250s --out names another place, --overwrite replaces it",
+                     paths[i], what);
     }
     for (int i = 0; i < 2; i++) {
         if (!there[i]) continue;
@@ -5772,7 +5890,7 @@ static int is_own_best(Run *run, const char *path, char *error) {
     size_t size;
     Safetensors file;
     char problem[ERROR_SIZE];
-    if (file_read(path, &bytes, &size, error)) return FAILED;
+    if (header_read(path, &bytes, &size, error)) return FAILED;
     if (safetensors_parse(&file, bytes, size, path, problem)) {
         if (o->overwrite) return 0;
         return fail(error, NULL, "%.400s; move it away, or --overwrite replaces it", problem);
@@ -5796,7 +5914,8 @@ static int check_best(Run *run, char *error) {
     int there = lies_there(path, error), none_so_far = o->best_val >= 1e300;
     if (there < 0) return FAILED;
     if (!there && !none_so_far) {
-        format_line(line, NULL, "%.200s is not there: the lowest validation loss, %.4f, counts anew", path,
+        format_line(line, NULL,
+                    "%.200s is not there: the lowest validation loss, %.4f, counts anew", path,
                     o->best_val);
         printf("%s\n", line);
         o->best_val = 1e300;
@@ -5805,8 +5924,8 @@ static int check_best(Run *run, char *error) {
     int own = is_own_best(run, path, error), in_place = same_file(path, run->best_path);
     if (own == FAILED) return FAILED;
     if (!own && !o->overwrite)
-        return wrong(error, path,
-                     "not the best weights of the resumed run: move it away, or --overwrite replaces it");
+        return wrong(error, path, "not the best weights of the resumed run: move it away, or "
+                                  "--overwrite replaces it");
     if (!own) {
         o->best_val = 1e300;
         if (in_place) run->replaces_best = 1;
@@ -5828,17 +5947,18 @@ static void print_changes(const Run *run) {
     if (!o->resume) return;
     for (int i = 0; i < N_OPTIONS; i++) {
         const Option *option = &option_table[i];
-        if (option->group != TRAINING || !run->settings.given[i] || is_among(option, " steps ")) continue;
+        if (option->group != TRAINING || !run->settings.given[i] || is_among(option, " steps "))
+            continue;
         const char *now = option_text(ours, o, option);
         const char *before = option_text(theirs, &run->stored, option);
         if (!strcmp(now, before)) continue;
-        printf("from step %lld on: --%s %s in place of %s\n", (long long)o->step + 1, option->name, now,
-               before);
+        printf("from step %lld on: --%s %s in place of %s\n", (long long)o->step + 1, option->name,
+               now, before);
     }
     int64_t first = o->step > o->decay_steps ? o->step : o->decay_steps;
     if (o->steps > first)
-        printf("the schedule ends at step %lld: the steps after it are made with the lowest rate, %g; "
-               "--decay-steps %lld stretches it\n",
+        printf("the schedule ends at step %lld: the steps after it are made with the lowest rate, "
+               "%g; --decay-steps %lld stretches it\n",
                (long long)o->decay_steps, o->min_lr, (long long)o->steps);
 }
 
@@ -5889,8 +6009,8 @@ static int keep_likeliest(Candidate *candidates, int V, int most, double top_p, 
 // Draws a token from softmax(logits/temperature), cut to the top_k likeliest (0: all) and then to
 // the fewest likeliest whose probabilities reach top_p. candidates: scratch (V). -1 if a logit is
 // not finite.
-static int sample_token(const real *logits, Candidate *candidates, int V, double temperature, int64_t top_k,
-                        double top_p, uint64_t *random) {
+static int sample_token(const real *logits, Candidate *candidates, int V, double temperature,
+                        int64_t top_k, double top_p, uint64_t *random) {
     int best = 0, kept = V, most = top_k && top_k < V ? (int)top_k : V;
     double total = 0;
     for (int i = 0; i < V; i++) {
@@ -5930,7 +6050,8 @@ static int encode_prompt(const Run *run, const char *prompt, int *ids, char *err
         char *end;
         long id = strtol(prompt, &end, 10);
         if (end == prompt || id < 0 || id >= V || (*end && *end != ' '))
-            return wrong(error, NULL, "--prompt takes token ids from 0 to %d between spaces", V - 1);
+            return wrong(error, NULL, "--prompt takes token ids from 0 to %d between spaces",
+                         V - 1);
         ids[n++] = (int)id;
         prompt = end + strspn(end, " ");
     }
@@ -5983,21 +6104,24 @@ static int generate_tokens(Run *run, Generation *g, int64_t n, uint64_t random, 
         }
         run->backend->extend(run->model, g->tokens + fed, g->count - fed, fed - begin, g->logits);
         fed = g->count;
-        int id = sample_token(g->logits, g->candidates, V, o->temperature, o->top_k, o->top_p, &random);
+        int id = sample_token(g->logits, g->candidates, V, o->temperature, o->top_k, o->top_p,
+                              &random);
         if (id < 0) return fail(error, NULL, "a logit is not finite: the weights are spoilt");
         g->tokens[g->count++] = id;
         if (run->vocab_bytes) print_byte(&character, run->vocab[id]);
         else printf(made || *g->prompt ? " %d" : "%d", id);
         if (fflush(stdout)) return fail(error, "standard output", "%s", strerror(errno));
     }
-    if (putchar('\n') == EOF || fflush(stdout)) return fail(error, "standard output", "%s", strerror(errno));
+    if (putchar('\n') == EOF || fflush(stdout))
+        return fail(error, "standard output", "%s", strerror(errno));
     return 0;
 }
 
 // Writes the prompt and n sampled tokens to standard output.
 static int generate(Run *run, const char *prompt, int64_t n, uint64_t random, char *error) {
     size_t V = (size_t)run->config.vocab_size, length = strlen(prompt);
-    double bytes = (double)V * (sizeof(real) + sizeof(Candidate)) + ((double)n + (double)length) * sizeof(int);
+    double bytes = (double)V * (sizeof(real) + sizeof(Candidate)) +
+                   ((double)n + (double)length) * sizeof(int);
     if (check_room(bytes, NULL, "what is generated", error)) return FAILED;
     Generation g;
     g.prompt = prompt;
@@ -6069,9 +6193,8 @@ static int train_step(Run *run, double *loss, double *grad_norm, char *error) {
     AdamW adam = {learning_rate(o, o->step), o->beta1, o->beta2, o->eps, o->weight_decay};
     *grad_norm = isfinite(*loss) ? backend->update(run->model, adam, o->clip, o->step + 1) : NAN;
     if (!isfinite(*loss) || !isfinite(*grad_norm))
-        return fail(error, NULL,
-                    "step %lld: loss %g, gradient norm %g: stopped before the update; a lower --lr may help",
-                    (long long)o->step + 1, *loss, *grad_norm);
+        return fail(error, NULL, "step %lld: loss %g, gradient norm %g: stopped before the update; "
+                    "a lower --lr may help", (long long)o->step + 1, *loss, *grad_norm);
     o->step++;
     return 0;
 }
@@ -6102,7 +6225,8 @@ static int log_open_file(Log *log, char *error) {
     int flags = log->stream ? O_WRONLY | O_NONBLOCK : O_RDWR | O_CREAT;
     int fd = open(log->path, flags | O_CLOEXEC, 0666);
     if (fd < 0)
-        return fail(error, log->path, "%s", errno == ENXIO ? "nobody reads this pipe" : strerror(errno));
+        return fail(error, log->path, "%s",
+                    errno == ENXIO ? "nobody reads this pipe" : strerror(errno));
     int locked = log->stream ? 1 : lock_descriptor(fd);
     if (log->stream) fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) & ~O_NONBLOCK);
     if (locked < 0) warn_of_no_locks(log->path);
@@ -6119,7 +6243,8 @@ static const char *log_refusal(const LogScan *scan, const Options *o) {
     if (!o->resume) return scan->size ? "it was written meanwhile" : NULL;
     if (!scan->is_log) return "it is no log: another --log, or --overwrite";
     if (scan->own) return NULL;
-    return "nothing shows that it is the log of this run: another --log, or --overwrite goes on in it";
+    return "nothing shows that it is the log of this run: another --log, or --overwrite goes on in "
+           "it";
 }
 
 // Finds where the log goes on: a new run's at its begin; a resumed one's is cut back to the resumed
@@ -6259,20 +6384,25 @@ static void end_line(Run *run) {
 }
 
 // The fields of a step's line.
-enum { OF_STEP, OF_LOSS, OF_NORM, OF_RATE, OF_TIME, OF_SPEED, OF_LEFT, OF_VALIDATION, OF_ACCURACY, N_FIELDS };
+enum {
+    OF_STEP, OF_LOSS, OF_NORM, OF_RATE, OF_TIME, OF_SPEED, OF_LEFT, OF_VALIDATION, OF_ACCURACY,
+    N_FIELDS
+};
 
 // Writes them as text; what is not known stays empty.
-static void fill_fields(char fields[][80], const Options *o, const Step *s, double left, const Score *score) {
+static void fill_fields(char fields[][80], const Options *o, const Step *s, double left,
+                        const Score *score) {
     for (int i = 0; i < N_FIELDS; i++) fields[i][0] = 0;
     snprintf(fields[OF_STEP], 80, "step %lld/%lld", (long long)o->step, (long long)o->steps);
     snprintf(fields[OF_LOSS], 80, "loss %.4f", s->loss);
     snprintf(fields[OF_NORM], 80, "norm %.3f", s->grad_norm);
     snprintf(fields[OF_RATE], 80, "lr %.2e", s->rate);
     if (isfinite(s->elapsed)) { // else the step was made before the run was resumed
-        long long seconds_left = (long long)left;
+        long long minutes = (long long)left / 60;
+        int rest = (int)((long long)left % 60);
         snprintf(fields[OF_TIME], 80, "%.1f ms", s->elapsed * 1e3);
         snprintf(fields[OF_SPEED], 80, "%.0f tok/s", s->tokens / s->elapsed);
-        snprintf(fields[OF_LEFT], 80, "%lld:%02d left", seconds_left / 60, (int)(seconds_left % 60));
+        snprintf(fields[OF_LEFT], 80, "%lld:%02d left", minutes, rest);
     }
     if (!score) return;
     int has_accuracy = !isnan(score->accuracy), last = o->step == o->steps;
@@ -6369,7 +6499,8 @@ static int judge(Run *run, int due, int to_save, Score *score, char *error) {
     if (!quick.count || isfinite(quick.loss)) return 0;
     *score = quick;
     static const char why[] = "stopped, this step is not saved; a lower --lr may help";
-    return fail(error, NULL, "step %lld: the validation loss is %g: %s", (long long)o->step, quick.loss, why);
+    return fail(error, NULL, "step %lld: the validation loss is %g: %s", (long long)o->step,
+                quick.loss, why);
 }
 
 // Whether a step without a validation gets its line: on a terminal each; in a file the first, every
@@ -6395,14 +6526,15 @@ static int store_run(Run *run, Training *t, char *error) {
 // last step gets the validation of the whole split from conclude_run. A log that fails, or best
 // weights, do not keep the run from being saved, and end it; the resumed run makes up for the
 // validation. score->count 0: there is none.
-static int store_step(Run *run, Training *t, const Step *s, const Score *score, int validated, int to_save,
-                      char *error) {
+static int store_step(Run *run, Training *t, const Step *s, const Score *score, int validated,
+                      int to_save, char *error) {
     Options *o = &run->settings.values;
     int last = o->step == o->steps, scored = score->count > 0, result = 0;
     int64_t validated_before = o->validated;
     double best_before = o->best_val;
     if (validated) o->validated = o->step;
-    if (!last || !t->log.stream) result = log_line(&t->log, s, scored && !last ? score : NULL, error);
+    if (!last || !t->log.stream)
+        result = log_line(&t->log, s, scored && !last ? score : NULL, error);
     if (!result && scored && score->loss < o->best_val) {
         o->best_val = score->loss;
         result = save_best(run, error);
@@ -6556,7 +6688,8 @@ static Unfinished find_unfinished(const Run *run, const Log *log, int renamed) {
     char ignored[ERROR_SIZE];
     Unfinished open = {0, 0, 0};
     if (!o->resume) return open;
-    int known = o->step > 0 && o->train_loss >= 0, due = o->eval_every && o->step % o->eval_every == 0;
+    int known = o->step > 0 && o->train_loss >= 0;
+    int due = o->eval_every && o->step % o->eval_every == 0;
     int logged = log->file && !log->stream;
     open.line = known && logged && log->last == o->step - 1;
     open.validation = known && due && o->validated >= 0 && o->validated < o->step;
@@ -6574,7 +6707,8 @@ static int train_to_end(Run *run, Training *t, char *error) {
     Step s = step_before(run);
     t->idle = o->step >= o->steps && !open.end;
     if (t->idle) {
-        printf("nothing to do: %lld of %lld steps are done\n", (long long)o->step, (long long)o->steps);
+        printf("nothing to do: %lld of %lld steps are done\n", (long long)o->step,
+               (long long)o->steps);
         return 0;
     }
     if (open.line) result = log_line(&t->log, &s, NULL, error);
@@ -6589,7 +6723,8 @@ static int train_to_end(Run *run, Training *t, char *error) {
 static void tell_what_is_saved(const Run *run, const Training *t, char *error) {
     char problem[ERROR_SIZE], ignored[ERROR_SIZE];
     memcpy(problem, error, sizeof(problem));
-    int has_best = run->settings.values.best_val < 1e300 && lies_there(run->best_path, ignored) == 1;
+    int has_best = run->settings.values.best_val < 1e300;
+    has_best = has_best && lies_there(run->best_path, ignored) == 1;
     if (t->saved && lies_there(t->saved, ignored) == 1)
         format_line(error, NULL, "%.290s; %.180s holds step %lld", problem, t->saved,
                     (long long)t->saved_step);
@@ -6608,7 +6743,8 @@ static int tell_files(const Run *run, const Training *t, int log_is_gone, char *
     char ignored[ERROR_SIZE];
     if (lies_there(o->out, ignored) != 1) return fail(error, o->out, "it is not there any more");
     if (lies_there(run->best_path, ignored) != 1)
-        return fail(error, run->best_path, "the best weights are not there any more; the run is saved");
+        return fail(error, run->best_path,
+                    "the best weights are not there any more; the run is saved");
     if (log_is_gone) return fail(error, o->log, "the log is not there any more; the run is saved");
     printf("saved to ");
     print_quoted(o->out);
@@ -6707,7 +6843,8 @@ static int prepare(Run *run, char *error) {
     int training = is_training(o), result;
     if (check_options(&run->settings, error)) return WRONG_OPTION;
     if (o->plain && run->backend != &cpu_backend)
-        return wrong(error, NULL, "--plain is for the layers of train_sessa.c: the GPU has its own");
+        return wrong(error, NULL,
+                     "--plain is for the layers of train_sessa.c: the GPU has its own");
     plain = (int)o->plain;
 
     // a run goes on in its own file; its places are locked before anything is read that another run
@@ -6737,7 +6874,8 @@ static int prepare(Run *run, char *error) {
 static int print_evaluation(Run *run, char *error) {
     Score score = evaluate(run, 0, 0);
     if (score.broken) return 130;
-    if (!score.count) return fail(error, NULL, "no validation loss: the validation part has no targets");
+    if (!score.count)
+        return fail(error, NULL, "no validation loss: the validation part has no targets");
     if (!isfinite(score.loss)) return fail(error, NULL, "the validation loss is %g", score.loss);
     printf("val_loss %.6f%s\n", score.loss, run->val_note);
     if (!isnan(score.accuracy)) printf("val_accuracy %.6f\n", score.accuracy);
@@ -6752,8 +6890,9 @@ static int print_evaluation(Run *run, char *error) {
 static void print_model(const Run *run) {
     const Options *o = &run->settings.values;
     const Config *c = &run->config;
-    printf("%s: D %d, L %d, H %d, G %d, T %d, V %d, %.2fM parameters; ", o->mixer, c->d_model, c->n_layers,
-           c->n_heads, c->n_kv_heads, c->max_seq_len, c->vocab_size, (double)run->table.count / 1e6);
+    printf("%s: D %d, L %d, H %d, G %d, T %d, V %d, %.2fM parameters; ", o->mixer, c->d_model,
+           c->n_layers, c->n_heads, c->n_kv_heads, c->max_seq_len, c->vocab_size,
+           (double)run->table.count / 1e6);
     printf("%s, %d threads, %.0f MiB\n", plain ? "CPU, plain loops" : run->backend->name,
            omp_get_max_threads(), run->backend->bytes(run->model) / 0x1p20);
     int from_file = o->load || o->resume;
@@ -6784,7 +6923,8 @@ static int perform(Run *run, const char *program, char *error) {
 // printing still fails.
 static void open_closed(void) {
     for (int fd = 0; fd <= 2; fd++)
-        if (fcntl(fd, F_GETFD) < 0 && errno == EBADF && open("/dev/null", fd ? O_RDONLY : O_WRONLY) != fd)
+        if (fcntl(fd, F_GETFD) < 0 && errno == EBADF &&
+            open("/dev/null", fd ? O_RDONLY : O_WRONLY) != fd)
             return;
 }
 
@@ -6857,7 +6997,8 @@ static void start_again(char **argv) {
     for (size_t i = 0; i < sizeof(of_user) / sizeof(of_user[0]); i++)
         if (getenv(of_user[i])) return;
     ssize_t length = readlink("/proc/self/exe", path, sizeof(path) - 1);
-    if (length < 0 || omp_get_max_threads() == 1 || (preloaded && strstr(preloaded, "vgpreload"))) return;
+    int in_valgrind = preloaded && strstr(preloaded, "vgpreload");
+    if (length < 0 || omp_get_max_threads() == 1 || in_valgrind) return;
     path[length] = 0;
     if (setenv(mark, text, 1)) return;
     snprintf(text, sizeof(text), "%d", SPINS);
