@@ -4349,29 +4349,34 @@ static int32_t *ids_read(const FileTensor *tensor, int low, int *max_id, const c
     return ids;
 }
 
+// Whether the tensors of an example set are there, of one shape, and not too large.
+static int check_examples(const FileTensor *tensors[3], const char *path, char *error) {
+    static const char *names[] = {"inputs", "targets", "lags"};
+    const FileTensor *inputs = tensors[0];
+    for (int i = 0; i < 3; i++) {
+        const FileTensor *t = tensors[i];
+        if (!t && i < 2) return fail(error, path, "not an example set: it has no '%s'", names[i]);
+        if (t && (t->n_dims != 2 || memcmp(t->shape, inputs->shape, 2 * sizeof(int64_t))))
+            return fail(error, path, "'%s' must have two dimensions, (N,T), and the shape of "
+                                     "'inputs'", names[i]);
+    }
+    if (!inputs->count || inputs->shape[1] > 1 << 24 || inputs->shape[0] > INT_MAX)
+        return fail(error, path, "the example set is empty, or too large");
+    return 0;
+}
+
 // Fills data from a safetensors file of examples.
 static int examples_read(Dataset *data, const Safetensors *file, const char *path, char *error) {
     const FileTensor *inputs = safetensors_find(file, "inputs");
     const FileTensor *targets = safetensors_find(file, "targets");
     const FileTensor *lags = safetensors_find(file, "lags");
     const FileTensor *tensors[] = {inputs, targets, lags};
-    static const char *names[] = {"inputs", "targets", "lags"};
-    for (int i = 0; i < 3; i++) {
-        const FileTensor *t = tensors[i];
-        if (!t && i < 2) return fail(error, path, "not an example set: it has no '%s'", names[i]);
-        if (t && (t->n_dims != 2 || memcmp(t->shape, inputs->shape, 2 * sizeof(int64_t))))
-            return fail(error, path,
-                        "'%s' must have two dimensions, (N,T), and the shape of 'inputs'",
-                        names[i]);
-    }
-    if (!inputs->count || inputs->shape[1] > 1 << 24 || inputs->shape[0] > INT_MAX)
-        return fail(error, path, "the example set is empty, or too large");
+    if (check_examples(tensors, path, error)) return FAILED;
     const char *vocab_size = safetensors_meta(file, "vocab_size");
     int64_t vocab = 0;
     if (vocab_size && parse_integer(vocab_size, 1, MAX_VOCAB, &vocab))
-        return fail(error, path,
-                    "its metadata's vocab_size is '%.40s', not a whole number up to 2^24",
-                    vocab_size);
+        return fail(error, path, "its metadata's vocab_size is '%.40s', not a whole number up to "
+                                 "2^24", vocab_size);
     data->count = inputs->shape[0];
     data->width = (int)inputs->shape[1];
     data->vocab_hint = (int)vocab;
@@ -4980,9 +4985,8 @@ typedef struct {
     char best_path[PATH_MAX]; // beside --out: the weights with the lowest validation loss
     Place out_place, best_place, log_place;
     int replaces_best;        // another run's best weights lie at best_path, and may go
-    unsigned char
-        *old_best; // of a run resumed under another name: its best weights, until the first save
-    size_t n_old_best;
+    unsigned char *old_best;  // of a run resumed under another name: its best weights so far,
+    size_t n_old_best;        // until the first save
     Safetensors file;         // of --load or --resume; options may point into it
     char started_from[96];    // kind, size and hash of --load
 
@@ -5422,10 +5426,9 @@ static int read_data(Run *run, char *error) {
 // Settles what is trained on and what is validated on: two files, or the last tenth of one.
 static int settle_splits(Run *run, char *error) {
     Options *o = &run->settings.values;
-    int val_alone = o->eval && o->val;
     run->train_end = o->val ? run->train.count : run->train.count * 9 / 10;
-    run->val_begin = o->val ? 0 : run->train_end;
-    if (o->eval && !val_alone && find_validation(run, error)) return FAILED;
+    run->val_begin = run->train_end;
+    if (o->eval && !o->val && find_validation(run, error)) return FAILED;
     if (o->val) run->val_begin = 0;
     run->val_set = o->val ? &run->val : &run->train;
     run->val_end = run->val_set->count;
@@ -5532,7 +5535,7 @@ static void count_targets(Tally *tally, const Run *run, const int32_t *lags, int
     }
 }
 
-// NAN: of none.
+// Of nothing it is NAN.
 static double fraction(int64_t part, int64_t whole) {
     return whole ? (double)part / (double)whole : NAN;
 }
@@ -6193,8 +6196,8 @@ static int train_step(Run *run, double *loss, double *grad_norm, char *error) {
     AdamW adam = {learning_rate(o, o->step), o->beta1, o->beta2, o->eps, o->weight_decay};
     *grad_norm = isfinite(*loss) ? backend->update(run->model, adam, o->clip, o->step + 1) : NAN;
     if (!isfinite(*loss) || !isfinite(*grad_norm))
-        return fail(error, NULL, "step %lld: loss %g, gradient norm %g: stopped before the update; "
-                    "a lower --lr may help", (long long)o->step + 1, *loss, *grad_norm);
+        return fail(error, NULL, "step %lld: loss %g, gradient norm %g: stopped before the update; a "
+                                 "lower --lr may help", (long long)o->step + 1, *loss, *grad_norm);
     o->step++;
     return 0;
 }
@@ -6938,6 +6941,20 @@ __attribute__((noinline)) static void take_stack(void) {
     (void)stack[0];
 }
 
+// Frees what a run holds.
+static void run_free(Run *run) {
+    if (run->model) run->backend->destroy(run->model);
+    free(run->table.rows);
+    free(run->inputs);
+    free(run->targets);
+    free(run->hits);
+    free(run->order);
+    free(run->old_best);
+    dataset_free(&run->train);
+    dataset_free(&run->val);
+    safetensors_free(&run->file);
+}
+
 // Everything between the command line and the exit code.
 static int run_program(int argc, char **argv, const Backend *backend) {
     char error[ERROR_SIZE] = "";
@@ -6949,29 +6966,20 @@ static int run_program(int argc, char **argv, const Backend *backend) {
     open_closed();
     use_allowed_threads();
     atexit(remove_locks);
-    int result = parse_options(&run.settings, argc, argv, error);
-    if (result == 1) {
+    int result = parse_options(&run.settings, argc, argv, error), helped = result == 1;
+    if (helped) {
         print_help(argv[0]);
         result = 0;
-    } else if (!result && !(result = prepare(&run, error))) {
-        result = perform(&run, argv[0], error);
     }
+    if (!result && !helped) result = prepare(&run, error);
+    if (!result && !helped) result = perform(&run, argv[0], error);
     end_line(&run);
     if (!result && (fflush(stdout) || ferror(stdout)))
         result = fail(error, "standard output", "closed, or on a full disk");
     if (result) fflush(stdout); // before the line of the error
     if (result < 0) fprintf(stderr, "train_sessa: %s\n", error);
     remove_locks();
-    if (run.model) backend->destroy(run.model);
-    free(run.table.rows);
-    free(run.inputs);
-    free(run.targets);
-    free(run.hits);
-    free(run.order);
-    free(run.old_best);
-    dataset_free(&run.train);
-    dataset_free(&run.val);
-    safetensors_free(&run.file);
+    run_free(&run);
     return result == WRONG_OPTION ? 2 : result == FAILED ? 1 : result;
 }
 
