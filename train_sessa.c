@@ -3038,47 +3038,59 @@ static void *allocate(int64_t count, size_t size, int *whole) {
     return memset(memory, 0, bytes);
 }
 
+// Makes the tables of a model, which tell its size.
+static int model_measure(Model *m, Mode mode, char *error) {
+    const Config *c = &m->config;
+    int whole = 1, n_blocks = mode >= TRAIN ? 4 : 1;
+    m->weights.layers = (LayerWeights *)allocate(c->n_layers, sizeof(LayerWeights), &whole);
+    m->grad.layers = (LayerWeights *)allocate(c->n_layers, sizeof(LayerWeights), &whole);
+    m->acts.layers = (LayerActivations *)allocate(c->n_layers, sizeof(LayerActivations), &whole);
+    if (whole) {
+        carve_weights(&m->weights, &m->table, NULL, c);
+        carve_activations(&m->acts, &m->acts_table, NULL, c, m->B, m->T, mode);
+    }
+    if (!whole || m->table.incomplete || m->acts_table.incomplete)
+        return fail(error, NULL, "out of memory");
+    int64_t n = m->table.count, n_acts = m->acts_table.count;
+    m->bytes = ((double)n * n_blocks + (double)n_acts) * sizeof(real);
+    if (n < 0 || n_acts < 0) m->bytes = INFINITY;
+    return 0;
+}
+
+// Takes the memory that the tables ask for, if there is so much.
+static int model_allocate(Model *m, Mode mode, char *error) {
+    int whole = 1, threads = 0;
+    int64_t tokens = (int64_t)m->B * m->T;
+    double bytes = m->bytes + 2.0 * (double)tokens * sizeof(int) + LARGE; // and what else is small
+    #pragma omp parallel reduction(+ : threads)
+    threads++; // they are started here: what their stacks take is not left for the model
+    (void)threads; // built without OpenMP, nothing reads it
+    if (check_room(bytes, NULL, "the model", error)) return FAILED;
+    m->acts_block = (real *)allocate(m->acts_table.count, sizeof(real), &whole);
+    m->inputs = (int *)allocate(tokens, sizeof(int), &whole);
+    m->targets = (int *)allocate(tokens, sizeof(int), &whole);
+    real **blocks[] = {&m->params, &m->grads, &m->exp_avg, &m->exp_avg_sq};
+    for (int i = 0; i < (mode >= TRAIN ? 4 : 1); i++)
+        *blocks[i] = (real *)allocate(m->table.count, sizeof(real), &whole);
+    if (whole) return 0;
+    return fail(error, NULL, "the model does not fit: the system refuses %.1f MiB of memory",
+                bytes / 0x1p20);
+}
+
 // A model for batches of up to B sequences of T tokens, its parameters 0. NULL, and a line in
 // error, if it does not fit: that is known before anything large is touched, and all of it is
 // touched here, so no later step can run out of memory.
 static Model *model_create(const Config *c, int B, int T, Mode mode, char *error) {
-    int whole = 1, training = mode >= TRAIN, threads = 0;
+    int whole = 1;
     Model *m = (Model *)allocate(1, sizeof(Model), &whole);
-    if (!m) { fail(error, NULL, "out of memory"); return NULL; }
+    if (!m) {
+        fail(error, NULL, "out of memory");
+        return NULL;
+    }
     m->config = *c;
     m->B = B;
     m->T = T;
-    m->weights.layers = (LayerWeights *)allocate(c->n_layers, sizeof(LayerWeights), &whole);
-    m->grad.layers = (LayerWeights *)allocate(c->n_layers, sizeof(LayerWeights), &whole);
-    m->acts.layers = (LayerActivations *)allocate(c->n_layers, sizeof(LayerActivations), &whole);
-    if (whole) { // sizes first, then the blocks
-        carve_weights(&m->weights, &m->table, NULL, c);
-        carve_activations(&m->acts, &m->acts_table, NULL, c, B, T, mode);
-    }
-    whole = whole && !m->table.incomplete && !m->acts_table.incomplete;
-    if (!whole) {
-        fail(error, NULL, "out of memory");
-        model_free(m);
-        return NULL;
-    }
-    int64_t n = m->table.count, n_acts = m->acts_table.count;
-    m->bytes = ((double)n * (training ? 4 : 1) + (double)n_acts) * sizeof(real);
-    if (n < 0 || n_acts < 0) m->bytes = INFINITY;
-    double bytes = m->bytes + 2.0 * B * T * sizeof(int) + LARGE; // and what else is small
-    #pragma omp parallel reduction(+ : threads)
-    threads++; // they are started here: what their stacks take is not left for the model
-    (void)threads; // built without OpenMP, nothing reads it
-    int fits = whole = !check_room(bytes, NULL, "the model", error);
-    m->acts_block = (real *)allocate(n_acts, sizeof(real), &whole);
-    m->inputs = (int *)allocate((int64_t)B * T, sizeof(int), &whole);
-    m->targets = (int *)allocate((int64_t)B * T, sizeof(int), &whole);
-    real **blocks[] = {&m->params, &m->grads, &m->exp_avg, &m->exp_avg_sq};
-    for (int i = 0; i < (training ? 4 : 1); i++)
-        *blocks[i] = (real *)allocate(n, sizeof(real), &whole);
-    if (!whole) {
-        if (fits)
-            fail(error, NULL, "the model does not fit: the system refuses %.1f MiB of memory",
-                 bytes / 0x1p20);
+    if (model_measure(m, mode, error) || model_allocate(m, mode, error)) {
         model_free(m);
         return NULL;
     }
@@ -3344,14 +3356,14 @@ static int open_and_read(const char *path, int only_header, unsigned char **byte
     return result;
 }
 
-// Reads a whole regular file into fresh memory, with a zero byte past its end. *bytes is NULL when it
-// fails.
+// Reads a whole regular file into fresh memory, with a zero byte past its end. *bytes is NULL when
+// it fails.
 static int file_read(const char *path, unsigned char **bytes, size_t *size, char *error) {
     return open_and_read(path, 0, bytes, size, error);
 }
 
-// The same for a safetensors file of which only the header is wanted: there is memory for all of it,
-// but what follows the header is not read.
+// The same for a safetensors file of which only the header is wanted: there is memory for all of
+// it, but what follows the header is not read.
 static int header_read(const char *path, unsigned char **bytes, size_t *size, char *error) {
     return open_and_read(path, 1, bytes, size, error);
 }
@@ -4068,8 +4080,8 @@ static int safetensors_parse(Safetensors *file, unsigned char *bytes, size_t siz
     return result;
 }
 
-// Reads a file, or its header alone: metadata, and names and shapes of tensors whose data may not be
-// looked at.
+// Reads a file, or its header alone: metadata, and names and shapes of tensors whose data may not
+// be looked at.
 __attribute__((unused)) // by programs that include this file
 static int safetensors_read(Safetensors *file, const char *path, char *error) {
     unsigned char *bytes;
@@ -6196,8 +6208,9 @@ static int train_step(Run *run, double *loss, double *grad_norm, char *error) {
     AdamW adam = {learning_rate(o, o->step), o->beta1, o->beta2, o->eps, o->weight_decay};
     *grad_norm = isfinite(*loss) ? backend->update(run->model, adam, o->clip, o->step + 1) : NAN;
     if (!isfinite(*loss) || !isfinite(*grad_norm))
-        return fail(error, NULL, "step %lld: loss %g, gradient norm %g: stopped before the update; a "
-                                 "lower --lr may help", (long long)o->step + 1, *loss, *grad_norm);
+        return fail(error, NULL, "step %lld: loss %g, gradient norm %g: stopped before the update; "
+                                 "a lower --lr may help",
+                    (long long)o->step + 1, *loss, *grad_norm);
     o->step++;
     return 0;
 }
