@@ -33,7 +33,7 @@ What stands where, in this order:
     the same, fast         panels, tiles, vectors: how the layers above are made fast
     tables, memory, the machine, signals, files, data, options
     a run                  its checkpoints, data, validation, and the places that it writes
-    generation, training, the program
+    generation, what a run tells, training, the program
 
 Plain is what a layer is, fast is how it is made fast. The functions of the first half are plain: explicit
 loops, with no more memory than O(T) for a sequence. Where there is a faster way the function begins with
@@ -6162,58 +6162,11 @@ static int generate(Run *run, const char *prompt, int64_t n, uint64_t random, ch
 }
 
 // ----------------------------------------------------------------------------
-// training
+// what a run tells: its log, and its lines on standard output
 //
-// train_step is the algorithm, and learning_rate its schedule. What surrounds them is what a long
-// run needs: after each step conclude_step validates, logs and saves, so that a kill at any moment
-// leaves what can be gone on with; a resumed run first does what the last one left open. The loop
-// is train_steps.
-
-static double seconds(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
-}
-
-// Linear warm-up, then a cosine from lr to min_lr, then min_lr. step from 0.
-static double learning_rate(const Options *o, int64_t step) {
-    if (step < o->warmup) return o->lr * (double)(step + 1) / (double)o->warmup;
-    if (step >= o->decay_steps) return o->min_lr;
-    double progress = (double)(step - o->warmup) / (double)(o->decay_steps - o->warmup);
-    return o->min_lr + (o->lr - o->min_lr) * (1 + cos(3.14159265358979323846 * progress)) / 2;
-}
-
-// One step: reads accum micro-batches, sums their gradients of the mean loss over all targets,
-// clips, updates. FAILED if loss or gradient are not finite: the weights are then still those of
-// before.
-static int train_step(Run *run, double *loss, double *grad_norm, char *error) {
-    Options *o = &run->settings.values;
-    const Backend *backend = run->backend;
-    int T = (int)o->seq, B = (int)o->batch;
-    int64_t count = 0, sequences = o->accum * o->batch;
-    for (int64_t i = 0; i < sequences; i++) {
-        int64_t place = sequence_place(run, o->step * sequences + i);
-        copy_sequence(run->inputs + i * T, run->targets + i * T, &run->train, place, T);
-    }
-    for (int64_t i = 0; i < sequences * T; i++) count += run->targets[i] >= 0;
-    double dloss = count ? 1 / (double)count : 0;
-    *loss = 0;
-    for (int64_t a = 0; a < o->accum; a++) {
-        Dropout drop = {o->dropout, (uint64_t)o->seed, (uint64_t)(o->step * o->accum + a)};
-        const int *inputs = run->inputs + a * B * T, *targets = run->targets + a * B * T;
-        backend->forward(run->model, inputs, targets, B, T, drop);
-        backend->backward(run->model, dloss);
-        *loss += backend->loss(run->model) * dloss;
-    }
-    AdamW adam = {learning_rate(o, o->step), o->beta1, o->beta2, o->eps, o->weight_decay};
-    *grad_norm = isfinite(*loss) ? backend->update(run->model, adam, o->clip, o->step + 1) : NAN;
-    if (!isfinite(*loss) || !isfinite(*grad_norm))
-        return fail(error, NULL, "step %lld: loss %g, gradient norm %g: stopped before the update; "
-                                 "a lower --lr may help",
-                    (long long)o->step + 1, *loss, *grad_norm);
-    o->step++;
-    return 0;
-}
+// The log has a line for every step, of which a reader may be a program, so that it stays whole
+// whatever happens: a line that cannot be written is taken back, and a resumed run cuts off what
+// lies behind its step. On a terminal one line is written over and over, as wide as the window is.
 
 // What a step found. elapsed: seconds, NAN if it was made before the run was resumed
 typedef struct { int64_t step; double loss, grad_norm, rate, tokens, elapsed; } Step;
@@ -6469,6 +6422,60 @@ static void print_step(Run *run, const Step *s, double left, const Score *score)
     printf(stays ? "\n" : "\r");
     fflush(stdout);
     run->in_place = !stays;
+}
+
+// ----------------------------------------------------------------------------
+// training
+//
+// train_step is the algorithm, learning_rate its schedule, and train_steps the loop. What surrounds
+// them is what a long run needs: after each step conclude_step validates, logs and saves, so that a
+// kill at any moment leaves what can be gone on with; a resumed run first does what the last one
+// left open.
+
+static double seconds(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+// Linear warm-up, then a cosine from lr to min_lr, then min_lr. step from 0.
+static double learning_rate(const Options *o, int64_t step) {
+    if (step < o->warmup) return o->lr * (double)(step + 1) / (double)o->warmup;
+    if (step >= o->decay_steps) return o->min_lr;
+    double progress = (double)(step - o->warmup) / (double)(o->decay_steps - o->warmup);
+    return o->min_lr + (o->lr - o->min_lr) * (1 + cos(3.14159265358979323846 * progress)) / 2;
+}
+
+// One step: reads accum micro-batches, sums their gradients of the mean loss over all targets,
+// clips, updates. FAILED if loss or gradient are not finite: the weights are then still those of
+// before.
+static int train_step(Run *run, double *loss, double *grad_norm, char *error) {
+    Options *o = &run->settings.values;
+    const Backend *backend = run->backend;
+    int T = (int)o->seq, B = (int)o->batch;
+    int64_t count = 0, sequences = o->accum * o->batch;
+    for (int64_t i = 0; i < sequences; i++) {
+        int64_t place = sequence_place(run, o->step * sequences + i);
+        copy_sequence(run->inputs + i * T, run->targets + i * T, &run->train, place, T);
+    }
+    for (int64_t i = 0; i < sequences * T; i++) count += run->targets[i] >= 0;
+    double dloss = count ? 1 / (double)count : 0;
+    *loss = 0;
+    for (int64_t a = 0; a < o->accum; a++) {
+        Dropout drop = {o->dropout, (uint64_t)o->seed, (uint64_t)(o->step * o->accum + a)};
+        const int *inputs = run->inputs + a * B * T, *targets = run->targets + a * B * T;
+        backend->forward(run->model, inputs, targets, B, T, drop);
+        backend->backward(run->model, dloss);
+        *loss += backend->loss(run->model) * dloss;
+    }
+    AdamW adam = {learning_rate(o, o->step), o->beta1, o->beta2, o->eps, o->weight_decay};
+    *grad_norm = isfinite(*loss) ? backend->update(run->model, adam, o->clip, o->step + 1) : NAN;
+    if (!isfinite(*loss) || !isfinite(*grad_norm))
+        return fail(error, NULL, "step %lld: loss %g, gradient norm %g: stopped before the update; "
+                                 "a lower --lr may help",
+                    (long long)o->step + 1, *loss, *grad_norm);
+    o->step++;
+    return 0;
 }
 
 // Prints a sample, with a model made for generation: the one that trains keeps no cache of the
