@@ -31,7 +31,9 @@ What stands where, in this order:
     forward, backward, update                       to here the architecture is told: read this first
     Mamba-2                the mixer that the paper compares with, plain; nothing else needs it
     the same, fast         panels, tiles, vectors: how the layers above are made fast
-    tables, memory, the machine, signals, files, data, options, a run, generation, training, the program
+    tables, memory, the machine, signals, files, data, options
+    a run                  its checkpoints, data, validation, and the places that it writes
+    generation, what a run tells, training, the program
 
 Plain is what a layer is, fast is how it is made fast. The functions of the first half are plain: explicit
 loops, with no more memory than O(T) for a sequence. Where there is a faster way the function begins with
@@ -2707,6 +2709,9 @@ static void carve_activations(Activations *acts, Table *t, real *block, const Co
 
 // ----------------------------------------------------------------------------
 // random numbers and initial values
+//
+// Initial values, the order of the data and what is sampled are drawn from one small generator, so
+// that a seed repeats a run. (Dropout draws nothing: it hashes the place of an element.)
 
 // The generator's whole state is one word.
 static uint64_t random_u64(uint64_t *state) {
@@ -2743,8 +2748,13 @@ static void initialise(real *params, const Table *table, uint64_t seed) {
 
 // ----------------------------------------------------------------------------
 // errors and numbers
+//
+// An error is one line of text and a negative result; the caller hands both on, up to run_program,
+// which prints the line. Text from outside is read strictly here, a number as well as a character:
+// whatever a file or a command line holds, what is printed stays one harmless line.
 
-enum { ERROR_SIZE = 512, FAILED = -1, WRONG_OPTION = -2 }; // every `char *error` points to ERROR_SIZE bytes
+// Every `char *error` points to ERROR_SIZE bytes.
+enum { ERROR_SIZE = 512, FAILED = -1, WRONG_OPTION = -2 };
 
 // The bytes of the UTF-8 character at s, of which at most n are there; 0 if it is none: overlong, a
 // surrogate, or too large.
@@ -2753,8 +2763,9 @@ static size_t utf8_length(const unsigned char *s, size_t n) {
     if ((length > 1 && s[0] < 0xC2) || s[0] > 0xF4 || length > n) return 0;
     for (size_t i = 1; i < length; i++)
         if ((s[i] & 0xC0) != 0x80) return 0;
-    if ((s[0] == 0xE0 && s[1] < 0xA0) || (s[0] == 0xF0 && s[1] < 0x90)) return 0;     // overlong
-    if ((s[0] == 0xED && s[1] > 0x9F) || (s[0] == 0xF4 && s[1] > 0x8F)) return 0; // surrogate, above U+10FFFF
+    if ((s[0] == 0xE0 && s[1] < 0xA0) || (s[0] == 0xF0 && s[1] < 0x90)) return 0; // overlong
+    if (s[0] == 0xED && s[1] > 0x9F) return 0; // a surrogate
+    if (s[0] == 0xF4 && s[1] > 0x8F) return 0; // above U+10FFFF
     return length;
 }
 
@@ -2764,29 +2775,55 @@ static int utf8_valid(const unsigned char *text, size_t length) {
     return n > 0;
 }
 
-// Writes "path: what" (only "what" if path is NULL) into error as one line. What stands in a file may be
-// hostile: a control character (also U+0080 to U+009F), and what is no UTF-8, becomes '?', so that no file
-// commands the terminal.
+// Writes "path: what" (only "what" if path is NULL) into `line`, ERROR_SIZE bytes, as one line.
+// What stands in a file may be hostile: a control character (also U+0080 to U+009F), and what is no
+// UTF-8, becomes '?', so that no file commands the terminal.
+__attribute__((format(printf, 3, 0)))
+static void write_line(char *line, const char *path, const char *format, va_list arguments) {
+    int used = path ? snprintf(line, ERROR_SIZE, "%.300s: ", path) : 0;
+    vsnprintf(line + used, (size_t)(ERROR_SIZE - used), format, arguments);
+    for (size_t n; *line; line += n) {
+        const unsigned char *c = (const unsigned char *)line;
+        n = utf8_length(c, 4); // the zero at the end is no continuation
+        if (n && c[0] >= 32 && c[0] != 127 && !(c[0] == 0xC2 && c[1] < 0xA0)) continue;
+        *line = '?';
+        n = 1;
+    }
+}
+
+// Such a line where it is no error.
+__attribute__((format(printf, 3, 4)))
+static void format_line(char *line, const char *path, const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    write_line(line, path, format, arguments);
+    va_end(arguments);
+}
+
+// Such a line on standard error: the program goes on.
+__attribute__((format(printf, 2, 3)))
+static void print_warning(const char *path, const char *format, ...) {
+    char line[ERROR_SIZE];
+    va_list arguments;
+    va_start(arguments, format);
+    write_line(line, path, format, arguments);
+    va_end(arguments);
+    fprintf(stderr, "train_sessa: warning: %s\n", line);
+}
+
+// Such a line as the error that the caller hands on: `return fail(...)`.
 __attribute__((format(printf, 3, 4)))
 static int fail(char *error, const char *path, const char *format, ...) {
     va_list arguments;
-    int used = path ? snprintf(error, ERROR_SIZE, "%.300s: ", path) : 0;
     va_start(arguments, format);
-    vsnprintf(error + used, (size_t)(ERROR_SIZE - used), format, arguments);
+    write_line(error, path, format, arguments);
     va_end(arguments);
-    for (size_t n; *error; error += n) {
-        const unsigned char *c = (const unsigned char *)error;
-        n = utf8_length(c, 4); // the zero at the end is no continuation
-        if (n && c[0] >= 32 && c[0] != 127 && !(c[0] == 0xC2 && c[1] < 0xA0)) continue;
-        *error = '?';
-        n = 1;
-    }
     return FAILED;
 }
 #define wrong(...) (fail(__VA_ARGS__), WRONG_OPTION)
 
-// 0 and the value if the whole text is one finite decimal number ("3e-4", "-1", ".5"), else -1: no spaces,
-// hex or inf.
+// 0 and the value if the whole text is one finite decimal number ("3e-4", "-1", ".5"), else -1: no
+// spaces, hex or inf.
 static int parse_number(const char *text, double *value) {
     char *end;
     double number = strtod(text, &end);
@@ -2795,10 +2832,12 @@ static int parse_number(const char *text, double *value) {
     return 0;
 }
 
-// The same for an integer in low..high, however written ("128", "1.28e2", "128.0"). Exact up to 2^53.
+// The same for an integer in low..high, however written ("128", "1.28e2", "128.0"). Exact up to
+// 2^53.
 static int parse_integer(const char *text, double low, double high, int64_t *value) {
     double number;
-    if (parse_number(text, &number) || number != floor(number) || number < low || number > high) return -1;
+    if (parse_number(text, &number) || number != floor(number) || number < low || number > high)
+        return -1;
     *value = (int64_t)number;
     return 0;
 }
@@ -2824,14 +2863,16 @@ static double number_in(const char *path, const char *key, int field) {
 }
 static double number_of_cgroup(const char *folder, const char *file, const char *key, int field) {
     char path[PATH_MAX];
-    return snprintf(path, sizeof(path), "%s/%s", folder, file) < PATH_MAX ? number_in(path, key, field) : NAN;
+    int fits = snprintf(path, sizeof(path), "%s/%s", folder, file) < PATH_MAX;
+    return fits ? number_in(path, key, field) : NAN;
 }
 
-// The cores that a cgroup may keep busy, and the bytes that it may still take: the cache of files makes room.
-// Its files have the names of version 2 or those of version 1. INFINITY: it sets no bound.
+// The cores that a cgroup may keep busy, and the bytes that it may still take: the cache of files
+// makes room. Its files have the names of version 2 or those of version 1. INFINITY: it sets no
+// bound.
 static double cgroup_cores(const char *folder) {
-    double quota = number_of_cgroup(folder, "cpu.max", "", 0),
-           period = number_of_cgroup(folder, "cpu.max", "", 1);
+    double quota = number_of_cgroup(folder, "cpu.max", "", 0);
+    double period = number_of_cgroup(folder, "cpu.max", "", 1);
     if (isnan(period)) {
         quota = number_of_cgroup(folder, "cpu.cfs_quota_us", "", 0);
         period = number_of_cgroup(folder, "cpu.cfs_period_us", "", 0);
@@ -2841,11 +2882,13 @@ static double cgroup_cores(const char *folder) {
 static double cgroup_memory(const char *folder) {
     static const char *names[2][4] = {
         {"memory.max", "memory.current", "inactive_file ", "active_file "},
-        {"memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file ", "total_active_file "}};
+        {"memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file ",
+         "total_active_file "},
+    };
     double least = INFINITY;
     for (int i = 0; i < 2; i++) {
-        double left =
-            number_of_cgroup(folder, names[i][0], "", 0) - number_of_cgroup(folder, names[i][1], "", 0);
+        double limit = number_of_cgroup(folder, names[i][0], "", 0);
+        double left = limit - number_of_cgroup(folder, names[i][1], "", 0);
         for (int k = 2; k < 4; k++) {
             double cache = number_of_cgroup(folder, "memory.stat", names[i][k], 0);
             if (cache > 0) left += cache;
@@ -2855,17 +2898,19 @@ static double cgroup_memory(const char *folder) {
     return least;
 }
 
-// The least that `bound` gives for the folders of this process's cgroup of a controller and of all cgroups
-// above. A line of /proc/self/cgroup is "4:memory:/path" in version 1, "0::/path" in version 2. In a
-// container the path may be the host's: then only the last folder on the way up, where the container's own
-// cgroup is mounted, is there.
-static double cgroup_least(const char *root, const char *controller, double (*bound)(const char *)) {
+// The least that `bound` gives for the folders of this process's cgroup of a controller and of all
+// cgroups above. A line of /proc/self/cgroup is "4:memory:/path" in version 1, "0::/path" in
+// version 2. In a container the path may be the host's: then only the last folder on the way up,
+// where the container's own cgroup is mounted, is there.
+static double cgroup_least(const char *root, const char *controller,
+                           double (*bound)(const char *)) {
     char line[PATH_MAX], folder[2 * PATH_MAX];
     double least = INFINITY;
     snprintf(folder, sizeof(folder), "%s/proc/self/cgroup", root);
     FILE *file = fopen(folder, "r");
     while (file && fgets(line, sizeof(line), file)) {
-        char *list = strchr(line, ':'), *path = list ? strchr(list + 1, ':') : NULL, wanted[32], names[256];
+        char wanted[32], names[256];
+        char *list = strchr(line, ':'), *path = list ? strchr(list + 1, ':') : NULL;
         if (!path) continue;
         *path++ = 0;
         path[strcspn(path, "\n")] = 0;
@@ -2873,7 +2918,8 @@ static double cgroup_least(const char *root, const char *controller, double (*bo
         snprintf(names, sizeof(names), ",%s,", list + 1);
         int second = !list[1];
         if (!second && !strstr(names, wanted)) continue;
-        for (int i = 0; i < 1 + second; i++) { // version 2, beside version 1, may be mounted one folder lower
+        // version 2, beside version 1, may be mounted one folder lower
+        for (int i = 0; i < 1 + second; i++) {
             snprintf(folder, sizeof(folder), "%s/sys/fs/cgroup%s%s", root, second ? "" : "/",
                      second ? (i ? "/unified" : "") : controller);
             size_t top = strlen(folder);
@@ -2896,16 +2942,19 @@ static int threads_within(const char *root, int threads) {
     return cores < threads ? (int)cores : threads;
 }
 
-// OpenMP counts the cores that this process may run on, and heeds what the user set; of quotas it knows
-// nothing. How long its threads spin at a barrier before they sleep is bounded: on a core that another
-// program wants they spin in the way of the thread they wait for. Of GNU's, start_again sees to that.
+// OpenMP counts the cores that this process may run on, and heeds what the user set; of quotas it
+// knows nothing. How long its threads spin at a barrier before they sleep is bounded: on a core
+// that another program wants they spin in the way of the thread they wait for. Of GNU's,
+// start_again sees to that.
 enum { SPINS = 3000, SPIN_MILLISECONDS = 0 };
 static void use_allowed_threads(void) {
     const char *wanted = getenv("OMP_NUM_THREADS");
-    int threads = wanted && *wanted ? omp_get_max_threads() : threads_within("", omp_get_max_threads());
-    if (threads < omp_get_max_threads()) omp_set_num_threads(threads);
+    int most = omp_get_max_threads();
+    int threads = wanted && *wanted ? most : threads_within("", most);
+    if (threads < most) omp_set_num_threads(threads);
 #ifdef KMP_VERSION_MAJOR // LLVM's and Intel's
-    if (!getenv("KMP_BLOCKTIME") && !getenv("OMP_WAIT_POLICY")) kmp_set_blocktime(SPIN_MILLISECONDS);
+    if (!getenv("KMP_BLOCKTIME") && !getenv("OMP_WAIT_POLICY"))
+        kmp_set_blocktime(SPIN_MILLISECONDS);
 #endif
 }
 
@@ -2917,9 +2966,10 @@ static MemoryLeft memory_left(const char *root) {
     struct rlimit limit;
     snprintf(path, sizeof(path), "%.4000s/proc/meminfo", root);
     double swap = number_in(path, "SwapFree:", 0);
-    MemoryLeft left = {number_in(path, "MemAvailable:", 0) * 1024 + (swap > 0 ? swap * 1024 : 0), "this "
-                                                                                                  "machine"};
-    double page = (double)sysconf(_SC_PAGESIZE), within = cgroup_least(root, "memory", cgroup_memory);
+    MemoryLeft left = {NAN, "this machine"};
+    left.bytes = number_in(path, "MemAvailable:", 0) * 1024 + (swap > 0 ? swap * 1024 : 0);
+    double page = (double)sysconf(_SC_PAGESIZE);
+    double within = cgroup_least(root, "memory", cgroup_memory);
     if (isnan(left.bytes)) left.bytes = (double)sysconf(_SC_PHYS_PAGES) * page;
     if (within < left.bytes) {
         left.bytes = within;
@@ -2941,16 +2991,17 @@ static MemoryLeft memory_left(const char *root) {
     return left;
 }
 
-// 0 if so many bytes can be had; else FAILED and the line, which begins with the path (NULL: none) and
-// `what`. Linux gives memory out that is not there, and ends the program when it is touched, so whatever
-// grows with a file or an option asks before it is allocated; what is smaller than LARGE need not.
+// 0 if so many bytes can be had; else FAILED and the line, which begins with the path (NULL: none)
+// and `what`. Linux gives memory out that is not there, and ends the program when it is touched, so
+// whatever grows with a file or an option asks before it is allocated; what is smaller than LARGE
+// need not.
 enum { LARGE = 1 << 20 };
 static int check_room(double bytes, const char *path, const char *what, char *error) {
     if (bytes < LARGE) return 0;
     MemoryLeft left = memory_left("");
     if (bytes <= left.bytes) return 0;
-    return fail(error, path, "%.200s does not fit: it needs %.1f MiB of memory, %s leaves %.1f", what,
-                bytes / 0x1p20, left.who, left.bytes / 0x1p20);
+    return fail(error, path, "%.200s does not fit: it needs %.1f MiB of memory, %s leaves %.1f",
+                what, bytes / 0x1p20, left.who, left.bytes / 0x1p20);
 }
 
 // realloc for what grows: NULL, and the old memory stays, also where so much would not fit.
@@ -2960,16 +3011,20 @@ static void *grow(void *old, size_t bytes) {
 
 // ----------------------------------------------------------------------------
 // the model's memory
+//
+// One block holds the parameters and one each their gradients and the two moments of AdamW; another
+// holds the activations. The tables are made twice: first without memory, to know the sizes, then
+// over it. What does not fit is known before anything large is touched.
 
 static void model_free(Model *m) {
-    void *blocks[] = {m->weights.layers, m->grad.layers, m->acts.layers, m->table.rows, m->acts_table.rows,
-                      m->params, m->grads, m->exp_avg, m->exp_avg_sq, m->acts_block, m->inputs, m->targets,
-                      m};
+    void *blocks[] = {m->weights.layers, m->grad.layers, m->acts.layers, m->table.rows,
+                      m->acts_table.rows, m->params, m->grads, m->exp_avg, m->exp_avg_sq,
+                      m->acts_block, m->inputs, m->targets, m};
     for (size_t i = 0; i < sizeof(blocks) / sizeof(blocks[0]); i++) free(blocks[i]);
 }
 
-// A zeroed array, a large one in huge pages where the system has them: rows far apart then cost no table
-// walks. Clears *whole where it cannot be had. count < 0: too large to be addressed.
+// A zeroed array, a large one in huge pages where the system has them: rows far apart then cost no
+// table walks. Clears *whole where it cannot be had. count < 0: too large to be addressed.
 static void *allocate(int64_t count, size_t size, int *whole) {
     enum { HUGE_PAGE = 1 << 21 };
     void *memory = NULL;
@@ -2983,46 +3038,59 @@ static void *allocate(int64_t count, size_t size, int *whole) {
     return memset(memory, 0, bytes);
 }
 
-// A model for batches of up to B sequences of T tokens, its parameters 0. NULL, and a line in error, if it
-// does not fit: that is known before anything large is touched, and all of it is touched here, so no later
-// step can run out of memory.
-static Model *model_create(const Config *c, int B, int T, Mode mode, char *error) {
-    int whole = 1, training = mode >= TRAIN, threads = 0;
-    Model *m = (Model *)allocate(1, sizeof(Model), &whole);
-    if (!m) { fail(error, NULL, "out of memory"); return NULL; }
-    m->config = *c;
-    m->B = B;
-    m->T = T;
+// Makes the tables of a model, which tell its size.
+static int model_measure(Model *m, Mode mode, char *error) {
+    const Config *c = &m->config;
+    int whole = 1, n_blocks = mode >= TRAIN ? 4 : 1;
     m->weights.layers = (LayerWeights *)allocate(c->n_layers, sizeof(LayerWeights), &whole);
     m->grad.layers = (LayerWeights *)allocate(c->n_layers, sizeof(LayerWeights), &whole);
     m->acts.layers = (LayerActivations *)allocate(c->n_layers, sizeof(LayerActivations), &whole);
-    if (whole) { // sizes first, then the blocks
+    if (whole) {
         carve_weights(&m->weights, &m->table, NULL, c);
-        carve_activations(&m->acts, &m->acts_table, NULL, c, B, T, mode);
+        carve_activations(&m->acts, &m->acts_table, NULL, c, m->B, m->T, mode);
     }
-    whole = whole && !m->table.incomplete && !m->acts_table.incomplete;
-    if (!whole) {
-        fail(error, NULL, "out of memory");
-        model_free(m);
-        return NULL;
-    }
+    if (!whole || m->table.incomplete || m->acts_table.incomplete)
+        return fail(error, NULL, "out of memory");
     int64_t n = m->table.count, n_acts = m->acts_table.count;
-    m->bytes = ((double)n * (training ? 4 : 1) + (double)n_acts) * sizeof(real);
+    m->bytes = ((double)n * n_blocks + (double)n_acts) * sizeof(real);
     if (n < 0 || n_acts < 0) m->bytes = INFINITY;
-    double bytes = m->bytes + 2.0 * B * T * sizeof(int) + LARGE; // and what else is small
+    return 0;
+}
+
+// Takes the memory that the tables ask for, if there is so much.
+static int model_allocate(Model *m, Mode mode, char *error) {
+    int whole = 1, threads = 0;
+    int64_t tokens = (int64_t)m->B * m->T;
+    double bytes = m->bytes + 2.0 * (double)tokens * sizeof(int) + LARGE; // and what else is small
     #pragma omp parallel reduction(+ : threads)
     threads++; // they are started here: what their stacks take is not left for the model
     (void)threads; // built without OpenMP, nothing reads it
-    int fits = whole = !check_room(bytes, NULL, "the model", error);
-    m->acts_block = (real *)allocate(n_acts, sizeof(real), &whole);
-    m->inputs = (int *)allocate((int64_t)B * T, sizeof(int), &whole);
-    m->targets = (int *)allocate((int64_t)B * T, sizeof(int), &whole);
+    if (check_room(bytes, NULL, "the model", error)) return FAILED;
+    m->acts_block = (real *)allocate(m->acts_table.count, sizeof(real), &whole);
+    m->inputs = (int *)allocate(tokens, sizeof(int), &whole);
+    m->targets = (int *)allocate(tokens, sizeof(int), &whole);
     real **blocks[] = {&m->params, &m->grads, &m->exp_avg, &m->exp_avg_sq};
-    for (int i = 0; i < (training ? 4 : 1); i++) *blocks[i] = (real *)allocate(n, sizeof(real), &whole);
-    if (!whole) {
-        if (fits)
-            fail(error, NULL, "the model does not fit: the system refuses %.1f MiB of memory",
-                 bytes / 0x1p20);
+    for (int i = 0; i < (mode >= TRAIN ? 4 : 1); i++)
+        *blocks[i] = (real *)allocate(m->table.count, sizeof(real), &whole);
+    if (whole) return 0;
+    return fail(error, NULL, "the model does not fit: the system refuses %.1f MiB of memory",
+                bytes / 0x1p20);
+}
+
+// A model for batches of up to B sequences of T tokens, its parameters 0. NULL, and a line in
+// error, if it does not fit: that is known before anything large is touched, and all of it is
+// touched here, so no later step can run out of memory.
+static Model *model_create(const Config *c, int B, int T, Mode mode, char *error) {
+    int whole = 1;
+    Model *m = (Model *)allocate(1, sizeof(Model), &whole);
+    if (!m) {
+        fail(error, NULL, "out of memory");
+        return NULL;
+    }
+    m->config = *c;
+    m->B = B;
+    m->T = T;
+    if (model_measure(m, mode, error) || model_allocate(m, mode, error)) {
         model_free(m);
         return NULL;
     }
@@ -3034,11 +3102,14 @@ static Model *model_create(const Config *c, int B, int T, Mode mode, char *error
 }
 
 // ----------------------------------------------------------------------------
-// the backend: all that the training loop and the command line know of the layers. The CUDA twin brings its
-// own, with a Model of its own behind the pointer.
+// the backend
+//
+// All that the training loop and the command line know of the layers. The CUDA twin brings its own,
+// with a Model of its own behind the pointer.
 
 typedef enum { PARAMS, EXP_AVG, EXP_AVG_SQ, GRADS } Block;
-static const char *block_prefixes[] = {"", "exp_avg.", "exp_avg_sq."}; // in files, which hold no gradients
+// Of the tensors' names in files, which hold no gradients.
+static const char *block_prefixes[] = {"", "exp_avg.", "exp_avg_sq."};
 
 typedef struct {
     const char *name;
@@ -3049,7 +3120,8 @@ typedef struct {
     real *(*read)(Model *model, Block block);
     // makes the numbers that stand there the model's
     void (*write)(Model *model, Block block);
-    void (*forward)(Model *model, const int *inputs, const int *targets, int B, int T, Dropout drop);
+    void (*forward)(Model *model, const int *inputs, const int *targets, int B, int T,
+                    Dropout drop);
     // of the last forward pass, the sum; the GPU may be at work until it is asked for
     double (*loss)(Model *model);
     void (*hits)(Model *model, char *hits);
@@ -3089,7 +3161,8 @@ static real *cpu_read(Model *m, Block block) {
            : block == EXP_AVG ? m->exp_avg
                               : m->exp_avg_sq;
 }
-static void cpu_write(Model *m, Block block) { (void)m; (void)block; } // the host's memory is the model's own
+// The host's memory is the model's own.
+static void cpu_write(Model *m, Block block) { (void)m; (void)block; }
 static double cpu_update(Model *m, AdamW options, double clip, int64_t step) {
     double length = norm(m->grads, m->table.count);
     if (isfinite(length)) model_update(m, options, clip_scale(length, clip), step);
@@ -3103,18 +3176,20 @@ static const Backend cpu_backend = {"CPU",      model_create,   model_free,    c
 // ----------------------------------------------------------------------------
 // signals: what asks for an end lets the step end and be saved
 //
-// A handler only notes the signal in `interrupted`; the loops of training, evaluation and generation look at
-// it. What a signal does depends on the phase the program is in, see install_handlers. The lock files that
-// the process holds are kept here too: they go at any end, also at one that a handler brings about.
+// A handler only notes the signal in `interrupted`; the loops of training, evaluation and
+// generation look at it. What a signal does depends on the phase the program is in, see
+// install_handlers. The lock files that the process holds are kept here too: they go at any end,
+// also at one that a handler brings about.
 
-// Of this process; the handler reads and writes them. `interrupted`: the signal that asked for an end, 0:
-// none. While `saving`, nothing ends the program. `told`: the terminal has been told what a second Ctrl-C
-// does.
+// Of this process; the handler reads and writes them. `interrupted`: the signal that asked for an
+// end, 0: none. While `saving`, nothing ends the program. `told`: the terminal has been told what a
+// second Ctrl-C does.
 static volatile sig_atomic_t interrupted, saving, told;
 static int terminal = -1; // a descriptor on which Ctrl-C is answered, -1: there is none
 
 enum { MAX_LOCKS = 3 };
-static char lock_paths[MAX_LOCKS][PATH_MAX + 8]; // of the lock files that this process holds, see take_lock
+// Of the lock files that this process holds, see take_lock.
+static char lock_paths[MAX_LOCKS][PATH_MAX + 8];
 static int lock_files[MAX_LOCKS];
 static volatile sig_atomic_t n_locks;
 
@@ -3123,8 +3198,8 @@ static int same_place(const struct stat *a, const struct stat *b) {
     return a->st_dev == b->st_dev && a->st_ino == b->st_ino;
 }
 
-// Nothing but system calls: it runs in signal handlers and at exit. The locks themselves end with the
-// process. What has taken the name of a lock file meanwhile stays.
+// Nothing but system calls: it runs in signal handlers and at exit. The locks themselves end with
+// the process. What has taken the name of a lock file meanwhile stays.
 static void remove_locks(void) {
     while (n_locks > 0) {
         struct stat mine, there;
@@ -3136,9 +3211,9 @@ static void remove_locks(void) {
     }
 }
 
-// While training: the first of these signals ends the step, which is then saved, and so does any later one.
-// Only a second Ctrl-C typed at a terminal, once that has been told, ends the program at once; one that
-// another program sends does not.
+// While training: the first of these signals ends the step, which is then saved, and so does any
+// later one. Only a second Ctrl-C typed at a terminal, once that has been told, ends the program at
+// once; one that another program sends does not.
 static void on_signal(int number, siginfo_t *info, void *context) {
     static const char line[] =
         "\nending after this step, to save it; Ctrl-C again ends at once, without saving\n";
@@ -3181,7 +3256,8 @@ static int is_ignored(int number) {
     return !(now.sa_flags & SA_SIGINFO) && now.sa_handler == SIG_IGN;
 }
 
-typedef enum { BEFORE_TRAINING, WHILE_TRAINING, WHILE_READING } Phase; // READING: generating or evaluating
+// READING: generating or evaluating.
+typedef enum { BEFORE_TRAINING, WHILE_TRAINING, WHILE_READING } Phase;
 
 // Sets what the signals do from here on.
 static void install_handlers(Phase phase) {
@@ -3201,7 +3277,8 @@ static void install_handlers(Phase phase) {
         if (numbers[i] == SIGHUP && is_ignored(SIGHUP)) continue;
         sigaction(numbers[i], &action, NULL);
     }
-    signal(SIGPIPE, SIG_IGN); // a closed pipe and a file size beyond its limit are errors of the write
+    // a closed pipe and a file size beyond its limit are errors of the write
+    signal(SIGPIPE, SIG_IGN);
     signal(SIGXFSZ, SIG_IGN);
     if (phase == WHILE_TRAINING && terminal < 0) terminal = open_terminal();
 }
@@ -3209,17 +3286,15 @@ static void install_handlers(Phase phase) {
 // ----------------------------------------------------------------------------
 // files: read whole; written whole, into a temporary file that then takes the place of the old one
 //
-// A Place is where a file is written: settled once, locked against other runs, and checked before anything
-// there is replaced. A Replacement is the file on its way there. So at any moment the old file or the new one
-// lies there, whole, and nothing is lost by a crash, by a second run, or by a file put there meanwhile.
+// A Place is where a file is written: settled once, locked against other runs, and checked before
+// anything there is replaced. A Replacement is the file on its way there. So at any moment the old
+// file or the new one lies there, whole, and nothing is lost by a crash, by a second run, or by a
+// file put there meanwhile.
 
-// Writes "path: what" as one line of valid text into `line` (ERROR_SIZE), as fail does, where it is no error.
-#define format_line(...) ((void)fail(__VA_ARGS__))
-
-// A 64-bit hash: FNV-1a's step (xor, then multiply by its prime), taken on 8 bytes at a time for speed and
-// followed by a fold of the upper half into the lower, which the hash by bytes does not need. The last bytes
-// are padded with zeros, so the size goes in first. It tells files apart that differ by accident, not by
-// design.
+// A 64-bit hash: FNV-1a's step (xor, then multiply by its prime), taken on 8 bytes at a time for
+// speed and followed by a fold of the upper half into the lower, which the hash by bytes does not
+// need. The last bytes are padded with zeros, so the size goes in first. It tells files apart that
+// differ by accident, not by design.
 static uint64_t hash_bytes(const unsigned char *bytes, size_t size) {
     const uint64_t prime = 0x100000001b3;
     uint64_t hash = (0xcbf29ce484222325 ^ size) * prime;
@@ -3232,43 +3307,65 @@ static uint64_t hash_bytes(const unsigned char *bytes, size_t size) {
     return hash;
 }
 
-// The part of file_read for a file that is open.
-static int read_open_file(int fd, const char *path, unsigned char **bytes, size_t *size, char *error) {
+// Reads up to n bytes; how many there were, or -1 with errno.
+static int64_t read_bytes(int fd, unsigned char *bytes, size_t n) {
+    size_t got = 0;
+    while (got < n) {
+        ssize_t now = read(fd, bytes + got, n - got < 1 << 30 ? n - got : 1 << 30);
+        if (now < 0 && errno == EINTR) continue;
+        if (now < 0) return -1;
+        if (now == 0) break;
+        got += (size_t)now;
+    }
+    return (int64_t)got;
+}
+
+// The part of file_read and header_read for a file that is open.
+static int read_open_file(int fd, const char *path, int only_header, unsigned char **bytes,
+                          size_t *size, char *error) {
     struct stat info;
     if (fstat(fd, &info)) return fail(error, path, "%s", strerror(errno));
     if (!S_ISREG(info.st_mode)) return fail(error, path, "a folder or a device, not a file");
-    size_t room = (size_t)info.st_size + 1; // one byte more than there should be
-    if (check_room((double)room, path, "it", error)) return FAILED;
-    unsigned char *memory = (unsigned char *)malloc(room);
+    size_t expected = (size_t)info.st_size, asked = expected + 1; // one more than there should be
+    if (check_room((double)asked, path, "it", error)) return FAILED;
+    unsigned char *memory = (unsigned char *)malloc(asked);
     if (!memory) return fail(error, path, "it does not fit in memory");
-    size_t got = 0;
-    ssize_t n = 0;
-    while (got < room) {
-        n = read(fd, memory + got, room - got < 1 << 30 ? room - got : 1 << 30);
-        if (n < 0 && errno == EINTR) continue;
-        if (n <= 0) break;
-        got += (size_t)n;
-    }
-    if (n >= 0 && got == room - 1) {
-        memory[got] = 0;
+    uint64_t header = 0; // its length
+    if (only_header && pread(fd, &header, 8, 0) == 8 && expected > 8 && header < expected - 8)
+        asked = 8 + (size_t)header;
+    int64_t got = read_bytes(fd, memory, asked);
+    if (got == (int64_t)(asked < expected ? asked : expected)) {
+        memory[expected] = 0;
         *bytes = memory;
-        *size = got;
+        *size = expected;
         return 0;
     }
-    if (n < 0) fail(error, path, "%s", strerror(errno));
+    if (got < 0) fail(error, path, "%s", strerror(errno));
     else fail(error, path, "it cannot be read to its end, or its size changed meanwhile");
     free(memory);
     return FAILED;
 }
 
-// Reads a whole regular file into fresh memory, with a zero byte past its end. *bytes is NULL when it fails.
-static int file_read(const char *path, unsigned char **bytes, size_t *size, char *error) {
+static int open_and_read(const char *path, int only_header, unsigned char **bytes, size_t *size,
+                         char *error) {
     *bytes = NULL;
     int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); // a pipe without a writer: no waiting
     if (fd < 0) return fail(error, path, "%s", strerror(errno));
-    int result = read_open_file(fd, path, bytes, size, error);
+    int result = read_open_file(fd, path, only_header, bytes, size, error);
     close(fd);
     return result;
+}
+
+// Reads a whole regular file into fresh memory, with a zero byte past its end. *bytes is NULL when
+// it fails.
+static int file_read(const char *path, unsigned char **bytes, size_t *size, char *error) {
+    return open_and_read(path, 0, bytes, size, error);
+}
+
+// The same for a safetensors file of which only the header is wanted: there is memory for all of
+// it, but what follows the header is not read.
+static int header_read(const char *path, unsigned char **bytes, size_t *size, char *error) {
+    return open_and_read(path, 1, bytes, size, error);
 }
 
 // Writes n bytes; 0, or -1 with errno.
@@ -3284,8 +3381,8 @@ static int write_all(int fd, const void *bytes, size_t n) {
     return 0;
 }
 
-// Makes what was written survive a power cut; 0, or -1 with errno. Not every file system can flush: that
-// is no error.
+// Makes what was written survive a power cut; 0, or -1 with errno. Not every file system can flush:
+// that is no error.
 static int flush_to_disk(int fd) {
     int result;
 #ifdef F_FULLFSYNC
@@ -3310,8 +3407,8 @@ static void folder_of(char folder[PATH_MAX], const char *target) {
     snprintf(folder, PATH_MAX, "%.*s", (int)(strrchr(target, '/') + 1 - target), target);
 }
 
-// The place that path names once all links are followed, also where there is no file yet. target: PATH_MAX
-// bytes.
+// The place that path names once all links are followed, also where there is no file yet. target:
+// PATH_MAX bytes.
 static int resolve(const char *path, char *target, char *error) {
     char next[PATH_MAX], link[PATH_MAX], folder[PATH_MAX];
     int fits = snprintf(next, sizeof(next), "%s", path) < PATH_MAX;
@@ -3340,8 +3437,9 @@ static int resolve(const char *path, char *target, char *error) {
     return fail(error, path, "cannot be written: %s", problem);
 }
 
-// Locks an open file for this process, until it ends, in whatever way, and in whatever container: 1 if that
-// is done, 0 if another one holds the lock, -1 with errno if the file system knows no locks.
+// Locks an open file for this process, until it ends, in whatever way, and in whatever container: 1
+// if that is done, 0 if another one holds the lock, -1 with errno if the file system knows no
+// locks.
 static int lock_descriptor(int fd) {
     int result;
     do result = flock(fd, LOCK_EX | LOCK_NB);
@@ -3353,14 +3451,13 @@ static int lock_descriptor(int fd) {
 // Said once.
 static void warn_of_no_locks(const char *path) {
     static int said = 0;
-    char line[ERROR_SIZE];
     if (said++) return;
-    format_line(line, path, "the file system knows no locks: nothing keeps two runs from writing it at once");
-    fprintf(stderr, "train_sessa: warning: %s\n", line);
+    print_warning(path,
+                  "the file system knows no locks: nothing keeps two runs from writing it at once");
 }
 
-// A place where a file is written: what its path names, settled once, and what may be replaced there:
-// nothing, the file that lay there when the run began, or the one that the run left last.
+// A place where a file is written: what its path names, settled once, and what may be replaced
+// there: nothing, the file that lay there when the run began, or the one that the run left last.
 typedef struct {
     const char *path;      // as the user named it
     const char *like;      // the file whose rights a new one gets, NULL: none
@@ -3368,7 +3465,7 @@ typedef struct {
     int lock;              // the index of its lock, -1: none
     int there;             // a file lies there that may be replaced, which is
     struct stat known;
-    uint64_t head;         // a hash of how it begins: a checkpoint's metadata tell it from any other
+    uint64_t head;         // a hash of how it begins: metadata tell a checkpoint from any other
 } Place;
 
 // A hash of the first bytes of a file, 0 if it cannot be read.
@@ -3381,7 +3478,8 @@ static uint64_t head_of(const char *path) {
     return n < 0 ? 0 : hash_bytes(bytes, (size_t)n);
 }
 
-// Makes a place of a path: what lies there now may be replaced. FAILED if nothing can be written there.
+// Makes a place of a path: what lies there now may be replaced. FAILED if nothing can be written
+// there.
 static int settle(Place *p, const char *path, const char *like, char *error) {
     memset(p, 0, sizeof(*p));
     p->path = path;
@@ -3389,14 +3487,16 @@ static int settle(Place *p, const char *path, const char *like, char *error) {
     p->lock = -1;
     if (resolve(path, p->target, error)) return FAILED;
     p->there = !lstat(p->target, &p->known);
-    if (!p->there) return errno == ENOENT ? 0 : fail(error, path, "cannot be written: %s", strerror(errno));
+    if (!p->there)
+        return errno == ENOENT ? 0 : fail(error, path, "cannot be written: %s", strerror(errno));
     p->head = head_of(p->target);
     int unread = S_ISREG(p->known.st_mode) && !p->head;
     return unread ? fail(error, path, "cannot be written: %s", strerror(errno)) : 0;
 }
 
 // Opens the lock file of a place and locks it: its descriptor, or -1 with the line. *locked: see
-// lock_descriptor. A file of that name that is no lock, which is empty, is another program's, and stays.
+// lock_descriptor. A file of that name that is no lock, which is empty, is another program's, and
+// stays.
 static int open_lock(const char *path, const char *name, int flags, int *locked, char *error) {
     struct stat info;
     int fd = open(name, O_RDWR | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC | flags, 0666);
@@ -3412,10 +3512,10 @@ static int open_lock(const char *path, const char *name, int flags, int *locked,
     return fail(error, path, "cannot be locked: %.250s is there and is no lock", name);
 }
 
-// Locks a place by a file beside it: the file itself gets another inode with each save. What killed runs
-// left, the lock file or temporary ones, belongs to whoever holds the lock. A lock file is removed by its
-// holder: whoever opened it before that, and locks it after, sees that the name now means another file, or
-// none, and begins again.
+// Locks a place by a file beside it: the file itself gets another inode with each save. What killed
+// runs left, the lock file or temporary ones, belongs to whoever holds the lock. A lock file is
+// removed by its holder: whoever opened it before that, and locks it after, sees that the name now
+// means another file, or none, and begins again.
 static int take_lock(Place *p, char *error) {
     char *name = lock_paths[n_locks];
     struct stat mine, there;
@@ -3441,8 +3541,8 @@ static int take_lock(Place *p, char *error) {
     }
 }
 
-// The lock of a place must still be this run's. A lock file that somebody removed, or that stayed behind when
-// the folder was moved, is made again.
+// The lock of a place must still be this run's. A lock file that somebody removed, or that stayed
+// behind when the folder was moved, is made again.
 static int hold_lock(Place *p, char *error) {
     const char *name = lock_paths[p->lock];
     struct stat mine, there;
@@ -3459,20 +3559,21 @@ static int hold_lock(Place *p, char *error) {
     return 0;
 }
 
-// Before something is replaced: the lock must still be ours, and what lies there the file that may be
-// replaced.
+// Before something is replaced: the lock must still be ours, and what lies there the file that may
+// be replaced.
 static int check_ours(Place *p, char *error) {
     struct stat now;
     if (p->lock >= 0 && hold_lock(p, error)) return FAILED;
     if (lstat(p->target, &now))
         return errno == ENOENT ? 0 : fail(error, p->path, "cannot be written: %s", strerror(errno));
-    // whose it is neither its time says, which a touch changes, nor its inode, which some file systems
-    // invent: its size and its beginning do
+    // whose it is neither its time says, which a touch changes, nor its inode, which some file
+    // systems invent: its size and its beginning do
     if (p->there && now.st_size == p->known.st_size && head_of(p->target) == p->head) return 0;
     return fail(error, p->path, "another file was put there meanwhile, which stays");
 }
 
-// Whether `name` is that of a temporary file of the file `of`: <of>.tmp.s<eight hexadecimal digits>.
+// Whether `name` is that of a temporary file of the file `of`: <of>.tmp.s<eight hexadecimal
+// digits>.
 static int is_temporary_name(const char *name, const char *of) {
     size_t length = strlen(of);
     if (strncmp(name, of, length) || strncmp(name + length, ".tmp.s", 6)) return 0;
@@ -3508,7 +3609,8 @@ static int check_replaceable(const Replacement *r, char *error) {
     struct stat folder;
     char folder_path[PATH_MAX];
     folder_of(folder_path, p->target);
-    if (!S_ISREG(p->known.st_mode)) return fail(error, p->path, "cannot be written: not a regular file");
+    if (!S_ISREG(p->known.st_mode))
+        return fail(error, p->path, "cannot be written: not a regular file");
     // one that is read-only or append-only stays
     int fd = access(p->target, W_OK) ? -1 : open(p->target, O_WRONLY | O_CLOEXEC);
     if (fd < 0) return fail(error, p->path, "cannot be written: %s", strerror(errno));
@@ -3536,9 +3638,9 @@ static void name_temporary(Replacement *r) {
     snprintf(r->temporary, sizeof(r->temporary), "%s.tmp.s%08x", r->place->target, (unsigned)name);
 }
 
-// Creates the temporary file that will take a place. It gets owner and rights of the file that is there, or
-// else of `like`, so that what only its owner may read stays so; what is new can be written by its owner, or
-// it could not be replaced again.
+// Creates the temporary file that will take a place. It gets owner and rights of the file that is
+// there, or else of `like`, so that what only its owner may read stays so; what is new can be
+// written by its owner, or it could not be replaced again.
 static int replacement_open(Replacement *r, Place *p, char *error) {
     struct stat old = p->known;
     int there = p->there && !lstat(p->target, &old);
@@ -3552,7 +3654,8 @@ static int replacement_open(Replacement *r, Place *p, char *error) {
         if (r->fd < 0 && errno != EEXIST && errno != EINTR) break;
     }
     if (r->fd < 0) return fail(error, p->path, "cannot be written: %s", strerror(errno));
-    // root, going on with a user's run, may give it away; where that is refused it stays as it is: no error
+    // root, going on with a user's run, may give it away; where that is refused it stays as it is:
+    // no error
     int owned = known && old.st_uid == geteuid() && old.st_gid == getegid();
     if (known && !owned && fchown(r->fd, old.st_uid, old.st_gid)) errno = 0;
     if (!known && fstat(r->fd, &old)) errno = 0;
@@ -3562,8 +3665,8 @@ static int replacement_open(Replacement *r, Place *p, char *error) {
     return 0;
 }
 
-// A finished temporary file whose place is another file's by now: it is kept under a name that no run
-// removes.
+// A finished temporary file whose place is another file's by now: it is kept under a name that no
+// run removes.
 static void keep_aside(const Replacement *r, char *error) {
     char kept[PATH_MAX + 32], problem[ERROR_SIZE];
     snprintf(kept, sizeof(kept), "%s.kept.%s", r->place->target, strrchr(r->temporary, '.') + 1);
@@ -3572,7 +3675,8 @@ static void keep_aside(const Replacement *r, char *error) {
     else fail(error, NULL, "%.250s; what was to take its place is %.200s", problem, kept);
 }
 
-// Flushes and closes the temporary file, into which `size` bytes were written if `ok`. Returns 0 or an errno.
+// Flushes and closes the temporary file, into which `size` bytes were written if `ok`. Returns 0 or
+// an errno.
 static int finish_temporary(Replacement *r, int ok, uint64_t size, struct stat *written) {
     int problem = 0;
     if (!ok || flush_to_disk(r->fd) || fstat(r->fd, written)) problem = errno;
@@ -3591,9 +3695,10 @@ static void flush_folder(const char *target) {
     close(fd);
 }
 
-// Ends what replacement_open began. ok: all `size` bytes were written; they are flushed to the disk, only
-// then get their name, and then the folder is flushed, too: there is at any moment the old file or the new
-// one, whole. Not ok, or `trial`: the temporary file is removed, and the old one stays.
+// Ends what replacement_open began. ok: all `size` bytes were written; they are flushed to the
+// disk, only then get their name, and then the folder is flushed, too: there is at any moment the
+// old file or the new one, whole. Not ok, or `trial`: the temporary file is removed, and the old
+// one stays.
 static int replacement_close(Replacement *r, int ok, uint64_t size, int trial, char *error) {
     Place *p = r->place;
     struct stat written;
@@ -3627,18 +3732,18 @@ static int write_whole(Place *place, const unsigned char *bytes, size_t size, ch
 // safetensors: checkpoints, reference dumps and example sets are files of this one format
 //
 //     8 bytes             length of the header
-//     header              JSON: {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, ...},
-//                         and under "__metadata__" an object of strings; spaces may follow
+//     header              JSON: {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
+//                         ...}, and under "__metadata__" an object of strings; spaces may follow
 //     data                the tensors' bytes, row-major; offsets count from here; no gaps
 //
-// Numbers are little-endian, as is every machine that this is built for. A file comes from anywhere, so
-// nothing in it is trusted: what the reader returns has been checked, and any other file is refused with one
-// line that says why.
+// Numbers are little-endian, as is every machine that this is built for. A file comes from
+// anywhere, so nothing in it is trusted: what the reader returns has been checked, and any other
+// file is refused with one line that says why.
 
 enum { MAX_DIMS = 8, MAX_HEADER = 100000000 };
 
-// One tensor of a file: count is in elements, size in bytes. The data need not be aligned: read it with
-// memcpy.
+// One tensor of a file: count is in elements, size in bytes. The data need not be aligned: read it
+// with memcpy.
 typedef struct {
     char *name, dtype[16];
     int n_dims;              // may be larger than MAX_DIMS; shape then holds the first ones
@@ -3649,7 +3754,8 @@ typedef struct {
 
 typedef struct { char *key, *value; } Meta;
 
-// A file in memory. Names, metadata and data point into bytes; tensors are sorted by name, metadata by key.
+// A file in memory. Names, metadata and data point into bytes; tensors are sorted by name, metadata
+// by key.
 typedef struct {
     unsigned char *bytes;
     size_t size;
@@ -3659,11 +3765,12 @@ typedef struct {
     int n_meta;
 } Safetensors;
 
-// Bits that an element of this dtype takes, 0 if the format has no such dtype: they are the number in its
-// name.
+// Bits that an element of this dtype takes, 0 if the format has no such dtype: they are the number
+// in its name.
 static int dtype_bits(const char *dtype) {
-    static const char known[] = " BOOL U8 I8 F8_E5M2 F8_E4M3 F8_E8M0 F4 F6_E2M3 F6_E3M2 I16 U16 F16 BF16 "
-                                "I32 U32 F32 I64 U64 F64 C64 ";
+    static const char known[] =
+        " BOOL U8 I8 F8_E5M2 F8_E4M3 F8_E8M0 F4 F6_E2M3 F6_E3M2 I16 U16 F16 BF16 I32 U32 F32 "
+        "I64 U64 F64 C64 ";
     char word[24];
     snprintf(word, sizeof(word), " %s ", dtype);
     if (!*dtype || strchr(dtype, ' ') || !strstr(known, word)) return 0;
@@ -3671,8 +3778,8 @@ static int dtype_bits(const char *dtype) {
     return digits ? atoi(digits) : 8; // BOOL
 }
 
-// The header while it is read. The first problem stays and moves the place to the end, so that whatever is
-// read after it reads nothing, and only the end asks whether there was one.
+// The header while it is read. The first problem stays and moves the place to the end, so that
+// whatever is read after it reads nothing, and only the end asks whether there was one.
 typedef struct {
     unsigned char *at, *end;
     const unsigned char *place; // of the problem
@@ -3688,7 +3795,8 @@ static void json_fail(Json *j, const char *problem) {
 
 // Skips white space.
 static void json_space(Json *j) {
-    while (j->at < j->end && (*j->at == ' ' || *j->at == '\t' || *j->at == '\n' || *j->at == '\r')) j->at++;
+    while (j->at < j->end && (*j->at == ' ' || *j->at == '\t' || *j->at == '\n' || *j->at == '\r'))
+        j->at++;
 }
 
 // Takes the byte c, after white space: 1, or 0 if another stands there.
@@ -3708,7 +3816,8 @@ static void json_expect(Json *j, char c) {
     else json_fail(j, "expected '{' or '['");
 }
 
-// Inside an object or array that ends with `close`, having read n of its items: 1 if another one follows.
+// Inside an object or array that ends with `close`, having read n of its items: 1 if another one
+// follows.
 static int json_next(Json *j, char close, int n) {
     if (json_take(j, close)) return 0;
     if (n) json_expect(j, ',');
@@ -3724,7 +3833,8 @@ static int json_hex(Json *j) {
     return (int)strtol(digits, NULL, 16);
 }
 
-// The character that an escape stands for, of a surrogate pair both halves; -1 if it is no valid escape.
+// The character that an escape stands for, of a surrogate pair both halves; -1 if it is no valid
+// escape.
 static int json_escape(Json *j) {
     static const char letters[] = "\"\\/bfnrt", meaning[] = "\"\\/\b\f\n\r\t";
     int c = j->at < j->end ? *j->at++ : 0;
@@ -3741,9 +3851,9 @@ static int json_escape(Json *j) {
     return 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00);
 }
 
-// Reads a string and decodes it where it stands: UTF-8 is never longer than the escape, and the closing quote
-// leaves room for the zero byte. U+0000 becomes C0 80, which is no valid UTF-8, so that the text equals no
-// other.
+// Reads a string and decodes it where it stands: UTF-8 is never longer than the escape, and the
+// closing quote leaves room for the zero byte. U+0000 becomes C0 80, which is no valid UTF-8, so
+// that the text equals no other.
 static char *json_string(Json *j) {
     static const int lead[] = {0, 0xC0, 0xE0, 0xF0};
     static char nothing[] = "";
@@ -3781,7 +3891,8 @@ static int64_t json_integer(Json *j) {
     const unsigned char *start = j->at;
     for (; j->at < j->end && *j->at >= '0' && *j->at <= '9'; j->at++) {
         int digit = *j->at - '0';
-        if (__builtin_mul_overflow(number, 10, &number) || __builtin_add_overflow(number, digit, &number)) {
+        if (__builtin_mul_overflow(number, 10, &number) ||
+            __builtin_add_overflow(number, digit, &number)) {
             json_fail(j, "a number above 2^63-1");
             return 0;
         }
@@ -3791,8 +3902,8 @@ static int64_t json_integer(Json *j) {
     return number;
 }
 
-// Reads an array of integers, of which the first `room` are kept. Returns their number and, in *product,
-// their product, -1 if it overflows.
+// Reads an array of integers, of which the first `room` are kept. Returns their number and, in
+// *product, their product, -1 if it overflows.
 static int json_integers(Json *j, int64_t *list, int room, int64_t *product) {
     int n = 0;
     *product = 1;
@@ -3805,8 +3916,8 @@ static int json_integers(Json *j, int64_t *list, int room, int64_t *product) {
     return n;
 }
 
-// Reads the value of one tensor's entry: its three fields, in any order, each once. The data must lie inside
-// the data_size bytes at data and be as long as dtype and shape say.
+// Reads the value of one tensor's entry: its three fields, in any order, each once. The data must
+// lie inside the data_size bytes at data and be as long as dtype and shape say.
 static void json_tensor(Json *j, FileTensor *t, const unsigned char *data, int64_t data_size) {
     int64_t offsets[2] = {0, 0}, bits = 0, unused;
     int dtypes = 0, shapes = 0, places = 0; // how often each field was seen
@@ -3823,7 +3934,8 @@ static void json_tensor(Json *j, FileTensor *t, const unsigned char *data, int64
         else
             json_fail(j, "a tensor's field is unknown, or stands there twice");
     }
-    if (!dtypes || !shapes || n_offsets != 2) json_fail(j, "a tensor lacks dtype, shape or two data_offsets");
+    if (!dtypes || !shapes || n_offsets != 2)
+        json_fail(j, "a tensor lacks dtype, shape or two data_offsets");
     if (j->problem) return;
     int of_element = dtype_bits(t->dtype);
     if (!of_element)
@@ -3839,8 +3951,8 @@ static void json_tensor(Json *j, FileTensor *t, const unsigned char *data, int64
     t->size = (size_t)(bits / 8);
 }
 
-// An array of n items with room for one more: it doubles whenever n is a power of two. The old one when
-// memory is exhausted.
+// An array of n items with room for one more: it doubles whenever n is a power of two. The old one
+// when memory is exhausted.
 static void *json_grow(Json *j, void *array, int n, size_t item) {
     if (n & (n - 1)) return array;
     void *larger = grow(array, (n ? (size_t)n * 2 : 1) * item);
@@ -3873,7 +3985,8 @@ static void json_header(Json *j, Safetensors *file, const unsigned char *data) {
         FileTensor tensor;
         memset(&tensor, 0, sizeof(tensor));
         tensor.name = name;
-        file->tensors = (FileTensor *)json_grow(j, file->tensors, file->n_tensors, sizeof(FileTensor));
+        file->tensors = (FileTensor *)json_grow(j, file->tensors, file->n_tensors,
+                                                sizeof(FileTensor));
         json_tensor(j, &tensor, data, data_size);
         if (!j->problem) file->tensors[file->n_tensors++] = tensor;
     }
@@ -3892,7 +4005,8 @@ static int compare_names(const void *a, const void *b) {
     return strcmp(*(char *const *)a, *(char *const *)b);
 }
 
-// Sorts n FileTensor or Meta by name; returns a name that stands there twice, NULL if there is none.
+// Sorts n FileTensor or Meta by name; returns a name that stands there twice, NULL if there is
+// none.
 static const char *sort_names(void *array, int n, size_t item) {
     char *items = (char *)array;
     if (n > 1) qsort(items, (size_t)n, item, compare_names);
@@ -3901,22 +4015,24 @@ static const char *sort_names(void *array, int n, size_t item) {
     return NULL;
 }
 
-// Checks that the tensors cover the data exactly, each byte once, and that no name or key stands there twice;
-// leaves tensors and metadata sorted for the search.
-static int check_layout(Safetensors *file, const unsigned char *data, const char *path, char *error) {
+// Checks that the tensors cover the data exactly, each byte once, and that no name or key stands
+// there twice; leaves tensors and metadata sorted for the search.
+static int check_layout(Safetensors *file, const unsigned char *data, const char *path,
+                        char *error) {
     FileTensor *tensors = file->tensors;
     const unsigned char *reached = data, *end = file->bytes + file->size;
     if (tensors) qsort(tensors, (size_t)file->n_tensors, sizeof(FileTensor), compare_places);
     for (int i = 0; i < file->n_tensors; i++) {
         if (tensors[i].data != reached) {
-            const char *what = tensors[i].data < reached ? "overlaps another"
-                                                         : "has bytes before it that no tensor claims";
+            const char *what = "has bytes before it that no tensor claims";
+            if (tensors[i].data < reached) what = "overlaps another";
             return fail(error, path, "tensor '%.80s' %s", tensors[i].name, what);
         }
         reached += tensors[i].size;
     }
     if (reached != end)
-        return fail(error, path, "no tensor claims the last %lld bytes", (long long)(end - reached));
+        return fail(error, path, "no tensor claims the last %lld bytes",
+                    (long long)(end - reached));
     const char *twice = sort_names(tensors, file->n_tensors, sizeof(FileTensor));
     if (!twice) twice = sort_names(file->meta, file->n_meta, sizeof(Meta));
     return twice ? fail(error, path, "the name '%.80s' stands there twice", twice) : 0;
@@ -3934,16 +4050,18 @@ static void safetensors_free(Safetensors *file) {
 static int parse_header(Safetensors *file, size_t length, const char *path, char *error) {
     unsigned char *start = file->bytes + 8, *data = start + length;
     Json json = {.at = start, .end = data, .place = start, .problem = NULL};
-    if (!length || *start != '{') json_fail(&json, "it does not start with '{': no safetensors file");
+    if (!length || *start != '{')
+        json_fail(&json, "it does not start with '{': no safetensors file");
     if (!utf8_valid(start, length)) json_fail(&json, "not valid UTF-8");
     json_expect(&json, '{');
     json_header(&json, file, data);
     if (!json.problem) return check_layout(file, data, path, error);
-    return fail(error, path, "header, byte %lld: %s", (long long)(json.place - start), json.problem);
+    return fail(error, path, "header, byte %lld: %s", (long long)(json.place - start),
+                json.problem);
 }
 
-// Makes a Safetensors of the bytes of a file; they must come from malloc and belong to it from now on, also
-// when it fails. The path is for messages only.
+// Makes a Safetensors of the bytes of a file; they must come from malloc and belong to it from now
+// on, also when it fails. The path is for messages only.
 static int safetensors_parse(Safetensors *file, unsigned char *bytes, size_t size, const char *path,
                              char *error) {
     uint64_t length = 0;
@@ -3962,10 +4080,19 @@ static int safetensors_parse(Safetensors *file, unsigned char *bytes, size_t siz
     return result;
 }
 
+// Reads a file, or its header alone: metadata, and names and shapes of tensors whose data may not
+// be looked at.
+__attribute__((unused)) // by programs that include this file
 static int safetensors_read(Safetensors *file, const char *path, char *error) {
     unsigned char *bytes;
     size_t size;
     if (file_read(path, &bytes, &size, error)) return FAILED;
+    return safetensors_parse(file, bytes, size, path, error);
+}
+static int safetensors_read_header(Safetensors *file, const char *path, char *error) {
+    unsigned char *bytes;
+    size_t size;
+    if (header_read(path, &bytes, &size, error)) return FAILED;
     return safetensors_parse(file, bytes, size, path, error);
 }
 
@@ -4058,8 +4185,10 @@ static void text_numbers(Text *out, const int64_t *numbers, int n) { // "[2,3]"
     text_add(out, "]");
 }
 
-// Adds the header of a file, its tensors laid out in the order given, padded with spaces to a multiple of 8.
-static void write_header(Text *out, const FileTensor *tensors, int n_tensors, const Meta *meta, int n_meta) {
+// Adds the header of a file, its tensors laid out in the order given, padded with spaces to a
+// multiple of 8.
+static void write_header(Text *out, const FileTensor *tensors, int n_tensors, const Meta *meta,
+                         int n_meta) {
     int64_t offset = 0;
     text_add(out, "{");
     for (int i = 0; i < n_meta; i++) {
@@ -4087,16 +4216,18 @@ static void write_header(Text *out, const FileTensor *tensors, int n_tensors, co
     while (!out->failed && out->size % 8) text_add(out, " ");
 }
 
-// Writes a safetensors file with the tensors in the order given, whole or not at all (see replacement_close).
-// trial: all of it is done but for the last step, and nothing is left: tells before a long run whether the
-// place can be written. *total: the bytes of the file, or NULL.
-static int safetensors_write(Place *place, const FileTensor *tensors, int n_tensors, const Meta *meta,
-                             int n_meta, int trial, uint64_t *total, char *error) {
+// Writes a safetensors file with the tensors in the order given, whole or not at all (see
+// replacement_close). trial: all of it is done but for the last step, and nothing is left: tells
+// before a long run whether the place can be written. *total: the bytes of the file, or NULL.
+static int safetensors_write(Place *place, const FileTensor *tensors, int n_tensors,
+                             const Meta *meta, int n_meta, int trial, uint64_t *total,
+                             char *error) {
     Text header = {NULL, 0, 0, 0};
     for (int i = 0; i < n_meta; i++) {
         const char *key = meta[i].key, *value = meta[i].value;
         if (!utf8_valid((const unsigned char *)value, strlen(value)))
-            return fail(error, place->path, "'%.80s', '%.80s' cannot be stored: not UTF-8", key, value);
+            return fail(error, place->path, "'%.80s', '%.80s' cannot be stored: not UTF-8", key,
+                        value);
     }
     write_header(&header, tensors, n_tensors, meta, n_meta);
     uint64_t length = header.size, size = 8 + length;
@@ -4119,24 +4250,25 @@ static int safetensors_write(Place *place, const FileTensor *tensors, int n_tens
 // ----------------------------------------------------------------------------
 // data: text, token shards, example sets
 //
-// Text is any file of bytes, a token is a byte's place in the vocabulary. A shard is llm.c's: 256 int32
-// (magic, version, number of tokens, the rest unused), then the tokens: uint16 of GPT-2 (magic 20240520,
-// version 1) or uint32 of Llama 3 (20240801, 7). An example set is a safetensors file with `inputs` and
-// `targets` (N,T), and maybe `lags` (N,T): how far back lies what each target asks for. What a file is, is
-// told by what it holds; what looks like anything else is refused.
+// Text is any file of bytes, a token is a byte's place in the vocabulary. A shard is llm.c's: 256
+// int32 (magic, version, number of tokens, the rest unused), then the tokens: uint16 of GPT-2
+// (magic 20240520, version 1) or uint32 of Llama 3 (20240801, 7). An example set is a safetensors
+// file with `inputs` and `targets` (N,T), and maybe `lags` (N,T): how far back lies what each
+// target asks for. What a file is, is told by what it holds; what looks like anything else is
+// refused.
 
 typedef enum { DATA_TEXT, DATA_SHARD, DATA_EXAMPLES } DataKind;
 
 typedef struct {
     DataKind kind;
-    unsigned char *bytes;      // TEXT, SHARD: the file; dataset_encode puts token ids in a text's place
+    unsigned char *bytes;      // TEXT, SHARD: the file; dataset_encode makes a text token ids
     const uint16_t *tokens;    // SHARD: inside bytes
     const uint32_t *tokens32;  // a SHARD of wider tokens: inside bytes
     int32_t *inputs, *targets; // EXAMPLES: (count, width); a target of -1 is none
     int32_t *lags;             // EXAMPLES: (count, width) or NULL
     int64_t count;             // tokens or examples
     int width;                 // EXAMPLES: T of the file
-    int vocab_hint;            // EXAMPLES: the metadata's vocab_size, or 0; SHARD: its tokenizer's, in llm.c
+    int vocab_hint;            // EXAMPLES: the metadata's vocab_size, or 0; SHARD: its tokenizer's
     int max_id;                // SHARD, EXAMPLES: the largest id, -1 if there is none
     int64_t zeros;             // TEXT: bytes that are 0
     char content[96];          // kind, size and hash: what a resumed run must find again
@@ -4162,11 +4294,12 @@ static int shard_read(Dataset *data, size_t size, const char *path, char *error)
     const void *tokens = data->bytes + SHARD_HEADER;
     size_t held = size - SHARD_HEADER;
     if (header[1] != version)
-        return fail(error, path, "a token shard of version %d; only %d is known", header[1], version);
+        return fail(error, path, "a token shard of version %d; only %d is known", header[1],
+                    version);
     if (header[2] < 1 || (uint64_t)header[2] * (wide ? 4 : 2) != held)
         return fail(error, path,
-                    "a token shard whose header says %d tokens; the file holds %zu bytes of them", header[2],
-                    held);
+                    "a token shard whose header says %d tokens; the file holds %zu bytes of them",
+                    header[2], held);
     data->count = header[2];
     data->vocab_hint = wide ? 128256 : 50257;
     if (wide) data->tokens32 = (const uint32_t *)tokens;
@@ -4174,13 +4307,15 @@ static int shard_read(Dataset *data, size_t size, const char *path, char *error)
     for (int64_t i = 0; i < data->count; i++) {
         uint32_t id = wide ? data->tokens32[i] : data->tokens[i];
         if (id >= MAX_VOCAB)
-            return fail(error, path, "its token %lld is %u; ids are below 2^24", (long long)i, (unsigned)id);
+            return fail(error, path, "its token %lld is %u; ids are below 2^24", (long long)i,
+                        (unsigned)id);
         if ((int)id > data->max_id) data->max_id = (int)id;
     }
     return 0;
 }
 
-// An element of a tensor of integers of that many bits; one of U64 that is too large becomes negative.
+// An element of a tensor of integers of that many bits; one of U64 that is too large becomes
+// negative.
 static int64_t integer_at(const FileTensor *t, int bits, int64_t i) {
     uint64_t word = 0; // little-endian: the element's bytes come lowest
     memcpy(&word, t->data + i * bits / 8, (size_t)bits / 8);
@@ -4188,9 +4323,11 @@ static int64_t integer_at(const FileTensor *t, int bits, int64_t i) {
     return (int64_t)(word << (64 - bits)) >> (64 - bits); // extend the sign
 }
 
-// An integer tensor as int32; raises max_id to its largest number. Every number must be `low` or more and
-// below 2^24, the largest vocabulary. NULL and the line if one is not, or if the dtype is no integer's.
-static int32_t *ids_read(const FileTensor *tensor, int low, int *max_id, const char *path, char *error) {
+// An integer tensor as int32; raises max_id to its largest number. Every number must be `low` or
+// more and below 2^24, the largest vocabulary. NULL and the line if one is not, or if the dtype is
+// no integer's.
+static int32_t *ids_read(const FileTensor *tensor, int low, int *max_id, const char *path,
+                         char *error) {
     char what[80];
     if (*tensor->dtype != 'I' && *tensor->dtype != 'U') {
         fail(error, path, "'%s' is no tensor of integers", tensor->name);
@@ -4210,8 +4347,10 @@ static int32_t *ids_read(const FileTensor *tensor, int low, int *max_id, const c
     for (int64_t i = 0; i < tensor->count; i++) {
         int64_t id = integer_at(tensor, bits, i);
         if (id < low || id >= MAX_VOCAB) {
-            long long example = (long long)(i / tensor->shape[1]), t = (long long)(i % tensor->shape[1]);
-            fail(error, path, "'%s' holds %lld at [%lld,%lld]; what it holds is %d or more and below 2^24",
+            long long example = (long long)(i / tensor->shape[1]);
+            long long t = (long long)(i % tensor->shape[1]);
+            fail(error, path,
+                 "'%s' holds %lld at [%lld,%lld]; what it holds is %d or more and below 2^24",
                  tensor->name, (long long)id, example, t, low);
             free(ids);
             return NULL;
@@ -4222,27 +4361,34 @@ static int32_t *ids_read(const FileTensor *tensor, int low, int *max_id, const c
     return ids;
 }
 
+// Whether the tensors of an example set are there, of one shape, and not too large.
+static int check_examples(const FileTensor *tensors[3], const char *path, char *error) {
+    static const char *names[] = {"inputs", "targets", "lags"};
+    const FileTensor *inputs = tensors[0];
+    for (int i = 0; i < 3; i++) {
+        const FileTensor *t = tensors[i];
+        if (!t && i < 2) return fail(error, path, "not an example set: it has no '%s'", names[i]);
+        if (t && (t->n_dims != 2 || memcmp(t->shape, inputs->shape, 2 * sizeof(int64_t))))
+            return fail(error, path, "'%s' must have two dimensions, (N,T), and the shape of "
+                                     "'inputs'", names[i]);
+    }
+    if (!inputs->count || inputs->shape[1] > 1 << 24 || inputs->shape[0] > INT_MAX)
+        return fail(error, path, "the example set is empty, or too large");
+    return 0;
+}
+
 // Fills data from a safetensors file of examples.
 static int examples_read(Dataset *data, const Safetensors *file, const char *path, char *error) {
     const FileTensor *inputs = safetensors_find(file, "inputs");
     const FileTensor *targets = safetensors_find(file, "targets");
     const FileTensor *lags = safetensors_find(file, "lags");
     const FileTensor *tensors[] = {inputs, targets, lags};
-    static const char *names[] = {"inputs", "targets", "lags"};
-    for (int i = 0; i < 3; i++) {
-        const FileTensor *t = tensors[i];
-        if (!t && i < 2) return fail(error, path, "not an example set: it has no '%s'", names[i]);
-        if (t && (t->n_dims != 2 || memcmp(t->shape, inputs->shape, 2 * sizeof(int64_t))))
-            return fail(error, path, "'%s' must have two dimensions, (N,T), and the shape of 'inputs'",
-                        names[i]);
-    }
-    if (!inputs->count || inputs->shape[1] > 1 << 24 || inputs->shape[0] > INT_MAX)
-        return fail(error, path, "the example set is empty, or too large");
+    if (check_examples(tensors, path, error)) return FAILED;
     const char *vocab_size = safetensors_meta(file, "vocab_size");
     int64_t vocab = 0;
     if (vocab_size && parse_integer(vocab_size, 1, MAX_VOCAB, &vocab))
-        return fail(error, path, "its metadata's vocab_size is '%.40s', not a whole number up to 2^24",
-                    vocab_size);
+        return fail(error, path, "its metadata's vocab_size is '%.40s', not a whole number up to "
+                                 "2^24", vocab_size);
     data->count = inputs->shape[0];
     data->width = (int)inputs->shape[1];
     data->vocab_hint = (int)vocab;
@@ -4308,19 +4454,22 @@ static const Signature signatures[] = {
 };
 
 // Whether the signature stands in the bytes. Letters alone may begin a text as well.
-static int is_signed_by(const Signature *s, const unsigned char *bytes, size_t size, int only_letters) {
+static int is_signed_by(const Signature *s, const unsigned char *bytes, size_t size,
+                        int only_letters) {
     int printable = 1;
     for (int i = 0; i < s->n; i++) printable = printable && s->bytes[i] >= 32 && s->bytes[i] < 127;
     if (printable && only_letters && strcmp(s->bytes, "%PDF-")) return 0;
     return size >= (size_t)(s->at + s->n) && !memcmp(bytes + s->at, s->bytes, (size_t)s->n);
 }
 
-// Of a file: how often each byte stands at each place of a number of 32 bits, and what follows from it.
+// Of a file: how often each byte stands at each place of a number of 32 bits, and what follows from
+// it. letters: at each place of a number of 16 bits what is no control character, or is white
+// space. controls: those that texts of no encoding hold, which are all but white space, escape and
+// zero.
 typedef struct {
     size_t size, of[4][256];
     size_t zeros[4], all_zeros;
-    size_t letters[2]; // no control characters but white space, at the places of a number of 16 bits
-    size_t controls;   // of those that texts of no encoding hold: all but white space, escape and zero
+    size_t letters[2], controls;
 } ByteCounts;
 
 static void count_bytes(ByteCounts *c, const unsigned char *bytes, size_t size) {
@@ -4340,8 +4489,8 @@ static void count_bytes(ByteCounts *c, const unsigned char *bytes, size_t size) 
 
 static const char utf16[] = "UTF-16 text (convert it: iconv -f UTF-16 -t UTF-8)";
 
-// Whether every other byte is one of few, as in UTF-16 of an alphabet that is not Latin, and control
-// characters stand between them, which no text with a byte for a letter holds.
+// Whether every other byte is one of few, as in UTF-16 of an alphabet that is not Latin, and
+// control characters stand between them, which no text with a byte for a letter holds.
 static int is_utf16(const ByteCounts *c) {
     size_t most[2] = {0}, controls = 0, half = c->size / 2;
     for (int parity = 0; parity < 2; parity++) {
@@ -4356,8 +4505,8 @@ static int is_utf16(const ByteCounts *c) {
            controls > c->size / 50;
 }
 
-// What the zeros look like: NULL where they may be a text's. Numbers of 16 or 32 bits, token ids or the
-// letters of UTF-16, leave zeros at the same place of each number.
+// What the zeros look like: NULL where they may be a text's. Numbers of 16 or 32 bits, token ids or
+// the letters of UTF-16, leave zeros at the same place of each number.
 static const char *zeros_look_like(const ByteCounts *c) {
     const size_t *zeros = c->zeros;
     size_t half = c->size / 2, quarter = c->size / 4;
@@ -4373,8 +4522,8 @@ static const char *zeros_look_like(const ByteCounts *c) {
 }
 
 // What bytes look like that are no text: NULL where they may be one. Other numbers than those of
-// zeros_look_like and packed data leave control characters everywhere, which texts of no encoding hold (but
-// for those of white space, backspace, escape and a zero as a separator).
+// zeros_look_like and packed data leave control characters everywhere, which texts of no encoding
+// hold (but for those of white space, backspace, escape and a zero as a separator).
 static const char *looks_like(const unsigned char *bytes, size_t size) {
     ByteCounts counts;
     count_bytes(&counts, bytes, size);
@@ -4397,10 +4546,10 @@ static int is_safetensors(const unsigned char *bytes, size_t size) {
     return length >= 2 && length <= size - 8 && length <= MAX_HEADER && bytes[8] == '{';
 }
 
-// Tells the kind of a file by what it holds; a file named *.safetensors must be one. as_bytes: any file is
-// text.
-static int data_kind(DataKind *kind, const unsigned char *bytes, size_t size, int as_bytes, const char *path,
-                     char *error) {
+// Tells the kind of a file by what it holds; a file named *.safetensors must be one. as_bytes: any
+// file is text.
+static int data_kind(DataKind *kind, const unsigned char *bytes, size_t size, int as_bytes,
+                     const char *path, char *error) {
     *kind = DATA_TEXT;
     if (as_bytes) return 0;
     size_t length = strlen(path);
@@ -4439,8 +4588,8 @@ static int dataset_read(Dataset *data, const char *path, int as_bytes, char *err
     if (file_read(path, &data->bytes, &size, error)) return FAILED;
     int result = data_kind(&data->kind, data->bytes, size, as_bytes, path, error);
     if (!result) {
-        snprintf(data->content, sizeof(data->content), "%s, %zu bytes, hash %016llx", kinds[data->kind], size,
-                 (unsigned long long)hash_bytes(data->bytes, size));
+        snprintf(data->content, sizeof(data->content), "%s, %zu bytes, hash %016llx",
+                 kinds[data->kind], size, (unsigned long long)hash_bytes(data->bytes, size));
         data->max_id = -1;
         data->count = (int64_t)size;
         result = dataset_fill(data, size, path, error);
@@ -4450,16 +4599,16 @@ static int dataset_read(Dataset *data, const char *path, int as_bytes, char *err
 }
 
 // Puts a text's token ids in the place of its bytes.
-static int dataset_encode(Dataset *data, const unsigned char *vocab, int vocab_size, const char *path,
-                          char *error) {
+static int dataset_encode(Dataset *data, const unsigned char *vocab, int vocab_size,
+                          const char *path, char *error) {
     int ids[256];
     for (int byte = 0; byte < 256; byte++) ids[byte] = -1;
     for (int id = 0; id < vocab_size; id++) ids[vocab[id]] = id;
     for (int64_t i = 0; i < data->count; i++) {
         int byte = data->bytes[i];
         if (ids[byte] < 0)
-            return fail(error, path, "the vocabulary lacks the byte 0x%02X at offset %lld", (unsigned)byte,
-                        (long long)i);
+            return fail(error, path, "the vocabulary lacks the byte 0x%02X at offset %lld",
+                        (unsigned)byte, (long long)i);
         data->bytes[i] = (unsigned char)ids[byte];
     }
     return 0;
@@ -4472,8 +4621,8 @@ static inline int token_at(const Dataset *set, int64_t i) {
     return set->bytes[i];
 }
 
-// Copies one sequence into inputs and targets (T): the example, or the tokens from `at` on and the ones that
-// follow them.
+// Copies one sequence into inputs and targets (T): the example, or the tokens from `at` on and the
+// ones that follow them.
 static void copy_sequence(int *inputs, int *targets, const Dataset *set, int64_t at, int T) {
     for (int t = 0; t < T; t++) {
         int64_t element = at * T + t; // of the examples' arrays
@@ -4483,16 +4632,40 @@ static void copy_sequence(int *inputs, int *targets, const Dataset *set, int64_t
 }
 
 // ----------------------------------------------------------------------------
-// options: one table drives the command line, its help, the metadata of files and what a resumed run repeats
+// options
+//
+// One table drives everything that is done with an option: the command line and its help, the
+// metadata of a checkpoint, what a resumed run repeats and what it may change. A new option is a
+// field of Options and a row of the table. What the table cannot say stands behind it: the defaults
+// that depend on other options, and which options go together.
 
+// The value of every option, and what is stored with them of where a run stands.
 typedef struct {
-    const char *data, *val, *format, *mixer, *log, *out, *load, *resume, *prompt, *data_content, *val_content,
-        *started_from;
-    int64_t vocab, dim, layers, heads, kv_heads, head_dim, state_dim, seq, steps, batch, accum, warmup,
-        decay_steps, seed, eval_every, eval_batches, sample_every, save_every, overwrite, again, generate,
-        eval, top_k, window, plain, step, validated;
-    double gamma_max, lr, min_lr, beta1, beta2, eps, weight_decay, clip, dropout, temperature, top_p,
-        best_val, train_loss, previous_loss, grad_norm;
+    // data
+    const char *data, *val, *format;
+    // model
+    const char *mixer;
+    int64_t vocab, dim, layers, heads, kv_heads, head_dim, state_dim, seq;
+    double gamma_max;
+    // training
+    int64_t steps, batch, accum, warmup, decay_steps, seed;
+    double lr, min_lr, beta1, beta2, eps, weight_decay, clip, dropout;
+    // watching
+    int64_t eval_every, eval_batches, sample_every;
+    const char *log;
+    // files
+    const char *out, *load, *resume;
+    int64_t save_every, overwrite, again;
+    // instead of training
+    int64_t generate, eval, top_k, window;
+    const char *prompt;
+    double temperature, top_p;
+    // computing
+    int64_t plain;
+    // state
+    int64_t step, validated;
+    double best_val, train_loss, previous_loss, grad_norm;
+    const char *data_content, *val_content, *started_from;
 } Options;
 
 typedef enum {
@@ -4520,12 +4693,14 @@ typedef struct {
 static const Option option_table[] = {
     {DATA, "data", "data", TEXT, FIELD(data), "data/tinyshakespeare.txt", 0, 0,
      "text, token shard or example set, told by what it holds"},
-    {DATA, "val", "val", TEXT, FIELD(val), NULL, 0, 0, "validation data (else the last 10 % of --data)"},
+    {DATA, "val", "val", TEXT, FIELD(val), NULL, 0, 0,
+     "validation data (else the last 10 % of --data)"},
     {DATA, "format", "data_format", TEXT, FIELD(format), "auto", 0, 0,
      "auto: told by what the file holds; bytes: any file as text"},
     {MODEL, "vocab", "vocab_size", INTEGER, FIELD(vocab), NULL, 1, MAX_VOCAB,
      "of shards (else the tokenizer's: 50257, 128256), of examples (else from them)"},
-    {MODEL, "mixer", "mixer", TEXT, FIELD(mixer), "sessa", 0, 0, "sessa, attention (no feedback) or mamba2"},
+    {MODEL, "mixer", "mixer", TEXT, FIELD(mixer), "sessa", 0, 0,
+     "sessa, attention (no feedback) or mamba2"},
     {MODEL, "dim", "d_model", INTEGER, FIELD(dim), "128", 1, 1 << 16, "width D"},
     {MODEL, "layers", "n_layers", INTEGER, FIELD(layers), "5", 1, 4096, "layers L"},
     {MODEL, "heads", "n_heads", INTEGER, FIELD(heads), "4", 1, 1 << 16,
@@ -4536,11 +4711,13 @@ static const Option option_table[] = {
      "mamba2: width w of a head, a divisor of 2D (else 64, or 2D)"},
     {MODEL, "state-dim", "mamba_state_dim", INTEGER, FIELD(state_dim), NULL, 1, 1024,
      "mamba2: state of a channel (else 64)"},
-    {MODEL, "seq", "max_seq_len", INTEGER, FIELD(seq), "64", 1, 1 << 24, "tokens T of a training sequence"},
+    {MODEL, "seq", "max_seq_len", INTEGER, FIELD(seq), "64", 1, 1 << 24,
+     "tokens T of a training sequence"},
     {MODEL, "gamma-max", "gamma_max", NUMBER, FIELD(gamma_max), "0.999", 1e-6, 0.999999,
      "bound of the feedback gain"},
     {TRAINING, "steps", "steps", INTEGER, FIELD(steps), "2000", 0, 1e11, "updates of the weights"},
-    {TRAINING, "batch", "batch", INTEGER, FIELD(batch), "12", 1, 1 << 20, "sequences of a micro-batch"},
+    {TRAINING, "batch", "batch", INTEGER, FIELD(batch), "12", 1, 1 << 20,
+     "sequences of a micro-batch"},
     {TRAINING, "accum", "accum", INTEGER, FIELD(accum), "1", 1, 1 << 20, "micro-batches of a step"},
     {TRAINING, "lr", "lr", NUMBER, FIELD(lr), "3e-3", 0, 1e3, "learning rate"},
     {TRAINING, "min-lr", "min_lr", NUMBER, FIELD(min_lr), NULL, 0, 1e3,
@@ -4554,7 +4731,8 @@ static const Option option_table[] = {
     {TRAINING, "eps", "eps", NUMBER, FIELD(eps), "1e-8", 1e-30, 1, "AdamW"},
     {TRAINING, "weight-decay", "weight_decay", NUMBER, FIELD(weight_decay), "0.1", 0, 1e3,
      "AdamW, on matrices"},
-    {TRAINING, "clip", "clip", NUMBER, FIELD(clip), "1", 0, 1e30, "bound of the gradient's norm, 0: none"},
+    {TRAINING, "clip", "clip", NUMBER, FIELD(clip), "1", 0, 1e30,
+     "bound of the gradient's norm, 0: none"},
     {TRAINING, "dropout", "dropout", NUMBER, FIELD(dropout), "0", 0, 0.999, "probability"},
     {TRAINING, "seed", "seed", INTEGER, FIELD(seed), "1337", 0, 9e15,
      "of weights, data order, dropout and sampling"},
@@ -4564,7 +4742,8 @@ static const Option option_table[] = {
      "batches of a validation; the last takes all"},
     {WATCHING, "sample-every", NULL, INTEGER, FIELD(sample_every), "0", 0, 1e12,
      "steps between samples, 0: none"},
-    {WATCHING, "log", NULL, TEXT, FIELD(log), NULL, 0, 0, "one JSON object a line, one line a step"},
+    {WATCHING, "log", NULL, TEXT, FIELD(log), NULL, 0, 0,
+     "one JSON object a line, one line a step"},
     {FILES, "out", NULL, TEXT, FIELD(out), "sessa.safetensors", 0, 0,
      "the run, to resume; the best weights lie beside it"},
     {FILES, "save-every", NULL, INTEGER, FIELD(save_every), NULL, 1, 1e12,
@@ -4575,16 +4754,21 @@ static const Option option_table[] = {
      "replace a run of the same settings and data, as make train does"},
     {FILES, "load", NULL, TEXT, FIELD(load), NULL, 0, 0,
      "start from, evaluate or generate with these weights"},
-    {FILES, "resume", NULL, TEXT, FIELD(resume), NULL, 0, 0, "go on exactly where this run stopped"},
-    {INSTEAD, "generate", NULL, INTEGER, FIELD(generate), NULL, 1, 1e9, "write that many tokens with --load"},
+    {FILES, "resume", NULL, TEXT, FIELD(resume), NULL, 0, 0,
+     "go on exactly where this run stopped"},
+    {INSTEAD, "generate", NULL, INTEGER, FIELD(generate), NULL, 1, 1e9,
+     "write that many tokens with --load"},
     {INSTEAD, "prompt", NULL, TEXT, FIELD(prompt), "", 0, 0, "text (or token ids) to go on from"},
-    {INSTEAD, "temperature", NULL, NUMBER, FIELD(temperature), "1", 0, 1e6, "0: always the likeliest token"},
-    {INSTEAD, "top-k", NULL, INTEGER, FIELD(top_k), "0", 0, 1 << 24, "only the k likeliest tokens, 0: all"},
+    {INSTEAD, "temperature", NULL, NUMBER, FIELD(temperature), "1", 0, 1e6,
+     "0: always the likeliest token"},
+    {INSTEAD, "top-k", NULL, INTEGER, FIELD(top_k), "0", 0, 1 << 24,
+     "only the k likeliest tokens, 0: all"},
     {INSTEAD, "top-p", NULL, NUMBER, FIELD(top_p), "1", 1e-9, 1,
      "only the likeliest tokens of that total probability"},
     {INSTEAD, "window", NULL, INTEGER, FIELD(window), NULL, 0, 1 << 30,
      "positions remembered (else the model's seq), 0: all"},
-    {INSTEAD, "eval", NULL, FLAG, FIELD(eval), "0", 0, 1, "validation loss of --load on the whole split"},
+    {INSTEAD, "eval", NULL, FLAG, FIELD(eval), "0", 0, 1,
+     "validation loss of --load on the whole split"},
     {COMPUTING, "plain", NULL, FLAG, FIELD(plain), "0", 0, 1,
      "every layer by its plain loops: slow, to compare and to learn from"},
     {STATE, "step", "step", INTEGER, FIELD(step), "0", 0, 1e11, "updates done"},
@@ -4609,60 +4793,106 @@ enum { N_OPTIONS = sizeof(option_table) / sizeof(option_table[0]) };
 
 typedef struct { Options values; char given[N_OPTIONS]; } Settings;
 
+// The defaults. Most stand in the table. An option without one there is not set, 0, or -1 where 0
+// is a value, until the command line, a checkpoint or the data sets it; what is left then follows
+// from other options, as settle_defaults says and no other place does.
+static void clear_options(Options *o) {
+    memset(o, 0, sizeof(*o));
+    o->min_lr = -1;
+    o->warmup = -1;
+    o->window = -1;
+}
+static void settle_defaults(Options *o) {
+    int mamba2 = find_mixer(o->mixer) == MAMBA2;
+    if (!o->kv_heads) o->kv_heads = o->heads;
+    if (mamba2 && !o->head_dim) o->head_dim = 2 * o->dim < 64 ? 2 * o->dim : 64;
+    if (mamba2 && !o->state_dim) o->state_dim = 64;
+    if (o->min_lr < 0) o->min_lr = o->lr / 10;
+    if (!o->decay_steps) o->decay_steps = o->steps > 0 ? o->steps : 1;
+    if (o->warmup < 0) o->warmup = o->decay_steps < 2000 ? o->decay_steps * 3 / 20 : 300;
+    if (!o->save_every) o->save_every = o->eval_every;
+    if (o->window < 0) o->window = o->seq;
+    if (!o->resume) o->validated = 0;
+}
+
 // Sets one option from its text.
 static int set_option(Options *o, const Option *option, const char *text, char *error) {
     void *field = (char *)o + option->offset;
     double low = option->low, high = option->high, number;
-    if (option->type == TEXT) *(const char **)field = text;
-    else if (option->type == NUMBER && !parse_number(text, &number) && number >= low && number <= high)
+    int is_number = option->type == NUMBER;
+    if (option->type == TEXT) {
+        *(const char **)field = text;
+        return 0;
+    }
+    if (is_number && !parse_number(text, &number) && number >= low && number <= high) {
         *(double *)field = number;
-    else if (option->type == NUMBER || parse_integer(text, low, high, (int64_t *)field))
-        return wrong(error, NULL, "--%s takes a %snumber from %.9g to %.9g, not '%s'", option->name,
-                     option->type == NUMBER ? "" : "whole ", low, high, text);
-    return 0;
+        return 0;
+    }
+    if (!is_number && !parse_integer(text, low, high, (int64_t *)field)) return 0;
+    const char *kind = is_number ? "" : "whole ";
+    return wrong(error, NULL, "--%s takes a %snumber from %.9g to %.9g, not '%s'", option->name,
+                 kind, low, high, text);
 }
 
-// An option's value as text, a number with as many digits as give the same number again. NULL: one that is
-// not set.
+// An option's value as text, a number with as many digits as give the same number again. NULL: not
+// set.
 static const char *option_text(char text[96], const Options *o, const Option *option) {
     const void *field = (const char *)o + option->offset;
     if (option->type == TEXT) return *(const char *const *)field;
-    if (option->type != NUMBER && !option->fallback && option->low > 0 && !*(const int64_t *)field)
-        return NULL;
-    if (option->type != NUMBER) snprintf(text, 96, "%lld", (long long)*(const int64_t *)field);
-    for (int digits = 6; option->type == NUMBER && digits <= 17; digits++) {
-        snprintf(text, 96, "%.*g", digits, *(const double *)field);
-        if (strtod(text, NULL) == *(const double *)field) break;
+    if (option->type == NUMBER) {
+        double number = *(const double *)field;
+        for (int digits = 6; digits <= 17; digits++) {
+            snprintf(text, 96, "%.*g", digits, number);
+            if (strtod(text, NULL) == number) break;
+        }
+        return text;
     }
+    int64_t number = *(const int64_t *)field;
+    if (!number && !option->fallback && option->low > 0) return NULL;
+    snprintf(text, 96, "%lld", (long long)number);
     return text;
 }
 
+// The row of the table with this name, NULL if there is none, or none for the command line.
 static const Option *find_option(const char *name, size_t length) {
-    for (int i = 0; i < N_OPTIONS && option_table[i].group < STATE; i++)
-        if (strlen(option_table[i].name) == length && !strncmp(option_table[i].name, name, length))
-            return &option_table[i];
+    for (int i = 0; i < N_OPTIONS && option_table[i].group < STATE; i++) {
+        const Option *option = &option_table[i];
+        if (strlen(option->name) == length && !strncmp(option->name, name, length)) return option;
+    }
     return NULL;
 }
+// Whether it stands on the command line.
 static int is_given(const Settings *s, const char *name) {
     return s->given[find_option(name, strlen(name)) - option_table];
 }
 
+// Whether the option's name is one of those in a list of words, " like this ".
+static int is_among(const Option *option, const char *list) {
+    char word[24];
+    snprintf(word, sizeof(word), " %s ", option->name);
+    return strstr(list, word) != NULL;
+}
+
 // Whether a run's file may lack it: it is not always set, or came later.
 static int may_lack(const Option *option) {
-    static const char *keys[] = {"val",           "data_format", "validated",   "train_loss",
-                                 "previous_loss", "grad_norm",   "started_from"};
-    for (size_t i = 0; i < sizeof(keys) / sizeof(keys[0]); i++)
-        if (!strcmp(option->key, keys[i])) return 1;
-    return 0;
+    return is_among(option,
+                    " val format validated train_loss previous_loss grad_norm started_from ");
+}
+
+// What may be given at a resume and differ from what the run stores: the data's content is compared
+// instead.
+static int may_differ_at_resume(const Option *option) {
+    return option->group == DATA || is_among(option, " steps lr min-lr decay-steps ");
 }
 
 static void print_help(const char *program) {
-    static const char *titles[] = {"data",  "model", "training", "watching",
-                                   "files", "instead of training", "computing"};
+    static const char *titles[] = {
+        "data", "model", "training", "watching", "files", "instead of training", "computing"};
     static const char *types[] = {"TEXT", "N", "X", ""};
     printf("Trains Sessa models, evaluates them and generates with them.\n\n"
            "  %s --data my.txt --dim 256 --layers 6 --seq 256 --out my.safetensors\n"
-           "  %s --load my.best.safetensors --generate 500 --prompt \"Once upon\" --temperature 0.8\n",
+           "  %s --load my.best.safetensors --generate 500 --prompt \"Once upon\" "
+           "--temperature 0.8\n",
            program, program);
     for (int i = 0; i < N_OPTIONS && option_table[i].group < STATE; i++) {
         const Option *o = &option_table[i];
@@ -4671,25 +4901,27 @@ static void print_help(const char *program) {
         if (o->fallback && *o->fallback && o->type != FLAG) printf(" [%s]", o->fallback);
         printf("\n");
     }
-    printf("\nThreads: OMP_NUM_THREADS. Exit code 0: done, 1: failed, 2: wrong option, 130: stopped by "
-           "Ctrl-C\nor a signal, saved; a second Ctrl-C ends it at once.\n");
+    printf("\nThreads: OMP_NUM_THREADS. Exit code 0: done, 1: failed, 2: wrong option, 130: stopped "
+           "by Ctrl-C\nor a signal, saved; a second Ctrl-C ends it at once.\n");
 }
 
 // Reads the command line: --name value or --name=value. 1 if help was asked for.
 static int parse_options(Settings *s, int argc, char **argv, char *error) {
     memset(s, 0, sizeof(*s));
-    s->values.min_lr = -1;
-    s->values.window = s->values.warmup = -1;
-    for (int i = 0; i < N_OPTIONS; i++)
-        if (option_table[i].fallback)
-            set_option(&s->values, &option_table[i], option_table[i].fallback, error);
+    clear_options(&s->values);
+    for (int i = 0; i < N_OPTIONS; i++) {
+        const char *fallback = option_table[i].fallback;
+        if (fallback) set_option(&s->values, &option_table[i], fallback, error);
+    }
     for (int i = 1; i < argc; i++) {
-        if (!strcmp(argv[i], "--help") || !strcmp(argv[i], "-h")) return 1;
-        const char *equals = strchr(argv[i], '=');
-        size_t length = equals ? (size_t)(equals - argv[i]) : strlen(argv[i]);
-        const Option *option = strncmp(argv[i], "--", 2) ? NULL : find_option(argv[i] + 2, length - 2);
-        if (!option) return wrong(error, NULL, "unknown option '%s' (--help lists them)", argv[i]);
-        const char *value = equals ? equals + 1 : option->type == FLAG ? "1" : ++i < argc ? argv[i] : "";
+        const char *word = argv[i], *equals = strchr(word, '=');
+        if (!strcmp(word, "--help") || !strcmp(word, "-h")) return 1;
+        size_t length = equals ? (size_t)(equals - word) : strlen(word);
+        const Option *option = strncmp(word, "--", 2) ? NULL : find_option(word + 2, length - 2);
+        if (!option) return wrong(error, NULL, "unknown option '%s' (--help lists them)", word);
+        const char *value = "1"; // of a flag
+        if (equals) value = equals + 1;
+        else if (option->type != FLAG) value = ++i < argc ? argv[i] : "";
         if (!*value && strcmp(option->name, "prompt"))
             return wrong(error, NULL, "--%s takes a value", option->name);
         if (s->given[option - option_table])
@@ -4700,27 +4932,47 @@ static int parse_options(Settings *s, int argc, char **argv, char *error) {
     return 0;
 }
 
+// Whether the model is trained; else it generates or is evaluated.
+static int is_training(const Options *o) { return !o->generate && !o->eval; }
+
+// Whether the option changes anything in what the program was asked to do.
+static int is_of_use(const Options *o, const Option *option) {
+    Group group = option->group;
+    if (group == COMPUTING) return 1;
+    if (o->generate) return group == MODEL || group == INSTEAD || is_among(option, " load seed ");
+    if (o->eval) return group == MODEL || group == DATA || is_among(option, " load eval batch ");
+    if (group != INSTEAD) return 1;
+    return o->sample_every && is_among(option, " temperature top-k top-p ");
+}
+
 // An option that would change nothing is refused: whoever wrote it expects something of it.
 static int check_use(const Settings *s, char *error) {
     const Options *o = &s->values;
-    for (int i = 0; i < N_OPTIONS && option_table[i].group < STATE; i++) {
-        const char *name = option_table[i].name;
-        char word[24];
-        Group group = option_table[i].group;
-        snprintf(word, sizeof(word), " %s ", name);
-        int sampling = strstr(" temperature top-k top-p ", word) != NULL, used;
-        if (o->generate) used = group == MODEL || group == INSTEAD || strstr(" load seed ", word);
-        else if (o->eval) used = group == MODEL || group == DATA || strstr(" load eval batch ", word);
-        else used = group != INSTEAD || (sampling && o->sample_every);
-        if (s->given[i] && !used && group != COMPUTING)
-            return wrong(error, NULL, "--%s changes nothing %s", name,
-                         o->generate ? "with --generate"
-                         : o->eval   ? "with --eval"
-                         : sampling  ? "without --sample-every or --generate"
-                                     : "without --generate");
+    for (int i = 0; i < N_OPTIONS; i++) {
+        const Option *option = &option_table[i];
+        if (!s->given[i] || is_of_use(o, option)) continue;
+        const char *when = "without --generate";
+        if (is_among(option, " temperature top-k top-p "))
+            when = "without --sample-every or --generate";
+        if (o->eval) when = "with --eval";
+        if (o->generate) when = "with --generate";
+        return wrong(error, NULL, "--%s changes nothing %s", option->name, when);
     }
     if (is_given(s, "gamma-max") && strcmp(o->mixer, "sessa"))
         return wrong(error, NULL, "--gamma-max changes nothing with --mixer %s", o->mixer);
+    return 0;
+}
+
+// Whether the options of the command line go together.
+static int check_options(const Settings *s, char *error) {
+    const Options *o = &s->values;
+    if (o->resume && (o->load || !is_training(o)))
+        return wrong(error, NULL, "--resume goes with neither --load, --generate nor --eval");
+    if (o->generate && o->eval)
+        return wrong(error, NULL, "--generate and --eval exclude each other");
+    if (!is_training(o) && !o->load)
+        return wrong(error, NULL, "--generate and --eval take the weights from --load FILE");
+    if (check_use(s, error)) return WRONG_OPTION;
     if (o->again && (o->resume || o->overwrite))
         return wrong(error, NULL, "--again goes with neither --resume nor --overwrite");
     if (strcmp(o->format, "auto") && strcmp(o->format, "bytes"))
@@ -4730,46 +4982,64 @@ static int check_use(const Settings *s, char *error) {
 
 // ----------------------------------------------------------------------------
 // a run: options, data, model and where training stands
+//
+// One struct holds all that the program knows of what it was asked to do, whether that is to train,
+// to evaluate or to generate; nothing of it is global. The sections after this one fill it in: from
+// checkpoints, from data, and with the places where files may be written.
 
 typedef struct {
     const Backend *backend;
     Settings settings;
-    Config config;
-    Options stored;           // of a resumed run: as its file has them
+    Options stored;           // of a resumed run: the options as its file has them
+    Config config;            // the model that the options describe
+
+    // files
     char best_path[PATH_MAX]; // beside --out: the weights with the lowest validation loss
     Place out_place, best_place, log_place;
-    unsigned char
-        *old_best; // of a run resumed under another name: the best weights so far, until its first save
-    size_t n_old_best;
-    int replaces_best;        // what lies at the place of the best weights is another run's, and may go
-    char started_from[96];    // kind, size and hash of --load
+    int replaces_best;        // another run's best weights lie at best_path, and may go
+    unsigned char *old_best;  // of a run resumed under another name: its best weights so far,
+    size_t n_old_best;        // until the first save
     Safetensors file;         // of --load or --resume; options may point into it
+    char started_from[96];    // kind, size and hash of --load
+
+    // data
+    Dataset train, val;       // val is unused when it is the rest of train
+    const Dataset *val_set;   // the one of them that is validated on
+    int64_t train_end, val_begin, val_end; // tokens or examples of the two splits
+    char val_note[ERROR_SIZE]; // what --eval says of a text that the model was not validated on
     unsigned char vocab[256]; // the bytes of a text model's tokens
     int vocab_bytes;          // their number, 0: tokens are ids
-    Dataset train, val;       // val is unused when it is the rest of train
-    const Dataset *val_set;
-    char val_note[ERROR_SIZE]; // what --eval says of the text, where it is not the one that the model was
-                               // validated on
-    int64_t train_end, val_begin, val_end; // tokens or examples of the two splits
+    int32_t *order;           // example sets: this epoch's permutation
+    int64_t order_epoch;
+
+    // model
     Model *model;
-    int model_T;              // its longest sequence: of a training batch, or what generation remembers
+    int model_T;              // its longest sequence: of a batch, or what generation remembers
     Table table;              // of the parameters
     int *inputs, *targets;    // (accum·batch, seq)
     char *hits;               // (batch, seq)
-    int32_t *order;           // example sets: this epoch's permutation
-    int64_t order_epoch;
+
     int in_place;             // the line of a step stands on the terminal, the cursor on it
 } Run;
 
 // The model that the options describe.
 static int config_of(Config *c, const Options *o, char *error) {
-    Config config = {(int)o->vocab, (int)o->dim,  (int)o->layers,       (int)o->heads,    (int)o->kv_heads,
-                     (int)o->seq,   o->gamma_max, find_mixer(o->mixer), (int)o->head_dim, (int)o->state_dim};
+    Config config = {.vocab_size = (int)o->vocab,
+                     .d_model = (int)o->dim,
+                     .n_layers = (int)o->layers,
+                     .n_heads = (int)o->heads,
+                     .n_kv_heads = (int)o->kv_heads,
+                     .max_seq_len = (int)o->seq,
+                     .gamma_max = o->gamma_max,
+                     .mixer = find_mixer(o->mixer),
+                     .head_dim = (int)o->head_dim,
+                     .state_dim = (int)o->state_dim};
     *c = config;
     if (c->mixer < 0)
         return wrong(error, NULL, "--mixer takes sessa, attention or mamba2, not '%s'", o->mixer);
     if (c->mixer == MAMBA2 && 2 * o->dim % o->head_dim)
-        return wrong(error, NULL, "--head-dim %d does not divide twice --dim %d", c->head_dim, c->d_model);
+        return wrong(error, NULL, "--head-dim %d does not divide twice --dim %d", c->head_dim,
+                     c->d_model);
     if (c->mixer != MAMBA2 && o->head_dim + o->state_dim)
         return wrong(error, NULL, "--head-dim and --state-dim are for mamba2");
     if (o->dim % o->heads)
@@ -4777,27 +5047,37 @@ static int config_of(Config *c, const Options *o, char *error) {
     if (o->dim / o->heads % 2)
         return wrong(error, NULL, "--dim / --heads must be even, not %d", c->d_model / c->n_heads);
     if (o->heads % o->kv_heads)
-        return wrong(error, NULL, "--kv-heads %d does not divide --heads %d", c->n_kv_heads, c->n_heads);
-    if (!o->generate && o->batch * o->accum > INT_MAX / 64 / o->seq)
+        return wrong(error, NULL, "--kv-heads %d does not divide --heads %d", c->n_kv_heads,
+                     c->n_heads);
+    int most = INT_MAX / 64; // tokens of a step
+    if (!o->generate && o->batch * o->accum > most / o->seq)
         return wrong(error, NULL, "--batch times --accum times --seq must not exceed %d tokens",
-                     INT_MAX / 64);
+                     most);
     return 0;
 }
 
+// ----------------------------------------------------------------------------
+// a run's checkpoints
+//
+// A checkpoint is a safetensors file: the parameters, and in RESUMABLE ones AdamW's moments, by the
+// names of the parameter table; as metadata the options, by the table of options; of a model of
+// bytes its vocabulary. A resumed run goes on with the same bits: what it needs beside the file is
+// its data, whose hash is compared.
+
 typedef enum { WEIGHTS, RESUMABLE } Content;
 
-// The options that a file stores, as its metadata; each as text that reads back as the same value. Returns
-// their number. Weights alone do not say how many steps the run has: it may go on without a change of them.
+// The options that a file stores, as its metadata; each as text that reads back as the same value.
+// Returns their number. Weights alone do not say how many steps the run has: it may go on without a
+// change of them.
 static int metadata_of(const Run *run, Content content, Meta *meta, char texts[][96], char *error) {
-    static char format[] = "format", pt[] = "pt"; // which readers of the transformers family ask for
-    const Options *o = &run->settings.values;
+    static char format[] = "format", pt[] = "pt"; // readers of the transformers family ask for it
     Meta first = {format, pt};
     int n = 0;
     meta[n++] = first;
     for (int i = 0; i < N_OPTIONS; i++) {
         const Option *option = &option_table[i];
-        int stored = option->key && (content == RESUMABLE || strcmp(option->name, "steps"));
-        const char *text = stored ? option_text(texts[i], o, option) : NULL;
+        int stored = option->key && (content == RESUMABLE || !is_among(option, " steps "));
+        const char *text = stored ? option_text(texts[i], &run->settings.values, option) : NULL;
         Options copy;
         if (!text) continue;
         if (set_option(&copy, option, text, error)) return FAILED; // what is written can be read
@@ -4807,48 +5087,81 @@ static int metadata_of(const Run *run, Content content, Meta *meta, char texts[]
     return n;
 }
 
+// What a checkpoint is made of, while it is written.
+typedef struct {
+    FileTensor *tensors;
+    int n;
+    char (*names)[96];
+    float *numbers; // of a build in float64: rounded, block by block
+} CheckpointFile;
+
+// Adds the tensors of a block of the model. Their numbers are written from where they are, unless
+// they must be rounded first.
+static int add_block(CheckpointFile *file, const Run *run, Block block, const char *path,
+                     char *error) {
+    const Table *table = &run->table;
+    const real *values = run->backend->read(run->model, block);
+    const unsigned char *data = (const unsigned char *)values;
+    const char *what = block == PARAMS ? "a weight" : "a moment";
+    if (!isfinite(norm(values, table->count)))
+        return fail(error, path, "not written: %s is not finite", what);
+    if (sizeof(real) != sizeof(float)) {
+        float *rounded = file->numbers + (int)block * table->count;
+        for (int64_t k = 0; k < table->count; k++) rounded[k] = (float)values[k];
+        data = (const unsigned char *)rounded;
+    }
+    for (int i = 0; i < table->n; i++) {
+        const Tensor *row = &table->rows[i];
+        char *name = file->names[file->n];
+        snprintf(name, 96, "%s%s", block_prefixes[block], row->name);
+        FileTensor *t = &file->tensors[file->n++];
+        t->name = name;
+        strcpy(t->dtype, "F32");
+        t->n_dims = row->n_dims;
+        memcpy(t->shape, row->shape, sizeof(row->shape));
+        t->count = row->count;
+        t->size = (size_t)row->count * 4;
+        t->data = data + row->offset * 4;
+    }
+    return 0;
+}
+
+// Adds the vocabulary of a model of bytes.
+static void add_vocabulary(CheckpointFile *file, const Run *run) {
+    int64_t size = run->vocab_bytes;
+    FileTensor t = {(char *)"tokenizer.bytes", "U8", 1, {size}, size, (size_t)size, run->vocab};
+    if (size) file->tensors[file->n++] = t;
+}
+
 // Writes the weights, and RESUMABLE all that a run needs to go on, to a place. trial, total: see
 // safetensors_write.
-static int save_checkpoint(Run *run, Place *place, Content content, int trial, uint64_t *total, char *error) {
-    const char *path = place->path;
-    int n_blocks = content == RESUMABLE ? 3 : 1, n = 0, n_rows = run->table.n;
-    FileTensor *tensors = (FileTensor *)calloc((size_t)(n_blocks * n_rows + 1), sizeof(FileTensor));
-    char (*names)[96] = (char (*)[96])malloc((size_t)(n_blocks * n_rows) * 96), texts[N_OPTIONS][96];
-    size_t count = (size_t)run->table.count;
-    float *numbers = (float *)grow(
-        NULL, sizeof(real) == sizeof(float) ? sizeof(float) : (size_t)n_blocks * count * sizeof(float));
+static int save_checkpoint(Run *run, Place *place, Content content, int trial, uint64_t *total,
+                           char *error) {
+    int n_blocks = content == RESUMABLE ? 3 : 1;
+    size_t n_tensors = (size_t)(n_blocks * run->table.n);
+    size_t count = (size_t)n_blocks * (size_t)run->table.count;
+    CheckpointFile file;
+    file.n = 0;
+    file.tensors = (FileTensor *)calloc(n_tensors + 1, sizeof(FileTensor));
+    file.names = (char (*)[96])malloc(n_tensors * 96);
+    file.numbers = (float *)grow(NULL, (sizeof(real) == sizeof(float) ? 1 : count) * sizeof(float));
     Meta meta[N_OPTIONS + 1];
-    int result = tensors && names && numbers ? 0 : fail(error, path, "cannot be written: out of memory");
-    for (int block = 0; !result && block < n_blocks; block++) {
-        const real *values = run->backend->read(run->model, (Block)block);
-        const void *data = values; // written from where they are, unless they must be rounded first
-        if (!isfinite(norm(values, run->table.count)))
-            result = fail(error, path, "not written: %s",
-                          block ? "a moment is not finite" : "a weight is not finite");
-        if (sizeof(real) != sizeof(float)) {
-            data = numbers + (size_t)block * count;
-            for (size_t k = 0; k < count; k++) numbers[(size_t)block * count + k] = (float)values[k];
-        }
-        for (int i = 0; i < n_rows; i++, n++) {
-            const Tensor *row = &run->table.rows[i];
-            FileTensor t = {names[n], "F32", row->n_dims, {0}, row->count, (size_t)row->count * 4,
-                            (const unsigned char *)data + row->offset * 4};
-            snprintf(names[n], 96, "%s%s", block_prefixes[block], row->name);
-            memcpy(t.shape, row->shape, sizeof(row->shape));
-            tensors[n] = t;
-        }
+    char texts[N_OPTIONS][96];
+    int result = 0, n_meta = 0;
+    if (!file.tensors || !file.names || !file.numbers)
+        result = fail(error, place->path, "cannot be written: out of memory");
+    for (int block = 0; !result && block < n_blocks; block++)
+        result = add_block(&file, run, (Block)block, place->path, error);
+    if (!result) {
+        add_vocabulary(&file, run);
+        n_meta = metadata_of(run, content, meta, texts, error);
+        if (n_meta < 0) result = FAILED;
     }
-    if (!result && run->vocab_bytes) {
-        int64_t size = run->vocab_bytes;
-        FileTensor t = {(char *)"tokenizer.bytes", "U8", 1, {size}, size, (size_t)size, run->vocab};
-        tensors[n++] = t;
-    }
-    int n_meta = result ? 0 : metadata_of(run, content, meta, texts, error);
-    if (n_meta < 0) result = FAILED;
-    if (!result) result = safetensors_write(place, tensors, n, meta, n_meta, trial, total, error);
-    free(tensors);
-    free(names);
-    free(numbers);
+    if (!result)
+        result = safetensors_write(place, file.tensors, file.n, meta, n_meta, trial, total, error);
+    free(file.tensors);
+    free(file.names);
+    free(file.numbers);
     return result;
 }
 
@@ -4859,8 +5172,8 @@ static int save_best(Run *run, char *error) {
     return 0;
 }
 
-// The run. One resumed under another name takes the best weights so far with it; one that replaces another
-// run, as it was told to, takes that one's best weights away: they would not be its own.
+// The run. One resumed under another name takes the best weights so far with it; one that replaces
+// another run, as it was told to, takes that one's best weights away: they would not be its own.
 static int save_run(Run *run, char *error) {
     if (run->n_old_best) {
         if (write_whole(&run->best_place, run->old_best, run->n_old_best, error)) return FAILED;
@@ -4874,74 +5187,87 @@ static int save_run(Run *run, char *error) {
     return 0;
 }
 
-// Reads one block of the table's tensors from the run's file into the model. While there is no model yet it
-// only checks them: that they are there, with their dtypes and shapes, all numbers finite.
-static int load_block(Run *run, const char *path, Block block, char *error) {
-    real *values = run->model ? run->backend->read(run->model, block) : NULL;
-    for (int i = 0; i < run->table.n; i++) {
-        const Tensor *row = &run->table.rows[i];
-        char name[96];
-        snprintf(name, sizeof(name), "%s%s", block_prefixes[block], row->name);
-        const FileTensor *t = safetensors_find(&run->file, name);
-        if (!t) return fail(error, path, "tensor %s is missing", name);
-        size_t shape_size = sizeof(int64_t) * (size_t)row->n_dims;
-        int known = !strcmp(t->dtype, "F32") || !strcmp(t->dtype, "F16") || !strcmp(t->dtype, "BF16");
-        if (!known || t->n_dims != row->n_dims || memcmp(t->shape, row->shape, shape_size))
-            return fail(error, path, "tensor %s has another dtype or shape than the model's", name);
-        for (int64_t k = 0; k < row->count; k++) {
-            float value = float_at(t, k);
-            if (!values && !isfinite(value))
-                return fail(error, path, "tensor %s holds a number that is not finite", name);
-            if (!values && block == EXP_AVG_SQ && value < 0)
-                return fail(error, path, "tensor %s holds a square below 0", name);
-            if (values) values[row->offset + k] = (real)value;
-        }
+// The tensor of the run's file that is a row of the table in that block. NULL and the line if there
+// is none of this shape, of numbers that can be read.
+static const FileTensor *find_row(const Run *run, const Tensor *row, const char *path, Block block,
+                                  char *error) {
+    char name[96];
+    snprintf(name, sizeof(name), "%s%s", block_prefixes[block], row->name);
+    const FileTensor *t = safetensors_find(&run->file, name);
+    if (!t) {
+        fail(error, path, "tensor %s is missing", name);
+        return NULL;
     }
-    if (values) run->backend->write(run->model, block);
+    size_t shape_size = sizeof(int64_t) * (size_t)row->n_dims;
+    int known = !strcmp(t->dtype, "F32") || !strcmp(t->dtype, "F16") || !strcmp(t->dtype, "BF16");
+    if (known && t->n_dims == row->n_dims && !memcmp(t->shape, row->shape, shape_size)) return t;
+    fail(error, path, "tensor %s has another dtype or shape than the model's", name);
+    return NULL;
+}
+
+// Whether the run's file has all tensors of a block: known before memory is taken for the model.
+static int check_block(const Run *run, const char *path, Block block, char *error) {
+    for (int i = 0; i < run->table.n; i++)
+        if (!find_row(run, &run->table.rows[i], path, block, error)) return FAILED;
     return 0;
 }
 
-// What may be given at a resume and differ from what the run stores: the data's content is compared instead.
-static int may_differ_at_resume(const Option *option) {
-    static const char schedule[] = " steps lr min-lr decay-steps ";
-    char word[24];
-    snprintf(word, sizeof(word), " %s ", option->name);
-    return option->group == DATA || strstr(schedule, word) != NULL;
+// What is wrong with a number of a block, NULL: nothing.
+static const char *wrong_number(Block block, float number) {
+    if (!isfinite(number)) return "a number that is not finite";
+    if (block == EXP_AVG_SQ && number < 0) return "a square below 0";
+    return NULL;
 }
 
-// Takes the options from a checkpoint, those of the model or, to resume, all that are stored, and the
-// vocabulary. What was given on the command line as well must agree, but for --seq of a model and, of a run,
-// --steps, the schedule's rates and length (print_changes tells what changes), and --data and --val, whose
-// content is compared later.
-static int settings_from_file(Run *run, const char *path, int resume, char *error) {
-    Settings *s = &run->settings;
-    char given[96], stored[96], problem[ERROR_SIZE], seen[256] = {0};
-    for (int i = 0; i < N_OPTIONS; i++) {
-        const Option *option = &option_table[i];
-        if (!option->key || (!resume && option->group != MODEL)) continue;
-        const char *text = safetensors_meta(&run->file, option->key), *name = option->name;
-        int may_differ = resume ? may_differ_at_resume(option) : !strcmp(name, "seq");
-        Options other = s->values;
-        int of_mamba2 = !strncmp(option->key, "mamba_", 6);
-        if (!text && (may_lack(option) || (of_mamba2 && strcmp(s->values.mixer, "mamba2")))) continue;
-        if (!text || set_option(&other, option, text, problem))
-            return fail(error, path, "metadata %s is %s", option->key, text ? "no valid value" : "missing");
-        set_option(&run->stored, option, text, problem);
-        if (!s->given[i]) s->values = other;
-        else if (!may_differ) {
-            const char *ours = option_text(given, &s->values, option);
-            const char *theirs = option_text(stored, &other, option);
-            if (strcmp(ours, theirs))
-                return wrong(error, NULL, "--%s %s differs from %s, which has %s", name, ours, path, theirs);
+// Reads a block from the run's file into the model. check_block has been there.
+static int load_block(Run *run, const char *path, Block block, char *error) {
+    real *values = run->backend->read(run->model, block);
+    for (int i = 0; i < run->table.n; i++) {
+        const Tensor *row = &run->table.rows[i];
+        const FileTensor *t = find_row(run, row, path, block, error);
+        if (!t) return FAILED;
+        for (int64_t k = 0; k < row->count; k++) {
+            float number = float_at(t, k);
+            const char *problem = wrong_number(block, number);
+            if (problem) return fail(error, path, "tensor %s holds %s", t->name, problem);
+            values[row->offset + k] = (real)number;
         }
     }
-    if (find_mixer(s->values.mixer) < 0)
-        return fail(error, path, "its mixer '%.40s' is unknown", s->values.mixer);
-    if (config_of(&run->config, &s->values, problem)) return fail(error, path, "%.200s", problem);
+    run->backend->write(run->model, block);
+    return 0;
+}
+
+// Takes one option from a checkpoint. What was given on the command line as well must agree, but
+// for --seq of a model and, of a run, --steps, the schedule's rates and length (print_changes tells
+// what changes), and --data and --val, whose content is compared later.
+static int option_from_file(Run *run, const Option *option, const char *path, int resume,
+                            char *error) {
+    Settings *s = &run->settings;
+    char given[96], stored[96], problem[ERROR_SIZE];
+    const char *text = safetensors_meta(&run->file, option->key);
+    if (!text) {
+        int of_mamba2 = !strncmp(option->key, "mamba_", 6);
+        if (may_lack(option) || (of_mamba2 && strcmp(s->values.mixer, "mamba2"))) return 0;
+        return fail(error, path, "metadata %s is missing", option->key);
+    }
+    if (set_option(&run->stored, option, text, problem))
+        return fail(error, path, "metadata %s is no valid value", option->key);
+    if (!s->given[option - option_table]) return set_option(&s->values, option, text, error);
+    if (resume ? may_differ_at_resume(option) : is_among(option, " seq ")) return 0;
+    const char *ours = option_text(given, &s->values, option);
+    const char *theirs = option_text(stored, &run->stored, option);
+    if (!strcmp(ours, theirs)) return 0;
+    return wrong(error, NULL, "--%s %s differs from %s, which has %s", option->name, ours, path,
+                 theirs);
+}
+
+// Takes the vocabulary from a checkpoint; one of ids has none.
+static int vocabulary_from_file(Run *run, const char *path, char *error) {
+    char seen[256] = {0};
     const FileTensor *bytes = safetensors_find(&run->file, "tokenizer.bytes");
     if (!bytes) return 0;
-    int valid = !strcmp(bytes->dtype, "U8") && bytes->n_dims == 1 && bytes->count == s->values.vocab &&
-                bytes->count <= 256;
+    int valid = !strcmp(bytes->dtype, "U8") && bytes->n_dims == 1;
+    valid = valid && bytes->count == run->settings.values.vocab && bytes->count <= 256;
     for (int64_t i = 0; valid && i < bytes->count; i++) valid = !seen[bytes->data[i]]++;
     if (!valid) return fail(error, path, "tokenizer.bytes is not vocab_size distinct bytes");
     memcpy(run->vocab, bytes->data, (size_t)bytes->count);
@@ -4949,94 +5275,205 @@ static int settings_from_file(Run *run, const char *path, int resume, char *erro
     return 0;
 }
 
+// Takes the options from a checkpoint, those of the model or, to resume, all that are stored, and
+// the vocabulary.
+static int settings_from_file(Run *run, const char *path, int resume, char *error) {
+    const Options *o = &run->settings.values;
+    char problem[ERROR_SIZE];
+    for (int i = 0; i < N_OPTIONS; i++) {
+        const Option *option = &option_table[i];
+        if (!option->key || (!resume && option->group != MODEL)) continue;
+        int result = option_from_file(run, option, path, resume, error);
+        if (result) return result;
+    }
+    if (find_mixer(o->mixer) < 0)
+        return fail(error, path, "its mixer '%.40s' is unknown", o->mixer);
+    if (config_of(&run->config, o, problem)) return fail(error, path, "%.200s", problem);
+    return vocabulary_from_file(run, path, error);
+}
+
+// Reads the file of --load or --resume; what a run was started from is stored with it.
+static int read_checkpoint(Run *run, const char *path, char *error) {
+    static const char no_best[] =
+        "%.400s (a run has no best weights before its first validation: its own file can be "
+        "loaded)";
+    unsigned char *bytes;
+    size_t size;
+    if (file_read(path, &bytes, &size, error)) {
+        char problem[ERROR_SIZE];
+        memcpy(problem, error, sizeof(problem));
+        if (access(path, F_OK) && strstr(path, ".best.")) fail(error, NULL, no_best, problem);
+        return FAILED;
+    }
+    unsigned long long hash = (unsigned long long)hash_bytes(bytes, size);
+    snprintf(run->started_from, sizeof(run->started_from), "checkpoint, %zu bytes, hash %016llx",
+             size, hash);
+    if (run->settings.values.load) run->settings.values.started_from = run->started_from;
+    return safetensors_parse(&run->file, bytes, size, path, error);
+}
+
+// The checkpoint that is gone on with or started from, NULL: none; and how many blocks of the model
+// it gives.
+static const char *checkpoint_path(const Options *o) { return o->resume ? o->resume : o->load; }
+static int checkpoint_blocks(const Options *o) { return o->resume ? 3 : o->load ? 1 : 0; }
+
+// Opens that file and takes from it what it says of the model or the run.
+static int open_checkpoint(Run *run, char *error) {
+    const Options *o = &run->settings.values;
+    const char *path = checkpoint_path(o);
+    if (!path) return 0;
+    if (read_checkpoint(run, path, error)) return FAILED;
+    int is_run = safetensors_find(&run->file, "exp_avg.wte.weight") != NULL;
+    int has_weights = safetensors_find(&run->file, "wte.weight") != NULL;
+    if (o->resume && has_weights && !is_run)
+        return fail(error, path, "it holds weights alone, no run that could be resumed; --load "
+                                 "starts from them");
+    return settings_from_file(run, path, o->resume != NULL, error);
+}
+
+// ----------------------------------------------------------------------------
+// a run's data
+//
+// Which sets are read, where training ends and validation begins, which tokens there are, how long
+// a sequence is, and in which order the sequences come: sequence_place is the one to read.
+
 // Reads one data file into its place.
 static int read_set(Run *run, Dataset *set, const char *path, char *error) {
     return dataset_read(set, path, !strcmp(run->settings.values.format, "bytes"), error);
 }
 
-// What --eval without --val evaluates: of the text that the model was trained on its validation part, which
-// may be a file of its own, or the text that it was validated on; of another text the last tenth, and the
-// result says so.
+// What --eval without --val evaluates: of the text that the model was trained on its validation
+// part, which may be a file of its own, or the text that it was validated on; of another text the
+// last tenth, and the result says so.
 static int find_validation(Run *run, char *error) {
     Options *o = &run->settings.values;
     const char *trained_on = safetensors_meta(&run->file, "data_content");
-    const char *validated_on = safetensors_meta(&run->file, "val_content"),
-               *val = safetensors_meta(&run->file, "val");
+    const char *validated_on = safetensors_meta(&run->file, "val_content");
+    const char *val = safetensors_meta(&run->file, "val");
+    char problem[ERROR_SIZE];
+    static const char note[] = " (the last tenth of %.200s: %s)";
     if (!trained_on) { // another program's weights, or an earlier version's
-        fail(run->val_note, NULL,
-             " (the last tenth of %.200s: the weights do not say what they were trained on)", o->data);
+        format_line(run->val_note, NULL, note, o->data,
+                    "the weights do not say what they were trained on");
         return 0;
     }
-    if (validated_on && *validated_on && !strcmp(run->train.content, validated_on)) {
+    int has_file = validated_on && *validated_on;
+    if (has_file && !strcmp(run->train.content, validated_on)) {
         run->val_begin = 0;
-    } else if (strcmp(run->train.content, trained_on)) {
-        fail(run->val_note, NULL, " (the last tenth of %.200s: not the text that the model was trained on)",
-             o->data);
-    } else if (validated_on && *validated_on) {
-        char problem[ERROR_SIZE];
-        if (!val || read_set(run, &run->val, val, problem) || strcmp(run->val.content, validated_on))
-            return fail(error, o->data,
-                        "the model was trained on all of it and validated on another file, %.200s: give that "
-                        "as --val",
-                        val ? val : "not named");
-        o->val = val;
+        return 0;
     }
-    return 0;
+    if (strcmp(run->train.content, trained_on)) {
+        format_line(run->val_note, NULL, note, o->data,
+                    "not the text that the model was trained on");
+        return 0;
+    }
+    if (!has_file) return 0;
+    o->val = val;
+    if (val && !read_set(run, &run->val, val, problem) && !strcmp(run->val.content, validated_on))
+        return 0;
+    return fail(error, o->data,
+                "the model was trained on all of it and validated on another file, %.200s: give "
+                "that as --val",
+                val ? val : "not named");
 }
 
-// Settles the vocabulary (unless a checkpoint has) from the sets that are there.
-static int settle_vocabulary(Run *run, Dataset **sets, const char **paths, int n_sets, char *error) {
+// The vocabulary of texts: their distinct bytes, sorted.
+static void vocabulary_of_texts(Run *run, Dataset **sets, int n_sets) {
+    char seen[256] = {0};
+    for (int i = 0; i < n_sets; i++)
+        for (int64_t k = 0; k < sets[i]->count; k++) seen[sets[i]->bytes[k]] = 1;
+    for (int byte = 0; byte < 256; byte++)
+        if (seen[byte]) run->vocab[run->vocab_bytes++] = (unsigned char)byte;
+    run->settings.values.vocab = run->vocab_bytes;
+}
+
+// Settles the vocabulary, unless a checkpoint has, from the sets that are there, and makes texts
+// token ids.
+static int settle_vocabulary(Run *run, Dataset **sets, const char **paths, int n_sets,
+                             char *error) {
     Options *o = &run->settings.values;
-    int loaded = o->load || o->resume, max_id = -1, hint = 0, seen[256] = {0};
-    DataKind kind = sets[0]->kind;
-    for (int i = 0; i < n_sets; i++) {
-        max_id = sets[i]->max_id > max_id ? sets[i]->max_id : max_id;
-        hint = sets[i]->vocab_hint > hint ? sets[i]->vocab_hint : hint;
-    }
-    if (kind == DATA_TEXT && !loaded) { // the distinct bytes, sorted
+    int loaded = o->load || o->resume, text = sets[0]->kind == DATA_TEXT;
+    if (text && !loaded) {
         if (is_given(&run->settings, "vocab"))
             return wrong(error, NULL,
-                         "--vocab is for token shards and example sets: the vocabulary of a text is its "
-                         "bytes");
-        for (int i = 0; i < n_sets; i++)
-            for (int64_t k = 0; k < sets[i]->count; k++) seen[sets[i]->bytes[k]] = 1;
-        for (int byte = 0; byte < 256; byte++)
-            if (seen[byte]) run->vocab[run->vocab_bytes++] = (unsigned char)byte;
-        o->vocab = run->vocab_bytes;
+                         "--vocab is for token shards and example sets: the vocabulary of a text "
+                         "is its bytes");
+        vocabulary_of_texts(run, sets, n_sets);
     }
-    if (kind == DATA_TEXT && !run->vocab_bytes)
+    if (text && !run->vocab_bytes)
         return fail(error, paths[0], "it is text, but the model's tokens are ids");
-    if (kind != DATA_TEXT && run->vocab_bytes)
+    if (!text && run->vocab_bytes)
         return fail(error, paths[0], "it holds token ids, but the model's tokens are bytes");
-    for (int i = 0; kind == DATA_TEXT && i < n_sets; i++)
-        if (dataset_encode(sets[i], run->vocab, run->vocab_bytes, paths[i], error)) return FAILED;
+    int max_id = -1, hint = 0;
+    for (int i = 0; i < n_sets; i++) {
+        if (text && dataset_encode(sets[i], run->vocab, run->vocab_bytes, paths[i], error))
+            return FAILED;
+        if (sets[i]->max_id > max_id) max_id = sets[i]->max_id;
+        if (sets[i]->vocab_hint > hint) hint = sets[i]->vocab_hint;
+    }
     if (!o->vocab) o->vocab = hint > max_id ? hint : max_id + 1;
-    if (max_id >= o->vocab)
-        return fail(error, paths[0], "token id %d does not fit a vocabulary of %d", max_id, (int)o->vocab);
+    if (max_id < o->vocab) return 0;
+    return fail(error, paths[0], "token id %d does not fit a vocabulary of %d", max_id,
+                (int)o->vocab);
+}
+
+// Reads --data and --val. To evaluate --val, --data is not needed. A resumed run must find what it
+// read.
+static int read_data(Run *run, char *error) {
+    Options *o = &run->settings.values;
+    Dataset *sets[] = {&run->train, &run->val};
+    const char *paths[] = {o->data, o->val}, **contents[] = {&o->data_content, &o->val_content};
+    int val_alone = o->eval && o->val;
+    for (int i = val_alone; i < (o->val ? 2 : 1); i++) {
+        if (read_set(run, sets[i], paths[i], error)) return FAILED;
+        const char *now = sets[i]->content, *before = *contents[i];
+        if (o->resume && strcmp(before, now))
+            return fail(error, paths[i], "%s; the run being resumed read %.90s", now,
+                        *before ? before : "none");
+        *contents[i] = now;
+    }
     return 0;
 }
 
-// Opens --data and --val, settles the vocabulary and the splits. To evaluate --val, --data is not needed.
+// Settles what is trained on and what is validated on: two files, or the last tenth of one.
+static int settle_splits(Run *run, char *error) {
+    Options *o = &run->settings.values;
+    run->train_end = o->val ? run->train.count : run->train.count * 9 / 10;
+    run->val_begin = run->train_end;
+    if (o->eval && !o->val && find_validation(run, error)) return FAILED;
+    if (o->val) run->val_begin = 0;
+    run->val_set = o->val ? &run->val : &run->train;
+    run->val_end = run->val_set->count;
+    return 0;
+}
+
+// Sequences are as long as the examples; of both splits there is one at least.
+static int check_lengths(Run *run, Dataset **sets, const char **paths, int n_sets, char *error) {
+    static const char too_short[] = "%s takes %lld of its tokens or examples, there are %lld";
+    Options *o = &run->settings.values;
+    int examples = sets[0]->kind == DATA_EXAMPLES;
+    if (examples && !is_given(&run->settings, "seq")) o->seq = sets[0]->width;
+    for (int i = 0; examples && i < n_sets; i++) {
+        int width = sets[i]->width;
+        if (width != o->seq)
+            return fail(error, paths[i], "it holds sequences of %d tokens, not of %d", width,
+                        (int)o->seq);
+    }
+    long long least = examples ? 1 : o->seq + 1, n_train = run->train_end;
+    long long n_val = run->val_end - run->val_begin;
+    if (!o->eval && n_train < least)
+        return fail(error, o->data, too_short, "training", least, n_train);
+    if (n_val < least) return fail(error, paths[n_sets - 1], too_short, "validation", least, n_val);
+    return 0;
+}
+
+// Opens --data and --val, settles the splits, the vocabulary and the length of a sequence.
 static int open_data(Run *run, char *error) {
     Options *o = &run->settings.values;
-    Dataset *sets[2] = {NULL, NULL};
-    const char *paths[2], **contents[] = {&o->data_content, &o->val_content};
-    int n_sets = 0, val_alone = o->eval && o->val;
-    for (int i = val_alone; i < (o->val ? 2 : 1); i++) {
-        Dataset *set = i ? &run->val : &run->train;
-        const char *path = i ? o->val : o->data;
-        if (read_set(run, set, path, error)) return FAILED;
-        if (o->resume && strcmp(*contents[i], set->content))
-            return fail(error, path, "%s; the run being resumed read %.90s", set->content,
-                        **contents[i] ? *contents[i] : "none");
-        *contents[i] = set->content;
-    }
-    run->train_end = o->val ? run->train.count : run->train.count * 9 / 10;
-    run->val_begin = o->val ? 0 : run->train_end;
-    if (o->eval && !val_alone && find_validation(run, error)) return FAILED;
-    run->val_set = o->val ? &run->val : &run->train;
-    if (o->val) run->val_begin = 0;
-    run->val_end = run->val_set->count;
+    if (read_data(run, error) || settle_splits(run, error)) return FAILED;
+    Dataset *sets[2] = {NULL, NULL}; // those that are there
+    const char *paths[2];
+    int n_sets = 0;
     if (run->train.count) {
         paths[n_sets] = o->data;
         sets[n_sets++] = &run->train;
@@ -5048,31 +5485,15 @@ static int open_data(Run *run, char *error) {
     if (n_sets == 2 && run->val.kind != run->train.kind)
         return fail(error, NULL, "%.200s and %.200s are of different kinds", o->data, o->val);
     int result = settle_vocabulary(run, sets, paths, n_sets, error);
-    if (result) return result;
-
-    DataKind kind = sets[0]->kind;
-    for (int i = 0; kind == DATA_EXAMPLES && i < n_sets; i++) {
-        if (!is_given(&run->settings, "seq") && i == 0) o->seq = sets[i]->width;
-        if (sets[i]->width != o->seq)
-            return fail(error, paths[i], "it holds sequences of %d tokens, not of %d", sets[i]->width,
-                        (int)o->seq);
-    }
-    static const char too_short[] = "%s takes %lld of its tokens or examples, there are %lld";
-    int64_t least = kind == DATA_EXAMPLES ? 1 : o->seq + 1, n_train = run->train_end,
-            n_val = run->val_end - run->val_begin;
-    if (!o->eval && n_train < least)
-        return fail(error, o->data, too_short, "training", (long long)least, (long long)n_train);
-    if (n_val < least)
-        return fail(error, paths[n_sets - 1], too_short, "validation", (long long)least, (long long)n_val);
-    return 0;
+    return result ? result : check_lengths(run, sets, paths, n_sets, error);
 }
 
-// The place of the run's i-th training sequence. In a stream of tokens it is the fraction u + i/φ (mod 1) of
-// all places, u drawn from the seed, φ the golden ratio: any place is as likely as any other, and those of a
-// run, or of a batch, spread as evenly as can be, where independent draws leave a fifth of the text unread
-// after an epoch and a half (2000 steps on TinyShakespeare end 0.006 to 0.014 nats lower). Of examples it is
-// the next of a fresh permutation. It follows from seed and i alone, so that a resumed run needs to know
-// nothing but its step.
+// The place of the run's i-th training sequence. In a stream of tokens it is the fraction u + i/φ
+// (mod 1) of all places, u drawn from the seed, φ the golden ratio: any place is as likely as any
+// other, and those of a run, or of a batch, spread as evenly as can be, where independent draws
+// leave a fifth of the text unread after an epoch and a half (2000 steps on TinyShakespeare end
+// 0.006 to 0.014 nats lower). Of examples it is the next of a fresh permutation. It follows from
+// seed and i alone, so that a resumed run needs to know nothing but its step.
 static int64_t sequence_place(Run *run, int64_t i) {
     uint64_t seed = (uint64_t)run->settings.values.seed, state = splitmix64(seed) ^ splitmix64(1);
     int64_t n = run->train_end, epoch = i / n;
@@ -5092,8 +5513,15 @@ static int64_t sequence_place(Run *run, int64_t i) {
     return run->order[i % n];
 }
 
-// What a validation finds: the mean loss in nats and, of example sets, the share of the targets that are the
-// likeliest token; of those that say their lag also by lag, from 2^k to 2^(k+1) - 1. NAN: no such target.
+// ----------------------------------------------------------------------------
+// validation
+//
+// The mean loss over the validation split, and of example sets the share of the targets that the
+// model would have chosen, also by how far back lies what they ask for.
+
+// What a validation finds: the mean loss in nats and, of example sets, the share of the targets
+// that are the likeliest token; of those that say their lag also by lag, from 2^k to 2^(k+1) - 1.
+// NAN: no such target.
 enum { LAG_BINS = 31 };
 typedef struct {
     double loss, accuracy, by_lag[LAG_BINS];
@@ -5101,8 +5529,31 @@ typedef struct {
     int broken;    // a signal broke it off: it says nothing
 } Score;
 
-// Over consecutive windows of the validation split: all of them, or max_batches evenly spaced batches. A
-// signal that asks for an end breaks it off, unless it `lasts`.
+// What evaluate counts: targets, those that are the likeliest token, and both by lag.
+typedef struct { int64_t targets, hits, of_bin[LAG_BINS], hits_of[LAG_BINS]; } Tally;
+
+// Counts the n targets of the batch that was evaluated last; lags (n), or NULL.
+static void count_targets(Tally *tally, const Run *run, const int32_t *lags, int n) {
+    int examples = run->val_set->kind == DATA_EXAMPLES;
+    for (int i = 0; i < n; i++) {
+        if (run->targets[i] < 0) continue;
+        tally->targets++;
+        tally->hits += examples && run->hits[i];
+        int lag = lags ? lags[i] : 0, bin = 0;
+        if (!lag) continue;
+        while (lag >> (bin + 1)) bin++;
+        tally->of_bin[bin]++;
+        tally->hits_of[bin] += run->hits[i];
+    }
+}
+
+// Of nothing it is NAN.
+static double fraction(int64_t part, int64_t whole) {
+    return whole ? (double)part / (double)whole : NAN;
+}
+
+// Over consecutive windows of the validation split: all of them, or max_batches evenly spaced
+// batches. A signal that asks for an end breaks it off, unless it `lasts`.
 static Score evaluate(Run *run, int64_t max_batches, int lasts) {
     const Options *o = &run->settings.values;
     const Dataset *set = run->val_set;
@@ -5110,41 +5561,37 @@ static Score evaluate(Run *run, int64_t max_batches, int lasts) {
     int64_t length = run->val_end - run->val_begin, windows = examples ? length : (length - 1) / T;
     int64_t batches = (windows + o->batch - 1) / o->batch;
     int64_t taken = max_batches && max_batches < batches ? max_batches : batches;
-    int64_t count = 0, hits = 0, of_bin[LAG_BINS] = {0}, hits_of[LAG_BINS] = {0};
     double sum = 0;
+    Tally tally;
     Score score;
+    memset(&tally, 0, sizeof(tally));
     memset(&score, 0, sizeof(score));
     for (int64_t i = 0; i < taken && !score.broken; i++) {
-        int64_t batch = batches / taken * i + batches % taken * i / taken; // batches·i/taken may overflow
+        // batches·i/taken, where the product may overflow
+        int64_t batch = batches / taken * i + batches % taken * i / taken;
         int64_t first = batch * o->batch;
         int B = (int)(windows - first < o->batch ? windows - first : o->batch);
-        for (int b = 0; b < B; b++)
-            copy_sequence(run->inputs + b * T, run->targets + b * T, set,
-                          run->val_begin + (first + b) * (examples ? 1 : T), T);
+        for (int b = 0; b < B; b++) {
+            int64_t at = run->val_begin + (first + b) * (examples ? 1 : T);
+            copy_sequence(run->inputs + b * T, run->targets + b * T, set, at, T);
+        }
         run->backend->forward(run->model, run->inputs, run->targets, B, T, no_dropout);
         sum += run->backend->loss(run->model);
         if (examples) run->backend->hits(run->model, run->hits);
-        for (int n = 0; n < B * T; n++) {
-            if (run->targets[n] < 0) continue;
-            int lag = set->lags ? set->lags[(run->val_begin + first) * T + n] : 0, bin = 0;
-            count++;
-            hits += examples && run->hits[n];
-            if (!lag) continue;
-            while (lag >> (bin + 1)) bin++;
-            of_bin[bin]++;
-            hits_of[bin] += run->hits[n];
-        }
+        const int32_t *lags = set->lags ? set->lags + (run->val_begin + first) * T : NULL;
+        count_targets(&tally, run, lags, B * T);
         score.broken = interrupted && !lasts && i + 1 < taken;
     }
-    score.count = count;
-    score.loss = count ? sum / (double)count : NAN;
-    score.accuracy = count && examples ? (double)hits / (double)count : NAN;
+    score.count = tally.targets;
+    score.loss = tally.targets ? sum / (double)tally.targets : NAN;
+    score.accuracy = examples ? fraction(tally.hits, tally.targets) : NAN;
     for (int k = 0; k < LAG_BINS; k++)
-        score.by_lag[k] = of_bin[k] ? (double)hits_of[k] / (double)of_bin[k] : NAN;
+        score.by_lag[k] = fraction(tally.hits_of[k], tally.of_bin[k]);
     return score;
 }
 
-// "name": number as a member of a JSON object, which knows no NaN and no infinity: null in their place.
+// "name": number as a member of a JSON object, which knows no NaN and no infinity: null in their
+// place.
 static void print_member(FILE *out, const char *name, double number, int digits) {
     if (isfinite(number)) fprintf(out, ", \"%s\": %.*g", name, digits, number);
     else fprintf(out, ", \"%s\": null", name);
@@ -5155,23 +5602,29 @@ static void print_score(FILE *out, const Score *score) {
     int bins = 0;
     print_member(out, "val_loss", score->loss, 9);
     if (!isnan(score->accuracy)) print_member(out, "val_accuracy", score->accuracy, 9);
-    for (int k = 0; k < LAG_BINS; k++)
-        if (!isnan(score->by_lag[k]))
-            fprintf(out, "%s\"%d\": %.9g", bins++ ? ", " : ", \"accuracy_by_lag\": {", 1 << k,
-                    score->by_lag[k]);
+    for (int k = 0; k < LAG_BINS; k++) {
+        if (isnan(score->by_lag[k])) continue;
+        const char *before = bins++ ? ", " : ", \"accuracy_by_lag\": {";
+        fprintf(out, "%s\"%d\": %.9g", before, 1 << k, score->by_lag[k]);
+    }
     if (bins) fprintf(out, "}");
 }
 
 // ----------------------------------------------------------------------------
 // what a run writes: its places, and whose files lie there
+//
+// A run replaces what it wrote itself, and nothing else unless it is told to. Here stands how it
+// tells: a checkpoint by the settings and the hash of the data in its metadata, a log by the losses
+// in its lines.
 
 // Prints a word so that a shell reads it as one, and a terminal is not commanded by it.
 static void print_quoted(const char *word) {
     int plain = *word != 0, hostile = 0;
     for (const char *c = word; *c; c++) {
         plain = plain && (isalnum((unsigned char)*c) || strchr("-_./=:,+@%", *c));
-        int c1 = (unsigned char)c[0] == 0xC2 && (unsigned char)c[1] >= 0x80 && (unsigned char)c[1] < 0xA0;
-        hostile = hostile || c1 || (unsigned char)*c < 32 || *c == 127;
+        unsigned char byte = (unsigned char)c[0], next = (unsigned char)c[1];
+        int c1 = byte == 0xC2 && next >= 0x80 && next < 0xA0; // U+0080 to U+009F
+        hostile = hostile || c1 || byte < 32 || byte == 127;
     }
     hostile = hostile || !utf8_valid((const unsigned char *)word, strlen(word));
     if (!plain) fputs(hostile ? "$'" : "'", stdout);
@@ -5193,7 +5646,8 @@ static int lies_there(const char *path, char *error) {
     return errno == ENOENT || errno == ENOTDIR ? 0 : fail(error, path, "%s", strerror(errno));
 }
 
-// Whether two paths name one file, or would: the same name in the same folder, however that is reached.
+// Whether two paths name one file, or would: the same name in the same folder, however that is
+// reached.
 static int same_file(const char *a, const char *b) {
     struct stat s, t;
     char one[PATH_MAX], other[PATH_MAX], problem[ERROR_SIZE];
@@ -5223,26 +5677,39 @@ static int is_servant(const char *path, const Place *place) {
     return !strcmp(target + length, ".lock") || !strncmp(target + length, ".tmp.", 5);
 }
 
+// Whether a file is the one that standard output or error goes to: its name, NULL if it is neither.
+static const char *standard_stream(const char *path) {
+    static const char *const names[] = {NULL, "output", "error"};
+    struct stat file, standard;
+    if (!path || stat(path, &file)) return NULL;
+    for (int fd = 1; fd <= 2; fd++)
+        if (!fstat(fd, &standard) && S_ISREG(standard.st_mode) && same_place(&file, &standard))
+            return names[fd];
+    return NULL;
+}
+
 // Two of a run's files that are one file would destroy each other; so would what is printed.
 static int check_distinct(const Run *run, char *error) {
+    enum { RESUME = 3, OUT = 4, N_PATHS = 7 };
     const Options *o = &run->settings.values;
-    const char *names[] = {"--data", "--val", "--load", "--resume", "--out", "the best weights", "--log"};
+    const char *names[] = {"--data", "--val", "--load", "--resume",
+                           "--out", "the best weights", "--log"};
     const char *paths[] = {o->data, o->val, o->load, o->resume, o->out, run->best_path, o->log};
-    struct stat file, standard;
-    for (int i = 0; i < 7; i++) {
+    for (int i = 0; i < N_PATHS; i++) {
         for (int j = 0; j < i; j++) {
-            int resumed = i == 4 && j == 3; // a run goes on in its own file
+            int resumed = i == OUT && j == RESUME; // a run goes on in its own file
             if (resumed || !same_file(paths[i], paths[j])) continue;
-            return wrong(error, NULL, "%s and %s are one file: %.200s", names[j], names[i], paths[i]);
+            return wrong(error, NULL, "%s and %s are one file: %.200s", names[j], names[i],
+                         paths[i]);
         }
         if (is_servant(paths[i], &run->out_place) || is_servant(paths[i], &run->best_place))
-            return wrong(error, NULL, "%s, %.200s: names that end in .lock or .tmp.* are the run's own",
+            return wrong(error, NULL,
+                         "%s, %.200s: names that end in .lock or .tmp.* are the run's own",
                          names[i], paths[i]);
-        for (int fd = 1; fd <= 2 && i >= 4; fd++)
-            if (paths[i] && !fstat(fd, &standard) && S_ISREG(standard.st_mode) && !stat(paths[i], &file) &&
-                same_place(&file, &standard))
-                return wrong(error, NULL, "%s and standard %s are one file: %.200s", names[i],
-                             fd == 1 ? "output" : "error", paths[i]);
+        const char *stream = i >= OUT ? standard_stream(paths[i]) : NULL;
+        if (stream)
+            return wrong(error, NULL, "%s and standard %s are one file: %.200s", names[i], stream,
+                         paths[i]);
     }
     return 0;
 }
@@ -5250,91 +5717,107 @@ static int check_distinct(const Run *run, char *error) {
 // Settles where the run's file, its best weights and its log lie, and locks these places.
 static int claim_places(Run *run, char *error) {
     const Options *o = &run->settings.values;
+    Place *out = &run->out_place, *best = &run->best_place, *log = &run->log_place;
     struct stat info;
-    int stream = o->log && !stat(o->log, &info) && !S_ISREG(info.st_mode), result;
+    char folder[PATH_MAX];
+    int stream = o->log && !stat(o->log, &info) && !S_ISREG(info.st_mode);
     // who may read the run, or the one that goes on, may read what is written
     const char *like = !stat(o->out, &info) ? o->out : o->resume;
-    if (settle(&run->out_place, o->out, like, error) || settle(&run->best_place, run->best_path, like, error))
+    if (best_beside(run->best_path, o->out, error)) return FAILED;
+    if (settle(out, o->out, like, error) || settle(best, run->best_path, like, error))
         return FAILED;
-    if ((result = check_distinct(run, error))) return result;
-    if (take_lock(&run->out_place, error) || take_lock(&run->best_place, error)) return FAILED;
+    int result = check_distinct(run, error);
+    if (result) return result;
+    if (take_lock(out, error) || take_lock(best, error)) return FAILED;
     if (!o->log || stream) return 0;
-    if (settle(&run->log_place, o->log, NULL, error)) return FAILED;
-    char folder[PATH_MAX];
-    folder_of(folder, run->log_place.target);
-    return access(folder, W_OK)
-               ? 0
-               : take_lock(&run->log_place, error); // a log that lies there needs no file beside it
+    if (settle(log, o->log, NULL, error)) return FAILED;
+    folder_of(folder, log->target);
+    if (access(folder, W_OK)) return 0; // a log that lies there needs no file beside it
+    return take_lock(log, error);
 }
 
-// What lies at path and how one goes on with it, for the line that refuses to replace it. text: ERROR_SIZE
-// bytes
+// What lies at path and how one goes on with it, for the line that refuses to replace it. text:
+// ERROR_SIZE bytes
 static void describe(char *text, const char *path) {
     Safetensors file;
     char problem[ERROR_SIZE], state[96] = "";
-    memset(&file, 0, sizeof(file));
-    int known = !safetensors_read(&file, path, problem);
-    int run = known && safetensors_find(&file, "exp_avg.wte.weight");
-    int weights = known && safetensors_find(&file, "wte.weight");
-    const char *step = known ? safetensors_meta(&file, "step") : NULL,
-               *loss = step ? safetensors_meta(&file, "best_val_loss") : NULL;
+    if (safetensors_read_header(&file, path, problem)) memset(&file, 0, sizeof(file)); // it is none
+    const char *step = safetensors_meta(&file, "step");
+    const char *loss = safetensors_meta(&file, "best_val_loss");
     double best = loss && strlen(loss) < 40 ? strtod(loss, NULL) : 1e300;
     if (step && best < 1e300)
         snprintf(state, sizeof(state), " of step %.20s, validation loss %.4f", step, best);
-    else if (step) snprintf(state, sizeof(state), " of step %.20s", step);
-    if (run) fail(text, NULL, "a run%s; --resume %.150s goes on with it,", state, path);
-    else if (weights) fail(text, NULL, "weights%s; --load %.150s starts from them,", state, path);
-    else fail(text, NULL, "no checkpoint;");
+    else if (step)
+        snprintf(state, sizeof(state), " of step %.20s", step);
+    if (safetensors_find(&file, "exp_avg.wte.weight"))
+        format_line(text, NULL, "a run%s; --resume %.150s goes on with it,", state, path);
+    else if (safetensors_find(&file, "wte.weight"))
+        format_line(text, NULL, "weights%s; --load %.150s starts from them,", state, path);
+    else
+        format_line(text, NULL, "no checkpoint;");
     safetensors_free(&file);
 }
 
-// Whether a checkpoint stores this run's settings and data. going_on: as far as a resumed run may not change
-// them, and what an earlier version did not store counts as equal.
+// Whether a checkpoint stores this run's settings and data. going_on: as far as a resumed run may
+// not change them, and what an earlier version did not store counts as equal.
 static int is_same_run(const Run *run, const Safetensors *file, int going_on) {
     char text[96];
-    int same = safetensors_find(file, "wte.weight") != NULL;
+    int weights_alone = !safetensors_find(file, "exp_avg.wte.weight");
+    if (!safetensors_find(file, "wte.weight")) return 0;
     for (int i = 0; i < N_OPTIONS; i++) {
         const Option *option = &option_table[i];
-        int content = !strcmp(option->name, "started_from") ||
-                      (option->group == STATE && strstr(option->name, "_content"));
+        int content = is_among(option, " data_content val_content started_from ");
         if (!content && option->group != MODEL && option->group != TRAINING) continue;
-        const char *theirs = safetensors_meta(file, option->key),
-                   *ours = option_text(text, &run->settings.values, option);
-        int of_run = !strcmp(option->name, "steps") && !safetensors_find(file, "exp_avg.wte.weight");
-        int untold = going_on && !theirs && option->group != MODEL; // by an earlier version
-        if (of_run || untold || (going_on && may_differ_at_resume(option))) continue;
-        same = same && (theirs && ours ? !strcmp(theirs, ours) : !theirs == !ours);
+        if (weights_alone && is_among(option, " steps ")) continue;
+        if (going_on && may_differ_at_resume(option)) continue;
+        const char *theirs = safetensors_meta(file, option->key);
+        const char *ours = option_text(text, &run->settings.values, option);
+        if (going_on && !theirs && option->group != MODEL) continue; // by an earlier version
+        int equal = theirs && ours ? !strcmp(theirs, ours) : !theirs == !ours;
+        if (!equal) return 0;
     }
-    return same;
+    return 1;
 }
 
-// What a log holds: where the lines of the steps before a certain one end, and its own; its size; the last
-// step up to that one; whether all its lines are a log's, whether it is this run's, whether the step's line
-// has a validation.
-typedef struct { long before, upto, size; int64_t last; int is_log, own, validated, failed; } LogScan;
+// What a log holds.
+typedef struct {
+    long before, upto;  // where the lines of the steps before a certain one end, and its own
+    long size;
+    int64_t last;       // the last step up to that one
+    int is_log;         // all its lines are a log's
+    int own;            // it is this run's
+    int validated;      // the step's line has a validation
+    int failed;         // it could not be read
+} LogScan;
 
-// Reads a log, of which `step` was the last that the run's file knows, with this loss and that of the step
-// before, -1: not known. It is the run's if it is empty, if the step's line has that loss, if it ends with
-// the line before, which has its loss, or if it begins right behind the step and says so (previous_loss).
+// Reads the next line of a log that is not empty, with its step, which must be above `last`, and
+// its loss: 1. 0: the end, torn maybe by what killed the run. -1: it is no log's line.
+static int log_next(FILE *file, char line[4096], long long last, long long *step, char loss[32]) {
+    do {
+        if (!fgets(line, 4096, file)) return 0;
+    } while (*line == '\n');
+    size_t length = strlen(line);
+    int whole = length > 0 && line[length - 1] == '\n';
+    if (!whole && last) return 0;
+    int fields = sscanf(line, "{\"step\": %lld, \"train_loss\": %30[^,}]", step, loss);
+    return whole && fields == 2 && *step > last ? 1 : -1;
+}
+
+// Reads a log, of which `step` was the last that the run's file knows, with this loss and that of
+// the step before, -1: not known. It is the run's if it is empty, if the step's line has that loss,
+// if it ends with the line before, which has its loss, or if it begins right behind the step and
+// says so (previous_loss).
 static LogScan log_scan(FILE *file, int64_t step, double loss, double before) {
     char line[4096], expected[32], earlier[32], previous[64], stands[32];
     LogScan scan;
     long long logged = 0, first = 0, last = 0;
-    int whole = 1;
+    int found;
     memset(&scan, 0, sizeof(scan));
-    scan.is_log = 1;
     snprintf(expected, sizeof(expected), "%.9g", loss);
     snprintf(earlier, sizeof(earlier), "%.9g", before);
     snprintf(previous, sizeof(previous), "\"previous_loss\": %s}", loss < 0 ? "null" : expected);
-    while (scan.is_log && whole && fgets(line, sizeof(line), file)) {
-        size_t length = strlen(line);
-        whole = length > 0 && line[length - 1] == '\n';
-        if (*line == '\n') continue;
-        if (!whole && last) break; // the torn end of a killed run
-        int fields = sscanf(line, "{\"step\": %lld, \"train_loss\": %30[^,}]", &logged, stands);
-        scan.is_log = whole && fields == 2 && logged > last;
+    while ((found = log_next(file, line, last, &logged, stands)) > 0) {
         last = logged;
-        if (!scan.is_log) break;
         if (!first) first = logged;
         if (logged == first && logged - 1 == step) scan.own = strstr(line, previous) != NULL;
         if (logged > step) continue;
@@ -5346,9 +5829,10 @@ static LogScan log_scan(FILE *file, int64_t step, double loss, double before) {
         scan.own = loss < 0 || !strcmp(stands, expected);
         scan.validated = strstr(line, "\"val_loss\"") != NULL;
     }
-    if (loss < 0 && last > step && first <= step)
-        scan.own = 0; // an earlier version's run: nothing is cut off unproved
+    scan.is_log = found == 0;
     scan.failed = ferror(file) || fseek(file, 0, SEEK_END) || (scan.size = ftell(file)) < 0;
+    // an earlier version's run: nothing is cut off unproved
+    if (loss < 0 && last > step && first <= step) scan.own = 0;
     if (scan.last == step - 1 && last > step) scan.own = 0;
     if (!scan.size) scan.own = 1;
     return scan;
@@ -5363,119 +5847,142 @@ static int check_log_free(const Options *o, char *error) {
     if (!file) return fail(error, o->log, "%s", strerror(errno));
     LogScan scan = log_scan(file, INT64_MAX, -1, -1);
     fclose(file);
-    static const char what[] = "%.250s is there: %s up to step %lld; --resume goes on with its run, --log "
-                               "names another place, --overwrite replaces it";
-    if (scan.is_log) return wrong(error, NULL, what, o->log, "a log", (long long)scan.last);
+    if (!scan.is_log)
+        return wrong(error, NULL,
+                     "%.250s is there, and is no log; --log names another place, --overwrite "
+                     "replaces it",
+                     o->log);
     return wrong(error, NULL,
-                 "%.250s is there, and is no log; --log names another place, --overwrite replaces it",
-                 o->log);
+                 "%.250s is there: a log up to step %lld; --resume goes on with its run, --log "
+                 "names another place, --overwrite replaces it",
+                 o->log, (long long)scan.last);
+}
+
+// Whether what lies at path may be replaced by --again: a run of the same settings and data, or its
+// weights.
+static int is_again(const Run *run, const char *path) {
+    Safetensors file;
+    char problem[ERROR_SIZE];
+    if (!run->settings.values.again || safetensors_read_header(&file, path, problem)) return 0;
+    int same = is_same_run(run, &file, 0);
+    safetensors_free(&file);
+    return same;
 }
 
 // A run replaces what it wrote or resumed and nothing else, unless it is told to.
 static int check_free(Run *run, char *error) {
     const Options *o = &run->settings.values;
-    char what[ERROR_SIZE], problem[ERROR_SIZE];
     const char *paths[] = {o->out, run->best_path};
-    int own = o->resume && same_file(o->out, o->resume), there[2], result = check_log_free(o, error);
+    int own = o->resume && same_file(o->out, o->resume), there[2];
+    int result = check_log_free(o, error);
     if (result) return result;
     run->replaces_best = !own && o->overwrite;
     if (own || o->overwrite) return 0;
     for (int i = 0; i < 2; i++) {
-        Safetensors file;
+        char what[ERROR_SIZE];
         there[i] = lies_there(paths[i], error);
         if (there[i] < 0) return FAILED;
-        int same = there[i] && o->again && !safetensors_read(&file, paths[i], problem);
-        if (same) {
-            same = is_same_run(run, &file, 0);
-            safetensors_free(&file);
-        }
-        if (!there[i] || same) continue;
+        if (!there[i] || is_again(run, paths[i])) continue;
         describe(what, paths[i]);
         return wrong(error, NULL,
-                     "%.150s is there: %.250s --out names another place, --overwrite replaces it", paths[i],
-                     what);
+                     "%.150s is there: %.250s --out names another place, --overwrite replaces it",
+                     paths[i], what);
     }
-    for (int i = 0; i < 2 && o->again; i++)
-        if (there[i]) {
-            print_quoted(paths[i]);
-            printf(" of the same settings and data is replaced\n");
-        }
+    for (int i = 0; i < 2; i++) {
+        if (!there[i]) continue;
+        print_quoted(paths[i]);
+        printf(" of the same settings and data is replaced\n");
+    }
     return 0;
 }
 
-// Of a resumed run: the best weights so far lie beside its file. Where they do not, the lowest loss counts
-// anew, and that is said; where another run's lie there, they are not touched. They are this run's if they
-// have its settings and data and, of a run that knows a lowest loss, none above it.
-static int check_best(Run *run, char *error) {
+// Whether the best weights at path are the resumed run's: 1 or 0, FAILED with the line where they
+// are damaged. They are its own if they have its settings and data and, of a run that knows a
+// lowest loss, none above it. A lower one is taken over: the run was killed before it knew.
+static int is_own_best(Run *run, const char *path, char *error) {
     Options *o = &run->settings.values;
-    char path[PATH_MAX];
     unsigned char *bytes;
     size_t size;
     Safetensors file;
+    char problem[ERROR_SIZE];
+    if (header_read(path, &bytes, &size, error)) return FAILED;
+    if (safetensors_parse(&file, bytes, size, path, problem)) {
+        if (o->overwrite) return 0;
+        return fail(error, NULL, "%.400s; move it away, or --overwrite replaces it", problem);
+    }
+    const char *loss = safetensors_meta(&file, "best_val_loss");
+    int compared = loss && o->best_val < 1e300;
+    double theirs = compared ? strtod(loss, NULL) : o->best_val;
+    int own = is_same_run(run, &file, 1) && !(theirs > o->best_val);
+    if (own) o->best_val = theirs;
+    safetensors_free(&file);
+    return own;
+}
+
+// Of a resumed run: the best weights so far lie beside its file. Where they do not, the lowest loss
+// counts anew, and that is said; where another run's lie there, they are not touched. One that goes
+// on under another name takes its best weights with it.
+static int check_best(Run *run, char *error) {
+    Options *o = &run->settings.values;
+    char path[PATH_MAX], line[ERROR_SIZE];
     if (best_beside(path, o->resume, error)) return FAILED;
-    int there = lies_there(path, error), first = o->best_val >= 1e300;
+    int there = lies_there(path, error), none_so_far = o->best_val >= 1e300;
     if (there < 0) return FAILED;
-    if (!there && !first) {
-        fail(error, NULL, "%.200s is not there: the lowest validation loss, %.4f, counts anew", path,
-             o->best_val);
-        printf("%s\n", error);
+    if (!there && !none_so_far) {
+        format_line(line, NULL,
+                    "%.200s is not there: the lowest validation loss, %.4f, counts anew", path,
+                    o->best_val);
+        printf("%s\n", line);
         o->best_val = 1e300;
     }
     if (!there) return 0;
-    if (file_read(path, &bytes, &size, error)) return FAILED;
-    int damaged = safetensors_parse(&file, bytes, size, path, error), other = damaged;
-    if (damaged && !o->overwrite) {
-        char problem[ERROR_SIZE];
-        memcpy(problem, error, sizeof(problem));
-        return fail(error, NULL, "%.400s; move it away, or --overwrite replaces it", problem);
+    int own = is_own_best(run, path, error), in_place = same_file(path, run->best_path);
+    if (own == FAILED) return FAILED;
+    if (!own && !o->overwrite)
+        return wrong(error, path, "not the best weights of the resumed run: move it away, or "
+                                  "--overwrite replaces it");
+    if (!own) {
+        o->best_val = 1e300;
+        if (in_place) run->replaces_best = 1;
+        return 0;
     }
-    if (!damaged) {
-        const char *loss = safetensors_meta(&file, "best_val_loss");
-        other = !is_same_run(run, &file, 1) || (!first && loss && strtod(loss, NULL) > o->best_val);
-        if (!other && !first && loss)
-            o->best_val = strtod(loss, NULL); // lower, if the run was killed before it knew
-        safetensors_free(&file);
-    }
-    if (other && !o->overwrite)
-        return wrong(error, path,
-                     "not the best weights of the resumed run: move it away, or --overwrite replaces it");
-    if (other) o->best_val = 1e300;
-    if (other && same_file(path, run->best_path)) run->replaces_best = 1;
-    if (other || first || same_file(path, run->best_path)) return 0;
-    if (file_read(path, &bytes, &size, error)) return FAILED;
-    run->old_best = bytes;
-    run->n_old_best = size;
-    return 0;
+    if (none_so_far || in_place) return 0;
+    return file_read(path, &run->old_best, &run->n_old_best, error);
 }
 
 static void print_zeros(const char *path, const Dataset *set) {
-    char line[ERROR_SIZE];
-    if (!set->zeros) return;
-    fail(line, path, "a text of which %lld bytes are 0", (long long)set->zeros);
-    fprintf(stderr, "train_sessa: warning: %s\n", line);
+    if (set->zeros) print_warning(path, "a text of which %lld bytes are 0", (long long)set->zeros);
 }
 
-// Tells what a resumed run does otherwise than its file says, and that a schedule has come to its end.
+// Tells what a resumed run does otherwise than its file says, and that a schedule has come to its
+// end.
 static void print_changes(const Run *run) {
     const Options *o = &run->settings.values;
     char ours[96], theirs[96];
-    for (int i = 0; o->resume && i < N_OPTIONS; i++) {
+    if (!o->resume) return;
+    for (int i = 0; i < N_OPTIONS; i++) {
         const Option *option = &option_table[i];
-        if (option->group != TRAINING || !run->settings.given[i] || !strcmp(option->name, "steps")) continue;
-        const char *now = option_text(ours, o, option), *before = option_text(theirs, &run->stored, option);
-        if (strcmp(now, before))
-            printf("from step %lld on: --%s %s in place of %s\n", (long long)o->step + 1, option->name, now,
-                   before);
+        if (option->group != TRAINING || !run->settings.given[i] || is_among(option, " steps "))
+            continue;
+        const char *now = option_text(ours, o, option);
+        const char *before = option_text(theirs, &run->stored, option);
+        if (!strcmp(now, before)) continue;
+        printf("from step %lld on: --%s %s in place of %s\n", (long long)o->step + 1, option->name,
+               now, before);
     }
     int64_t first = o->step > o->decay_steps ? o->step : o->decay_steps;
-    if (o->resume && o->steps > first)
-        printf("the schedule ends at step %lld: the steps after it are made with the lowest rate, %g; "
-               "--decay-steps %lld stretches it\n",
+    if (o->steps > first)
+        printf("the schedule ends at step %lld: the steps after it are made with the lowest rate, "
+               "%g; --decay-steps %lld stretches it\n",
                (long long)o->decay_steps, o->min_lr, (long long)o->steps);
 }
 
 // ----------------------------------------------------------------------------
 // generation
+//
+// A token at a time: the model gives logits, a token is drawn from them, and the forward pass goes
+// on with it. What is worth reading is sample_token, and how generate_tokens goes on when the
+// positions are full.
 
 typedef struct { double weight; int id; } Candidate;
 static int comes_first(Candidate a, Candidate b) {
@@ -5493,13 +6000,34 @@ static void sift_down(Candidate *heap, int n, int i) {
     heap[i] = c;
 }
 
-// Draws a token from softmax(logits/temperature), cut to the top_k likeliest (0: all) and then to the fewest
-// likeliest whose probabilities reach top_p. candidates: scratch (V); no more of them are put in order, from
-// the end, than the cut asks for. -1 if a logit is not finite.
-static int sample_token(const real *logits, Candidate *candidates, int V, double temperature, int64_t top_k,
-                        double top_p, uint64_t *random) {
-    int best = 0, ordered = 0, kept = V, most = top_k && top_k < V ? (int)top_k : V;
-    double total = 0, sum = 0;
+// Puts the likeliest of V candidates, as few as the cut of sample_token asks for, in order from the
+// end. Returns the number of those that are kept; *total, the sum of all weights, becomes theirs.
+static int keep_likeliest(Candidate *candidates, int V, int most, double top_p, double *total) {
+    int ordered = 0, kept = 0;
+    double sum = 0;
+    for (int i = V / 2; i >= 0; i--) sift_down(candidates, V, i);
+    while (ordered < most && (most < V || sum < top_p * *total)) {
+        int last = V - 1 - ordered++;
+        Candidate first = candidates[0];
+        candidates[0] = candidates[last];
+        sift_down(candidates, last, 0);
+        candidates[last] = first;
+        sum += first.weight;
+    }
+    if (most < V) *total = sum;
+    for (sum = 0; kept < ordered && (kept == 0 || sum < top_p * *total); kept++)
+        sum += candidates[V - 1 - kept].weight;
+    *total = sum;
+    return kept;
+}
+
+// Draws a token from softmax(logits/temperature), cut to the top_k likeliest (0: all) and then to
+// the fewest likeliest whose probabilities reach top_p. candidates: scratch (V). -1 if a logit is
+// not finite.
+static int sample_token(const real *logits, Candidate *candidates, int V, double temperature,
+                        int64_t top_k, double top_p, uint64_t *random) {
+    int best = 0, kept = V, most = top_k && top_k < V ? (int)top_k : V;
+    double total = 0;
     for (int i = 0; i < V; i++) {
         if (!isfinite(logits[i])) return -1;
         if (logits[i] > logits[best]) best = i;
@@ -5510,45 +6038,37 @@ static int sample_token(const real *logits, Candidate *candidates, int V, double
         candidates[i].id = i;
         total += candidates[i].weight;
     }
-    if (most < V || top_p < 1) {
-        for (int i = V / 2; i >= 0; i--) sift_down(candidates, V, i);
-        for (; ordered < most && (most < V || sum < top_p * total); ordered++) {
-            Candidate first = candidates[0];
-            candidates[0] = candidates[V - 1 - ordered];
-            sift_down(candidates, V - 1 - ordered, 0);
-            candidates[V - 1 - ordered] = first;
-            sum += first.weight;
-        }
-        if (most < V) total = sum;
-        for (kept = 0, sum = 0; kept < ordered && (kept == 0 || sum < top_p * total); kept++)
-            sum += candidates[V - 1 - kept].weight;
-        total = sum;
-    }
+    if (most < V || top_p < 1) kept = keep_likeliest(candidates, V, most, top_p, &total);
     double left = random_uniform(random) * total;
     for (int i = V - 1; i > V - kept; i--)
         if ((left -= candidates[i].weight) < 0) return candidates[i].id;
     return candidates[V - kept].id;
 }
 
-// Reads the prompt as token ids: its bytes' ids, or, without a vocabulary of bytes, numbers between spaces.
-// Returns their number, or WRONG_OPTION. ids has room for strlen(prompt) + 1.
+// The id of a byte, -1 if the vocabulary lacks it.
+static int id_of_byte(const Run *run, char byte) {
+    const void *place = memchr(run->vocab, byte, (size_t)run->vocab_bytes);
+    return place ? (int)((const unsigned char *)place - run->vocab) : -1;
+}
+
+// Reads the prompt as token ids: its bytes' ids, or, without a vocabulary of bytes, numbers between
+// spaces. Returns their number, or WRONG_OPTION. ids has room for strlen(prompt) + 1.
 static int encode_prompt(const Run *run, const char *prompt, int *ids, char *error) {
-    int n = 0;
-    while (*prompt) {
-        const char *place = (const char *)memchr(run->vocab, *prompt, (size_t)run->vocab_bytes);
-        char *end = (char *)prompt + 1;
-        long id =
-            run->vocab_bytes ? (place ? place - (const char *)run->vocab : -1) : strtol(prompt, &end, 10);
-        if (run->vocab_bytes && id < 0)
+    int n = 0, V = run->config.vocab_size;
+    for (; run->vocab_bytes && prompt[n]; n++) {
+        ids[n] = id_of_byte(run, prompt[n]);
+        if (ids[n] < 0)
             return wrong(error, NULL, "--prompt: the vocabulary lacks its byte %d, 0x%02X", n,
-                         (unsigned char)*prompt);
-        if (end == prompt || id < 0 || id >= run->config.vocab_size ||
-            (!run->vocab_bytes && *end && *end != ' '))
+                         (unsigned char)prompt[n]);
+    }
+    while (!run->vocab_bytes && *prompt) {
+        char *end;
+        long id = strtol(prompt, &end, 10);
+        if (end == prompt || id < 0 || id >= V || (*end && *end != ' '))
             return wrong(error, NULL, "--prompt takes token ids from 0 to %d between spaces",
-                         run->config.vocab_size - 1);
+                         V - 1);
         ids[n++] = (int)id;
-        prompt = end;
-        while (!run->vocab_bytes && *prompt == ' ') prompt++;
+        prompt = end + strspn(end, " ");
     }
     return n;
 }
@@ -5556,18 +6076,17 @@ static int encode_prompt(const Run *run, const char *prompt, int *ids, char *err
 // A character of UTF-8 whose bytes are still to come.
 typedef struct { unsigned char bytes[4]; int n; } Character;
 
-// Prints a byte, or keeps it while it begins a character of UTF-8: what is read as text is whole at any
-// moment, and what the last token leaves unfinished is not printed. Bytes that are no UTF-8 are printed as
-// they are.
+// Prints a byte, or keeps it while it begins a character of UTF-8: what is read as text is whole at
+// any moment, and what the last token leaves unfinished is not printed. Bytes that are no UTF-8 are
+// printed as they are.
 static void print_byte(Character *c, unsigned char byte) {
     c->bytes[c->n++] = byte;
     while (c->n > 0) {
         unsigned char first = c->bytes[0];
-        int length = first >= 0xC2 && first < 0xE0    ? 2
-                     : (first & 0xF0) == 0xE0         ? 3
-                     : first >= 0xF0 && first <= 0xF4 ? 4
-                                                      : 1;
-        int follow = 1;
+        int length = 1, follow = 1;
+        if (first >= 0xC2 && first < 0xE0) length = 2;
+        if (first >= 0xE0 && first < 0xF0) length = 3;
+        if (first >= 0xF0 && first <= 0xF4) length = 4;
         while (follow < c->n && follow < length && (c->bytes[follow] & 0xC0) == 0x80) follow++;
         if (follow == c->n && follow < length) return; // it may go on
         int printed = follow == length ? length : 1;
@@ -5577,97 +6096,77 @@ static void print_byte(Character *c, unsigned char byte) {
     }
 }
 
-// Writes the prompt and n sampled tokens to standard output as they are made. When the positions that the
-// model remembers are full, the last half is read afresh.
-static int generate(Run *run, const char *prompt, int64_t n, uint64_t random, char *error) {
+// What generation needs beside the model: the tokens so far, and scratch (V).
+typedef struct {
+    const char *prompt;
+    int *tokens, count;
+    real *logits;
+    Candidate *candidates;
+} Generation;
+
+// Writes n sampled tokens behind those that are there, as they are made. When the positions that
+// the model remembers are full, the last half is read afresh.
+static int generate_tokens(Run *run, Generation *g, int64_t n, uint64_t random, char *error) {
     const Options *o = &run->settings.values;
-    int V = run->config.vocab_size, T = run->model_T, result = 0;
+    int V = run->config.vocab_size, T = run->model_T;
     int fed = 0, begin = 0; // the model has seen `fed` tokens and remembers them from `begin` on
     Character character = {{0}, 0};
-    double bytes =
-        (double)V * (sizeof(real) + sizeof(Candidate)) + ((double)n + (double)strlen(prompt)) * sizeof(int);
-    if (check_room(bytes, NULL, "what is generated", error)) return FAILED;
-    real *logits = (real *)malloc((size_t)V * sizeof(real));
-    Candidate *candidates = (Candidate *)malloc((size_t)V * sizeof(Candidate));
-    int *tokens = (int *)malloc((strlen(prompt) + 2 + (size_t)n) * sizeof(int));
-    int count = tokens && candidates && logits ? encode_prompt(run, prompt, tokens, error)
-              : fail(error, NULL, "out of memory");
-    if (count < 0) result = count;
-    else fputs(prompt, stdout);
-    if (count == 0) { // nothing to go on from: a new line, or token 0
-        const unsigned char *newline =
-            (const unsigned char *)memchr(run->vocab, '\n', (size_t)run->vocab_bytes);
-        tokens[count++] = newline ? (int)(newline - run->vocab) : 0;
-    }
-    for (int64_t made = 0; made < n && !result && !interrupted; made++) {
-        if (count - begin > T) {
-            int keep = !made ? T : T > 1 ? T / 2 : 1;
-            fed = begin = count - keep;
+    for (int64_t made = 0; made < n && !interrupted; made++) {
+        if (g->count - begin > T) {
+            int half = T > 1 ? T / 2 : 1;
+            begin = g->count - (made ? half : T);
+            fed = begin;
         }
-        run->backend->extend(run->model, tokens + fed, count - fed, fed - begin, logits);
-        fed = count;
-        int id = sample_token(logits, candidates, V, o->temperature, o->top_k, o->top_p, &random);
-        if (id < 0) { result = fail(error, NULL, "a logit is not finite: the weights are spoilt"); break; }
-        tokens[count++] = id;
+        run->backend->extend(run->model, g->tokens + fed, g->count - fed, fed - begin, g->logits);
+        fed = g->count;
+        int id = sample_token(g->logits, g->candidates, V, o->temperature, o->top_k, o->top_p,
+                              &random);
+        if (id < 0) return fail(error, NULL, "a logit is not finite: the weights are spoilt");
+        g->tokens[g->count++] = id;
         if (run->vocab_bytes) print_byte(&character, run->vocab[id]);
-        else printf(made || *prompt ? " %d" : "%d", id);
-        if (fflush(stdout)) result = fail(error, "standard output", "%s", strerror(errno));
+        else printf(made || *g->prompt ? " %d" : "%d", id);
+        if (fflush(stdout)) return fail(error, "standard output", "%s", strerror(errno));
     }
-    if (!result && (putchar('\n') == EOF || fflush(stdout)))
-        result = fail(error, "standard output", "%s", strerror(errno));
-    free(logits);
-    free(candidates);
-    free(tokens);
+    if (putchar('\n') == EOF || fflush(stdout))
+        return fail(error, "standard output", "%s", strerror(errno));
+    return 0;
+}
+
+// Writes the prompt and n sampled tokens to standard output.
+static int generate(Run *run, const char *prompt, int64_t n, uint64_t random, char *error) {
+    size_t V = (size_t)run->config.vocab_size, length = strlen(prompt);
+    double bytes = (double)V * (sizeof(real) + sizeof(Candidate)) +
+                   ((double)n + (double)length) * sizeof(int);
+    if (check_room(bytes, NULL, "what is generated", error)) return FAILED;
+    Generation g;
+    g.prompt = prompt;
+    g.logits = (real *)malloc(V * sizeof(real));
+    g.candidates = (Candidate *)malloc(V * sizeof(Candidate));
+    g.tokens = (int *)malloc((length + 2 + (size_t)n) * sizeof(int));
+    int result;
+    if (!g.tokens || !g.candidates || !g.logits) result = fail(error, NULL, "out of memory");
+    else result = encode_prompt(run, prompt, g.tokens, error);
+    if (result >= 0) {
+        g.count = result;
+        fputs(prompt, stdout);
+        if (!g.count) { // nothing to go on from: a new line, or token 0
+            int newline = id_of_byte(run, '\n');
+            g.tokens[g.count++] = newline < 0 ? 0 : newline;
+        }
+        result = generate_tokens(run, &g, n, random, error);
+    }
+    free(g.logits);
+    free(g.candidates);
+    free(g.tokens);
     return result;
 }
 
 // ----------------------------------------------------------------------------
-// training
-
-static double seconds(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
-}
-
-// Linear warm-up, then a cosine from lr to min_lr, then min_lr. step from 0.
-static double learning_rate(const Options *o, int64_t step) {
-    if (step < o->warmup) return o->lr * (double)(step + 1) / (double)o->warmup;
-    if (step >= o->decay_steps) return o->min_lr;
-    double progress = (double)(step - o->warmup) / (double)(o->decay_steps - o->warmup);
-    return o->min_lr + (o->lr - o->min_lr) * (1 + cos(3.14159265358979323846 * progress)) / 2;
-}
-
-// One step: reads accum micro-batches, sums their gradients of the mean loss over all targets, clips,
-// updates. FAILED if loss or gradient are not finite: the weights are then still those of before.
-static int train_step(Run *run, double *loss, double *grad_norm, char *error) {
-    Options *o = &run->settings.values;
-    const Backend *backend = run->backend;
-    int T = (int)o->seq, B = (int)o->batch;
-    int64_t count = 0, sequences = o->accum * o->batch;
-    for (int64_t i = 0; i < sequences; i++) {
-        int64_t place = sequence_place(run, o->step * sequences + i);
-        copy_sequence(run->inputs + i * T, run->targets + i * T, &run->train, place, T);
-    }
-    for (int64_t i = 0; i < sequences * T; i++) count += run->targets[i] >= 0;
-    double dloss = count ? 1 / (double)count : 0;
-    *loss = 0;
-    for (int64_t a = 0; a < o->accum; a++) {
-        Dropout drop = {o->dropout, (uint64_t)o->seed, (uint64_t)(o->step * o->accum + a)};
-        const int *inputs = run->inputs + a * B * T, *targets = run->targets + a * B * T;
-        backend->forward(run->model, inputs, targets, B, T, drop);
-        backend->backward(run->model, dloss);
-        *loss += backend->loss(run->model) * dloss;
-    }
-    AdamW adam = {learning_rate(o, o->step), o->beta1, o->beta2, o->eps, o->weight_decay};
-    *grad_norm = isfinite(*loss) ? backend->update(run->model, adam, o->clip, o->step + 1) : NAN;
-    if (!isfinite(*loss) || !isfinite(*grad_norm))
-        return fail(error, NULL,
-                    "step %lld: loss %g, gradient norm %g: stopped before the update; a lower --lr may help",
-                    (long long)o->step + 1, *loss, *grad_norm);
-    o->step++;
-    return 0;
-}
+// what a run tells: its log, and its lines on standard output
+//
+// The log has a line for every step, of which a reader may be a program, so that it stays whole
+// whatever happens: a line that cannot be written is taken back, and a resumed run cuts off what
+// lies behind its step. On a terminal one line is written over and over, as wide as the window is.
 
 // What a step found. elapsed: seconds, NAN if it was made before the run was resumed
 typedef struct { int64_t step; double loss, grad_norm, rate, tokens, elapsed; } Step;
@@ -5686,76 +6185,103 @@ typedef struct {
     double previous;
 } Log;
 
-// Opens the log: a new one for a new run; of a resumed one it will be cut back to the resumed step, once
-// there is a line to write. A pipe or a device is written as it is. A file that is no log of this run is not
-// touched, unless --overwrite says so.
-static int log_open(Log *log, const Options *o, char *error) {
+// Opens the log's file and locks it. A pipe or a device is written as it is.
+static int log_open_file(Log *log, char *error) {
     struct stat info;
-    memset(log, 0, sizeof(*log));
-    log->cut_at = -1;
-    log->path = o->log;
-    log->previous = o->train_loss >= 0 ? o->train_loss : NAN;
-    if (!o->log) return 0;
-    int there = !stat(o->log, &info);
+    int there = !stat(log->path, &info);
+    log->created = !there;
     log->stream = there && !S_ISREG(info.st_mode);
-    int fd =
-        open(o->log, log->stream ? O_WRONLY | O_NONBLOCK | O_CLOEXEC : O_RDWR | O_CREAT | O_CLOEXEC, 0666);
-    if (fd < 0) return fail(error, o->log, "%s", errno == ENXIO ? "nobody reads this pipe" : strerror(errno));
+    int flags = log->stream ? O_WRONLY | O_NONBLOCK : O_RDWR | O_CREAT;
+    int fd = open(log->path, flags | O_CLOEXEC, 0666);
+    if (fd < 0)
+        return fail(error, log->path, "%s",
+                    errno == ENXIO ? "nobody reads this pipe" : strerror(errno));
     int locked = log->stream ? 1 : lock_descriptor(fd);
     if (log->stream) fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) & ~O_NONBLOCK);
-    if (locked < 0) warn_of_no_locks(o->log);
+    if (locked < 0) warn_of_no_locks(log->path);
     log->file = locked ? fdopen(fd, log->stream ? "w" : "r+") : NULL;
-    if (!log->file) {
-        close(fd);
-        return fail(error, o->log, "%s", locked ? strerror(errno) : "another run is writing it");
-    }
-    log->created = !there;
-    log->begins = o->resume != NULL;
-    if (log->stream) return 0;
+    if (log->file) return 0;
+    fail(error, log->path, "%s", locked ? strerror(errno) : "another run is writing it");
+    close(fd);
+    return FAILED;
+}
+
+// Why a log that lies there is not gone on with, NULL: it is.
+static const char *log_refusal(const LogScan *scan, const Options *o) {
+    if (o->overwrite) return NULL; // it is the run's: the user says so
+    if (!o->resume) return scan->size ? "it was written meanwhile" : NULL;
+    if (!scan->is_log) return "it is no log: another --log, or --overwrite";
+    if (scan->own) return NULL;
+    return "nothing shows that it is the log of this run: another --log, or --overwrite goes on in "
+           "it";
+}
+
+// Finds where the log goes on: a new run's at its begin; a resumed one's is cut back to the resumed
+// step, once there is a line to write. A file that is no log of this run is not touched, unless
+// --overwrite says so.
+static int log_find_end(Log *log, const Options *o, char *error) {
     LogScan scan = log_scan(log->file, o->resume ? o->step : 0, o->train_loss, o->previous_loss);
-    int result = scan.failed ? fail(error, o->log, "%s", strerror(errno)) : 0;
-    if (result) {
-        // what could not be read is not cut
-    } else if (o->overwrite && o->resume && scan.is_log) {
-        // it is the run's: the user says so
-    } else if (o->overwrite) {
-        memset(&scan, 0, sizeof(scan));
-    } else if (scan.size && !o->resume) {
-        result = wrong(error, o->log, "it was written meanwhile");
-    } else if (!scan.is_log) {
-        result = wrong(error, o->log, "it is no log: another --log, or --overwrite");
-    } else if (!scan.own) {
-        result = wrong(
-            error, o->log,
-            "nothing shows that it is the log of this run: another --log, or --overwrite goes on in it");
-    }
+    if (scan.failed) return fail(error, log->path, "%s", strerror(errno));
+    const char *refusal = log_refusal(&scan, o);
+    if (refusal) return wrong(error, log->path, "%s", refusal);
+    if (!o->resume || !scan.is_log) memset(&scan, 0, sizeof(scan)); // it begins anew
     log->last = scan.last;
     log->last_line = scan.before;
     log->complete = scan.validated;
     log->begins = log->begins && !scan.last;
     log->cut_at = scan.upto;
-    if (!result && !o->resume && (ftruncate(fd, 0) || fseek(log->file, 0, SEEK_SET)))
-        result = fail(error, o->log, "%s", strerror(errno));
+    if (o->resume) return 0;
+    if (!ftruncate(fileno(log->file), 0) && !fseek(log->file, 0, SEEK_SET)) return 0;
+    return fail(error, log->path, "%s", strerror(errno));
+}
+
+// Opens the log, if one is asked for.
+static int log_open(Log *log, const Options *o, char *error) {
+    memset(log, 0, sizeof(*log));
+    log->path = o->log;
+    log->cut_at = -1;
+    log->begins = o->resume != NULL;
+    log->previous = o->train_loss >= 0 ? o->train_loss : NAN;
+    if (!o->log) return 0;
+    if (log_open_file(log, error)) return FAILED;
+    if (log->stream) return 0;
+    int result = log_find_end(log, o, error);
     if (!result) return 0;
     fclose(log->file);
     log->file = NULL;
     return result;
 }
 
-// Writes the line of a step; score: of the validation there, NULL: none. The line that stands there is
-// written again if it lacks the validation. FAILED if the line is not on its way to the disk: then it is
-// taken back, that the log stays whole.
+// Goes to where a line is written: the end, or `again` the begin of the last line. 0, or -1 with
+// errno.
+static int log_seek(Log *log, int again) {
+    if (log->cut_at >= 0) {
+        if (ftruncate(fileno(log->file), log->cut_at)) return -1;
+        if (fseek(log->file, log->cut_at, SEEK_SET)) return -1;
+    }
+    log->cut_at = -1;
+    if (again) return fseek(log->file, log->last_line, SEEK_SET);
+    log->last_line = ftell(log->file);
+    return log->last_line < 0 && !log->stream ? -1 : 0;
+}
+
+// Takes back a line that did not reach its file, that the log stays whole. 0, or -1 where that is
+// not done.
+static int log_take_back(Log *log, int64_t step) {
+    clearerr(log->file);
+    if (log->stream || ftruncate(fileno(log->file), log->last_line)) return -1;
+    fseek(log->file, log->last_line, SEEK_SET);
+    log->last = step - 1;
+    return 0;
+}
+
+// Writes the line of a step; score: of the validation there, NULL: none. The line that stands there
+// is written again if it lacks the validation. FAILED if the line is not on its way to the disk.
 static int log_line(Log *log, const Step *s, const Score *score, char *error) {
     int again = s->step == log->last;
-    if (!log->file || s->step < log->last || (again && (!score || log->complete || log->stream))) return 0;
-    if (log->cut_at >= 0 &&
-        (ftruncate(fileno(log->file), log->cut_at) || fseek(log->file, log->cut_at, SEEK_SET)))
-        return fail(error, log->path, "%s", strerror(errno));
-    log->cut_at = -1;
-    if (!again) log->last_line = ftell(log->file);
-    if (!again && !log->stream && log->last_line < 0) return fail(error, log->path, "%s", strerror(errno));
-    if (again && fseek(log->file, log->last_line, SEEK_SET))
-        return fail(error, log->path, "%s", strerror(errno));
+    if (!log->file || s->step < log->last) return 0;
+    if (again && (!score || log->complete || log->stream)) return 0;
+    if (log_seek(log, again)) return fail(error, log->path, "%s", strerror(errno));
     fprintf(log->file, "{\"step\": %lld", (long long)s->step);
     print_member(log->file, "train_loss", s->loss, 9);
     if (score) print_score(log->file, score);
@@ -5766,19 +6292,18 @@ static int log_line(Log *log, const Step *s, const Score *score, char *error) {
     fprintf(log->file, "}\n");
     log->last = s->step;
     log->complete = score != NULL;
-    if (!fflush(log->file) && !ferror(log->file)) {
-        log->lines++;
-        return log->stream || !again || !ftruncate(fileno(log->file), ftell(log->file)) ? 0
-             : fail(error, log->path, "%s", strerror(errno));
+    if (fflush(log->file) || ferror(log->file)) {
+        char ignored[ERROR_SIZE];
+        fail(error, log->path, "%s", strerror(errno));
+        int taken_back = !log_take_back(log, s->step);
+        if (taken_back && again) log_line(log, s, NULL, ignored); // as it stood there
+        return FAILED;
     }
-    fail(error, log->path, "%s", strerror(errno));
-    clearerr(log->file);
-    if (log->stream || ftruncate(fileno(log->file), log->last_line)) return FAILED;
-    fseek(log->file, log->last_line, SEEK_SET);
-    log->last = s->step - 1;
-    char problem[ERROR_SIZE];
-    if (again) log_line(log, s, NULL, problem); // as it stood there
-    return FAILED;
+    log->lines++;
+    // what stood there may have been longer
+    if (again && ftruncate(fileno(log->file), ftell(log->file)))
+        return fail(error, log->path, "%s", strerror(errno));
+    return 0;
 }
 
 // A log that was made for nothing is removed.
@@ -5789,7 +6314,8 @@ static void log_close(Log *log) {
     log->file = NULL;
 }
 
-// Prints how to go on after a stop: --resume and what was given of the rows that a checkpoint does not hold.
+// Prints how to go on after a stop: --resume and what was given of the rows that a checkpoint does
+// not hold.
 static void print_resume_command(Run *run, const char *program) {
     const Settings *s = &run->settings;
     run->in_place = 0;
@@ -5802,7 +6328,8 @@ static void print_resume_command(Run *run, const char *program) {
     for (int i = 0; i < N_OPTIONS; i++) {
         const Option *option = &option_table[i];
         char text[96];
-        if (!s->given[i] || (option->group != WATCHING && strcmp(option->name, "save-every"))) continue;
+        int needed = option->group == WATCHING || is_among(option, " save-every ");
+        if (!s->given[i] || !needed) continue;
         printf(" --%s ", option->name);
         print_quoted(option_text(text, &s->values, option));
     }
@@ -5825,46 +6352,70 @@ static void end_line(Run *run) {
     run->in_place = 0;
 }
 
-// The line of a step. A file gets it whole. A terminal gets the fields that fit, over the line before, and
-// unless it stays, as a validation does, the cursor goes back to its begin: when the window is made narrower,
-// and the line is broken in two, that is still the begin, and all behind it is cleared.
-static void print_step(Run *run, const Step *s, double left, const Score *score) {
-    enum { STEP, LOSS, NORM, RATE, TIME, SPEED, LEFT, VALIDATION, ACCURACY, N_FIELDS };
-    static const int first_to_go[] = {
-        NORM, RATE,     SPEED, TIME,
-        LEFT, ACCURACY, LOSS,  STEP}; // a line without a validation always has its step
-    const Options *o = &run->settings.values;
-    const char *terminal_type = getenv("TERM");
-    char fields[N_FIELDS][80], line[N_FIELDS * 80] = "";
-    int last = o->step == o->steps, columns = terminal_columns(), length = 0;
-    int commands = terminal_type && strcmp(terminal_type, "dumb");
-    memset(fields, 0, sizeof(fields));
-    snprintf(fields[STEP], 80, "step %lld/%lld", (long long)o->step, (long long)o->steps);
-    snprintf(fields[LOSS], 80, "loss %.4f", s->loss);
-    snprintf(fields[NORM], 80, "norm %.3f", s->grad_norm);
-    snprintf(fields[RATE], 80, "lr %.2e", s->rate);
+// The fields of a step's line.
+enum {
+    OF_STEP, OF_LOSS, OF_NORM, OF_RATE, OF_TIME, OF_SPEED, OF_LEFT, OF_VALIDATION, OF_ACCURACY,
+    N_FIELDS
+};
+
+// Writes them as text; what is not known stays empty.
+static void fill_fields(char fields[][80], const Options *o, const Step *s, double left,
+                        const Score *score) {
+    for (int i = 0; i < N_FIELDS; i++) fields[i][0] = 0;
+    snprintf(fields[OF_STEP], 80, "step %lld/%lld", (long long)o->step, (long long)o->steps);
+    snprintf(fields[OF_LOSS], 80, "loss %.4f", s->loss);
+    snprintf(fields[OF_NORM], 80, "norm %.3f", s->grad_norm);
+    snprintf(fields[OF_RATE], 80, "lr %.2e", s->rate);
     if (isfinite(s->elapsed)) { // else the step was made before the run was resumed
-        snprintf(fields[TIME], 80, "%.1f ms", s->elapsed * 1e3);
-        snprintf(fields[SPEED], 80, "%.0f tok/s", s->tokens / s->elapsed);
-        snprintf(fields[LEFT], 80, "%lld:%02d left", (long long)left / 60, (int)((long long)left % 60));
+        long long minutes = (long long)left / 60;
+        int rest = (int)((long long)left % 60);
+        snprintf(fields[OF_TIME], 80, "%.1f ms", s->elapsed * 1e3);
+        snprintf(fields[OF_SPEED], 80, "%.0f tok/s", s->tokens / s->elapsed);
+        snprintf(fields[OF_LEFT], 80, "%lld:%02d left", minutes, rest);
     }
-    if (score) snprintf(fields[VALIDATION], 80, "val %.4f", score->loss);
-    if (score && !isnan(score->accuracy)) snprintf(fields[ACCURACY], 80, "accuracy %.4f", score->accuracy);
-    if (score && last) strcat(fields[isnan(score->accuracy) ? VALIDATION : ACCURACY], " (whole split)");
-    for (size_t gone = 0; gone <= sizeof(first_to_go) / sizeof(first_to_go[0]); gone++) {
-        length = 0;
-        for (int i = 0; i < N_FIELDS; i++)
-            if (fields[i][0])
-                length += snprintf(line + length, sizeof(line) - (size_t)length, "%s%s",
-                                   !length         ? ""
-                                   : i == ACCURACY ? ", "
-                                                   : " | ",
-                                   fields[i]);
-        if (!columns || length < columns || gone == sizeof(first_to_go) / sizeof(first_to_go[0])) break;
-        if (score || first_to_go[gone] != STEP) fields[first_to_go[gone]][0] = 0;
+    if (!score) return;
+    int has_accuracy = !isnan(score->accuracy), last = o->step == o->steps;
+    snprintf(fields[OF_VALIDATION], 80, "val %.4f", score->loss);
+    if (has_accuracy) snprintf(fields[OF_ACCURACY], 80, "accuracy %.4f", score->accuracy);
+    if (last) strcat(fields[has_accuracy ? OF_ACCURACY : OF_VALIDATION], " (whole split)");
+}
+
+// Makes them a line; returns its length.
+static int join_fields(char line[N_FIELDS * 80], char fields[][80]) {
+    int length = 0;
+    line[0] = 0;
+    for (int i = 0; i < N_FIELDS; i++) {
+        if (!fields[i][0]) continue;
+        const char *between = i == OF_ACCURACY ? ", " : " | ";
+        size_t room = (size_t)(N_FIELDS * 80 - length);
+        length += snprintf(line + length, room, "%s%s", length ? between : "", fields[i]);
     }
-    int stays = !columns || score || last, room = columns - 1; // a full row would be left at once
-    if (columns && length > room) length = room > 0 ? room : 0;
+    return length;
+}
+
+// The line of a step. A file gets it whole. A terminal gets the fields that fit, over the line
+// before, and unless it stays, as a validation does, the cursor goes back to its begin: when the
+// window is made narrower, and the line is broken in two, that is still the begin, and all behind
+// it is cleared.
+static void print_step(Run *run, const Step *s, double left, const Score *score) {
+    static const int first_to_go[] = {OF_NORM, OF_RATE,     OF_SPEED, OF_TIME,
+                                      OF_LEFT, OF_ACCURACY, OF_LOSS,  OF_STEP};
+    enum { N_TO_GO = sizeof(first_to_go) / sizeof(first_to_go[0]) };
+    const Options *o = &run->settings.values;
+    char fields[N_FIELDS][80], line[N_FIELDS * 80];
+    int columns = terminal_columns();
+    fill_fields(fields, o, s, left, score);
+    int length = join_fields(line, fields);
+    for (int i = 0; i < N_TO_GO && columns && length >= columns; i++) {
+        if (first_to_go[i] == OF_STEP && !score) continue; // such a line has its step
+        fields[first_to_go[i]][0] = 0;
+        length = join_fields(line, fields);
+    }
+    const char *terminal_type = getenv("TERM");
+    int commands = terminal_type && strcmp(terminal_type, "dumb");
+    int stays = !columns || score || o->step == o->steps;
+    int room = columns > 1 ? columns - 1 : 0; // a full row would be left at once
+    if (columns && length > room) length = room;
     printf("%s%.*s", columns ? "\r" : "", length, line);
     if (columns && commands) printf("\033[J");
     else if (columns) printf("%*s", room - length, "");
@@ -5873,7 +6424,62 @@ static void print_step(Run *run, const Step *s, double left, const Score *score)
     run->in_place = !stays;
 }
 
-// Prints a sample, with a model made for generation: the one that trains keeps no cache of the past.
+// ----------------------------------------------------------------------------
+// training
+//
+// train_step is the algorithm, learning_rate its schedule, and train_steps the loop. What surrounds
+// them is what a long run needs: after each step conclude_step validates, logs and saves, so that a
+// kill at any moment leaves what can be gone on with; a resumed run first does what the last one
+// left open.
+
+static double seconds(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+// Linear warm-up, then a cosine from lr to min_lr, then min_lr. step from 0.
+static double learning_rate(const Options *o, int64_t step) {
+    if (step < o->warmup) return o->lr * (double)(step + 1) / (double)o->warmup;
+    if (step >= o->decay_steps) return o->min_lr;
+    double progress = (double)(step - o->warmup) / (double)(o->decay_steps - o->warmup);
+    return o->min_lr + (o->lr - o->min_lr) * (1 + cos(3.14159265358979323846 * progress)) / 2;
+}
+
+// One step: reads accum micro-batches, sums their gradients of the mean loss over all targets,
+// clips, updates. FAILED if loss or gradient are not finite: the weights are then still those of
+// before.
+static int train_step(Run *run, double *loss, double *grad_norm, char *error) {
+    Options *o = &run->settings.values;
+    const Backend *backend = run->backend;
+    int T = (int)o->seq, B = (int)o->batch;
+    int64_t count = 0, sequences = o->accum * o->batch;
+    for (int64_t i = 0; i < sequences; i++) {
+        int64_t place = sequence_place(run, o->step * sequences + i);
+        copy_sequence(run->inputs + i * T, run->targets + i * T, &run->train, place, T);
+    }
+    for (int64_t i = 0; i < sequences * T; i++) count += run->targets[i] >= 0;
+    double dloss = count ? 1 / (double)count : 0;
+    *loss = 0;
+    for (int64_t a = 0; a < o->accum; a++) {
+        Dropout drop = {o->dropout, (uint64_t)o->seed, (uint64_t)(o->step * o->accum + a)};
+        const int *inputs = run->inputs + a * B * T, *targets = run->targets + a * B * T;
+        backend->forward(run->model, inputs, targets, B, T, drop);
+        backend->backward(run->model, dloss);
+        *loss += backend->loss(run->model) * dloss;
+    }
+    AdamW adam = {learning_rate(o, o->step), o->beta1, o->beta2, o->eps, o->weight_decay};
+    *grad_norm = isfinite(*loss) ? backend->update(run->model, adam, o->clip, o->step + 1) : NAN;
+    if (!isfinite(*loss) || !isfinite(*grad_norm))
+        return fail(error, NULL, "step %lld: loss %g, gradient norm %g: stopped before the update; "
+                                 "a lower --lr may help",
+                    (long long)o->step + 1, *loss, *grad_norm);
+    o->step++;
+    return 0;
+}
+
+// Prints a sample, with a model made for generation: the one that trains keeps no cache of the
+// past.
 static int print_sample(Run *run, Model *sampler, char *error) {
     const Options *o = &run->settings.values;
     Model *trained = run->model;
@@ -5898,10 +6504,12 @@ typedef struct {
     const char *saved;      // the file that holds saved_step, NULL: none yet
     int64_t saved_step;
     int complete;           // the run's last step is concluded
+    int idle;               // there was nothing to do
 } Training;
 
-// Validates: as --eval-every asks, if `due`, else, before a save, one batch, so that what is saved is not
-// only finite but has a finite loss. FAILED, with the line, if it has none: then nothing may be saved.
+// Validates: as --eval-every asks, if `due`, else, before a save, one batch, so that what is saved
+// is not only finite but has a finite loss. FAILED, with the line, if it has none: then nothing may
+// be saved.
 static int judge(Run *run, int due, int to_save, Score *score, char *error) {
     const Options *o = &run->settings.values;
     memset(score, 0, sizeof(*score));
@@ -5913,106 +6521,119 @@ static int judge(Run *run, int due, int to_save, Score *score, char *error) {
     }
     if (!quick.count || isfinite(quick.loss)) return 0;
     *score = quick;
-    return fail(error, NULL,
-                "step %lld: the validation loss is %g: stopped, this step is not saved; a lower --lr may "
-                "help",
-                (long long)o->step, quick.loss);
+    static const char why[] = "stopped, this step is not saved; a lower --lr may help";
+    return fail(error, NULL, "step %lld: the validation loss is %g: %s", (long long)o->step,
+                quick.loss, why);
 }
 
 // Whether a step without a validation gets its line: on a terminal each; in a file the first, every
-// hundredth, and one that would leave the file silent for over ten seconds, if the next step takes as long.
-// silent: seconds since a line.
+// hundredth, and one that would leave the file silent for over ten seconds, if the next step takes
+// as long. silent: seconds since a line.
 static int is_printed(const Options *o, const Training *t, const Step *s, double silent) {
     return isatty(STDOUT_FILENO) || o->step == t->first_step + 1 || o->step % 100 == 0 ||
            silent + s->elapsed > 10;
 }
 
-// What follows an update, in this order: the step is judged, then come the log's line, the best weights, the
-// run's file; so whatever ends the program in between, nothing is named that is not there. The line of the
-// run's last step gets the validation of the whole split from conclude_run. A log that fails, or best
-// weights, do not keep the run from being saved, and end it.
+// Saves the run. A power cut must not leave it ahead of its log.
+static int store_run(Run *run, Training *t, char *error) {
+    const Options *o = &run->settings.values;
+    if (t->log.file) flush_to_disk(fileno(t->log.file));
+    if (save_run(run, error)) return FAILED;
+    t->saved = o->out;
+    t->saved_step = o->step;
+    return 0;
+}
+
+// Writes what a step leaves, in this order: the log's line, the best weights, the run's file; so
+// whatever ends the program in between, nothing is named that is not there. The line of the run's
+// last step gets the validation of the whole split from conclude_run. A log that fails, or best
+// weights, do not keep the run from being saved, and end it; the resumed run makes up for the
+// validation. score->count 0: there is none.
+static int store_step(Run *run, Training *t, const Step *s, const Score *score, int validated,
+                      int to_save, char *error) {
+    Options *o = &run->settings.values;
+    int last = o->step == o->steps, scored = score->count > 0, result = 0;
+    int64_t validated_before = o->validated;
+    double best_before = o->best_val;
+    if (validated) o->validated = o->step;
+    if (!last || !t->log.stream)
+        result = log_line(&t->log, s, scored && !last ? score : NULL, error);
+    if (!result && scored && score->loss < o->best_val) {
+        o->best_val = score->loss;
+        result = save_best(run, error);
+    }
+    if (result) {
+        o->validated = validated_before;
+        o->best_val = best_before;
+    }
+    if (!result && !to_save) return 0;
+    char second[ERROR_SIZE]; // the first problem is what is told
+    int saved = store_run(run, t, result ? second : error);
+    return result ? result : saved;
+}
+
+// What follows an update: the step is judged, stored and printed.
 static int conclude_step(Run *run, Training *t, const Step *s, char *error) {
     Options *o = &run->settings.values;
     int last = o->step == o->steps, due = o->eval_every && o->step % o->eval_every == 0;
     int to_save = last || interrupted || (o->save_every && o->step % o->save_every == 0);
-    double best_before = o->best_val;
-    int64_t validated_before = o->validated;
-    char second[ERROR_SIZE];
     Score score;
     o->train_loss = s->loss;
     o->grad_norm = s->grad_norm;
     if (judge(run, due, to_save, &score, error)) {
+        char second[ERROR_SIZE];
         log_line(&t->log, s, &score, second); // the first problem is what is told
         return FAILED;
     }
-    int scored = score.count > 0, result = 0;
-    if (due && !score.broken) o->validated = o->step;
     saving = 1;
-    if (!last || !t->log.stream) result = log_line(&t->log, s, last || !scored ? NULL : &score, error);
-    if (result) o->validated = validated_before; // the resumed run makes up for it
-    if (!result && scored && score.loss < o->best_val) {
-        o->best_val = score.loss;
-        if ((result = save_best(run, error))) {
-            o->best_val = best_before;
-            o->validated = validated_before;
-        }
-    }
-    if (result || to_save) {
-        if (t->log.file)
-            flush_to_disk(fileno(t->log.file)); // a power cut must not leave a run ahead of its log
-        int saved = save_run(run, result ? second : error);
-        if (!saved) {
-            t->saved = o->out;
-            t->saved_step = o->step;
-        }
-        if (!result) result = saved;
-    }
+    int result = store_step(run, t, s, &score, due && !score.broken, to_save, error);
     saving = 0;
     if (result || last) return result;
-    double now = seconds(),
-           left = (now - t->start) / (double)(o->step - t->first_step) * (double)(o->steps - o->step);
-    if (scored || is_printed(o, t, s, now - t->told)) {
-        print_step(run, s, left, scored ? &score : NULL);
-        t->told = now;
-    }
+    double now = seconds(), so_far = now - t->start;
+    double left = so_far / (double)(o->step - t->first_step) * (double)(o->steps - o->step);
+    int scored = score.count > 0;
+    if (!scored && !is_printed(o, t, s, now - t->told)) return 0;
+    print_step(run, s, left, scored ? &score : NULL);
+    t->told = now;
     return 0;
 }
 
-// The end of the last step: the whole split, the log's last line, and, if no validation came before, the last
-// weights as the best. A signal that breaks the validation off leaves this to a resumed run.
+// The end of the last step: the whole split, the log's last line, and, if no validation came
+// before, the last weights as the best. A signal that breaks the validation off leaves this to a
+// resumed run.
 static int conclude_run(Run *run, Training *t, const Step *s, char *error) {
     Options *o = &run->settings.values;
     Score score = evaluate(run, 0, 0);
-    int scored = score.count > 0 && !score.broken, result = 0;
-    if (scored && !isfinite(score.loss))
+    const Score *whole = score.count > 0 && !score.broken ? &score : NULL;
+    int result = 0;
+    if (whole && !isfinite(score.loss))
         result = fail(error, NULL, "step %lld: the validation loss of the whole split is %g",
                       (long long)o->step, score.loss);
     saving = 1;
-    int logged = log_line(&t->log, s, scored ? &score : NULL, error);
+    int logged = log_line(&t->log, s, whole, error);
     if (!result) result = logged;
-    if (!result && !score.broken &&
-        o->best_val >= 1e300) { // they say their loss; the run has had no validation
-        if (scored) o->best_val = score.loss;
+    if (!result && !score.broken && o->best_val >= 1e300) {
+        if (whole) o->best_val = score.loss; // the weights say it; the run has had no validation
         result = save_best(run, error);
         o->best_val = 1e300;
     }
     saving = 0;
-    if (!result) print_step(run, s, 0, scored ? &score : NULL);
+    if (!result) print_step(run, s, 0, whole);
     t->complete = !result && !score.broken;
     return result;
 }
 
-// Whether the file system has room for what a run keeps there: its file, the best weights, and a temporary
-// file beside them.
+// Whether the file system has room for what a run keeps there: its file, the best weights, and a
+// temporary file beside them.
 static int check_disk(const Run *run, uint64_t run_size, uint64_t best_size, char *error) {
     struct statvfs disk;
     char folder[PATH_MAX];
     const Place *out = &run->out_place, *best = &run->best_place;
     folder_of(folder, out->target);
     if (statvfs(folder, &disk) || !disk.f_blocks) return 0; // it does not tell, the saves will
-    double kept =
-        (double)(out->there ? out->known.st_size : 0) + (double)(best->there ? best->known.st_size : 0);
-    double needed = (double)run_size + (double)best_size + (double)run_size - kept;
+    double needed = (double)run_size + (double)best_size + (double)run_size;
+    if (out->there) needed -= (double)out->known.st_size;
+    if (best->there) needed -= (double)best->known.st_size;
     double left = (double)disk.f_bavail * (double)disk.f_frsize;
     if (needed <= left) return 0;
     return fail(error, out->path,
@@ -6020,19 +6641,21 @@ static int check_disk(const Run *run, uint64_t run_size, uint64_t best_size, cha
                 needed / 0x1p20, left / 0x1p20);
 }
 
-// Makes what a run needs while it trains, and tries everything that a save will ask for, the way the save
-// does it.
+// Makes what a run needs while it trains, and tries everything that a save will ask for, the way
+// the save does it.
 static int begin_training(Run *run, Training *t, char *error) {
     Options *o = &run->settings.values;
+    Place *out = &run->out_place, *best = &run->best_place;
     uint64_t run_size = 0, best_size = 0;
-    if (run->out_place.lock >= 0) remove_leftovers(run->out_place.target);
-    if (run->best_place.lock >= 0) remove_leftovers(run->best_place.target);
-    if (save_checkpoint(run, &run->out_place, RESUMABLE, 1, &run_size, error)) return FAILED;
-    if (save_checkpoint(run, &run->best_place, WEIGHTS, 1, &best_size, error)) return FAILED;
+    if (out->lock >= 0) remove_leftovers(out->target);
+    if (best->lock >= 0) remove_leftovers(best->target);
+    if (save_checkpoint(run, out, RESUMABLE, 1, &run_size, error)) return FAILED;
+    if (save_checkpoint(run, best, WEIGHTS, 1, &best_size, error)) return FAILED;
     if (check_disk(run, run_size, best_size, error)) return FAILED;
-    if (o->sample_every &&
-        !(t->sampler = run->backend->create(&run->config, 1, (int)o->seq, GENERATE, error)))
-        return FAILED;
+    if (o->sample_every) {
+        t->sampler = run->backend->create(&run->config, 1, (int)o->seq, GENERATE, error);
+        if (!t->sampler) return FAILED;
+    }
     return log_open(&t->log, o, error);
 }
 
@@ -6047,178 +6670,169 @@ static int train_steps(Run *run, Training *t, Step *s, char *error) {
         s->step = o->step;
         o->previous_loss = o->train_loss;
         if (conclude_step(run, t, s, error)) return FAILED;
-        if (o->sample_every && o->step % o->sample_every == 0 && print_sample(run, t->sampler, error) &&
-            !ferror(stdout))
-            return FAILED; // if it is standard output that fails, nobody reads any more: no reason to stop
+        if (!o->sample_every || o->step % o->sample_every) continue;
+        // if it is standard output that fails, nobody reads any more: no reason to stop
+        if (print_sample(run, t->sampler, error) && !ferror(stdout)) return FAILED;
     }
     return 0;
 }
 
 // A signal came: what is not saved yet is judged and saved.
 static int save_stopped(Run *run, Training *t, char *error) {
-    Options *o = &run->settings.values;
+    const Options *o = &run->settings.values;
     Score score;
     if (t->saved == o->out && t->saved_step == o->step) return 0;
     if (judge(run, 0, 1, &score, error)) return FAILED;
     saving = 1;
-    if (t->log.file) flush_to_disk(fileno(t->log.file));
-    int result = save_run(run, error);
+    int result = store_run(run, t, error);
     saving = 0;
-    if (result) return result;
-    t->saved = o->out;
-    t->saved_step = o->step;
-    return 0;
+    return result;
 }
 
-// The training loop. 130 after a signal that asked for an end.
-static int train(Run *run, const char *program, char *error) {
-    Options *o = &run->settings.values;
-    Training t;
-    char problem[ERROR_SIZE];
-    memset(&t, 0, sizeof(t));
-    t.start = t.told = seconds();
-    t.first_step = t.saved_step = o->step;
-    t.saved = o->resume;
-    // what a stop or a kill left open of the resumed step is done first: its validation, its line, of the
-    // last step the end
-    int known = o->resume && o->step > 0 && o->train_loss >= 0, finished = o->step >= o->steps;
-    int due = o->eval_every && o->step > 0 && o->step % o->eval_every == 0;
-    int pending = known && due && o->validated >= 0 && o->validated < o->step;
-    double rate = learning_rate(o->resume ? &run->stored : o, o->step - 1),
-           tokens = (double)(o->accum * o->batch * o->seq);
-    Step s = {o->step, known ? o->train_loss : NAN, known ? o->grad_norm : NAN, rate, tokens, NAN};
-    install_handlers(WHILE_TRAINING);
-    int result = begin_training(run, &t, error);
-    int no_line = t.log.file && known && !t.log.stream && t.log.last == o->step - 1;
-    int missing = t.log.file && known && !t.log.stream && finished && !t.log.complete;
-    int renamed = o->resume && strcmp(o->out, o->resume);
-    int incomplete = o->step == o->steps && o->resume &&
-                     (pending || missing || renamed || !lies_there(run->best_path, problem));
-    int idle = finished && !incomplete;
-    if (!result && idle)
-        printf("nothing to do: %lld of %lld steps are done\n", (long long)o->step, (long long)o->steps);
-    if (!result && !idle && no_line) result = log_line(&t.log, &s, NULL, error);
-    if (!result && !idle && pending) result = conclude_step(run, &t, &s, error);
-    if (!result && !idle) result = train_steps(run, &t, &s, error);
-    if (!result && !idle && (interrupted || renamed)) result = save_stopped(run, &t, error);
-    if (!result && !idle && o->step == o->steps) result = conclude_run(run, &t, &s, error);
-    struct stat logged;
-    int log_gone = t.log.file && !fstat(fileno(t.log.file), &logged) && !logged.st_nlink;
-    log_close(&t.log);
-    if (t.sampler) run->backend->destroy(t.sampler);
-    if (result == FAILED) {
-        char ignored[ERROR_SIZE];
-        int held = t.saved && lies_there(t.saved, ignored) == 1;
-        memcpy(problem, error, sizeof(problem));
-        if (held)
-            fail(error, NULL, "%.290s; %.180s holds step %lld", problem, t.saved, (long long)t.saved_step);
-        else if (t.saved) fail(error, NULL, "%.290s; %.180s is not there any more", problem, t.saved);
-        else if (o->best_val < 1e300 && lies_there(run->best_path, ignored) == 1)
-            fail(error, NULL, "%.290s; only the best weights were saved before, %.160s", problem,
-                 run->best_path);
-        else fail(error, NULL, "%.290s; nothing was saved before", problem);
+// The step that a run begins behind: of a resumed one what its file says of it.
+static Step step_before(const Run *run) {
+    const Options *o = &run->settings.values;
+    int known = o->resume && o->step > 0 && o->train_loss >= 0;
+    Step s = {.step = o->step,
+              .loss = known ? o->train_loss : NAN,
+              .grad_norm = known ? o->grad_norm : NAN,
+              .rate = learning_rate(o->resume ? &run->stored : o, o->step - 1),
+              .tokens = (double)(o->accum * o->batch * o->seq),
+              .elapsed = NAN};
+    return s;
+}
+
+// What a stop or a kill left open of the resumed step: its line in the log, its validation, of the
+// last step the end.
+typedef struct { int line, validation, end; } Unfinished;
+
+static Unfinished find_unfinished(const Run *run, const Log *log, int renamed) {
+    const Options *o = &run->settings.values;
+    char ignored[ERROR_SIZE];
+    Unfinished open = {0, 0, 0};
+    if (!o->resume) return open;
+    int known = o->step > 0 && o->train_loss >= 0;
+    int due = o->eval_every && o->step % o->eval_every == 0;
+    int logged = log->file && !log->stream;
+    open.line = known && logged && log->last == o->step - 1;
+    open.validation = known && due && o->validated >= 0 && o->validated < o->step;
+    if (o->step != o->steps) return open;
+    open.end = open.validation || renamed || (known && logged && !log->complete);
+    open.end = open.end || !lies_there(run->best_path, ignored);
+    return open;
+}
+
+// Everything from what was left open to the end of the run, or to a signal.
+static int train_to_end(Run *run, Training *t, char *error) {
+    const Options *o = &run->settings.values;
+    int renamed = o->resume && strcmp(o->out, o->resume), result = 0;
+    Unfinished open = find_unfinished(run, &t->log, renamed);
+    Step s = step_before(run);
+    t->idle = o->step >= o->steps && !open.end;
+    if (t->idle) {
+        printf("nothing to do: %lld of %lld steps are done\n", (long long)o->step,
+               (long long)o->steps);
+        return 0;
     }
-    if (result || idle) return result;
-    if (!t.complete) {
-        print_resume_command(run, program);
-        return 130;
-    }
-    if (lies_there(o->out, problem) != 1) return fail(error, o->out, "it is not there any more");
-    if (lies_there(run->best_path, problem) != 1)
-        return fail(error, run->best_path, "the best weights are not there any more; the run is saved");
-    if (log_gone) return fail(error, o->log, "the log is not there any more; the run is saved");
+    if (open.line) result = log_line(&t->log, &s, NULL, error);
+    if (!result && open.validation) result = conclude_step(run, t, &s, error);
+    if (!result) result = train_steps(run, t, &s, error);
+    if (!result && (interrupted || renamed)) result = save_stopped(run, t, error);
+    if (!result && o->step == o->steps) result = conclude_run(run, t, &s, error);
+    return result;
+}
+
+// Adds to the line of an error what of the run is saved.
+static void tell_what_is_saved(const Run *run, const Training *t, char *error) {
+    char problem[ERROR_SIZE], ignored[ERROR_SIZE];
+    memcpy(problem, error, sizeof(problem));
+    int has_best = run->settings.values.best_val < 1e300;
+    has_best = has_best && lies_there(run->best_path, ignored) == 1;
+    if (t->saved && lies_there(t->saved, ignored) == 1)
+        format_line(error, NULL, "%.290s; %.180s holds step %lld", problem, t->saved,
+                    (long long)t->saved_step);
+    else if (t->saved)
+        format_line(error, NULL, "%.290s; %.180s is not there any more", problem, t->saved);
+    else if (has_best)
+        format_line(error, NULL, "%.290s; only the best weights were saved before, %.160s", problem,
+                    run->best_path);
+    else
+        format_line(error, NULL, "%.290s; nothing was saved before", problem);
+}
+
+// Says where the files of a complete run lie. They must be there.
+static int tell_files(const Run *run, const Training *t, int log_is_gone, char *error) {
+    const Options *o = &run->settings.values;
+    char ignored[ERROR_SIZE];
+    if (lies_there(o->out, ignored) != 1) return fail(error, o->out, "it is not there any more");
+    if (lies_there(run->best_path, ignored) != 1)
+        return fail(error, run->best_path,
+                    "the best weights are not there any more; the run is saved");
+    if (log_is_gone) return fail(error, o->log, "the log is not there any more; the run is saved");
     printf("saved to ");
     print_quoted(o->out);
     printf(", the best weights to ");
     print_quoted(run->best_path);
-    printf(" (%.1f s)\n", seconds() - t.start);
+    printf(" (%.1f s)\n", seconds() - t->start);
     return 0;
+}
+
+// Trains. 130 after a signal that asked for an end.
+static int train(Run *run, const char *program, char *error) {
+    const Options *o = &run->settings.values;
+    struct stat logged;
+    Training t;
+    memset(&t, 0, sizeof(t));
+    t.start = t.told = seconds();
+    t.first_step = t.saved_step = o->step;
+    t.saved = o->resume;
+    install_handlers(WHILE_TRAINING);
+    int result = begin_training(run, &t, error);
+    if (!result) result = train_to_end(run, &t, error);
+    int log_is_gone = t.log.file && !fstat(fileno(t.log.file), &logged) && !logged.st_nlink;
+    log_close(&t.log);
+    if (t.sampler) run->backend->destroy(t.sampler);
+    if (result == FAILED) tell_what_is_saved(run, &t, error);
+    if (result || t.idle) return result;
+    if (t.complete) return tell_files(run, &t, log_is_gone, error);
+    print_resume_command(run, program);
+    return 130;
 }
 
 // ----------------------------------------------------------------------------
 // the program
+//
+// prepare opens what the options name and makes the model, perform does what was asked for, and
+// run_program stands around them with the exit code. Read it backwards, from main.
 
-// Reads the file of --load or --resume; what a run was started from is stored with it.
-static int read_checkpoint(Run *run, const char *path, char *error) {
-    unsigned char *bytes;
-    size_t size;
-    if (file_read(path, &bytes, &size, error)) {
-        char problem[ERROR_SIZE];
-        memcpy(problem, error, sizeof(problem));
-        if (access(path, F_OK) && strstr(path, ".best."))
-            fail(error, NULL,
-                 "%.400s (a run has no best weights before its first validation: its own file can be loaded)",
-                 problem);
-        return FAILED;
-    }
-    unsigned long long hash = (unsigned long long)hash_bytes(bytes, size);
-    snprintf(run->started_from, sizeof(run->started_from), "checkpoint, %zu bytes, hash %016llx", size, hash);
-    if (run->settings.values.load) run->settings.values.started_from = run->started_from;
-    return safetensors_parse(&run->file, bytes, size, path, error);
-}
-
-// Opens files and data and makes the model, ready to go.
-static int prepare(Run *run, char *error) {
-    Options *o = &run->settings.values;
-    const Backend *backend = run->backend;
-    const char *path = o->resume ? o->resume : o->load;
-    int result, training = !o->generate && !o->eval;
-    if (o->resume && (o->load || !training))
-        return wrong(error, NULL, "--resume goes with neither --load, --generate nor --eval");
-    if (o->generate && o->eval) return wrong(error, NULL, "--generate and --eval exclude each other");
-    if (!training && !o->load)
-        return wrong(error, NULL, "--generate and --eval take the weights from --load FILE");
-    if ((result = check_use(&run->settings, error))) return result;
-    if (o->plain && backend != &cpu_backend)
-        return wrong(error, NULL, "--plain is for the layers of train_sessa.c: the GPU has its own");
-    plain = (int)o->plain;
-    if (o->resume && !is_given(&run->settings, "out")) o->out = o->resume;
-    if (training) { // before anything is read that another run might be writing
-        install_handlers(BEFORE_TRAINING);
-        if (best_beside(run->best_path, o->out, error)) return FAILED;
-        if ((result = claim_places(run, error))) return result;
-    }
-    if (path && read_checkpoint(run, path, error)) return FAILED;
-    if (o->resume && !safetensors_find(&run->file, "exp_avg.wte.weight") &&
-        safetensors_find(&run->file, "wte.weight"))
-        return fail(error, path,
-                    "it holds weights alone, no run that could be resumed; --load starts from them");
-    if (path && (result = settings_from_file(run, path, o->resume != NULL, error))) return result;
-    // defaults that depend on other options
-    if (!o->kv_heads) o->kv_heads = o->heads;
-    if (!o->head_dim && find_mixer(o->mixer) == MAMBA2) o->head_dim = 2 * o->dim < 64 ? 2 * o->dim : 64;
-    if (!o->state_dim && find_mixer(o->mixer) == MAMBA2) o->state_dim = 64;
-    if (o->min_lr < 0) o->min_lr = o->lr / 10;
-    if (!o->decay_steps) o->decay_steps = o->steps > 0 ? o->steps : 1;
-    if (o->warmup < 0) o->warmup = o->decay_steps < 2000 ? o->decay_steps * 3 / 20 : 300;
-    if (!o->save_every) o->save_every = o->eval_every;
-    if (!o->resume) o->validated = 0;
-    if (config_of(&run->config, o, error)) return WRONG_OPTION;
-    if (training && (result = check_distinct(run, error))) return result;
-    if (training && !o->again && (result = check_free(run, error))) return result;
-    if (!o->generate && (result = open_data(run, error))) return result;
-    if (training && o->again && (result = check_free(run, error))) return result; // now with the data's hash
-    if (o->resume && (result = check_best(run, error))) return result;
-    if (config_of(&run->config, o, error)) return WRONG_OPTION; // now with the data's T and V
-
-    // the parameters' names and shapes alone: memory is taken only for what the file really holds
-    int n_blocks = !path ? 0 : o->resume ? 3 : 1;
+// Makes the table of the parameters, their names and shapes alone, and finds them in the
+// checkpoint: memory is taken later, and only for what a file really holds.
+static int make_table(Run *run, char *error) {
+    const Options *o = &run->settings.values;
     Weights weights;
-    weights.layers = (LayerWeights *)calloc((size_t)o->layers, sizeof(LayerWeights));
+    weights.layers = (LayerWeights *)calloc((size_t)run->config.n_layers, sizeof(LayerWeights));
     if (!weights.layers) return fail(error, NULL, "out of memory");
     carve_weights(&weights, &run->table, NULL, &run->config);
     free(weights.layers);
     if (run->table.incomplete) return fail(error, NULL, "out of memory");
-    for (int block = 0; block < n_blocks; block++)
-        if (load_block(run, path, (Block)block, error)) return FAILED;
+    for (int block = 0; block < checkpoint_blocks(o); block++)
+        if (check_block(run, checkpoint_path(o), (Block)block, error)) return FAILED;
+    return 0;
+}
 
-    int64_t window = o->window < 0 ? o->seq : o->window,
-            needed = (int64_t)strlen(o->prompt) + 1 + o->generate;
-    int B = o->generate ? 1 : (int)o->batch;
-    int T = run->model_T = !o->generate ? (int)o->seq : (int)(window && window < needed ? window : needed);
-    run->model = backend->create(&run->config, B, T, training ? TRAIN : o->eval ? EVALUATE : GENERATE, error);
+// Makes the model, for the longest sequence that it will see, and the arrays for the tokens of a
+// step.
+static int make_model(Run *run, char *error) {
+    const Options *o = &run->settings.values;
+    // positions of what is generated: all of them, or those that are remembered
+    int64_t needed = (int64_t)strlen(o->prompt) + 1 + o->generate;
+    int64_t longest = o->window && o->window < needed ? o->window : needed;
+    Mode mode = o->generate ? GENERATE : o->eval ? EVALUATE : TRAIN;
+    int B = o->generate ? 1 : (int)o->batch, T = o->generate ? (int)longest : (int)o->seq;
+    run->model_T = T;
+    run->model = run->backend->create(&run->config, B, T, mode, error);
     if (!run->model) return FAILED;
-    size_t tokens = (size_t)B * (size_t)T * (size_t)(training ? o->accum : 1);
+    size_t tokens = (size_t)B * (size_t)T * (size_t)(mode == TRAIN ? o->accum : 1);
     size_t examples = run->train.kind == DATA_EXAMPLES ? (size_t)run->train_end : 1;
     double bytes = (double)tokens * (2 * sizeof(int) + 1) + (double)examples * sizeof(int32_t);
     if (check_room(bytes, NULL, "a step's data", error)) return FAILED;
@@ -6226,70 +6840,136 @@ static int prepare(Run *run, char *error) {
     run->targets = (int *)malloc(tokens * sizeof(int));
     run->hits = (char *)malloc(tokens);
     run->order = (int32_t *)malloc(examples * sizeof(int32_t));
-    if (!run->inputs || !run->targets || !run->hits || !run->order) return fail(error, NULL, "out of memory");
-    memset(run->order, 0,
-           examples * sizeof(int32_t)); // touched: what is asked for later is told what is left
-    for (int block = 0; block < n_blocks; block++)
-        if (load_block(run, path, (Block)block, error)) return FAILED;
-    if (!path) {
-        initialise(backend->read(run->model, PARAMS), &run->table, (uint64_t)o->seed);
-        backend->write(run->model, PARAMS);
+    if (!run->inputs || !run->targets || !run->hits || !run->order)
+        return fail(error, NULL, "out of memory");
+    // touched: what is asked for later is told what is left
+    memset(run->order, 0, examples * sizeof(int32_t));
+    return 0;
+}
+
+// Gives the model its numbers: those of the checkpoint, or fresh ones, drawn from the seed.
+static int fill_model(Run *run, char *error) {
+    const Options *o = &run->settings.values;
+    for (int block = 0; block < checkpoint_blocks(o); block++)
+        if (load_block(run, checkpoint_path(o), (Block)block, error)) return FAILED;
+    if (checkpoint_blocks(o)) return 0;
+    initialise(run->backend->read(run->model, PARAMS), &run->table, (uint64_t)o->seed);
+    run->backend->write(run->model, PARAMS);
+    return 0;
+}
+
+// Opens files and data and makes the model, ready to go. What can be refused is refused as early as
+// it is known: options that do not go together before anything is read, what may not be replaced
+// before the data, a file that lacks a tensor before memory is taken for the model.
+static int prepare(Run *run, char *error) {
+    Options *o = &run->settings.values;
+    int training = is_training(o), result;
+    if (check_options(&run->settings, error)) return WRONG_OPTION;
+    plain = (int)o->plain;
+
+    // a run goes on in its own file; its places are locked before anything is read that another run
+    // might be writing
+    if (o->resume && !is_given(&run->settings, "out")) o->out = o->resume;
+    if (training) install_handlers(BEFORE_TRAINING);
+    if (training && (result = claim_places(run, error))) return result;
+
+    if ((result = open_checkpoint(run, error))) return result;
+    settle_defaults(o);
+    if (config_of(&run->config, o, error)) return WRONG_OPTION;
+
+    // --again compares the data's hash as well: it looks at what is there once the data is read
+    if (training && (result = check_distinct(run, error))) return result;
+    if (training && !o->again && (result = check_free(run, error))) return result;
+    if (!o->generate && (result = open_data(run, error))) return result;
+    if (training && o->again && (result = check_free(run, error))) return result;
+    if (o->resume && (result = check_best(run, error))) return result;
+    if (config_of(&run->config, o, error)) return WRONG_OPTION; // now with the data's T and V
+
+    if (make_table(run, error)) return FAILED;
+    if (make_model(run, error)) return FAILED;
+    return fill_model(run, error);
+}
+
+// The validation loss of the whole split, for --eval.
+static int print_evaluation(Run *run, char *error) {
+    Score score = evaluate(run, 0, 0);
+    if (score.broken) return 130;
+    if (!score.count)
+        return fail(error, NULL, "no validation loss: the validation part has no targets");
+    if (!isfinite(score.loss)) return fail(error, NULL, "the validation loss is %g", score.loss);
+    printf("val_loss %.6f%s\n", score.loss, run->val_note);
+    if (!isnan(score.accuracy)) printf("val_accuracy %.6f\n", score.accuracy);
+    for (int k = 0; k < LAG_BINS; k++) {
+        if (isnan(score.by_lag[k])) continue;
+        printf("lag %d to %lld %.6f\n", 1 << k, (2LL << k) - 1, score.by_lag[k]);
     }
     return 0;
 }
 
-// Generates, evaluates or trains, as the options say. Returns 0, the exit code 130 after a signal, or an
-// error.
-static int perform(Run *run, const char *program, char *error) {
+// What is trained, and on what.
+static void print_model(const Run *run) {
     const Options *o = &run->settings.values;
     const Config *c = &run->config;
-    if (o->generate || o->eval) install_handlers(WHILE_READING);
-    print_zeros(o->data, &run->train);
-    print_zeros(o->val, &run->val);
-    if (o->generate) {
-        int result = generate(run, o->prompt, o->generate, splitmix64((uint64_t)o->seed), error);
-        return result ? result : interrupted ? 130 : 0;
-    }
-    if (o->eval) {
-        Score score = evaluate(run, 0, 0);
-        if (score.broken) return 130;
-        if (!score.count) return fail(error, NULL, "no validation loss: the validation part has no targets");
-        if (!isfinite(score.loss)) return fail(error, NULL, "the validation loss is %g", score.loss);
-        printf("val_loss %.6f%s\n", score.loss, run->val_note);
-        if (!isnan(score.accuracy)) printf("val_accuracy %.6f\n", score.accuracy);
-        for (int k = 0; k < LAG_BINS; k++)
-            if (!isnan(score.by_lag[k]))
-                printf("lag %d to %lld %.6f\n", 1 << k, (2LL << k) - 1, score.by_lag[k]);
-        return 0;
-    }
-    printf("%s: D %d, L %d, H %d, G %d, T %d, V %d, %.2fM parameters; %s, %d threads, %.0f MiB\n", o->mixer,
-           c->d_model, c->n_layers, c->n_heads, c->n_kv_heads, c->max_seq_len, c->vocab_size,
-           (double)run->table.count / 1e6, plain ? "CPU, plain loops" : run->backend->name,
+    printf("%s: D %d, L %d, H %d, G %d, T %d, V %d, %.2fM parameters; ", o->mixer, c->d_model,
+           c->n_layers, c->n_heads, c->n_kv_heads, c->max_seq_len, c->vocab_size,
+           (double)run->table.count / 1e6);
+    printf("%s%s, %d threads, %.0f MiB\n", run->backend->name, plain ? ", plain" : "",
            omp_get_max_threads(), run->backend->bytes(run->model) / 0x1p20);
-    int shard = run->train.kind == DATA_SHARD && !o->load && !o->resume && !is_given(&run->settings, "vocab");
-    if (shard)
+    int from_file = o->load || o->resume;
+    if (run->train.kind == DATA_SHARD && !from_file && !is_given(&run->settings, "vocab"))
         printf("vocabulary: %d, that of the tokenizer of such shards; --vocab names another\n",
                c->vocab_size);
     print_changes(run);
-    return train(run, program, error);
 }
 
-// Gives 0, 1 and 2 back to standard input, output and error where they were closed: else the first file that
-// is opened takes the number, and gets what is printed. They read and write nothing, and printing still
-// fails.
+// Generates, evaluates or trains, as the options say. Returns 0, the exit code 130 after a signal,
+// or an error.
+static int perform(Run *run, const char *program, char *error) {
+    const Options *o = &run->settings.values;
+    if (!is_training(o)) install_handlers(WHILE_READING);
+    print_zeros(o->data, &run->train);
+    print_zeros(o->val, &run->val);
+    if (o->eval) return print_evaluation(run, error);
+    if (!o->generate) {
+        print_model(run);
+        return train(run, program, error);
+    }
+    int result = generate(run, o->prompt, o->generate, splitmix64((uint64_t)o->seed), error);
+    return result ? result : interrupted ? 130 : 0;
+}
+
+// Gives 0, 1 and 2 back to standard input, output and error where they were closed: else the first
+// file that is opened takes the number, and gets what is printed. They read and write nothing, and
+// printing still fails.
 static void open_closed(void) {
     for (int fd = 0; fd <= 2; fd++)
-        if (fcntl(fd, F_GETFD) < 0 && errno == EBADF && open("/dev/null", fd ? O_RDONLY : O_WRONLY) != fd)
+        if (fcntl(fd, F_GETFD) < 0 && errno == EBADF &&
+            open("/dev/null", fd ? O_RDONLY : O_WRONLY) != fd)
             return;
 }
 
-// Takes the stack that the deepest call will need: where memory is limited, the system kills a program whose
-// stack cannot grow, and here an allocation fails later instead, which ends in a line.
+// Takes the stack that the deepest call will need: where memory is limited, the system kills a
+// program whose stack cannot grow, and here an allocation fails later instead, which ends in a
+// line.
 __attribute__((noinline)) static void take_stack(void) {
     enum { PAGE = 4096, STACK = 176 << 10 };
     volatile char stack[STACK];
     for (int i = 0; i < STACK; i += PAGE) stack[i] = 0;
     (void)stack[0];
+}
+
+// Frees what a run holds.
+static void run_free(Run *run) {
+    if (run->model) run->backend->destroy(run->model);
+    free(run->table.rows);
+    free(run->inputs);
+    free(run->targets);
+    free(run->hits);
+    free(run->order);
+    free(run->old_best);
+    dataset_free(&run->train);
+    dataset_free(&run->val);
+    safetensors_free(&run->file);
 }
 
 // Everything between the command line and the exit code.
@@ -6303,37 +6983,28 @@ static int run_program(int argc, char **argv, const Backend *backend) {
     open_closed();
     use_allowed_threads();
     atexit(remove_locks);
-    int result = parse_options(&run.settings, argc, argv, error);
-    if (result == 1) {
+    int result = parse_options(&run.settings, argc, argv, error), helped = result == 1;
+    if (helped) {
         print_help(argv[0]);
         result = 0;
-    } else if (!result && !(result = prepare(&run, error))) {
-        result = perform(&run, argv[0], error);
     }
+    if (!result && !helped) result = prepare(&run, error);
+    if (!result && !helped) result = perform(&run, argv[0], error);
     end_line(&run);
     if (!result && (fflush(stdout) || ferror(stdout)))
         result = fail(error, "standard output", "closed, or on a full disk");
     if (result) fflush(stdout); // before the line of the error
     if (result < 0) fprintf(stderr, "train_sessa: %s\n", error);
     remove_locks();
-    if (run.model) backend->destroy(run.model);
-    free(run.table.rows);
-    free(run.inputs);
-    free(run.targets);
-    free(run.hits);
-    free(run.order);
-    free(run.old_best);
-    dataset_free(&run.train);
-    dataset_free(&run.val);
-    safetensors_free(&run.file);
+    run_free(&run);
     return result == WRONG_OPTION ? 2 : result == FAILED ? 1 : result;
 }
 
-// GNU's OpenMP reads before main how often a waiting thread looks before it sleeps, 300,000 times by default;
-// so the program starts itself again, once, with that bounded. What the user says of it, and of the cores
-// that threads are bound to, rules: a thread that OpenMP has bound would hand that on. Valgrind follows no
-// program into its next start. Where it cannot be done the program goes on as it is; a program that it starts
-// finds the environment as it was.
+// GNU's OpenMP reads before main how often a waiting thread looks before it sleeps, 300,000 times
+// by default; so the program starts itself again, once, with that bounded. What the user says of
+// it, and of the cores that threads are bound to, rules: a thread that OpenMP has bound would hand
+// that on. Valgrind follows no program into its next start. Where it cannot be done the program
+// goes on as it is; a program that it starts finds the environment as it was.
 __attribute__((unused)) // by programs that include this file
 static void start_again(char **argv) {
 #if defined(_OPENMP) && defined(__linux__) && !defined(KMP_VERSION_MAJOR)
@@ -6351,7 +7022,8 @@ static void start_again(char **argv) {
     for (size_t i = 0; i < sizeof(of_user) / sizeof(of_user[0]); i++)
         if (getenv(of_user[i])) return;
     ssize_t length = readlink("/proc/self/exe", path, sizeof(path) - 1);
-    if (length < 0 || omp_get_max_threads() == 1 || (preloaded && strstr(preloaded, "vgpreload"))) return;
+    int in_valgrind = preloaded && strstr(preloaded, "vgpreload");
+    if (length < 0 || omp_get_max_threads() == 1 || in_valgrind) return;
     path[length] = 0;
     if (setenv(mark, text, 1)) return;
     snprintf(text, sizeof(text), "%d", SPINS);

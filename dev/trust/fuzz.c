@@ -99,11 +99,12 @@ static void walk_model(Run *run, int resume) {
         static Model model;
         int whole = 1;
         numbers = (real *)malloc((size_t)table.count * sizeof(real));
-        for (int i = 0; i < (resume ? 6 : 2); i++) { // first the check, then the numbers
-            run->model = i >= (resume ? 3 : 1) ? &model : NULL;
-            int result = load_block(run, "fuzz", (Block)(resume ? i % 3 : PARAMS), error);
-            REQUIRE(!run->model || !result);
-            if (result) { require_line(); whole = 0; break; }
+        int n_blocks = resume ? 3 : 1;
+        run->model = &model;
+        for (int i = 0; whole && i < 2 * n_blocks; i++) { // first that all is there, then the numbers
+            Block block = (Block)(i % n_blocks);
+            int result = i < n_blocks ? check_block(run, "fuzz", block, error) : load_block(run, "fuzz", block, error);
+            if (result) { require_line(); whole = 0; }
         }
         for (int64_t i = 0; whole && i < table.count; i++) REQUIRE(isfinite(numbers[i]));
         free(numbers);

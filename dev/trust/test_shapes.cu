@@ -2,12 +2,13 @@
 Random shapes through the CUDA twin: every mixer and precision, sizes from 1 up, log-uniform, partial last batches,
 and the shapes that once went wrong.
 
-    ./test_shapes SEED FIRST COUNT     shapes FIRST .. FIRST+COUNT-1 of the seed's: [1 0 300]
+    ./test_shapes SEED FIRST COUNT            shapes FIRST .. FIRST+COUNT-1 of the seed's: [1 0 300]
+    ./test_shapes SEED FIRST COUNT large      long ones: up to 65,536 tokens, and batches with B·T·T past 2^31
 
 A shape is a model for B sequences of T tokens with random weights. Its losses, token by token, and gradients are
-held against the CPU program's where that is quick, else its losses against those of a model made for a smaller
-batch, which goes another way; and always against the same model's own on parts of the batch: evaluation's last
-batch is one. Models for generation read a text in pieces and at once. Every buffer of the device's memory has a
+held against those of a plain model of the same precision, whose error is known from a plain one in float32; against
+the CPU program's where that is quick, else against those of a model made for a smaller batch, which goes another
+way; and always against the same model's own on parts of the batch: evaluation's last batch is one. Models for generation read a text in pieces and at once. Every buffer of the device's memory has a
 guard band. The first shapes are fixed; the others are dealt round the kinds of `draw`, so that each branch of what
 chooses panels, tiles, the march, what is kept, is met: the standard range counts them and fails if one was not. A
 line for each shape that fails, with the command that repeats it.
@@ -126,6 +127,7 @@ template <typename X> static void meet_ways(const ModelGPU<X> *m, const Case *s)
 static int failures;            // of this shape
 static int blurred;             // gradients that one rounding of the weights moves by more than their bound
 static double nearest[3];       // the largest share of its bound that an error reached
+static double furthest[3];      // the largest error of a fast way, in errors of the plain one
 static char command[80], shape_text[160];
 
 __attribute__((format(printf, 1, 2)))
@@ -236,6 +238,60 @@ static double gradient_blur(Model *m, const Case *s, const int *ids, const int *
     return gradient_distance(backend->read(m, GRADS), grads, &m->table);
 }
 
+// What a plain model of this shape makes of the batch, in this precision.
+template <typename X> static int answer(const Case *s, const int *ids, const int *targets, float *losses, float *grads) {
+    const Backend *backend = backend_gpu();
+    int N = s->B * s->T;
+    Model *m = make(backend, s, s->B, TRAIN);
+    if (!m) return 0;
+    backend->forward(m, ids, targets, s->B, s->T, no_dropout);
+    float *own = losses_of<X>(m, N);
+    memcpy(losses, own, sizeof(float) * (size_t)N);
+    free(own);
+    backend->backward(m, 1.0 / N);
+    memcpy(grads, backend->read(m, GRADS), sizeof(float) * (size_t)m->table.count);
+    backend->destroy(m);
+    return 1;
+}
+static int plain_answer(const Case *s, Precision precision, const int *ids, const int *targets, float *losses,
+                        float *grads) {
+    gpu.precision = precision;
+    plain = 1;
+    int there = (precision == BF16 ? answer<bf16> : answer<float>)(s, ids, targets, losses, grads);
+    plain = 0;
+    gpu.precision = s->precision;
+    return there;
+}
+
+// The losses and gradients of the fast ways against the plain ones', both measured in the plain ones' own error: how far they
+// are from plain float32. Returns how far the gradients are from the plain ones'.
+static double check_plain(const Case *s, const int *ids, const int *targets, const float *losses, const float *grads,
+                          const Table *table) {
+    int N = s->B * s->T;
+    size_t rows = sizeof(float) * (size_t)N, numbers = sizeof(float) * (size_t)table->count;
+    float *own[2] = {(float *)malloc(rows), (float *)malloc(numbers)};
+    float *exact[2] = {(float *)malloc(rows), (float *)malloc(numbers)};
+    double apart = 0;
+    if (plain_answer(s, s->precision, ids, targets, own[0], own[1])) {
+        hold(distance(losses, own[0], N, 0), loss_bound(s), "losses, plain", s->B);
+        apart = gradient_distance(grads, own[1], table);
+        meet("held against the plain ways", 1);
+        if (s->precision != FP32 && plain_answer(s, FP32, ids, targets, exact[0], exact[1])) {
+            double of_fast = gradient_distance(grads, exact[1], table);
+            double of_plain = gradient_distance(own[1], exact[1], table);
+            double ratio = of_fast / fmax(of_plain, gradient_bound(s) / 8);
+            furthest[s->precision] = fmax(furthest[s->precision], ratio);
+            if (!(ratio <= 4))
+                fails("gradients: %.2e from float32, the plain way's %.2e", of_fast, of_plain);
+        }
+    }
+    for (int i = 0; i < 2; i++) {
+        free(own[i]);
+        free(exact[i]);
+    }
+    return apart;
+}
+
 template <typename X> static void check_training(const Case *s, const int *ids, const int *targets) {
     const Backend *backend = backend_gpu();
     int B = s->B, T = s->T, N = B * T, lefts[] = {s->left, B - 1, 1};
@@ -293,13 +349,15 @@ template <typename X> static void check_training(const Case *s, const int *ids, 
         }
         meet("held against a model made for other batches", 1);
     }
-    if (in_parts > bound || against_cpu > bound) { // nobody needs the model's weights any more
+    double against_plain = check_plain(s, ids, targets, losses, grads, table);
+    if (in_parts > bound || against_cpu > bound || against_plain > bound) { // nobody needs the model's weights any more
         double blur = 4 * gradient_blur(m, s, ids, targets, grads);
         blurred += blur > bound;
         if (isfinite(blur)) bound = fmax(bound, blur);
     }
     hold(in_parts, bound, "gradients, two parts of the batch", s->left);
     hold(against_cpu, bound, "gradients, CPU", B);
+    hold(against_plain, bound, "gradients, plain", B);
     free(losses);
     free(grads);
     backend->destroy(m);
@@ -324,6 +382,15 @@ template <typename X> static void check_generation(const Case *s, const int *ids
     for (at = T - singles; at < T; at++) backend->extend(m, ids + at, 1, at, pieces);
     backend->extend(m, ids, T, 0, whole);
     hold(distance(pieces, whole, V, 0), gradient_bound(s), "logits, text in pieces", 1);
+    plain = 1;
+    Model *as_plain = make(backend, s, 1, GENERATE);
+    if (as_plain) {
+        backend->extend(as_plain, ids, prompt, 0, pieces);
+        for (at = prompt; at < T; at += 7) backend->extend(as_plain, ids + at, at_most(7, T - at), at, pieces);
+        hold(distance(whole, pieces, V, 0), gradient_bound(s), "logits, plain", 1);
+        backend->destroy(as_plain);
+    }
+    plain = 0;
     if (operations(s) < 2e9) {
         Model *cpu = make(&cpu_backend, s, 1, GENERATE);
         model_extend(cpu, ids, T, 0, pieces);
@@ -558,17 +625,32 @@ static void draw(Case *s, int i) {
     if (between(0, 1) && s->B > 1) s->left = s->B - s->left;
 }
 
+// Case i of a seed's long shapes: in every second one of attention and feedback B·T·T is past 2^31.
+static void draw_large(Case *s, int i) {
+    int mixer = i % 4 == 3 ? MAMBA2 : i % 4 == 2 ? ATTENTION : SESSA, many = i / 4 % 2 == 0, d = 8 * between(1, 8);
+    Precision precision = i % 5 == 4 ? (Precision)between(FP32, TF32) : BF16;
+    int T = log_between(4000, many ? 30000 : 65536), D = d * between(1, 4);
+    int past = (int)(((int64_t)1 << 31) / ((int64_t)T * T)) + 1;
+    int B = at_most(many ? past + between(0, 3) : log_between(1, 4), ((int64_t)1 << 26) / ((int64_t)T * D));
+    *s = {{log_between(2, 300), D, between(1, 2), D / d, D / d, T, 0.999, mixer, d, 8 * between(1, 8)},
+          B, T, between(1, at_most(B, B - 1)), precision, TRAIN, 0, 0};
+    if (mixer != MAMBA2) s->c.head_dim = s->c.state_dim = 0;
+    else s->c.n_heads = s->c.n_kv_heads = 1;
+}
+
 int main(int argc, char **argv) {
     uint64_t seed = argc > 1 ? strtoull(argv[1], NULL, 10) : 1;
     int first = argc > 2 ? atoi(argv[2]) : 0, count = argc > 3 ? atoi(argv[3]) : 300, passed = 0, failed = 0;
+    int large = argc > 4 && !strcmp(argv[4], "large");
     char error[ERROR_SIZE];
     if (gpu_open(error)) { fprintf(stderr, "test_shapes: %s\n", error); return 1; }
     double begun = omp_get_wtime();
     for (int i = first; i < first + count; i++) {
         Case s;
         chance = splitmix64(splitmix64(seed) + (uint64_t)i);
-        if (!fixed_shape(&s, i)) draw(&s, i);
-        snprintf(command, sizeof(command), "./test_shapes %llu %d 1", (unsigned long long)seed, i);
+        if (large) draw_large(&s, i);
+        else if (!fixed_shape(&s, i)) draw(&s, i);
+        snprintf(command, sizeof(command), "./test_shapes %llu %d 1%s", (unsigned long long)seed, i, large ? " large" : "");
         failures = 0;
         double before = omp_get_wtime();
         check_shape(&s);
@@ -579,11 +661,13 @@ int main(int argc, char **argv) {
     }
     printf("\n%-64s times\n", "branch");
     for (int i = 0; i < n_met; i++) {
-        int missed = first == 0 && count >= 300 && !met[i].times;
+        int missed = first == 0 && count >= 300 && !large && !met[i].times;
         printf("%-64s %5d%s\n", met[i].name, met[i].times, missed ? "  FAIL: never met" : "");
         failed += missed;
     }
     printf("\nheld to what one rounding of the weights does: gradients of %d\n", blurred);
+    printf("largest distance of the fast ways' gradients from float32, in the plain ways': tf32 %.2f, bf16 %.2f\n",
+           furthest[TF32], furthest[BF16]);
     printf("largest error as a share of its bound: fp32 %.3f, tf32 %.3f, bf16 %.3f; %.0f s\n", nearest[FP32],
            nearest[TF32], nearest[BF16], omp_get_wtime() - begun);
     printf("%d passed, %d failed\n", passed, failed);
