@@ -59,15 +59,9 @@ static void forget_files(Run *run) {
 }
 
 static void slot_free(Slot *slot) {
-    Run *run = &slot->run;
     if (slot->training.sampler) model_free(slot->training.sampler);
     log_close(&slot->training.log);
-    if (run->model) model_free(run->model);
-    void *blocks[] = {run->table.rows, run->inputs, run->targets, run->hits, run->order, run->old_best};
-    for (size_t i = 0; i < sizeof(blocks) / sizeof(blocks[0]); i++) free(blocks[i]);
-    dataset_free(&run->train);
-    dataset_free(&run->val);
-    safetensors_free(&run->file);
+    run_free(&slot->run);
     free(slot->argv);
     free(slot->words);
     free(slot);
@@ -106,12 +100,9 @@ EXPORT int page_open(const char *words) {
         slot_free(slot);
         return result < 0 ? result : FAILED;
     }
-    Options *o = &run->settings.values;
-    slot->step.step = o->step;
-    slot->step.loss = o->train_loss >= 0 ? o->train_loss : NAN;
-    slot->step.tokens = (double)(o->accum * o->batch * o->seq);
+    slot->step = step_before(run);
     slot->training.start = slot->training.told = seconds();
-    slot->training.first_step = o->step;
+    slot->training.first_step = slot->step.step;
     int mixer = run->config.mixer;
     if (slots[mixer]) {
         forget_files(&slots[mixer]->run);

@@ -29,6 +29,7 @@ function element(name, attributes = {}, ...children) {
     made.append(...children);
     return made;
 }
+const short = (x) => minus(Math.abs(x) < 5e-4 && x ? x.toExponential(0) : x.toFixed(3));
 const minus = (string) => string.replace("-", "−");
 
 // Runs what may fail; then its line is said.
@@ -428,7 +429,7 @@ function showArcs() {
         : "Each row of arcs has a scale of its own.";
     const told = rows.map((row) => {
         const best = row.weights.map((weight, j) => [weight, j]).sort((a, b) => Math.abs(b[0]) - Math.abs(a[0])).slice(0, 4).filter(([weight]) => weight);
-        return `${row.name}: ${best.length ? best.map(([weight, j]) => `“${draw.visible(letters[j])}” ${picked - j} back ${minus(weight.toFixed(3))}`).join(", ") : "none"}`;
+        return `${row.name}: ${best.length ? best.map(([weight, j]) => `“${draw.visible(letters[j])}” ${picked - j} back ${short(weight)}`).join(", ") : "none"}`;
     });
     const gamma = seen.gamma ? ` γ ${minus(seen.gamma[picked].toFixed(3))}.` : "";
     $("arcs-list").replaceChildren(`Letter ${picked + 1}, “${draw.visible(letters[picked])}”.${gamma} `, ...told.flatMap((line) => [element("br"), line]));
@@ -784,7 +785,8 @@ function showKnife() {
             bar.append(svg);
             return element("tr", {}, element("td", {}, name), element("td", {className: "number"}, loss.toFixed(4)),
                 element("td", {className: "number"}, more ? `${more > 0 ? "+" : "−"}${Math.abs(more).toFixed(4)}` : ""), bar);
-        }))), element("p", {className: "note"}, `Nats a letter, on ${BATCHES} batches of the kept-back text.`));
+        }))), element("p", {className: "note"}, `Nats a letter, on up to ${BATCHES} batches of the last tenth of ${runs[cutting.slot].text.name}${
+        runs[cutting.slot].info.loaded ? ", which the loaded weights may have been trained on" : ""}.`));
     let same = 0;
     while (cut && same < cut.text.length && cut.text[same] === whole.text[same]) same++;
     $("knife-texts").replaceChildren(element("div", {}, element("h3", {}, "whole"), element("pre", {}, whole.text.trimEnd())),
