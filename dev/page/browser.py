@@ -1,4 +1,6 @@
-"""Two headless browsers to be driven alike: Chromium by its driver, over HTTP; Firefox by Marionette, which it has built in."""
+"""Two headless browsers to be driven alike: Chromium by its driver, over HTTP; Firefox by Marionette, which
+it has built in."""
+
 import base64
 import json
 import os
@@ -28,14 +30,17 @@ def wait_for(what, seconds=40):
 
 
 class Browser:
-    """script(code, *arguments) runs the body of an async function in the page, and returns what that returns."""
+    """script(code, *arguments) runs the body of an async function in the page and returns what it returns."""
+
     process = None
 
     def script(self, code, *arguments):
-        # in the page's own scope, by eval: a driver's scripts do not see what the page declares with let and const
-        call = (f"window.answer = null; (async (...args) => {{ {code} }})(...{json.dumps(arguments)}).then("
-                "(value) => { window.answer = JSON.stringify({value}); },"
-                "(error) => { window.answer = JSON.stringify({error: String(error)}); });")
+        # in the page's own scope, by eval: a driver's scripts do not see the page's let and const
+        call = (
+            f"window.answer = null; (async (...args) => {{ {code} }})(...{json.dumps(arguments)}).then("
+            "(value) => { window.answer = JSON.stringify({value}); },"
+            "(error) => { window.answer = JSON.stringify({error: String(error)}); });"
+        )
         self.execute(f"(window.wrappedJSObject || window).eval({json.dumps(call)});")
         while not (answer := self.execute("return (window.wrappedJSObject || window).answer;")):
             time.sleep(0.02)
@@ -49,7 +54,9 @@ class Browser:
         end = time.time() + seconds
         while not self.script(f"return !!({condition});"):
             if time.time() > end:
-                raise TimeoutError(f"never true: {condition}; status: {self.script('return document.getElementById(`status`).textContent;')}")
+                raise TimeoutError(
+                    f"never true: {condition}; status: {self.script('return $(`status`).textContent;')}"
+                )
             time.sleep(0.1)
 
     def picture(self, path):
@@ -73,9 +80,18 @@ class Chromium(Browser):
     def __init__(self, width=1200, height=900):
         self.folder = tempfile.mkdtemp()
         self.port = free_port()
-        self.process = subprocess.Popen(["chromedriver", f"--port={self.port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        options = ["--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--no-first-run",
-                   f"--user-data-dir={self.folder}", f"--window-size={width},{height}"]
+        self.process = subprocess.Popen(
+            ["chromedriver", f"--port={self.port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        options = [
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-dev-shm-usage",
+            "--disable-gpu",
+            "--no-first-run",
+            f"--user-data-dir={self.folder}",
+            f"--window-size={width},{height}",
+        ]
         chrome = {"binary": shutil.which("chromium"), "args": options}
         capabilities = {"capabilities": {"alwaysMatch": {"goog:chromeOptions": chrome}}}
         self.session = ""
@@ -84,13 +100,17 @@ class Chromium(Browser):
 
     def post(self, path, body):
         data = json.dumps(body).encode()
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{self.session}{path}", data, {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{self.session}{path}", data, {"Content-Type": "application/json"}
+        )
         with urllib.request.urlopen(request, timeout=400) as answer:
             return json.loads(answer.read())["value"]
 
     def dark(self, on):
         feature = {"name": "prefers-color-scheme", "value": "dark" if on else "light"}
-        self.post("/goog/cdp/execute", {"cmd": "Emulation.setEmulatedMedia", "params": {"features": [feature]}})
+        self.post(
+            "/goog/cdp/execute", {"cmd": "Emulation.setEmulatedMedia", "params": {"features": [feature]}}
+        )
 
     def size(self, width, height):
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
@@ -110,7 +130,10 @@ class Chromium(Browser):
 
     def key(self, key):
         for kind in ("keyDown", "keyUp"):
-            self.post("/goog/cdp/execute", {"cmd": "Input.dispatchKeyEvent", "params": {"type": kind, "key": key, "code": key}})
+            self.post(
+                "/goog/cdp/execute",
+                {"cmd": "Input.dispatchKeyEvent", "params": {"type": kind, "key": key, "code": key}},
+            )
 
     def close(self):
         try:
@@ -131,12 +154,31 @@ class Firefox(Browser):
     def __init__(self, width=1200, height=900):
         self.folder, port = tempfile.mkdtemp(), free_port()
         with open(os.path.join(self.folder, "user.js"), "w") as file:
-            file.write(f'user_pref("marionette.port", {port});\nuser_pref("browser.shell.checkDefaultBrowser", false);\n'
-                       'user_pref("app.update.enabled", false);\nuser_pref("datareporting.policy.dataSubmissionEnabled", false);\n'
-                       'user_pref("network.captive-portal-service.enabled", false);\nuser_pref("network.connectivity-service.enabled", false);\n')
-        self.process = subprocess.Popen([self.there(), "--headless", "--marionette", "--no-remote", "--profile", self.folder,
-                                         f"--width={width}", f"--height={height}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                                        env=dict(os.environ, MOZ_HEADLESS="1", HOME=self.folder))
+            preferences = {
+                "marionette.port": port,
+                "browser.shell.checkDefaultBrowser": False,
+                "app.update.enabled": False,
+                "datareporting.policy.dataSubmissionEnabled": False,
+                "network.captive-portal-service.enabled": False,
+                "network.connectivity-service.enabled": False,
+            }
+            for name, value in preferences.items():
+                file.write(f'user_pref("{name}", {json.dumps(value)});\n')
+        self.process = subprocess.Popen(
+            [
+                self.there(),
+                "--headless",
+                "--marionette",
+                "--no-remote",
+                "--profile",
+                self.folder,
+                f"--width={width}",
+                f"--height={height}",
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=dict(os.environ, MOZ_HEADLESS="1", HOME=self.folder),
+        )
         self.socket = wait_for(lambda: socket.create_connection(("127.0.0.1", port)), 90)
         self.socket.settimeout(400)
         self.buffer, self.sent = b"", 0
@@ -150,7 +192,7 @@ class Firefox(Browser):
         length, self.buffer = self.buffer.split(b":", 1)
         while len(self.buffer) < int(length):
             self.buffer += self.more()
-        message, self.buffer = self.buffer[:int(length)], self.buffer[int(length):]
+        message, self.buffer = self.buffer[: int(length)], self.buffer[int(length) :]
         return json.loads(message)
 
     def more(self):
@@ -175,7 +217,9 @@ class Firefox(Browser):
         self.send("WebDriver:Navigate", {"url": url})
 
     def execute(self, script):
-        return self.send("WebDriver:ExecuteScript", {"script": script, "args": [], "sandbox": None, "newSandbox": False})["value"]
+        return self.send(
+            "WebDriver:ExecuteScript", {"script": script, "args": [], "sandbox": None, "newSandbox": False}
+        )["value"]
 
     def screenshot(self):
         return self.send("WebDriver:TakeScreenshot", {"full": True, "hash": False})["value"]

@@ -5,6 +5,7 @@
 
 Needs emscripten (Debian: apt install emscripten). Nothing else is fetched, by this script or by the page.
 """
+
 import argparse
 import json
 import os
@@ -16,11 +17,27 @@ import tempfile
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.normpath(os.path.join(HERE, "..", ".."))
-FLAGS = ["-O3", "-msimd128", "-ffast-math", "-fno-finite-math-only", "-Wall", "-Wextra", "-Werror",
-         "-Wno-unknown-pragmas", "-Wno-unknown-warning-option"]
-LINK = ["-sSINGLE_FILE=1", "-sENVIRONMENT=worker", "-sALLOW_MEMORY_GROWTH=1", "-sTOTAL_STACK=2097152",
-        "-sFORCE_FILESYSTEM=1", "-sEXPORTED_RUNTIME_METHODS=['ccall','FS','UTF8ToString','HEAPU8','HEAPF32','HEAPF64']",
-        "--no-entry"]
+FLAGS = [
+    "-O3",
+    "-msimd128",
+    "-ffast-math",
+    "-fno-finite-math-only",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-unknown-pragmas",
+    "-Wno-unknown-warning-option",
+]
+LINK = [
+    "-sSINGLE_FILE=1",
+    "-sENVIRONMENT=worker",
+    "-sALLOW_MEMORY_GROWTH=1",
+    "-sTOTAL_STACK=2097152",
+    "-sFORCE_FILESYSTEM=1",
+    "-sEXPORTED_RUNTIME_METHODS=['ccall','FS','UTF8ToString','HEAPU8','HEAPF32','HEAPF64']",
+    "--no-entry",
+]
+SCRIPTS = ("draw.js", "page.js", "train.js", "look.js", "steps.js", "knife.js", "begin.js")  # in this order
 BEGINNING = 120000  # bytes of the text that the page holds
 
 
@@ -48,7 +65,7 @@ def split_prefix(text):
                 i += 1
                 if depth == 0:
                     break
-            end = i + (text[i:i + 1] == " ")
+            end = i + (text[i : i + 1] == " ")
         elif text.startswith("else "):
             end = 5
         else:
@@ -57,8 +74,10 @@ def split_prefix(text):
 
 
 def add_notes(source):
-    """The program with a note after every assignment of its plain layers, each on the line that it is about; and what the
-    page shows of them: {"functions": [{name, first, last}], "names": {line: [variables]}, "lines": {line: text}}"""
+    """The program with a note after every assignment of its plain layers, each on the line that it is about;
+    and what the page shows of them:
+    {"functions": [{name, first, last}], "names": {line: [variables]}, "lines": {line: text}}
+    """
     lines = source.split("\n")
     first = next(i for i, text in enumerate(lines) if text.startswith("// layers, in the order"))
     last = next(i for i in range(first, len(lines)) if text_is_rule(lines[i]) and i > first + 2)
@@ -86,7 +105,11 @@ def add_notes(source):
         noted = []
         declaration = re.match(r"(?:const )?(?:real|double) (.*);$", statement)
         if declaration:
-            noted = [part.split(" = ")[0] for part in declarators(declaration[1]) if " = " in part and part[0] != "*"]
+            noted = [
+                part.split(" = ")[0]
+                for part in declarators(declaration[1])
+                if " = " in part and part[0] != "*"
+            ]
             noted = [name for name in noted if re.fullmatch(r"\w+", name)]
             if noted:
                 notes = " ".join(f"NOTE({number}, {name}, {k});" for k, name in enumerate(noted))
@@ -98,7 +121,7 @@ def add_notes(source):
                 if not match:
                     break
                 noted.append(match[1])
-                rest = rest[match.end():]
+                rest = rest[match.end() :]
             if noted:
                 notes = " ".join(f"NOTE({number}, {name}, {k});" for k, name in enumerate(noted))
                 lines[i] = f"{indent}{prefix}{{ {statement} {notes} }}"
@@ -116,7 +139,7 @@ def beginning(path):
     with open(path, "rb") as file:
         data = file.read(BEGINNING)
     stem, ending = os.path.splitext(os.path.basename(path))
-    return data[:data.rfind(b"\n") + 1].decode(), f"{stem}-beginning{ending}"
+    return data[: data.rfind(b"\n") + 1].decode(), f"{stem}-beginning{ending}"
 
 
 def embed(value):
@@ -125,37 +148,52 @@ def embed(value):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--text", default=os.path.join(ROOT, "data", "tinyshakespeare.txt"))
     parser.add_argument("--out", default=os.path.join(ROOT, "sessa.html"))
     options = parser.parse_args()
     emcc = os.environ.get("EMCC") or shutil.which("emcc")
     if not emcc:
-        sys.exit("make page needs emscripten: apt install emscripten (Debian, Ubuntu), brew install emscripten (macOS)")
+        sys.exit(
+            "make page needs emscripten: apt install emscripten (Debian), brew install emscripten (macOS)"
+        )
     if not os.path.exists(options.text):
         sys.exit(f"{options.text}: not there; sh data/tinyshakespeare.sh fetches it")
     with open(os.path.join(ROOT, "train_sessa.c"), encoding="utf-8") as file:
         noted, listing = add_notes(file.read())
     env = dict(os.environ)
-    env["NODE_PATH"] = ":".join(filter(None, [env.get("NODE_PATH"), "/usr/share/nodejs"]))  # where Debian keeps acorn
+    env["NODE_PATH"] = ":".join(
+        filter(None, [env.get("NODE_PATH"), "/usr/share/nodejs"])
+    )  # where Debian keeps acorn
     with tempfile.TemporaryDirectory() as folder:
         with open(os.path.join(folder, "noted_sessa.c"), "w", encoding="utf-8") as file:
             file.write(noted)
         script = os.path.join(folder, "program.js")
-        command = [emcc, *FLAGS, "-I", folder, os.path.join(HERE, "page.c"), os.path.join(HERE, "three.c"), *LINK, "-o", script]
+        command = [
+            emcc,
+            *FLAGS,
+            "-I",
+            folder,
+            os.path.join(HERE, "page.c"),
+            os.path.join(HERE, "three.c"),
+            *LINK,
+            "-o",
+            script,
+        ]
         if subprocess.run(command, env=env).returncode:
             sys.exit("emscripten failed")
         with open(script, encoding="utf-8") as file:
             program = file.read()
     parts = {}
-    for name in ("page.html", "page.css", "page.js", "draw.js", "worker.js"):
+    for name in ("page.html", "page.css", "worker.js", *SCRIPTS):
         with open(os.path.join(HERE, name), encoding="utf-8") as file:
             parts[name] = file.read()
-    page = parts["page.html"]
-    for mark, text in (("/* STYLE */", parts["page.css"]), ("/* DRAW */", parts["draw.js"]), ("/* PAGE */", parts["page.js"])):
-        if text.count("</script"):
-            sys.exit("a part of the page would end its script")
-        page = page.replace(mark, text)
+    script = "\n".join(parts[name] for name in SCRIPTS)
+    if "</script" in script:
+        sys.exit("a part of the page would end its script")
+    page = parts["page.html"].replace("/* STYLE */", parts["page.css"]).replace("/* PAGE */", script)
     # the worker's own lines first: they say where the program's output goes
     page = page.replace('"WORKER"', embed(parts["worker.js"] + "\n" + program))
     text, name = beginning(options.text)

@@ -1,10 +1,10 @@
 /*
-What the page asks of the program: every number that it shows comes from here. Built on train_sessa.c and on
-the influence program, as they are; dev/page/build.py compiles it with emscripten.
+What the page asks of the program: every number that it shows comes from here. Built on train_sessa.c
+and on the influence program, as they are; dev/page/build.py compiles it with emscripten.
 
-Three slots, one a mixer, each hold a run as the command line would make it: its options, data, model and files,
-which lie in the file system that emscripten keeps in memory. A call that fails changes nothing, returns a
-negative number, and page_line() is the line that says why.
+Three slots, one a mixer, each hold a run as the command line would make it: its options, data, model
+and files, which lie in the file system that emscripten keeps in memory. A call that fails changes
+nothing, returns a negative number, and page_line() is the line that says why.
 */
 #ifndef REAL
 #define REAL float // what a user runs: influence.c alone would be float64
@@ -72,13 +72,14 @@ EXPORT int page_check(const char *path) {
     Dataset set;
     memset(&set, 0, sizeof(set));
     if (dataset_read(&set, path, 0, line)) return FAILED;
-    int n = set.kind == DATA_TEXT ? (int)set.count : fail(line, path, "it holds token ids: this page reads texts");
+    int n = (int)set.count;
+    if (set.kind != DATA_TEXT) n = fail(line, path, "it holds token ids: this page reads texts");
     dataset_free(&set);
     return n;
 }
 
-// Opens a run from the words of a command line, one a line. It takes the place of its mixer's: the number of
-// that slot.
+// Opens a run from the words of a command line, one a line. It takes the place of its mixer's: the number
+// of that slot.
 EXPORT int page_open(const char *words) {
     Slot *slot = (Slot *)array(1, sizeof(Slot));
     Run *run = &slot->run;
@@ -87,7 +88,8 @@ EXPORT int page_open(const char *words) {
     slot->words = strdup(words);
     slot->argv = (char **)array(length + 3, sizeof(char *));
     slot->argv[0] = (char *)"train_sessa";
-    for (char *word = strtok(slot->words, "\n"); word; word = strtok(NULL, "\n")) slot->argv[argc++] = word;
+    for (char *word = strtok(slot->words, "\n"); word; word = strtok(NULL, "\n"))
+        slot->argv[argc++] = word;
     run->backend = &cpu_backend;
     run->order_epoch = -1;
     interrupted = 0;
@@ -112,8 +114,8 @@ EXPORT int page_open(const char *words) {
     return mixer;
 }
 
-// One step of training, as the program's loop makes it: the log gets its line, the files are written when they
-// are due. 1 after the last one.
+// One step of training, as the program's loop makes it: the log gets its line, the files are written when
+// they are due. 1 after the last one.
 EXPORT int page_step(int index) {
     Slot *slot = opened(index);
     if (!slot) return FAILED;
@@ -147,11 +149,12 @@ EXPORT const char *page_tell(int index) {
     const Options *o = &run->settings.values;
     const Config *c = &run->config;
     snprintf(text, sizeof(text),
-             "{\"mixer\": \"%s\", \"dim\": %d, \"layers\": %d, \"heads\": %d, \"seq\": %d, \"vocab\": %d, \"parameters\": %lld, "
-             "\"step\": %lld, \"steps\": %lld, \"batch\": %lld, \"out\": \"%s\", \"best\": \"%s\", \"log\": \"%s\"}",
+             "{\"mixer\": \"%s\", \"dim\": %d, \"layers\": %d, \"heads\": %d, \"seq\": %d, \"vocab\": %d, "
+             "\"parameters\": %lld, \"step\": %lld, \"steps\": %lld, \"batch\": %lld, "
+             "\"out\": \"%s\", \"best\": \"%s\", \"log\": \"%s\"}",
              mixers[c->mixer].name, c->d_model, c->n_layers, c->n_heads, c->max_seq_len, c->vocab_size,
-             (long long)run->table.count, (long long)o->step, (long long)o->steps, (long long)o->batch, o->out,
-             run->best_path, o->log ? o->log : "");
+             (long long)run->table.count, (long long)o->step, (long long)o->steps, (long long)o->batch,
+             o->out, run->best_path, o->log ? o->log : "");
     return text;
 }
 
@@ -205,7 +208,8 @@ static void head_matrix(double *out, Model *m, int l, int T, int h) {
     Shape shape = direct_shape(&m->config, 1, T, 0);
     LayerActivations *a = &m->acts.layers[l];
     const real *k = a->proj + m->config.d_model + h / (shape.H / shape.G) * shape.d;
-    weight_matrix(out, a->proj + h * shape.d, k, shape.ld, a->stats + 2 * (size_t)h * T, NULL, T, shape.d, 0, 1);
+    real *stats = a->stats + 2 * (size_t)h * T;
+    weight_matrix(out, a->proj + h * shape.d, k, shape.ld, stats, NULL, T, shape.d, 0, 1);
 }
 
 // What arrives by exactly two hops: A², A = diag(γ) α
@@ -221,6 +225,7 @@ static void two_hops_matrix(double *out, Model *m, int l, int T) {
 // (T,T), row t and column j, of the text that was read last. NULL where the mixer has no such matrix.
 enum { DIRECT, FEEDBACK, TWO_HOPS, SOLVE, CHAIN };
 EXPORT double *page_matrix(int kind, int l, int head) {
+    fail(line, NULL, "this model has no such matrix");
     if (!look || l < 0 || l >= look->config.n_layers || head >= look->config.n_heads) return NULL;
     int mixer = look->config.mixer, T = look_T;
     if (kind == CHAIN ? mixer != MAMBA2 : mixer == MAMBA2 || (kind != DIRECT && mixer != SESSA)) return NULL;
@@ -236,18 +241,20 @@ EXPORT double *page_matrix(int kind, int l, int head) {
 
 // γ (T) of a layer of that text. NULL where there is none.
 EXPORT double *page_gamma(int l) {
+    fail(line, NULL, "this model has no γ");
     if (!look || look->config.mixer != SESSA || l < 0 || l >= look->config.n_layers) return NULL;
     double *out = give((size_t)look_T);
     for (int t = 0; t < look_T; t++) out[t] = (double)look->acts.layers[l].gamma[t];
     return out;
 }
 
-// The memory of each layer by lag: means of |weight| over windows of T letters of the validation text, whose
-// first `sources` letters are followed, as influence.c takes them. The weight is the solve's, attention's or the
-// chain's. For each layer T numbers and then the slopes of their logarithm, over the lag's logarithm and over the
-// lag, fitted from lag `from` to `to`.
+// The memory of each layer by lag: means of |weight| over windows of T letters of the validation text,
+// whose first `sources` letters are followed, as influence.c takes them. The weight is the solve's,
+// attention's or the chain's. For each layer T numbers and then the slopes of their logarithm, over the
+// lag's logarithm and over the lag, fitted from lag `from` to `to`.
 EXPORT double *page_tail(int index, int T, int sources, int from, int to) {
-    static void (*const matrices[N_MIXERS])(double *, Model *, int, int) = {solve_matrix, direct_matrix, chain_matrix};
+    static void (*const matrices[N_MIXERS])(double *, Model *, int, int) = {
+        solve_matrix, direct_matrix, chain_matrix};
     Slot *slot = opened(index);
     if (!slot) return NULL;
     Run *run = &slot->run;
@@ -298,23 +305,29 @@ static void zero_tensor(Run *run, int l, const char *name) {
     snprintf(full, sizeof(full), "layers.%d.mixer.%s", l, name);
     for (int i = 0; i < run->table.n; i++) {
         const Tensor *t = &run->table.rows[i];
-        if (!strcmp(t->name, full)) memset(run->model->params + t->offset, 0, sizeof(real) * (size_t)t->count);
+        if (!strcmp(t->name, full))
+            memset(run->model->params + t->offset, 0, sizeof(real) * (size_t)t->count);
     }
 }
 
-// Cuts layer l by cuts[l] (a digit), validates on that many batches and prints a sample; then all is as before.
-// The numbers given: the loss.
+// Cuts layer l by cuts[l] (a digit), validates on that many batches and prints a sample; then all is as
+// before. The number given: the loss.
 EXPORT double *page_knife(int index, const char *cuts, int batches, const char *prompt, int n, int seed) {
-    static const char *const names[][2] = {{"", ""}, {"gamma_ctx.weight", "gamma_bias"},
-                                           {"proj_fb.weight", "proj_fb.bias"}, {"q_proj.weight", "q_proj.bias"}};
+    static const char *const names[][2] = {[WHOLE] = {"", ""},
+                                           [CUT_FEEDBACK] = {"gamma_ctx.weight", "gamma_bias"},
+                                           [EVEN_FEEDBACK] = {"proj_fb.weight", "proj_fb.bias"},
+                                           [EVEN_ATTENTION] = {"q_proj.weight", "q_proj.bias"}};
     Slot *slot = opened(index);
     if (!slot) return NULL;
     Run *run = &slot->run;
     size_t bytes = sizeof(real) * (size_t)run->table.count;
     real *whole = (real *)array(1, bytes);
     memcpy(whole, run->model->params, bytes);
-    for (int l = 0; l < run->config.n_layers && cuts[l]; l++)
-        for (int i = 0; i < 2 && cuts[l] > '0' && cuts[l] <= '3'; i++) zero_tensor(run, l, names[cuts[l] - '0'][i]);
+    for (int l = 0; l < run->config.n_layers && cuts[l]; l++) {
+        int cut = cuts[l] - '0';
+        for (int i = 0; i < 2 && cut >= WHOLE && cut <= EVEN_ATTENTION; i++)
+            zero_tensor(run, l, names[cut][i]);
+    }
     Score score = evaluate(run, batches, 1);
     int result = n ? page_sample(index, prompt, n, 0.8, seed) : 0;
     memcpy(run->model->params, whole, bytes);

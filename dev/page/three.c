@@ -1,8 +1,8 @@
 /*
 The mixer at its smallest, for the page's step by step: one head, two numbers wide, three tokens. It is
-train_sessa.c itself, run by its plain loops, in which every assignment has been given a note (build.py): the line,
-where the number went, and the number. Two numbers are too few for a LayerNorm, which makes ±1 of any two: so the
-inputs are the mixer's, ā.
+train_sessa.c itself, run by its plain loops, in which every assignment has been given a note (build.py):
+the line, where the number went, and the number. Two numbers are too few for a LayerNorm, which makes ±1 of
+any two: so the inputs are the mixer's, ā.
 */
 #include <stddef.h>
 
@@ -39,7 +39,7 @@ static void note(int line, int kind, double value, const void *at) {
 static Model *three;
 static char three_text[16384];
 
-// Makes the model, its weights uniform in ±1/√2 from the seed. The inputs are ā (3,2) and the gradient of s (3,2).
+// Makes the model, its weights uniform in ±1/√2 from the seed.
 EXPORT int three_begin(int seed) {
     char error[ERROR_SIZE];
     Config config = {3, 2, 1, 1, 1, 3, 0.999, SESSA, 0, 0};
@@ -66,10 +66,12 @@ EXPORT const char *three_tables(void) {
         for (int k = 0; k < tables[i]->n && n < room; k++) {
             const Tensor *t = &tables[i]->rows[k];
             n += snprintf(three_text + n, (size_t)(room - n),
-                          "%s{\"name\": \"%s\", \"offset\": %lld, \"count\": %lld, \"stride\": %lld, \"shape\": [",
-                          k ? ", " : "", t->name, (long long)t->offset, (long long)t->count, (long long)t->stride);
+                          "%s{\"name\": \"%s\", \"offset\": %lld, \"count\": %lld, \"stride\": %lld, "
+                          "\"shape\": [", k ? ", " : "", t->name, (long long)t->offset,
+                          (long long)t->count, (long long)t->stride);
             for (int d = 0; d < t->n_dims && n < room; d++)
-                n += snprintf(three_text + n, (size_t)(room - n), "%s%lld", d ? ", " : "", (long long)t->shape[d]);
+                n += snprintf(three_text + n, (size_t)(room - n), "%s%lld", d ? ", " : "",
+                              (long long)t->shape[d]);
             n += snprintf(three_text + n, (size_t)(room - n), "]}");
         }
         n += snprintf(three_text + n, (size_t)(room - n), "]");
@@ -78,7 +80,8 @@ EXPORT const char *three_tables(void) {
     return three_text;
 }
 
-// The mixer forward and backward once, noted: ā → s, and the gradient of s → that of ā. Returns the number of notes.
+// The mixer forward and backward once, noted: ā → s, and the gradient of s → that of ā. Returns the number
+// of notes.
 static real three_inputs[12]; // ā, then ds
 EXPORT real *three_input(void) { return three_inputs; }
 EXPORT int three_run(void) {

@@ -1,13 +1,17 @@
 /*
 The page's worker: it holds the program and lets it work, so that the page stays free to draw. The page sends
-{id, call, ...}; the answer is {id, result} or {id, error}, the program's own line. While a run trains, its log's new
-lines and, when the program has saved, its files go to the page unasked. The program itself follows this text.
+{id, call, ...}; the answer is {id, result} or {id, error}, the program's own line. While a run trains, its
+log's new lines and, when the program has saved, its files go to the page unasked. The program itself follows
+this text.
 */
 "use strict";
 const output = [], errors = []; // bytes that the program has printed
 var Module = {
     noInitialRun: true,
-    preRun: [() => Module.FS.init(() => null, (byte) => byte !== null && output.push(byte), (byte) => byte !== null && errors.push(byte))],
+    preRun:
+        [() => Module.FS.init(
+             () => null, (byte) => byte !== null && output.push(byte),
+             (byte) => byte !== null && errors.push(byte))],
     onRuntimeInitialized: () => postMessage({ready: true}),
     onAbort: (what) => postMessage({fatal: String(what)}),
 };
@@ -22,9 +26,7 @@ function call(name, type, ...values) {
 function line() { return call("page_line", "string"); }
 
 // What has been printed since the last time. Texts may hold any bytes.
-function printed() {
-    return new TextDecoder().decode(new Uint8Array(output.splice(0)));
-}
+function printed() { return new TextDecoder().decode(new Uint8Array(output.splice(0))); }
 
 // The result of a call, or the program's line.
 function checked(result) {
@@ -32,7 +34,7 @@ function checked(result) {
     return result;
 }
 function doubles(pointer, n) {
-    if (!pointer) throw new Error(line() || "this mixer has no such matrix");
+    if (!pointer) throw new Error(line());
     return Module.HEAPF64.slice(pointer / 8, pointer / 8 + n);
 }
 function readFile(path) {
@@ -72,7 +74,8 @@ function turn() {
         }
         printed();
         const lines = newLines(slot), now = told(slot);
-        const message = {slot, lines, step: now.step, steps: now.steps, rate: steps * 1e3 / (performance.now() - begin)};
+        const message =
+            {slot, lines, step: now.step, steps: now.steps, rate: steps * 1e3 / (performance.now() - begin)};
         if (result < 0) message.error = line();
         if (result) run.active = false;
         if (result) message.done = true;
@@ -113,11 +116,15 @@ const calls = {
         errors.length = 0;
         let slot;
         try {
-            slot = checked(call("page_open", "number", words.map(named).concat([`--out=${name}.safetensors`, `--log=${name}.jsonl`,
-                "--overwrite"]).join("\n")));
+            slot = checked(call(
+                "page_open", "number",
+                words.map(named)
+                    .concat([`--out=${name}.safetensors`, `--log=${name}.jsonl`, "--overwrite"])
+                    .join("\n")));
         } finally {
             for (const path of Object.keys(files)) {
-                if (path.includes("{run}") && named(path) !== `${name}.safetensors`) Module.FS.unlink(named(path));
+                if (path.includes("{run}") && named(path) !== `${name}.safetensors`)
+                    Module.FS.unlink(named(path));
             }
         }
         const warning = new TextDecoder().decode(new Uint8Array(errors)).trim();
@@ -141,7 +148,8 @@ const calls = {
     },
 
     look({slot, text}) { return checked(call("page_look", "number", slot, text)); },
-    matrix({kind, layer, head, T}) { return doubles(call("page_matrix", "number", kind, layer, head), T * T); },
+    matrix(
+        {kind, layer, head, T}) { return doubles(call("page_matrix", "number", kind, layer, head), T * T); },
     gamma({layer, T}) { return doubles(call("page_gamma", "number", layer), T); },
     tail({slot, T, sources, from, to}) {
         return doubles(call("page_tail", "number", slot, T, sources, from, to), told(slot).layers * (T + 2));
@@ -164,7 +172,8 @@ const calls = {
         if (params) block(0, sizes[0]).set(params);
         const input = call("three_input", "number") / 4;
         Module.HEAPF32.set(inputs, input);
-        const n = call("three_run", "number"), size = call("three_note_size", "number"), at = call("three_notes", "number");
+        const n = call("three_run", "number"), size = call("three_note_size", "number"),
+              at = call("three_notes", "number");
         const view = new DataView(Module.HEAPU8.buffer, at, n * size), notes = [];
         const starts = [0, 1, 2].map((which) => call("three_block", "number", which));
         for (let i = 0; i < n; i++) { // {line, kind, value, at}
@@ -174,10 +183,20 @@ const calls = {
                 const offset = (address - starts[which]) / 4;
                 if (offset >= 0 && offset < sizes[which === 1 ? 1 : 0]) place = [which, offset];
             }
-            notes.push({line: view.getInt32(i * size, true), kind: view.getInt32(i * size + 4, true),
-                value: view.getFloat64(i * size + 8, true), place});
+            notes.push({
+                line: view.getInt32(i * size, true),
+                kind: view.getInt32(i * size + 4, true),
+                value: view.getFloat64(i * size + 8, true),
+                place
+            });
         }
-        return {tables, notes, params: block(0, sizes[0]).slice(), acts: block(1, sizes[1]).slice(), grads: block(2, sizes[0]).slice()};
+        return {
+            tables,
+            notes,
+            params: block(0, sizes[0]).slice(),
+            acts: block(1, sizes[1]).slice(),
+            grads: block(2, sizes[0]).slice()
+        };
     },
 };
 
