@@ -598,7 +598,7 @@ def bad_input(page, native):
         "$('look-model').value = '0'; $('look-text').value = args[0]; await look();",
         own,
     )
-    assert page.js("return seen.T;") == len(own.encode())
+    assert page.js("return [seen.T, seen.letters.length];") == [len(own.encode())] * 2
     page.js("text = {name: TEXT_NAME, bytes: new TextEncoder().encode(TEXT)};")
 
 

@@ -89,19 +89,20 @@ function resumeFiles(run, files) {
 }
 
 // News of a run that trains.
-function progress({slot, lines, step, steps, rate, done, error, files}) {
+function progress({slot, lines, step, steps, done, error, files}) {
     const run = runs[slot];
     if (!run) return;
     let judged = false;
     for (const entry of lines) {
         run.points.set(entry.step, entry.train_loss);
+        run.rate = entry.tok_per_s;
         if (entry.val_loss !== undefined && entry.val_loss !== null &&
             run.kept.get(entry.step) !== entry.val_loss) {
             run.kept.set(entry.step, entry.val_loss);
             judged = true;
         }
     }
-    Object.assign(run, {step, steps, rate});
+    Object.assign(run, {step, steps});
     if (files) run.source = {words: resumeWords(run.text.name), files: resumeFiles(run, files)};
     if (done) run.active = false;
     if (error)
@@ -169,7 +170,7 @@ function showRuns() {
                 kept === undefined ? "" : kept.toFixed(4)),
             element(
                 "td", {className: "number", "data-name": "letters/s"},
-                run.active && run.rate ? `${Math.round(run.rate * run.info.batch * run.info.seq)}` : ""),
+                run.active && run.rate ? String(Math.round(run.rate)) : ""),
             element(
                 "td", {}, `${run.info.dim} wide, ${run.info.layers} layers, ${run.info.parameters} weights`),
             element("td", {}, save("Save the run", "run"), " ", save("Save the best weights", "best"))));

@@ -67,15 +67,11 @@ function turn() {
     for (const [slot, run] of training) {
         if (!run.active) continue;
         const begin = performance.now();
-        let result = 0, steps = 0;
-        while (!result && performance.now() - begin < 40) {
-            result = call("page_step", "number", slot);
-            steps++;
-        }
+        let result = 0;
+        while (!result && performance.now() - begin < 40) result = call("page_step", "number", slot);
         printed();
         const lines = newLines(slot), now = told(slot);
-        const message =
-            {slot, lines, step: now.step, steps: now.steps, rate: steps * 1e3 / (performance.now() - begin)};
+        const message = {slot, lines, step: now.step, steps: now.steps};
         if (result < 0) message.error = line();
         if (result) run.active = false;
         if (result) message.done = true;
