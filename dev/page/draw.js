@@ -138,7 +138,7 @@ const draw = (() => {
 
     // The map of a matrix, causal: row t, column j. Shades go with the square root, so that small weights are
     // seen; its sign has a colour of its own. largest: what gets the darkest shade. letters: on both axes, if
-    // given.
+    // given. Returns how far from the edge it begins.
     function map(canvas, {matrix, T, letters, cell, largest, picked = -1}) {
         const edge = letters ? Math.max(12, cell + 3) : 0, side = edge + cell * T,
               ratio = window.devicePixelRatio || 1;
@@ -158,12 +158,12 @@ const draw = (() => {
                 pen.fillStyle = `rgb(${r},${g},${b})`;
                 pen.fillRect(edge + j * cell, edge + t * cell, cell, cell);
             }
-        if (picked >= 0 && letters) {
+        if (picked >= 0) {
             pen.strokeStyle = colour("accent");
             pen.lineWidth = 1.5;
             pen.strokeRect(edge, edge + picked * cell, cell * (picked + 1), cell);
         }
-        if (!letters) return;
+        if (!letters) return edge;
         pen.textAlign = "center";
         pen.textBaseline = "middle";
         pen.font = `${Math.min(13, cell)}px ui-monospace, monospace`;
@@ -172,6 +172,7 @@ const draw = (() => {
             pen.fillText(visible(letters[t]), edge + (t + 0.5) * cell, edge / 2);
             pen.fillText(visible(letters[t]), edge / 2, edge + (t + 0.5) * cell);
         }
+        return edge;
     }
 
     // Arcs over a text: one row for each of `rows` [{name, weights (T)}], from the picked letter to those

@@ -10,6 +10,7 @@ const seen = {
     slot: -1
 };
 let looking = 0;
+const LETTERED = 160; // longer texts are drawn with less
 
 function fillModels(slot) {
     for (const id of ["look-model", "knife-model"]) {
@@ -67,7 +68,7 @@ const look = guard(async () => {
         maps[kind] = await get(kind, layer, head);
     const gamma = mixer === "sessa" ? await ask("gamma", {layer, T}) : null;
     const all = [];
-    for (let l = 0; l < run.info.layers && T <= 160; l++) {
+    for (let l = 0; l < run.info.layers && T <= LETTERED; l++) {
         const row = [];
         for (const kind of KINDS[mixer])
             for (let h = kind === "direct" ? 0 : -1; h < (kind === "direct" ? run.info.heads : 0); h++)
@@ -145,17 +146,18 @@ function showMaps() {
     const boxes = kinds.map((kind) => $("maps").querySelector(`[data-kind="${kind}"]`) || mapBox(kind));
     if (boxes.some((box, i) => box !== $("maps").children[i]) || $("maps").children.length !== boxes.length)
         $("maps").replaceChildren(...boxes);
-    $("maps").style.setProperty("--map", `${13 + 9 * seen.T}px`);
+    // a long text's letters would make the map wider than a screen: it goes without
+    const lettered = seen.T <= LETTERED, smallest = lettered ? 9 : 2, letters = lettered ? seen.letters : null;
+    $("maps").style.setProperty("--map", `${13 + smallest * seen.T}px`);
     kinds.forEach((kind, i) => {
         const matrix = seen.maps[kind], room = boxes[i].clientWidth - 2;
-        const cell = Math.max(9, Math.min(22, Math.floor((room - 14) / (seen.T + 1)))),
-              largest = largestOf(matrix, seen.T, kind === "solve");
-        draw.map(
-            boxes[i].querySelector("canvas"),
-            {matrix, T: seen.T, letters: seen.letters, cell, largest, picked: seen.picked});
+        const cell = Math.max(smallest, Math.min(22, Math.floor((room - 14) / (seen.T + 1))));
+        const largest = largestOf(matrix, seen.T, kind === "solve"), canvas = boxes[i].querySelector("canvas");
         boxes[i].cell = cell;
+        boxes[i].edge = draw.map(canvas, {matrix, T: seen.T, letters, cell, largest, picked: seen.picked});
         const upTo = kind === "solve" ? "beside the diagonal of 1, up to" : "up to";
-        boxes[i].querySelector("p").textContent = `${upTo} ${largest.toPrecision(3)}`;
+        const without = lettered ? "" : `; without letters above ${LETTERED}`;
+        boxes[i].querySelector("p").textContent = `${upTo} ${largest.toPrecision(3)}${without}`;
     });
 }
 function mapBox(kind) {
@@ -167,9 +169,9 @@ function mapBox(kind) {
         "div", {"data-kind": kind}, element("h3", {}, TITLE[kind]), element("p", {className: "note"}),
         element("div", {className: "scroll"}, canvas));
     const point = (event) => {
-        const edge = Math.max(12, box.cell + 3), rect = canvas.getBoundingClientRect();
-        const t = Math.floor((event.clientY - rect.top - edge) / box.cell),
-              j = Math.floor((event.clientX - rect.left - edge) / box.cell);
+        const rect = canvas.getBoundingClientRect();
+        const t = Math.floor((event.clientY - rect.top - box.edge) / box.cell),
+              j = Math.floor((event.clientX - rect.left - box.edge) / box.cell);
         if (t < 0 || t >= seen.T || j < 0 || j > t) return;
         const [hears, heard] = [seen.letters[t], seen.letters[j]].map(draw.visible);
         canvas.title =
@@ -177,14 +179,15 @@ function mapBox(kind) {
         pick(t);
     };
     canvas.addEventListener("pointerdown", point);
-    canvas.addEventListener("pointermove", (event) => event.pointerType === "mouse" && point(event));
+    canvas.addEventListener(
+        "pointermove", (event) => event.pointerType === "mouse" && seen.T <= LETTERED && point(event));
     return box;
 }
 function showOverview() {
     const {all, T} = seen;
     if (!all.length) {
         $("overview")
-            .replaceChildren(element("p", {className: "note"}, "shown for texts of up to 160 letters"));
+            .replaceChildren(element("p", {className: "note"}, `shown for texts of up to ${LETTERED} letters`));
         return;
     }
     const side = Math.max(1, Math.floor(64 / T)),

@@ -398,7 +398,7 @@ def pointing(page, native):
     page.js("$('arcs').dispatchEvent(new KeyboardEvent('keydown', {key: 'Home', bubbles: true}));")
     assert page.js("return seen.picked;") == 0
     page.js("""const canvas = document.querySelector('#maps canvas'), box = canvas.getBoundingClientRect();
-        const cell = canvas.closest('[data-kind]').cell, edge = Math.max(12, cell + 3);
+        const {cell, edge} = canvas.closest('[data-kind]');
         const at = {clientX: box.left + cell + 16, clientY: box.top + edge + 5.5 * cell, bubbles: true};
         canvas.dispatchEvent(new PointerEvent('pointerdown', at));""")
     assert page.js("return seen.picked;") == 5
@@ -408,6 +408,12 @@ def pointing(page, native):
     assert f"{weight:.3f}" in listed, (weight, listed)
     bars = page.js("return document.querySelectorAll('#arcs rect').length;")
     assert bars == 9, f"{bars} bars of γ for 9 letters"
+    page.js("$('look-text').value = args[0]; await look();", page.text[:512].decode())
+    T, width = page.js("return [seen.T, document.querySelector('#maps canvas').clientWidth];")
+    assert T == 512 and width < 2100, f"a map of {T} letters is {width} wide"
+    page.js("$('look-text').value = args[0]; await look();", page.text[:513].decode())
+    said = page.js("return $('look-state').textContent;")
+    assert "512 are the most" in said, said
 
 
 def knife(page, native):

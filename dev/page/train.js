@@ -103,6 +103,7 @@ function progress({slot, lines, step, steps, done, error, files}) {
         }
     }
     Object.assign(run, {step, steps});
+    if (files) restarts = 0; // it works
     if (files) run.source = {words: resumeWords(run.text.name), files: resumeFiles(run, files)};
     if (done) run.active = false;
     if (error)
