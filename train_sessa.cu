@@ -6,13 +6,31 @@ The CUDA twin of train_sessa.c: the same layers in the same order, name_gpu for 
     train_sessacu --precision tf32     float32 numbers, products on TensorFloat-32 tensor cores
     train_sessacu --precision fp32     float32 throughout: follows the CPU
 
+What stands where, in this order:
+
+    errors, the device, numbers, launchers      what every layer is written with
+    the matrix product                          cuBLASLt's
+    layers                                      as in train_sessa.c; attention and the feedback path in panels of rows
+    the model, mixers, memory                   its weights and activations on the device
+    forward, backward, update                   to here the twin is the architecture again
+    Mamba-2                                     the mixer that the paper compares with
+    the backend, the program                    how train_sessa.c comes by all this
+
+Plain is what a layer is, fast is how it is made fast. This file is complete: with --plain every layer runs by what stands here,
+products by cuBLASLt, and what stands here is the oracle of every fast way. What only speed needs (Hopper's tensor cores, the
+solve by inverses, the scan in chunks, one token's launches, what runs beside what) is in dev/cuda, a file for each:
+
+    if (!plain) return feedback_forward_fast(...);        dev/cuda/feedback.cuh
+
+-DSESSA_PLAIN leaves dev/cuda out. Attention has its fast way in bf16 on Hopper alone, and says so by way->tiles.
+
 X is the type of what products read and of the activations kept for the backward pass: bf16, or float. In float32 always:
 the parameters and their moments and gradients, the residual stream, the softmax's statistics, sums within products, the
 right-hand sides of the feedback system. Layers take the arguments of their C functions, and a stream. Their equations and
 shapes stand there, above the function of the same name; here stands what differs: where one pass over the data does the
 work of several C functions, and which part of their loops a block, a warp or a thread takes. Layers that go row by row or
-number by number are a loop's body, given to one of three launchers: each, each_with_sums, rows. A step's launches
-are recorded as CUDA graphs.
+number by number are a loop's body, given to one of three launchers: each, each_with_sums, rows.
+
 Everything is deterministic: no atomics, every sum in a fixed order, products chosen by cuBLASLt's heuristic and never by
 timing.
 */
