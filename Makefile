@@ -95,17 +95,21 @@ NVCC ?= $(or $(shell command -v nvcc 2>/dev/null),$(USUAL_NVCC))
 CUDA_ARCH ?= $(or $(subst sm_90,sm_90a,$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sed -n '1s/^\([0-9]*\)\.\([0-9]*\).*/sm_\1\2/p')),sm_90a)
 NVCCFLAGS ?= -O3 --extended-lambda -gencode arch=$(subst sm_,compute_,$(CUDA_ARCH)),code=$(CUDA_ARCH) -diag-suppress 1675 -Xcompiler "$(CFLAGS) $(OPENMP) $(WARNINGS)"
 
-train_sessacu: train_sessa.cu train_sessa.c
-	$(NVCC) $(NVCCFLAGS) $< -o $@ -lcublasLt
+# The twin, and what makes it fast; PLAIN=1 leaves that out.
+TWIN = train_sessa.cu train_sessa.c $(wildcard dev/cuda/*.cuh)
+NVCC_TWIN = $(NVCC) $(NVCCFLAGS) $(if $(PLAIN),-DSESSA_PLAIN)
 
-test_sessacu: test_sessa.c dev/trust/check.h train_sessa.cu train_sessa.c
-	$(NVCC) $(NVCCFLAGS) -DTEST_CUDA -x cu $< -o $@ -lcublasLt
+train_sessacu: $(TWIN)
+	$(NVCC_TWIN) $< -o $@ -lcublasLt
 
-test_kernels: dev/trust/test_kernels.cu dev/trust/check.h train_sessa.cu train_sessa.c
+test_sessacu: test_sessa.c dev/trust/check.h $(TWIN)
+	$(NVCC_TWIN) -DTEST_CUDA -x cu $< -o $@ -lcublasLt
+
+test_kernels: dev/trust/test_kernels.cu dev/trust/check.h dev/trust/guard.cuh $(TWIN)
 	$(NVCC) $(NVCCFLAGS) $< -o $@ -lcublasLt
 
 # random shapes, and the branches that they meet: ./test_shapes SEED FIRST COUNT
-test_shapes: dev/trust/test_shapes.cu train_sessa.cu train_sessa.c
+test_shapes: dev/trust/test_shapes.cu dev/trust/guard.cuh $(TWIN)
 	$(NVCC) $(NVCCFLAGS) $< -o $@ -lcublasLt
 
 testcu: test_sessacu test_kernels test_shapes test_runs train_sessacu

@@ -4080,15 +4080,7 @@ static int safetensors_parse(Safetensors *file, unsigned char *bytes, size_t siz
     return result;
 }
 
-// Reads a file, or its header alone: metadata, and names and shapes of tensors whose data may not
-// be looked at.
-__attribute__((unused)) // by programs that include this file
-static int safetensors_read(Safetensors *file, const char *path, char *error) {
-    unsigned char *bytes;
-    size_t size;
-    if (file_read(path, &bytes, &size, error)) return FAILED;
-    return safetensors_parse(file, bytes, size, path, error);
-}
+// Reads a file's header: metadata, and names and shapes of tensors whose data may not be looked at.
 static int safetensors_read_header(Safetensors *file, const char *path, char *error) {
     unsigned char *bytes;
     size_t size;

@@ -6,13 +6,31 @@ The CUDA twin of train_sessa.c: the same layers in the same order, name_gpu for 
     train_sessacu --precision tf32     float32 numbers, products on TensorFloat-32 tensor cores
     train_sessacu --precision fp32     float32 throughout: follows the CPU
 
+What stands where, in this order:
+
+    errors, the device, numbers, launchers      what every layer is written with
+    the matrix product                          cuBLASLt's
+    layers                                      as in train_sessa.c; attention and the feedback path in panels of rows
+    the model, mixers, memory                   its weights and activations on the device
+    forward, backward, update                   to here the twin is the architecture again
+    Mamba-2                                     the mixer that the paper compares with
+    the backend, the program                    how train_sessa.c comes by all this
+
+Plain is what a layer is, fast is how it is made fast. This file is complete: with --plain every layer runs by what stands here,
+products by cuBLASLt, and what stands here is the oracle of every fast way. What only speed needs (Hopper's tensor cores, the
+solve by inverses, the scan in chunks, one token's launches, what runs beside what) is in dev/cuda, a file for each:
+
+    if (!plain) return feedback_forward_fast(...);        dev/cuda/feedback.cuh
+
+-DSESSA_PLAIN leaves dev/cuda out. Attention has its fast way in bf16 on Hopper alone, and says so by way->tiles.
+
 X is the type of what products read and of the activations kept for the backward pass: bf16, or float. In float32 always:
 the parameters and their moments and gradients, the residual stream, the softmax's statistics, sums within products, the
 right-hand sides of the feedback system. Layers take the arguments of their C functions, and a stream. Their equations and
 shapes stand there, above the function of the same name; here stands what differs: where one pass over the data does the
 work of several C functions, and which part of their loops a block, a warp or a thread takes. Layers that go row by row or
-number by number are a loop's body, given to one of three launchers: each, each_with_sums, rows. A step's launches
-are recorded as CUDA graphs.
+number by number are a loop's body, given to one of three launchers: each, each_with_sums, rows.
+
 Everything is deterministic: no atomics, every sum in a fixed order, products chosen by cuBLASLt's heuristic and never by
 timing.
 */
@@ -1425,11 +1443,6 @@ template <typename X> static const X *as_x(const ModelGPU<X> *m, const float *we
 // mixers: what stands between GELU and gate, abar → s. The gain γ comes from the GELU's pass over the same numbers, and
 // backward dgamma goes into the GELU's.
 
-static Shape attention_shape(const Config *c, int B, int T, int first) {
-    int D = c->d_model, H = c->n_heads;
-    return {B, T, first, H, c->n_kv_heads, D / H, proj_width(c)};
-}
-
 template <typename X>
 static void projections_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int first, cudaStream_t stream) {
     int D = m->host.config.d_model, E = proj_width(&m->host.config), N = B * (T - first);
@@ -1443,7 +1456,7 @@ template <typename X>
 static void direct_read_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int first, X *f, cudaStream_t stream) {
     const Config *c = &m->host.config;
     int D = c->d_model, H = c->n_heads, G = c->n_kv_heads, d = D / H, E = proj_width(c), N = B * (T - first);
-    Shape shape = attention_shape(c, B, T, first);
+    Shape shape = direct_shape(c, B, T, first);
     LayerWeights *w = &m->weights.layers[l];
     LayerActivationsGPU<X> *a = &m->acts.layers[l];
     X *q = a->proj + (size_t)first * E, *k = a->proj + D, *v = k + G * d, *o = w->W_o ? a->o : f;
@@ -1455,7 +1468,7 @@ static void direct_read_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int fir
 template <typename X> static void direct_read_backward_gpu(ModelGPU<X> *m, int l, int B, int T, cudaStream_t stream) {
     const Config *c = &m->host.config;
     int D = c->d_model, G = c->n_kv_heads, d = D / c->n_heads, E = proj_width(c), N = B * T, add = m->sums.add;
-    Shape shape = attention_shape(c, B, T, 0);
+    Shape shape = direct_shape(c, B, T, 0);
     LayerWeights *w = &m->weights.layers[l], *dw = &m->grad.layers[l];
     LayerActivationsGPU<X> *a = &m->acts.layers[l];
     ActivationsGPU<X> *back = &m->acts;
@@ -1477,10 +1490,6 @@ static void attention_mixer_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int
     direct_read_forward_gpu(m, l, B, T, first, s, stream);
 }
 
-static Shape feedback_shape_gpu(const Config *c, int B, int T, int first) {
-    return {B, T, first, 1, 1, c->d_model, proj_width(c)};
-}
-
 // With tiles, neither attention nor the feedback's weights and inverses need scratch or workspace of the other's: they go
 // beside each other.
 template <typename X>
@@ -1492,7 +1501,7 @@ static void sessa_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int first, cu
     projections_forward_gpu(m, l, B, T, first, stream);
     direct_read_forward_gpu(m, l, B, T, first, a->f, beside(DIRECT_READ, m->ways.attention.tiles && panels->tiles));
     feedback_forward_gpu(a->s, a->c, a->fb_stats, a->fb_weights, m->acts.scratch, a->f, q, k, a->gamma,
-                         feedback_shape_gpu(&m->host.config, B, T, first), panels, stream);
+                         feedback_shape(&m->host.config, B, T, first), panels, stream);
 }
 
 template <typename X> static void sessa_backward_gpu(ModelGPU<X> *m, int l, int B, int T, cudaStream_t stream) {
@@ -1503,7 +1512,7 @@ template <typename X> static void sessa_backward_gpu(ModelGPU<X> *m, int l, int 
     X *dq = back->dproj + E - 2 * D, *dk = dq + D;
     float *dbias = m->grad.layers[l].b_proj + E - 2 * D;
     feedback_backward_gpu(back->ds, dq, dk, back->dgamma, dbias, a->fb_weights, back->scratch, back->ds, a->s, a->c, a->fb_stats,
-                          q, k, a->gamma, feedback_shape_gpu(&m->host.config, B, T, 0), &m->ways.feedback[1], &m->sums, stream);
+                          q, k, a->gamma, feedback_shape(&m->host.config, B, T, 0), &m->ways.feedback[1], &m->sums, stream);
     direct_read_backward_gpu(m, l, B, T, stream);
 }
 

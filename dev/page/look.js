@@ -289,7 +289,7 @@ async function tail(slot, layer) {
         yName: "weight",
         marks,
         xRange: [1, TAIL.T],
-        yRange: [Math.max(1e-7, Math.min(...values)), top],
+        yRange: [Math.max(1e-5, Math.min(...values)), top],
         height: 340
     });
     $("tail-note").textContent =

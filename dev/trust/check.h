@@ -286,4 +286,12 @@ static inline unsigned char *with_header(const unsigned char *good, size_t *size
     return bad;
 }
 
+// A safetensors file, whole.
+static inline int safetensors_read(Safetensors *file, const char *path, char *error) {
+    unsigned char *bytes;
+    size_t size;
+    if (file_read(path, &bytes, &size, error)) return FAILED;
+    return safetensors_parse(file, bytes, size, path, error);
+}
+
 #endif

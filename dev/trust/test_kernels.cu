@@ -714,8 +714,8 @@ template <typename X> void Layers<X>::scan(int eights) {
     worst_of(&worst[SCAN_B], gpu_error(dxbc_d, dxbc, N, W, W, 0));
     worst_of(&worst[SCAN_B], gpu_error(dA_d, dA, 1, H, H, floor));
     worst_of(&worst[SCAN_B], gpu_error(dskip_d, dskip, 1, H, H, floor));
-    // behind the first H columns the plain loops leave theirs as they were
-    worst_of(&worst[SCAN_B], gpu_error(dstep_d, dstep, N, plain ? H : 3 * H, 3 * H, floor));
+    // behind the first H columns the plain loops of the C program write nothing; these step_backward reads
+    if (!plain) worst_of(&worst[SCAN_B], gpu_error(dstep_d, dstep, N, 3 * H, 3 * H, floor));
     step_backward(dstep_inp, dshifts, dstep, 3 * H, inp, ld_w, shifts, N, H);
     step_backward_gpu(dstep_inp_d, dshifts_d, dstep_d, 3 * H, inp_d, ld_w, shifts_d, N, H, &sums, st);
     column_sums_gpu(&sums, st);

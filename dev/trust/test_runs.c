@@ -1175,10 +1175,10 @@ __attribute__((noinline)) static void test_all(void) {
         test_threads_allowed();
         test_stacks();
         test_threads();
-        test_plain_runs();
         test_order();
     }
-    setenv("TEST_PRECISION", "fp32", 1); // a twin's, for texts that the CPU's forward passes give
+    setenv("TEST_PRECISION", "fp32", 1); // a twin's: its plain ways to the bound of float32, texts as the CPU gives them
+    test_plain_runs();
     test_scores();
     test_generation();
     remove_folder();
