@@ -68,6 +68,7 @@ function guard(action) {
 // the worker
 
 let worker = null, waiting = new Map(), questions = 0, pinged = 0, restarts = 0;
+let busy = false; // it has said that it will be silent for long
 
 function ask(call, data = {}) {
     return new Promise((resolve, reject) => {
@@ -84,6 +85,8 @@ function startWorker() {
     return new Promise((resolve, reject) => {
         worker.onmessage = ({data}) => {
             pinged = 0;
+            busy = Boolean(data.busy);
+            if (data.busy) return;
             if (data.ready)
                 resolve();
             else if (data.fatal)
@@ -131,10 +134,12 @@ const lose = guard(async (why) => {
 setInterval(() => {
     if (!worker) return;
     const asked = [...waiting.values()].some(({call}) => call !== "ping");
+    const active = runs.some((run) => run && run.active);
+    const patience = busy ? 600 : asked ? 120 : active ? 30 : 6; // seconds
     if (!pinged) {
         pinged = performance.now();
         ask("ping").catch(() => {});
-    } else if (performance.now() - pinged > (asked ? 60000 : 6000)) {
+    } else if (performance.now() - pinged > patience * 1000) {
         pinged = 0;
         lose("no answer");
     }

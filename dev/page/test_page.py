@@ -614,7 +614,7 @@ def closed_worker(page, native):
     page.train("sessa", 400)
     page.browser.until("runs[0].active && runs[0].step > 120", 120)
     page.js("worker.terminate();")
-    page.browser.until("$('status').textContent.includes('started again')", 60)
+    page.browser.until("$('status').textContent.includes('started again')", 120)
     page.browser.until("runs[0].active", 10)
     page.done([0], 400)
     native.run(

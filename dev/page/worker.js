@@ -67,8 +67,11 @@ function turn() {
     for (const [slot, run] of training) {
         if (!run.active) continue;
         const begin = performance.now();
-        let result = 0;
-        while (!result && performance.now() - begin < 40) result = call("page_step", "number", slot);
+        let result = 0, left = told(slot).steps - told(slot).step;
+        while (!result && performance.now() - begin < 40) {
+            if (--left === 0) postMessage({busy: true}); // the last step validates on all that is kept back
+            result = call("page_step", "number", slot);
+        }
         printed();
         const lines = newLines(slot), now = told(slot);
         const message = {slot, lines, step: now.step, steps: now.steps};
