@@ -41,7 +41,7 @@ function listen() {
     $("stop").onclick = stop;
     $("go-on").onclick = goOn;
     $("write").onclick = () =>
-        runs.forEach((run, slot) => run && (run.step || run.info.loaded) && write(slot));
+        runs.forEach((run, slot) => run && (run.step || run.loaded) && write(slot));
     for (const id of ["choose-text", "load"])
         $(id).onclick = () => {
             $("file").accept = id === "load" ? ".safetensors" : "";

@@ -56,9 +56,9 @@ function showKnife() {
     const {whole, cut, each} = cutting, rows = [["whole", whole.loss, 0]];
     if (cut) rows.push(["as cut above", cut.loss, cut.loss - whole.loss]);
     for (const [name, loss] of each || []) rows.push([name, loss, loss - whole.loss]);
-    const {text, info} = runs[cutting.slot];
+    const {text, loaded} = runs[cutting.slot];
     const note = `Nats a letter, on up to ${BATCHES} batches of the last tenth of ${text.name}` +
-        (info.loaded ? ", which the loaded weights may have been trained on." : ".");
+        (loaded ? ", which the loaded weights may have been trained on." : ".");
     const largest = Math.max(0.05, ...rows.map(([, , more]) => Math.abs(more)));
     $("knife-loss")
         .replaceChildren(

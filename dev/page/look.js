@@ -78,7 +78,7 @@ const look = guard(async () => {
     if (turn !== looking) return; // it was asked again meanwhile
     Object.assign(seen, {T, letters, maps, gamma, slot, mixer, layer, head, all});
     if (seen.picked < 0 || seen.picked >= T) seen.picked = T - 1;
-    const step = run.step ? `step ${run.step}` : run.info.loaded ? "loaded weights" : "untrained";
+    const step = run.step ? `step ${run.step}` : run.loaded ? "loaded weights" : "untrained";
     $("look-state").textContent =
         `${step}; ${T} letters${T > run.info.seq ? `, trained on sequences of ${run.info.seq}` : ""}`;
     showArcs();
@@ -268,7 +268,7 @@ async function tail(slot, layer) {
             element(
                 "td", {},
                 run.step ? `step ${run.step}` :
-                    run.info.loaded ? "loaded" :
+                    run.loaded ? "loaded" :
                                       "untrained"),
             element(
                 "td", {className: "number"},

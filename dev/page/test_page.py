@@ -25,7 +25,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from browser import Chromium, Firefox  # noqa: E402
 
 MIXERS = ["sessa", "attention", "mamba2"]
-SHAPE = ["--dim", "32", "--layers", "2", "--heads", "2"]
+SHAPE = "--dim 32 --layers 2 --heads 2"
 PASSED, FAILED = [], []
 
 
@@ -80,9 +80,11 @@ class Native:
         with open(self.path(name), "rb") as file:
             return file.read()
 
-    def run(self, *words, program=None):
+    def run(self, command, *more, program=None):
+        """Its standard output. command: words, to be split at spaces; more: words that may hold some"""
+        words = [*command.split(), *more]
         done = subprocess.run([program or self.program, *words], cwd=self.folder, capture_output=True)
-        assert done.returncode == 0, f"{' '.join(words)}: {done.stderr.decode()}"
+        assert done.returncode == 0, f"{words}: {done.stderr.decode()}"
         return done.stdout.decode()
 
     def log(self, name):
@@ -182,21 +184,8 @@ def losses(page, native):
     page.done([0, 1, 2], 50)
     for slot, mixer in enumerate(MIXERS):
         native.run(
-            "--data",
-            page.text_name,
-            "--mixer",
-            mixer,
-            *SHAPE,
-            "--steps",
-            "50",
-            "--eval-every",
-            "5",
-            "--eval-batches",
-            "10",
-            "--log",
-            f"{mixer}.jsonl",
-            "--out",
-            f"{mixer}.safetensors",
+            f"--data {page.text_name} --mixer {mixer} {SHAPE} --steps 50 --eval-every 5 "
+            f"--eval-batches 10 --log {mixer}.jsonl --out {mixer}.safetensors"
         )
         log = native.log(f"{mixer}.jsonl")
         close(f"{mixer}, losses of 50 steps", page.losses(slot), [entry["train_loss"] for entry in log], 1e-5)
@@ -217,17 +206,8 @@ def both_ways(page, native):
     assert set(files) == {"sessa.safetensors", "sessa.best.safetensors"}, sorted(files)
     for name, data in files.items():
         native.write(f"page.{name}" if "best" not in name else "page.sessa.best.safetensors", data)
-    native.run("--resume", "page.sessa.safetensors", "--steps", "60", "--log", "on.jsonl")
-    native.run(
-        "--resume",
-        "sessa.safetensors",
-        "--steps",
-        "60",
-        "--log",
-        "straight.jsonl",
-        "--out",
-        "straight.safetensors",
-    )
+    native.run("--resume page.sessa.safetensors --steps 60 --log on.jsonl")
+    native.run("--resume sessa.safetensors --steps 60 --log straight.jsonl --out straight.safetensors")
     straight = [entry["train_loss"] for entry in native.log("straight.jsonl")]
     close(
         "steps 51 to 60 of the page's run, natively",
@@ -241,16 +221,8 @@ def both_ways(page, native):
     page.js("$('settings').elements.steps.value = 10; $('go-on').click();")
     page.done([0], 60)
     native.run(
-        "--resume",
-        "sessa.safetensors",
-        "--steps",
-        "60",
-        "--decay-steps",
-        "60",
-        "--log",
-        "stretched.jsonl",
-        "--out",
-        "stretched.safetensors",
+        "--resume sessa.safetensors --steps 60 --decay-steps 60 --log stretched.jsonl --out "
+        "stretched.safetensors"
     )
     close(
         "steps 51 to 60 of the native run, in the page",
@@ -263,7 +235,7 @@ def both_ways(page, native):
     assert "weights loaded" in said, said
     ours = page.js("return ask('sample', {slot: 0, prompt: 'The ', n: 60, temperature: 0, seed: 1});")
     theirs = native.run(
-        "--load", "sessa.best.safetensors", "--generate", "60", "--prompt", "The ", "--temperature", "0"
+        "--load sessa.best.safetensors --generate 60", "--prompt", "The ", "--temperature", "0"
     )
     assert ours == theirs, f"{ours!r} and {theirs!r}"
     print(f"      both write {ours[:30]!r}…")
@@ -281,23 +253,8 @@ def maps(page, native):
         assert "weights loaded" in said, said
         for layer in range(2):
             native.run(
-                "out.safetensors",
-                "--load",
-                "given.safetensors",
-                "--data",
-                page.text_name,
-                "--out",
-                "no.safetensors",
-                "--seq",
-                str(T),
-                "--map",
-                str(layer),
-                "--map-size",
-                str(T),
-                "--targets",
-                "1",
-                "--probes",
-                "1",
+                f"out.safetensors --load given.safetensors --data {page.text_name} --out "
+                f"no.safetensors --seq {T} --map {layer} --map-size {T} --targets 1 --probes 1",
                 program=native.influence_program,
             )
             wanted = read_tensors(native.read("out.safetensors"))
@@ -343,21 +300,8 @@ def maps(page, native):
                     2e-6,
                 )
         native.run(
-            "out.safetensors",
-            "--load",
-            "given.safetensors",
-            "--data",
-            page.text_name,
-            "--out",
-            "no.safetensors",
-            "--seq",
-            "256",
-            "--sequences",
-            "4",
-            "--targets",
-            "1",
-            "--probes",
-            "1",
+            f"out.safetensors --load given.safetensors --data {page.text_name} --out "
+            "no.safetensors --seq 256 --sequences 4 --targets 1 --probes 1",
             program=native.influence_program,
         )
         wanted, tail = read_tensors(native.read("out.safetensors")), page.js(
@@ -433,9 +377,7 @@ def knife(page, native):
             native.write(
                 "cut.safetensors", with_zeros(data, [f"layers.{layer}.mixer.{name}" for name in names])
             )
-            loss = float(
-                native.run("--load", "cut.safetensors", "--data", page.text_name, "--eval").split()[1]
-            )
+            loss = float(native.run(f"--load cut.safetensors --data {page.text_name} --eval").split()[1])
             page.js(
                 "document.querySelector(`[name=cut${args[0]}][value='${args[1]}']`).click();", layer, value
             )
@@ -609,39 +551,33 @@ def bad_input(page, native):
 
 
 def closed_worker(page, native):
-    """A worker that is closed while it trains is started again, and the run ends as if nothing had been"""
+    """A worker closed while it trains is started again; the run ends as if nothing had been, on its own text"""
     page.js("choose('train');")
     page.train("sessa", 400)
     page.browser.until("runs[0].active && runs[0].step > 120", 120)
+    page.drop("other.txt", b"Another text, which is not the run's. " * 100)
     page.js("worker.terminate();")
     page.browser.until("$('status').textContent.includes('started again')", 120)
     page.browser.until("runs[0].active", 10)
     page.done([0], 400)
     native.run(
-        "--data",
-        page.text_name,
-        *SHAPE,
-        "--steps",
-        "400",
-        "--eval-every",
-        "20",
-        "--eval-batches",
-        "10",
-        "--log",
-        "whole.jsonl",
-        "--out",
-        "whole.safetensors",
+        f"--data {page.text_name} {SHAPE} --steps 400 --eval-every 20 --eval-batches 10 "
+        "--log whole.jsonl --out whole.safetensors"
     )
     wanted = [entry["train_loss"] for entry in native.log("whole.jsonl")]
     got = page.losses(0)
     assert len(got) == 400
     close("all 400 losses", got, wanted, 1e-4)
+    page.js("text = {name: TEXT_NAME, bytes: new TextEncoder().encode(TEXT)};")
 
 
 def stop_and_go(page, native):
-    """Stop stops, Go on goes on: the losses are those of a run that never stopped"""
+    """Stop stops, Go on goes on, a wrong number does neither: the losses are those of a run left alone"""
     page.train("attention", 300)
     page.browser.until("runs[1].active && runs[1].step > 20", 60)
+    page.train("attention", "few")  # what cannot be started stops nothing
+    page.browser.until("$('status').textContent.includes(\"not 'few'\")", 30)
+    assert page.js("return runs[1].active;")
     page.js("$('stop').click();")
     page.browser.until("!runs[1].active && $('status').textContent.startsWith('stopped')", 30)
     time.sleep(0.5)
@@ -651,21 +587,8 @@ def stop_and_go(page, native):
     page.js("$('go-on').click();")
     page.done([1], 300)
     native.run(
-        "--data",
-        page.text_name,
-        "--mixer",
-        "attention",
-        *SHAPE,
-        "--steps",
-        "300",
-        "--eval-every",
-        "15",
-        "--eval-batches",
-        "10",
-        "--log",
-        "stop.jsonl",
-        "--out",
-        "stop.safetensors",
+        f"--data {page.text_name} --mixer attention {SHAPE} --steps 300 --eval-every 15 "
+        "--eval-batches 10 --log stop.jsonl --out stop.safetensors"
     )
     close("its losses", page.losses(1), [entry["train_loss"] for entry in native.log("stop.jsonl")], 1e-4)
 

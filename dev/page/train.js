@@ -19,10 +19,8 @@ function settings() {
 // Opens a run in the worker. before: the run that it goes on with.
 async function openRun(words, files, before) {
     const info = await ask("open", {words, files});
-    runs[info.slot] = Object.assign(
-        before || {points: new Map(), kept: new Map(), sample: ""},
-        {info, source: {words, files}, text, step: info.step, steps: info.steps});
-    if (before) before.info = info;
+    const run = before || {points: new Map(), kept: new Map(), sample: "", text, loaded: false};
+    runs[info.slot] = Object.assign(run, {info, source: {words, files}, step: info.step, steps: info.steps});
     return info;
 }
 // What was drawn beyond the step that a run is taken up at is not so any more.
@@ -35,9 +33,6 @@ function cutBack(run) {
 const start = guard(async () => {
     const {mixer, words} = settings(), wanted = mixer === "all" ? MIXERS : [mixer];
     const slots = [];
-    await ask("train", {slots: []});
-    for (const run of runs)
-        if (run) run.active = false;
     for (const name of wanted)
         slots.push((await openRun([...words, `--mixer=${name}`], {[text.name]: text.bytes})).slot);
     say(`training on ${text.name}`);
@@ -162,7 +157,7 @@ function showRuns() {
             element(
                 "td", {},
                 run.step || run.active ? `step ${run.step} of ${run.steps}` :
-                    run.info.loaded ? "loaded" :
+                    run.loaded ? "loaded" :
                                       "untrained"),
             element(
                 "td", {className: "number", "data-name": "loss"}, last === undefined ? "" : last.toFixed(4)),
@@ -274,7 +269,7 @@ async function takeCheckpoint(name, bytes) {
                 /lacks|vocabulary/.test(line) ? "; drop the text that the model was trained on first" : "";
             throw new Error(line + hint);
         }
-        loaded = info.loaded = true;
+        loaded = runs[info.slot].loaded = true;
     }
     runs[info.slot].active = false;
     chosen = [info.slot];
