@@ -2201,7 +2201,7 @@ template <typename X>
 static __device__ inline void scan_row_gpu(float *state, int64_t ld, const X *xbc_t, float step, ScanShape scan, int h, int i) {
     int w = scan.E / scan.heads;
     const X *b = xbc_t + scan.E;
-    float x = get(xbc_t[h * w + i]), keep = expf(-expf(scan.A_log[h]) * step);
+    float x = get(xbc_t[h * w + i]), keep = (float)exp(-exp((double)scan.A_log[h]) * (double)step);
     for (int s = 0; s < scan.S; s++) state[s * ld + i] = keep * state[s * ld + i] + step * get(b[s]) * x;
 }
 // A block takes head h of sequence b, a thread a column i of its state, and both go from the first token to the last.
@@ -2249,7 +2249,7 @@ __global__ void scan_backward_kernel(X *dxbc, float *dstep, float *part, float *
     float *state = chunk_states + blockIdx.x * (CHUNK + 1) * size;
     for (int item = blockIdx.x; item < scan.B * heads; item += gridDim.x) {
         int b = item / heads, h = item % heads;
-        float rate = expf(scan.A_log[h]), *d = dstate + item * size;
+        float rate = (float)exp((double)scan.A_log[h]), *d = dstate + item * size;
         for (int64_t i = threadIdx.x; i < size; i += blockDim.x) d[i] = 0;
         for (int t = T - 1; t >= 0; t--) {
             int64_t row = (int64_t)b * T + t, chunk = t / CHUNK, first = chunk * CHUNK;
@@ -2266,7 +2266,7 @@ __global__ void scan_backward_kernel(X *dxbc, float *dstep, float *part, float *
             __syncthreads();
             const float *before = state + (t - first) * size, *now = before + size;
             const X *x = xbc + row * W + h * w, *bt = xbc + row * W + E, *c = bt + S, *dy_t = dy + row * E + h * w;
-            float delta = step[row * heads + h], keep = expf(-rate * delta), taken = 0, faded = 0, skipped = 0;
+            float delta = step[row * heads + h], keep = (float)exp(-(double)(rate * delta)), taken = 0, faded = 0, skipped = 0;
             for (int i = threadIdx.x; i < w; i += blockDim.x) {
                 float sum = 0;
                 for (int s = 0; s < S; s++) {
