@@ -541,7 +541,7 @@ template <int V> __device__ inline void read_mask(float factor[V], const Mask &m
 // layers, in the order in which data meets them
 
 // embedding_forward and dropout in one pass.
-static void embedding_forward_gpu(float *out, const int *inp, const float *wte, Mask mask, int B, int T, int D,
+static void embedding_dropout_forward_gpu(float *out, const int *inp, const float *wte, Mask mask, int B, int T, int D,
                                   cudaStream_t stream) {
     each((int64_t)B * T, D, wide({D}, {out, wte}), stream, [=] __device__ (auto V, int n, int i) {
         float v[V], factor[V];
@@ -599,7 +599,7 @@ static __device__ inline void residual_forward_gpu(float x[V], const X *branch, 
 // residual_forward and layernorm_forward in one pass:
 //     x += mask ⊙ branch (branch NULL: none),   kept = X(x) (NULL: not wanted),   out = LayerNorm(x)
 template <typename X>
-static void layernorm_forward_gpu(X *out, X *kept, float *mean, float *rstd, float *x, const X *branch, Mask mask,
+static void residual_layernorm_forward_gpu(X *out, X *kept, float *mean, float *rstd, float *x, const X *branch, Mask mask,
                                   const float *weight, const float *bias, int N, int D, cudaStream_t stream) {
     rows(N, D, wide({D}, {out, kept, x, branch, weight, bias}), 0, stream, [=] __device__ (auto V, auto PIECES) {
         __shared__ float2 shared[2][ROW_BLOCK / 32];
@@ -637,7 +637,7 @@ static void layernorm_forward_gpu(X *out, X *kept, float *mean, float *rstd, flo
 //     dx itself is masked
 // fresh: dx starts from 0. A block keeps the sums of its rows in registers.
 template <typename X>
-static void layernorm_backward_gpu(float *dx, float *dweight, float *dbias, X *dbranch, float *dbranch_bias,
+static void residual_layernorm_backward_gpu(float *dx, float *dweight, float *dbias, X *dbranch, float *dbranch_bias,
                                    Mask mask, int fresh, const X *dout, const X *x, const float *mean, const float *rstd,
                                    const float *weight, int N, int D, ColumnSums *sums, cudaStream_t stream) {
     int in_eights = wide({D}, {dx, dbranch, dout, x, weight}) && D <= MOST_IN_EIGHTS,
@@ -746,7 +746,7 @@ static __device__ inline float gain_backward_gpu(float dgamma, float ratio, floa
 
 // gelu_forward and, where there is a gain (weight not NULL), gain_forward of its output, in one pass.
 template <typename X>
-static void gelu_forward_gpu(X *out, float *gamma, const X *inp, int ld, const float *weight, const float *bias,
+static void gelu_gain_forward_gpu(X *out, float *gamma, const X *inp, int ld, const float *weight, const float *bias,
                              float gamma_max, int N, int D, cudaStream_t stream) {
     rows((N + 1) / 2, D, wide({D, ld}, {out, inp, weight}), 0, stream, [=] __device__ (auto V, auto PIECES) { // two rows at once
         __shared__ float2 shared[ROW_BLOCK / 32];
@@ -776,7 +776,7 @@ static void gelu_forward_gpu(X *out, float *gamma, const X *inp, int ld, const f
 //     dinp = (dout + pre·weight) GELU'(inp),   dweight += Σ_n pre_n GELU(inp_n),   dweight_bias += Σ_n pre_n
 // and dinp_bias += Σ_n dinp_n for the layer before. dinp may be inp.
 template <typename X>
-static void gelu_backward_gpu(X *dinp, float *dinp_bias, float *dweight, float *dweight_bias, const X *dout, const X *inp,
+static void gelu_gain_backward_gpu(X *dinp, float *dinp_bias, float *dweight, float *dweight_bias, const X *dout, const X *inp,
                               int ld, const float *dgamma, const float *gamma, const float *weight, float gamma_max, int N,
                               int D, ColumnSums *sums, cudaStream_t stream) {
     int in_eights = wide({D, ld}, {dinp, dout, inp, weight});
@@ -832,7 +832,7 @@ static void rope_forward_gpu(X *x, int ld, const float *cosine, const float *sin
 // rope_backward of the first `turned` columns, and the sums of all `width` columns over the rows: the gradient of the
 // projections' bias. Where a thread takes one number, its neighbour has the other of the pair.
 template <typename X>
-static void rope_backward_gpu(X *dx, float *dbias, int ld, Rope rope, int N, int turned, int width, ColumnSums *sums,
+static void rope_bias_backward_gpu(X *dx, float *dbias, int ld, Rope rope, int N, int turned, int width, ColumnSums *sums,
                               cudaStream_t stream) {
     each_with_sums({dbias}, sums, N, width, wide({2 * rope.half, width, ld}, {dx, rope.cosine, rope.sine}), stream,
                    [=] __device__ (auto V, int n, int i, auto &sum) {
@@ -1053,7 +1053,7 @@ static void attention_backward_gpu(X *dq, X *dk, X *dv, float *dbias, Scratch sc
         for (int item = 0; item < heads.items; item++)
             attention_group_backward_gpu(item, heads, dq, dk, dv, both, dout, stats, q, k, v, shape, way->P, stream);
     }
-    if (dbias) rope_backward_gpu(dq, dbias, shape.ld, rope, shape.B * shape.T, turned, width, sums, stream);
+    if (dbias) rope_bias_backward_gpu(dq, dbias, shape.ld, rope, shape.B * shape.T, turned, width, sums, stream);
 }
 
 // out = Y(x)       x (N,D), out: D of the ld columns of each row
@@ -1232,12 +1232,12 @@ static void feedback_backward_gpu(X *df, X *dq, X *dk, float *dgamma, float *dbi
         matmul_gpu(into(at.dk, D, all), transpose_gpu(dl), q_I, end, D, n, scale, (float)!last, B, stream);
     }
     copy_gpu(dk, ld, at.dk, B * T, D, stream);
-    if (dbias) rope_backward_gpu(dq, dbias, ld, {}, B * T, 0, 2 * D, sums, stream);
+    if (dbias) rope_bias_backward_gpu(dq, dbias, ld, {}, B * T, 0, 2 * D, sums, stream);
 }
 
 // gate_forward and dropout in one pass.
 template <typename X>
-static void gate_forward_gpu(X *out, const X *s, const X *g, int ld, Mask mask, int N, int D, cudaStream_t stream) {
+static void gate_dropout_forward_gpu(X *out, const X *s, const X *g, int ld, Mask mask, int N, int D, cudaStream_t stream) {
     each(N, D, wide({D, ld}, {out, s, g}), stream, [=] __device__ (auto V, int n, int i) {
         float v[V], w[V], factor[V];
         int64_t at = (int64_t)n * D + i;
@@ -1252,7 +1252,7 @@ static void gate_forward_gpu(X *out, const X *s, const X *g, int ld, Mask mask, 
 // gate_backward, with dropout: ds = mask ⊙ dout ⊙ g,   dg = mask ⊙ dout ⊙ s with its sums dg_bias
 // ds may be dout, and dg may be g.
 template <typename X>
-static void gate_backward_gpu(X *ds, X *dg, float *dg_bias, const X *dout, const X *s, const X *g, int ld, Mask mask, int N, int D,
+static void gate_dropout_backward_gpu(X *ds, X *dg, float *dg_bias, const X *dout, const X *s, const X *g, int ld, Mask mask, int N, int D,
                               ColumnSums *sums, cudaStream_t stream) {
     each_with_sums({dg_bias}, sums, N, D, wide({D, ld}, {ds, dg, dout, s, g}), stream,
                    [=] __device__ (auto V, int n, int i, auto &sum) {
@@ -1832,23 +1832,26 @@ static void hidden_forward_gpu(ModelGPU<X> *m, const int *inputs, int B, int T, 
     int D = c->d_model, N = B * (T - first), last = c->n_layers - 1;
     ActivationsGPU<X> *acts = &m->acts;
     auto mask = [&](int place) { return mask_of(&m->inputs->dropout_key, dropout, place); };
-    if (inputs) embedding_forward_gpu(acts->residual, inputs, m->weights.wte, mask(0), B, T - first, D, stream);
+    if (inputs)
+        embedding_dropout_forward_gpu(acts->residual, inputs, m->weights.wte, mask(0), B, T - first, D, stream);
     for (int l = from; l < end; l++) {
         LayerWeights *w = &m->weights.layers[l];
         LayerActivationsGPU<X> *a = &acts->layers[l];
         const X *branch = l ? acts->layers[l - 1].branch : NULL;
-        layernorm_forward_gpu(a->n, a->x, a->ln_mean, a->ln_rstd, acts->residual, branch, mask(2 * l), w->ln_weight, w->ln_bias,
-                              N, D, stream);                                                       // [13] of the layer before, [9]
+        residual_layernorm_forward_gpu(a->n, a->x, a->ln_mean, a->ln_rstd, acts->residual, branch, mask(2 * l),
+                                       w->ln_weight, w->ln_bias, N, D, stream); // [13] of the layer before, [9]
         linear_forward_gpu(a->ag, 2 * D, a->n, as_x(m, w->W_in), as_x(m, w->b_in), N, D, 2 * D, stream);                    // [10]
-        gelu_forward_gpu(a->abar, a->gamma, a->ag, 2 * D, w->gamma_weight, w->gamma_bias, (float)c->gamma_max, N, D,
-                         stream);                                                                                     // [11, 18]
+        gelu_gain_forward_gpu(a->abar, a->gamma, a->ag, 2 * D, w->gamma_weight, w->gamma_bias,
+                              (float)c->gamma_max, N, D, stream);               // [11, 18]
         mixers_gpu<X>[c->mixer].forward(m, l, B, T, first, stream);                                                         // [12]
-        gate_forward_gpu(a->gated, a->s + (size_t)first * D, a->ag + D, 2 * D, mask(1 + 2 * l), N, D, stream);              // [13]
+        gate_dropout_forward_gpu(a->gated, a->s + (size_t)first * D, a->ag + D, 2 * D, mask(1 + 2 * l), N, D,
+                                 stream);                                       // [13]
         linear_forward_gpu(a->branch, D, a->gated, as_x(m, w->W_out), as_x(m, w->b_out), N, D, D, stream);
     }
-    if (end > last) layernorm_forward_gpu(acts->ln_f, acts->y, acts->ln_mean, acts->ln_rstd, acts->residual,
-                                          acts->layers[last].branch, mask(2 + 2 * last), m->weights.ln_f_weight,
-                                          m->weights.ln_f_bias, N, D, stream);
+    if (end > last)
+        residual_layernorm_forward_gpu(acts->ln_f, acts->y, acts->ln_mean, acts->ln_rstd, acts->residual,
+                                       acts->layers[last].branch, mask(2 + 2 * last), m->weights.ln_f_weight,
+                                       m->weights.ln_f_bias, N, D, stream);
 }
 
 // out = Σ x_i, or Σ x_i², in double: a block takes its share, then one block those of the blocks.
@@ -1929,28 +1932,30 @@ template <typename X> static void backward_launches_gpu(ModelGPU<X> *m, int B, i
         crossentropy_gpu(acts->losses, acts->hits, acts->logits, acts->logits, ld_logits, m->inputs->ids + N, N, V, stream);
     linear_backward_gpu(acts->ds, dw->wte, acts->logits, ld_logits, acts->ln_f, as_x(m, w->wte), N, D, ld_logits, add, stream,
                         m->inputs->scale);
-    layernorm_backward_gpu(dx, dw->ln_f_weight, dw->ln_f_bias, acts->dbranch, dw->layers[last].b_out, mask(2 + 2 * last), 1,
-                           acts->ds, acts->y, acts->ln_mean, acts->ln_rstd, w->ln_f_weight, N, D, &m->sums, stream);
+    residual_layernorm_backward_gpu(dx, dw->ln_f_weight, dw->ln_f_bias, acts->dbranch, dw->layers[last].b_out,
+                                    mask(2 + 2 * last), 1, acts->ds, acts->y, acts->ln_mean, acts->ln_rstd,
+                                    w->ln_f_weight, N, D, &m->sums, stream);
     for (int l = last; l >= 0; l--) {
         LayerWeights *wl = &w->layers[l], *dwl = &dw->layers[l];
         LayerActivationsGPU<X> *a = &acts->layers[l];
         // out through W_out and the gate; the gradients of a and g take their place
         linear_backward_gpu(acts->ds, NULL, acts->dbranch, D, a->gated, as_x(m, wl->W_out), N, D, D, add, stream);
-        gate_backward_gpu(acts->ds, a->ag + D, dwl->b_in + D, acts->ds, a->s, a->ag + D, 2 * D, mask(1 + 2 * l), N, D, &m->sums,
-                          stream);
+        gate_dropout_backward_gpu(acts->ds, a->ag + D, dwl->b_in + D, acts->ds, a->s, a->ag + D, 2 * D,
+                                  mask(1 + 2 * l), N, D, &m->sums, stream);
         linear_weight_gpu(dwl->W_out, acts->dbranch, D, a->gated, N, D, D, add, beside(W_OUT_GRADIENT));
         // through the mixer
         mixers_gpu<X>[c->mixer].backward(m, l, B, T, stream);
-        gelu_backward_gpu(a->ag, dwl->b_in, dwl->gamma_weight, dwl->gamma_bias, acts->dabar, a->ag, 2 * D, acts->dgamma, a->gamma,
-                          wl->gamma_weight, (float)c->gamma_max, N, D, &m->sums, stream);
+        gelu_gain_backward_gpu(a->ag, dwl->b_in, dwl->gamma_weight, dwl->gamma_bias, acts->dabar, a->ag, 2 * D,
+                               acts->dgamma, a->gamma, wl->gamma_weight, (float)c->gamma_max, N, D, &m->sums,
+                               stream);
         join(W_OUT_GRADIENT);
         join(W_O_GRADIENT);
         // through W_in and the LayerNorm, on to the branch of the layer below
         linear_backward_gpu(acts->ds, NULL, a->ag, 2 * D, a->n, as_x(m, wl->W_in), N, D, 2 * D, add, stream);
         linear_weight_gpu(dwl->W_in, a->ag, 2 * D, a->n, N, D, 2 * D, add, beside(W_IN_GRADIENT));
-        layernorm_backward_gpu(dx, dwl->ln_weight, dwl->ln_bias, l ? acts->dbranch : (X *)NULL,
-                               l ? dw->layers[l - 1].b_out : (float *)NULL, mask(2 * l), 0, acts->ds, a->x, a->ln_mean,
-                               a->ln_rstd, wl->ln_weight, N, D, &m->sums, stream);
+        residual_layernorm_backward_gpu(dx, dwl->ln_weight, dwl->ln_bias, l ? acts->dbranch : (X *)NULL,
+                                        l ? dw->layers[l - 1].b_out : (float *)NULL, mask(2 * l), 0, acts->ds,
+                                        a->x, a->ln_mean, a->ln_rstd, wl->ln_weight, N, D, &m->sums, stream);
         column_sums_gpu(&m->sums, stream);
     }
     join(W_IN_GRADIENT);
