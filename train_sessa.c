@@ -624,9 +624,10 @@ typedef struct {
 typedef struct {
     Tensor *rows;
     int n, room;
-    int64_t count;  // numbers in the block; -1 when they are too many to be addressed
-    Tensor *last;   // the row added last
-    Tensor nowhere; // where rows go once memory is exhausted; the table is then `incomplete`
+    int64_t count;   // numbers in the block; -1 when they are too many to be addressed
+    int64_t *places; // of the rows in the block, where they are not their offsets; else NULL
+    Tensor *last;    // the row added last
+    Tensor nowhere;  // where rows go once memory is exhausted; the table is then `incomplete`
     int incomplete;
 } Table;
 
@@ -2504,7 +2505,8 @@ static real *add_tensor(Table *table, real *block, int layer, const char *name, 
     memcpy(row->shape, shape, sizeof(shape));
     if (table->count >= 0 && (double)table->count + size < 0x1p58) row->count = (int64_t)size;
     table->count = row->count || !size ? table->count + row->count : -1;
-    return block ? block + row->offset : NULL;
+    if (!block) return NULL;
+    return block + (table->places ? table->places[table->n - 1] : row->offset);
 }
 
 // A third dimension is that of the convolution's taps.
@@ -2524,8 +2526,8 @@ typedef struct { const char *name, *whole; int64_t column, width; int there; } V
 // Behind the last row of both is one without a name.
 typedef struct { Activation tensors[48]; View views[12]; } ActivationList;
 
-// The activations of B sequences of T tokens: the one list, from which the CUDA twin takes them too.
-// How many there are of each and where they lie is said by carve_activations.
+// The activations of B sequences of T tokens: the one list, which the CUDA twin reads too. How many
+// there are of each and where they lie is said by carve_activations.
 static ActivationList list_activations(const Config *c, int B, int T, Mode mode) {
     int D = c->d_model, H = c->n_heads, d = D / H, kv_width = c->n_kv_heads * d, ld = proj_width(c);
     int sessa = c->mixer == SESSA, mamba2 = c->mixer == MAMBA2, attention = c->mixer == ATTENTION;
@@ -2732,8 +2734,8 @@ static void carve_weights(Weights *w, Table *t, real *block, const Config *c) {
     w->ln_f_bias = add_parameter(t, block, -1, "ln_f.bias", 1, D, 1, INIT_CONSTANT, 0);
 }
 
-// The same for the activations of B sequences of T tokens. How many there are of a buffer, and which
-// of them are one:
+// The same for the activations of B sequences of T tokens. How many there are of a buffer, and
+// which of them are one:
 //
 //                                 GENERATE, EVALUATE    TRAIN                 KEEP_ALL
 //     x, y                        one of all layers     one a layer           one a layer

@@ -1385,11 +1385,11 @@ template <typename X> static Ways ways_of(const Config *c, int B, int T, int P, 
 
 // The first member is a Model as the other parts know it: configuration, table of parameters, and in the host's memory
 // a copy of the parameters or of what belongs to them, made when asked for. The device's blocks have their tensors at
-// `places`: at multiples of 64 numbers, but for those that follow another within one product.
+// the table's `places`: multiples of 64 numbers, but for what follows another within one product.
 template <typename X> struct ModelGPU {
     Model host;
     char *memory;                                // all of the model, one allocation
-    int64_t count, *places;                      // numbers in a block; (rows of the table)
+    int64_t count;                               // numbers in a block
     float *params, *exp_avg, *exp_avg_sq, *grads; // in the order of Block
     X *copy;                                     // the parameters as X: products read them; float: params itself
     unsigned char *decayed;                      // for each 64 numbers
@@ -1523,14 +1523,15 @@ template <typename X> static const MixerGPU<X> mixers_gpu[N_MIXERS] = {
 static int proj_ld(const Config *c) { return c->mixer == MAMBA2 ? (int)round_up(proj_width(c), 8) : proj_width(c); }
 
 // What Mamba-2 takes, which stands behind the update.
-template <typename X> static void mamba2_activations_gpu(ModelGPU<X> *m, ActivationList *list, int l, Mode mode);
+template <typename X>
+static void mamba2_activations_gpu(ModelGPU<X> *m, ActivationList *list, int l, Mode mode);
 static int64_t mamba2_sums_room(const Config *c, int B, int T);
 static int64_t scan_scratch_gpu(ScanShape scan);
 static int scan_fits(const Config *c, size_t number);
 template <typename X> static int scan_chunk(const Config *c);
 
-// The list of train_sessa.c. What differs here: rows are padded, and chunks of the scan have another
-// height.
+// The list of train_sessa.c. What differs here: rows are padded, and the scan's chunks are of
+// another height.
 template <typename X> static ActivationList list_activations_gpu(const Config *c, int B, int T, Mode mode) {
     ActivationList list = list_activations(c, B, T, mode);
     find_activation(&list, "proj")->shape[2] = find_activation(&list, "dproj")->shape[2] = proj_ld(c);
@@ -1597,8 +1598,8 @@ template <typename X> static Room room_of(const Config *c, int B, int T, Mode mo
     return room;
 }
 
-// As carve_activations, in two blocks. The outputs of LayerNorm, GELU and gate are not shared as there, but kept for the
-// backward pass; a KEEP_ALL model shares nothing but f and the branch.
+// As carve_activations, in two blocks. The outputs of LayerNorm, GELU and gate are not shared as
+// there, but kept for the backward pass; a KEEP_ALL model shares nothing but f and the branch.
 template <typename X> static void carve_activations_gpu(ModelGPU<X> *m, int B, int T, Mode mode) {
     const Config *c = &m->host.config;
     int D = c->d_model, H = c->n_heads;
@@ -1669,25 +1670,6 @@ template <typename X> static void carve_activations_gpu(ModelGPU<X> *m, int B, i
     m->sums.end = m->sums.room + room.sums;
 }
 
-// Points the weights into a block of the device: first to addresses of a block that is nowhere and follows the table, then
-// to the places of the tensors that stand there.
-template <typename X> static void device_weights(const ModelGPU<X> *m, Weights *w, float *block) {
-    Table table;
-    memset(&table, 0, sizeof(table));
-    real *nowhere = (real *)sizeof(real), **fields = (real **)(void *)w->layers;
-    size_t n = (size_t)m->host.config.n_layers * sizeof(LayerWeights) / sizeof(real *);
-    auto move = [&](real **field) {
-        int i = 0;
-        if (!*field) return;
-        while (m->host.table.rows[i].offset != *field - nowhere) i++;
-        *field = block + m->places[i];
-    };
-    carve_weights(w, &table, nowhere, &m->host.config);
-    free(table.rows);
-    for (size_t i = 0; i < n; i++) move(&fields[i]);
-    for (real **field : {&w->wte, &w->ln_f_weight, &w->ln_f_bias}) move(field);
-}
-
 template <typename X> static void model_free_gpu(Model *model) {
     ModelGPU<X> *m = of<X>(model);
     if (gpu.ready) cudaDeviceSynchronize();
@@ -1697,9 +1679,9 @@ template <typename X> static void model_free_gpu(Model *model) {
     for (cudaEvent_t *event : {&m->loss_there, &m->lists_there, &m->norm_there})
         if (*event) cudaEventDestroy(*event);
     forget_recordings(&m->recordings);
-    void *blocks[] = {m->host.weights.layers, m->weights.layers, m->grad.layers, m->acts.layers, m->host.table.rows,
+    void *blocks[] = {m->weights.layers, m->grad.layers, m->acts.layers, m->host.table.rows,
                       m->x_table.rows, m->f_table.rows, m->host.params,
-                      m->host.grads, m->host.exp_avg, m->host.exp_avg_sq, m->places, m->starts, m};
+                      m->host.grads, m->host.exp_avg, m->host.exp_avg_sq, m->host.table.places, m->starts, m};
     for (size_t i = 0; i < sizeof(blocks) / sizeof(blocks[0]); i++) free(blocks[i]);
 }
 
@@ -1769,18 +1751,23 @@ template <typename X> static Model *model_create_gpu(const Config *c, int B, int
     m->dlogits_ready = mode == TRAIN;
     int64_t tokens = (int64_t)B * T, ids = (6 * tokens + 2) * (int64_t)sizeof(int), pairs = (int64_t)T * (d / 2);
     real *tables = (real *)allocate(2 * pairs, sizeof(real), &whole); // cosine and sine
-    for (Weights *w : {&m->host.weights, &m->weights, &m->grad})
+    for (Weights *w : {&m->weights, &m->grad})
         w->layers = (LayerWeights *)allocate(c->n_layers, sizeof(LayerWeights), &whole);
     m->acts.layers = (LayerActivationsGPU<X> *)allocate(c->n_layers, sizeof(LayerActivationsGPU<X>), &whole);
     m->starts = (int *)allocate((int64_t)c->vocab_size + 1, sizeof(int), &whole);
-    if (whole) carve_weights(&m->host.weights, &m->host.table, NULL, c);
-    m->places = (int64_t *)allocate(m->host.table.n, sizeof(int64_t), &whole);
-    if (!whole) { fail(error, NULL, "out of memory"); free(tables); model_free_gpu<X>(&m->host); return NULL; }
+    if (whole) carve_weights(&m->weights, &m->host.table, NULL, c);
+    int64_t *places = m->host.table.places = (int64_t *)allocate(m->host.table.n, sizeof(int64_t), &whole);
+    if (!whole || m->host.table.incomplete) {
+        fail(error, NULL, "out of memory");
+        free(tables);
+        model_free_gpu<X>(&m->host);
+        return NULL;
+    }
     for (int i = 0; i < m->host.table.n; i++) { // the projections stay together: they are one product
         const Tensor *row = &m->host.table.rows[i];
         int follows = strstr(row->name, ".k_proj.") || strstr(row->name, ".v_proj.") || strstr(row->name, ".proj_fb.");
         if (!follows) m->count = round_up(m->count, 64);
-        m->places[i] = m->count;
+        places[i] = m->count;
         m->count += i ? row->count : round_up(c->vocab_size, 8) * c->d_model; // wte: rows more, of zeros that stay zeros
     }
     m->count = round_up(m->count, 64);
@@ -1813,15 +1800,15 @@ template <typename X> static Model *model_create_gpu(const Config *c, int B, int
     CUDA(cudaMemset(m->memory, 0, (size_t)needed));
     carve_memory(m, m->memory, B, T, mode);
     carve_activations_gpu(m, B, T, mode);
-    device_weights(m, &m->weights, m->params);
-    device_weights(m, &m->grad, m->grads);
+    carve_weights(&m->weights, &m->host.table, m->params, c);
+    carve_weights(&m->grad, &m->host.table, m->grads, c);
     m->host_inputs->scale[1] = 0;
     m->host_inputs->scale[2] = 1;
     m->host_lists = m->host_inputs->ids + 2 * tokens;
     m->host_sum = (double *)((char *)m->host_inputs + round_up((int64_t)sizeof(Inputs) + ids, sizeof(double)));
     for (int i = 0; i < m->host.table.n; i++) {
         const Tensor *row = &m->host.table.rows[i];
-        int64_t from = m->places[i] / 64, end = (m->places[i] + row->count + 63) / 64;
+        int64_t from = places[i] / 64, end = (places[i] + row->count + 63) / 64;
         if (row->n_dims >= 2) CUDA(cudaMemset(m->decayed + from, 1, (size_t)(end - from)));
     }
     rope_table(tables, tables + pairs, T, d);
@@ -2399,12 +2386,14 @@ static void gated_rmsnorm_backward_gpu(X *dy, X *dz, float *dweight, const X *do
     });
 }
 
-template <typename X> static void mamba2_activations_gpu(ModelGPU<X> *m, ActivationList *list, int l, Mode mode) {
+template <typename X>
+static void mamba2_activations_gpu(ModelGPU<X> *m, ActivationList *list, int l, Mode mode) {
     const Config *c = &m->host.config;
     int E = 2 * c->d_model, S = c->state_dim, training = mode >= TRAIN;
     LayerActivationsGPU<X> *a = &m->acts.layers[l];
-    auto in_x = [&](int l, const char *name) { return activation_gpu(&m->x_table, m->x_block, list, l, name); };
-    auto in_f = [&](int l, const char *name) { return activation_gpu(&m->f_table, m->f_block, list, l, name); };
+    Table *t = &m->x_table, *f = &m->f_table;
+    auto in_x = [&](int l, const char *name) { return activation_gpu(t, m->x_block, list, l, name); };
+    auto in_f = [&](int l, const char *name) { return activation_gpu(f, m->f_block, list, l, name); };
     if (l == 0 || training) {
         a->proj = in_x(l, "proj");
         a->y_scan = in_x(l, "y");
@@ -2412,7 +2401,7 @@ template <typename X> static void mamba2_activations_gpu(ModelGPU<X> *m, Activat
         a->s = in_x(l, "s");
         a->states = in_f(l, "states");
     }
-    if (mode == GENERATE) a->carried = add_activation(&m->f_table, m->f_block, l, "carried", 2, S, E, 1);
+    if (mode == GENERATE) a->carried = add_activation(f, m->f_block, l, "carried", 2, S, E, 1);
     if (mode == GENERATE) a->tail = in_x(l, "tail");
     if (l == 0 || mode == KEEP_ALL) {
         a->xbc = in_x(l, "conv");
@@ -2487,7 +2476,7 @@ template <typename X> static real *copy_block(ModelGPU<X> *m, Block block, cudaM
         exit(1);
     }
     for (int i = 0; i < m->host.table.n; i++) {
-        void *ends[] = {host + m->host.table.rows[i].offset, device + m->places[i]};
+        void *ends[] = {host + m->host.table.rows[i].offset, device + m->host.table.places[i]};
         int back = way == cudaMemcpyDeviceToHost;
         CUDA(cudaMemcpyAsync(ends[!back], ends[back], sizeof(real) * (size_t)m->host.table.rows[i].count, way, gpu.stream));
     }
