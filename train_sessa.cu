@@ -1425,11 +1425,11 @@ template <typename X> static Ways ways_of(const Config *c, int B, int T, int P, 
 
 // The first member is a Model as the other parts know it: configuration, table of parameters, and in the host's memory
 // a copy of the parameters or of what belongs to them, made when asked for. The device's blocks have their tensors at
-// `places`: at multiples of 64 numbers, but for those that follow another within one product.
+// the table's `places`: multiples of 64 numbers, but for what follows another within one product.
 template <typename X> struct ModelGPU {
     Model host;
     char *memory;                                // all of the model, one allocation
-    int64_t count, *places;                      // numbers in a block; (rows of the table)
+    int64_t count;                               // numbers in a block
     float *params, *exp_avg, *exp_avg_sq, *grads; // in the order of Block
     X *copy;                                     // the parameters as X: products read them; float: params itself
     unsigned char *decayed;                      // for each 64 numbers
@@ -1563,19 +1563,44 @@ template <typename X> static const MixerGPU<X> mixers_gpu[N_MIXERS] = {
 static int proj_ld(const Config *c) { return c->mixer == MAMBA2 ? (int)round_up(proj_width(c), 8) : proj_width(c); }
 
 // What Mamba-2 takes, which stands behind the update.
-template <typename X> static void mamba2_activations_gpu(ModelGPU<X> *m, int l, int B, int T, Mode mode);
+template <typename X>
+static void mamba2_activations_gpu(ModelGPU<X> *m, ActivationList *list, int l, Mode mode);
 static int64_t mamba2_sums_room(const Config *c, int B, int T);
 static int64_t scan_scratch_gpu(ScanShape scan);
 static int scan_fits(const Config *c, size_t number);
+template <typename X> static int scan_chunk(const Config *c);
 
+// The list of train_sessa.c. What differs here: rows are padded, and the scan's chunks are of
+// another height.
+template <typename X> static ActivationList list_activations_gpu(const Config *c, int B, int T, Mode mode) {
+    ActivationList list = list_activations(c, B, T, mode);
+    find_activation(&list, "proj")->shape[2] = find_activation(&list, "dproj")->shape[2] = proj_ld(c);
+    find_activation(&list, "logits")->shape[2] = round_up(c->vocab_size, 8);
+    if (c->mixer == MAMBA2) {
+        int chunk = scan_chunk<X>(c);
+        find_activation(&list, "states")->shape[0] = (int64_t)B * ((T + chunk - 1) / chunk);
+    }
+    return list;
+}
+
+// A buffer of the twin's own.
 template <typename Y>
 static Y *add_activation(Table *table, Y *block, int layer, const char *name, int n_dims, int64_t d0, int64_t d1, int64_t d2) {
     if (table->count >= 0) table->count = round_up(table->count, 64);
     add_tensor(table, NULL, layer, name, n_dims, d0, d1, d2);
-    const Tensor *row = &table->rows[table->n - 1];
+    const Tensor *row = table->last;
     if (table->count >= 0) table->count += GUARD / (int64_t)sizeof(Y);
     if (block) guard(block + row->offset + row->count, block + round_up(table->count, 64), name, layer);
     return block ? block + row->offset : NULL;
+}
+
+// A tensor of the list, and its views.
+template <typename Y>
+static Y *activation_gpu(Table *table, Y *block, ActivationList *list, int layer, const char *name) {
+    const Activation *a = find_activation(list, name);
+    Y *place = add_activation(table, block, layer, name, a->n_dims, a->shape[0], a->shape[1], a->shape[2]);
+    add_views(table, list, layer, name);
+    return place;
 }
 
 // Numbers for the partial sums of a layer's passes, and of ln_f's, which come before the first layer's.
@@ -1613,100 +1638,76 @@ template <typename X> static Room room_of(const Config *c, int B, int T, Mode mo
     return room;
 }
 
-// The list of carve_activations, in two blocks. The outputs of LayerNorm, GELU and gate are not shared as there, but kept for the
-// backward pass; a KEEP_ALL model shares nothing but f and the branch.
+// As carve_activations, in two blocks. The outputs of LayerNorm, GELU and gate are not shared as
+// there, but kept for the backward pass; a KEEP_ALL model shares nothing but f and the branch.
 template <typename X> static void carve_activations_gpu(ModelGPU<X> *m, int B, int T, Mode mode) {
     const Config *c = &m->host.config;
-    int D = c->d_model, H = c->n_heads, d = D / H, kv_width = c->n_kv_heads * d, E = proj_ld(c);
+    int D = c->d_model, H = c->n_heads;
     int sessa = c->mixer == SESSA, mamba2 = c->mixer == MAMBA2, training = mode >= TRAIN, keep_all = mode == KEEP_ALL;
     ActivationsGPU<X> *acts = &m->acts;
     Table *t = &m->x_table, *f = &m->f_table;
     X *x = m->x_block;
     float *fb = m->f_block;
+    ActivationList list = list_activations_gpu<X>(c, B, T, mode);
+    auto in_x = [&](int l, const char *name) { return activation_gpu(t, x, &list, l, name); };
+    auto in_f = [&](int l, const char *name) { return activation_gpu(f, fb, &list, l, name); };
     t->n = f->n = 0;
     t->count = f->count = 0;
     Room room = room_of<X>(c, B, T, mode, &m->ways);
-    X *read = training ? add_activation(t, x, -1, "encoded", 3, B, T, D) : NULL; // by the next layer
+    X *read = training ? in_x(-1, "encoded") : NULL; // by the next layer
     for (int l = 0; l < c->n_layers; l++) {
         LayerActivationsGPU<X> *a = &acts->layers[l];
         if (l > 0) *a = acts->layers[0];
         a->x = read;
-        if (mamba2) mamba2_activations_gpu(m, l, B, T, mode);
+        if (mamba2) mamba2_activations_gpu(m, &list, l, mode);
         else {
-            a->proj = add_activation(t, x, l, "proj", 3, B, T, E);
-            add_view(t, l, "q", "proj", 0, D);
-            add_view(t, l, "k", "proj", D, kv_width);
-            add_view(t, l, "v", "proj", D + kv_width, kv_width);
-            a->s = add_activation(t, x, l, "s", 3, B, T, D);
+            a->proj = in_x(l, "proj");
+            a->s = in_x(l, "s");
         }
-        if (sessa) add_view(t, l, "fb_q", "proj", E - 2 * D, D);
-        if (sessa) add_view(t, l, "fb_k", "proj", E - D, D);
-        if (c->mixer == ATTENTION) add_view(t, l, "f", "s", 0, D);
         if (l == 0 || training) {
-            a->ln_mean = add_activation(f, fb, l, "ln_mean", 2, B, T, 1);
-            a->ln_rstd = add_activation(f, fb, l, "ln_rstd", 2, B, T, 1);
-            a->ag = add_activation(t, x, l, "ag", 3, B, T, 2 * D);
-            add_view(t, l, "a", "ag", 0, D);
-            add_view(t, l, "g", "ag", D, D);
-            if (H > 1 && !mamba2) a->o = add_activation(t, x, l, "o", 3, B, T, D);
-            if (!mamba2) a->stats = add_activation(f, fb, l, "stats", 3, B * H, T, 2);
-            if (sessa) a->gamma = add_activation(f, fb, l, "gamma", 2, B, T, 1);
+            a->ln_mean = in_f(l, "ln_mean");
+            a->ln_rstd = in_f(l, "ln_rstd");
+            a->ag = in_x(l, "ag");
+            if (H > 1 && !mamba2) a->o = in_x(l, "o");
+            if (!mamba2) a->stats = in_f(l, "stats");
+            if (sessa) a->gamma = in_f(l, "gamma");
             a->c = sessa && training && !plain ? add_activation(t, x, l, "fb_c", 3, B, T, D) : NULL;
-            if (sessa) a->fb_stats = add_activation(f, fb, l, "fb_stats", 3, B, T, 2);
+            if (sessa) a->fb_stats = in_f(l, "fb_stats");
             if (sessa && !plain && (l == 0 || m->ways.feedback[1].kept))
                 a->fb_weights = {add_activation(f, fb, l, "fb_weights", 1, room.weights, 1, 1), room.weights};
-            a->n = add_activation(t, x, l, "ln", 3, B, T, D);
-            a->abar = add_activation(t, x, l, "abar", 3, B, T, D);
-            a->gated = add_activation(t, x, l, "gated", 3, B, T, D);
+            a->n = in_x(l, "ln");
+            a->abar = in_x(l, "abar");
+            a->gated = in_x(l, "gated");
         }
         if (l == 0) a->f = a->branch = add_activation(t, x, l, "branch", 3, B, T, D);
         // H 1: attention's own output
-        if (sessa && (keep_all || (H == 1 && training))) a->f = add_activation(t, x, l, "f", 3, B, T, D);
+        if (sessa && (keep_all || (H == 1 && training))) a->f = in_x(l, "f");
         if (!sessa && H == 1) a->f = a->s;
-        if (training) read = add_activation(t, x, l, "residual", 3, B, T, D);
+        if (training) read = in_x(l, "residual");
     }
     acts->y = read;
     acts->residual = add_activation(f, fb, -1, "stream", 3, B, T, D);
-    acts->ln_mean = add_activation(f, fb, -1, "ln_f_mean", 2, B, T, 1);
-    acts->ln_rstd = add_activation(f, fb, -1, "ln_f_rstd", 2, B, T, 1);
-    acts->ln_f = add_activation(t, x, -1, "ln_f", 3, B, T, D);
-    acts->ld_logits = round_up(c->vocab_size, 8);
-    acts->logits = add_activation(t, x, -1, "logits", 3, B, mode == GENERATE ? 1 : T, acts->ld_logits);
-    t->rows[t->n - 1].shape[2] = c->vocab_size;
-    acts->losses = add_activation(f, fb, -1, "losses", 2, B, T, 1);
+    acts->ln_mean = in_f(-1, "ln_f_mean");
+    acts->ln_rstd = in_f(-1, "ln_f_rstd");
+    acts->ln_f = in_x(-1, "ln_f");
+    acts->logits = in_x(-1, "logits");
+    acts->ld_logits = t->last->stride;
+    t->last->shape[2] = c->vocab_size;
+    acts->losses = in_f(-1, "losses");
     acts->hits = (char *)add_activation(f, fb, -1, "hits", 1, B * (int64_t)T / 4 + 1, 1, 1);
-    acts->cosine = add_activation(f, fb, -1, "cosine", 2, T, d / 2, 1);
-    acts->sine = add_activation(f, fb, -1, "sine", 2, T, d / 2, 1);
+    acts->cosine = in_f(-1, "cosine");
+    acts->sine = in_f(-1, "sine");
     acts->scratch = {add_activation(f, fb, -1, "scratch", 1, room.scratch, 1, 1), room.scratch};
     m->decodes = mode == GENERATE && !mamba2 && !plain && decodes(D, H);
     if (!training) return;
     acts->dout = acts->layers[0].branch; // free by then
-    acts->ds = add_activation(t, x, -1, "ds", 3, B, T, D);
+    acts->ds = in_x(-1, "ds");
     acts->dabar = acts->ln_f; // likewise
     acts->dbranch = add_activation(t, x, -1, "dbranch", 3, B, T, D);
-    acts->dproj = add_activation(t, x, -1, "dproj", 3, B, T, E);
-    acts->dgamma = add_activation(f, fb, -1, "dgamma", 2, B, T, 1);
+    acts->dproj = in_x(-1, "dproj");
+    acts->dgamma = in_f(-1, "dgamma");
     m->sums.room = m->sums.next = add_activation(f, fb, -1, "sums", 1, room.sums, 1, 1);
     m->sums.end = m->sums.room + room.sums;
-}
-
-// Points the weights into a block of the device: first to addresses of a block that is nowhere and follows the table, then
-// to the places of the tensors that stand there.
-template <typename X> static void device_weights(const ModelGPU<X> *m, Weights *w, float *block) {
-    Table table;
-    memset(&table, 0, sizeof(table));
-    real *nowhere = (real *)sizeof(real), **fields = (real **)(void *)w->layers;
-    size_t n = (size_t)m->host.config.n_layers * sizeof(LayerWeights) / sizeof(real *);
-    auto move = [&](real **field) {
-        int i = 0;
-        if (!*field) return;
-        while (m->host.table.rows[i].offset != *field - nowhere) i++;
-        *field = block + m->places[i];
-    };
-    carve_weights(w, &table, nowhere, &m->host.config);
-    free(table.rows);
-    for (size_t i = 0; i < n; i++) move(&fields[i]);
-    for (real **field : {&w->wte, &w->ln_f_weight, &w->ln_f_bias}) move(field);
 }
 
 template <typename X> static void model_free_gpu(Model *model) {
@@ -1718,9 +1719,9 @@ template <typename X> static void model_free_gpu(Model *model) {
     for (cudaEvent_t *event : {&m->loss_there, &m->lists_there, &m->norm_there})
         if (*event) cudaEventDestroy(*event);
     forget_recordings(&m->recordings);
-    void *blocks[] = {m->host.weights.layers, m->weights.layers, m->grad.layers, m->acts.layers, m->host.table.rows,
+    void *blocks[] = {m->weights.layers, m->grad.layers, m->acts.layers, m->host.table.rows,
                       m->x_table.rows, m->f_table.rows, m->host.params,
-                      m->host.grads, m->host.exp_avg, m->host.exp_avg_sq, m->places, m->starts, m};
+                      m->host.grads, m->host.exp_avg, m->host.exp_avg_sq, m->host.table.places, m->starts, m};
     for (size_t i = 0; i < sizeof(blocks) / sizeof(blocks[0]); i++) free(blocks[i]);
 }
 
@@ -1790,18 +1791,23 @@ template <typename X> static Model *model_create_gpu(const Config *c, int B, int
     m->dlogits_ready = mode == TRAIN;
     int64_t tokens = (int64_t)B * T, ids = (6 * tokens + 2) * (int64_t)sizeof(int), pairs = (int64_t)T * (d / 2);
     real *tables = (real *)allocate(2 * pairs, sizeof(real), &whole); // cosine and sine
-    for (Weights *w : {&m->host.weights, &m->weights, &m->grad})
+    for (Weights *w : {&m->weights, &m->grad})
         w->layers = (LayerWeights *)allocate(c->n_layers, sizeof(LayerWeights), &whole);
     m->acts.layers = (LayerActivationsGPU<X> *)allocate(c->n_layers, sizeof(LayerActivationsGPU<X>), &whole);
     m->starts = (int *)allocate((int64_t)c->vocab_size + 1, sizeof(int), &whole);
-    if (whole) carve_weights(&m->host.weights, &m->host.table, NULL, c);
-    m->places = (int64_t *)allocate(m->host.table.n, sizeof(int64_t), &whole);
-    if (!whole) { fail(error, NULL, "out of memory"); free(tables); model_free_gpu<X>(&m->host); return NULL; }
+    if (whole) carve_weights(&m->weights, &m->host.table, NULL, c);
+    int64_t *places = m->host.table.places = (int64_t *)allocate(m->host.table.n, sizeof(int64_t), &whole);
+    if (!whole || m->host.table.incomplete) {
+        fail(error, NULL, "out of memory");
+        free(tables);
+        model_free_gpu<X>(&m->host);
+        return NULL;
+    }
     for (int i = 0; i < m->host.table.n; i++) { // the projections stay together: they are one product
         const Tensor *row = &m->host.table.rows[i];
         int follows = strstr(row->name, ".k_proj.") || strstr(row->name, ".v_proj.") || strstr(row->name, ".proj_fb.");
         if (!follows) m->count = round_up(m->count, 64);
-        m->places[i] = m->count;
+        places[i] = m->count;
         m->count += i ? row->count : round_up(c->vocab_size, 8) * c->d_model; // wte: rows more, of zeros that stay zeros
     }
     m->count = round_up(m->count, 64);
@@ -1834,15 +1840,15 @@ template <typename X> static Model *model_create_gpu(const Config *c, int B, int
     CUDA(cudaMemset(m->memory, 0, (size_t)needed));
     carve_memory(m, m->memory, B, T, mode);
     carve_activations_gpu(m, B, T, mode);
-    device_weights(m, &m->weights, m->params);
-    device_weights(m, &m->grad, m->grads);
+    carve_weights(&m->weights, &m->host.table, m->params, c);
+    carve_weights(&m->grad, &m->host.table, m->grads, c);
     m->host_inputs->scale[1] = 0;
     m->host_inputs->scale[2] = 1;
     m->host_lists = m->host_inputs->ids + 2 * tokens;
     m->host_sum = (double *)((char *)m->host_inputs + round_up((int64_t)sizeof(Inputs) + ids, sizeof(double)));
     for (int i = 0; i < m->host.table.n; i++) {
         const Tensor *row = &m->host.table.rows[i];
-        int64_t from = m->places[i] / 64, end = (m->places[i] + row->count + 63) / 64;
+        int64_t from = places[i] / 64, end = (places[i] + row->count + 63) / 64;
         if (row->n_dims >= 2) CUDA(cudaMemset(m->decayed + from, 1, (size_t)(end - from)));
     }
     rope_table(tables, tables + pairs, T, d);
@@ -2413,33 +2419,32 @@ static void gated_rmsnorm_backward_gpu(X *dy, X *dz, float *dweight, const X *do
     });
 }
 
-template <typename X> static void mamba2_activations_gpu(ModelGPU<X> *m, int l, int B, int T, Mode mode) {
+template <typename X>
+static void mamba2_activations_gpu(ModelGPU<X> *m, ActivationList *list, int l, Mode mode) {
     const Config *c = &m->host.config;
-    int D = c->d_model, E = 2 * D, S = c->state_dim, W = E + 2 * S, heads = E / c->head_dim, training = mode >= TRAIN;
-    int chunk = scan_chunk<X>(c);
+    int E = 2 * c->d_model, S = c->state_dim, training = mode >= TRAIN;
     LayerActivationsGPU<X> *a = &m->acts.layers[l];
     Table *t = &m->x_table, *f = &m->f_table;
-    X *x = m->x_block;
-    float *fb = m->f_block;
+    auto in_x = [&](int l, const char *name) { return activation_gpu(t, m->x_block, list, l, name); };
+    auto in_f = [&](int l, const char *name) { return activation_gpu(f, m->f_block, list, l, name); };
     if (l == 0 || training) {
-        a->proj = add_activation(t, x, l, "proj", 3, B, T, proj_ld(c));
-        add_view(t, l, "z", "proj", 0, E);
-        a->y_scan = add_activation(t, x, l, "y", 3, B, T, E);
-        a->rms = add_activation(f, fb, l, "rms", 2, B, T, 1);
-        a->s = add_activation(t, x, l, "s", 3, B, T, D);
-        a->states = add_activation(f, fb, l, "states", 3, (int64_t)B * ((T + chunk - 1) / chunk), S, E);
+        a->proj = in_x(l, "proj");
+        a->y_scan = in_x(l, "y");
+        a->rms = in_f(l, "rms");
+        a->s = in_x(l, "s");
+        a->states = in_f(l, "states");
     }
-    if (mode == GENERATE) a->carried = add_activation(f, fb, l, "carried", 2, S, E, 1);
-    if (mode == GENERATE) a->tail = add_activation(t, x, l, "tail", 2, TAPS - 1, W, 1);
+    if (mode == GENERATE) a->carried = add_activation(f, m->f_block, l, "carried", 2, S, E, 1);
+    if (mode == GENERATE) a->tail = in_x(l, "tail");
     if (l == 0 || mode == KEEP_ALL) {
-        a->xbc = add_activation(t, x, l, "conv", 3, B, T, W);
-        a->step = add_activation(f, fb, l, "dt", 3, B, T, heads);
-        a->normed = add_activation(t, x, l, "normed", 3, B, T, E);
+        a->xbc = in_x(l, "conv");
+        a->step = in_f(l, "dt");
+        a->normed = in_x(l, "normed");
     }
     if (l || !training) return;
-    m->acts.dy = add_activation(t, x, -1, "dy", 3, B, T, E);
-    m->acts.dxbc = add_activation(t, x, -1, "dxbc", 3, B, T, W);
-    m->acts.dstep = add_activation(f, fb, -1, "dstep", 3, B, T, 3 * heads);
+    m->acts.dy = in_x(-1, "dy");
+    m->acts.dxbc = in_x(-1, "dxbc");
+    m->acts.dstep = in_f(-1, "dstep");
 }
 
 static int64_t mamba2_sums_room(const Config *c, int B, int T) {
@@ -2504,7 +2509,7 @@ template <typename X> static real *copy_block(ModelGPU<X> *m, Block block, cudaM
         exit(1);
     }
     for (int i = 0; i < m->host.table.n; i++) {
-        void *ends[] = {host + m->host.table.rows[i].offset, device + m->places[i]};
+        void *ends[] = {host + m->host.table.rows[i].offset, device + m->host.table.places[i]};
         int back = way == cudaMemcpyDeviceToHost;
         CUDA(cudaMemcpyAsync(ends[!back], ends[back], sizeof(real) * (size_t)m->host.table.rows[i].count, way, gpu.stream));
     }
