@@ -31,6 +31,19 @@ shapes stand there, above the function of the same name; here stands what differ
 work of several C functions, and which part of their loops a block, a warp or a thread takes. Layers that go row by row or
 number by number are a loop's body, given to one of three launchers: each, each_with_sums, rows.
 
+Where one pass over the data does what several C functions do, its name says so:
+
+    embedding_forward, dropout              embedding_dropout_forward_gpu
+    layernorm_forward, residual_forward     residual_layernorm_forward_gpu
+    layernorm_backward                      residual_layernorm_backward_gpu
+    gelu_forward, gain_forward              gelu_gain_forward_gpu
+    gelu_backward, gain_backward            gelu_gain_backward_gpu
+    rope_backward                           rope_bias_backward_gpu
+    gate_forward, dropout                   gate_dropout_forward_gpu
+    gate_backward, dropout                  gate_dropout_backward_gpu
+    crossentropy_forward                    crossentropy_gpu, crossentropy_forward_gpu
+    crossentropy_backward                   crossentropy_gpu, crossentropy_backward_gpu
+
 Everything is deterministic: no atomics, every sum in a fixed order, products chosen by cuBLASLt's heuristic and never by
 timing.
 */
@@ -1861,34 +1874,34 @@ template <typename X> static Model *model_create_gpu(const Config *c, int B, int
 // ----------------------------------------------------------------------------
 // forward, backward, update
 
-// hidden_forward, of the layers from .. end-1. inputs: in the device's memory, NULL: x is what the layers before made of them
+// hidden_forward, of the layers from .. end-1. inputs: in the device's memory, NULL: x is what the layers before made of them.
+// The branch of a layer is added where the next one reads it, before its LayerNorm.
 template <typename X>
-static void hidden_forward_gpu(ModelGPU<X> *m, const int *inputs, int B, int T, int first, double dropout, int from, int end,
-                               cudaStream_t stream) {
+static void hidden_forward_gpu(ModelGPU<X> *m, const int *inputs, int B, int T, int first, double dropout, int from,
+                               int end, cudaStream_t stream) {
     const Config *c = &m->host.config;
     int D = c->d_model, N = B * (T - first), last = c->n_layers - 1;
+    const Weights *w = &m->weights;
     ActivationsGPU<X> *acts = &m->acts;
+    float *x = acts->residual, gamma_max = (float)c->gamma_max;
     auto mask = [&](int place) { return mask_of(&m->inputs->dropout_key, dropout, place); };
-    if (inputs)
-        embedding_dropout_forward_gpu(acts->residual, inputs, m->weights.wte, mask(0), B, T - first, D, stream);
+    if (inputs) embedding_dropout_forward_gpu(x, inputs, w->wte, mask(0), B, T - first, D, stream);
     for (int l = from; l < end; l++) {
-        LayerWeights *w = &m->weights.layers[l];
+        const LayerWeights *wl = &w->layers[l];
         LayerActivationsGPU<X> *a = &acts->layers[l];
-        const X *branch = l ? acts->layers[l - 1].branch : NULL;
-        residual_layernorm_forward_gpu(a->n, a->x, a->ln_mean, a->ln_rstd, acts->residual, branch, mask(2 * l),
-                                       w->ln_weight, w->ln_bias, N, D, stream); // [13] of the layer before, [9]
-        linear_forward_gpu(a->ag, 2 * D, a->n, as_x(m, w->W_in), as_x(m, w->b_in), N, D, 2 * D, stream);                    // [10]
-        gelu_gain_forward_gpu(a->abar, a->gamma, a->ag, 2 * D, w->gamma_weight, w->gamma_bias,
-                              (float)c->gamma_max, N, D, stream);               // [11, 18]
-        mixers_gpu<X>[c->mixer].forward(m, l, B, T, first, stream);                                                         // [12]
-        gate_dropout_forward_gpu(a->gated, a->s + (size_t)first * D, a->ag + D, 2 * D, mask(1 + 2 * l), N, D,
-                                 stream);                                       // [13]
-        linear_forward_gpu(a->branch, D, a->gated, as_x(m, w->W_out), as_x(m, w->b_out), N, D, D, stream);
+        const X *before = l ? acts->layers[l - 1].branch : NULL, *g = a->ag + D, *s = a->s + (int64_t)first * D;
+        residual_layernorm_forward_gpu(a->n, a->x, a->ln_mean, a->ln_rstd, x, before, mask(2 * l),
+                                       wl->ln_weight, wl->ln_bias, N, D, stream);                          // [9]
+        linear_forward_gpu(a->ag, 2 * D, a->n, as_x(m, wl->W_in), as_x(m, wl->b_in), N, D, 2 * D, stream); // [10]
+        gelu_gain_forward_gpu(a->abar, a->gamma, a->ag, 2 * D, wl->gamma_weight, wl->gamma_bias, gamma_max,
+                              N, D, stream);                                                              // [11, 18]
+        mixers_gpu<X>[c->mixer].forward(m, l, B, T, first, stream);                                        // [12]
+        gate_dropout_forward_gpu(a->gated, s, g, 2 * D, mask(1 + 2 * l), N, D, stream);                    // [13]
+        linear_forward_gpu(a->branch, D, a->gated, as_x(m, wl->W_out), as_x(m, wl->b_out), N, D, D, stream);
     }
-    if (end > last)
-        residual_layernorm_forward_gpu(acts->ln_f, acts->y, acts->ln_mean, acts->ln_rstd, acts->residual,
-                                       acts->layers[last].branch, mask(2 + 2 * last), m->weights.ln_f_weight,
-                                       m->weights.ln_f_bias, N, D, stream);
+    if (end <= last) return;
+    residual_layernorm_forward_gpu(acts->ln_f, acts->y, acts->ln_mean, acts->ln_rstd, x, acts->layers[last].branch,
+                                   mask(2 + 2 * last), w->ln_f_weight, w->ln_f_bias, N, D, stream);
 }
 
 // out = Σ x_i, or Σ x_i², in double: a block takes its share, then one block those of the blocks.
@@ -1956,45 +1969,55 @@ template <typename X> static void model_hits_gpu(Model *m, char *hits) {
     CUDA(cudaStreamSynchronize(gpu.stream));
 }
 
-// model_backward, all but its last line: down to dx, the gradient of the embedding's output.
-template <typename X> static void backward_launches_gpu(ModelGPU<X> *m, int B, int T, double dropout, cudaStream_t stream) {
+// layer_backward: from dbranch, the gradient of the layer's branch, to that of the layer below, and dx on the way. The gradients
+// of a and g take their place. The products that only weights wait for go beside what follows.
+template <typename X>
+static void layer_backward_gpu(ModelGPU<X> *m, int l, int B, int T, Mask mask, Mask mask_below, cudaStream_t stream) {
     const Config *c = &m->host.config;
-    int D = c->d_model, V = c->vocab_size, N = B * T, last = c->n_layers - 1, ld_logits = (int)m->acts.ld_logits,
-        add = m->sums.add;
+    int D = c->d_model, N = B * T, add = m->sums.add;
+    const LayerWeights *w = &m->weights.layers[l], *dw = &m->grad.layers[l];
+    LayerActivationsGPU<X> *a = &m->acts.layers[l];
     ActivationsGPU<X> *acts = &m->acts;
-    Weights *w = &m->weights, *dw = &m->grad;
-    float *dx = acts->residual;
+    ColumnSums *sums = &m->sums;
+    X *g = a->ag + D, *dag = a->ag, *dg = g, *dbranch = acts->dbranch;
+    X *dgated = acts->ds, *ds = dgated, *dln = ds; // one buffer, one after the other
+    float *dx = acts->residual, gamma_max = (float)c->gamma_max, *db_below = l ? m->grad.layers[l - 1].b_out : NULL;
+    // through W_out and the gate
+    linear_backward_gpu(dgated, NULL, dbranch, D, a->gated, as_x(m, w->W_out), N, D, D, add, stream);
+    gate_dropout_backward_gpu(ds, dg, dw->b_in + D, dgated, a->s, g, 2 * D, mask, N, D, sums, stream);
+    linear_weight_gpu(dw->W_out, dbranch, D, a->gated, N, D, D, add, beside(W_OUT_GRADIENT));
+    // through the mixer, from ds to dabar
+    mixers_gpu<X>[c->mixer].backward(m, l, B, T, stream);
+    gelu_gain_backward_gpu(dag, dw->b_in, dw->gamma_weight, dw->gamma_bias, acts->dabar, a->ag, 2 * D, acts->dgamma,
+                           a->gamma, w->gamma_weight, gamma_max, N, D, sums, stream);
+    join(W_OUT_GRADIENT);
+    join(W_O_GRADIENT);
+    // through W_in and the LayerNorm, on to the branch of the layer below
+    linear_backward_gpu(dln, NULL, dag, 2 * D, a->n, as_x(m, w->W_in), N, D, 2 * D, add, stream);
+    linear_weight_gpu(dw->W_in, dag, 2 * D, a->n, N, D, 2 * D, add, beside(W_IN_GRADIENT));
+    residual_layernorm_backward_gpu(dx, dw->ln_weight, dw->ln_bias, l ? dbranch : (X *)NULL, db_below, mask_below, 0,
+                                    dln, a->x, a->ln_mean, a->ln_rstd, w->ln_weight, N, D, sums, stream);
+    column_sums_gpu(sums, stream);
+}
+
+// model_backward, all but its last line: down to dx, the gradient of the embedding's output.
+template <typename X>
+static void backward_launches_gpu(ModelGPU<X> *m, int B, int T, double dropout, cudaStream_t stream) {
+    const Config *c = &m->host.config;
+    int D = c->d_model, V = c->vocab_size, N = B * T, last = c->n_layers - 1, ld = (int)m->acts.ld_logits;
+    ActivationsGPU<X> *acts = &m->acts;
+    const Weights *w = &m->weights, *dw = &m->grad;
+    const int *targets = m->inputs->ids + N;
+    X *dlogits = acts->logits, *dln_f = acts->ds;
     auto mask = [&](int place) { return mask_of(&m->inputs->dropout_key, dropout, place); };
     if (!m->dlogits_ready)
-        crossentropy_gpu(acts->losses, acts->hits, acts->logits, acts->logits, ld_logits, m->inputs->ids + N, N, V, stream);
-    linear_backward_gpu(acts->ds, dw->wte, acts->logits, ld_logits, acts->ln_f, as_x(m, w->wte), N, D, ld_logits, add, stream,
+        crossentropy_gpu(acts->losses, acts->hits, dlogits, acts->logits, ld, targets, N, V, stream);
+    linear_backward_gpu(dln_f, dw->wte, dlogits, ld, acts->ln_f, as_x(m, w->wte), N, D, ld, m->sums.add, stream,
                         m->inputs->scale);
-    residual_layernorm_backward_gpu(dx, dw->ln_f_weight, dw->ln_f_bias, acts->dbranch, dw->layers[last].b_out,
-                                    mask(2 + 2 * last), 1, acts->ds, acts->y, acts->ln_mean, acts->ln_rstd,
-                                    w->ln_f_weight, N, D, &m->sums, stream);
-    for (int l = last; l >= 0; l--) {
-        LayerWeights *wl = &w->layers[l], *dwl = &dw->layers[l];
-        LayerActivationsGPU<X> *a = &acts->layers[l];
-        // out through W_out and the gate; the gradients of a and g take their place
-        linear_backward_gpu(acts->ds, NULL, acts->dbranch, D, a->gated, as_x(m, wl->W_out), N, D, D, add, stream);
-        gate_dropout_backward_gpu(acts->ds, a->ag + D, dwl->b_in + D, acts->ds, a->s, a->ag + D, 2 * D,
-                                  mask(1 + 2 * l), N, D, &m->sums, stream);
-        linear_weight_gpu(dwl->W_out, acts->dbranch, D, a->gated, N, D, D, add, beside(W_OUT_GRADIENT));
-        // through the mixer
-        mixers_gpu<X>[c->mixer].backward(m, l, B, T, stream);
-        gelu_gain_backward_gpu(a->ag, dwl->b_in, dwl->gamma_weight, dwl->gamma_bias, acts->dabar, a->ag, 2 * D,
-                               acts->dgamma, a->gamma, wl->gamma_weight, (float)c->gamma_max, N, D, &m->sums,
-                               stream);
-        join(W_OUT_GRADIENT);
-        join(W_O_GRADIENT);
-        // through W_in and the LayerNorm, on to the branch of the layer below
-        linear_backward_gpu(acts->ds, NULL, a->ag, 2 * D, a->n, as_x(m, wl->W_in), N, D, 2 * D, add, stream);
-        linear_weight_gpu(dwl->W_in, a->ag, 2 * D, a->n, N, D, 2 * D, add, beside(W_IN_GRADIENT));
-        residual_layernorm_backward_gpu(dx, dwl->ln_weight, dwl->ln_bias, l ? acts->dbranch : (X *)NULL,
-                                        l ? dw->layers[l - 1].b_out : (float *)NULL, mask(2 * l), 0, acts->ds,
-                                        a->x, a->ln_mean, a->ln_rstd, wl->ln_weight, N, D, &m->sums, stream);
-        column_sums_gpu(&m->sums, stream);
-    }
+    residual_layernorm_backward_gpu(acts->residual, dw->ln_f_weight, dw->ln_f_bias, acts->dbranch,
+                                    dw->layers[last].b_out, mask(2 + 2 * last), 1, dln_f, acts->y, acts->ln_mean,
+                                    acts->ln_rstd, w->ln_f_weight, N, D, &m->sums, stream);
+    for (int l = last; l >= 0; l--) layer_backward_gpu(m, l, B, T, mask(1 + 2 * l), mask(2 * l), stream);
     join(W_IN_GRADIENT);
 }
 
