@@ -865,7 +865,8 @@ static void rope_forward_gpu(X *x, int ld, const float *cosine, const float *sin
 }
 
 // rope_backward of the first `turned` columns, and the sums of all `width` columns over the rows: the
-// gradient of the projections' bias. Where a thread takes one number, its neighbour has the other of the pair.
+// gradient of the projections' bias. Where a thread takes one number, its neighbour has the other of the
+// pair.
 template <typename X>
 static void rope_bias_backward_gpu(X *dx, float *dbias, int ld, Rope rope, int N, int turned, int width,
                                    ColumnSums *sums, cudaStream_t stream) {
@@ -1297,8 +1298,8 @@ static void gate_dropout_backward_gpu(X *ds, X *dg, float *dg_bias, const X *dou
 }
 
 // A block takes a row of V logits, a thread every blockDim-th piece, with a running maximum: the row's loss
-// logsumexp - logit of the target (0 if there is none), whether the target is the likeliest, and the logsumexp
-// on all threads.
+// logsumexp - logit of the target (0 if there is none), whether the target is the likeliest, and the
+// logsumexp on all threads.
 template <int SPAN, typename X>
 static __device__ inline float crossentropy_forward_gpu(float *loss, char *hit, const X *row, int target,
                                                         int V) {
@@ -1322,9 +1323,9 @@ static __device__ inline float crossentropy_forward_gpu(float *loss, char *hit, 
     }
     return logsumexp;
 }
-// The row's gradient with dloss 1, softmax - 1 at the target: the products behind it scale. The second reading
-// of the row comes from the L2 cache. The piece at the end of the row may reach past V, not past ld; there drow
-// is 0. drow may be row.
+// The row's gradient with dloss 1, softmax - 1 at the target: the products behind it scale. The second
+// reading of the row comes from the L2 cache. The piece at the end of the row may reach past V, not past
+// ld; there drow is 0. drow may be row.
 template <int SPAN, typename X>
 static __device__ inline void crossentropy_backward_gpu(X *drow, const X *row, float logsumexp, int target,
                                                         int V) {
