@@ -438,8 +438,7 @@ template <int SPAN, int PIECES, typename F> __global__ void __launch_bounds__(RO
     wait_for_results();
     f(Known<SPAN>(), Known<PIECES>());
 }
-// for (auto [p, i] : pieces<SPAN, PIECES>(D)): the thread's pieces of a row of D numbers, piece p from
-// number i
+// for (auto [p, i] : pieces<SPAN, PIECES>(D)): the thread's pieces of a row of D numbers, piece p from i
 template <int SPAN, int PIECES> struct pieces {
     int D, p, i;
     __device__ pieces(int columns) : D(columns), p(0), i(threadIdx.x * SPAN) {}
@@ -721,8 +720,7 @@ static void residual_layernorm_backward_gpu(float *dx, float *dweight, float *db
         __shared__ float2 shared[2][ROW_BLOCK / 32];
         __shared__ float parts[ROW_BLOCK * SPAN];
         Pack<SPAN> sums[3][PIECES] = {}, v[PIECES], g[PIECES], d[PIECES] = {};
-        int turn = 0;
-        int last = N - 1 - (int)(blockIdx.x * blockDim.y + threadIdx.y);
+        int turn = 0, last = N - 1 - (int)(blockIdx.x * blockDim.y + threadIdx.y);
         for (int n = last; n >= 0; n -= gridDim.x * blockDim.y) {
             int64_t row = (int64_t)n * D;
             float m = mean[n], r = rstd[n], sum = 0, dot = 0;
@@ -742,7 +740,7 @@ static void residual_layernorm_backward_gpu(float *dx, float *dweight, float *db
             turn = !turn;
             for (auto [p, i] : pieces<SPAN, PIECES>(D)) {
                 Pack<SPAN> masked = mask_at<SPAN>(mask, row + i);
-                for (int c = 0; c < SPAN; c++) {
+                for (int c = 0; c < SPAN; c++) { // number by number: of packs it would fuse one product more
                     d[p][c] = (fresh ? 0 : d[p][c]) + r * (g[p][c] - both.x - v[p][c] * both.y);
                     masked[c] *= d[p][c];
                     sums[2][p][c] += masked[c];
@@ -800,8 +798,8 @@ static void linear_backward_gpu(X *dinp, float *dweight, const X *dout, int ld_d
 // Φ(x), with the polynomial of normal_cdf and gauss = e^(-x²/2)
 __device__ static inline float normal_cdf_gpu(float x, float gauss) {
     float t = __fdividef(1, 1 + 0.3f * fabsf(x));
-    float tail = gauss * t * (0.11962327f + t * (0.12084553f + t * (0.099347115f + t * (0.1304165f + t * (-0.057167433f
-                              + t * (0.21011846f + t * (-0.15937835f + t * 0.036194865f)))))));
+    float tail = gauss * t * (0.11962327f + t * (0.12084553f + t * (0.099347115f + t * (0.1304165f
+                 + t * (-0.057167433f + t * (0.21011846f + t * (-0.15937835f + t * 0.036194865f)))))));
     return x < 0 ? tail : 1 - tail;
 }
 __device__ static inline float gauss_gpu(float x) { return __expf(-x * x / 2); }
@@ -897,8 +895,9 @@ static void rope_forward_gpu(X *x, int ld, const float *cosine, const float *sin
     });
 }
 
-// rope_backward of the first `turned` columns, and the sums of all `width` columns over the rows: the gradient of the
-// projections' bias. Where a thread takes one number, its neighbour has the other of the pair.
+// rope_backward of the first `turned` columns, and the sums of all `width` columns over the rows: the
+// gradient of the projections' bias. Where a thread takes one number, its neighbour has the other of the
+// pair.
 template <typename X>
 static void rope_bias_backward_gpu(X *dx, float *dbias, int ld, Rope rope, int N, int turned, int width,
                                    ColumnSums *sums, cudaStream_t stream) {
@@ -1121,7 +1120,8 @@ static void attention_backward_gpu(X *dq, X *dk, X *dv, float *dbias, Scratch sc
         for (int item = 0; item < heads.items; item++)
             attention_group_backward_gpu(item, heads, dq, dk, dv, both, dout, stats, q, k, v, shape, way->P, stream);
     }
-    if (dbias) rope_bias_backward_gpu(dq, dbias, shape.ld, rope, shape.B * shape.T, turned, width, sums, stream);
+    if (dbias)
+        rope_bias_backward_gpu(dq, dbias, shape.ld, rope, shape.B * shape.T, turned, width, sums, stream);
 }
 
 // out = Y(x)       x (N,D), out: D of the ld columns of each row
@@ -1328,10 +1328,12 @@ static void gate_dropout_backward_gpu(X *ds, X *dg, float *dg_bias, const X *dou
     });
 }
 
-// A block takes a row of V logits, a thread every blockDim-th piece, with a running maximum: the row's loss logsumexp -
-// logit of the target (0 if there is none), whether the target is the likeliest, and the logsumexp on all threads.
+// A block takes a row of V logits, a thread every blockDim-th piece, with a running maximum: the row's loss
+// logsumexp - logit of the target (0 if there is none), whether the target is the likeliest, and the
+// logsumexp on all threads.
 template <int SPAN, typename X>
-static __device__ inline float crossentropy_forward_gpu(float *loss, char *hit, const X *row, int target, int V) {
+static __device__ inline float crossentropy_forward_gpu(float *loss, char *hit, const X *row, int target,
+                                                        int V) {
     __shared__ float shared[32];
     float max = -1e30f, sum = 0, logit = target < 0 ? 0 : get(row[target]), counts = target >= 0;
     for (int i = threadIdx.x * SPAN; i < V; i += blockDim.x * SPAN) {
@@ -1352,10 +1354,12 @@ static __device__ inline float crossentropy_forward_gpu(float *loss, char *hit, 
     }
     return logsumexp;
 }
-// The row's gradient with dloss 1, softmax - 1 at the target: the products behind it scale. The second reading of the row
-// comes from the L2 cache. The piece at the end of the row may reach past V, not past ld; there drow is 0. drow may be row.
+// The row's gradient with dloss 1, softmax - 1 at the target: the products behind it scale. The second
+// reading of the row comes from the L2 cache. The piece at the end of the row may reach past V, not past
+// ld; there drow is 0. drow may be row.
 template <int SPAN, typename X>
-static __device__ inline void crossentropy_backward_gpu(X *drow, const X *row, float logsumexp, int target, int V) {
+static __device__ inline void crossentropy_backward_gpu(X *drow, const X *row, float logsumexp, int target,
+                                                        int V) {
     if (target < 0) logsumexp = INFINITY; // all 0
     for (int i = threadIdx.x * SPAN; i < V; i += blockDim.x * SPAN) {
         Pack<SPAN> v = each_of(read<SPAN>(row + i) - logsumexp, __expf);
@@ -1375,8 +1379,8 @@ __global__ void crossentropy_kernel(float *losses, char *hits, X *dlogits, const
     if (dlogits) crossentropy_backward_gpu<SPAN>(dlogits + blockIdx.x * ld, row, logsumexp, target, V);
 }
 template <typename X>
-static void crossentropy_gpu(float *losses, char *hits, X *dlogits, const X *logits, int64_t ld, const int *targets,
-                             int N, int V, cudaStream_t stream) {
+static void crossentropy_gpu(float *losses, char *hits, X *dlogits, const X *logits, int64_t ld,
+                             const int *targets, int N, int V, cudaStream_t stream) {
     int threads = V > 4096 ? 1024 : V > 1024 ? 256 : 32;
     auto kernel = wide({ld}, {logits}) ? crossentropy_kernel<8, X> : crossentropy_kernel<1, X>;
     LAUNCH(kernel, N, threads, 0, stream, losses, hits, dlogits, logits, ld, targets, V);
@@ -2387,6 +2391,7 @@ static void scan_backward_gpu(X *dxbc, float *dstep, float *dA_log, float *dskip
     scan_sums_gpu(dxbc, part, dA_log, dskip, dstep, scan, 0, sums, stream);
 }
 
+// threadIdx.y takes a row, threadIdx.x pieces of its columns. Backward has a pass of its own for dweight.
 template <typename X>
 static void gated_rmsnorm_forward_gpu(X *out, float *rstd, const X *y, const X *z, int ld,
                                       const float *weight, int N, int E, cudaStream_t stream) {

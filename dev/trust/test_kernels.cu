@@ -472,7 +472,8 @@ template <typename X> void Layers<X>::layernorm() {
     dropout(added, size, drop, 3);
     residual_forward(stream_, stream_, added, size);
     layernorm_forward(o, mean, rstd, stream_, weight, bias, N, D);
-    residual_layernorm_forward_gpu(o_d, kept, mean_d, rstd_d, stream_d, y_d, mask, weight_d, bias_d, N, D, st);
+    residual_layernorm_forward_gpu(o_d, kept, mean_d, rstd_d, stream_d, y_d, mask, weight_d, bias_d, N, D,
+                                   st);
     worst_of(&worst[RESIDUAL], gpu_error(stream_d, stream_, N, D, D, 0));
     worst_of(&worst[RESIDUAL], gpu_error(kept, stream_, N, D, D, 0));
     worst_of(&worst[LAYERNORM], gpu_error(o_d, o, N, D, D, 0));
