@@ -624,9 +624,10 @@ typedef struct {
 typedef struct {
     Tensor *rows;
     int n, room;
-    int64_t count;  // numbers in the block; -1 when they are too many to be addressed
-    Tensor *last;   // the row added last
-    Tensor nowhere; // where rows go once memory is exhausted; the table is then `incomplete`
+    int64_t count;   // numbers in the block; -1 when they are too many to be addressed
+    int64_t *places; // of the rows in the block, where they are not their offsets; else NULL
+    Tensor *last;    // the row added last
+    Tensor nowhere;  // where rows go once memory is exhausted; the table is then `incomplete`
     int incomplete;
 } Table;
 
@@ -2504,7 +2505,8 @@ static real *add_tensor(Table *table, real *block, int layer, const char *name, 
     memcpy(row->shape, shape, sizeof(shape));
     if (table->count >= 0 && (double)table->count + size < 0x1p58) row->count = (int64_t)size;
     table->count = row->count || !size ? table->count + row->count : -1;
-    return block ? block + row->offset : NULL;
+    if (!block) return NULL;
+    return block + (table->places ? table->places[table->n - 1] : row->offset);
 }
 
 // A third dimension is that of the convolution's taps.
@@ -2516,21 +2518,113 @@ static real *add_parameter(Table *table, real *block, int layer, const char *nam
     return place;
 }
 
-// Names `width` columns, from `column` on, of a tensor of the same layer.
-static void add_view(Table *table, int layer, const char *name, const char *whole, int64_t column,
-                     int64_t width) {
-    char path[64];
-    int i = table->n - 1;
-    snprintf(path, sizeof(path), "layers.%d.%s", layer, whole);
-    while (i >= 0 && strcmp(table->rows[i].name, path)) i--;
-    if (i < 0) return; // an incomplete table
-    Tensor view = table->rows[i], *row = new_row(table, name, layer);
-    memcpy(view.name, row->name, sizeof(view.name));
-    view.offset += column;
-    view.count = view.count / view.stride * width;
-    view.shape[view.n_dims - 1] = width;
-    *row = view;
+// What the activations are. A tensor has its name in reference dumps, less "act.", and its shape; a
+// view is `width` columns, from `column` on, of the tensor `whole`, if the model has it.
+typedef struct { const char *name; int n_dims; int64_t shape[3]; } Activation;
+typedef struct { const char *name, *whole; int64_t column, width; int there; } View;
+
+// Behind the last row of both is one without a name.
+typedef struct { Activation tensors[48]; View views[12]; } ActivationList;
+
+// The activations of B sequences of T tokens: the one list, which the CUDA twin reads too. How many
+// there are of each and where they lie is said by carve_activations.
+static ActivationList list_activations(const Config *c, int B, int T, Mode mode) {
+    int D = c->d_model, H = c->n_heads, d = D / H, kv_width = c->n_kv_heads * d, ld = proj_width(c);
+    int sessa = c->mixer == SESSA, mamba2 = c->mixer == MAMBA2, attention = c->mixer == ATTENTION;
+    int E = 2 * D, S = c->state_dim, W = E + 2 * S, heads = mamba2 ? E / c->head_dim : 0;
+    int64_t states = mode >= TRAIN ? (int64_t)B * ((T + CHUNK - 1) / CHUNK) : B;
+    ActivationList list = {
+        {
+            // of every layer
+            {"ln_mean", 2, {B, T}},
+            {"ln_rstd", 2, {B, T}},
+            {"ln", 3, {B, T, D}},
+            {"ag", 3, {B, T, 2 * D}},
+            {"abar", 3, {B, T, D}},
+            {"proj", 3, {B, T, ld}},
+            {"s", 3, {B, T, D}},
+            {"gated", 3, {B, T, D}},
+            {"residual", 3, {B, T, D}},
+            // of the direct read and the feedback path
+            {"stats", 3, {(int64_t)B * H, T, 2}},
+            {"o", 3, {B, T, D}},
+            {"f", 3, {B, T, D}},
+            {"gamma", 2, {B, T}},
+            {"fb_stats", 3, {B, T, 2}},
+            // of mamba2
+            {"conv", 3, {B, T, W}},
+            {"tail", 2, {TAPS - 1, W}},
+            {"dt", 3, {B, T, heads}},
+            {"states", 3, {states, S, E}},
+            {"y", 3, {B, T, E}},
+            {"rms", 2, {B, T}},
+            {"normed", 3, {B, T, E}},
+            // of the whole model
+            {"encoded", 3, {B, T, D}},
+            {"ln_f_mean", 2, {B, T}},
+            {"ln_f_rstd", 2, {B, T}},
+            {"ln_f", 3, {B, T, D}},
+            {"logits", 3, {B, mode == GENERATE ? 1 : T, c->vocab_size}},
+            {"losses", 2, {B, T}},
+            {"loss_logsumexp", 2, {B, T}},
+            {"cosine", 2, {T, d / 2}},
+            {"sine", 2, {T, d / 2}},
+            // of the backward pass
+            {"dx", 3, {B, T, D}},
+            {"ds", 3, {B, T, D}},
+            {"dabar", 3, {B, T, D}},
+            {"dag", 3, {B, T, 2 * D}},
+            {"dproj", 3, {B, T, ld}},
+            {"dgamma", 2, {B, T}},
+            {"dy", 3, {B, T, E}},
+            {"dxbc", 3, {B, T, W}},
+            {"dstep", 3, {B, T, 3 * heads}},
+        },
+        {
+            {"a", "ag", 0, D, 1},
+            {"g", "ag", D, D, 1},
+            {"q", "proj", 0, D, !mamba2},
+            {"k", "proj", D, kv_width, !mamba2},
+            {"v", "proj", D + kv_width, kv_width, !mamba2},
+            {"fb_q", "proj", ld - 2 * D, D, sessa},
+            {"fb_k", "proj", ld - D, D, sessa},
+            {"z", "proj", 0, E, mamba2},
+            {"f", "s", 0, D, attention},
+        },
+    };
+    return list;
 }
+
+// The row of this name. That there is none can only be a mistake in the program.
+static Activation *find_activation(ActivationList *list, const char *name) {
+    for (Activation *a = list->tensors; a->name; a++)
+        if (!strcmp(a->name, name)) return a;
+    fprintf(stderr, "train_sessa: no activation is called %s\n", name);
+    exit(1);
+}
+
+// Adds the views of the tensor that was added last.
+static void add_views(Table *table, const ActivationList *list, int layer, const char *whole) {
+    Tensor tensor = *table->last;
+    for (const View *v = list->views; v->name; v++) {
+        if (!v->there || strcmp(v->whole, whole)) continue;
+        Tensor *row = new_row(table, v->name, layer), view = tensor;
+        memcpy(view.name, row->name, sizeof(view.name));
+        view.offset += v->column;
+        view.count = tensor.count / tensor.stride * v->width;
+        view.shape[tensor.n_dims - 1] = v->width;
+        *row = view;
+    }
+}
+
+// add_tensor for a tensor of the list, and for its views.
+static real *activation(Table *table, real *block, ActivationList *list, int layer, const char *name) {
+    const Activation *a = find_activation(list, name);
+    real *place = add_tensor(table, block, layer, name, a->n_dims, a->shape[0], a->shape[1], a->shape[2]);
+    add_views(table, list, layer, name);
+    return place;
+}
+
 // Of Sessa, and of attention, which lacks the rows of the feedback path. The rows of W_proj and b_proj lie
 // next to each other, whatever their names.
 static void attention_weights(Table *t, real *block, const Config *c, int l, LayerWeights *w) {
@@ -2553,32 +2647,25 @@ static void attention_weights(Table *t, real *block, const Config *c, int l, Lay
 }
 
 // q, k and v of every layer are kept: for the backward pass, and in generation as the cache.
-static void attention_activations(Table *t, real *block, const Config *c, int l, Activations *acts, int B,
-                                  int T, Mode mode) {
-    int D = c->d_model, H = c->n_heads, kv_width = c->n_kv_heads * (D / H), ld = proj_width(c);
+static void attention_activations(Table *t, real *block, ActivationList *list, const Config *c, int l,
+                                  Activations *acts, int T, Mode mode) {
     int sessa = c->mixer == SESSA;
     LayerActivations *a = &acts->layers[l];
-    a->proj = add_tensor(t, block, l, "proj", 3, B, T, ld);
-    add_view(t, l, "q", "proj", 0, D);
-    add_view(t, l, "k", "proj", D, kv_width);
-    add_view(t, l, "v", "proj", D + kv_width, kv_width);
-    if (sessa) add_view(t, l, "fb_q", "proj", ld - 2 * D, D);
-    if (sessa) add_view(t, l, "fb_k", "proj", ld - D, D);
-    a->s = add_tensor(t, block, l, "s", 3, B, T, D);
-    if (!sessa) add_view(t, l, "f", "s", 0, D);
-    if (sessa && mode == KEEP_ALL) a->f = add_tensor(t, block, l, "f", 3, B, T, D);
+    a->proj = activation(t, block, list, l, "proj");
+    a->s = activation(t, block, list, l, "s");
+    if (sessa && mode == KEEP_ALL) a->f = activation(t, block, list, l, "f");
     if (l == 0 || mode >= TRAIN) {
-        if (H > 1) a->o = add_tensor(t, block, l, "o", 3, B, T, D);
-        a->stats = add_tensor(t, block, l, "stats", 3, (int64_t)B * H, T, 2);
-        if (sessa) a->gamma = add_tensor(t, block, l, "gamma", 2, B, T, 1);
-        if (sessa) a->fb_stats = add_tensor(t, block, l, "fb_stats", 3, B, T, 2);
+        if (c->n_heads > 1) a->o = activation(t, block, list, l, "o");
+        a->stats = activation(t, block, list, l, "stats");
+        if (sessa) a->gamma = activation(t, block, list, l, "gamma");
+        if (sessa) a->fb_stats = activation(t, block, list, l, "fb_stats");
     }
     if (l) return;
     int threads = omp_get_max_threads();
     acts->scratch = add_tensor(t, block, -1, "scratch", 2, threads, (int64_t)panel_scratch(T), 1);
     if (mode < TRAIN) return;
-    acts->dproj = add_tensor(t, block, -1, "dproj", 3, B, T, ld);
-    if (sessa) acts->dgamma = add_tensor(t, block, -1, "dgamma", 2, B, T, 1);
+    acts->dproj = activation(t, block, list, -1, "dproj");
+    if (sessa) acts->dgamma = activation(t, block, list, -1, "dgamma");
 }
 
 static void mamba2_weights(Table *t, real *block, const Config *c, int l, LayerWeights *w) {
@@ -2597,34 +2684,31 @@ static void mamba2_weights(Table *t, real *block, const Config *c, int l, LayerW
 
 // Kept for the backward pass: the projections, the state before each chunk, the scan's output. In generation
 // the cache is the last state and the convolution's last inputs, however long the past is.
-static void mamba2_activations(Table *t, real *block, const Config *c, int l, Activations *acts, int B, int T,
-                               Mode mode) {
-    int D = c->d_model, E = 2 * D, S = c->state_dim, W = E + 2 * S, heads = E / c->head_dim;
-    int training = mode >= TRAIN;
+static void mamba2_activations(Table *t, real *block, ActivationList *list, const Config *c, int l,
+                               Activations *acts, Mode mode) {
+    int E = 2 * c->d_model, S = c->state_dim, heads = E / c->head_dim, training = mode >= TRAIN;
     LayerActivations *a = &acts->layers[l];
     if (l == 0 || training) {
-        a->proj = add_tensor(t, block, l, "proj", 3, B, T, proj_width(c));
-        add_view(t, l, "z", "proj", 0, E);
-        a->y_scan = add_tensor(t, block, l, "y", 3, B, T, E);
-        a->rms = add_tensor(t, block, l, "rms", 2, B, T, 1);
-        a->s = add_tensor(t, block, l, "s", 3, B, T, D);
+        a->proj = activation(t, block, list, l, "proj");
+        a->y_scan = activation(t, block, list, l, "y");
+        a->rms = activation(t, block, list, l, "rms");
+        a->s = activation(t, block, list, l, "s");
     }
-    int64_t states = training ? (int64_t)B * ((T + CHUNK - 1) / CHUNK) : B;
-    a->states = add_tensor(t, block, l, "states", 3, states, S, E);
-    if (!training) a->tail = add_tensor(t, block, l, "tail", 2, TAPS - 1, W, 1);
+    a->states = activation(t, block, list, l, "states");
+    if (!training) a->tail = activation(t, block, list, l, "tail");
     if (l == 0 || mode == KEEP_ALL) {
-        a->xbc = add_tensor(t, block, l, "conv", 3, B, T, W);
-        a->step = add_tensor(t, block, l, "dt", 3, B, T, heads);
-        a->normed = add_tensor(t, block, l, "normed", 3, B, T, E);
+        a->xbc = activation(t, block, list, l, "conv");
+        a->step = activation(t, block, list, l, "dt");
+        a->normed = activation(t, block, list, l, "normed");
     }
     if (l) return;
     int threads = omp_get_max_threads();
     acts->scratch = add_tensor(t, block, -1, "scratch", 2, threads, (int64_t)scan_scratch(E, S, heads), 1);
     if (!training) return;
-    acts->dproj = add_tensor(t, block, -1, "dproj", 3, B, T, proj_width(c));
-    acts->dy = add_tensor(t, block, -1, "dy", 3, B, T, E);
-    acts->dxbc = add_tensor(t, block, -1, "dxbc", 3, B, T, W);
-    acts->dstep = add_tensor(t, block, -1, "dstep", 3, B, T, 3 * heads);
+    acts->dproj = activation(t, block, list, -1, "dproj");
+    acts->dy = activation(t, block, list, -1, "dy");
+    acts->dxbc = activation(t, block, list, -1, "dxbc");
+    acts->dstep = activation(t, block, list, -1, "dstep");
 }
 
 // Adds every parameter's row to the table, under its name in files, and points the weights into the block (if
@@ -2650,8 +2734,8 @@ static void carve_weights(Weights *w, Table *t, real *block, const Config *c) {
     w->ln_f_bias = add_parameter(t, block, -1, "ln_f.bias", 1, D, 1, INIT_CONSTANT, 0);
 }
 
-// The same for the activations of B sequences of T tokens; names are those of reference dumps, less "act.".
-// How many there are of a buffer, and which of them are one:
+// The same for the activations of B sequences of T tokens. How many there are of a buffer, and
+// which of them are one:
 //
 //                                 GENERATE, EVALUATE    TRAIN                 KEEP_ALL
 //     x, y                        one of all layers     one a layer           one a layer
@@ -2667,44 +2751,43 @@ static void carve_weights(Weights *w, Table *t, real *block, const Config *c) {
 // mamba2_activations.
 static void carve_activations(Activations *acts, Table *t, real *block, const Config *c, int B, int T,
                               Mode mode) {
-    int D = c->d_model, d = D / c->n_heads, training = mode >= TRAIN, keep_all = mode == KEEP_ALL;
+    int training = mode >= TRAIN, keep_all = mode == KEEP_ALL;
+    ActivationList list = list_activations(c, B, T, mode);
     t->n = 0;
     t->count = 0;
-    real *x = add_tensor(t, block, -1, "encoded", 3, B, T, D);
+    real *x = activation(t, block, &list, -1, "encoded");
     for (int l = 0; l < c->n_layers; l++) {
         LayerActivations *a = &acts->layers[l];
         if (l > 0) *a = acts->layers[0]; // every buffer is shared but for those that follow
         a->x = x;
         if (l == 0 || training) {
-            a->ln_mean = add_tensor(t, block, l, "ln_mean", 2, B, T, 1);
-            a->ln_rstd = add_tensor(t, block, l, "ln_rstd", 2, B, T, 1);
-            a->ag = add_tensor(t, block, l, "ag", 3, B, T, 2 * D);
-            add_view(t, l, "a", "ag", 0, D);
-            add_view(t, l, "g", "ag", D, D);
+            a->ln_mean = activation(t, block, &list, l, "ln_mean");
+            a->ln_rstd = activation(t, block, &list, l, "ln_rstd");
+            a->ag = activation(t, block, &list, l, "ag");
         }
         if (l == 0 || keep_all) {
-            a->ln = a->f = a->gated = add_tensor(t, block, l, "ln", 3, B, T, D);
-            a->abar = a->branch = add_tensor(t, block, l, "abar", 3, B, T, D);
+            a->ln = a->f = a->gated = activation(t, block, &list, l, "ln");
+            a->abar = a->branch = activation(t, block, &list, l, "abar");
         }
-        if (c->mixer == MAMBA2) mamba2_activations(t, block, c, l, acts, B, T, mode);
-        else attention_activations(t, block, c, l, acts, B, T, mode);
-        if (keep_all) a->gated = add_tensor(t, block, l, "gated", 3, B, T, D);
-        x = a->y = training ? add_tensor(t, block, l, "residual", 3, B, T, D) : x;
+        if (c->mixer == MAMBA2) mamba2_activations(t, block, &list, c, l, acts, mode);
+        else attention_activations(t, block, &list, c, l, acts, T, mode);
+        if (keep_all) a->gated = activation(t, block, &list, l, "gated");
+        x = a->y = training ? activation(t, block, &list, l, "residual") : x;
     }
-    acts->ln_mean = add_tensor(t, block, -1, "ln_f_mean", 2, B, T, 1);
-    acts->ln_rstd = add_tensor(t, block, -1, "ln_f_rstd", 2, B, T, 1);
-    acts->ln_f = add_tensor(t, block, -1, "ln_f", 3, B, T, D);
-    acts->logits = add_tensor(t, block, -1, "logits", 3, B, mode == GENERATE ? 1 : T, c->vocab_size);
-    acts->losses = add_tensor(t, block, -1, "losses", 2, B, T, 1);
-    acts->loss_logsumexp = add_tensor(t, block, -1, "loss_logsumexp", 2, B, T, 1);
-    acts->cosine = add_tensor(t, block, -1, "cosine", 2, T, d / 2, 1);
-    acts->sine = add_tensor(t, block, -1, "sine", 2, T, d / 2, 1);
+    acts->ln_mean = activation(t, block, &list, -1, "ln_f_mean");
+    acts->ln_rstd = activation(t, block, &list, -1, "ln_f_rstd");
+    acts->ln_f = activation(t, block, &list, -1, "ln_f");
+    acts->logits = activation(t, block, &list, -1, "logits");
+    acts->losses = activation(t, block, &list, -1, "losses");
+    acts->loss_logsumexp = activation(t, block, &list, -1, "loss_logsumexp");
+    acts->cosine = activation(t, block, &list, -1, "cosine");
+    acts->sine = activation(t, block, &list, -1, "sine");
     if (!training) return;
     acts->dout = acts->layers[0].ln; // free by then
-    acts->dx = add_tensor(t, block, -1, "dx", 3, B, T, D);
-    acts->ds = add_tensor(t, block, -1, "ds", 3, B, T, D);
-    acts->dabar = add_tensor(t, block, -1, "dabar", 3, B, T, D);
-    acts->dag = add_tensor(t, block, -1, "dag", 3, B, T, 2 * D);
+    acts->dx = activation(t, block, &list, -1, "dx");
+    acts->ds = activation(t, block, &list, -1, "ds");
+    acts->dabar = activation(t, block, &list, -1, "dabar");
+    acts->dag = activation(t, block, &list, -1, "dag");
 }
 
 // ----------------------------------------------------------------------------

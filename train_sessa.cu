@@ -31,6 +31,19 @@ shapes stand there, above the function of the same name; here stands what differ
 work of several C functions, and which part of their loops a block, a warp or a thread takes. Layers that go row by row or
 number by number are a loop's body, given to one of three launchers: each, each_with_sums, rows.
 
+Where one pass over the data does what several C functions do, its name says so:
+
+    embedding_forward, dropout              embedding_dropout_forward_gpu
+    layernorm_forward, residual_forward     residual_layernorm_forward_gpu
+    layernorm_backward                      residual_layernorm_backward_gpu
+    gelu_forward, gain_forward              gelu_gain_forward_gpu
+    gelu_backward, gain_backward            gelu_gain_backward_gpu
+    rope_backward                           rope_bias_backward_gpu
+    gate_forward, dropout                   gate_dropout_forward_gpu
+    gate_backward, dropout                  gate_dropout_backward_gpu
+    crossentropy_forward                    crossentropy_gpu, crossentropy_forward_gpu
+    crossentropy_backward                   crossentropy_gpu, crossentropy_backward_gpu
+
 Everything is deterministic: no atomics, every sum in a fixed order, products chosen by cuBLASLt's heuristic and never by
 timing.
 */
@@ -191,50 +204,88 @@ __device__ static inline float get(bf16 x) { return __bfloat162float(x); }
 template <typename X> __device__ inline X to(float x);
 template <> __device__ inline float to<float>(float x) { return x; }
 template <> __device__ inline bf16 to<bf16>(float x) { return __float2bfloat16(x); }
+template <typename X> __device__ inline float rounded(float x) { return get(to<X>(x)); } // as memory holds it
 
-// V neighbours at once: 8 of them, 16 or 32 bytes, where everything is aligned, else 1.
-template <int V> __device__ inline void read_some(float v[V], const float *at) {
-    if constexpr (V == 1) v[0] = *at;
-    else if constexpr (V == 2) *(float2 *)v = *(const float2 *)at;
-    else for (int i = 0; i < V; i += 4) {
+// SPAN neighbours of a row at once: 8 of them, 16 or 32 bytes, where everything is aligned, else 1.
+template <int SPAN> __device__ inline void read_some(float v[SPAN], const float *at) {
+    if constexpr (SPAN == 1) v[0] = *at;
+    else if constexpr (SPAN == 2) *(float2 *)v = *(const float2 *)at;
+    else for (int i = 0; i < SPAN; i += 4) {
         float4 four = *(const float4 *)(at + i);
         v[i] = four.x; v[i + 1] = four.y; v[i + 2] = four.z; v[i + 3] = four.w;
     }
 }
-template <int V> __device__ inline void read_some(float v[V], const bf16 *at) {
-    if constexpr (V == 1) v[0] = get(*at);
-    else if constexpr (V == 2) for (int i = 0; i < 2; i++) v[i] = get(at[i]);
+template <int SPAN> __device__ inline void read_some(float v[SPAN], const bf16 *at) {
+    if constexpr (SPAN == 1) v[0] = get(*at);
+    else if constexpr (SPAN == 2) for (int i = 0; i < 2; i++) v[i] = get(at[i]);
     else {
         union { uint4 whole; unsigned short part[8]; } u;
         u.whole = *(const uint4 *)at;
-        for (int i = 0; i < V; i++) v[i] = __uint_as_float((uint32_t)u.part[i] << 16);
+        for (int i = 0; i < SPAN; i++) v[i] = __uint_as_float((uint32_t)u.part[i] << 16);
     }
 }
-// The same of what no other thread writes meanwhile: these reads may pass the writes before them, but nothing volatile.
-template <int V, typename X> __device__ inline void read_ahead(float v[V], const X *at) {
-    if constexpr (V == 1) v[0] = get(*at);
+// The same of what no other thread writes meanwhile: these reads may pass the writes before them, but nothing
+// volatile.
+template <int SPAN, typename X> __device__ inline void read_ahead(float v[SPAN], const X *at) {
+    if constexpr (SPAN == 1) v[0] = get(*at);
     else {
-        uint4 all[V * sizeof(X) / 16];
-        for (int i = 0; i < V * (int)sizeof(X) / 16; i++)
-            asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(all[i].x), "=r"(all[i].y), "=r"(all[i].z),
-                         "=r"(all[i].w) : "l"((const uint4 *)at + i));
-        read_some<V>(v, (const X *)all);
+        uint4 all[SPAN * sizeof(X) / 16];
+        for (int i = 0; i < SPAN * (int)sizeof(X) / 16; i++)
+            asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(all[i].x), "=r"(all[i].y), "=r"(all[i].z), "=r"(all[i].w)
+                         : "l"((const uint4 *)at + i));
+        read_some<SPAN>(v, (const X *)all);
     }
 }
-template <int V> __device__ inline void write_some(float *at, const float v[V]) {
-    if constexpr (V == 1) *at = v[0];
-    else if constexpr (V == 2) *(float2 *)at = make_float2(v[0], v[1]);
-    else for (int i = 0; i < V; i += 4) *(float4 *)(at + i) = make_float4(v[i], v[i + 1], v[i + 2], v[i + 3]);
+template <int SPAN> __device__ inline void write_some(float *at, const float v[SPAN]) {
+    if constexpr (SPAN == 1) *at = v[0];
+    else if constexpr (SPAN == 2) *(float2 *)at = make_float2(v[0], v[1]);
+    else for (int i = 0; i < SPAN; i += 4)
+        *(float4 *)(at + i) = make_float4(v[i], v[i + 1], v[i + 2], v[i + 3]);
 }
 __device__ static inline uint32_t pack_two(float low, float high) {
     __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
     return *(uint32_t *)&pair;
 }
-template <int V> __device__ inline void write_some(bf16 *at, const float v[V]) {
-    if constexpr (V == 1) *at = to<bf16>(v[0]);
-    else if constexpr (V == 2) *(uint32_t *)at = pack_two(v[0], v[1]);
-    else *(uint4 *)at = make_uint4(pack_two(v[0], v[1]), pack_two(v[2], v[3]), pack_two(v[4], v[5]), pack_two(v[6], v[7]));
+template <int SPAN> __device__ inline void write_some(bf16 *at, const float v[SPAN]) {
+    if constexpr (SPAN == 1) *at = to<bf16>(v[0]);
+    else if constexpr (SPAN == 2) *(uint32_t *)at = pack_two(v[0], v[1]);
+    else *(uint4 *)at = make_uint4(pack_two(v[0], v[1]), pack_two(v[2], v[3]), pack_two(v[4], v[5]),
+                                   pack_two(v[6], v[7]));
 }
+
+// SPAN numbers as a value: a formula of packs is that of each number; a float in it is SPAN equal ones.
+template <int SPAN> struct Pack {
+    float v[SPAN];
+    Pack() = default;
+    __device__ Pack(float x) { for (int i = 0; i < SPAN; i++) v[i] = x; }
+    __device__ float &operator[](int i) { return v[i]; }
+    __device__ void operator+=(Pack b) { for (int i = 0; i < SPAN; i++) v[i] += b[i]; }
+    __device__ void operator-=(Pack b) { for (int i = 0; i < SPAN; i++) v[i] -= b[i]; }
+    __device__ void operator*=(Pack b) { for (int i = 0; i < SPAN; i++) v[i] *= b[i]; }
+    __device__ friend Pack operator+(Pack a, Pack b) { a += b; return a; }
+    __device__ friend Pack operator-(Pack a, Pack b) { a -= b; return a; }
+    __device__ friend Pack operator*(Pack a, Pack b) { a *= b; return a; }
+};
+template <int SPAN, typename X> __device__ inline Pack<SPAN> read(const X *at) {
+    Pack<SPAN> x;
+    read_some<SPAN>(x.v, at);
+    return x;
+}
+template <int SPAN, typename X> __device__ inline void write(X *at, Pack<SPAN> x) {
+    write_some<SPAN>(at, x.v);
+}
+// f(x), number by number
+template <int SPAN, typename F> __device__ inline Pack<SPAN> each_of(Pack<SPAN> x, F f) {
+    for (int i = 0; i < SPAN; i++) x[i] = f(x[i]);
+    return x;
+}
+// sum + x_0 + x_1 + ..., in this order
+template <int SPAN> __device__ inline float add_up(float sum, Pack<SPAN> x) {
+    for (int i = 0; i < SPAN; i++) sum += x[i];
+    return sum;
+}
+// Whether what has these strides and begins at these addresses can be read 8 at once.
 static int wide(std::initializer_list<int64_t> strides, std::initializer_list<const void *> pointers) {
     int ok = 1;
     for (int64_t stride : strides) ok &= stride % 8 == 0;
@@ -242,24 +293,24 @@ static int wide(std::initializer_list<int64_t> strides, std::initializer_list<co
     return ok;
 }
 
-// for n < rows: for i < width, in steps of V: f(V, n, i), which does the numbers i .. i+V-1 of row n, V a number that the
-// compiler knows: 8, or 1. A thread takes one such piece. This pass and those below go from the last row to the first: products
-// go the other way, and what was written last is still in the L2 cache.
+// for n < rows: for i < width, in steps of SPAN: f(SPAN, n, i), which does the numbers i .. i+SPAN-1 of row
+// n; the compiler knows SPAN, 8 or 1. A thread takes one such piece. This pass and those below go from the
+// last row to the first: products go the other way, and what was written last is still in the L2 cache.
 const int64_t MOST_PIECES = 0xFFFFFF00;
 template <int N> struct Known { __host__ __device__ constexpr operator int() const { return N; } };
-template <int V, typename F> __global__ void each_kernel(F f, unsigned rows, unsigned pieces) {
+template <int SPAN, typename F> __global__ void each_kernel(F f, unsigned rows, unsigned pieces) {
     wait_for_results();
     unsigned item = blockIdx.x * blockDim.x + threadIdx.x; // there are at most MOST_PIECES
     if (item >= rows * pieces) return;
     item = rows * pieces - 1 - item;
-    f(Known<V>(), (int)(item / pieces), (int)(item % pieces) * V);
+    f(Known<SPAN>(), (int)(item / pieces), (int)(item % pieces) * SPAN);
 }
 template <typename F> static void each(int64_t rows, int width, int in_eights, cudaStream_t stream, F f) {
     int pieces = in_eights ? width / 8 : width;
     must_fit(rows * pieces, MOST_PIECES, "threads of a pass");
     unsigned blocks = (unsigned)((rows * pieces + 255) / 256);
-    if (blocks) LAUNCH((in_eights ? each_kernel<8, F> : each_kernel<1, F>), blocks, 256, 0, stream, f, (unsigned)rows,
-                       (unsigned)pieces);
+    if (blocks) LAUNCH((in_eights ? each_kernel<8, F> : each_kernel<1, F>), blocks, 256, 0, stream, f,
+                       (unsigned)rows, (unsigned)pieces);
 }
 
 // Sums and maxima over a block, the same on all threads; the order is fixed. shared: 32 numbers.
@@ -337,22 +388,23 @@ static void column_sums_gpu(ColumnSums *sums, cudaStream_t stream) {
     sums->next = sums->room;
 }
 
-// The same loops with sums over the rows: f(V, n, i, sum) adds to sum[k][0 .. V-1]. A block takes 16 pieces of V columns of
-// every gridDim.y-th 16 rows, its chunk, a thread a piece of one of these. outs[k] gets sum k, a third sum its first column
-// alone: one that is the same for all columns.
-template <int V, int SUMS, typename F>
+// The same loops with sums over the rows: f(SPAN, n, i, sum) adds to the packs sum[k]. A block takes 16
+// pieces of SPAN columns of every gridDim.y-th 16 rows, its chunk, a thread a piece of one of these.
+// outs[k] gets sum k, a third sum its first column alone: one that is the same for all columns.
+template <int SPAN, int SUMS, typename F>
 __global__ void __launch_bounds__(256, 4) each_with_sums_kernel(F f, float *partial, int N, int width) {
-    __shared__ float parts[16][16 * V];
+    __shared__ float parts[16][16 * SPAN];
     wait_for_results();
-    int i = (blockIdx.x * 16 + threadIdx.x % 16) * V, y = threadIdx.x / 16;
-    float sum[SUMS][V] = {};
+    int i = (blockIdx.x * 16 + threadIdx.x % 16) * SPAN, y = threadIdx.x / 16;
+    Pack<SPAN> sum[SUMS] = {};
     if (i < width)
-        for (int n = N - 1 - (int)blockIdx.y * 16 - y; n >= 0; n -= 16 * gridDim.y) f(Known<V>(), n, i, sum);
+        for (int n = N - 1 - (int)blockIdx.y * 16 - y; n >= 0; n -= 16 * gridDim.y)
+            f(Known<SPAN>(), n, i, sum);
     for (int k = 0; k < SUMS; k++) {
-        for (int e = 0; e < V; e++) parts[y][threadIdx.x % 16 * V + e] = sum[k][e];
+        for (int c = 0; c < SPAN; c++) parts[y][threadIdx.x % 16 * SPAN + c] = sum[k][c];
         __syncthreads();
-        int column = blockIdx.x * 16 * V + threadIdx.x;
-        if (threadIdx.x < 16 * V && column < width) {
+        int column = blockIdx.x * 16 * SPAN + threadIdx.x;
+        if (threadIdx.x < 16 * SPAN && column < width) {
             float all = 0;
             for (int row = 0; row < 16; row++) all += parts[row][threadIdx.x];
             partial[((int64_t)blockIdx.y * SUMS + k) * width + column] = all;
@@ -369,8 +421,8 @@ static int sum_chunks(int N, int width, int in_eights) { // most in eights
     return chunks < 1 ? 1 : min_int(chunks, (N + 15) / 16);
 }
 template <int SUMS, typename F>
-static void each_with_sums(float *const (&outs)[SUMS], ColumnSums *sums, int N, int width, int in_eights, cudaStream_t stream,
-                           F f) {
+static void each_with_sums(float *const (&outs)[SUMS], ColumnSums *sums, int N, int width, int in_eights,
+                           cudaStream_t stream, F f) {
     int chunks = sum_chunks(N, width, in_eights);
     float *partial = sums_place(sums, (int64_t)chunks * SUMS * width);
     LAUNCH((in_eights ? each_with_sums_kernel<8, SUMS, F> : each_with_sums_kernel<1, SUMS, F>),
@@ -379,13 +431,23 @@ static void each_with_sums(float *const (&outs)[SUMS], ColumnSums *sums, int N, 
         column_sum(sums, outs[k], partial + k * width, chunks, SUMS * width, k == 2 ? 1 : width);
 }
 
-// for n < N: f(V, PIECES), a pass with sums along row n: threadIdx.y takes a row, threadIdx.x a piece of V of its columns
-// (PIECES of them, blockDim.x·V apart, where rows are that long). A row's threads are whole warps and wait for each other
-// alone.
-template <int V, int PIECES, typename F> __global__ void __launch_bounds__(ROW_BLOCK, 2) rows_kernel(F f) {
+// for n < N: f(SPAN, PIECES), a pass with sums along row n: threadIdx.y takes a row, threadIdx.x a piece of
+// SPAN of its columns (PIECES of them, blockDim.x·SPAN apart, where rows are that long). A row's threads are
+// whole warps and wait for each other alone.
+template <int SPAN, int PIECES, typename F> __global__ void __launch_bounds__(ROW_BLOCK, 2) rows_kernel(F f) {
     wait_for_results();
-    f(Known<V>(), Known<PIECES>());
+    f(Known<SPAN>(), Known<PIECES>());
 }
+// for (auto [p, i] : pieces<SPAN, PIECES>(D)): the thread's pieces of a row of D numbers, piece p from i
+template <int SPAN, int PIECES> struct pieces {
+    int D, p, i;
+    __device__ pieces(int columns) : D(columns), p(0), i(threadIdx.x * SPAN) {}
+    __device__ pieces begin() const { return *this; }
+    __device__ pieces end() const { return *this; }
+    __device__ bool operator!=(const pieces &) const { return p < PIECES && i < D; }
+    __device__ void operator++() { p++; i += blockDim.x * SPAN; }
+    __device__ int2 operator*() const { return {p, i}; }
+};
 __device__ static inline int last_first(void) { return (gridDim.x - 1 - blockIdx.x) * blockDim.y + threadIdx.y; } // the row
 enum { MOST_COLUMNS = 64 * ROW_BLOCK, MOST_IN_EIGHTS = 4 * 8 * ROW_BLOCK }; // of a row
 static dim3 row_threads(int D, int in_eights) {
@@ -541,38 +603,38 @@ __device__ static inline uint64_t splitmix64_gpu(uint64_t z) {
     return z ^ (z >> 31);
 }
 
-// A mask of dropout, number by number that of the C function; the passes that need it compute it. Its key is in the
-// device's memory: a recorded step finds that of its own time there.
+// A mask of dropout, number by number that of the C function; the passes that need it compute it. Its key is
+// in the device's memory: a recorded step finds that of its own time there.
 typedef struct { const uint64_t *key; uint64_t place, threshold; float scale; } Mask;
 static uint64_t dropout_key(Dropout drop) { return splitmix64(splitmix64(drop.seed) ^ drop.micro_step); }
 static Mask mask_of(const uint64_t *key, double probability, int place) {
     return {key, (uint64_t)place, (uint64_t)(probability * 4294967296.0), (float)(1 / (1 - probability))};
 }
 // The factors of the numbers at, at + 1, ...
-template <int V> __device__ inline void read_mask(float factor[V], const Mask &mask, int64_t at) {
+template <int SPAN> __device__ inline Pack<SPAN> mask_at(const Mask &mask, int64_t at) {
+    Pack<SPAN> factor;
     uint64_t key = mask.threshold ? splitmix64_gpu(*mask.key ^ mask.place) : 0;
-    for (int e = 0; e < V; e++)
-        factor[e] = !mask.threshold ? 1 : (splitmix64_gpu(key ^ (uint64_t)(at + e)) >> 32) >= mask.threshold ? mask.scale : 0;
+    for (int c = 0; c < SPAN; c++)
+        factor[c] = !mask.threshold ? 1
+                    : (splitmix64_gpu(key ^ (uint64_t)(at + c)) >> 32) >= mask.threshold ? mask.scale : 0;
+    return factor;
 }
 
 // ----------------------------------------------------------------------------
 // layers, in the order in which data meets them
 
-// embedding_forward and dropout in one pass.
-static void embedding_forward_gpu(float *out, const int *inp, const float *wte, Mask mask, int B, int T, int D,
-                                  cudaStream_t stream) {
-    each((int64_t)B * T, D, wide({D}, {out, wte}), stream, [=] __device__ (auto V, int n, int i) {
-        float v[V], factor[V];
+// embedding_forward and dropout in one pass: out[n] = mask ⊙ wte[inp[n]]
+static void embedding_dropout_forward_gpu(float *out, const int *inp, const float *wte, Mask mask, int B,
+                                          int T, int D, cudaStream_t stream) {
+    each((int64_t)B * T, D, wide({D}, {out, wte}), stream, [=] __device__ (auto SPAN, int n, int i) {
         int64_t at = (int64_t)n * D + i;
-        read_some<V>(v, wte + (int64_t)inp[n] * D + i);
-        read_mask<V>(factor, mask, at);
-        for (int e = 0; e < V; e++) v[e] *= factor[e];
-        write_some<V>(out + at, v);
+        write(out + at, read<SPAN>(wte + (int64_t)inp[n] * D + i) * mask_at<SPAN>(mask, at));
     });
 }
 
-// What the gradient of the embedding reads: the batch's N tokens, of a vocabulary of V, in the device's memory and in the host's.
-// The rest is the fast way's: room for the lists of sort_tokens in both, scratch (V+1), and when the host may write again.
+// What the gradient of the embedding reads: the batch's N tokens, of a vocabulary of V, in the device's
+// memory and in the host's. The rest is the fast way's: room for the lists of sort_tokens in both, scratch
+// (V+1), when the host may write again.
 typedef struct {
     const int *device, *host;
     int N, V;
@@ -584,9 +646,11 @@ typedef struct {
 #include "dev/cuda/embedding.cuh"
 #endif
 
-// dwte[v] += Σ dout_n over the rows n with token v. A block takes token v, a lane of its warps a column i; 32 tokens are looked at
-// at once.
-[[maybe_unused]] __global__ static void embedding_backward_kernel(float *dwte, const float *dout, const int *inp, int N, int D) {
+// dwte[v] += Σ dout_n over the rows n with token v. A block takes token v, a lane of its warps a column i; 32
+// tokens are looked at at once.
+[[maybe_unused]]
+static __global__ void embedding_backward_kernel(float *dwte, const float *dout, const int *inp, int N,
+                                                 int D) {
     wait_for_results();
     int v = blockIdx.x, lane = threadIdx.x % 32;
     for (int i = threadIdx.x; i < (D + 31) / 32 * 32; i += blockDim.x) {
@@ -599,118 +663,105 @@ typedef struct {
         if (i < D) dwte[(int64_t)v * D + i] += sum;
     }
 }
-static void embedding_backward_gpu(float *dwte, Scratch scratch, const float *dout, Tokens tokens, int D, cudaStream_t stream) {
+static void embedding_backward_gpu(float *dwte, Scratch scratch, const float *dout, Tokens tokens, int D,
+                                   cudaStream_t stream) {
     if (!plain) return embedding_backward_fast(dwte, scratch, dout, tokens, D, stream);
     int threads = min_int((D + 31) / 32 * 32, 256);
     LAUNCH(embedding_backward_kernel, tokens.V, threads, 0, stream, dwte, dout, tokens.device, tokens.N, D);
 }
 
-// x += mask ⊙ branch, V numbers from place `at`
-template <int V, typename X>
-static __device__ inline void residual_forward_gpu(float x[V], const X *branch, const Mask &mask, int64_t at) {
-    float add[V], factor[V];
-    read_some<V>(add, branch + at);
-    read_mask<V>(factor, mask, at);
-    for (int e = 0; e < V; e++) x[e] += factor[e] * add[e];
-}
-
 // residual_forward and layernorm_forward in one pass:
 //     x += mask ⊙ branch (branch NULL: none),   kept = X(x) (NULL: not wanted),   out = LayerNorm(x)
 template <typename X>
-static void layernorm_forward_gpu(X *out, X *kept, float *mean, float *rstd, float *x, const X *branch, Mask mask,
-                                  const float *weight, const float *bias, int N, int D, cudaStream_t stream) {
-    rows(N, D, wide({D}, {out, kept, x, branch, weight, bias}), 0, stream, [=] __device__ (auto V, auto PIECES) {
+static void residual_layernorm_forward_gpu(X *out, X *kept, float *mean, float *rstd, float *x,
+                                           const X *branch, Mask mask, const float *weight, const float *bias,
+                                           int N, int D, cudaStream_t stream) {
+    int in_eights = wide({D}, {out, kept, x, branch, weight, bias});
+    rows(N, D, in_eights, 0, stream, [=] __device__ (auto SPAN, auto PIECES) {
         __shared__ float2 shared[2][ROW_BLOCK / 32];
         int n = last_first();
         if (n >= N) return;
-        float v[PIECES][V], sum = 0, squares = 0;
-        for (int p = 0, i = threadIdx.x * V; p < PIECES && i < D; p++, i += blockDim.x * V) {
-            int64_t at = (int64_t)n * D + i;
-            read_some<V>(v[p], x + at);
+        int64_t row = (int64_t)n * D;
+        Pack<SPAN> v[PIECES];
+        float sum = 0, squares = 0;
+        for (auto [p, i] : pieces<SPAN, PIECES>(D)) {
+            v[p] = read<SPAN>(x + row + i);
             if (branch) {
-                residual_forward_gpu<V>(v[p], branch, mask, at);
-                write_some<V>(x + at, v[p]);
+                v[p] += read<SPAN>(branch + row + i) * mask_at<SPAN>(mask, row + i);
+                write(x + row + i, v[p]);
             }
-            if (kept) write_some<V>(kept + at, v[p]);
-            for (int e = 0; e < V; e++) sum += v[p][e];
+            if (kept) write(kept + row + i, v[p]);
+            sum = add_up(sum, v[p]);
         }
         float m = row_sum(sum, 0, shared[0]).x / D;
-        for (int p = 0, i = threadIdx.x * V; p < PIECES && i < D; p++, i += blockDim.x * V)
-            for (int e = 0; e < V; e++) squares += (v[p][e] - m) * (v[p][e] - m);
+        for (auto [p, i] : pieces<SPAN, PIECES>(D)) squares = add_up(squares, (v[p] - m) * (v[p] - m));
         float r = 1 / sqrtf(row_sum(squares, 0, shared[1]).x / D + 1e-5f);
-        for (int p = 0, i = threadIdx.x * V; p < PIECES && i < D; p++, i += blockDim.x * V) {
-            float w[V], b[V];
-            read_some<V>(w, weight + i);
-            read_some<V>(b, bias + i);
-            for (int e = 0; e < V; e++) v[p][e] = (v[p][e] - m) * r * w[e] + b[e];
-            write_some<V>(out + (int64_t)n * D + i, v[p]);
-        }
+        for (auto [p, i] : pieces<SPAN, PIECES>(D))
+            write(out + row + i, (v[p] - m) * r * read<SPAN>(weight + i) + read<SPAN>(bias + i));
         if (threadIdx.x == 0) { mean[n] = m; rstd[n] = r; }
     });
 }
 
 // layernorm_backward, and all that wants its operands or its result:
 //     dx += ..., the sums dweight and dbias over the rows,
-//     dbranch = X(mask ⊙ dx) with its sums dbranch_bias: the gradient of the branch added below; without one (NULL),
-//     dx itself is masked
+//     dbranch = X(mask ⊙ dx) with its sums dbranch_bias: the gradient of the branch added below; without one
+//     (NULL) dx itself is masked
 // fresh: dx starts from 0. A block keeps the sums of its rows in registers.
 template <typename X>
-static void layernorm_backward_gpu(float *dx, float *dweight, float *dbias, X *dbranch, float *dbranch_bias,
-                                   Mask mask, int fresh, const X *dout, const X *x, const float *mean, const float *rstd,
-                                   const float *weight, int N, int D, ColumnSums *sums, cudaStream_t stream) {
+static void residual_layernorm_backward_gpu(float *dx, float *dweight, float *dbias, X *dbranch,
+                                            float *dbranch_bias, Mask mask, int fresh, const X *dout,
+                                            const X *x, const float *mean, const float *rstd,
+                                            const float *weight, int N, int D, ColumnSums *sums,
+                                            cudaStream_t stream) {
     int in_eights = wide({D}, {dx, dbranch, dout, x, weight}) && D <= MOST_IN_EIGHTS,
         chunks = row_blocks(N, D, in_eights, BLOCKS_AT_ONCE / 2);
     float *partial = sums_place(sums, (int64_t)chunks * 3 * D);
-    rows(N, D, in_eights, BLOCKS_AT_ONCE / 2, stream, [=] __device__ (auto V, auto PIECES) {
+    rows(N, D, in_eights, BLOCKS_AT_ONCE / 2, stream, [=] __device__ (auto SPAN, auto PIECES) {
         __shared__ float2 shared[2][ROW_BLOCK / 32];
-        __shared__ float parts[ROW_BLOCK * V];
-        float sums[3][PIECES][V] = {}, v[PIECES][V], g[PIECES][V], d[PIECES][V] = {};
-        int turn = 0;
-        for (int n = N - 1 - (int)(blockIdx.x * blockDim.y + threadIdx.y); n >= 0; n -= gridDim.x * blockDim.y) {
+        __shared__ float parts[ROW_BLOCK * SPAN];
+        Pack<SPAN> sums[3][PIECES] = {}, v[PIECES], g[PIECES], d[PIECES] = {};
+        int turn = 0, last = N - 1 - (int)(blockIdx.x * blockDim.y + threadIdx.y);
+        for (int n = last; n >= 0; n -= gridDim.x * blockDim.y) {
+            int64_t row = (int64_t)n * D;
             float m = mean[n], r = rstd[n], sum = 0, dot = 0;
-            for (int p = 0, i = threadIdx.x * V; p < PIECES && i < D; p++, i += blockDim.x * V) {
-                float w[V];
-                int64_t at = (int64_t)n * D + i;
-                read_some<V>(v[p], x + at);
-                read_some<V>(g[p], dout + at);
-                if (!fresh) read_some<V>(d[p], dx + at);
-                read_some<V>(w, weight + i);
-                for (int e = 0; e < V; e++) {
-                    v[p][e] = (v[p][e] - m) * r;
-                    sums[0][p][e] += g[p][e] * v[p][e];
-                    sums[1][p][e] += g[p][e];
-                    g[p][e] *= w[e];
-                    sum += g[p][e];
-                    dot += g[p][e] * v[p][e];
-                }
+            for (auto [p, i] : pieces<SPAN, PIECES>(D)) {
+                v[p] = read<SPAN>(x + row + i);
+                g[p] = read<SPAN>(dout + row + i);
+                if (!fresh) d[p] = read<SPAN>(dx + row + i);
+                Pack<SPAN> w = read<SPAN>(weight + i);
+                v[p] = (v[p] - m) * r;
+                sums[0][p] += g[p] * v[p];
+                sums[1][p] += g[p];
+                g[p] *= w;
+                sum = add_up(sum, g[p]);
+                dot = add_up(dot, g[p] * v[p]);
             }
             float2 both = row_sum(sum / D, dot / D, shared[turn]);
             turn = !turn;
-            for (int p = 0, i = threadIdx.x * V; p < PIECES && i < D; p++, i += blockDim.x * V) {
-                float factor[V];
-                int64_t at = (int64_t)n * D + i;
-                read_mask<V>(factor, mask, at);
-                for (int e = 0; e < V; e++) {
-                    d[p][e] = (fresh ? 0 : d[p][e]) + r * (g[p][e] - both.x - v[p][e] * both.y);
-                    factor[e] *= d[p][e];
-                    sums[2][p][e] += factor[e];
-                    if (!dbranch) d[p][e] = factor[e];
+            for (auto [p, i] : pieces<SPAN, PIECES>(D)) {
+                Pack<SPAN> masked = mask_at<SPAN>(mask, row + i);
+                for (int c = 0; c < SPAN; c++) { // number by number: of packs it would fuse one product more
+                    d[p][c] = (fresh ? 0 : d[p][c]) + r * (g[p][c] - both.x - v[p][c] * both.y);
+                    masked[c] *= d[p][c];
+                    sums[2][p][c] += masked[c];
+                    if (!dbranch) d[p][c] = masked[c];
                 }
-                write_some<V>(dx + at, d[p]);
-                if (dbranch) write_some<V>(dbranch + at, factor);
+                write(dx + row + i, d[p]);
+                if (dbranch) write(dbranch + row + i, masked);
             }
         }
 #pragma unroll
         for (int k = 0; k < 3; k++)
             for (int p = 0; p < PIECES; p++) {
-                int i = (p * blockDim.x + threadIdx.x) * V, at = threadIdx.y * blockDim.x + threadIdx.x;
+                int i = (p * blockDim.x + threadIdx.x) * SPAN, at = threadIdx.y * blockDim.x + threadIdx.x;
                 __syncthreads();
-                for (int e = 0; e < V; e++) parts[e * ROW_BLOCK + at] = sums[k][p][e];
+                for (int c = 0; c < SPAN; c++) parts[c * ROW_BLOCK + at] = sums[k][p][c];
                 __syncthreads();
-                for (int e = 0; e < V && threadIdx.y == 0 && i < D; e++) {
+                for (int c = 0; c < SPAN && threadIdx.y == 0 && i < D; c++) {
                     float all = 0;
-                    for (int y = 0; y < (int)blockDim.y; y++) all += parts[e * ROW_BLOCK + y * blockDim.x + threadIdx.x];
-                    partial[(blockIdx.x * 3 + k) * D + i + e] = all;
+                    for (int y = 0; y < (int)blockDim.y; y++)
+                        all += parts[c * ROW_BLOCK + y * blockDim.x + threadIdx.x];
+                    partial[(blockIdx.x * 3 + k) * D + i + c] = all;
                 }
             }
     });
@@ -747,11 +798,12 @@ static void linear_backward_gpu(X *dinp, float *dweight, const X *dout, int ld_d
 // Φ(x), with the polynomial of normal_cdf and gauss = e^(-x²/2)
 __device__ static inline float normal_cdf_gpu(float x, float gauss) {
     float t = __fdividef(1, 1 + 0.3f * fabsf(x));
-    float tail = gauss * t * (0.11962327f + t * (0.12084553f + t * (0.099347115f + t * (0.1304165f + t * (-0.057167433f
-                              + t * (0.21011846f + t * (-0.15937835f + t * 0.036194865f)))))));
+    float tail = gauss * t * (0.11962327f + t * (0.12084553f + t * (0.099347115f + t * (0.1304165f
+                 + t * (-0.057167433f + t * (0.21011846f + t * (-0.15937835f + t * 0.036194865f)))))));
     return x < 0 ? tail : 1 - tail;
 }
-__device__ static inline float gelu_gpu(float x) { return x * normal_cdf_gpu(x, __expf(-x * x / 2)); }
+__device__ static inline float gauss_gpu(float x) { return __expf(-x * x / 2); }
+__device__ static inline float gelu_gpu(float x) { return x * normal_cdf_gpu(x, gauss_gpu(x)); }
 
 // γ = γ_max tanh(w·ā + b), from the row's w·ā
 static __device__ inline float gain_forward_gpu(float dot, float bias, float gamma_max) {
@@ -762,25 +814,25 @@ static __device__ inline float gain_backward_gpu(float dgamma, float ratio, floa
     return dgamma * gamma_max * (1 - ratio * ratio);
 }
 
-// gelu_forward and, where there is a gain (weight not NULL), gain_forward of its output, in one pass.
+// gelu_forward and, where there is a gain (weight not NULL), gain_forward of its output, in one pass. A row's
+// threads take two rows at once.
 template <typename X>
-static void gelu_forward_gpu(X *out, float *gamma, const X *inp, int ld, const float *weight, const float *bias,
-                             float gamma_max, int N, int D, cudaStream_t stream) {
-    rows((N + 1) / 2, D, wide({D, ld}, {out, inp, weight}), 0, stream, [=] __device__ (auto V, auto PIECES) { // two rows at once
+static void gelu_gain_forward_gpu(X *out, float *gamma, const X *inp, int ld, const float *weight,
+                                  const float *bias, float gamma_max, int N, int D, cudaStream_t stream) {
+    int in_eights = wide({D, ld}, {out, inp, weight});
+    rows((N + 1) / 2, D, in_eights, 0, stream, [=] __device__ (auto SPAN, auto PIECES) {
         __shared__ float2 shared[ROW_BLOCK / 32];
         int n = 2 * last_first(), both = n + 1 < N; // without both, n twice
         if (n >= N) return;
         float dot[2] = {};
-        for (int p = 0, i = threadIdx.x * V; p < PIECES && i < D; p++, i += blockDim.x * V) {
-            float v[2][V], w[V];
-            for (int r = 0; r < 2; r++) read_some<V>(v[r], inp + (int64_t)(n + r * both) * ld + i);
-            if (weight) read_some<V>(w, weight + i);
+        for (auto [p, i] : pieces<SPAN, PIECES>(D)) {
+            Pack<SPAN> v[2], w;
+            for (int r = 0; r < 2; r++) v[r] = read<SPAN>(inp + (int64_t)(n + r * both) * ld + i);
+            if (weight) w = read<SPAN>(weight + i);
             for (int r = 0; r < 2; r++) {
-                for (int e = 0; e < V; e++) {
-                    v[r][e] = gelu_gpu(v[r][e]);
-                    if (weight) dot[r] += get(to<X>(v[r][e])) * w[e];
-                }
-                write_some<V>(out + (int64_t)(n + r * both) * D + i, v[r]);
+                v[r] = each_of(v[r], gelu_gpu);
+                if (weight) dot[r] = add_up(dot[r], each_of(v[r], rounded<X>) * w);
+                write(out + (int64_t)(n + r * both) * D + i, v[r]);
             }
         }
         if (!weight) return;
@@ -794,76 +846,73 @@ static void gelu_forward_gpu(X *out, float *gamma, const X *inp, int ld, const f
 //     dinp = (dout + pre·weight) GELU'(inp),   dweight += Σ_n pre_n GELU(inp_n),   dweight_bias += Σ_n pre_n
 // and dinp_bias += Σ_n dinp_n for the layer before. dinp may be inp.
 template <typename X>
-static void gelu_backward_gpu(X *dinp, float *dinp_bias, float *dweight, float *dweight_bias, const X *dout, const X *inp,
-                              int ld, const float *dgamma, const float *gamma, const float *weight, float gamma_max, int N,
-                              int D, ColumnSums *sums, cudaStream_t stream) {
+static void gelu_gain_backward_gpu(X *dinp, float *dinp_bias, float *dweight, float *dweight_bias,
+                                   const X *dout, const X *inp, int ld, const float *dgamma,
+                                   const float *gamma, const float *weight, float gamma_max, int N, int D,
+                                   ColumnSums *sums, cudaStream_t stream) {
     int in_eights = wide({D, ld}, {dinp, dout, inp, weight});
     each_with_sums({dinp_bias, dweight, dweight_bias}, sums, N, D, in_eights, stream,
-                   [=] __device__ (auto V, int n, int i, auto &sum) {
-        float v[V], g[V], w[V], ratio = weight ? gamma[n] / gamma_max : 0,
+                   [=] __device__ (auto SPAN, int n, int i, auto &sum) {
+        float ratio = weight ? gamma[n] / gamma_max : 0,
             pre = weight ? gain_backward_gpu(dgamma[n], ratio, gamma_max) : 0;
-        read_some<V>(v, inp + (int64_t)n * ld + i);
-        read_some<V>(g, dout + (int64_t)n * D + i);
-        if (weight) read_some<V>(w, weight + i);
-        for (int e = 0; e < V; e++) {
-            float gauss = __expf(-v[e] * v[e] / 2), cdf = normal_cdf_gpu(v[e], gauss);
-            if (weight) g[e] += pre * w[e];
-            sum[1][e] += pre * get(to<X>(v[e] * cdf));
-            g[e] *= cdf + v[e] * gauss * 0.39894228040143267794f;
-            sum[0][e] += g[e];
-            sum[2][e] += pre;
-        }
-        write_some<V>(dinp + (int64_t)n * ld + i, g);
+        Pack<SPAN> v = read<SPAN>(inp + (int64_t)n * ld + i), grad = read<SPAN>(dout + (int64_t)n * D + i);
+        if (weight) grad += pre * read<SPAN>(weight + i);
+        Pack<SPAN> gauss = each_of(v, gauss_gpu), cdf;
+        for (int c = 0; c < SPAN; c++) cdf[c] = normal_cdf_gpu(v[c], gauss[c]);
+        sum[1] += pre * each_of(v * cdf, rounded<X>);
+        grad *= cdf + v * gauss * 0.39894228040143267794f;
+        sum[0] += grad;
+        sum[2] += pre;
+        write(dinp + (int64_t)n * ld + i, grad);
     });
 }
 
-// The pairs among the V numbers v of row n from column i on, turned.
+// The pairs among the SPAN numbers v of row n from column i on, turned.
 typedef struct { const float *cosine, *sine; int T, half, first; float direction; } Rope;
-template <int V> __device__ inline void turn_pairs(float v[V], const Rope &rope, int n, int i) {
-    enum { PAIRS = V / 2 };
+template <int SPAN> __device__ inline void turn_pairs(float v[SPAN], const Rope &rope, int n, int i) {
     int64_t at = (int64_t)(rope.first + n % rope.T) * rope.half + i / 2 % rope.half;
-    float c[PAIRS], s[PAIRS];
-    read_some<PAIRS>(c, rope.cosine + at);
-    read_some<PAIRS>(s, rope.sine + at);
-    for (int e = 0; e < PAIRS; e++) {
-        float even = v[2 * e], odd = v[2 * e + 1];
-        v[2 * e] = even * c[e] - odd * rope.direction * s[e];
-        v[2 * e + 1] = even * rope.direction * s[e] + odd * c[e];
+    Pack<SPAN / 2> cosine = read<SPAN / 2>(rope.cosine + at), sine = read<SPAN / 2>(rope.sine + at);
+    for (int c = 0; c < SPAN / 2; c++) {
+        float even = v[2 * c], odd = v[2 * c + 1];
+        v[2 * c] = even * cosine[c] - odd * rope.direction * sine[c];
+        v[2 * c + 1] = even * rope.direction * sine[c] + odd * cosine[c];
     }
 }
 // A thread takes 8 numbers, or one pair; i counts numbers, or pairs.
 template <typename X>
-static void rope_forward_gpu(X *x, int ld, const float *cosine, const float *sine, int N, int T, int heads, int d, int first,
-                             float direction, cudaStream_t stream) {
+static void rope_forward_gpu(X *x, int ld, const float *cosine, const float *sine, int N, int T, int heads,
+                             int d, int first, float direction, cudaStream_t stream) {
     Rope rope = {cosine, sine, T, d / 2, first, direction};
     int in_eights = wide({d, ld}, {x, cosine, sine});
-    each(N, heads * (in_eights ? d : d / 2), in_eights, stream, [=] __device__ (auto V, int n, int i) {
-        constexpr int COUNT = V == 1 ? 2 : V;
-        X *place = x + (int64_t)n * ld + (V == 1 ? 2 * i : i);
+    each(N, heads * (in_eights ? d : d / 2), in_eights, stream, [=] __device__ (auto SPAN, int n, int i) {
+        constexpr int COUNT = SPAN == 1 ? 2 : SPAN;
+        int first_one = SPAN == 1 ? 2 * i : i;
+        X *place = x + (int64_t)n * ld + first_one;
         float v[COUNT];
-        for (int e = 0; e < COUNT; e += V) read_some<V>(v + e, place + e);
-        turn_pairs<COUNT>(v, rope, n, V == 1 ? 2 * i : i);
-        for (int e = 0; e < COUNT; e += V) write_some<V>(place + e, v + e);
+        for (int c = 0; c < COUNT; c += SPAN) read_some<SPAN>(v + c, place + c);
+        turn_pairs<COUNT>(v, rope, n, first_one);
+        for (int c = 0; c < COUNT; c += SPAN) write_some<SPAN>(place + c, v + c);
     });
 }
 
-// rope_backward of the first `turned` columns, and the sums of all `width` columns over the rows: the gradient of the
-// projections' bias. Where a thread takes one number, its neighbour has the other of the pair.
+// rope_backward of the first `turned` columns, and the sums of all `width` columns over the rows: the
+// gradient of the projections' bias. Where a thread takes one number, its neighbour has the other of the
+// pair.
 template <typename X>
-static void rope_backward_gpu(X *dx, float *dbias, int ld, Rope rope, int N, int turned, int width, ColumnSums *sums,
-                              cudaStream_t stream) {
+static void rope_bias_backward_gpu(X *dx, float *dbias, int ld, Rope rope, int N, int turned, int width,
+                                   ColumnSums *sums, cudaStream_t stream) {
     each_with_sums({dbias}, sums, N, width, wide({2 * rope.half, width, ld}, {dx, rope.cosine, rope.sine}), stream,
-                   [=] __device__ (auto V, int n, int i, auto &sum) {
-        constexpr int COUNT = V == 1 ? 2 : V;
+                   [=] __device__ (auto SPAN, int n, int i, auto &sum) {
+        constexpr int COUNT = SPAN == 1 ? 2 : SPAN;
         float v[COUNT];
-        int lane = threadIdx.x % 32, odd = V == 1 && i % 2;
-        read_some<V>(v + odd, dx + (int64_t)n * ld + i);
+        int lane = threadIdx.x % 32, odd = SPAN == 1 && i % 2;
+        read_some<SPAN>(v + odd, dx + (int64_t)n * ld + i);
         if (i < turned) {
-            if (V == 1) v[!odd] = __shfl_xor_sync(3u << (lane & ~1), v[odd], 1);
+            if (SPAN == 1) v[!odd] = __shfl_xor_sync(3u << (lane & ~1), v[odd], 1);
             turn_pairs<COUNT>(v, rope, n, i - odd);
-            write_some<V>(dx + (int64_t)n * ld + i, v + odd);
+            write_some<SPAN>(dx + (int64_t)n * ld + i, v + odd);
         }
-        for (int e = 0; e < V; e++) sum[0][e] += v[odd + e];
+        for (int c = 0; c < SPAN; c++) sum[0][c] += v[odd + c];
     });
 }
 
@@ -1071,16 +1120,15 @@ static void attention_backward_gpu(X *dq, X *dk, X *dv, float *dbias, Scratch sc
         for (int item = 0; item < heads.items; item++)
             attention_group_backward_gpu(item, heads, dq, dk, dv, both, dout, stats, q, k, v, shape, way->P, stream);
     }
-    if (dbias) rope_backward_gpu(dq, dbias, shape.ld, rope, shape.B * shape.T, turned, width, sums, stream);
+    if (dbias)
+        rope_bias_backward_gpu(dq, dbias, shape.ld, rope, shape.B * shape.T, turned, width, sums, stream);
 }
 
 // out = Y(x)       x (N,D), out: D of the ld columns of each row
 template <typename Y, typename X>
 static void copy_gpu(Y *out, int ld, const X *x, int N, int D, cudaStream_t stream) {
-    each(N, D, wide({D, ld}, {out, x}), stream, [=] __device__ (auto V, int n, int i) {
-        float v[V];
-        read_some<V>(v, x + (int64_t)n * D + i);
-        write_some<V>(out + (int64_t)n * ld + i, v);
+    each(N, D, wide({D, ld}, {out, x}), stream, [=] __device__ (auto SPAN, int n, int i) {
+        write(out + (int64_t)n * ld + i, read<SPAN>(x + (int64_t)n * D + i));
     });
 }
 
@@ -1250,61 +1298,52 @@ static void feedback_backward_gpu(X *df, X *dq, X *dk, float *dgamma, float *dbi
         matmul_gpu(into(at.dk, D, all), transpose_gpu(dl), q_I, end, D, n, scale, (float)!last, B, stream);
     }
     copy_gpu(dk, ld, at.dk, B * T, D, stream);
-    if (dbias) rope_backward_gpu(dq, dbias, ld, {}, B * T, 0, 2 * D, sums, stream);
+    if (dbias) rope_bias_backward_gpu(dq, dbias, ld, {}, B * T, 0, 2 * D, sums, stream);
 }
 
-// gate_forward and dropout in one pass.
+// gate_forward and dropout in one pass: out = mask ⊙ s ⊙ g
 template <typename X>
-static void gate_forward_gpu(X *out, const X *s, const X *g, int ld, Mask mask, int N, int D, cudaStream_t stream) {
-    each(N, D, wide({D, ld}, {out, s, g}), stream, [=] __device__ (auto V, int n, int i) {
-        float v[V], w[V], factor[V];
+static void gate_dropout_forward_gpu(X *out, const X *s, const X *g, int ld, Mask mask, int N, int D,
+                                     cudaStream_t stream) {
+    each(N, D, wide({D, ld}, {out, s, g}), stream, [=] __device__ (auto SPAN, int n, int i) {
         int64_t at = (int64_t)n * D + i;
-        read_some<V>(v, s + at);
-        read_some<V>(w, g + (int64_t)n * ld + i);
-        read_mask<V>(factor, mask, at);
-        for (int e = 0; e < V; e++) v[e] *= w[e] * factor[e];
-        write_some<V>(out + at, v);
+        write(out + at, read<SPAN>(s + at) * (read<SPAN>(g + (int64_t)n * ld + i) * mask_at<SPAN>(mask, at)));
     });
 }
 
 // gate_backward, with dropout: ds = mask ⊙ dout ⊙ g,   dg = mask ⊙ dout ⊙ s with its sums dg_bias
 // ds may be dout, and dg may be g.
 template <typename X>
-static void gate_backward_gpu(X *ds, X *dg, float *dg_bias, const X *dout, const X *s, const X *g, int ld, Mask mask, int N, int D,
-                              ColumnSums *sums, cudaStream_t stream) {
+static void gate_dropout_backward_gpu(X *ds, X *dg, float *dg_bias, const X *dout, const X *s, const X *g,
+                                      int ld, Mask mask, int N, int D, ColumnSums *sums,
+                                      cudaStream_t stream) {
     each_with_sums({dg_bias}, sums, N, D, wide({D, ld}, {ds, dg, dout, s, g}), stream,
-                   [=] __device__ (auto V, int n, int i, auto &sum) {
-        float grad[V], v[V], w[V], factor[V];
-        int64_t at = (int64_t)n * D + i, at_wide = (int64_t)n * ld + i;
-        read_some<V>(grad, dout + at);
-        read_some<V>(v, s + at);
-        read_some<V>(w, g + at_wide);
-        read_mask<V>(factor, mask, at);
-        for (int e = 0; e < V; e++) {
-            grad[e] *= factor[e];
-            v[e] *= grad[e];
-            w[e] *= grad[e];
-            sum[0][e] += v[e];
-        }
-        write_some<V>(dg + at_wide, v);
-        write_some<V>(ds + at, w);
+                   [=] __device__ (auto SPAN, int n, int i, auto &sum) {
+        int64_t at = (int64_t)n * D + i, wide_at = (int64_t)n * ld + i;
+        Pack<SPAN> grad = read<SPAN>(dout + at), v = read<SPAN>(s + at), w = read<SPAN>(g + wide_at);
+        grad *= mask_at<SPAN>(mask, at);
+        sum[0] += grad * v;
+        write(dg + wide_at, grad * v);
+        write(ds + at, grad * w);
     });
 }
 
-// A block takes a row of V logits, a thread every blockDim-th piece, with a running maximum: the row's loss logsumexp -
-// logit of the target (0 if there is none), whether the target is the likeliest, and the logsumexp on all threads.
-template <int V_, typename X>
-static __device__ inline float crossentropy_forward_gpu(float *loss, char *hit, const X *row, int target, int V) {
+// A block takes a row of V logits, a thread every blockDim-th piece, with a running maximum: the row's loss
+// logsumexp - logit of the target (0 if there is none), whether the target is the likeliest, and the
+// logsumexp on all threads.
+template <int SPAN, typename X>
+static __device__ inline float crossentropy_forward_gpu(float *loss, char *hit, const X *row, int target,
+                                                        int V) {
     __shared__ float shared[32];
     float max = -1e30f, sum = 0, logit = target < 0 ? 0 : get(row[target]), counts = target >= 0;
-    for (int i = threadIdx.x * V_; i < V; i += blockDim.x * V_) {
-        float v[V_], top = max;
-        read_some<V_>(v, row + i);
-        if (i + V_ > V) for (int e = 0; e < V_; e++) v[e] = i + e < V ? v[e] : -INFINITY;
-        for (int e = 0; e < V_; e++) top = fmaxf(top, v[e]);
+    for (int i = threadIdx.x * SPAN; i < V; i += blockDim.x * SPAN) {
+        float top = max;
+        Pack<SPAN> v = read<SPAN>(row + i);
+        if (i + SPAN > V) for (int c = 0; c < SPAN; c++) v[c] = i + c < V ? v[c] : -INFINITY;
+        for (int c = 0; c < SPAN; c++) top = fmaxf(top, v[c]);
         sum *= __expf(max - top);
         max = top;
-        for (int e = 0; e < V_; e++) sum += __expf(v[e] - max);
+        sum = add_up(sum, each_of(v - max, __expf));
     }
     float top = block_max(max, shared);
     sum = block_sum(sum * __expf(max - top), shared);
@@ -1315,36 +1354,36 @@ static __device__ inline float crossentropy_forward_gpu(float *loss, char *hit, 
     }
     return logsumexp;
 }
-// The row's gradient with dloss 1, softmax - 1 at the target: the products behind it scale. The second reading of the row
-// comes from the L2 cache. The piece at the end of the row may reach past V, not past ld; there drow is 0. drow may be row.
-template <int V_, typename X>
-static __device__ inline void crossentropy_backward_gpu(X *drow, const X *row, float logsumexp, int target, int V) {
+// The row's gradient with dloss 1, softmax - 1 at the target: the products behind it scale. The second
+// reading of the row comes from the L2 cache. The piece at the end of the row may reach past V, not past
+// ld; there drow is 0. drow may be row.
+template <int SPAN, typename X>
+static __device__ inline void crossentropy_backward_gpu(X *drow, const X *row, float logsumexp, int target,
+                                                        int V) {
     if (target < 0) logsumexp = INFINITY; // all 0
-    for (int i = threadIdx.x * V_; i < V; i += blockDim.x * V_) {
-        float v[V_];
-        read_some<V_>(v, row + i);
-        for (int e = 0; e < V_; e++) v[e] = __expf(v[e] - logsumexp);
-        if (target / V_ == i / V_ && target >= 0) for (int e = 0; e < V_; e++) v[e] -= i + e == target;
-        if (i + V_ > V) for (int e = 0; e < V_; e++) v[e] = i + e < V ? v[e] : 0;
-        write_some<V_>(drow + i, v);
+    for (int i = threadIdx.x * SPAN; i < V; i += blockDim.x * SPAN) {
+        Pack<SPAN> v = each_of(read<SPAN>(row + i) - logsumexp, __expf);
+        if (target / SPAN == i / SPAN && target >= 0) for (int c = 0; c < SPAN; c++) v[c] -= i + c == target;
+        if (i + SPAN > V) for (int c = 0; c < SPAN; c++) v[c] = i + c < V ? v[c] : 0;
+        write(drow + i, v);
     }
 }
 // Both, the second unless dlogits is NULL. Rows are ld apart.
-template <int V_, typename X>
+template <int SPAN, typename X>
 __global__ void crossentropy_kernel(float *losses, char *hits, X *dlogits, const X *logits, int64_t ld,
                                     const int *targets, int V) {
     wait_for_results();
     int target = targets[blockIdx.x];
     const X *row = logits + blockIdx.x * ld;
-    float logsumexp = crossentropy_forward_gpu<V_>(losses + blockIdx.x, hits + blockIdx.x, row, target, V);
-    if (dlogits) crossentropy_backward_gpu<V_>(dlogits + blockIdx.x * ld, row, logsumexp, target, V);
+    float logsumexp = crossentropy_forward_gpu<SPAN>(losses + blockIdx.x, hits + blockIdx.x, row, target, V);
+    if (dlogits) crossentropy_backward_gpu<SPAN>(dlogits + blockIdx.x * ld, row, logsumexp, target, V);
 }
 template <typename X>
-static void crossentropy_gpu(float *losses, char *hits, X *dlogits, const X *logits, int64_t ld, const int *targets,
-                             int N, int V, cudaStream_t stream) {
+static void crossentropy_gpu(float *losses, char *hits, X *dlogits, const X *logits, int64_t ld,
+                             const int *targets, int N, int V, cudaStream_t stream) {
     int threads = V > 4096 ? 1024 : V > 1024 ? 256 : 32;
-    LAUNCH((wide({ld}, {logits}) ? crossentropy_kernel<8, X> : crossentropy_kernel<1, X>), N, threads, 0, stream, losses, hits,
-           dlogits, logits, ld, targets, V);
+    auto kernel = wide({ld}, {logits}) ? crossentropy_kernel<8, X> : crossentropy_kernel<1, X>;
+    LAUNCH(kernel, N, threads, 0, stream, losses, hits, dlogits, logits, ld, targets, V);
 }
 
 // ----------------------------------------------------------------------------
@@ -1403,11 +1442,11 @@ template <typename X> static Ways ways_of(const Config *c, int B, int T, int P, 
 
 // The first member is a Model as the other parts know it: configuration, table of parameters, and in the host's memory
 // a copy of the parameters or of what belongs to them, made when asked for. The device's blocks have their tensors at
-// `places`: at multiples of 64 numbers, but for those that follow another within one product.
+// the table's `places`: multiples of 64 numbers, but for what follows another within one product.
 template <typename X> struct ModelGPU {
     Model host;
     char *memory;                                // all of the model, one allocation
-    int64_t count, *places;                      // numbers in a block; (rows of the table)
+    int64_t count;                               // numbers in a block
     float *params, *exp_avg, *exp_avg_sq, *grads; // in the order of Block
     X *copy;                                     // the parameters as X: products read them; float: params itself
     unsigned char *decayed;                      // for each 64 numbers
@@ -1541,19 +1580,44 @@ template <typename X> static const MixerGPU<X> mixers_gpu[N_MIXERS] = {
 static int proj_ld(const Config *c) { return c->mixer == MAMBA2 ? (int)round_up(proj_width(c), 8) : proj_width(c); }
 
 // What Mamba-2 takes, which stands behind the update.
-template <typename X> static void mamba2_activations_gpu(ModelGPU<X> *m, int l, int B, int T, Mode mode);
+template <typename X>
+static void mamba2_activations_gpu(ModelGPU<X> *m, ActivationList *list, int l, Mode mode);
 static int64_t mamba2_sums_room(const Config *c, int B, int T);
 static int64_t scan_scratch_gpu(ScanShape scan);
 static int scan_fits(const Config *c, size_t number);
+template <typename X> static int scan_chunk(const Config *c);
 
+// The list of train_sessa.c. What differs here: rows are padded, and the scan's chunks are of
+// another height.
+template <typename X> static ActivationList list_activations_gpu(const Config *c, int B, int T, Mode mode) {
+    ActivationList list = list_activations(c, B, T, mode);
+    find_activation(&list, "proj")->shape[2] = find_activation(&list, "dproj")->shape[2] = proj_ld(c);
+    find_activation(&list, "logits")->shape[2] = round_up(c->vocab_size, 8);
+    if (c->mixer == MAMBA2) {
+        int chunk = scan_chunk<X>(c);
+        find_activation(&list, "states")->shape[0] = (int64_t)B * ((T + chunk - 1) / chunk);
+    }
+    return list;
+}
+
+// A buffer of the twin's own.
 template <typename Y>
 static Y *add_activation(Table *table, Y *block, int layer, const char *name, int n_dims, int64_t d0, int64_t d1, int64_t d2) {
     if (table->count >= 0) table->count = round_up(table->count, 64);
     add_tensor(table, NULL, layer, name, n_dims, d0, d1, d2);
-    const Tensor *row = &table->rows[table->n - 1];
+    const Tensor *row = table->last;
     if (table->count >= 0) table->count += GUARD / (int64_t)sizeof(Y);
     if (block) guard(block + row->offset + row->count, block + round_up(table->count, 64), name, layer);
     return block ? block + row->offset : NULL;
+}
+
+// A tensor of the list, and its views.
+template <typename Y>
+static Y *activation_gpu(Table *table, Y *block, ActivationList *list, int layer, const char *name) {
+    const Activation *a = find_activation(list, name);
+    Y *place = add_activation(table, block, layer, name, a->n_dims, a->shape[0], a->shape[1], a->shape[2]);
+    add_views(table, list, layer, name);
+    return place;
 }
 
 // Numbers for the partial sums of a layer's passes, and of ln_f's, which come before the first layer's.
@@ -1591,100 +1655,76 @@ template <typename X> static Room room_of(const Config *c, int B, int T, Mode mo
     return room;
 }
 
-// The list of carve_activations, in two blocks. The outputs of LayerNorm, GELU and gate are not shared as there, but kept for the
-// backward pass; a KEEP_ALL model shares nothing but f and the branch.
+// As carve_activations, in two blocks. The outputs of LayerNorm, GELU and gate are not shared as
+// there, but kept for the backward pass; a KEEP_ALL model shares nothing but f and the branch.
 template <typename X> static void carve_activations_gpu(ModelGPU<X> *m, int B, int T, Mode mode) {
     const Config *c = &m->host.config;
-    int D = c->d_model, H = c->n_heads, d = D / H, kv_width = c->n_kv_heads * d, E = proj_ld(c);
+    int D = c->d_model, H = c->n_heads;
     int sessa = c->mixer == SESSA, mamba2 = c->mixer == MAMBA2, training = mode >= TRAIN, keep_all = mode == KEEP_ALL;
     ActivationsGPU<X> *acts = &m->acts;
     Table *t = &m->x_table, *f = &m->f_table;
     X *x = m->x_block;
     float *fb = m->f_block;
+    ActivationList list = list_activations_gpu<X>(c, B, T, mode);
+    auto in_x = [&](int l, const char *name) { return activation_gpu(t, x, &list, l, name); };
+    auto in_f = [&](int l, const char *name) { return activation_gpu(f, fb, &list, l, name); };
     t->n = f->n = 0;
     t->count = f->count = 0;
     Room room = room_of<X>(c, B, T, mode, &m->ways);
-    X *read = training ? add_activation(t, x, -1, "encoded", 3, B, T, D) : NULL; // by the next layer
+    X *read = training ? in_x(-1, "encoded") : NULL; // by the next layer
     for (int l = 0; l < c->n_layers; l++) {
         LayerActivationsGPU<X> *a = &acts->layers[l];
         if (l > 0) *a = acts->layers[0];
         a->x = read;
-        if (mamba2) mamba2_activations_gpu(m, l, B, T, mode);
+        if (mamba2) mamba2_activations_gpu(m, &list, l, mode);
         else {
-            a->proj = add_activation(t, x, l, "proj", 3, B, T, E);
-            add_view(t, l, "q", "proj", 0, D);
-            add_view(t, l, "k", "proj", D, kv_width);
-            add_view(t, l, "v", "proj", D + kv_width, kv_width);
-            a->s = add_activation(t, x, l, "s", 3, B, T, D);
+            a->proj = in_x(l, "proj");
+            a->s = in_x(l, "s");
         }
-        if (sessa) add_view(t, l, "fb_q", "proj", E - 2 * D, D);
-        if (sessa) add_view(t, l, "fb_k", "proj", E - D, D);
-        if (c->mixer == ATTENTION) add_view(t, l, "f", "s", 0, D);
         if (l == 0 || training) {
-            a->ln_mean = add_activation(f, fb, l, "ln_mean", 2, B, T, 1);
-            a->ln_rstd = add_activation(f, fb, l, "ln_rstd", 2, B, T, 1);
-            a->ag = add_activation(t, x, l, "ag", 3, B, T, 2 * D);
-            add_view(t, l, "a", "ag", 0, D);
-            add_view(t, l, "g", "ag", D, D);
-            if (H > 1 && !mamba2) a->o = add_activation(t, x, l, "o", 3, B, T, D);
-            if (!mamba2) a->stats = add_activation(f, fb, l, "stats", 3, B * H, T, 2);
-            if (sessa) a->gamma = add_activation(f, fb, l, "gamma", 2, B, T, 1);
+            a->ln_mean = in_f(l, "ln_mean");
+            a->ln_rstd = in_f(l, "ln_rstd");
+            a->ag = in_x(l, "ag");
+            if (H > 1 && !mamba2) a->o = in_x(l, "o");
+            if (!mamba2) a->stats = in_f(l, "stats");
+            if (sessa) a->gamma = in_f(l, "gamma");
             a->c = sessa && training && !plain ? add_activation(t, x, l, "fb_c", 3, B, T, D) : NULL;
-            if (sessa) a->fb_stats = add_activation(f, fb, l, "fb_stats", 3, B, T, 2);
+            if (sessa) a->fb_stats = in_f(l, "fb_stats");
             if (sessa && !plain && (l == 0 || m->ways.feedback[1].kept))
                 a->fb_weights = {add_activation(f, fb, l, "fb_weights", 1, room.weights, 1, 1), room.weights};
-            a->n = add_activation(t, x, l, "ln", 3, B, T, D);
-            a->abar = add_activation(t, x, l, "abar", 3, B, T, D);
-            a->gated = add_activation(t, x, l, "gated", 3, B, T, D);
+            a->n = in_x(l, "ln");
+            a->abar = in_x(l, "abar");
+            a->gated = in_x(l, "gated");
         }
         if (l == 0) a->f = a->branch = add_activation(t, x, l, "branch", 3, B, T, D);
         // H 1: attention's own output
-        if (sessa && (keep_all || (H == 1 && training))) a->f = add_activation(t, x, l, "f", 3, B, T, D);
+        if (sessa && (keep_all || (H == 1 && training))) a->f = in_x(l, "f");
         if (!sessa && H == 1) a->f = a->s;
-        if (training) read = add_activation(t, x, l, "residual", 3, B, T, D);
+        if (training) read = in_x(l, "residual");
     }
     acts->y = read;
     acts->residual = add_activation(f, fb, -1, "stream", 3, B, T, D);
-    acts->ln_mean = add_activation(f, fb, -1, "ln_f_mean", 2, B, T, 1);
-    acts->ln_rstd = add_activation(f, fb, -1, "ln_f_rstd", 2, B, T, 1);
-    acts->ln_f = add_activation(t, x, -1, "ln_f", 3, B, T, D);
-    acts->ld_logits = round_up(c->vocab_size, 8);
-    acts->logits = add_activation(t, x, -1, "logits", 3, B, mode == GENERATE ? 1 : T, acts->ld_logits);
-    t->rows[t->n - 1].shape[2] = c->vocab_size;
-    acts->losses = add_activation(f, fb, -1, "losses", 2, B, T, 1);
+    acts->ln_mean = in_f(-1, "ln_f_mean");
+    acts->ln_rstd = in_f(-1, "ln_f_rstd");
+    acts->ln_f = in_x(-1, "ln_f");
+    acts->logits = in_x(-1, "logits");
+    acts->ld_logits = t->last->stride;
+    t->last->shape[2] = c->vocab_size;
+    acts->losses = in_f(-1, "losses");
     acts->hits = (char *)add_activation(f, fb, -1, "hits", 1, B * (int64_t)T / 4 + 1, 1, 1);
-    acts->cosine = add_activation(f, fb, -1, "cosine", 2, T, d / 2, 1);
-    acts->sine = add_activation(f, fb, -1, "sine", 2, T, d / 2, 1);
+    acts->cosine = in_f(-1, "cosine");
+    acts->sine = in_f(-1, "sine");
     acts->scratch = {add_activation(f, fb, -1, "scratch", 1, room.scratch, 1, 1), room.scratch};
     m->decodes = mode == GENERATE && !mamba2 && !plain && decodes(D, H);
     if (!training) return;
     acts->dout = acts->layers[0].branch; // free by then
-    acts->ds = add_activation(t, x, -1, "ds", 3, B, T, D);
+    acts->ds = in_x(-1, "ds");
     acts->dabar = acts->ln_f; // likewise
     acts->dbranch = add_activation(t, x, -1, "dbranch", 3, B, T, D);
-    acts->dproj = add_activation(t, x, -1, "dproj", 3, B, T, E);
-    acts->dgamma = add_activation(f, fb, -1, "dgamma", 2, B, T, 1);
+    acts->dproj = in_x(-1, "dproj");
+    acts->dgamma = in_f(-1, "dgamma");
     m->sums.room = m->sums.next = add_activation(f, fb, -1, "sums", 1, room.sums, 1, 1);
     m->sums.end = m->sums.room + room.sums;
-}
-
-// Points the weights into a block of the device: first to addresses of a block that is nowhere and follows the table, then
-// to the places of the tensors that stand there.
-template <typename X> static void device_weights(const ModelGPU<X> *m, Weights *w, float *block) {
-    Table table;
-    memset(&table, 0, sizeof(table));
-    real *nowhere = (real *)sizeof(real), **fields = (real **)(void *)w->layers;
-    size_t n = (size_t)m->host.config.n_layers * sizeof(LayerWeights) / sizeof(real *);
-    auto move = [&](real **field) {
-        int i = 0;
-        if (!*field) return;
-        while (m->host.table.rows[i].offset != *field - nowhere) i++;
-        *field = block + m->places[i];
-    };
-    carve_weights(w, &table, nowhere, &m->host.config);
-    free(table.rows);
-    for (size_t i = 0; i < n; i++) move(&fields[i]);
-    for (real **field : {&w->wte, &w->ln_f_weight, &w->ln_f_bias}) move(field);
 }
 
 template <typename X> static void model_free_gpu(Model *model) {
@@ -1696,9 +1736,9 @@ template <typename X> static void model_free_gpu(Model *model) {
     for (cudaEvent_t *event : {&m->loss_there, &m->lists_there, &m->norm_there})
         if (*event) cudaEventDestroy(*event);
     forget_recordings(&m->recordings);
-    void *blocks[] = {m->host.weights.layers, m->weights.layers, m->grad.layers, m->acts.layers, m->host.table.rows,
+    void *blocks[] = {m->weights.layers, m->grad.layers, m->acts.layers, m->host.table.rows,
                       m->x_table.rows, m->f_table.rows, m->host.params,
-                      m->host.grads, m->host.exp_avg, m->host.exp_avg_sq, m->places, m->starts, m};
+                      m->host.grads, m->host.exp_avg, m->host.exp_avg_sq, m->host.table.places, m->starts, m};
     for (size_t i = 0; i < sizeof(blocks) / sizeof(blocks[0]); i++) free(blocks[i]);
 }
 
@@ -1768,18 +1808,23 @@ template <typename X> static Model *model_create_gpu(const Config *c, int B, int
     m->dlogits_ready = mode == TRAIN;
     int64_t tokens = (int64_t)B * T, ids = (6 * tokens + 2) * (int64_t)sizeof(int), pairs = (int64_t)T * (d / 2);
     real *tables = (real *)allocate(2 * pairs, sizeof(real), &whole); // cosine and sine
-    for (Weights *w : {&m->host.weights, &m->weights, &m->grad})
+    for (Weights *w : {&m->weights, &m->grad})
         w->layers = (LayerWeights *)allocate(c->n_layers, sizeof(LayerWeights), &whole);
     m->acts.layers = (LayerActivationsGPU<X> *)allocate(c->n_layers, sizeof(LayerActivationsGPU<X>), &whole);
     m->starts = (int *)allocate((int64_t)c->vocab_size + 1, sizeof(int), &whole);
-    if (whole) carve_weights(&m->host.weights, &m->host.table, NULL, c);
-    m->places = (int64_t *)allocate(m->host.table.n, sizeof(int64_t), &whole);
-    if (!whole) { fail(error, NULL, "out of memory"); free(tables); model_free_gpu<X>(&m->host); return NULL; }
+    if (whole) carve_weights(&m->weights, &m->host.table, NULL, c);
+    int64_t *places = m->host.table.places = (int64_t *)allocate(m->host.table.n, sizeof(int64_t), &whole);
+    if (!whole || m->host.table.incomplete) {
+        fail(error, NULL, "out of memory");
+        free(tables);
+        model_free_gpu<X>(&m->host);
+        return NULL;
+    }
     for (int i = 0; i < m->host.table.n; i++) { // the projections stay together: they are one product
         const Tensor *row = &m->host.table.rows[i];
         int follows = strstr(row->name, ".k_proj.") || strstr(row->name, ".v_proj.") || strstr(row->name, ".proj_fb.");
         if (!follows) m->count = round_up(m->count, 64);
-        m->places[i] = m->count;
+        places[i] = m->count;
         m->count += i ? row->count : round_up(c->vocab_size, 8) * c->d_model; // wte: rows more, of zeros that stay zeros
     }
     m->count = round_up(m->count, 64);
@@ -1812,15 +1857,15 @@ template <typename X> static Model *model_create_gpu(const Config *c, int B, int
     CUDA(cudaMemset(m->memory, 0, (size_t)needed));
     carve_memory(m, m->memory, B, T, mode);
     carve_activations_gpu(m, B, T, mode);
-    device_weights(m, &m->weights, m->params);
-    device_weights(m, &m->grad, m->grads);
+    carve_weights(&m->weights, &m->host.table, m->params, c);
+    carve_weights(&m->grad, &m->host.table, m->grads, c);
     m->host_inputs->scale[1] = 0;
     m->host_inputs->scale[2] = 1;
     m->host_lists = m->host_inputs->ids + 2 * tokens;
     m->host_sum = (double *)((char *)m->host_inputs + round_up((int64_t)sizeof(Inputs) + ids, sizeof(double)));
     for (int i = 0; i < m->host.table.n; i++) {
         const Tensor *row = &m->host.table.rows[i];
-        int64_t from = m->places[i] / 64, end = (m->places[i] + row->count + 63) / 64;
+        int64_t from = places[i] / 64, end = (places[i] + row->count + 63) / 64;
         if (row->n_dims >= 2) CUDA(cudaMemset(m->decayed + from, 1, (size_t)(end - from)));
     }
     rope_table(tables, tables + pairs, T, d);
@@ -1833,31 +1878,34 @@ template <typename X> static Model *model_create_gpu(const Config *c, int B, int
 // ----------------------------------------------------------------------------
 // forward, backward, update
 
-// hidden_forward, of the layers from .. end-1. inputs: in the device's memory, NULL: x is what the layers before made of them
+// hidden_forward, of the layers from .. end-1. inputs: in the device's memory, NULL: x is what the layers before made of them.
+// The branch of a layer is added where the next one reads it, before its LayerNorm.
 template <typename X>
-static void hidden_forward_gpu(ModelGPU<X> *m, const int *inputs, int B, int T, int first, double dropout, int from, int end,
-                               cudaStream_t stream) {
+static void hidden_forward_gpu(ModelGPU<X> *m, const int *inputs, int B, int T, int first, double dropout, int from,
+                               int end, cudaStream_t stream) {
     const Config *c = &m->host.config;
     int D = c->d_model, N = B * (T - first), last = c->n_layers - 1;
+    const Weights *w = &m->weights;
     ActivationsGPU<X> *acts = &m->acts;
+    float *x = acts->residual, gamma_max = (float)c->gamma_max;
     auto mask = [&](int place) { return mask_of(&m->inputs->dropout_key, dropout, place); };
-    if (inputs) embedding_forward_gpu(acts->residual, inputs, m->weights.wte, mask(0), B, T - first, D, stream);
+    if (inputs) embedding_dropout_forward_gpu(x, inputs, w->wte, mask(0), B, T - first, D, stream);
     for (int l = from; l < end; l++) {
-        LayerWeights *w = &m->weights.layers[l];
+        const LayerWeights *wl = &w->layers[l];
         LayerActivationsGPU<X> *a = &acts->layers[l];
-        const X *branch = l ? acts->layers[l - 1].branch : NULL;
-        layernorm_forward_gpu(a->n, a->x, a->ln_mean, a->ln_rstd, acts->residual, branch, mask(2 * l), w->ln_weight, w->ln_bias,
-                              N, D, stream);                                                       // [13] of the layer before, [9]
-        linear_forward_gpu(a->ag, 2 * D, a->n, as_x(m, w->W_in), as_x(m, w->b_in), N, D, 2 * D, stream);                    // [10]
-        gelu_forward_gpu(a->abar, a->gamma, a->ag, 2 * D, w->gamma_weight, w->gamma_bias, (float)c->gamma_max, N, D,
-                         stream);                                                                                     // [11, 18]
-        mixers_gpu<X>[c->mixer].forward(m, l, B, T, first, stream);                                                         // [12]
-        gate_forward_gpu(a->gated, a->s + (size_t)first * D, a->ag + D, 2 * D, mask(1 + 2 * l), N, D, stream);              // [13]
-        linear_forward_gpu(a->branch, D, a->gated, as_x(m, w->W_out), as_x(m, w->b_out), N, D, D, stream);
+        const X *before = l ? acts->layers[l - 1].branch : NULL, *g = a->ag + D, *s = a->s + (int64_t)first * D;
+        residual_layernorm_forward_gpu(a->n, a->x, a->ln_mean, a->ln_rstd, x, before, mask(2 * l),
+                                       wl->ln_weight, wl->ln_bias, N, D, stream);                          // [9]
+        linear_forward_gpu(a->ag, 2 * D, a->n, as_x(m, wl->W_in), as_x(m, wl->b_in), N, D, 2 * D, stream); // [10]
+        gelu_gain_forward_gpu(a->abar, a->gamma, a->ag, 2 * D, wl->gamma_weight, wl->gamma_bias, gamma_max,
+                              N, D, stream);                                                              // [11, 18]
+        mixers_gpu<X>[c->mixer].forward(m, l, B, T, first, stream);                                        // [12]
+        gate_dropout_forward_gpu(a->gated, s, g, 2 * D, mask(1 + 2 * l), N, D, stream);                    // [13]
+        linear_forward_gpu(a->branch, D, a->gated, as_x(m, wl->W_out), as_x(m, wl->b_out), N, D, D, stream);
     }
-    if (end > last) layernorm_forward_gpu(acts->ln_f, acts->y, acts->ln_mean, acts->ln_rstd, acts->residual,
-                                          acts->layers[last].branch, mask(2 + 2 * last), m->weights.ln_f_weight,
-                                          m->weights.ln_f_bias, N, D, stream);
+    if (end <= last) return;
+    residual_layernorm_forward_gpu(acts->ln_f, acts->y, acts->ln_mean, acts->ln_rstd, x, acts->layers[last].branch,
+                                   mask(2 + 2 * last), w->ln_f_weight, w->ln_f_bias, N, D, stream);
 }
 
 // out = Σ x_i, or Σ x_i², in double: a block takes its share, then one block those of the blocks.
@@ -1925,43 +1973,55 @@ template <typename X> static void model_hits_gpu(Model *m, char *hits) {
     CUDA(cudaStreamSynchronize(gpu.stream));
 }
 
-// model_backward, all but its last line: down to dx, the gradient of the embedding's output.
-template <typename X> static void backward_launches_gpu(ModelGPU<X> *m, int B, int T, double dropout, cudaStream_t stream) {
+// layer_backward: from dbranch, the gradient of the layer's branch, to that of the layer below, and dx on the way. The gradients
+// of a and g take their place. The products that only weights wait for go beside what follows.
+template <typename X>
+static void layer_backward_gpu(ModelGPU<X> *m, int l, int B, int T, Mask mask, Mask mask_below, cudaStream_t stream) {
     const Config *c = &m->host.config;
-    int D = c->d_model, V = c->vocab_size, N = B * T, last = c->n_layers - 1, ld_logits = (int)m->acts.ld_logits,
-        add = m->sums.add;
+    int D = c->d_model, N = B * T, add = m->sums.add;
+    const LayerWeights *w = &m->weights.layers[l], *dw = &m->grad.layers[l];
+    LayerActivationsGPU<X> *a = &m->acts.layers[l];
     ActivationsGPU<X> *acts = &m->acts;
-    Weights *w = &m->weights, *dw = &m->grad;
-    float *dx = acts->residual;
+    ColumnSums *sums = &m->sums;
+    X *g = a->ag + D, *dag = a->ag, *dg = g, *dbranch = acts->dbranch;
+    X *dgated = acts->ds, *ds = dgated, *dln = ds; // one buffer, one after the other
+    float *dx = acts->residual, gamma_max = (float)c->gamma_max, *db_below = l ? m->grad.layers[l - 1].b_out : NULL;
+    // through W_out and the gate
+    linear_backward_gpu(dgated, NULL, dbranch, D, a->gated, as_x(m, w->W_out), N, D, D, add, stream);
+    gate_dropout_backward_gpu(ds, dg, dw->b_in + D, dgated, a->s, g, 2 * D, mask, N, D, sums, stream);
+    linear_weight_gpu(dw->W_out, dbranch, D, a->gated, N, D, D, add, beside(W_OUT_GRADIENT));
+    // through the mixer, from ds to dabar
+    mixers_gpu<X>[c->mixer].backward(m, l, B, T, stream);
+    gelu_gain_backward_gpu(dag, dw->b_in, dw->gamma_weight, dw->gamma_bias, acts->dabar, a->ag, 2 * D, acts->dgamma,
+                           a->gamma, w->gamma_weight, gamma_max, N, D, sums, stream);
+    join(W_OUT_GRADIENT);
+    join(W_O_GRADIENT);
+    // through W_in and the LayerNorm, on to the branch of the layer below
+    linear_backward_gpu(dln, NULL, dag, 2 * D, a->n, as_x(m, w->W_in), N, D, 2 * D, add, stream);
+    linear_weight_gpu(dw->W_in, dag, 2 * D, a->n, N, D, 2 * D, add, beside(W_IN_GRADIENT));
+    residual_layernorm_backward_gpu(dx, dw->ln_weight, dw->ln_bias, l ? dbranch : (X *)NULL, db_below, mask_below, 0,
+                                    dln, a->x, a->ln_mean, a->ln_rstd, w->ln_weight, N, D, sums, stream);
+    column_sums_gpu(sums, stream);
+}
+
+// model_backward, all but its last line: down to dx, the gradient of the embedding's output.
+template <typename X>
+static void backward_launches_gpu(ModelGPU<X> *m, int B, int T, double dropout, cudaStream_t stream) {
+    const Config *c = &m->host.config;
+    int D = c->d_model, V = c->vocab_size, N = B * T, last = c->n_layers - 1, ld = (int)m->acts.ld_logits;
+    ActivationsGPU<X> *acts = &m->acts;
+    const Weights *w = &m->weights, *dw = &m->grad;
+    const int *targets = m->inputs->ids + N;
+    X *dlogits = acts->logits, *dln_f = acts->ds;
     auto mask = [&](int place) { return mask_of(&m->inputs->dropout_key, dropout, place); };
     if (!m->dlogits_ready)
-        crossentropy_gpu(acts->losses, acts->hits, acts->logits, acts->logits, ld_logits, m->inputs->ids + N, N, V, stream);
-    linear_backward_gpu(acts->ds, dw->wte, acts->logits, ld_logits, acts->ln_f, as_x(m, w->wte), N, D, ld_logits, add, stream,
+        crossentropy_gpu(acts->losses, acts->hits, dlogits, acts->logits, ld, targets, N, V, stream);
+    linear_backward_gpu(dln_f, dw->wte, dlogits, ld, acts->ln_f, as_x(m, w->wte), N, D, ld, m->sums.add, stream,
                         m->inputs->scale);
-    layernorm_backward_gpu(dx, dw->ln_f_weight, dw->ln_f_bias, acts->dbranch, dw->layers[last].b_out, mask(2 + 2 * last), 1,
-                           acts->ds, acts->y, acts->ln_mean, acts->ln_rstd, w->ln_f_weight, N, D, &m->sums, stream);
-    for (int l = last; l >= 0; l--) {
-        LayerWeights *wl = &w->layers[l], *dwl = &dw->layers[l];
-        LayerActivationsGPU<X> *a = &acts->layers[l];
-        // out through W_out and the gate; the gradients of a and g take their place
-        linear_backward_gpu(acts->ds, NULL, acts->dbranch, D, a->gated, as_x(m, wl->W_out), N, D, D, add, stream);
-        gate_backward_gpu(acts->ds, a->ag + D, dwl->b_in + D, acts->ds, a->s, a->ag + D, 2 * D, mask(1 + 2 * l), N, D, &m->sums,
-                          stream);
-        linear_weight_gpu(dwl->W_out, acts->dbranch, D, a->gated, N, D, D, add, beside(W_OUT_GRADIENT));
-        // through the mixer
-        mixers_gpu<X>[c->mixer].backward(m, l, B, T, stream);
-        gelu_backward_gpu(a->ag, dwl->b_in, dwl->gamma_weight, dwl->gamma_bias, acts->dabar, a->ag, 2 * D, acts->dgamma, a->gamma,
-                          wl->gamma_weight, (float)c->gamma_max, N, D, &m->sums, stream);
-        join(W_OUT_GRADIENT);
-        join(W_O_GRADIENT);
-        // through W_in and the LayerNorm, on to the branch of the layer below
-        linear_backward_gpu(acts->ds, NULL, a->ag, 2 * D, a->n, as_x(m, wl->W_in), N, D, 2 * D, add, stream);
-        linear_weight_gpu(dwl->W_in, a->ag, 2 * D, a->n, N, D, 2 * D, add, beside(W_IN_GRADIENT));
-        layernorm_backward_gpu(dx, dwl->ln_weight, dwl->ln_bias, l ? acts->dbranch : (X *)NULL,
-                               l ? dw->layers[l - 1].b_out : (float *)NULL, mask(2 * l), 0, acts->ds, a->x, a->ln_mean,
-                               a->ln_rstd, wl->ln_weight, N, D, &m->sums, stream);
-        column_sums_gpu(&m->sums, stream);
-    }
+    residual_layernorm_backward_gpu(acts->residual, dw->ln_f_weight, dw->ln_f_bias, acts->dbranch,
+                                    dw->layers[last].b_out, mask(2 + 2 * last), 1, dln_f, acts->y, acts->ln_mean,
+                                    acts->ln_rstd, w->ln_f_weight, N, D, &m->sums, stream);
+    for (int l = last; l >= 0; l--) layer_backward_gpu(m, l, B, T, mask(1 + 2 * l), mask(2 * l), stream);
     join(W_IN_GRADIENT);
 }
 
@@ -2060,6 +2120,7 @@ template <typename X> static void model_extend_gpu(Model *model, const int *toke
 // Mamba-2, the mixer that the paper compares with
 
 __device__ static inline float sigmoid_gpu(float x) { return 1 / (1 + __expf(-x)); }
+__device__ static inline float silu_gpu(float x) { return x * sigmoid_gpu(x); }
 
 // A thread takes one channel of CONV_ROWS positions in turn, the latest inputs in registers: last[lag] is that of `lag` before. Reads
 // for CONV_AHEAD positions are on their way at once.
@@ -2099,7 +2160,7 @@ static void conv_forward_gpu(X *out, const X *inp, int ld, X *tail, const float 
             for (int i = 0; i < CONV_AHEAD; i++) x[i] = f.input(b, t + i, c);
             for (int i = 0; i < CONV_AHEAD; i++) {
                 float u = f.next(last, taps, x[i], c);
-                if (t + i < end) out[((int64_t)b * rows + t + i - first) * W + c] = to<X>(u * sigmoid_gpu(u));
+                if (t + i < end) out[((int64_t)b * rows + t + i - first) * W + c] = to<X>(silu_gpu(u));
             }
         }
     });
@@ -2201,7 +2262,7 @@ template <typename X>
 static __device__ inline void scan_row_gpu(float *state, int64_t ld, const X *xbc_t, float step, ScanShape scan, int h, int i) {
     int w = scan.E / scan.heads;
     const X *b = xbc_t + scan.E;
-    float x = get(xbc_t[h * w + i]), keep = expf(-expf(scan.A_log[h]) * step);
+    float x = get(xbc_t[h * w + i]), keep = (float)exp(-exp((double)scan.A_log[h]) * (double)step);
     for (int s = 0; s < scan.S; s++) state[s * ld + i] = keep * state[s * ld + i] + step * get(b[s]) * x;
 }
 // A block takes head h of sequence b, a thread a column i of its state, and both go from the first token to the last.
@@ -2249,7 +2310,7 @@ __global__ void scan_backward_kernel(X *dxbc, float *dstep, float *part, float *
     float *state = chunk_states + blockIdx.x * (CHUNK + 1) * size;
     for (int item = blockIdx.x; item < scan.B * heads; item += gridDim.x) {
         int b = item / heads, h = item % heads;
-        float rate = expf(scan.A_log[h]), *d = dstate + item * size;
+        float rate = (float)exp((double)scan.A_log[h]), *d = dstate + item * size;
         for (int64_t i = threadIdx.x; i < size; i += blockDim.x) d[i] = 0;
         for (int t = T - 1; t >= 0; t--) {
             int64_t row = (int64_t)b * T + t, chunk = t / CHUNK, first = chunk * CHUNK;
@@ -2266,7 +2327,7 @@ __global__ void scan_backward_kernel(X *dxbc, float *dstep, float *part, float *
             __syncthreads();
             const float *before = state + (t - first) * size, *now = before + size;
             const X *x = xbc + row * W + h * w, *bt = xbc + row * W + E, *c = bt + S, *dy_t = dy + row * E + h * w;
-            float delta = step[row * heads + h], keep = expf(-rate * delta), taken = 0, faded = 0, skipped = 0;
+            float delta = step[row * heads + h], keep = (float)exp(-(double)(rate * delta)), taken = 0, faded = 0, skipped = 0;
             for (int i = threadIdx.x; i < w; i += blockDim.x) {
                 float sum = 0;
                 for (int s = 0; s < S; s++) {
@@ -2308,13 +2369,10 @@ template <typename X>
 static void scan_sums_gpu(X *dxbc, const float *part, float *dA_log, float *dskip, const float *dstep, ScanShape scan,
                           int in_eights, ColumnSums *sums, cudaStream_t stream) {
     int heads = scan.heads, E = scan.E, S = scan.S;
-    each((int64_t)scan.B * scan.T, 2 * S, in_eights, stream, [=] __device__ (auto V, int n, int i) {
-        float sum[V] = {}, one[V];
-        for (int h = 0; h < heads; h++) {
-            read_some<V>(one, part + ((int64_t)n * heads + h) * 2 * S + i);
-            for (int e = 0; e < V; e++) sum[e] += one[e];
-        }
-        write_some<V>(dxbc + (int64_t)n * (E + 2 * S) + E + i, sum);
+    each((int64_t)scan.B * scan.T, 2 * S, in_eights, stream, [=] __device__ (auto SPAN, int n, int i) {
+        Pack<SPAN> sum = {};
+        for (int h = 0; h < heads; h++) sum += read<SPAN>(part + ((int64_t)n * heads + h) * 2 * S + i);
+        write(dxbc + (int64_t)n * (E + 2 * S) + E + i, sum);
     });
     each_with_sums({dA_log, dskip}, sums, scan.B * scan.T, heads, 0, stream, [=] __device__ (auto, int n, int h, auto &sum) {
         const float *row = dstep + (int64_t)n * 3 * heads + heads + h;
@@ -2333,98 +2391,88 @@ static void scan_backward_gpu(X *dxbc, float *dstep, float *dA_log, float *dskip
     scan_sums_gpu(dxbc, part, dA_log, dskip, dstep, scan, 0, sums, stream);
 }
 
+// threadIdx.y takes a row, threadIdx.x pieces of its columns. Backward has a pass of its own for dweight.
 template <typename X>
-static void gated_rmsnorm_forward_gpu(X *out, float *rstd, const X *y, const X *z, int ld, const float *weight, int N, int E,
-                                      cudaStream_t stream) {
-    rows(N, E, wide({E, ld}, {out, y, z, weight}), 0, stream, [=] __device__ (auto V, auto PIECES) {
+static void gated_rmsnorm_forward_gpu(X *out, float *rstd, const X *y, const X *z, int ld,
+                                      const float *weight, int N, int E, cudaStream_t stream) {
+    rows(N, E, wide({E, ld}, {out, y, z, weight}), 0, stream, [=] __device__ (auto SPAN, auto PIECES) {
         __shared__ float2 shared[ROW_BLOCK / 32];
         int n = last_first();
         if (n >= N) return;
-        float v[PIECES][V], squares = 0;
-        for (int p = 0, i = threadIdx.x * V; p < PIECES && i < E; p++, i += blockDim.x * V) {
-            float gate[V];
-            read_some<V>(v[p], y + (int64_t)n * E + i);
-            read_some<V>(gate, z + (int64_t)n * ld + i);
-            for (int e = 0; e < V; e++) {
-                v[p][e] *= gate[e] * sigmoid_gpu(gate[e]);
-                squares += v[p][e] * v[p][e];
-            }
+        int64_t row = (int64_t)n * E, wide_row = (int64_t)n * ld;
+        Pack<SPAN> v[PIECES];
+        float squares = 0;
+        for (auto [p, i] : pieces<SPAN, PIECES>(E)) {
+            v[p] = read<SPAN>(y + row + i) * each_of(read<SPAN>(z + wide_row + i), silu_gpu);
+            squares = add_up(squares, v[p] * v[p]);
         }
         float r = rsqrtf(row_sum(squares, 0, shared).x / E + 1e-5f);
-        for (int p = 0, i = threadIdx.x * V; p < PIECES && i < E; p++, i += blockDim.x * V) {
-            float w[V];
-            read_some<V>(w, weight + i);
-            for (int e = 0; e < V; e++) v[p][e] *= r * w[e];
-            write_some<V>(out + (int64_t)n * E + i, v[p]);
-        }
+        for (auto [p, i] : pieces<SPAN, PIECES>(E))
+            write(out + row + i, v[p] * (r * read<SPAN>(weight + i)));
         if (threadIdx.x == 0) rstd[n] = r;
     });
 }
 
 template <typename X>
 static void gated_rmsnorm_backward_gpu(X *dy, X *dz, float *dweight, const X *dout, const X *y, const X *z, int ld,
-                                       const float *rstd, const float *weight, int N, int E, ColumnSums *sums, cudaStream_t stream) {
+                                       const float *rstd, const float *weight, int N, int E, ColumnSums *sums,
+                                       cudaStream_t stream) {
     int in_eights = wide({E, ld}, {dy, dz, dout, y, z, weight});
-    each_with_sums({dweight}, sums, N, E, in_eights, stream, [=] __device__ (auto V, int n, int i, auto &sum) {
-        float g[V], v[V], gate[V];
-        read_some<V>(g, dout + (int64_t)n * E + i);
-        read_some<V>(v, y + (int64_t)n * E + i);
-        read_some<V>(gate, z + (int64_t)n * ld + i);
-        for (int e = 0; e < V; e++) sum[0][e] += g[e] * v[e] * gate[e] * sigmoid_gpu(gate[e]) * rstd[n];
+    each_with_sums({dweight}, sums, N, E, in_eights, stream,
+                   [=] __device__ (auto SPAN, int n, int i, auto &sum) {
+        Pack<SPAN> g = read<SPAN>(dout + (int64_t)n * E + i), v = read<SPAN>(y + (int64_t)n * E + i),
+                   gate = read<SPAN>(z + (int64_t)n * ld + i);
+        sum[0] += g * v * gate * each_of(gate, sigmoid_gpu) * rstd[n];
     });
-    rows(N, E, in_eights, 0, stream, [=] __device__ (auto V, auto PIECES) {
+    rows(N, E, in_eights, 0, stream, [=] __device__ (auto SPAN, auto PIECES) {
         __shared__ float2 shared[ROW_BLOCK / 32];
         int n = last_first();
         if (n >= N) return;
-        float g[PIECES][V], v[PIECES][V], gate[PIECES][V], dot = 0, r = rstd[n];
-        for (int p = 0, i = threadIdx.x * V; p < PIECES && i < E; p++, i += blockDim.x * V) {
-            float w[V];
-            read_some<V>(w, weight + i);
-            read_some<V>(g[p], dout + (int64_t)n * E + i);
-            read_some<V>(v[p], y + (int64_t)n * E + i);
-            read_some<V>(gate[p], z + (int64_t)n * ld + i);
-            for (int e = 0; e < V; e++) dot += (g[p][e] *= w[e]) * v[p][e] * gate[p][e] * sigmoid_gpu(gate[p][e]);
+        int64_t row = (int64_t)n * E, wide_row = (int64_t)n * ld;
+        Pack<SPAN> g[PIECES], v[PIECES], gate[PIECES];
+        float dot = 0, r = rstd[n];
+        for (auto [p, i] : pieces<SPAN, PIECES>(E)) {
+            g[p] = read<SPAN>(weight + i) * read<SPAN>(dout + row + i);
+            v[p] = read<SPAN>(y + row + i);
+            gate[p] = read<SPAN>(z + wide_row + i);
+            dot = add_up(dot, g[p] * v[p] * gate[p] * each_of(gate[p], sigmoid_gpu));
         }
         dot = row_sum(dot, 0, shared).x * r * r / E;
-        for (int p = 0, i = threadIdx.x * V; p < PIECES && i < E; p++, i += blockDim.x * V) {
-            for (int e = 0; e < V; e++) {
-                float s = sigmoid_gpu(gate[p][e]), silu = gate[p][e] * s, dv = r * (g[p][e] - v[p][e] * silu * dot);
-                v[p][e] *= dv * s * (1 + gate[p][e] * (1 - s));
-                g[p][e] = dv * silu;
-            }
-            write_some<V>(dz + (int64_t)n * ld + i, v[p]);
-            write_some<V>(dy + (int64_t)n * E + i, g[p]);
+        for (auto [p, i] : pieces<SPAN, PIECES>(E)) {
+            Pack<SPAN> s = each_of(gate[p], sigmoid_gpu), silu = gate[p] * s;
+            Pack<SPAN> dv = r * (g[p] - v[p] * silu * dot);
+            write(dz + wide_row + i, v[p] * (dv * s * (1 + gate[p] * (1 - s))));
+            write(dy + row + i, dv * silu);
         }
     });
 }
 
-template <typename X> static void mamba2_activations_gpu(ModelGPU<X> *m, int l, int B, int T, Mode mode) {
+template <typename X>
+static void mamba2_activations_gpu(ModelGPU<X> *m, ActivationList *list, int l, Mode mode) {
     const Config *c = &m->host.config;
-    int D = c->d_model, E = 2 * D, S = c->state_dim, W = E + 2 * S, heads = E / c->head_dim, training = mode >= TRAIN;
-    int chunk = scan_chunk<X>(c);
+    int E = 2 * c->d_model, S = c->state_dim, training = mode >= TRAIN;
     LayerActivationsGPU<X> *a = &m->acts.layers[l];
     Table *t = &m->x_table, *f = &m->f_table;
-    X *x = m->x_block;
-    float *fb = m->f_block;
+    auto in_x = [&](int l, const char *name) { return activation_gpu(t, m->x_block, list, l, name); };
+    auto in_f = [&](int l, const char *name) { return activation_gpu(f, m->f_block, list, l, name); };
     if (l == 0 || training) {
-        a->proj = add_activation(t, x, l, "proj", 3, B, T, proj_ld(c));
-        add_view(t, l, "z", "proj", 0, E);
-        a->y_scan = add_activation(t, x, l, "y", 3, B, T, E);
-        a->rms = add_activation(f, fb, l, "rms", 2, B, T, 1);
-        a->s = add_activation(t, x, l, "s", 3, B, T, D);
-        a->states = add_activation(f, fb, l, "states", 3, (int64_t)B * ((T + chunk - 1) / chunk), S, E);
+        a->proj = in_x(l, "proj");
+        a->y_scan = in_x(l, "y");
+        a->rms = in_f(l, "rms");
+        a->s = in_x(l, "s");
+        a->states = in_f(l, "states");
     }
-    if (mode == GENERATE) a->carried = add_activation(f, fb, l, "carried", 2, S, E, 1);
-    if (mode == GENERATE) a->tail = add_activation(t, x, l, "tail", 2, TAPS - 1, W, 1);
+    if (mode == GENERATE) a->carried = add_activation(f, m->f_block, l, "carried", 2, S, E, 1);
+    if (mode == GENERATE) a->tail = in_x(l, "tail");
     if (l == 0 || mode == KEEP_ALL) {
-        a->xbc = add_activation(t, x, l, "conv", 3, B, T, W);
-        a->step = add_activation(f, fb, l, "dt", 3, B, T, heads);
-        a->normed = add_activation(t, x, l, "normed", 3, B, T, E);
+        a->xbc = in_x(l, "conv");
+        a->step = in_f(l, "dt");
+        a->normed = in_x(l, "normed");
     }
     if (l || !training) return;
-    m->acts.dy = add_activation(t, x, -1, "dy", 3, B, T, E);
-    m->acts.dxbc = add_activation(t, x, -1, "dxbc", 3, B, T, W);
-    m->acts.dstep = add_activation(f, fb, -1, "dstep", 3, B, T, 3 * heads);
+    m->acts.dy = in_x(-1, "dy");
+    m->acts.dxbc = in_x(-1, "dxbc");
+    m->acts.dstep = in_f(-1, "dstep");
 }
 
 static int64_t mamba2_sums_room(const Config *c, int B, int T) {
@@ -2489,7 +2537,7 @@ template <typename X> static real *copy_block(ModelGPU<X> *m, Block block, cudaM
         exit(1);
     }
     for (int i = 0; i < m->host.table.n; i++) {
-        void *ends[] = {host + m->host.table.rows[i].offset, device + m->places[i]};
+        void *ends[] = {host + m->host.table.rows[i].offset, device + m->host.table.places[i]};
         int back = way == cudaMemcpyDeviceToHost;
         CUDA(cudaMemcpyAsync(ends[!back], ends[back], sizeof(real) * (size_t)m->host.table.rows[i].count, way, gpu.stream));
     }

@@ -239,7 +239,7 @@ template <typename X> static void hidden_decode_gpu(ModelGPU<X> *m, cudaStream_t
     const int *first = &m->inputs->first;
     float *x = m->acts.residual, *parts = borrow(m->acts.scratch, decode_parts(D, H) + c->vocab_size);
     Rope rope = {m->acts.cosine, m->acts.sine, m->host.T, d / 2, 0, 1};
-    embedding_forward_gpu(x, m->inputs->ids, m->weights.wte, mask_of(NULL, 0, 0), 1, 1, D, stream);
+    embedding_dropout_forward_gpu(x, m->inputs->ids, m->weights.wte, mask_of(NULL, 0, 0), 1, 1, D, stream);
     for (int l = 0; l < c->n_layers; l++) {
         LayerWeights *w = &m->weights.layers[l];
         LayerActivationsGPU<X> *a = &m->acts.layers[l];

@@ -769,5 +769,6 @@ static void feedback_backward_fast(X *df, X *dq, X *dk, float *dgamma, float *db
                                        dq_sums, dk_sums, stream);
     if (p.R < T) copy_gpu(dk, ld, scratch + p.dk, B * T, D, stream);
     if (!dbias || dk_summed) return; // else the sums of what has none yet; no column is turned
-    rope_backward_gpu(summed ? dk : dq, summed ? dbias + D : dbias, ld, {}, B * T, 0, summed ? D : 2 * D, sums, stream);
+    rope_bias_backward_gpu(summed ? dk : dq, summed ? dbias + D : dbias, ld, {}, B * T, 0, summed ? D : 2 * D,
+                           sums, stream);
 }

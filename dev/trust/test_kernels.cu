@@ -450,7 +450,7 @@ template <typename X> void Layers<X>::embedding() {
     Tokens tokens = {ids_on_gpu(ids, N), ids, N, V, lists_d, host_lists, starts, lists_gone};
     embedding_forward(o, ids, wte, B, T, D);
     dropout(o, size, drop, 4);
-    embedding_forward_gpu(o_d, ids_on_gpu(ids, N), wte_d, mask_on_gpu(drop, 4), B, T, D, st);
+    embedding_dropout_forward_gpu(o_d, ids_on_gpu(ids, N), wte_d, mask_on_gpu(drop, 4), B, T, D, st);
     worst_of(&worst[EMBEDDING], gpu_error(o_d, o, 1, (int)size, (int)size, 0));
     embedding_backward(dwte, dout, ids, B, T, D);
     embedding_backward_gpu(dwte_d, partial, dout_f, tokens, D, st);
@@ -466,13 +466,14 @@ template <typename X> void Layers<X>::layernorm() {
     float *stream_d = on_gpu<float>(stream_, size);
     Mask mask = mask_on_gpu(drop, 3);
     layernorm_forward(o, mean, rstd, stream_, weight, bias, N, D);
-    layernorm_forward_gpu(o_d, (X *)NULL, mean_d, rstd_d, stream_d, (const X *)NULL, mask, weight_d, bias_d,
-                          N, D, st);
+    residual_layernorm_forward_gpu(o_d, (X *)NULL, mean_d, rstd_d, stream_d, (const X *)NULL, mask, weight_d,
+                                   bias_d, N, D, st);
     worst_of(&worst[LAYERNORM], gpu_error(o_d, o, N, D, D, 0));
     dropout(added, size, drop, 3);
     residual_forward(stream_, stream_, added, size);
     layernorm_forward(o, mean, rstd, stream_, weight, bias, N, D);
-    layernorm_forward_gpu(o_d, kept, mean_d, rstd_d, stream_d, y_d, mask, weight_d, bias_d, N, D, st);
+    residual_layernorm_forward_gpu(o_d, kept, mean_d, rstd_d, stream_d, y_d, mask, weight_d, bias_d, N, D,
+                                   st);
     worst_of(&worst[RESIDUAL], gpu_error(stream_d, stream_, N, D, D, 0));
     worst_of(&worst[RESIDUAL], gpu_error(kept, stream_, N, D, D, 0));
     worst_of(&worst[LAYERNORM], gpu_error(o_d, o, N, D, D, 0));
@@ -494,9 +495,9 @@ template <typename X> void Layers<X>::layernorm_back() {
         float *dweight_d = on_gpu<float>(dweight, D), *dbias_d = on_gpu<float>(dbias, D);
         float *dadd_d = on_gpu<float>(dadd, D);
         layernorm_backward(dx, dweight, dbias, dout, y, mean, rstd, weight, N, D);
-        layernorm_backward_gpu(dx_d, dweight_d, dbias_d, on ? dbranch_d : (X *)NULL, dadd_d, mask, fresh,
-                               dout_d, y_d, on_gpu<float>(mean, N), on_gpu<float>(rstd, N), weight_d, N, D,
-                               &sums, st);
+        residual_layernorm_backward_gpu(dx_d, dweight_d, dbias_d, on ? dbranch_d : (X *)NULL, dadd_d, mask,
+                                        fresh, dout_d, y_d, on_gpu<float>(mean, N), on_gpu<float>(rstd, N),
+                                        weight_d, N, D, &sums, st);
         column_sums_gpu(&sums, st);
         dropout(dbranch = copy_of(dx, size), size, drop, 3);
         add_rows(dadd, dbranch, N, D, D);
@@ -546,7 +547,7 @@ template <typename X> void Layers<X>::gelu() {
     float *dbias_d = on_gpu<float>(dbias, 1), *dinp_bias_d = on_gpu<float>(dinp_bias, D);
     float *w_gain = gain ? weight_d : NULL;
     gelu_forward(o, x, ld, N, D);
-    gelu_forward_gpu(o_d, gamma_d, x_d, ld, w_gain, bias_d, 0.9f, N, D, st);
+    gelu_gain_forward_gpu(o_d, gamma_d, x_d, ld, w_gain, bias_d, 0.9f, N, D, st);
     worst_of(&worst[GELU], gpu_error(o_d, o, N, D, D, 0));
     on_gpu<X>(o, size); // rounded: the gain is that of what is written
     gain_forward(gamma, o, weight, bias, (real)0.9, N, D);
@@ -555,8 +556,8 @@ template <typename X> void Layers<X>::gelu() {
     if (gain) gain_backward(dabar, dweight, dbias, dgamma, gamma, o, weight, (real)0.9, N, D);
     gelu_backward(dinp, dabar, x, ld, N, D);
     add_rows(dinp_bias, dinp, N, D, ld);
-    gelu_backward_gpu(dinp_d, dinp_bias_d, gain ? dweight_d : NULL, gain ? dbias_d : NULL, dout_d, x_d, ld,
-                      rows_d, gamma_d, w_gain, 0.9f, N, D, &sums, st);
+    gelu_gain_backward_gpu(dinp_d, dinp_bias_d, gain ? dweight_d : NULL, gain ? dbias_d : NULL, dout_d, x_d,
+                           ld, rows_d, gamma_d, w_gain, 0.9f, N, D, &sums, st);
     column_sums_gpu(&sums, st);
     worst_of(&worst[GELU], gpu_error(dinp_d, dinp, N, D, ld, 0));
     worst_of(&worst[SUMS], gpu_error(dinp_bias_d, dinp_bias, 1, D, D, floor));
@@ -573,12 +574,12 @@ template <typename X> void Layers<X>::gate() {
     Mask mask = mask_on_gpu(drop, 5);
     gate_forward(gated, y, g, ld, N, D);
     dropout(gated, size, drop, 5);
-    gate_forward_gpu(gated_d, y_d, g_d, ld, mask, N, D, st);
+    gate_dropout_forward_gpu(gated_d, y_d, g_d, ld, mask, N, D, st);
     worst_of(&worst[GATE], gpu_error(gated_d, gated, N, D, D, 0));
     dropout(dgated, size, drop, 5);
     gate_backward(ds, dg, dgated, y, g, ld, N, D);
     add_rows(dg_bias, dg, N, D, ld);
-    gate_backward_gpu(ds_d, dg_d, dg_bias_d, dout_d, y_d, g_d, ld, mask, N, D, &sums, st);
+    gate_dropout_backward_gpu(ds_d, dg_d, dg_bias_d, dout_d, y_d, g_d, ld, mask, N, D, &sums, st);
     column_sums_gpu(&sums, st);
     worst_of(&worst[GATE], gpu_error(ds_d, ds, N, D, D, 0));
     worst_of(&worst[GATE], gpu_error(dg_d, dg, N, D, ld, 0));
@@ -598,7 +599,7 @@ template <typename X> void Layers<X>::rope() {
     worst_of(&worst[ROPE], gpu_error(turned_d, turned, N, ld, ld, 0));
     rope_backward(back, ld, cosine, sine, N, T, H, d);
     add_rows(dbias, back, N, ld, ld);
-    rope_backward_gpu(back_d, dbias_d, ld, {cosine_d, sine_d, T, d / 2, 0, -1}, N, H * d, ld, &sums, st);
+    rope_bias_backward_gpu(back_d, dbias_d, ld, {cosine_d, sine_d, T, d / 2, 0, -1}, N, H * d, ld, &sums, st);
     column_sums_gpu(&sums, st);
     worst_of(&worst[ROPE], gpu_error(back_d, back, N, ld, ld, 0));
     worst_of(&worst[SUMS], gpu_error(dbias_d, dbias, 1, ld, ld, floor));
