@@ -447,6 +447,21 @@ def three_tokens(page, native):
         "gain_backward",
     ], silent[0]
     assert not silent[1], silent[1]
+    # and calls it by its name
+    for stage, name, key, rows in ((4, "s", "s", (1, 2)), (5, "lambda", "λ", (0, 1))):
+        labels = page.js(
+            """three.stage = args[0]; three.at = -1; showStages();
+            const values = [...document.querySelectorAll('#listing .value')];
+            return Object.fromEntries(values.map((value) => value.textContent.split(' ')));""",
+            stage,
+        )
+        got = [labels[f"{name}[{t}][{i}]"].replace("−", "-") for t in rows for i in range(2)]
+        close(
+            f"{name} in the listing",
+            map(float, got),
+            [wanted[f"{key}{t}{i}"] for t in rows for i in range(2)],
+            6e-5,
+        )
     page.js("three.stage = 4; three.at = -1; showStages(); $('first').click();")
     one = page.js("return document.querySelectorAll('#listing .value').length;")
     page.js("$('next').click();")
@@ -597,8 +612,12 @@ def resize(page, native):
     """Wide, a phone's width and back: nothing is wider than the window, and pictures are drawn anew"""
     page.js("$('look-text').value = 'Before we proceed any further'; choose('look'); await look();")
     for width in (1200, 500, 1000):
+        page.js("choose('train');")
         page.browser.size(width, 800)
         page.browser.until(f"Math.abs(window.innerWidth - {width}) < 120", 20)
+        page.browser.until(
+            "Math.abs($('loss').firstChild.getAttribute('width') - $('loss').clientWidth) < 2", 10
+        )
         time.sleep(0.8)
         for part in ("train", "look", "steps", "knife"):
             page.js("choose(args[0]);", part)
