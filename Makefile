@@ -3,6 +3,7 @@
 # make test         builds and runs every test that needs no GPU
 # make train_sessacu testcu    the program for a GPU, and its tests; needs nvcc
 # make influence    builds dev/claims/influence.c
+# make page         builds sessa.html, the program in a browser; needs emscripten (apt install emscripten)
 # make clean        removes what was built
 #
 # Variables: CC, CFLAGS, OPENMP= (for one thread), ARCH (native; x86-64-v3 for valgrind), NVCC, CUDA_ARCH
@@ -44,7 +45,7 @@ LDLIBS = -lm
 COMPILE = $(CC) $(CFLAGS) $(WARNINGS) $< $(OPENMP) -o $@ $(LDLIBS)
 CAN_WRITE = @test -w . || test -w $@ || { echo "$@: this folder is read-only, build in a copy of it" >&2; exit 1; }
 
-.PHONY: all help train test testcu clean
+.PHONY: all help train test testcu page clean
 
 all: train_sessa
 
@@ -81,6 +82,12 @@ test_files: dev/trust/test_files.c dev/trust/run.h dev/trust/check.h train_sessa
 influence: dev/claims/influence.c train_sessa.c
 	$(CAN_WRITE)
 	$(COMPILE)
+
+# the program in a browser: one file that opens from disk (dev/page/README.md)
+page:
+	$(CAN_WRITE)
+	@sh data/tinyshakespeare.sh && text=data/tinyshakespeare.txt || text=train_sessa.c; \
+	python3 dev/page/build.py --text $$text --out sessa.html
 
 # CUDA: nvcc from its usual place if it is not on the path, the card's own architecture where there is one
 USUAL_NVCC = $(firstword $(wildcard /usr/local/cuda/bin/nvcc /opt/cuda/bin/nvcc) nvcc)
@@ -139,5 +146,5 @@ test: test_sessa64 test_sessa test_runs64 test_runs test_files train_sessa
 	./test_files
 
 clean:
-	rm -f train_sessa test_sessa test_sessa64 test_runs test_runs64 test_files influence
+	rm -f train_sessa test_sessa test_sessa64 test_runs test_runs64 test_files influence sessa.html
 	rm -f train_sessacu test_sessacu test_kernels test_shapes
