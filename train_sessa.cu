@@ -1,6 +1,6 @@
-/*
-The CUDA twin of train_sessa.c: the same layers in the same order, name_gpu for name, on one GPU. All that is no layer
-(files, data, training loop, command line) is taken from train_sessa.c itself, which this file includes.
+/* The CUDA twin of train_sessa.c: the same layers in the same order, name_gpu for name, on one GPU. All
+that is no layer (files, data, training loop, command line) is taken from train_sessa.c itself, which
+this file includes.
 
     train_sessacu --precision bf16     bfloat16 operands, the default
     train_sessacu --precision tf32     float32 numbers, products on TensorFloat-32 tensor cores
@@ -10,26 +10,29 @@ What stands where, in this order:
 
     errors, the device, numbers, launchers      what every layer is written with
     the matrix product                          cuBLASLt's
-    layers                                      as in train_sessa.c; attention and the feedback path in panels of rows
+    layers                                      as in train_sessa.c; attention and feedback in panels of rows
     the model, mixers, memory                   its weights and activations on the device
     forward, backward, update                   to here the twin is the architecture again
     Mamba-2                                     the mixer that the paper compares with
     the backend, the program                    how train_sessa.c comes by all this
 
-Plain is what a layer is, fast is how it is made fast. This file is complete: with --plain every layer runs by what stands here,
-products by cuBLASLt, and what stands here is the oracle of every fast way. What only speed needs (Hopper's tensor cores, the
-solve by inverses, the scan in chunks, one token's launches, what runs beside what) is in dev/cuda, a file for each:
+Plain is what a layer is, fast is how it is made fast. This file is complete: with --plain every layer
+runs by what stands here, products by cuBLASLt, and what stands here is the oracle of every fast way.
+What only speed needs (Hopper's tensor cores, the solve by inverses, the scan in chunks, one token's
+launches, what runs beside what) is in dev/cuda, a file for each:
 
     if (!plain) return feedback_forward_fast(...);        dev/cuda/feedback.cuh
 
--DSESSA_PLAIN leaves dev/cuda out. Attention has its fast way in bf16 on Hopper alone, and says so by way->tiles.
+-DSESSA_PLAIN leaves dev/cuda out. Attention has its fast way in bf16 on Hopper alone, and says so by
+way->tiles.
 
-X is the type of what products read and of the activations kept for the backward pass: bf16, or float. In float32 always:
-the parameters and their moments and gradients, the residual stream, the softmax's statistics, sums within products, the
-right-hand sides of the feedback system. Layers take the arguments of their C functions, and a stream. Their equations and
-shapes stand there, above the function of the same name; here stands what differs: where one pass over the data does the
-work of several C functions, and which part of their loops a block, a warp or a thread takes. Layers that go row by row or
-number by number are a loop's body, given to one of three launchers: each, each_with_sums, rows.
+X is the type of what products read and of the activations kept for the backward pass: bf16, or float.
+In float32 always: the parameters and their moments and gradients, the residual stream, the softmax's
+statistics, sums within products, the right-hand sides of the feedback system. Layers take the arguments
+of their C functions, and a stream. Their equations and shapes stand there, above the function of the
+same name; here stands what differs: where one pass over the data does the work of several C functions,
+and which part of their loops a block, a warp or a thread takes. Layers that go row by row or number by
+number are a loop's body, given to one of three launchers: each, each_with_sums, rows.
 
 Where one pass over the data does what several C functions do, its name says so:
 
@@ -44,9 +47,8 @@ Where one pass over the data does what several C functions do, its name says so:
     crossentropy_forward                    crossentropy_gpu, crossentropy_forward_gpu
     crossentropy_backward                   crossentropy_gpu, crossentropy_backward_gpu
 
-Everything is deterministic: no atomics, every sum in a fixed order, products chosen by cuBLASLt's heuristic and never by
-timing.
-*/
+Everything is deterministic: no atomics, every sum in a fixed order, products chosen by cuBLASLt's
+heuristic and never by timing. */
 #include <cublasLt.h>
 #include <cuda.h>
 #include <cuda_bf16.h>
@@ -70,7 +72,8 @@ static const char *const precision_names[] = {"fp32", "tf32", "bf16"};
 
 // A matrix product that has been asked for before: its shape, and how cuBLASLt does it.
 typedef struct {
-    int M, N, K, batch, a_transposed, b_transposed, biased, scaled, tf32, in_bytes, out_bytes, a_align, b_align, out_align;
+    int M, N, K, batch, a_transposed, b_transposed, biased, scaled, tf32, in_bytes, out_bytes, a_align,
+        b_align, out_align;
     int64_t a_ld, b_ld, out_ld, a_step, b_step, out_step;
 } ProductKey;
 typedef struct {
@@ -89,7 +92,8 @@ static struct {
     int clusters;                  // those in clusters too: not on every part of a GPU (MIG, MPS)
     cudaStream_t stream, side, late; // the launches; those beside them, see the schedule
     cublasLtHandle_t lt;
-    char *workspace; // of each stream, for cuBLASLt and for sums over rows, one at a time in the order of the stream
+    // of each stream, for cuBLASLt and for sums over rows, one at a time in the order of the stream
+    char *workspace;
 } gpu = {BF16, 0, 0, 0, 0, NULL, NULL, NULL, NULL, NULL};
 static Product products[N_PRODUCTS]; // each at its key's hash, until another takes its place
 
@@ -130,14 +134,16 @@ static void guard(const void *, const void *, const char *, int) {}
 static void unguard(const void *, size_t) {}
 #endif
 
-// What only speed needs stands in dev/cuda, and each of its files is included where the layer stands that it makes fast.
-// -DSESSA_PLAIN leaves them out: then `plain` is always on, and launches go one behind the other, in one stream.
+// What only speed needs stands in dev/cuda, and each of its files is included where the layer stands that
+// it makes fast. -DSESSA_PLAIN leaves them out: then `plain` is always on, and launches go one behind the
+// other, in one stream.
 #ifndef SESSA_PLAIN
 #include "dev/cuda/schedule.cuh"
 #else
 __device__ static inline void wait_for_results(void) {}
 #define LAUNCH(kernel, blocks, threads, shared, stream, ...) \
-    ((kernel)<<<blocks, threads, shared, stream>>>(__VA_ARGS__), cuda_check(cudaGetLastError(), #kernel, __LINE__))
+    ((kernel)<<<blocks, threads, shared, stream>>>(__VA_ARGS__), \
+     cuda_check(cudaGetLastError(), #kernel, __LINE__))
 typedef enum { DIRECT_READ, W_O_GRADIENT, W_OUT_GRADIENT, W_IN_GRADIENT, LATE_UPDATE } Branch;
 typedef enum { FORWARD_EARLY, FORWARD_LATE, BACKWARD, BACKWARD_ADDS, ONE_TOKEN } Pass;
 typedef struct {} Recordings;
@@ -173,7 +179,8 @@ static int gpu_open(char *error) {
     int devices = 0;
     cudaError_t code = cudaGetDeviceCount(&devices);
     if (code != cudaSuccess || devices == 0)
-        return fail(error, NULL, "no CUDA device: %s", code == cudaSuccess ? "none is there" : cudaGetErrorString(code));
+        return fail(error, NULL, "no CUDA device: %s",
+                    code == cudaSuccess ? "none is there" : cudaGetErrorString(code));
     if ((code = cudaSetDevice(0)) != cudaSuccess ||
         (code = cudaMalloc((void **)&gpu.workspace, 2 * (WORKSPACE + GUARD))) != cudaSuccess)
         return fail(error, NULL, "the CUDA device cannot be used: %s", cudaGetErrorString(code));
@@ -190,7 +197,8 @@ static int gpu_open(char *error) {
     CUDA(cudaDeviceGetAttribute(&gpu.processors, cudaDevAttrMultiProcessorCount, 0));
     hopper_open(major);
     if (!gpu.hopper && gpu.precision == BF16)
-        fprintf(stderr, "train_sessa: bf16 is fast on a Hopper GPU, built with CUDA_ARCH=sm_90a; elsewhere it is slower\n");
+        fprintf(stderr, "train_sessa: bf16 is fast on a Hopper GPU, built with CUDA_ARCH=sm_90a; elsewhere "
+                        "it is slower\n");
     gpu.ready = 1;
     return 0;
 }
@@ -343,21 +351,25 @@ __device__ static inline float block_max(float x, float *shared) {
     return max;
 }
 
-// Sums over rows, on the way of a pass that reads them anyway: each chunk of rows leaves one partial sum a column, and
-// one launch for a whole layer adds them up in the chunks' order, out[i] += Σ_c partial[c·stride + i].
+// Sums over rows, on the way of a pass that reads them anyway: each chunk of rows leaves one partial sum a
+// column, and one launch for a whole layer adds them up in the chunks' order, out[i] += Σ_c
+// partial[c·stride + i].
 typedef struct { float *out; const float *partial; int chunks, stride, width; } ColumnSum;
-// add: to the gradients that are there, else over them, as all first passes behind an update do. The partial sums
-// lie in room .. end, those of the next pass from `next` on; how much that takes says column_sums_room.
+// add: to the gradients that are there, else over them, as all first passes behind an update do. The
+// partial sums lie in room .. end, those of the next pass from `next` on; how much that takes says
+// column_sums_room.
 enum { MOST_SUMS = 16 };
 typedef struct { ColumnSum list[MOST_SUMS]; int n, add; float *room, *next, *end; } ColumnSums;
-enum { BLOCKS_AT_ONCE = 528, GROUP_COLUMNS = 128, ROW_BLOCK = 320, SUM_ROWS = 128 }; // 4 blocks a multiprocessor of an H100
+// 4 blocks a multiprocessor of an H100
+enum { BLOCKS_AT_ONCE = 528, GROUP_COLUMNS = 128, ROW_BLOCK = 320, SUM_ROWS = 128 };
 static float *sums_place(ColumnSums *sums, int64_t numbers) {
     float *place = sums->next;
     must_fit(numbers, sums->end - place, "partial sums over rows");
     sums->next += numbers;
     return place;
 }
-static void column_sum(ColumnSums *sums, float *out, const float *partial, int chunks, int stride, int width) {
+static void column_sum(ColumnSums *sums, float *out, const float *partial, int chunks, int stride,
+                       int width) {
     if (!out) return;
     must_fit(sums->n + 1, MOST_SUMS, "sums over rows");
     sums->list[sums->n++] = {out, partial, chunks, stride, width};
@@ -448,7 +460,10 @@ template <int SPAN, int PIECES> struct pieces {
     __device__ void operator++() { p++; i += blockDim.x * SPAN; }
     __device__ int2 operator*() const { return {p, i}; }
 };
-__device__ static inline int last_first(void) { return (gridDim.x - 1 - blockIdx.x) * blockDim.y + threadIdx.y; } // the row
+// the row
+__device__ static inline int last_first(void) {
+    return (gridDim.x - 1 - blockIdx.x) * blockDim.y + threadIdx.y;
+}
 enum { MOST_COLUMNS = 64 * ROW_BLOCK, MOST_IN_EIGHTS = 4 * 8 * ROW_BLOCK }; // of a row
 static dim3 row_threads(int D, int in_eights) {
     int x = (int)round_up(min_int(in_eights ? (D + 7) / 8 : D, ROW_BLOCK), 32);
@@ -458,10 +473,13 @@ static int row_blocks(int N, int D, int in_eights, int most) { // most by ones
     int y = (int)row_threads(D, in_eights).y, blocks = (N + y - 1) / y;
     return most ? min_int(blocks, most) : blocks;
 }
-template <typename F> static void rows(int N, int D, int in_eights, int most_blocks, cudaStream_t stream, F f) {
+template <typename F>
+static void rows(int N, int D, int in_eights, int most_blocks, cudaStream_t stream, F f) {
     int eights = in_eights && D <= MOST_IN_EIGHTS, blocks = row_blocks(N, D, eights, most_blocks);
     must_fit(D, MOST_COLUMNS, "columns of a row");
-    auto kernel = !eights ? rows_kernel<1, 64, F> : D <= 8 * ROW_BLOCK ? rows_kernel<8, 1, F> : rows_kernel<8, 4, F>;
+    auto kernel = !eights              ? rows_kernel<1, 64, F>
+                  : D <= 8 * ROW_BLOCK ? rows_kernel<8, 1, F>
+                                       : rows_kernel<8, 4, F>;
     LAUNCH(kernel, blocks, row_threads(D, eights), 0, stream, f);
 }
 // (Σ x, Σ y) over the row's threads. shared: a number a warp, not the one of the sum before.
@@ -484,16 +502,20 @@ __device__ static inline float2 row_sum(float x, float y, float2 *shared) {
 template <typename X> struct MatrixGPU { const X *at; int64_t row, col, step; };
 template <typename X>
 static MatrixGPU<X> rows_of_gpu(const X *at, int64_t row, int64_t step = 0) { return {at, row, 1, step}; }
-template <typename X> static MatrixGPU<X> transpose_gpu(MatrixGPU<X> a) { return {a.at, a.col, a.row, a.step}; }
+template <typename X> static MatrixGPU<X> transpose_gpu(MatrixGPU<X> a) {
+    return {a.at, a.col, a.row, a.step};
+}
 
 // Where a product goes: rows of `row` numbers, the next matrix `step` further.
 template <typename O> struct MatrixOut { O *at; int64_t row, step; };
-template <typename O> static MatrixOut<O> into(O *at, int64_t row, int64_t step = 0) { return {at, row, step}; }
+template <typename O> static MatrixOut<O> into(O *at, int64_t row, int64_t step = 0) {
+    return {at, row, step};
+}
 
 // For shapes and alignments that cuBLASLt refuses: a thread takes one element of out.
 template <typename O, typename X>
-__global__ void product_kernel(MatrixOut<O> out, MatrixGPU<X> a, MatrixGPU<X> b, int M, int N, int K, float alpha,
-                               float beta, const O *bias, const float *scale) {
+__global__ void product_kernel(MatrixOut<O> out, MatrixGPU<X> a, MatrixGPU<X> b, int M, int N, int K,
+                               float alpha, float beta, const O *bias, const float *scale) {
     wait_for_results();
     int64_t item = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (item >= (int64_t)M * N) return;
@@ -511,18 +533,22 @@ static int alignment(const void *pointer, int64_t step_bytes) {
     return (int)(bits & (~bits + 1));
 }
 
-static void describe(cublasLtMatrixLayout_t layout, int bytes, int64_t rows, int64_t cols, int64_t ld, int batch, int64_t step) {
-    LT(cublasLtMatrixLayoutInit(layout, bytes == 2 ? CUDA_R_16BF : CUDA_R_32F, (uint64_t)rows, (uint64_t)cols, ld));
+static void describe(cublasLtMatrixLayout_t layout, int bytes, int64_t rows, int64_t cols, int64_t ld,
+                     int batch, int64_t step) {
+    LT(cublasLtMatrixLayoutInit(layout, bytes == 2 ? CUDA_R_16BF : CUDA_R_32F, (uint64_t)rows, (uint64_t)cols,
+                                ld));
     LT(cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &batch, sizeof(batch)));
-    LT(cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &step, sizeof(step)));
+    LT(cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &step,
+                                        sizeof(step)));
 }
 static void describe(cublasLtMatmulDesc_t operation, cublasLtMatmulDescAttributes_t what, int32_t value) {
     LT(cublasLtMatmulDescSetAttribute(operation, what, &value, sizeof(value)));
 }
 
-// The first algorithm of cuBLASLt's heuristic for this shape, without workspace (some that get one clear it first) unless that
-// leaves much of the GPU idle: then a long sum is cut in pieces. Of short sums the first in tiles of 128×128. All measured:
-// dev/speed/gpu_diary.md. cuBLASLt thinks in columns, out^T = B^T·A^T: its A is our B.
+// The first algorithm of cuBLASLt's heuristic for this shape, without workspace (some that get one clear it
+// first) unless that leaves much of the GPU idle: then a long sum is cut in pieces. Of short sums the first
+// in tiles of 128×128. All measured: dev/speed/gpu_diary.md. cuBLASLt thinks in columns, out^T = B^T·A^T:
+// its A is our B.
 static void product_prepare(Product *p, const ProductKey *k) {
     int left_t = k->b_transposed, right_t = k->a_transposed, found = 0;
     enum { CHOICES = 8, SHORT_SUM = 1536 };
@@ -537,60 +563,74 @@ static void product_prepare(Product *p, const ProductKey *k) {
     memset(p, 0, sizeof(*p));
     p->key = *k;
     p->known = 1;
-    LT(cublasLtMatmulDescInit(&p->operation, k->tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F, CUDA_R_32F));
+    LT(cublasLtMatmulDescInit(&p->operation, k->tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F,
+                              CUDA_R_32F));
     describe(&p->operation, CUBLASLT_MATMUL_DESC_TRANSA, left_t ? CUBLAS_OP_T : CUBLAS_OP_N);
     describe(&p->operation, CUBLASLT_MATMUL_DESC_TRANSB, right_t ? CUBLAS_OP_T : CUBLAS_OP_N);
-    describe(&p->operation, CUBLASLT_MATMUL_DESC_EPILOGUE, k->biased ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT);
+    describe(&p->operation, CUBLASLT_MATMUL_DESC_EPILOGUE,
+             k->biased ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT);
     if (k->scaled) describe(&p->operation, CUBLASLT_MATMUL_DESC_POINTER_MODE, CUBLASLT_POINTER_MODE_DEVICE);
     describe(&p->a, k->in_bytes, left_t ? k->K : k->N, left_t ? k->N : k->K, k->b_ld, k->batch, k->b_step);
     describe(&p->b, k->in_bytes, right_t ? k->M : k->K, right_t ? k->K : k->M, k->a_ld, k->batch, k->a_step);
     describe(&p->out, k->out_bytes, k->N, k->M, k->out_ld, k->batch, k->out_step);
     LT(cublasLtMatmulPreferenceInit(&preference));
-    for (auto &one : wanted) LT(cublasLtMatmulPreferenceSetAttribute(&preference, one.what, &one.value, sizeof(one.value)));
+    for (auto &one : wanted)
+        LT(cublasLtMatmulPreferenceSetAttribute(&preference, one.what, &one.value, sizeof(one.value)));
     for (uint64_t room : {0, (int)WORKSPACE}) {
         if (found && results[0].wavesCount > 0.6f) break;
-        LT(cublasLtMatmulPreferenceSetAttribute(&preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &room, sizeof(room)));
-        if (cublasLtMatmulAlgoGetHeuristic(gpu.lt, &p->operation, &p->a, &p->b, &p->out, &p->out, &preference, CHOICES, results,
-                                           &found) != CUBLAS_STATUS_SUCCESS) found = 0;
+        LT(cublasLtMatmulPreferenceSetAttribute(&preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &room,
+                                                sizeof(room)));
+        if (cublasLtMatmulAlgoGetHeuristic(gpu.lt, &p->operation, &p->a, &p->b, &p->out, &p->out, &preference,
+                                           CHOICES, results, &found) != CUBLAS_STATUS_SUCCESS)
+            found = 0;
     }
     p->plain = !found;
     cublasLtMatmulHeuristicResult_t *best = results;
     for (int i = 0; i < found && best == results && k->K <= SHORT_SUM && !k->a_transposed; i++) {
         int tile = 0;
         size_t size;
-        LT(cublasLtMatmulAlgoConfigGetAttribute(&results[i].algo, CUBLASLT_ALGO_CONFIG_TILE_ID, &tile, sizeof(tile), &size));
-        if (tile == CUBLASLT_MATMUL_TILE_128x128 && results[i].state == CUBLAS_STATUS_SUCCESS) best = &results[i];
+        LT(cublasLtMatmulAlgoConfigGetAttribute(&results[i].algo, CUBLASLT_ALGO_CONFIG_TILE_ID, &tile,
+                                                sizeof(tile), &size));
+        if (tile == CUBLASLT_MATMUL_TILE_128x128 && results[i].state == CUBLAS_STATUS_SUCCESS)
+            best = &results[i];
     }
     if (found) p->algo = best->algo;
     if (found) p->workspace = best->workspaceSize;
 }
 
-// out = alpha·A·B + beta·out + bias for each of `batch` matrices: A (M,K), B (K,N), out (M,N), bias (N) or NULL.
-// beta 0 overwrites. Sums are in float32. scale: alpha in the device's memory, in place of the argument, and 0 and 1.
+// out = alpha·A·B + beta·out + bias for each of `batch` matrices: A (M,K), B (K,N), out (M,N), bias (N) or
+// NULL. beta 0 overwrites. Sums are in float32. scale: alpha in the device's memory, in place of the
+// argument, and 0 and 1.
 template <typename O, typename X>
-static void matmul_gpu(MatrixOut<O> out, MatrixGPU<X> a, MatrixGPU<X> b, int M, int N, int K, float alpha, float beta,
-                       int batch, cudaStream_t stream, const O *bias = NULL, const float *scale = NULL) {
+static void matmul_gpu(MatrixOut<O> out, MatrixGPU<X> a, MatrixGPU<X> b, int M, int N, int K, float alpha,
+                       float beta, int batch, cudaStream_t stream, const O *bias = NULL,
+                       const float *scale = NULL) {
     if (M <= 0 || N <= 0 || batch <= 0) return;
-    int64_t a_step = batch > 1 ? a.step : 0, b_step = batch > 1 ? b.step : 0, out_step = batch > 1 ? out.step : 0,
-        in_bytes = sizeof(X), out_bytes = sizeof(O);
-    ProductKey key = {M, N, K, batch, a.col != 1, b.col != 1, bias != NULL, scale != NULL, gpu.precision == TF32, (int)in_bytes,
-                      (int)out_bytes, alignment(a.at, a_step * in_bytes), alignment(b.at, b_step * in_bytes),
-                      alignment(out.at, out_step * out_bytes), a.col == 1 ? a.row : a.col, b.col == 1 ? b.row : b.col, out.row,
-                      a_step, b_step, out_step};
+    int64_t a_step = batch > 1 ? a.step : 0, b_step = batch > 1 ? b.step : 0,
+            out_step = batch > 1 ? out.step : 0, in_bytes = sizeof(X), out_bytes = sizeof(O);
+    int a_align = alignment(a.at, a_step * in_bytes), b_align = alignment(b.at, b_step * in_bytes),
+        out_align = alignment(out.at, out_step * out_bytes);
+    int64_t a_ld = a.col == 1 ? a.row : a.col, b_ld = b.col == 1 ? b.row : b.col;
+    ProductKey key = {M, N, K, batch, a.col != 1, b.col != 1, bias != NULL, scale != NULL, gpu.precision == TF32,
+                      (int)in_bytes, (int)out_bytes, a_align, b_align, out_align,
+                      a_ld, b_ld, out.row, a_step, b_step, out_step};
     uint64_t hash = 0;
-    for (size_t i = 0; i < sizeof(key) / 8; i++) hash = splitmix64(hash ^ ((const uint64_t *)(const void *)&key)[i]);
+    for (size_t i = 0; i < sizeof(key) / 8; i++)
+        hash = splitmix64(hash ^ ((const uint64_t *)(const void *)&key)[i]);
     Product *p = &products[hash % N_PRODUCTS];
     if (!p->known || memcmp(&p->key, &key, sizeof(key))) product_prepare(p, &key);
     if (p->plain) {
-        LAUNCH((product_kernel<O, X>), dim3((unsigned)(((int64_t)M * N + 127) / 128), (unsigned)batch), 128, 0, stream,
-               out, a, b, M, N, K, alpha, beta, bias, scale);
+        LAUNCH((product_kernel<O, X>), dim3((unsigned)(((int64_t)M * N + 127) / 128), (unsigned)batch), 128,
+               0, stream, out, a, b, M, N, K, alpha, beta, bias, scale);
         return;
     }
-    if (bias) LT(cublasLtMatmulDescSetAttribute(&p->operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof(bias)));
+    if (bias)
+        LT(cublasLtMatmulDescSetAttribute(&p->operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias,
+                                          sizeof(bias)));
     const float *alpha_at = scale ? scale : &alpha, *beta_at = scale ? scale + (beta == 0 ? 1 : 2) : &beta;
-    LT(cublasLtMatmul(gpu.lt, &p->operation, alpha_at, b.at, &p->a, a.at, &p->b, beta_at, out.at, &p->out, out.at,
-                      &p->out, &p->algo, gpu.workspace + (stream == gpu.side ? WORKSPACE + GUARD : 0), p->workspace,
-                      stream));
+    LT(cublasLtMatmul(gpu.lt, &p->operation, alpha_at, b.at, &p->a, a.at, &p->b, beta_at, out.at, &p->out,
+                      out.at, &p->out, &p->algo, gpu.workspace + (stream == gpu.side ? WORKSPACE + GUARD : 0),
+                      p->workspace, stream));
 }
 
 // ----------------------------------------------------------------------------
@@ -772,26 +812,28 @@ static void residual_layernorm_backward_gpu(float *dx, float *dweight, float *db
 
 // One product of cuBLASLt.
 template <typename X>
-static void linear_forward_gpu(X *out, int ld_out, const X *inp, const X *weight, const X *bias, int N, int in,
-                               int out_width, cudaStream_t stream) {
-    matmul_gpu(into(out, ld_out), rows_of_gpu(inp, in), transpose_gpu(rows_of_gpu(weight, in)), N, out_width, in, 1, 0,
-               1, stream, bias);
+static void linear_forward_gpu(X *out, int ld_out, const X *inp, const X *weight, const X *bias, int N,
+                               int in, int out_width, cudaStream_t stream) {
+    matmul_gpu(into(out, ld_out), rows_of_gpu(inp, in), transpose_gpu(rows_of_gpu(weight, in)), N, out_width,
+               in, 1, 0, 1, stream, bias);
 }
 
-// linear_backward's second product: dweight = dout^T inp, added to what is there, or written. What goes on beside it must leave
-// dout and inp as they are. scale: in the device's memory, see matmul_gpu.
+// linear_backward's second product: dweight = dout^T inp, added to what is there, or written. What goes on
+// beside it must leave dout and inp as they are. scale: in the device's memory, see matmul_gpu.
 template <typename X>
-static void linear_weight_gpu(float *dweight, const X *dout, int ld_dout, const X *inp, int N, int in, int out_width, int add,
-                              cudaStream_t stream, const float *scale = NULL) {
-    matmul_gpu(into(dweight, in), transpose_gpu(rows_of_gpu(dout, ld_dout)), rows_of_gpu(inp, in), out_width, in, N, 1,
-               (float)add, 1, stream, (const float *)NULL, scale);
+static void linear_weight_gpu(float *dweight, const X *dout, int ld_dout, const X *inp, int N, int in,
+                              int out_width, int add, cudaStream_t stream, const float *scale = NULL) {
+    matmul_gpu(into(dweight, in), transpose_gpu(rows_of_gpu(dout, ld_dout)), rows_of_gpu(inp, in), out_width,
+               in, N, 1, (float)add, 1, stream, (const float *)NULL, scale);
 }
-// Both products; dweight NULL: dinp alone. The bias's gradient, a sum over rows of dout, comes from the pass that made dout.
+// Both products; dweight NULL: dinp alone. The bias's gradient, a sum over rows of dout, comes from the
+// pass that made dout.
 template <typename X>
-static void linear_backward_gpu(X *dinp, float *dweight, const X *dout, int ld_dout, const X *inp, const X *weight, int N, int in,
-                                int out_width, int add, cudaStream_t stream, const float *scale = NULL) {
-    matmul_gpu(into(dinp, in), rows_of_gpu(dout, ld_dout), rows_of_gpu(weight, in), N, in, out_width, 1, 0, 1, stream,
-               (const X *)NULL, scale);
+static void linear_backward_gpu(X *dinp, float *dweight, const X *dout, int ld_dout, const X *inp,
+                                const X *weight, int N, int in, int out_width, int add, cudaStream_t stream,
+                                const float *scale = NULL) {
+    matmul_gpu(into(dinp, in), rows_of_gpu(dout, ld_dout), rows_of_gpu(weight, in), N, in, out_width, 1, 0, 1,
+               stream, (const X *)NULL, scale);
     if (dweight) linear_weight_gpu(dweight, dout, ld_dout, inp, N, in, out_width, add, stream, scale);
 }
 
@@ -901,8 +943,8 @@ static void rope_forward_gpu(X *x, int ld, const float *cosine, const float *sin
 template <typename X>
 static void rope_bias_backward_gpu(X *dx, float *dbias, int ld, Rope rope, int N, int turned, int width,
                                    ColumnSums *sums, cudaStream_t stream) {
-    each_with_sums({dbias}, sums, N, width, wide({2 * rope.half, width, ld}, {dx, rope.cosine, rope.sine}), stream,
-                   [=] __device__ (auto SPAN, int n, int i, auto &sum) {
+    each_with_sums({dbias}, sums, N, width, wide({2 * rope.half, width, ld}, {dx, rope.cosine, rope.sine}),
+                   stream, [=] __device__ (auto SPAN, int n, int i, auto &sum) {
         constexpr int COUNT = SPAN == 1 ? 2 : SPAN;
         float v[COUNT];
         int lane = threadIdx.x % 32, odd = SPAN == 1 && i % 2;
@@ -916,20 +958,25 @@ static void rope_bias_backward_gpu(X *dx, float *dbias, int ld, Rope rope, int N
     });
 }
 
-// Softmax over the past. A block takes row r of one item (a sequence, or a head of one), which stands at position i0 + r and
-// sees the keys below seen = i0 + r + !strict. Its logits are float32; e takes their place as X, ld_x<X>(ld) apart: what is
-// written never passes what is still to be read. In the columns seen .. the end of the row's block of P rows, e is 0.
+// Softmax over the past. A block takes row r of one item (a sequence, or a head of one), which stands at
+// position i0 + r and sees the keys below seen = i0 + r + !strict. Its logits are float32; e takes their
+// place as X, ld_x<X>(ld) apart: what is written never passes what is still to be read. In the columns seen
+// .. the end of the row's block of P rows, e is 0.
 //     e_rj = X(exp(logit_rj - max_r)),   stats_r = (max_r, 1/Σ_j e_rj) with the sum of the rounded e
-// known: stats are given and the same e follows. normalised: e/Σe is written instead. A row that sees nothing: 1/sum is 0.
-template <typename X> static inline int64_t ld_x(int64_t ld) { return ld * (int64_t)(sizeof(float) / sizeof(X)); }
+// known: stats are given and the same e follows. normalised: e/Σe is written instead. A row that sees
+// nothing: 1/sum is 0.
+template <typename X> static inline int64_t ld_x(int64_t ld) {
+    return ld * (int64_t)(sizeof(float) / sizeof(X));
+}
 __device__ static inline float round_tf32(float x) {
     uint32_t bits;
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
     return __uint_as_float(bits);
 }
 template <typename X>
-__global__ void softmax_panel_kernel(float *logits, int64_t ld, int64_t step, float *stats, int64_t stats_step,
-                                     int known, int normalised, int tf32, int i0, int n, int P, int strict) {
+__global__ void softmax_panel_kernel(float *logits, int64_t ld, int64_t step, float *stats,
+                                     int64_t stats_step, int known, int normalised, int tf32, int i0, int n,
+                                     int P, int strict) {
     __shared__ float shared[32];
     wait_for_results();
     int r = blockIdx.x, seen = i0 + r + !strict, end = i0 + min(n, (r / P + 1) * P);
@@ -964,10 +1011,11 @@ __global__ void softmax_panel_kernel(float *logits, int64_t ld, int64_t step, fl
     for (int j = threadIdx.x; j < seen; j += blockDim.x) e[j] = to<X>(get(e[j]) * inverse);
 }
 template <typename X>
-static void softmax_panel_gpu(float *logits, int64_t ld, int64_t step, float *stats, int64_t stats_step, int known,
-                              int normalised, int i0, int n, int P, int strict, int items, cudaStream_t stream) {
-    LAUNCH(softmax_panel_kernel<X>, dim3(n, items), i0 + n > 512 ? 256 : 64, 0, stream, logits, ld, step, stats,
-           stats_step, known, normalised, gpu.precision == TF32 && sizeof(X) == 4, i0, n, P, strict);
+static void softmax_panel_gpu(float *logits, int64_t ld, int64_t step, float *stats, int64_t stats_step,
+                              int known, int normalised, int i0, int n, int P, int strict, int items,
+                              cudaStream_t stream) {
+    LAUNCH(softmax_panel_kernel<X>, dim3(n, items), i0 + n > 512 ? 256 : 64, 0, stream, logits, ld, step,
+           stats, stats_step, known, normalised, gpu.precision == TF32 && sizeof(X) == 4, i0, n, P, strict);
 }
 
 // γ_t/z_t, the float32 scale of row r of sequence b; without gamma 1/z_t, without stats 1
@@ -979,11 +1027,11 @@ struct RowScale {
     }
 };
 
-// A block takes a row of dweights, the gradient of the weights w, and X(w_rj (dweights_rj - Σ_i w_ri dweights_ri)) takes
-// its place as e takes that of the logits.
+// A block takes a row of dweights, the gradient of the weights w, and X(w_rj (dweights_rj - Σ_i w_ri
+// dweights_ri)) takes its place as e takes that of the logits.
 template <typename X>
-__global__ void softmax_panel_backward_kernel(float *dweights, const X *weights, int64_t ld, int64_t step, int64_t w_ld,
-                                              int64_t w_step, int i0, int n, int P) {
+__global__ void softmax_panel_backward_kernel(float *dweights, const X *weights, int64_t ld, int64_t step,
+                                              int64_t w_ld, int64_t w_step, int i0, int n, int P) {
     __shared__ float shared[32];
     wait_for_results();
     int r = blockIdx.x, seen = i0 + r + 1, end = i0 + min(n, (r / P + 1) * P);
@@ -1002,8 +1050,8 @@ __global__ void softmax_panel_backward_kernel(float *dweights, const X *weights,
     }
 }
 template <typename X>
-static void softmax_panel_backward_gpu(float *dweights, const float *weights, int64_t ld, int64_t step, int i0, int n,
-                                       int P, int items, cudaStream_t stream) {
+static void softmax_panel_backward_gpu(float *dweights, const float *weights, int64_t ld, int64_t step,
+                                       int i0, int n, int P, int items, cudaStream_t stream) {
     LAUNCH(softmax_panel_backward_kernel<X>, dim3(n, items), i0 + n > 512 ? 256 : 64, 0, stream, dweights,
            (const X *)weights, ld, step, ld_x<X>(ld), ld_x<X>(step), i0, n, P);
 }
@@ -1011,9 +1059,9 @@ static void softmax_panel_backward_gpu(float *dweights, const float *weights, in
 // ----------------------------------------------------------------------------
 // attention
 //
-// The weights of a panel of P rows against all columns are one product, Q_I K^T; a kernel makes the softmax of them in their
-// place; what the panel reads is one product more. Of the (T,T) weights no more than a panel is ever there: the backward pass
-// computes it again.
+// The weights of a panel of P rows against all columns are one product, Q_I K^T; a kernel makes the softmax
+// of them in their place; what the panel reads is one product more. Of the (T,T) weights no more than a
+// panel is ever there: the backward pass computes it again.
 
 #ifndef SESSA_PLAIN
 #include "dev/cuda/hopper.cuh"
@@ -1026,14 +1074,15 @@ typedef struct Heads {
     int64_t step(int64_t sequence, int64_t head) const { return by_head ? sequence : head; }
 } Heads;
 
-// How attention goes, for all batches of up to B sequences of up to T tokens: in tiles (fast), or in panels of P rows. P
-// asked for, 0: 128 MiB of weights, but 16 rows at least.
+// How attention goes, for all batches of up to B sequences of up to T tokens: in tiles (fast), or in panels
+// of P rows. P asked for, 0: 128 MiB of weights, but 16 rows at least.
 typedef struct {
     int tiles, by_head, P;
     int64_t scratch; // numbers: weights and their gradient
 } AttentionWay;
 template <typename X> static AttentionWay attention_way(int B, int T, int H, int G, int d, int ld, int P) {
-    AttentionWay way = {!plain && gpu.hopper && sizeof(X) == sizeof(bf16) && d <= 128 && d % 8 == 0 && ld % 8 == 0,
+    AttentionWay way = {!plain && gpu.hopper && sizeof(X) == sizeof(bf16) && d <= 128 && d % 8 == 0 &&
+                            ld % 8 == 0,
                         B >= H || G != H || T > 1024, 0, 0};
     int batch = way.by_head ? B : H;
     int64_t lw = round_up(T, 64), height = (32 << 20) / (batch * lw);
@@ -1050,27 +1099,29 @@ static float *attention_scratch(const AttentionWay *way, Heads heads, int T, Scr
 
 // attention_head of a batch of heads.
 template <typename X>
-static void attention_head_gpu(int item, Heads heads, X *out, float *stats, float *weights, const X *q, const X *k, const X *v,
-                               Shape shape, int P, cudaStream_t stream) {
+static void attention_head_gpu(int item, Heads heads, X *out, float *stats, float *weights, const X *q,
+                               const X *k, const X *v, Shape shape, int P, cudaStream_t stream) {
     int T = shape.T, H = shape.H, G = shape.G, d = shape.d, ld = shape.ld, first = shape.first, D = H * d;
     int h = heads.by_head ? item : 0, b = heads.by_head ? 0 : item;
-    int64_t rows = T - first, all = (int64_t)T * ld, kv = b * all + h / (H / G) * d, kv_step = heads.step(all, d),
-        lw = round_up(T, 64), panel = P * lw;
+    int64_t rows = T - first, all = (int64_t)T * ld, kv = b * all + h / (H / G) * d,
+            kv_step = heads.step(all, d), lw = round_up(T, 64), panel = P * lw;
     for (int i0 = first; i0 < T; i0 += P) {
         int n = min_int(P, T - i0);
         int64_t row = b * rows + i0 - first, of_head = (b * H + h) * rows + i0 - first;
         matmul_gpu(into(weights, lw, panel), rows_of_gpu(q + row * ld + h * d, ld, heads.step(rows * ld, d)),
-                   transpose_gpu(rows_of_gpu(k + kv, ld, kv_step)), n, i0 + n, d, 1 / sqrtf((float)d), 0, heads.batch, stream);
-        softmax_panel_gpu<X>(weights, lw, panel, stats + 2 * of_head, heads.step(2 * H * rows, 2 * rows), 0, 1, i0, n, P, 0,
-                             heads.batch, stream);
-        matmul_gpu(into(out + row * D + h * d, D, heads.step(rows * D, d)), rows_of_gpu((const X *)weights, ld_x<X>(lw),
-                   ld_x<X>(panel)), rows_of_gpu(v + kv, ld, kv_step), n, d, i0 + n, 1, 0, heads.batch, stream);
+                   transpose_gpu(rows_of_gpu(k + kv, ld, kv_step)), n, i0 + n, d, 1 / sqrtf((float)d), 0,
+                   heads.batch, stream);
+        softmax_panel_gpu<X>(weights, lw, panel, stats + 2 * of_head, heads.step(2 * H * rows, 2 * rows), 0,
+                             1, i0, n, P, 0, heads.batch, stream);
+        matmul_gpu(into(out + row * D + h * d, D, heads.step(rows * D, d)),
+                   rows_of_gpu((const X *)weights, ld_x<X>(lw), ld_x<X>(panel)),
+                   rows_of_gpu(v + kv, ld, kv_step), n, d, i0 + n, 1, 0, heads.batch, stream);
     }
 }
 
 template <typename X>
-static void attention_forward_gpu(X *out, float *stats, Scratch scratch, const X *q, const X *k, const X *v, Shape shape,
-                                  const AttentionWay *way, cudaStream_t stream) {
+static void attention_forward_gpu(X *out, float *stats, Scratch scratch, const X *q, const X *k, const X *v,
+                                  Shape shape, const AttentionWay *way, cudaStream_t stream) {
     if (way->tiles) return attention_forward_fast(out, stats, q, k, v, shape, stream);
     Heads heads = heads_of(way, shape.B, shape.H);
     float *weights = attention_scratch(way, heads, shape.T, scratch);
@@ -1080,11 +1131,13 @@ static void attention_forward_gpu(X *out, float *stats, Scratch scratch, const X
 
 // attention_group_backward of a batch of heads: the first head of a group writes dk and dv, the others add.
 template <typename X>
-static void attention_group_backward_gpu(int item, Heads heads, X *dq, X *dk, X *dv, float *scratch, const X *dout, float *stats,
-                                         const X *q, const X *k, const X *v, Shape shape, int P, cudaStream_t stream) {
+static void attention_group_backward_gpu(int item, Heads heads, X *dq, X *dk, X *dv, float *scratch,
+                                         const X *dout, float *stats, const X *q, const X *k, const X *v,
+                                         Shape shape, int P, cudaStream_t stream) {
     int T = shape.T, H = shape.H, G = shape.G, d = shape.d, ld = shape.ld, D = H * d;
     int h = heads.by_head ? item : 0, b = heads.by_head ? 0 : item, batch = heads.batch;
-    int64_t all = (int64_t)T * ld, kv = b * all + h / (H / G) * d, step = heads.step(all, d), lw = round_up(T, 64), panel = P * lw;
+    int64_t all = (int64_t)T * ld, kv = b * all + h / (H / G) * d, step = heads.step(all, d),
+            lw = round_up(T, 64), panel = P * lw;
     float scale = 1 / sqrtf((float)d), *weights = scratch, *dlogits = scratch + batch * panel;
     MatrixGPU<X> k_h = rows_of_gpu(k + kv, ld, step), v_h = rows_of_gpu(v + kv, ld, step),
         w = rows_of_gpu((const X *)weights, ld_x<X>(lw), ld_x<X>(panel)),
@@ -1096,8 +1149,8 @@ static void attention_group_backward_gpu(int item, Heads heads, X *dq, X *dk, X 
         MatrixGPU<X> q_I = rows_of_gpu(q + row * ld + h * d, ld, step),
             dout_I = rows_of_gpu(dout + row * D + h * d, D, heads.step((int64_t)T * D, d));
         matmul_gpu(into(weights, lw, panel), q_I, transpose_gpu(k_h), n, cols, d, scale, 0, batch, stream);
-        softmax_panel_gpu<X>(weights, lw, panel, stats + 2 * of_head, heads.step(2 * (int64_t)H * T, 2 * T), 1, 1, i0, n, P, 0,
-                             batch, stream);
+        softmax_panel_gpu<X>(weights, lw, panel, stats + 2 * of_head, heads.step(2 * (int64_t)H * T, 2 * T),
+                             1, 1, i0, n, P, 0, batch, stream);
         matmul_gpu(into(dlogits, lw, panel), dout_I, transpose_gpu(v_h), n, cols, d, 1, 0, batch, stream);
         softmax_panel_backward_gpu<X>(dlogits, weights, lw, panel, i0, n, P, batch, stream);
         matmul_gpu(into(dq + row * ld + h * d, ld, step), dl, k_h, n, d, cols, scale, 0, batch, stream);
@@ -1106,19 +1159,21 @@ static void attention_group_backward_gpu(int item, Heads heads, X *dq, X *dk, X 
     }
 }
 
-// out: what the forward pass gave; the fast way takes its sums from it. dbias, unless NULL: dq, dk, dv, which follow each other,
-// are taken on through RoPE, and their sums over the rows added to it.
+// out: what the forward pass gave; the fast way takes its sums from it. dbias, unless NULL: dq, dk, dv,
+// which follow each other, are taken on through RoPE, and their sums over the rows added to it.
 template <typename X>
-static void attention_backward_gpu(X *dq, X *dk, X *dv, float *dbias, Scratch scratch, const X *dout, const X *out,
-                                   float *stats, const X *q, const X *k, const X *v, Shape shape, const AttentionWay *way,
-                                   Rope rope, ColumnSums *sums, cudaStream_t stream) {
+static void attention_backward_gpu(X *dq, X *dk, X *dv, float *dbias, Scratch scratch, const X *dout,
+                                   const X *out, float *stats, const X *q, const X *k, const X *v,
+                                   Shape shape, const AttentionWay *way, Rope rope, ColumnSums *sums,
+                                   cudaStream_t stream) {
     int turned = (shape.H + shape.G) * shape.d, width = turned + shape.G * shape.d;
     if (way->tiles) attention_backward_fast(dq, dk, dv, dout, out, stats, q, k, v, shape, stream);
     else {
         Heads heads = heads_of(way, shape.B, shape.H);
         float *both = attention_scratch(way, heads, shape.T, scratch);
         for (int item = 0; item < heads.items; item++)
-            attention_group_backward_gpu(item, heads, dq, dk, dv, both, dout, stats, q, k, v, shape, way->P, stream);
+            attention_group_backward_gpu(item, heads, dq, dk, dv, both, dout, stats, q, k, v, shape, way->P,
+                                         stream);
     }
     if (dbias)
         rope_bias_backward_gpu(dq, dbias, shape.ld, rope, shape.B * shape.T, turned, width, sums, stream);
@@ -1135,10 +1190,10 @@ static void copy_gpu(Y *out, int ld, const X *x, int N, int D, cudaStream_t stre
 // ----------------------------------------------------------------------------
 // the feedback path
 //
-// s_t = f_t + γ_t Σ_{j<t} α_tj s_j, panel after panel of PANEL rows. What the rows before the panel give is one product; within
-// the panel every row waits for those above it, so a thread takes a column and goes down the rows: that is the substitution
-// of the C function, with the columns side by side. α = e/z is never formed: γ/z is a float32 scale of rows, for in bf16 a
-// γα of 0.999 would be 1.
+// s_t = f_t + γ_t Σ_{j<t} α_tj s_j, panel after panel of PANEL rows. What the rows before the panel give is
+// one product; within the panel every row waits for those above it, so a thread takes a column and goes
+// down the rows: that is the substitution of the C function, with the columns side by side. α = e/z is
+// never formed: γ/z is a float32 scale of rows, for in bf16 a γα of 0.999 would be 1.
 
 enum { PANEL = 64 };
 
@@ -1161,24 +1216,27 @@ static int64_t feedback_scratch_gpu(int B, int T, int D) {
 #endif
 
 static FeedbackScratch feedback_scratch_of(Scratch scratch, int B, int T, int D) {
-    int64_t row = round_up(T, 64), panel = B * PANEL * row, columns = B * PANEL * (int64_t)D, all = (int64_t)B * T * D;
+    int64_t row = round_up(T, 64), panel = B * PANEL * row, columns = B * PANEL * (int64_t)D,
+            all = (int64_t)B * T * D;
     float *at = borrow(scratch, feedback_scratch_gpu(B, T, D)), *part = at + 3 * panel;
     return {row, at, at + panel, at + 2 * panel, part, part + columns, part + columns + all};
 }
 
 // e of the panel of rows i0 .. i0+n-1, in the place of their logits, with m and 1/z (known: given).
 template <typename X>
-static void feedback_weights_gpu(FeedbackScratch at, float *stats, int known, const X *q, const X *k, Shape shape, int i0, int n,
-                                 cudaStream_t stream) {
+static void feedback_weights_gpu(FeedbackScratch at, float *stats, int known, const X *q, const X *k,
+                                 Shape shape, int i0, int n, cudaStream_t stream) {
     int64_t rows = shape.T - shape.first, row = i0 - shape.first, ld = shape.ld, panel = PANEL * at.row;
     MatrixGPU<X> q_I = rows_of_gpu(q + row * ld, ld, rows * ld), k_all = rows_of_gpu(k, ld, shape.T * ld);
     float scale = 1 / sqrtf((float)shape.d);
-    matmul_gpu(into(at.weights, at.row, panel), q_I, transpose_gpu(k_all), n, i0 + n, shape.d, scale, 0, shape.B, stream);
-    softmax_panel_gpu<float>(at.weights, at.row, panel, stats + 2 * row, 2 * rows, known, 0, i0, n, PANEL, 1, shape.B, stream);
+    matmul_gpu(into(at.weights, at.row, panel), q_I, transpose_gpu(k_all), n, i0 + n, shape.d, scale, 0,
+               shape.B, stream);
+    softmax_panel_gpu<float>(at.weights, at.row, panel, stats + 2 * row, 2 * rows, known, 0, i0, n, PANEL, 1,
+                             shape.B, stream);
 }
 
-// What the kernels read of the panel of rows i0 .. i0+n-1, each for the sequence b = blockIdx.y: e_rj is weights(r)[j], rows of
-// gamma and stats follow each other, `rows` to the next sequence.
+// What the kernels read of the panel of rows i0 .. i0+n-1, each for the sequence b = blockIdx.y: e_rj is
+// weights(r)[j], rows of gamma and stats follow each other, `rows` to the next sequence.
 struct PanelRows {
     const float *e, *gamma, *stats;
     int64_t row, rows;
@@ -1187,15 +1245,18 @@ struct PanelRows {
     __device__ float inverse(int r) const { return stats[2 * (blockIdx.y * rows + r) + 1]; }  // 1/z
     __device__ float scale(int r) const { return gamma[blockIdx.y * rows + r] * inverse(r); } // γ/z
 };
-static PanelRows panel_rows(FeedbackScratch at, const float *gamma, const float *stats, Shape shape, int i0, int n) {
+static PanelRows panel_rows(FeedbackScratch at, const float *gamma, const float *stats, Shape shape, int i0,
+                            int n) {
     int64_t rows = shape.T - shape.first, row = i0 - shape.first;
     return {at.weights, gamma + row, stats + 2 * row, at.row, rows, shape.T, shape.d, i0, n};
 }
 
-// s_t = f_t + (γ_t/z_t) (before_t + Σ_{i0≤j<t} e_tj s_j) for the panel's rows, from the first to the last. A thread takes column i.
-// exact (B,T,D) is s in float32: s rounded to X and read again, row after row, would wander off.
+// s_t = f_t + (γ_t/z_t) (before_t + Σ_{i0≤j<t} e_tj s_j) for the panel's rows, from the first to the last.
+// A thread takes column i. exact (B,T,D) is s in float32: s rounded to X and read again, row after row,
+// would wander off.
 template <typename X>
-__global__ void feedback_solve_kernel(X *s, float *exact, const X *f, int64_t f_step, const float *before, PanelRows p) {
+__global__ void feedback_solve_kernel(X *s, float *exact, const X *f, int64_t f_step, const float *before,
+                                      PanelRows p) {
     wait_for_results();
     int D = p.D, i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= D) return;
@@ -1213,9 +1274,11 @@ __global__ void feedback_solve_kernel(X *s, float *exact, const X *f, int64_t f_
 
 // weights and c are the fast way's: what it keeps for the backward pass.
 template <typename X>
-static void feedback_forward_gpu(X *s, X *c, float *stats, Scratch weights, Scratch scratch, const X *f, const X *q, const X *k,
-                                 const float *gamma, Shape shape, const Panels *panels, cudaStream_t stream) {
-    if (!plain) return feedback_forward_fast(s, c, stats, weights, scratch, f, q, k, gamma, shape, panels, stream);
+static void feedback_forward_gpu(X *s, X *c, float *stats, Scratch weights, Scratch scratch, const X *f,
+                                 const X *q, const X *k, const float *gamma, Shape shape,
+                                 const Panels *panels, cudaStream_t stream) {
+    if (!plain)
+        return feedback_forward_fast(s, c, stats, weights, scratch, f, q, k, gamma, shape, panels, stream);
     int B = shape.B, T = shape.T, D = shape.d, first = shape.first;
     int64_t all = (int64_t)T * D, columns = PANEL * (int64_t)D, f_step = (int64_t)(T - first) * D;
     FeedbackScratch at = feedback_scratch_of(scratch, B, T, D);
@@ -1225,15 +1288,16 @@ static void feedback_forward_gpu(X *s, X *c, float *stats, Scratch weights, Scra
         int n = min_int(PANEL, T - i0);
         const X *f_I = f + (int64_t)(i0 - first) * D;
         feedback_weights_gpu(at, stats, 0, q, k, shape, i0, n, stream);
-        MatrixGPU<float> e = rows_of_gpu<float>(at.weights, at.row, PANEL * at.row), s_all = rows_of_gpu<float>(at.all, D, all);
+        MatrixGPU<float> e = rows_of_gpu<float>(at.weights, at.row, PANEL * at.row),
+                         s_all = rows_of_gpu<float>(at.all, D, all);
         if (i0) matmul_gpu(into(at.part, D, columns), e, s_all, n, D, i0, 1, 0, B, stream);
         PanelRows p = panel_rows(at, gamma, stats, shape, i0, n);
         LAUNCH(feedback_solve_kernel<X>, blocks, 64, 0, stream, s, at.all, f_I, f_step, at.part, p);
     }
 }
 
-// λ_t = ds_t + handed_t + Σ_{t<j<i0+n} e_jt u_j with u_j = (γ_j/z_j) λ_j, from the panel's last row to its first. A thread takes
-// column i. df = X(λ), u stays float32.
+// λ_t = ds_t + handed_t + Σ_{t<j<i0+n} e_jt u_j with u_j = (γ_j/z_j) λ_j, from the panel's last row to its
+// first. A thread takes column i. df = X(λ), u stays float32.
 template <typename X>
 __global__ void feedback_adjoint_kernel(X *df, float *u, const X *ds, const float *handed, PanelRows p) {
     wait_for_results();
@@ -1250,9 +1314,10 @@ __global__ void feedback_adjoint_kernel(X *df, float *u, const X *ds, const floa
     }
 }
 
-// Row t of the panel, with dA_tj = λ_t·s_j: dgamma_t = δ_t = Σ_j α_tj dA_tj, dlogits_tj = (γ_t/z_t) e_tj (dA_tj - δ_t), as X. A block
-// takes a row; dlogits has the layout of e.
-template <typename X> __global__ void feedback_dlogits_kernel(float *dgamma, X *dlogits, const float *dA, PanelRows p) {
+// Row t of the panel, with dA_tj = λ_t·s_j: dgamma_t = δ_t = Σ_j α_tj dA_tj, dlogits_tj = (γ_t/z_t) e_tj
+// (dA_tj - δ_t), as X. A block takes a row; dlogits has the layout of e.
+template <typename X>
+__global__ void feedback_dlogits_kernel(float *dgamma, X *dlogits, const float *dA, PanelRows p) {
     __shared__ float shared[32];
     wait_for_results();
     int r = blockIdx.x, t = p.i0 + r;
@@ -1263,16 +1328,20 @@ template <typename X> __global__ void feedback_dlogits_kernel(float *dgamma, X *
     for (int j = threadIdx.x; j < t; j += blockDim.x) sum += e[j] * dA[j];
     float delta = p.inverse(r) * block_sum(sum, shared);
     if (threadIdx.x == 0) dgamma[(int64_t)blockIdx.y * p.T + t] = delta;
-    for (int j = threadIdx.x; j < p.i0 + p.n; j += blockDim.x) dlogits[j] = to<X>(j < t ? scale * e[j] * (dA[j] - delta) : 0);
+    for (int j = threadIdx.x; j < p.i0 + p.n; j += blockDim.x)
+        dlogits[j] = to<X>(j < t ? scale * e[j] * (dA[j] - delta) : 0);
 }
 
-// df may be ds. dbias, unless NULL: the sums of dq and dk, which follow each other, over the rows are added to it.
+// df may be ds. dbias, unless NULL: the sums of dq and dk, which follow each other, over the rows are added
+// to it.
 template <typename X>
-static void feedback_backward_gpu(X *df, X *dq, X *dk, float *dgamma, float *dbias, Scratch weights, Scratch scratch, const X *ds,
-                                  const X *s, const X *c, float *stats, const X *q, const X *k, const float *gamma, Shape shape,
+static void feedback_backward_gpu(X *df, X *dq, X *dk, float *dgamma, float *dbias, Scratch weights,
+                                  Scratch scratch, const X *ds, const X *s, const X *c, float *stats,
+                                  const X *q, const X *k, const float *gamma, Shape shape,
                                   const Panels *panels, ColumnSums *sums, cudaStream_t stream) {
-    if (!plain) return feedback_backward_fast(df, dq, dk, dgamma, dbias, weights, scratch, ds, s, c, stats, q, k, gamma, shape,
-                                              panels, sums, stream);
+    if (!plain)
+        return feedback_backward_fast(df, dq, dk, dgamma, dbias, weights, scratch, ds, s, c, stats, q, k,
+                                      gamma, shape, panels, sums, stream);
     int B = shape.B, T = shape.T, D = shape.d, ld = shape.ld;
     int64_t all = (int64_t)T * D, columns = PANEL * (int64_t)D, wide_all = (int64_t)T * ld;
     float scale = 1 / sqrtf((float)D);
@@ -1284,7 +1353,8 @@ static void feedback_backward_gpu(X *df, X *dq, X *dk, float *dgamma, float *dbi
         X *dq_I = dq + (int64_t)i0 * ld;
         feedback_weights_gpu(at, stats, 1, q, k, shape, i0, n, stream);
         PanelRows p = panel_rows(at, gamma, stats, shape, i0, n);
-        MatrixGPU<float> e = rows_of_gpu<float>(at.weights, at.row, panel), u = rows_of_gpu<float>(at.part, D, columns);
+        MatrixGPU<float> e = rows_of_gpu<float>(at.weights, at.row, panel),
+                         u = rows_of_gpu<float>(at.part, D, columns);
         MatrixGPU<X> lambda_I = rows_of_gpu<X>(df + (int64_t)i0 * D, D, all), s_all = rows_of_gpu(s, D, all),
             q_I = rows_of_gpu(q + (int64_t)i0 * ld, ld, wide_all), k_all = rows_of_gpu(k, ld, wide_all),
             dl = rows_of_gpu<X>(dlogits, at.row, panel);
@@ -1389,11 +1459,13 @@ static void crossentropy_gpu(float *losses, char *hits, X *dlogits, const X *log
 // ----------------------------------------------------------------------------
 // the model
 
-// As in train_sessa.c. x, rounded to X, is what the layer read from the residual stream, kept for the backward pass only.
+// As in train_sessa.c. x, rounded to X, is what the layer read from the residual stream, kept for the
+// backward pass only.
 template <typename X> struct LayerActivationsGPU {
     X *x;                       // (N,D)
     float *ln_mean, *ln_rstd;   // (N)
-    X *n, *ag, *abar, *proj, *o, *f, *s, *c, *gated, *branch; // dag takes the place of ag; c: feedback's (e s)/z
+    // dag takes the place of ag; c: feedback's (e s)/z
+    X *n, *ag, *abar, *proj, *o, *f, *s, *c, *gated, *branch;
     float *stats, *gamma, *fb_stats;
     Scratch fb_weights;
     X *xbc, *y_scan, *normed, *tail; // mamba2
@@ -1413,8 +1485,8 @@ template <typename X> struct ActivationsGPU {
     Scratch scratch;
 };
 
-// What a step reads from the device's memory, because it changes from step to step; room for ids behind it: inputs,
-// targets, the lists of sort_tokens.
+// What a step reads from the device's memory, because it changes from step to step; room for ids behind it:
+// inputs, targets, the lists of sort_tokens.
 typedef struct {
     uint64_t dropout_key;
     float scale[4]; // dloss, 0, 1: what products scale by
@@ -1422,8 +1494,8 @@ typedef struct {
     int ids[];
 } Inputs;
 
-// What all passes of a model do: chosen when it is made, by its largest batch, and with it the memory that they
-// take. A smaller batch, as evaluation's last, and generation behind a short prompt go the same way.
+// What all passes of a model do: chosen when it is made, by its largest batch, and with it the memory that
+// they take. A smaller batch, as evaluation's last, and generation behind a short prompt go the same way.
 typedef struct {
     AttentionWay attention;
     Panels feedback[2]; // 1: where positions begin at a multiple of 8, so that tiles can
@@ -1440,26 +1512,31 @@ template <typename X> static Ways ways_of(const Config *c, int B, int T, int P, 
     return ways;
 }
 
-// The first member is a Model as the other parts know it: configuration, table of parameters, and in the host's memory
-// a copy of the parameters or of what belongs to them, made when asked for. The device's blocks have their tensors at
-// the table's `places`: multiples of 64 numbers, but for what follows another within one product.
+// The first member is a Model as the other parts know it: configuration, table of parameters, and in the
+// host's memory a copy of the parameters or of what belongs to them, made when asked for. The device's
+// blocks have their tensors at the table's `places`: multiples of 64 numbers, but for what follows another
+// within one product.
 template <typename X> struct ModelGPU {
     Model host;
     char *memory;                                // all of the model, one allocation
     int64_t count;                               // numbers in a block
     float *params, *exp_avg, *exp_avg_sq, *grads; // in the order of Block
-    X *copy;                                     // the parameters as X: products read them; float: params itself
+    // the parameters as X: products read them; float: params itself
+    X *copy;
     unsigned char *decayed;                      // for each 64 numbers
     Weights weights, grad;                       // in the device's memory
     ActivationsGPU<X> acts;
     Table x_table, f_table;                      // activations of type X, of type float
     X *x_block;
     float *f_block;
-    Inputs *inputs, *host_inputs;                // in the device's memory; page-locked, as is the result of sums
-    double *norm;                                // in the device's memory: its square, and what clipping makes of the gradients
+    // in the device's memory; page-locked, as is the result of sums
+    Inputs *inputs, *host_inputs;
+    // in the device's memory: its square, and what clipping makes of the gradients
+    double *norm;
     double *host_sum;                            // of losses; of squares of gradients
     int plain;                                   // made for the plain ways
-    cudaEvent_t loss_there, lists_there, norm_there; // when the host may read, or write again, what the device was asked for
+    // when the host may read, or write again, what the device was asked for
+    cudaEvent_t loss_there, lists_there, norm_there;
     int *host_lists, *starts;                    // of sort_tokens: page-locked; (V+1)
     ColumnSums sums;
     int dlogits_ready, decodes;
@@ -1479,20 +1556,22 @@ template <typename X> static const X *as_x(const ModelGPU<X> *m, const float *we
 }
 
 // ----------------------------------------------------------------------------
-// mixers: what stands between GELU and gate, abar → s. The gain γ comes from the GELU's pass over the same numbers, and
-// backward dgamma goes into the GELU's.
+// mixers: what stands between GELU and gate, abar → s. The gain γ comes from the GELU's pass over the same
+// numbers, and backward dgamma goes into the GELU's.
 
 template <typename X>
 static void projections_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int first, cudaStream_t stream) {
     int D = m->host.config.d_model, E = proj_width(&m->host.config), N = B * (T - first);
     LayerWeights *w = &m->weights.layers[l];
     LayerActivationsGPU<X> *a = &m->acts.layers[l];
-    linear_forward_gpu(a->proj + (size_t)first * E, E, a->abar, as_x(m, w->W_proj), as_x(m, w->b_proj), N, D, E, stream);
+    linear_forward_gpu(a->proj + (size_t)first * E, E, a->abar, as_x(m, w->W_proj), as_x(m, w->b_proj), N, D,
+                       E, stream);
 }
 
 // What follows from q, k and v.
 template <typename X>
-static void direct_read_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int first, X *f, cudaStream_t stream) {
+static void direct_read_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int first, X *f,
+                                    cudaStream_t stream) {
     const Config *c = &m->host.config;
     int D = c->d_model, H = c->n_heads, G = c->n_kv_heads, d = D / H, E = proj_width(c), N = B * (T - first);
     Shape shape = direct_shape(c, B, T, first);
@@ -1504,9 +1583,11 @@ static void direct_read_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int fir
     if (w->W_o) linear_forward_gpu(f, D, o, as_x(m, w->W_o), (const X *)NULL, N, D, D, stream);
 }
 
-template <typename X> static void direct_read_backward_gpu(ModelGPU<X> *m, int l, int B, int T, cudaStream_t stream) {
+template <typename X>
+static void direct_read_backward_gpu(ModelGPU<X> *m, int l, int B, int T, cudaStream_t stream) {
     const Config *c = &m->host.config;
-    int D = c->d_model, G = c->n_kv_heads, d = D / c->n_heads, E = proj_width(c), N = B * T, add = m->sums.add;
+    int D = c->d_model, G = c->n_kv_heads, d = D / c->n_heads, E = proj_width(c), N = B * T,
+        add = m->sums.add;
     Shape shape = direct_shape(c, B, T, 0);
     LayerWeights *w = &m->weights.layers[l], *dw = &m->grad.layers[l];
     LayerActivationsGPU<X> *a = &m->acts.layers[l];
@@ -1517,9 +1598,11 @@ template <typename X> static void direct_read_backward_gpu(ModelGPU<X> *m, int l
         linear_backward_gpu(dout, NULL, back->ds, D, a->o, as_x(m, w->W_o), N, D, D, add, stream);
         linear_weight_gpu(dw->W_o, back->ds, D, a->o, N, D, D, add, beside(W_O_GRADIENT, in_ring(shape)));
     }
-    attention_backward_gpu(back->dproj, dk, dv, dw->b_proj, back->scratch, dout, out, a->stats, a->proj, k, v, shape,
-                           &m->ways.attention, {back->cosine, back->sine, T, d / 2, 0, -1}, &m->sums, stream);
-    linear_backward_gpu(back->dabar, dw->W_proj, back->dproj, E, a->abar, as_x(m, w->W_proj), N, D, E, add, stream);
+    attention_backward_gpu(back->dproj, dk, dv, dw->b_proj, back->scratch, dout, out, a->stats, a->proj, k, v,
+                           shape, &m->ways.attention, {back->cosine, back->sine, T, d / 2, 0, -1}, &m->sums,
+                           stream);
+    linear_backward_gpu(back->dabar, dw->W_proj, back->dproj, E, a->abar, as_x(m, w->W_proj), N, D, E, add,
+                        stream);
 }
 
 template <typename X>
@@ -1529,8 +1612,8 @@ static void attention_mixer_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int
     direct_read_forward_gpu(m, l, B, T, first, s, stream);
 }
 
-// With tiles, neither attention nor the feedback's weights and inverses need scratch or workspace of the other's: they go
-// beside each other.
+// With tiles, neither attention nor the feedback's weights and inverses need scratch or workspace of the
+// other's: they go beside each other.
 template <typename X>
 static void sessa_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int first, cudaStream_t stream) {
     int D = m->host.config.d_model, E = proj_width(&m->host.config);
@@ -1538,26 +1621,31 @@ static void sessa_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int first, cu
     const X *q = a->proj + (size_t)first * E + E - 2 * D, *k = a->proj + E - D;
     const Panels *panels = &m->ways.feedback[first % 8 == 0];
     projections_forward_gpu(m, l, B, T, first, stream);
-    direct_read_forward_gpu(m, l, B, T, first, a->f, beside(DIRECT_READ, m->ways.attention.tiles && panels->tiles));
+    direct_read_forward_gpu(m, l, B, T, first, a->f,
+                            beside(DIRECT_READ, m->ways.attention.tiles && panels->tiles));
     feedback_forward_gpu(a->s, a->c, a->fb_stats, a->fb_weights, m->acts.scratch, a->f, q, k, a->gamma,
                          feedback_shape(&m->host.config, B, T, first), panels, stream);
 }
 
-template <typename X> static void sessa_backward_gpu(ModelGPU<X> *m, int l, int B, int T, cudaStream_t stream) {
+template <typename X>
+static void sessa_backward_gpu(ModelGPU<X> *m, int l, int B, int T, cudaStream_t stream) {
     int D = m->host.config.d_model, E = proj_width(&m->host.config);
     LayerActivationsGPU<X> *a = &m->acts.layers[l];
     ActivationsGPU<X> *back = &m->acts;
     const X *q = a->proj + E - 2 * D, *k = q + D;
     X *dq = back->dproj + E - 2 * D, *dk = dq + D;
     float *dbias = m->grad.layers[l].b_proj + E - 2 * D;
-    feedback_backward_gpu(back->ds, dq, dk, back->dgamma, dbias, a->fb_weights, back->scratch, back->ds, a->s, a->c, a->fb_stats,
-                          q, k, a->gamma, feedback_shape(&m->host.config, B, T, 0), &m->ways.feedback[1], &m->sums, stream);
+    feedback_backward_gpu(back->ds, dq, dk, back->dgamma, dbias, a->fb_weights, back->scratch, back->ds, a->s,
+                          a->c, a->fb_stats, q, k, a->gamma, feedback_shape(&m->host.config, B, T, 0),
+                          &m->ways.feedback[1], &m->sums, stream);
     direct_read_backward_gpu(m, l, B, T, stream);
 }
 
 // Mamba-2 stands behind the update.
-template <typename X> static void mamba2_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int first, cudaStream_t stream);
-template <typename X> static void mamba2_backward_gpu(ModelGPU<X> *m, int l, int B, int T, cudaStream_t stream);
+template <typename X>
+static void mamba2_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int first, cudaStream_t stream);
+template <typename X>
+static void mamba2_backward_gpu(ModelGPU<X> *m, int l, int B, int T, cudaStream_t stream);
 
 template <typename X> struct MixerGPU {
     void (*forward)(ModelGPU<X> *model, int layer, int B, int T, int first, cudaStream_t stream);
@@ -1577,7 +1665,9 @@ template <typename X> static const MixerGPU<X> mixers_gpu[N_MIXERS] = {
 // the model's memory
 
 // Rows of the projections are padded to multiples of 8 numbers: tensor cores ask for it.
-static int proj_ld(const Config *c) { return c->mixer == MAMBA2 ? (int)round_up(proj_width(c), 8) : proj_width(c); }
+static int proj_ld(const Config *c) {
+    return c->mixer == MAMBA2 ? (int)round_up(proj_width(c), 8) : proj_width(c);
+}
 
 // What Mamba-2 takes, which stands behind the update.
 template <typename X>
@@ -1602,7 +1692,8 @@ template <typename X> static ActivationList list_activations_gpu(const Config *c
 
 // A buffer of the twin's own.
 template <typename Y>
-static Y *add_activation(Table *table, Y *block, int layer, const char *name, int n_dims, int64_t d0, int64_t d1, int64_t d2) {
+static Y *add_activation(Table *table, Y *block, int layer, const char *name, int n_dims, int64_t d0,
+                         int64_t d1, int64_t d2) {
     if (table->count >= 0) table->count = round_up(table->count, 64);
     add_tensor(table, NULL, layer, name, n_dims, d0, d1, d2);
     const Tensor *row = table->last;
@@ -1631,8 +1722,8 @@ static int64_t column_sums_room(const Config *c, int B, int T) {
     return c->mixer == SESSA ? layer + (plain ? 0 : 2 * tile_sums_room(D, B, T)) + pass(1, 2 * D) : layer;
 }
 
-// What the model's passes share: numbers of the feedback's weights, of scratch, of partial sums. A test may ask for
-// panels of any height.
+// What the model's passes share: numbers of the feedback's weights, of scratch, of partial sums. A test may
+// ask for panels of any height.
 typedef struct { int64_t weights, scratch, sums; } Room;
 template <typename X> static Room room_of(const Config *c, int B, int T, Mode mode, const Ways *ways) {
     int D = c->d_model, H = c->n_heads;
@@ -1660,7 +1751,8 @@ template <typename X> static Room room_of(const Config *c, int B, int T, Mode mo
 template <typename X> static void carve_activations_gpu(ModelGPU<X> *m, int B, int T, Mode mode) {
     const Config *c = &m->host.config;
     int D = c->d_model, H = c->n_heads;
-    int sessa = c->mixer == SESSA, mamba2 = c->mixer == MAMBA2, training = mode >= TRAIN, keep_all = mode == KEEP_ALL;
+    int sessa = c->mixer == SESSA, mamba2 = c->mixer == MAMBA2, training = mode >= TRAIN,
+        keep_all = mode == KEEP_ALL;
     ActivationsGPU<X> *acts = &m->acts;
     Table *t = &m->x_table, *f = &m->f_table;
     X *x = m->x_block;
@@ -1757,7 +1849,8 @@ template <typename X> static int64_t carve_memory(ModelGPU<X> *m, char *memory, 
     float **blocks[] = {&m->params, &m->exp_avg, &m->exp_avg_sq, &m->grads};
     for (int i = 0; i < 4; i++)
         *blocks[i] = take<float>(&at, i == PARAMS || mode >= TRAIN ? m->count : 0, names[i], there);
-    m->copy = sizeof(X) == sizeof(bf16) ? take<X>(&at, m->count, "copy of the parameters", there) : (X *)m->params;
+    m->copy =
+        sizeof(X) == sizeof(bf16) ? take<X>(&at, m->count, "copy of the parameters", there) : (X *)m->params;
     m->decayed = take<unsigned char>(&at, m->count / 64, "decayed", there);
     m->norm = take<double>(&at, 2, "norm", there);
     m->inputs = (Inputs *)take<char>(&at, (int64_t)sizeof(Inputs) + (6 * tokens + 2) * (int64_t)sizeof(int),
@@ -1782,14 +1875,18 @@ static int within_launches(const Config *c, int B, int T, size_t number, char *e
                     c->d_model, MOST_COLUMNS, (long long)row);
     if ((int64_t)B * T * widest > MOST_PIECES)
         return fail(error, NULL,
-                    "--batch %d times --seq %d: the GPU takes at most %lld tokens of this width at once", B, T,
-                    (long long)(MOST_PIECES / widest));
+                    "--batch %d times --seq %d: the GPU takes at most %lld tokens of this width at once", B,
+                    T, (long long)(MOST_PIECES / widest));
     if (c->mixer == MAMBA2 && !scan_fits(c, number))
-        return fail(error, NULL, "--head-dim %d with --state-dim %d: too large for the GPU's shared memory; --plain goes without",
-                    c->head_dim, c->state_dim);
+        return fail(
+            error, NULL,
+            "--head-dim %d with --state-dim %d: too large for the GPU's shared memory; --plain goes without",
+            c->head_dim, c->state_dim);
     if (most < seeds)
-        return fail(error, NULL, "the mixer sessa needs %d KiB of shared memory a block, this GPU has %d; --plain goes without",
-                    seeds >> 10, most >> 10);
+        return fail(
+            error, NULL,
+            "the mixer sessa needs %d KiB of shared memory a block, this GPU has %d; --plain goes without",
+            seeds >> 10, most >> 10);
     return 0;
 }
 
@@ -1806,7 +1903,8 @@ template <typename X> static Model *model_create_gpu(const Config *c, int B, int
     m->host.B = B;
     m->host.T = T;
     m->dlogits_ready = mode == TRAIN;
-    int64_t tokens = (int64_t)B * T, ids = (6 * tokens + 2) * (int64_t)sizeof(int), pairs = (int64_t)T * (d / 2);
+    int64_t tokens = (int64_t)B * T, ids = (6 * tokens + 2) * (int64_t)sizeof(int),
+            pairs = (int64_t)T * (d / 2);
     real *tables = (real *)allocate(2 * pairs, sizeof(real), &whole); // cosine and sine
     for (Weights *w : {&m->weights, &m->grad})
         w->layers = (LayerWeights *)allocate(c->n_layers, sizeof(LayerWeights), &whole);
@@ -1822,10 +1920,12 @@ template <typename X> static Model *model_create_gpu(const Config *c, int B, int
     }
     for (int i = 0; i < m->host.table.n; i++) { // the projections stay together: they are one product
         const Tensor *row = &m->host.table.rows[i];
-        int follows = strstr(row->name, ".k_proj.") || strstr(row->name, ".v_proj.") || strstr(row->name, ".proj_fb.");
+        int follows =
+            strstr(row->name, ".k_proj.") || strstr(row->name, ".v_proj.") || strstr(row->name, ".proj_fb.");
         if (!follows) m->count = round_up(m->count, 64);
         places[i] = m->count;
-        m->count += i ? row->count : round_up(c->vocab_size, 8) * c->d_model; // wte: rows more, of zeros that stay zeros
+        // wte: rows more, of zeros that stay zeros
+        m->count += i ? row->count : round_up(c->vocab_size, 8) * c->d_model;
     }
     m->count = round_up(m->count, 64);
     double needed = INFINITY;
@@ -1836,16 +1936,19 @@ template <typename X> static Model *model_create_gpu(const Config *c, int B, int
         m->x_block = NULL; // no place yet, sizes alone
         m->f_block = NULL;
         carve_activations_gpu(m, B, T, mode);
-        if (m->host.table.count >= 0 && m->x_table.count >= 0 && m->f_table.count >= 0 && m->host.table.count < PTRDIFF_MAX / 64)
+        if (m->host.table.count >= 0 && m->x_table.count >= 0 && m->f_table.count >= 0 &&
+            m->host.table.count < PTRDIFF_MAX / 64)
             needed = (double)carve_memory(m, NULL, B, T, mode);
         if (!keep || needed < 0.9 * (double)present) break;
     }
     cudaError_t code = cudaErrorMemoryAllocation;
     if (needed <= (double)present) code = cudaMalloc((void **)&m->memory, (size_t)needed);
-    if (code == cudaSuccess) code = cudaMallocHost((void **)&m->host_inputs, sizeof(Inputs) + (size_t)ids + 2 * sizeof(double));
+    if (code == cudaSuccess)
+        code = cudaMallocHost((void **)&m->host_inputs, sizeof(Inputs) + (size_t)ids + 2 * sizeof(double));
     if (code != cudaSuccess) {
         cudaGetLastError();
-        fail(error, NULL, "the model does not fit: it needs %.2f GiB of the GPU's memory, of whose %.1f GiB %.2f are free",
+        fail(error, NULL,
+             "the model does not fit: it needs %.2f GiB of the GPU's memory, of whose %.1f GiB %.2f are free",
              needed / 0x1p30, (double)all / 0x1p30, (double)present / 0x1p30);
         free(tables);
         model_free_gpu<X>(&m->host);
@@ -1862,7 +1965,8 @@ template <typename X> static Model *model_create_gpu(const Config *c, int B, int
     m->host_inputs->scale[1] = 0;
     m->host_inputs->scale[2] = 1;
     m->host_lists = m->host_inputs->ids + 2 * tokens;
-    m->host_sum = (double *)((char *)m->host_inputs + round_up((int64_t)sizeof(Inputs) + ids, sizeof(double)));
+    m->host_sum =
+        (double *)((char *)m->host_inputs + round_up((int64_t)sizeof(Inputs) + ids, sizeof(double)));
     for (int i = 0; i < m->host.table.n; i++) {
         const Tensor *row = &m->host.table.rows[i];
         int64_t from = places[i] / 64, end = (places[i] + row->count + 63) / 64;
@@ -1878,11 +1982,11 @@ template <typename X> static Model *model_create_gpu(const Config *c, int B, int
 // ----------------------------------------------------------------------------
 // forward, backward, update
 
-// hidden_forward, of the layers from .. end-1. inputs: in the device's memory, NULL: x is what the layers before made of them.
-// The branch of a layer is added where the next one reads it, before its LayerNorm.
+// hidden_forward, of the layers from .. end-1. inputs: in the device's memory, NULL: x is what the layers
+// before made of them. The branch of a layer is added where the next one reads it, before its LayerNorm.
 template <typename X>
-static void hidden_forward_gpu(ModelGPU<X> *m, const int *inputs, int B, int T, int first, double dropout, int from,
-                               int end, cudaStream_t stream) {
+static void hidden_forward_gpu(ModelGPU<X> *m, const int *inputs, int B, int T, int first, double dropout,
+                               int from, int end, cudaStream_t stream) {
     const Config *c = &m->host.config;
     int D = c->d_model, N = B * (T - first), last = c->n_layers - 1;
     const Weights *w = &m->weights;
@@ -1893,19 +1997,26 @@ static void hidden_forward_gpu(ModelGPU<X> *m, const int *inputs, int B, int T, 
     for (int l = from; l < end; l++) {
         const LayerWeights *wl = &w->layers[l];
         LayerActivationsGPU<X> *a = &acts->layers[l];
-        const X *before = l ? acts->layers[l - 1].branch : NULL, *g = a->ag + D, *s = a->s + (int64_t)first * D;
+        const X *before = l ? acts->layers[l - 1].branch : NULL, *g = a->ag + D,
+                *s = a->s + (int64_t)first * D;
         residual_layernorm_forward_gpu(a->n, a->x, a->ln_mean, a->ln_rstd, x, before, mask(2 * l),
-                                       wl->ln_weight, wl->ln_bias, N, D, stream);                          // [9]
-        linear_forward_gpu(a->ag, 2 * D, a->n, as_x(m, wl->W_in), as_x(m, wl->b_in), N, D, 2 * D, stream); // [10]
+                                       // [9]
+                                       wl->ln_weight, wl->ln_bias, N, D, stream);
+        // [10]
+        linear_forward_gpu(a->ag, 2 * D, a->n, as_x(m, wl->W_in), as_x(m, wl->b_in), N, D, 2 * D, stream);
         gelu_gain_forward_gpu(a->abar, a->gamma, a->ag, 2 * D, wl->gamma_weight, wl->gamma_bias, gamma_max,
-                              N, D, stream);                                                              // [11, 18]
-        mixers_gpu<X>[c->mixer].forward(m, l, B, T, first, stream);                                        // [12]
-        gate_dropout_forward_gpu(a->gated, s, g, 2 * D, mask(1 + 2 * l), N, D, stream);                    // [13]
+                              // [11, 18]
+                              N, D, stream);
+        // [12]
+        mixers_gpu<X>[c->mixer].forward(m, l, B, T, first, stream);
+        // [13]
+        gate_dropout_forward_gpu(a->gated, s, g, 2 * D, mask(1 + 2 * l), N, D, stream);
         linear_forward_gpu(a->branch, D, a->gated, as_x(m, wl->W_out), as_x(m, wl->b_out), N, D, D, stream);
     }
     if (end <= last) return;
-    residual_layernorm_forward_gpu(acts->ln_f, acts->y, acts->ln_mean, acts->ln_rstd, x, acts->layers[last].branch,
-                                   mask(2 + 2 * last), w->ln_f_weight, w->ln_f_bias, N, D, stream);
+    residual_layernorm_forward_gpu(acts->ln_f, acts->y, acts->ln_mean, acts->ln_rstd, x,
+                                   acts->layers[last].branch, mask(2 + 2 * last), w->ln_f_weight,
+                                   w->ln_f_bias, N, D, stream);
 }
 
 // out = Σ x_i, or Σ x_i², in double: a block takes its share, then one block those of the blocks.
@@ -1931,10 +2042,12 @@ template <int SQUARES> static void sum_gpu(double *out, const float *x, int64_t 
 }
 
 template <typename X>
-static void model_forward_gpu(Model *model, const int *inputs, const int *targets, int B, int T, Dropout drop) {
+static void model_forward_gpu(Model *model, const int *inputs, const int *targets, int B, int T,
+                              Dropout drop) {
     ModelGPU<X> *m = of<X>(model);
     cudaStream_t stream = gpu.stream;
-    int D = m->host.config.d_model, V = m->host.config.vocab_size, N = B * T, early = early_layers(&m->host.config);
+    int D = m->host.config.d_model, V = m->host.config.vocab_size, N = B * T,
+        early = early_layers(&m->host.config);
     ActivationsGPU<X> *acts = &m->acts;
     Inputs *host = m->host_inputs;
     must_fit(B, m->host.B, "sequences of a batch");
@@ -1943,7 +2056,8 @@ static void model_forward_gpu(Model *model, const int *inputs, const int *target
     host->dropout_key = dropout_key(drop);
     memcpy(host->ids, inputs, sizeof(int) * (size_t)N);
     memcpy(host->ids + N, targets, sizeof(int) * (size_t)N);
-    CUDA(cudaMemcpyAsync(m->inputs, host, sizeof(Inputs) + sizeof(int) * 2 * (size_t)N, cudaMemcpyHostToDevice, stream));
+    CUDA(cudaMemcpyAsync(m->inputs, host, sizeof(Inputs) + sizeof(int) * 2 * (size_t)N,
+                         cudaMemcpyHostToDevice, stream));
     m->host.batch_B = B;
     m->host.batch_T = T;
     m->host.drop = drop;
@@ -1951,11 +2065,12 @@ static void model_forward_gpu(Model *model, const int *inputs, const int *target
            [&] { hidden_forward_gpu(m, m->inputs->ids, B, T, 0, drop.probability, 0, early, stream); });
     join(LATE_UPDATE);
     replay(m, FORWARD_LATE, B, T, drop.probability, [&] {
-        hidden_forward_gpu(m, (const int *)NULL, B, T, 0, drop.probability, early, m->host.config.n_layers, stream);
-        linear_forward_gpu(acts->logits, (int)acts->ld_logits, acts->ln_f, as_x(m, m->weights.wte), (const X *)NULL, N,
-                           D, (int)acts->ld_logits, stream);
-        crossentropy_gpu(acts->losses, acts->hits, m->dlogits_ready ? acts->logits : NULL, acts->logits, acts->ld_logits,
-                         m->inputs->ids + N, N, V, stream);
+        hidden_forward_gpu(m, (const int *)NULL, B, T, 0, drop.probability, early, m->host.config.n_layers,
+                           stream);
+        linear_forward_gpu(acts->logits, (int)acts->ld_logits, acts->ln_f, as_x(m, m->weights.wte),
+                           (const X *)NULL, N, D, (int)acts->ld_logits, stream);
+        crossentropy_gpu(acts->losses, acts->hits, m->dlogits_ready ? acts->logits : NULL, acts->logits,
+                         acts->ld_logits, m->inputs->ids + N, N, V, stream);
         sum_gpu<0>(m->host_sum, acts->losses, N, stream);
     });
     CUDA(cudaEventRecord(m->loss_there, stream));
@@ -1968,15 +2083,17 @@ template <typename X> static double model_loss_gpu(Model *model) {
 }
 
 template <typename X> static void model_hits_gpu(Model *m, char *hits) {
-    CUDA(cudaMemcpyAsync(hits, ((ModelGPU<X> *)m)->acts.hits, (size_t)(m->batch_B * m->batch_T), cudaMemcpyDeviceToHost,
-                         gpu.stream));
+    CUDA(cudaMemcpyAsync(hits, ((ModelGPU<X> *)m)->acts.hits, (size_t)(m->batch_B * m->batch_T),
+                         cudaMemcpyDeviceToHost, gpu.stream));
     CUDA(cudaStreamSynchronize(gpu.stream));
 }
 
-// layer_backward: from dbranch, the gradient of the layer's branch, to that of the layer below, and dx on the way. The gradients
-// of a and g take their place. The products that only weights wait for go beside what follows.
+// layer_backward: from dbranch, the gradient of the layer's branch, to that of the layer below, and dx on
+// the way. The gradients of a and g take their place. The products that only weights wait for go beside
+// what follows.
 template <typename X>
-static void layer_backward_gpu(ModelGPU<X> *m, int l, int B, int T, Mask mask, Mask mask_below, cudaStream_t stream) {
+static void layer_backward_gpu(ModelGPU<X> *m, int l, int B, int T, Mask mask, Mask mask_below,
+                               cudaStream_t stream) {
     const Config *c = &m->host.config;
     int D = c->d_model, N = B * T, add = m->sums.add;
     const LayerWeights *w = &m->weights.layers[l], *dw = &m->grad.layers[l];
@@ -1985,22 +2102,24 @@ static void layer_backward_gpu(ModelGPU<X> *m, int l, int B, int T, Mask mask, M
     ColumnSums *sums = &m->sums;
     X *g = a->ag + D, *dag = a->ag, *dg = g, *dbranch = acts->dbranch;
     X *dgated = acts->ds, *ds = dgated, *dln = ds; // one buffer, one after the other
-    float *dx = acts->residual, gamma_max = (float)c->gamma_max, *db_below = l ? m->grad.layers[l - 1].b_out : NULL;
+    float *dx = acts->residual, gamma_max = (float)c->gamma_max,
+          *db_below = l ? m->grad.layers[l - 1].b_out : NULL;
     // through W_out and the gate
     linear_backward_gpu(dgated, NULL, dbranch, D, a->gated, as_x(m, w->W_out), N, D, D, add, stream);
     gate_dropout_backward_gpu(ds, dg, dw->b_in + D, dgated, a->s, g, 2 * D, mask, N, D, sums, stream);
     linear_weight_gpu(dw->W_out, dbranch, D, a->gated, N, D, D, add, beside(W_OUT_GRADIENT));
     // through the mixer, from ds to dabar
     mixers_gpu<X>[c->mixer].backward(m, l, B, T, stream);
-    gelu_gain_backward_gpu(dag, dw->b_in, dw->gamma_weight, dw->gamma_bias, acts->dabar, a->ag, 2 * D, acts->dgamma,
-                           a->gamma, w->gamma_weight, gamma_max, N, D, sums, stream);
+    gelu_gain_backward_gpu(dag, dw->b_in, dw->gamma_weight, dw->gamma_bias, acts->dabar, a->ag, 2 * D,
+                           acts->dgamma, a->gamma, w->gamma_weight, gamma_max, N, D, sums, stream);
     join(W_OUT_GRADIENT);
     join(W_O_GRADIENT);
     // through W_in and the LayerNorm, on to the branch of the layer below
     linear_backward_gpu(dln, NULL, dag, 2 * D, a->n, as_x(m, w->W_in), N, D, 2 * D, add, stream);
     linear_weight_gpu(dw->W_in, dag, 2 * D, a->n, N, D, 2 * D, add, beside(W_IN_GRADIENT));
-    residual_layernorm_backward_gpu(dx, dw->ln_weight, dw->ln_bias, l ? dbranch : (X *)NULL, db_below, mask_below, 0,
-                                    dln, a->x, a->ln_mean, a->ln_rstd, w->ln_weight, N, D, sums, stream);
+    residual_layernorm_backward_gpu(dx, dw->ln_weight, dw->ln_bias, l ? dbranch : (X *)NULL, db_below,
+                                    mask_below, 0, dln, a->x, a->ln_mean, a->ln_rstd, w->ln_weight, N, D,
+                                    sums, stream);
     column_sums_gpu(sums, stream);
 }
 
@@ -2016,11 +2135,11 @@ static void backward_launches_gpu(ModelGPU<X> *m, int B, int T, double dropout, 
     auto mask = [&](int place) { return mask_of(&m->inputs->dropout_key, dropout, place); };
     if (!m->dlogits_ready)
         crossentropy_gpu(acts->losses, acts->hits, dlogits, acts->logits, ld, targets, N, V, stream);
-    linear_backward_gpu(dln_f, dw->wte, dlogits, ld, acts->ln_f, as_x(m, w->wte), N, D, ld, m->sums.add, stream,
-                        m->inputs->scale);
+    linear_backward_gpu(dln_f, dw->wte, dlogits, ld, acts->ln_f, as_x(m, w->wte), N, D, ld, m->sums.add,
+                        stream, m->inputs->scale);
     residual_layernorm_backward_gpu(acts->residual, dw->ln_f_weight, dw->ln_f_bias, acts->dbranch,
-                                    dw->layers[last].b_out, mask(2 + 2 * last), 1, dln_f, acts->y, acts->ln_mean,
-                                    acts->ln_rstd, w->ln_f_weight, N, D, &m->sums, stream);
+                                    dw->layers[last].b_out, mask(2 + 2 * last), 1, dln_f, acts->y,
+                                    acts->ln_mean, acts->ln_rstd, w->ln_f_weight, N, D, &m->sums, stream);
     for (int l = last; l >= 0; l--) layer_backward_gpu(m, l, B, T, mask(1 + 2 * l), mask(2 * l), stream);
     join(W_IN_GRADIENT);
 }
@@ -2036,17 +2155,19 @@ template <typename X> static void model_backward_gpu(Model *model, double dloss)
            [&] { backward_launches_gpu(m, B, T, m->host.drop.probability, stream); });
     int *lists = device->ids + (m->host_lists - host->ids);
     Tokens tokens = {device->ids, host->ids, N, V, lists, m->host_lists, m->starts, m->lists_there};
-    embedding_backward_gpu(m->grad.wte, m->acts.scratch, m->acts.residual, tokens, m->host.config.d_model, stream);
+    embedding_backward_gpu(m->grad.wte, m->acts.scratch, m->acts.residual, tokens, m->host.config.d_model,
+                           stream);
     m->sums.add = 1;
 }
 
-// adamw: a thread takes 4 numbers; all parameters in one launch, the tensors' ends rounded up hold zeros that stay zeros.
-// It does not clear the gradient: the next backward pass overwrites it.
-// scale: in the device's memory; NaN: nothing is updated.
+// adamw: a thread takes 4 numbers; all parameters in one launch, the tensors' ends rounded up hold zeros
+// that stay zeros. It does not clear the gradient: the next backward pass overwrites it. scale: in the
+// device's memory; NaN: nothing is updated.
 template <typename X>
 __global__ void adamw_kernel(float *w, const float *g, float *exp_avg, float *exp_avg_sq, X *copy,
                              const unsigned char *decayed, int64_t n, float beta1, float beta2, float rate1,
-                             float rate2, float keep, float step_size, float correction, float eps, const double *scale) {
+                             float rate2, float keep, float step_size, float correction, float eps,
+                             const double *scale) {
     wait_for_results();
     int64_t i = 4 * ((int64_t)blockIdx.x * blockDim.x + threadIdx.x);
     float factor = (float)*scale;
@@ -2066,9 +2187,11 @@ __global__ void adamw_kernel(float *w, const float *g, float *exp_avg, float *ex
     write_some<4>(w + i, p);
     write_some<4>(exp_avg + i, m);
     write_some<4>(exp_avg_sq + i, v);
-    if constexpr (sizeof(X) == 2) *(uint2 *)(copy + i) = make_uint2(pack_two(p[0], p[1]), pack_two(p[2], p[3]));
+    if constexpr (sizeof(X) == 2)
+        *(uint2 *)(copy + i) = make_uint2(pack_two(p[0], p[1]), pack_two(p[2], p[3]));
 }
-// The host goes on as soon as it has the norm. What the next forward pass needs first, embedding and early layers, comes first.
+// The host goes on as soon as it has the norm. What the next forward pass needs first, embedding and early
+// layers, comes first.
 template <typename X> static double model_update_gpu(Model *model, AdamW o, double clip, int64_t step) {
     ModelGPU<X> *m = of<X>(model);
     double *norm = m->norm; // the next batch's inputs are on their way while late layers read it
@@ -2082,10 +2205,11 @@ template <typename X> static double model_update_gpu(Model *model, AdamW o, doub
     CUDA(cudaEventRecord(m->norm_there, gpu.stream));
     auto adamw = [&](int64_t from, int64_t end, cudaStream_t stream) {
         LAUNCH(adamw_kernel<X>, (unsigned)(((end - from) / 4 + 255) / 256), 256, 0, stream, m->params + from,
-               m->grads + from, m->exp_avg + from, m->exp_avg_sq + from, m->copy + from, m->decayed + from / 64, end - from,
-               (float)o.beta1, (float)o.beta2, (float)(1 - o.beta1), (float)(1 - o.beta2), (float)(1 - o.lr * o.weight_decay),
-               (float)(o.lr / (1 - pow(o.beta1, (double)step))), (float)(1 / sqrt(1 - pow(o.beta2, (double)step))), (float)o.eps,
-               norm + 1);
+               m->grads + from, m->exp_avg + from, m->exp_avg_sq + from, m->copy + from,
+               m->decayed + from / 64, end - from, (float)o.beta1, (float)o.beta2, (float)(1 - o.beta1),
+               (float)(1 - o.beta2), (float)(1 - o.lr * o.weight_decay),
+               (float)(o.lr / (1 - pow(o.beta1, (double)step))),
+               (float)(1 / sqrt(1 - pow(o.beta2, (double)step))), (float)o.eps, norm + 1);
     };
     int64_t early = m->weights.layers[early_layers(&m->host.config)].ln_weight - m->params;
     adamw(0, early, gpu.stream);
@@ -2095,7 +2219,8 @@ template <typename X> static double model_update_gpu(Model *model, AdamW o, doub
     return sqrt(m->host_sum[1]);
 }
 
-template <typename X> static void model_extend_gpu(Model *model, const int *tokens, int n, int first, real *logits) {
+template <typename X>
+static void model_extend_gpu(Model *model, const int *tokens, int n, int first, real *logits) {
     ModelGPU<X> *m = of<X>(model);
     cudaStream_t stream = gpu.stream;
     int D = m->host.config.d_model, V = m->host.config.vocab_size;
@@ -2104,12 +2229,13 @@ template <typename X> static void model_extend_gpu(Model *model, const int *toke
     must_fit(first + n, m->host.T, "tokens of a sequence");
     m->host_inputs->first = first;
     memcpy(m->host_inputs->ids, tokens, sizeof(int) * (size_t)n);
-    CUDA(cudaMemcpyAsync(m->inputs, m->host_inputs, sizeof(Inputs) + sizeof(int) * (size_t)n, cudaMemcpyHostToDevice, stream));
+    CUDA(cudaMemcpyAsync(m->inputs, m->host_inputs, sizeof(Inputs) + sizeof(int) * (size_t)n,
+                         cudaMemcpyHostToDevice, stream));
     if (n == 1 && m->decodes) replay(m, ONE_TOKEN, 0, 0, 0, [&] { hidden_decode_gpu(m, stream); });
     else {
         hidden_forward_gpu(m, m->inputs->ids, 1, first + n, first, 0, 0, m->host.config.n_layers, stream);
-        linear_forward_gpu(m->acts.logits, V, m->acts.ln_f + (size_t)(n - 1) * D, as_x(m, m->weights.wte), (const X *)NULL, 1, D,
-                           V, stream);
+        linear_forward_gpu(m->acts.logits, V, m->acts.ln_f + (size_t)(n - 1) * D, as_x(m, m->weights.wte),
+                           (const X *)NULL, 1, D, V, stream);
         copy_gpu(row, V, m->acts.logits, 1, V, stream);
     }
     CUDA(cudaMemcpyAsync(logits, row, sizeof(float) * (size_t)V, cudaMemcpyDeviceToHost, stream));
@@ -2122,8 +2248,8 @@ template <typename X> static void model_extend_gpu(Model *model, const int *toke
 __device__ static inline float sigmoid_gpu(float x) { return 1 / (1 + __expf(-x)); }
 __device__ static inline float silu_gpu(float x) { return x * sigmoid_gpu(x); }
 
-// A thread takes one channel of CONV_ROWS positions in turn, the latest inputs in registers: last[lag] is that of `lag` before. Reads
-// for CONV_AHEAD positions are on their way at once.
+// A thread takes one channel of CONV_ROWS positions in turn, the latest inputs in registers: last[lag] is
+// that of `lag` before. Reads for CONV_AHEAD positions are on their way at once.
 enum { CONV_AHEAD = 8, CONV_ROWS = 4 * CONV_AHEAD - (TAPS - 1) };
 template <typename X> struct Conv {
     const X *inp, *tail;
@@ -2131,7 +2257,8 @@ template <typename X> struct Conv {
     int ld, T, W, first, pieces; // of CONV_ROWS positions in a sequence
     __device__ float input(int b, int t, int c) const {
         if (t < 0 || t >= T) return 0;
-        return get(t < first ? tail[t % (TAPS - 1) * W + c] : __ldg(inp + ((int64_t)b * (T - first) + t - first) * ld + c));
+        return get(t < first ? tail[t % (TAPS - 1) * W + c]
+                             : __ldg(inp + ((int64_t)b * (T - first) + t - first) * ld + c));
     }
     __device__ void start(float taps[TAPS], float last[TAPS], int b, int t, int c) const {
         for (int lag = 0; lag < TAPS; lag++) {
@@ -2148,8 +2275,8 @@ template <typename X> struct Conv {
     }
 };
 template <typename X>
-static void conv_forward_gpu(X *out, const X *inp, int ld, X *tail, const float *weight, const float *bias, int B, int T,
-                             int W, int first, cudaStream_t stream) {
+static void conv_forward_gpu(X *out, const X *inp, int ld, X *tail, const float *weight, const float *bias,
+                             int B, int T, int W, int first, cudaStream_t stream) {
     int rows = T - first, from = rows > TAPS - 1 ? rows - (TAPS - 1) : 0;
     Conv<X> f = {inp, tail, weight, bias, ld, T, W, first, (rows + CONV_ROWS - 1) / CONV_ROWS};
     each((int64_t)B * f.pieces, W, 0, stream, [=] __device__ (auto, int item, int c) {
@@ -2164,15 +2291,17 @@ static void conv_forward_gpu(X *out, const X *inp, int ld, X *tail, const float 
             }
         }
     });
-    if (tail) each(rows - from, W, 0, stream, [=] __device__ (auto, int n, int c) { // row n of those to remember
+    // row n of those to remember
+    if (tail) each(rows - from, W, 0, stream, [=] __device__ (auto, int n, int c) {
         tail[(first + from + n) % (TAPS - 1) * W + c] = inp[(int64_t)(from + n) * ld + c];
     });
 }
 
-// dinp, and partial sums of dweight and dbias: the warps of a block take pieces of a sequence, du_t of which is known three
-// positions before dinp_{t-3} can be written.
+// dinp, and partial sums of dweight and dbias: the warps of a block take pieces of a sequence, du_t of
+// which is known three positions before dinp_{t-3} can be written.
 template <typename X>
-__global__ void __launch_bounds__(256, 3) conv_backward_kernel(X *dinp, float *partial, const X *dout, Conv<X> f, int items) {
+__global__ void __launch_bounds__(256, 3)
+    conv_backward_kernel(X *dinp, float *partial, const X *dout, Conv<X> f, int items) {
     __shared__ float parts[8][TAPS + 1][32];
     wait_for_results();
     int c = blockIdx.x * 32 + threadIdx.x;
@@ -2197,7 +2326,8 @@ __global__ void __launch_bounds__(256, 3) conv_backward_kernel(X *dinp, float *p
                     sums[TAPS - 1 - lag] += own ? du[0] * last[lag] : 0;
                 }
                 sums[TAPS] += own ? du[0] : 0;
-                if (at >= t0 && at < min(f.T, t0 + CONV_ROWS)) dinp[((int64_t)b * f.T + at) * f.ld + c] = to<X>(sum);
+                if (at >= t0 && at < min(f.T, t0 + CONV_ROWS))
+                    dinp[((int64_t)b * f.T + at) * f.ld + c] = to<X>(sum);
             }
         }
     }
@@ -2214,20 +2344,22 @@ static int conv_chunks(int B, int T, int W) {
     return min_int((B * pieces + 7) / 8, 1 + BLOCKS_AT_ONCE * GROUP_COLUMNS / W);
 }
 template <typename X>
-static void conv_backward_gpu(X *dinp, float *dweight, float *dbias, const X *dout, const X *inp, int ld, const float *weight,
-                              const float *bias, int B, int T, int W, ColumnSums *sums, cudaStream_t stream) {
+static void conv_backward_gpu(X *dinp, float *dweight, float *dbias, const X *dout, const X *inp, int ld,
+                              const float *weight, const float *bias, int B, int T, int W, ColumnSums *sums,
+                              cudaStream_t stream) {
     int pieces = (T + CONV_ROWS - 1) / CONV_ROWS, stride = (TAPS + 1) * W, chunks = conv_chunks(B, T, W);
     float *partial = sums_place(sums, (int64_t)chunks * stride);
     Conv<X> f = {inp, NULL, weight, bias, ld, T, W, 0, pieces};
-    LAUNCH(conv_backward_kernel<X>, dim3((W + 31) / 32, chunks), dim3(32, 8), 0, stream, dinp, partial, dout, f,
-           B * pieces);
+    LAUNCH(conv_backward_kernel<X>, dim3((W + 31) / 32, chunks), dim3(32, 8), 0, stream, dinp, partial, dout,
+           f, B * pieces);
     column_sum(sums, dweight, partial, chunks, stride, TAPS * W);
     column_sum(sums, dbias, partial + TAPS * W, chunks, stride, W);
 }
 
 // A thread takes one head of one row, forward and backward.
 template <typename X>
-static void step_forward_gpu(float *step, const X *inp, int ld, const float *bias, int N, int heads, cudaStream_t stream) {
+static void step_forward_gpu(float *step, const X *inp, int ld, const float *bias, int N, int heads,
+                             cudaStream_t stream) {
     each(N, heads, 0, stream, [=] __device__ (auto, int n, int h) {
         float x = get(inp[(int64_t)n * ld + h]) + bias[h];
         step[(int64_t)n * heads + h] = x > 30 ? x : log1pf(expf(x));
@@ -2235,8 +2367,8 @@ static void step_forward_gpu(float *step, const X *inp, int ld, const float *bia
 }
 
 template <typename X>
-static void step_backward_gpu(X *dinp, float *dbias, const float *dstep, int ld_dstep, const X *inp, int ld, const float *bias,
-                              int N, int heads, ColumnSums *sums, cudaStream_t stream) {
+static void step_backward_gpu(X *dinp, float *dbias, const float *dstep, int ld_dstep, const X *inp, int ld,
+                              const float *bias, int N, int heads, ColumnSums *sums, cudaStream_t stream) {
     each_with_sums({dbias}, sums, N, heads, 0, stream, [=] __device__ (auto, int n, int h, auto &sum) {
         float grad = dstep[(int64_t)n * ld_dstep + h] * sigmoid_gpu(get(inp[(int64_t)n * ld + h]) + bias[h]);
         dinp[(int64_t)n * ld + h] = to<X>(grad);
@@ -2248,27 +2380,34 @@ static void step_backward_gpu(X *dinp, float *dbias, const float *dstep, int ld_
 #include "dev/cuda/scan.cuh"
 #endif
 
-// Positions from one kept state to the next, and numbers of scratch: the state and its gradient, with backward the states of a
-// chunk for each of at most `processors` blocks, and the heads' parts of db and dc.
-template <typename X> static int scan_chunk(const Config *c) { return plain ? CHUNK : scan_rows(c->state_dim, c->head_dim, sizeof(X)); }
+// Positions from one kept state to the next, and numbers of scratch: the state and its gradient, with
+// backward the states of a chunk for each of at most `processors` blocks, and the heads' parts of db and
+// dc.
+template <typename X> static int scan_chunk(const Config *c) {
+    return plain ? CHUNK : scan_rows(c->state_dim, c->head_dim, sizeof(X));
+}
 static int64_t scan_scratch_gpu(ScanShape scan) {
     int64_t parts = (int64_t)scan.B * scan.T * scan.heads * 2 * scan.S;
-    int64_t states = (int64_t)scan.B * scan.S * scan.E, chunk = (CHUNK + 1) * (int64_t)scan.S * (scan.E / scan.heads);
+    int64_t states = (int64_t)scan.B * scan.S * scan.E,
+            chunk = (CHUNK + 1) * (int64_t)scan.S * (scan.E / scan.heads);
     return plain ? parts + 2 * states + gpu.processors * chunk : parts;
 }
 
 // scan_row: a thread takes column i of the head's state (S,w), whose rows are ld apart.
 template <typename X>
-static __device__ inline void scan_row_gpu(float *state, int64_t ld, const X *xbc_t, float step, ScanShape scan, int h, int i) {
+static __device__ inline void scan_row_gpu(float *state, int64_t ld, const X *xbc_t, float step,
+                                           ScanShape scan, int h, int i) {
     int w = scan.E / scan.heads;
     const X *b = xbc_t + scan.E;
     float x = get(xbc_t[h * w + i]), keep = (float)exp(-exp((double)scan.A_log[h]) * (double)step);
     for (int s = 0; s < scan.S; s++) state[s * ld + i] = keep * state[s * ld + i] + step * get(b[s]) * x;
 }
-// A block takes head h of sequence b, a thread a column i of its state, and both go from the first token to the last.
-// state (B,S,E): 0, or what the call before left there. states (B,chunks,S,E) gets the state before each chunk.
+// A block takes head h of sequence b, a thread a column i of its state, and both go from the first token to
+// the last. state (B,S,E): 0, or what the call before left there. states (B,chunks,S,E) gets the state
+// before each chunk.
 template <typename X>
-__global__ void scan_forward_kernel(X *y, float *states, float *state, const X *xbc, const float *step, ScanShape scan) {
+__global__ void scan_forward_kernel(X *y, float *states, float *state, const X *xbc, const float *step,
+                                    ScanShape scan) {
     wait_for_results();
     int h = blockIdx.x, b = blockIdx.y, T = scan.T, E = scan.E, S = scan.S, W = E + 2 * S, w = E / scan.heads;
     int64_t size = (int64_t)S * E, chunks = (T + CHUNK - 1) / CHUNK;
@@ -2279,30 +2418,34 @@ __global__ void scan_forward_kernel(X *y, float *states, float *state, const X *
             int64_t row = (int64_t)b * T + t;
             const X *xbc_t = xbc + row * W, *c = xbc_t + E + S;
             float sum = scan.skip[h] * get(xbc_t[h * w + i]);
-            for (int s = 0; s < S && t % CHUNK == 0; s++) states[t / CHUNK * size + s * E + i] = state[s * E + i];
+            for (int s = 0; s < S && t % CHUNK == 0; s++)
+                states[t / CHUNK * size + s * E + i] = state[s * E + i];
             scan_row_gpu(state, E, xbc_t, step[row * scan.heads + h], scan, h, i);
             for (int s = 0; s < S; s++) sum += get(c[s]) * state[s * E + i];
             y[row * E + h * w + i] = to<X>(sum);
         }
 }
-// carried (B,S,E): the state before position 0 of this call, then after its last; NULL: 0, and nothing is wanted.
+// carried (B,S,E): the state before position 0 of this call, then after its last; NULL: 0, and nothing is
+// wanted.
 template <typename X>
-static void scan_forward_gpu(X *y, float *states, float *carried, Scratch scratch, const X *xbc, const float *step, ScanShape scan,
-                             cudaStream_t stream) {
+static void scan_forward_gpu(X *y, float *states, float *carried, Scratch scratch, const X *xbc,
+                             const float *step, ScanShape scan, cudaStream_t stream) {
     if (!plain) return scan_forward_fast(y, states, carried, xbc, step, scan, 0, stream);
     float *state = carried ? carried : borrow(scratch, scan_scratch_gpu(scan));
     size_t bytes = sizeof(float) * (size_t)scan.B * (size_t)scan.S * (size_t)scan.E;
     if (!carried) CUDA(cudaMemsetAsync(state, 0, bytes, stream));
-    LAUNCH(scan_forward_kernel<X>, dim3(scan.heads, scan.B), 64, 0, stream, y, states, state, xbc, step, scan);
+    LAUNCH(scan_forward_kernel<X>, dim3(scan.heads, scan.B), 64, 0, stream, y, states, state, xbc, step,
+           scan);
 }
 
-// From the last token to the first, see scan_backward. A block takes a head of a sequence, then the next that is its own: the
-// states of a chunk, computed again, are a block's. Three times a token its threads wait for each other: a thread takes columns i
-// of the state for what is summed over its rows s, and rows s for what is summed over columns. part (N,heads,2S): the head's part
-// of db and dc.
+// From the last token to the first, see scan_backward. A block takes a head of a sequence, then the next
+// that is its own: the states of a chunk, computed again, are a block's. Three times a token its threads
+// wait for each other: a thread takes columns i of the state for what is summed over its rows s, and rows s
+// for what is summed over columns. part (N,heads,2S): the head's part of db and dc.
 template <typename X>
-__global__ void scan_backward_kernel(X *dxbc, float *dstep, float *part, float *dstate, float *chunk_states, const X *dy,
-                                     const float *states, const X *xbc, const float *step, ScanShape scan) {
+__global__ void scan_backward_kernel(X *dxbc, float *dstep, float *part, float *dstate, float *chunk_states,
+                                     const X *dy, const float *states, const X *xbc, const float *step,
+                                     ScanShape scan) {
     __shared__ float shared[32];
     wait_for_results();
     int T = scan.T, E = scan.E, S = scan.S, W = E + 2 * S, heads = scan.heads, w = E / heads;
@@ -2321,13 +2464,16 @@ __global__ void scan_backward_kernel(X *dxbc, float *dstep, float *part, float *
                     for (int64_t j = first; j <= t; j++) {
                         float *before = state + (j - first) * size, *now = before + size;
                         for (int s = 0; s < S; s++) now[s * w + i] = before[s * w + i];
-                        scan_row_gpu(now, w, xbc + (b * (int64_t)T + j) * W, step[(b * (int64_t)T + j) * heads + h], scan, h, i);
+                        scan_row_gpu(now, w, xbc + (b * (int64_t)T + j) * W,
+                                     step[(b * (int64_t)T + j) * heads + h], scan, h, i);
                     }
                 }
             __syncthreads();
             const float *before = state + (t - first) * size, *now = before + size;
-            const X *x = xbc + row * W + h * w, *bt = xbc + row * W + E, *c = bt + S, *dy_t = dy + row * E + h * w;
-            float delta = step[row * heads + h], keep = (float)exp(-(double)(rate * delta)), taken = 0, faded = 0, skipped = 0;
+            const X *x = xbc + row * W + h * w, *bt = xbc + row * W + E, *c = bt + S,
+                    *dy_t = dy + row * E + h * w;
+            float delta = step[row * heads + h], keep = (float)exp(-(double)(rate * delta)), taken = 0,
+                  faded = 0, skipped = 0;
             for (int i = threadIdx.x; i < w; i += blockDim.x) {
                 float sum = 0;
                 for (int s = 0; s < S; s++) {
@@ -2366,28 +2512,34 @@ __global__ void scan_backward_kernel(X *dxbc, float *dstep, float *part, float *
 }
 // db and dc from the heads' parts, in their order; dA_log and dskip from the rows of dstep.
 template <typename X>
-static void scan_sums_gpu(X *dxbc, const float *part, float *dA_log, float *dskip, const float *dstep, ScanShape scan,
-                          int in_eights, ColumnSums *sums, cudaStream_t stream) {
+static void scan_sums_gpu(X *dxbc, const float *part, float *dA_log, float *dskip, const float *dstep,
+                          ScanShape scan, int in_eights, ColumnSums *sums, cudaStream_t stream) {
     int heads = scan.heads, E = scan.E, S = scan.S;
     each((int64_t)scan.B * scan.T, 2 * S, in_eights, stream, [=] __device__ (auto SPAN, int n, int i) {
         Pack<SPAN> sum = {};
         for (int h = 0; h < heads; h++) sum += read<SPAN>(part + ((int64_t)n * heads + h) * 2 * S + i);
         write(dxbc + (int64_t)n * (E + 2 * S) + E + i, sum);
     });
-    each_with_sums({dA_log, dskip}, sums, scan.B * scan.T, heads, 0, stream, [=] __device__ (auto, int n, int h, auto &sum) {
+    each_with_sums({dA_log, dskip}, sums, scan.B * scan.T, heads, 0, stream,
+                   [=] __device__ (auto, int n, int h, auto &sum) {
         const float *row = dstep + (int64_t)n * 3 * heads + heads + h;
         sum[0][0] += row[0];
         sum[1][0] += row[heads];
     });
 }
 template <typename X>
-static void scan_backward_gpu(X *dxbc, float *dstep, float *dA_log, float *dskip, Scratch scratch, const X *dy, const float *states,
-                              const X *xbc, const float *step, ScanShape scan, ColumnSums *sums, cudaStream_t stream) {
-    if (!plain) return scan_backward_fast(dxbc, dstep, dA_log, dskip, scratch, dy, states, xbc, step, scan, 0, sums, stream);
+static void scan_backward_gpu(X *dxbc, float *dstep, float *dA_log, float *dskip, Scratch scratch,
+                              const X *dy, const float *states, const X *xbc, const float *step,
+                              ScanShape scan, ColumnSums *sums, cudaStream_t stream) {
+    if (!plain)
+        return scan_backward_fast(dxbc, dstep, dA_log, dskip, scratch, dy, states, xbc, step, scan, 0, sums,
+                                  stream);
     int items = scan.B * scan.heads, blocks = min_int(items, gpu.processors);
-    float *part = borrow(scratch, scan_scratch_gpu(scan)), *dstate = part + (int64_t)scan.B * scan.T * scan.heads * 2 * scan.S;
+    float *part = borrow(scratch, scan_scratch_gpu(scan)),
+          *dstate = part + (int64_t)scan.B * scan.T * scan.heads * 2 * scan.S;
     float *chunk_states = dstate + (int64_t)scan.B * scan.S * scan.E;
-    LAUNCH(scan_backward_kernel<X>, blocks, 64, 0, stream, dxbc, dstep, part, dstate, chunk_states, dy, states, xbc, step, scan);
+    LAUNCH(scan_backward_kernel<X>, blocks, 64, 0, stream, dxbc, dstep, part, dstate, chunk_states, dy,
+           states, xbc, step, scan);
     scan_sums_gpu(dxbc, part, dA_log, dskip, dstep, scan, 0, sums, stream);
 }
 
@@ -2414,9 +2566,9 @@ static void gated_rmsnorm_forward_gpu(X *out, float *rstd, const X *y, const X *
 }
 
 template <typename X>
-static void gated_rmsnorm_backward_gpu(X *dy, X *dz, float *dweight, const X *dout, const X *y, const X *z, int ld,
-                                       const float *rstd, const float *weight, int N, int E, ColumnSums *sums,
-                                       cudaStream_t stream) {
+static void gated_rmsnorm_backward_gpu(X *dy, X *dz, float *dweight, const X *dout, const X *y, const X *z,
+                                       int ld, const float *rstd, const float *weight, int N, int E,
+                                       ColumnSums *sums, cudaStream_t stream) {
     int in_eights = wide({E, ld}, {dy, dz, dout, y, z, weight});
     each_with_sums({dweight}, sums, N, E, in_eights, stream,
                    [=] __device__ (auto SPAN, int n, int i, auto &sum) {
@@ -2481,54 +2633,67 @@ static int64_t mamba2_sums_room(const Config *c, int B, int T) {
     return pass(1, E) + pass(2, heads) + pass(1, heads) + (int64_t)conv_chunks(B, T, W) * (TAPS + 1) * W;
 }
 // Whether the GPU's shared memory suffices for the fast way's chunks.
-static int scan_fits(const Config *c, size_t number) { return plain || scan_rows(c->state_dim, c->head_dim, (int)number); }
+static int scan_fits(const Config *c, size_t number) {
+    return plain || scan_rows(c->state_dim, c->head_dim, (int)number);
+}
 
 template <typename X>
 static void mamba2_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int first, cudaStream_t stream) {
     const Config *c = &m->host.config;
-    int D = c->d_model, E = 2 * D, S = c->state_dim, heads = E / c->head_dim, width = proj_width(c), ld = proj_ld(c), N = B * (T - first);
+    int D = c->d_model, E = 2 * D, S = c->state_dim, heads = E / c->head_dim, width = proj_width(c),
+        ld = proj_ld(c), N = B * (T - first);
     LayerWeights *w = &m->weights.layers[l];
     ScanShape scan = scan_of(c, w, B, T - first);
     LayerActivationsGPU<X> *a = &m->acts.layers[l];
-    if (a->carried && !first) CUDA(cudaMemsetAsync(a->carried, 0, sizeof(float) * (size_t)S * (size_t)E, stream));
+    if (a->carried && !first)
+        CUDA(cudaMemsetAsync(a->carried, 0, sizeof(float) * (size_t)S * (size_t)E, stream));
     linear_forward_gpu(a->proj, ld, a->abar, as_x(m, w->in_proj), (const X *)NULL, N, D, width, stream);
-    conv_forward_gpu(a->xbc, a->proj + E, ld, a->tail, w->conv_weight, w->conv_bias, B, T, E + 2 * S, first, stream);
+    conv_forward_gpu(a->xbc, a->proj + E, ld, a->tail, w->conv_weight, w->conv_bias, B, T, E + 2 * S, first,
+                     stream);
     step_forward_gpu(a->step, a->proj + width - heads, ld, w->step_bias, N, heads, stream);
     scan_forward_gpu(a->y_scan, a->states, a->carried, m->acts.scratch, a->xbc, a->step, scan, stream);
     gated_rmsnorm_forward_gpu(a->normed, a->rms, a->y_scan, a->proj, ld, w->norm_weight, N, E, stream);
-    linear_forward_gpu(a->s + (size_t)first * D, D, a->normed, as_x(m, w->out_proj), (const X *)NULL, N, E, D, stream);
+    linear_forward_gpu(a->s + (size_t)first * D, D, a->normed, as_x(m, w->out_proj), (const X *)NULL, N, E, D,
+                       stream);
 }
 
-template <typename X> static void mamba2_backward_gpu(ModelGPU<X> *m, int l, int B, int T, cudaStream_t stream) {
+template <typename X>
+static void mamba2_backward_gpu(ModelGPU<X> *m, int l, int B, int T, cudaStream_t stream) {
     const Config *c = &m->host.config;
-    int D = c->d_model, E = 2 * D, S = c->state_dim, W = E + 2 * S, heads = E / c->head_dim, width = proj_width(c),
-        ld = proj_ld(c), N = B * T;
+    int D = c->d_model, E = 2 * D, S = c->state_dim, W = E + 2 * S, heads = E / c->head_dim,
+        width = proj_width(c), ld = proj_ld(c), N = B * T;
     LayerWeights *w = &m->weights.layers[l], *dw = &m->grad.layers[l];
     LayerActivationsGPU<X> *a = &m->acts.layers[l];
     ActivationsGPU<X> *back = &m->acts;
     const X *x = a->proj + E, *step = a->proj + width - heads;
-    gated_rmsnorm_forward_gpu(a->normed, a->rms, a->y_scan, a->proj, ld, w->norm_weight, N, E, stream); // again
-    linear_backward_gpu(back->dy, dw->out_proj, back->ds, D, a->normed, as_x(m, w->out_proj), N, E, D, m->sums.add, stream);
-    gated_rmsnorm_backward_gpu(back->dy, back->dproj, dw->norm_weight, back->dy, a->y_scan, a->proj, ld, a->rms, w->norm_weight,
-                               N, E, &m->sums, stream);
-    conv_forward_gpu(a->xbc, x, ld, (X *)NULL, w->conv_weight, w->conv_bias, B, T, W, 0, stream);        // again
+    // again
+    gated_rmsnorm_forward_gpu(a->normed, a->rms, a->y_scan, a->proj, ld, w->norm_weight, N, E, stream);
+    linear_backward_gpu(back->dy, dw->out_proj, back->ds, D, a->normed, as_x(m, w->out_proj), N, E, D,
+                        m->sums.add, stream);
+    gated_rmsnorm_backward_gpu(back->dy, back->dproj, dw->norm_weight, back->dy, a->y_scan, a->proj, ld,
+                               a->rms, w->norm_weight, N, E, &m->sums, stream);
+    // again
+    conv_forward_gpu(a->xbc, x, ld, (X *)NULL, w->conv_weight, w->conv_bias, B, T, W, 0, stream);
     step_forward_gpu(a->step, step, ld, w->step_bias, N, heads, stream);
-    scan_backward_gpu(back->dxbc, back->dstep, dw->A_log, dw->skip, back->scratch, back->dy, a->states, a->xbc, a->step,
-                      scan_of(c, w, B, T), &m->sums, stream);
-    conv_backward_gpu(back->dproj + E, dw->conv_weight, dw->conv_bias, back->dxbc, x, ld, w->conv_weight, w->conv_bias, B, T, W,
-                      &m->sums, stream);
-    step_backward_gpu(back->dproj + width - heads, dw->step_bias, back->dstep, 3 * heads, step, ld, w->step_bias, N, heads,
-                      &m->sums, stream);
-    linear_backward_gpu(back->dabar, dw->in_proj, back->dproj, ld, a->abar, as_x(m, w->in_proj), N, D, width, m->sums.add, stream);
+    scan_backward_gpu(back->dxbc, back->dstep, dw->A_log, dw->skip, back->scratch, back->dy, a->states,
+                      a->xbc, a->step, scan_of(c, w, B, T), &m->sums, stream);
+    conv_backward_gpu(back->dproj + E, dw->conv_weight, dw->conv_bias, back->dxbc, x, ld, w->conv_weight,
+                      w->conv_bias, B, T, W, &m->sums, stream);
+    step_backward_gpu(back->dproj + width - heads, dw->step_bias, back->dstep, 3 * heads, step, ld,
+                      w->step_bias, N, heads, &m->sums, stream);
+    linear_backward_gpu(back->dabar, dw->in_proj, back->dproj, ld, a->abar, as_x(m, w->in_proj), N, D, width,
+                        m->sums.add, stream);
 }
 
 // ----------------------------------------------------------------------------
 // the backend
 
-static_assert(PARAMS == 0 && EXP_AVG == 1 && EXP_AVG_SQ == 2 && GRADS == 3, "the lists here and in carve_memory follow Block");
+static_assert(PARAMS == 0 && EXP_AVG == 1 && EXP_AVG_SQ == 2 && GRADS == 3,
+              "the lists here and in carve_memory follow Block");
 // Tensor by tensor between the device's block and the host's, which follows the table.
 template <typename X> static real *copy_block(ModelGPU<X> *m, Block block, cudaMemcpyKind way) {
-    real **hosts[] = {&m->host.params, &m->host.exp_avg, &m->host.exp_avg_sq, &m->host.grads}, *host = *hosts[block];
+    real **hosts[] = {&m->host.params, &m->host.exp_avg, &m->host.exp_avg_sq, &m->host.grads},
+         *host = *hosts[block];
     float *blocks[] = {m->params, m->exp_avg, m->exp_avg_sq, m->grads}, *device = blocks[block];
     if (!host) host = *hosts[block] = (real *)calloc((size_t)m->host.table.count + 1, sizeof(real));
     if (!host) {
@@ -2539,14 +2704,16 @@ template <typename X> static real *copy_block(ModelGPU<X> *m, Block block, cudaM
     for (int i = 0; i < m->host.table.n; i++) {
         void *ends[] = {host + m->host.table.rows[i].offset, device + m->host.table.places[i]};
         int back = way == cudaMemcpyDeviceToHost;
-        CUDA(cudaMemcpyAsync(ends[!back], ends[back], sizeof(real) * (size_t)m->host.table.rows[i].count, way, gpu.stream));
+        CUDA(cudaMemcpyAsync(ends[!back], ends[back], sizeof(real) * (size_t)m->host.table.rows[i].count, way,
+                             gpu.stream));
     }
     return host;
 }
 template <typename X> static real *read_gpu(Model *model, Block block) {
     ModelGPU<X> *m = of<X>(model);
     join(LATE_UPDATE);
-    if (block == GRADS && !m->sums.add) CUDA(cudaMemsetAsync(m->grads, 0, sizeof(float) * (size_t)m->count, gpu.stream));
+    if (block == GRADS && !m->sums.add)
+        CUDA(cudaMemsetAsync(m->grads, 0, sizeof(float) * (size_t)m->count, gpu.stream));
     real *host = copy_block(m, block, cudaMemcpyDeviceToHost);
     CUDA(cudaStreamSynchronize(gpu.stream));
     return host;
@@ -2556,16 +2723,29 @@ template <typename X> static void write_gpu(Model *model, Block block) {
     join(LATE_UPDATE);
     copy_block(m, block, cudaMemcpyHostToDevice);
     if (block == GRADS) m->sums.add = 1;
-    if (block == PARAMS && sizeof(X) == sizeof(bf16)) copy_gpu(m->copy, 64, m->params, (int)(m->count / 64), 64, gpu.stream);
+    if (block == PARAMS && sizeof(X) == sizeof(bf16))
+        copy_gpu(m->copy, 64, m->params, (int)(m->count / 64), 64, gpu.stream);
     CUDA(cudaStreamSynchronize(gpu.stream));
 }
 static double bytes_gpu(const Model *m) { return m->bytes; }
 
 // The Model behind the pointer is a ModelGPU<X>.
-template <typename X> static const Backend backend_of = {
-    "CUDA", model_create_gpu<X>, model_free_gpu<X>, bytes_gpu, read_gpu<X>, write_gpu<X>, model_forward_gpu<X>,
-    model_loss_gpu<X>, model_hits_gpu<X>, model_backward_gpu<X>, model_update_gpu<X>, model_extend_gpu<X>};
-static const Backend *backend_gpu(void) { return gpu.precision == BF16 ? &backend_of<bf16> : &backend_of<float>; }
+template <typename X>
+static const Backend backend_of = {"CUDA",
+                                   model_create_gpu<X>,
+                                   model_free_gpu<X>,
+                                   bytes_gpu,
+                                   read_gpu<X>,
+                                   write_gpu<X>,
+                                   model_forward_gpu<X>,
+                                   model_loss_gpu<X>,
+                                   model_hits_gpu<X>,
+                                   model_backward_gpu<X>,
+                                   model_update_gpu<X>,
+                                   model_extend_gpu<X>};
+static const Backend *backend_gpu(void) {
+    return gpu.precision == BF16 ? &backend_of<bf16> : &backend_of<float>;
+}
 
 // ----------------------------------------------------------------------------
 // the program
@@ -2598,7 +2778,8 @@ static int run_cuda_program(int argc, char **argv) {
     backend.name = names[gpu.precision];
     if (!code) code = run_program(argc, argv, &backend);
     if (!code && help)
-        printf("\nCUDA\n  --precision   TEXT  fp32, tf32 or bf16: of products and of what they read [bf16]\n");
+        printf(
+            "\nCUDA\n  --precision   TEXT  fp32, tf32 or bf16: of products and of what they read [bf16]\n");
     return code;
 }
 

@@ -1,17 +1,20 @@
-// attention in tiles: bf16 with heads of up to 128 columns. Weights never leave the registers; the backward pass
-// computes them again from the row's log-sum-exp, once for dq and once for dk and dv, so that each sum has one owner.
+// attention in tiles: bf16 with heads of up to 128 columns. Weights never leave the registers; the backward
+// pass computes them again from the row's log-sum-exp, once for dq and once for dk and dv, so that each sum
+// has one owner.
 //
-// A block keeps 64 rows of one side for each of its groups of warps but the last, which has one thread at work: it has
-// the other side's tiles copied into a ring of SLOTS, each as soon as all groups have done with what was there. A block a
-// multiprocessor stays for many such pieces of work; the rows of the next one arrive, in the other of two places, while
-// groups still work on this one.
+// A block keeps 64 rows of one side for each of its groups of warps but the last, which has one thread at
+// work: it has the other side's tiles copied into a ring of SLOTS, each as soon as all groups have done
+// with what was there. A block a multiprocessor stays for many such pieces of work; the rows of the next
+// one arrive, in the other of two places, while groups still work on this one.
 
-// The block's next piece: its head, and as result its place among the head's `blocks` pieces, the longest first; -1: no more.
-// Some heads at a time, whose keys and values stay in the L2 cache, take whole turns of all blocks; their pieces are in order
-// of length, there and back, so that all blocks get as much.
-[[maybe_unused]] __device__ static inline int next_piece(int &turn, int &head, int blocks, int heads, int at_once) {
+// The block's next piece: its head, and as result its place among the head's `blocks` pieces, the longest
+// first; -1: no more. Some heads at a time, whose keys and values stay in the L2 cache, take whole turns of
+// all blocks; their pieces are in order of length, there and back, so that all blocks get as much.
+[[maybe_unused]] __device__ static inline int next_piece(int &turn, int &head, int blocks, int heads,
+                                                         int at_once) {
     for (int turns = (blocks * at_once + gridDim.x - 1) / gridDim.x;; turn++) {
-        int group = turn / turns, now = min(at_once, heads - group * at_once), backwards = (group + turn % turns) % 2,
+        int group = turn / turns, now = min(at_once, heads - group * at_once),
+            backwards = (group + turn % turns) % 2,
             piece = turn % turns * gridDim.x + (backwards ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
         if (now <= 0) return -1;
         if (piece >= blocks * now) continue;
@@ -25,9 +28,9 @@ static int heads_at_once(int heads, int T, int d) { // 24 MiB of keys and values
     return heads;
 }
 
-// The rows stay, the walk is along the keys, 128 at a time; the ring holds K0 K1 V0 K2 V1 ..., for a group starts on the
-// next tile's logits before it multiplies this tile's weights with the values, and works on the softmax meanwhile.
-// stats: the logarithm of Σ exp in units of log2, and room for the backward pass.
+// The rows stay, the walk is along the keys, 128 at a time; the ring holds K0 K1 V0 K2 V1 ..., for a group
+// starts on the next tile's logits before it multiplies this tile's weights with the values, and works on
+// the softmax meanwhile. stats: the logarithm of Σ exp in units of log2, and room for the backward pass.
 enum { KEYS = 128, SLOTS = 5 };
 template <int DH> struct ForwardShared {
     enum { GROUPS = DH == 64 ? 3 : 2, ROWS = 64 * GROUPS };
@@ -35,18 +38,22 @@ template <int DH> struct ForwardShared {
     uint64_t q_full[2], q_free[2], full[SLOTS], free[SLOTS];
 };
 template <int DH>
-__global__ void __launch_bounds__(GROUP * (ForwardShared<DH>::GROUPS + 1), 1)
-attention_tile_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
-                      const __grid_constant__ CUtensorMap v_map, bf16 *out, float2 *stats, int B, int T, int H, int G, int d,
-                      int first, int at_once, float scale) {
+__global__ void __launch_bounds__(GROUP *(ForwardShared<DH>::GROUPS + 1), 1)
+    attention_tile_kernel(const __grid_constant__ CUtensorMap q_map,
+                          const __grid_constant__ CUtensorMap k_map,
+                          const __grid_constant__ CUtensorMap v_map, bf16 *out, float2 *stats, int B, int T,
+                          int H, int G, int d, int first, int at_once, float scale) {
 #ifdef HOPPER
     enum { GROUPS = ForwardShared<DH>::GROUPS, ROWS = 64 * GROUPS };
     extern __shared__ __align__(1024) unsigned char shared_tiles[];
     ForwardShared<DH> *s = (ForwardShared<DH> *)shared_tiles;
-    int rows = T - first, group = threadIdx.x / GROUP, blocks = (rows + ROWS - 1) / ROWS, begun = 0, turn = 0, pieces = 0,
-        piece, head;
+    int rows = T - first, group = threadIdx.x / GROUP, blocks = (rows + ROWS - 1) / ROWS, begun = 0, turn = 0,
+        pieces = 0, piece, head;
     if (threadIdx.x == 0) {
-        for (int i = 0; i < 2; i++) { barrier_init(&s->q_full[i], 1); barrier_init(&s->q_free[i], 4 * GROUPS); }
+        for (int i = 0; i < 2; i++) {
+            barrier_init(&s->q_full[i], 1);
+            barrier_init(&s->q_free[i], 4 * GROUPS);
+        }
         for (int i = 0; i < SLOTS; i++) { barrier_init(&s->full[i], 1); barrier_init(&s->free[i], GROUPS); }
     }
     barriers_ready();
@@ -60,15 +67,16 @@ attention_tile_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_co
                 tiles = tiles_before(end), own = pieces % 2;
             if (pieces > 1) barrier_wait(&s->q_free[own], pieces / 2 - 1);
             barrier_expect(&s->q_full[own], sizeof(s->q[0]));
-            for (int c = 0; c < DH / ATOM; c++) copy_tile(s->q[own][c][0], &q_map, c * ATOM, h, r0, b, &s->q_full[own]);
+            for (int c = 0; c < DH / ATOM; c++)
+                copy_tile(s->q[own][c][0], &q_map, c * ATOM, h, r0, b, &s->q_full[own]);
             for (int n = 0; n < 2 * tiles; n++, begun++) {
                 int slot = begun % SLOTS, is_key = n == 0 || (n % 2 && n < 2 * tiles - 1),
                     tile = is_key ? (n + 1) / 2 : n % 2 ? tiles - 1 : n / 2 - 1;
                 if (begun >= SLOTS) barrier_wait(&s->free[slot], begun / SLOTS - 1);
                 barrier_expect(&s->full[slot], sizeof(s->ring[slot]));
                 for (int c = 0; c < DH / ATOM; c++)
-                    copy_tile(s->ring[slot][c][0], is_key ? &k_map : &v_map, c * ATOM, h / (H / G), tile * KEYS, b,
-                              &s->full[slot]);
+                    copy_tile(s->ring[slot][c][0], is_key ? &k_map : &v_map, c * ATOM, h / (H / G),
+                              tile * KEYS, b, &s->full[slot]);
             }
         }
         return;
@@ -85,7 +93,8 @@ attention_tile_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_co
         int item = begun + (tile ? 2 * tile - 1 : 0);
         barrier_wait(&s->full[item % SLOTS], item / SLOTS);
         products_begin();
-        product_transposed<DH, KEYS>(w, s->q[pieces % 2][0][64 * group], ROWS * ATOM, s->ring[item % SLOTS][0][0], KEYS * ATOM);
+        product_transposed<DH, KEYS>(w, s->q[pieces % 2][0][64 * group], ROWS * ATOM,
+                                     s->ring[item % SLOTS][0][0], KEYS * ATOM);
         products_commit();
     };
     // logits to weights with the new maximum; shrink: what that does to what was summed
@@ -121,7 +130,8 @@ attention_tile_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_co
         int end = rows - piece * ROWS; // the piece is cut off the end: the short one sees least
         group_row = (end > ROWS ? end - ROWS : 0) + 64 * group;
         row = group_row + threadIdx.x % GROUP / 32 * 16 + lane / 4;
-        int tiles = tiles_before(end), seen = min(tiles, tiles_before(group_row + 64)); // tiles that the group's rows see
+        // tiles that the group's rows see
+        int tiles = tiles_before(end), seen = min(tiles, tiles_before(group_row + 64));
         for (int half = 0; half < 2; half++) { max[half] = -INFINITY; total[half] = 0; }
         for (int n = 0; n < DH / 8; n++)
             for (int e = 0; e < 4; e++) sum[n][e] = 0;
@@ -161,11 +171,13 @@ attention_tile_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_co
             int r = row + half * 8;
             total[half] += __shfl_xor_sync(~0u, total[half], 1);
             total[half] += __shfl_xor_sync(~0u, total[half], 2);
-            if (lane % 4 == 0 && r < end) stats[(int64_t)head * rows + r] = {max[half] + log2f(total[half]), 0};
+            if (lane % 4 == 0 && r < end)
+                stats[(int64_t)head * rows + r] = {max[half] + log2f(total[half]), 0};
         }
         group_barrier(group);
-        store_rows<DH>(out + ((int64_t)(head / H) * rows + group_row) * H * d + head % H * d, H * d, sum, end - group_row, d,
-                       1 / total[0], 1 / total[1], s->q[pieces % 2][0][64 * group], ROWS * ATOM);
+        store_rows<DH>(out + ((int64_t)(head / H) * rows + group_row) * H * d + head % H * d, H * d, sum,
+                       end - group_row, d, 1 / total[0], 1 / total[1], s->q[pieces % 2][0][64 * group],
+                       ROWS * ATOM);
         rows_stored(&s->q_free[pieces % 2]);
         begun += 2 * tiles;
     }
@@ -173,8 +185,8 @@ attention_tile_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_co
 }
 
 // stats' second number: delta_t = do_t·o_t = Σ_j p_tj dp_tj. 8 lanes take row n of one head.
-__global__ static void attention_delta_kernel(float2 *stats, const bf16 *dout, const bf16 *out, int B, int T, int H,
-                                              int d) {
+__global__ static void attention_delta_kernel(float2 *stats, const bf16 *dout, const bf16 *out, int B, int T,
+                                              int H, int d) {
     wait_for_results();
     int64_t item = (int64_t)(gridDim.x - 1 - blockIdx.x) * 32 + threadIdx.x / 8;
     float sum = 0;
@@ -187,12 +199,14 @@ __global__ static void attention_delta_kernel(float2 *stats, const bf16 *dout, c
         }
     for (int lane = 4; lane; lane /= 2) sum += __shfl_xor_sync(~0u, sum, lane);
     int n = (int)(item / H), h = (int)(item % H);
-    if (item < (int64_t)B * T * H && threadIdx.x % 8 == 0) stats[((int64_t)(n / T) * H + h) * T + n % T].y = sum;
+    if (item < (int64_t)B * T * H && threadIdx.x % 8 == 0)
+        stats[((int64_t)(n / T) * H + h) * T + n % T].y = sum;
 }
 
-// dq: 128 rows stay, the walk is along the keys, WALK at a time; a slot of the ring holds keys and values. The groups
-// take turns by themselves: one computes weights while the other multiplies.
-template <int DH> struct BackwardShared { // dq: own are q and dout, ring keys and values; dk and dv the other way
+// dq: 128 rows stay, the walk is along the keys, WALK at a time; a slot of the ring holds keys and values.
+// The groups take turns by themselves: one computes weights while the other multiplies.
+// dq: own are q and dout, ring keys and values; dk and dv the other way
+template <int DH> struct BackwardShared {
     enum { WALK = DH == 64 ? 128 : 64, SLOTS = 3 };
     bf16 own[2][2][DH / ATOM][128][ATOM], ring[SLOTS][2][DH / ATOM][WALK][ATOM];
     float2 stats[SLOTS][WALK];
@@ -200,9 +214,11 @@ template <int DH> struct BackwardShared { // dq: own are q and dout, ring keys a
 };
 template <int DH>
 __global__ void __launch_bounds__(3 * GROUP, 1)
-attention_dq_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap dout_map,
-                    const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map, bf16 *dq,
-                    const float2 *stats, int ld, int B, int T, int H, int G, int d, int at_once, float scale, float sigma) {
+    attention_dq_kernel(const __grid_constant__ CUtensorMap q_map,
+                        const __grid_constant__ CUtensorMap dout_map,
+                        const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map,
+                        bf16 *dq, const float2 *stats, int ld, int B, int T, int H, int G, int d, int at_once,
+                        float scale, float sigma) {
 #ifdef HOPPER
     typedef BackwardShared<DH> Shared;
     enum { WALK = Shared::WALK, SLOTS = Shared::SLOTS, NEXT = WALK * ATOM };
@@ -220,7 +236,8 @@ attention_dq_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_cons
         KEEP_REGISTERS("dec", 40);
         if (threadIdx.x % GROUP) return;
         for (; (piece = next_piece(turn, head, blocks, B * H, at_once)) >= 0; pieces++) {
-            int r0 = (blocks - 1 - piece) * 128, b = head / H, h = head % H, tiles = tiles_of(r0), own = pieces % 2;
+            int r0 = (blocks - 1 - piece) * 128, b = head / H, h = head % H, tiles = tiles_of(r0),
+                own = pieces % 2;
             if (pieces > 1) barrier_wait(&s->own_free[own], pieces / 2 - 1);
             barrier_expect(&s->own_full[own], sizeof(s->own[0]));
             for (int c = 0; c < DH / ATOM; c++) {
@@ -232,8 +249,10 @@ attention_dq_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_cons
                 if (begun >= SLOTS) barrier_wait(&s->free[slot], begun / SLOTS - 1);
                 barrier_expect(&s->full[slot], sizeof(s->ring[slot]));
                 for (int c = 0; c < DH / ATOM; c++) {
-                    copy_tile(s->ring[slot][0][c][0], &k_map, c * ATOM, h / (H / G), n * WALK, b, &s->full[slot]);
-                    copy_tile(s->ring[slot][1][c][0], &v_map, c * ATOM, h / (H / G), n * WALK, b, &s->full[slot]);
+                    copy_tile(s->ring[slot][0][c][0], &k_map, c * ATOM, h / (H / G), n * WALK, b,
+                              &s->full[slot]);
+                    copy_tile(s->ring[slot][1][c][0], &v_map, c * ATOM, h / (H / G), n * WALK, b,
+                              &s->full[slot]);
                 }
             }
         }
@@ -248,7 +267,8 @@ attention_dq_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_cons
         float sum[DH / 8][4];
         uint32_t dlogits[WALK / 16][4];
         float2 known[2];
-        for (int half = 0; half < 2; half++) known[half] = stats[(int64_t)head * T + min(row + half * 8, T - 1)];
+        for (int half = 0; half < 2; half++)
+            known[half] = stats[(int64_t)head * T + min(row + half * 8, T - 1)];
         for (int n = 0; n < DH / 8; n++)
             for (int e = 0; e < 4; e++) sum[n][e] = 0;
         barrier_wait(&s->own_full[pieces % 2], pieces / 2);
@@ -281,20 +301,21 @@ attention_dq_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_cons
         products_wait<0>();
         group_barrier(group);
         if (threadIdx.x % GROUP == 0) barrier_arrive(&s->free[(begun - 1) % SLOTS]);
-        store_rows<DH>(dq + ((int64_t)(head / H) * T + group_row) * ld + head % H * d, ld, sum, T - group_row, d, sigma, sigma, own,
-                       128 * ATOM);
+        store_rows<DH>(dq + ((int64_t)(head / H) * T + group_row) * ld + head % H * d, ld, sum, T - group_row,
+                       d, sigma, sigma, own, 128 * ATOM);
         rows_stored(&s->own_free[pieces % 2]);
     }
 #endif
 }
 
-// A step of dk and dv. The matrices are those above transposed: keys down, rows across. A group has 64 keys and their values, a
-// tile of WALK rows from r0 on: dv += w dout, and dlogits as left operand. free: the last step's tiles, if not NULL, whose
-// products were still on their way.
+// A step of dk and dv. The matrices are those above transposed: keys down, rows across. A group has 64 keys
+// and their values, a tile of WALK rows from r0 on: dv += w dout, and dlogits as left operand. free: the
+// last step's tiles, if not NULL, whose products were still on their way.
 template <int DH, int WALK>
-__device__ inline void keys_step(float (&v_sum)[DH / 8][4], uint32_t (&dlogits)[WALK / 16][4], const bf16 *keys,
-                                 const bf16 *values, const bf16 *queries, const bf16 *douts, const float2 *stats, int key,
-                                 int r0, int masked, float scale, uint64_t *free) {
+__device__ inline void keys_step(float (&v_sum)[DH / 8][4], uint32_t (&dlogits)[WALK / 16][4],
+                                 const bf16 *keys, const bf16 *values, const bf16 *queries, const bf16 *douts,
+                                 const float2 *stats, int key, int r0, int masked, float scale,
+                                 uint64_t *free) {
     enum { NEXT = WALK * ATOM };
     int lane = threadIdx.x % 32;
     float w[WALK / 8][4], dw[WALK / 8][4];
@@ -332,15 +353,18 @@ __device__ inline void keys_step(float (&v_sum)[DH / 8][4], uint32_t (&dlogits)[
 // dk and dv: 128 keys stay, the walk is along the rows of the group's heads that see them.
 template <int DH>
 __global__ void __launch_bounds__(3 * GROUP, 1)
-attention_dkv_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap dout_map,
-                     const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map, bf16 *dk,
-                     bf16 *dv, const float2 *stats, int ld, int B, int T, int H, int G, int d, int at_once, float scale, float sigma) {
+    attention_dkv_kernel(const __grid_constant__ CUtensorMap q_map,
+                         const __grid_constant__ CUtensorMap dout_map,
+                         const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map,
+                         bf16 *dk, bf16 *dv, const float2 *stats, int ld, int B, int T, int H, int G, int d,
+                         int at_once, float scale, float sigma) {
 #ifdef HOPPER
     typedef BackwardShared<DH> Shared;
     enum { WALK = Shared::WALK, SLOTS = Shared::SLOTS };
     extern __shared__ __align__(1024) unsigned char shared_tiles[];
     Shared *s = (Shared *)shared_tiles;
-    int group = threadIdx.x / GROUP, heads = H / G, blocks = (T + 127) / 128, begun = 0, turn = 0, pieces = 0, piece, head;
+    int group = threadIdx.x / GROUP, heads = H / G, blocks = (T + 127) / 128, begun = 0, turn = 0, pieces = 0,
+        piece, head;
     if (threadIdx.x == 0) {
         for (int i = 0; i < 2; i++) { barrier_init(&s->own_full[i], 1); barrier_init(&s->own_free[i], 8); }
         for (int i = 0; i < SLOTS; i++) { barrier_init(&s->full[i], 32); barrier_init(&s->free[i], 2); }
@@ -394,8 +418,8 @@ attention_dkv_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_con
             int slot = begun % SLOTS, r0 = j0 + step % tiles * WALK, masked = r0 < j0 + 64 * group + 63;
             const bf16 *queries = s->ring[slot][0][0][0];
             barrier_wait(&s->full[slot], begun / SLOTS);
-            keys_step<DH, WALK>(v_sum, dlogits, own, own_v, queries, s->ring[slot][1][0][0], s->stats[slot], key, r0, masked, scale,
-                                step ? &s->free[(begun - 1) % SLOTS] : NULL);
+            keys_step<DH, WALK>(v_sum, dlogits, own, own_v, queries, s->ring[slot][1][0][0], s->stats[slot],
+                                key, r0, masked, scale, step ? &s->free[(begun - 1) % SLOTS] : NULL);
             products_begin();
             product_plain<DH, WALK>(k_sum, dlogits, queries);
             products_commit();
@@ -411,31 +435,38 @@ attention_dkv_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_con
 #endif
 }
 
-// dq, dk and dv of sequences of up to 1024 rows, heads of up to 64 columns, each with keys of its own: 5 products where the two
-// kernels above need 7. A cluster of C blocks, one for each 128 keys, takes heads in pairs. Block `rank` has
+// dq, dk and dv of sequences of up to 1024 rows, heads of up to 64 columns, each with keys of its own: 5
+// products where the two kernels above need 7. A cluster of C blocks, one for each 128 keys, takes heads in
+// pairs. Block `rank` has
 //     of the first head the keys of block rank, which meet the tiles of 128 rows rank, rank+1, .. C-1,
 //     of the second those of block C-1-rank, which meet the tiles C-1, C-2, .. C-1-rank:
-// C+1 tiles, as many as every other, and at no time two blocks the same one. So a tile's dq goes round: block rank+1 passes what
-// it has summed to block rank, whose next tile that is, there to the second group, and this to the first, each thread to the
-// thread of its number. Where the tile has met all its keys the first group writes dq. Each sum has one order.
+// C+1 tiles, as many as every other, and at no time two blocks the same one. So a tile's dq goes round:
+// block rank+1 passes what it has summed to block rank, whose next tile that is, there to the second group,
+// and this to the first, each thread to the thread of its number. Where the tile has met all its keys the
+// first group writes dq. Each sum has one order.
 struct RingShared {
     enum { SLOTS = 2 };
-    bf16 own[2][2][128][ATOM], ring[SLOTS][2][128][ATOM], dlogits[2][2][64][ATOM]; // own: keys and values of both heads
+    // own: keys and values of both heads
+    bf16 own[2][2][128][ATOM], ring[SLOTS][2][128][ATOM], dlogits[2][2][64][ATOM];
     float4 sums[2][16][GROUP];                                                     // that came for each group
     float2 stats[SLOTS][128];
     uint64_t own_full[2], own_free[2], full[SLOTS], free[SLOTS], sums_full[2], sums_free[2];
 };
 __global__ void __launch_bounds__(3 * GROUP, 1)
-attention_ring_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap dout_map,
-                      const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map, bf16 *dq, bf16 *dk,
-                      bf16 *dv, const float2 *stats, int ld, int B, int T, int H, int d, float scale, float sigma) {
+    attention_ring_kernel(const __grid_constant__ CUtensorMap q_map,
+                          const __grid_constant__ CUtensorMap dout_map,
+                          const __grid_constant__ CUtensorMap k_map,
+                          const __grid_constant__ CUtensorMap v_map, bf16 *dq, bf16 *dk, bf16 *dv,
+                          const float2 *stats, int ld, int B, int T, int H, int d, float scale, float sigma) {
 #ifdef HOPPER
     enum { SLOTS = RingShared::SLOTS, BYTES = sizeof(float4) * 16 * GROUP };
     extern __shared__ __align__(1024) unsigned char shared_tiles[];
     RingShared *s = (RingShared *)shared_tiles;
-    int group = threadIdx.x / GROUP, C = (T + 127) / 128, rank = blockIdx.x % C, clusters = gridDim.x / C, begun = 0, turn = 0;
+    int group = threadIdx.x / GROUP, C = (T + 127) / 128, rank = blockIdx.x % C, clusters = gridDim.x / C,
+        begun = 0, turn = 0;
     if (threadIdx.x == 0)
-        for (int i = 0; i < 2; i++) { // of the second group's sums the bytes are counted, of the first's the four warps
+        // of the second group's sums the bytes are counted, of the first's the four warps
+        for (int i = 0; i < 2; i++) {
             barrier_init(&s->own_full[i], 1);
             barrier_init(&s->own_free[i], 8);
             barrier_init(&s->full[i], 32);
@@ -452,7 +483,8 @@ attention_ring_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_co
     if (group == 2) {
         KEEP_REGISTERS("dec", 40);
         int lane = threadIdx.x % GROUP;
-        for (int head = 2 * (blockIdx.x / C); lane < 32 && head < B * H; head += turn % 2 ? 2 * clusters - 1 : 1, turn++) {
+        for (int head = 2 * (blockIdx.x / C); lane < 32 && head < B * H;
+             head += turn % 2 ? 2 * clusters - 1 : 1, turn++) {
             int second = turn % 2, j0 = first_key(second), b = head / H, h = head % H;
             if (turn > 1) barrier_wait(&s->own_free[second], turn / 2 - 1);
             if (lane == 0) {
@@ -475,9 +507,11 @@ attention_ring_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_co
         }
     } else {
         KEEP_REGISTERS("inc", 232);
-        int lane = threadIdx.x % 32, thread = threadIdx.x % GROUP, first = thread / 32 * 16 + lane / 4, received = 0, sent = 0;
+        int lane = threadIdx.x % 32, thread = threadIdx.x % GROUP, first = thread / 32 * 16 + lane / 4,
+            received = 0, sent = 0;
         for (int head = 2 * (blockIdx.x / C); head < B * H; head += turn % 2 ? 2 * clusters - 1 : 1, turn++) {
-            int second = turn % 2, j0 = first_key(second) + 64 * group, b = head / H, h = head % H, steps = steps_of(second);
+            int second = turn % 2, j0 = first_key(second) + 64 * group, b = head / H, h = head % H,
+                steps = steps_of(second);
             bf16 *own = s->own[second][0][64 * group], *own_v = s->own[second][1][64 * group];
             float k_sum[8][4], v_sum[8][4];
             for (int n = 0; n < 8; n++)
@@ -487,8 +521,8 @@ attention_ring_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_co
                 int slot = begun % SLOTS, r0 = first_row(second, step);
                 uint32_t dlogits[8][4];
                 barrier_wait(&s->full[slot], begun / SLOTS);
-                keys_step<64, 128>(v_sum, dlogits, own, own_v, s->ring[slot][0][0], s->ring[slot][1][0], s->stats[slot],
-                                   j0 + first, r0, r0 < j0 + 63, scale, NULL);
+                keys_step<64, 128>(v_sum, dlogits, own, own_v, s->ring[slot][0][0], s->ring[slot][1][0],
+                                   s->stats[slot], j0 + first, r0, r0 < j0 + 63, scale, NULL);
                 for (int n = 0; n < 16; n++)
                     for (int half = 0; half < 2; half++) {
                         int r = first + half * 8, i = (n % 8 ^ r % 8) * 8 + lane % 4 * 2;
@@ -519,8 +553,8 @@ attention_ring_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_co
                 if (thread == 0) barrier_arrive(&s->free[slot]);
                 if (group == 0 && (second ? step == rank : rank == 0)) {
                     for (int half = 0; half < 2; half++)
-                        store_rows<64>(dq + ((int64_t)b * T + r0 + 64 * half) * ld + h * d, ld, sum[half], T - r0 - 64 * half, d,
-                                       sigma, sigma, s->dlogits[0][half][0], 0);
+                        store_rows<64>(dq + ((int64_t)b * T + r0 + 64 * half) * ld + h * d, ld, sum[half],
+                                       T - r0 - 64 * half, d, sigma, sigma, s->dlogits[0][half][0], 0);
                     continue;
                 }
                 if (sent) barrier_wait(&s->sums_free[1 - group], sent - 1);
@@ -539,7 +573,10 @@ attention_ring_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_co
             rows_stored(&s->own_free[second]);
         }
     }
-    asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" : : : "memory"); // nobody needs this block's memory any more
+    asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;"
+                 :
+                 :
+                 : "memory"); // nobody needs this block's memory any more
 #endif
 }
 
@@ -557,8 +594,8 @@ template <typename K> static int clusters_at_once(K *kernel, int C, int bytes) {
 }
 
 template <int DH>
-static void attention_tiles(bf16 *out, float *stats, const bf16 *q, const bf16 *k, const bf16 *v, int ld, int B, int T,
-                            int H, int G, int d, int first, cudaStream_t stream) {
+static void attention_tiles(bf16 *out, float *stats, const bf16 *q, const bf16 *k, const bf16 *v, int ld,
+                            int B, int T, int H, int G, int d, int first, cudaStream_t stream) {
     typedef ForwardShared<DH> Shared;
     int64_t rows = T - first, all = (int64_t)T * ld;
     CUtensorMap q_map = tile_map(q, d, H, rows, ld, rows * ld, B, Shared::ROWS),
@@ -570,9 +607,9 @@ static void attention_tiles(bf16 *out, float *stats, const bf16 *q, const bf16 *
 }
 
 template <int DH>
-static void attention_tiles_backward(bf16 *dq, bf16 *dk, bf16 *dv, const bf16 *dout, const bf16 *out, float2 *stats,
-                                     const bf16 *q, const bf16 *k, const bf16 *v, int ld, int B, int T, int H, int G,
-                                     int d, cudaStream_t stream) {
+static void attention_tiles_backward(bf16 *dq, bf16 *dk, bf16 *dv, const bf16 *dout, const bf16 *out,
+                                     float2 *stats, const bf16 *q, const bf16 *k, const bf16 *v, int ld,
+                                     int B, int T, int H, int G, int d, cudaStream_t stream) {
     typedef BackwardShared<DH> Shared;
     float sigma = 1 / sqrtf((float)d), scale = 1.44269504f * sigma;
     int64_t all = (int64_t)T * ld, D = (int64_t)H * d;
@@ -586,32 +623,38 @@ static void attention_tiles_backward(bf16 *dq, bf16 *dk, bf16 *dv, const bf16 *d
     }
     allow_shared(attention_dq_kernel<DH>, sizeof(Shared));
     allow_shared(attention_dkv_kernel<DH>, sizeof(Shared));
-    LAUNCH(attention_delta_kernel, (unsigned)(((int64_t)B * T * H + 31) / 32), 256, 0, stream, stats, dout, out, B, T, H,
-           d);
+    LAUNCH(attention_delta_kernel, (unsigned)(((int64_t)B * T * H + 31) / 32), 256, 0, stream, stats, dout,
+           out, B, T, H, d);
     if (DH == 64 && in_ring(T, H, G)) {
-        int C = (T + 127) / 128, bytes = sizeof(RingShared), most = clusters_at_once(attention_ring_kernel, C, bytes);
+        int C = (T + 127) / 128, bytes = sizeof(RingShared),
+            most = clusters_at_once(attention_ring_kernel, C, bytes);
         LAUNCH_AS(C, 1, attention_ring_kernel, C * min_int(most, (B * H + 1) / 2), 3 * GROUP, bytes, stream,
-                  maps[0][0], maps[0][1], maps[0][2], maps[0][3], dq, dk, dv, stats, ld, B, T, H, d, scale, sigma);
+                  maps[0][0], maps[0][1], maps[0][2], maps[0][3], dq, dk, dv, stats, ld, B, T, H, d, scale,
+                  sigma);
         return;
     }
-    LAUNCH(attention_dq_kernel<DH>, gpu.processors, 3 * GROUP, sizeof(Shared), stream, maps[1][0], maps[1][1], maps[1][2],
-           maps[1][3], dq, stats, ld, B, T, H, G, d, heads_at_once(B * H, T, DH), scale, sigma);
-    LAUNCH(attention_dkv_kernel<DH>, gpu.processors, 3 * GROUP, sizeof(Shared), stream, maps[0][0], maps[0][1], maps[0][2],
-           maps[0][3], dk, dv, stats, ld, B, T, H, G, d, heads_at_once(B * G, T, DH), scale, sigma);
+    LAUNCH(attention_dq_kernel<DH>, gpu.processors, 3 * GROUP, sizeof(Shared), stream, maps[1][0], maps[1][1],
+           maps[1][2], maps[1][3], dq, stats, ld, B, T, H, G, d, heads_at_once(B * H, T, DH), scale, sigma);
+    LAUNCH(attention_dkv_kernel<DH>, gpu.processors, 3 * GROUP, sizeof(Shared), stream, maps[0][0],
+           maps[0][1], maps[0][2], maps[0][3], dk, dv, stats, ld, B, T, H, G, d, heads_at_once(B * G, T, DH),
+           scale, sigma);
 }
 
 template <typename X>
-static void attention_forward_fast(X *out, float *stats, const X *q, const X *k, const X *v, Shape shape, cudaStream_t stream) {
+static void attention_forward_fast(X *out, float *stats, const X *q, const X *k, const X *v, Shape shape,
+                                   cudaStream_t stream) {
     if constexpr (sizeof(X) == sizeof(bf16)) {
         auto tiles = shape.d <= 64 ? attention_tiles<64> : attention_tiles<128>;
-        tiles(out, stats, q, k, v, shape.ld, shape.B, shape.T, shape.H, shape.G, shape.d, shape.first, stream);
+        tiles(out, stats, q, k, v, shape.ld, shape.B, shape.T, shape.H, shape.G, shape.d, shape.first,
+              stream);
     }
 }
 template <typename X>
-static void attention_backward_fast(X *dq, X *dk, X *dv, const X *dout, const X *out, float *stats, const X *q, const X *k,
-                                    const X *v, Shape shape, cudaStream_t stream) {
+static void attention_backward_fast(X *dq, X *dk, X *dv, const X *dout, const X *out, float *stats,
+                                    const X *q, const X *k, const X *v, Shape shape, cudaStream_t stream) {
     if constexpr (sizeof(X) == sizeof(bf16)) {
         auto tiles = shape.d <= 64 ? attention_tiles_backward<64> : attention_tiles_backward<128>;
-        tiles(dq, dk, dv, dout, out, (float2 *)stats, q, k, v, shape.ld, shape.B, shape.T, shape.H, shape.G, shape.d, stream);
+        tiles(dq, dk, dv, dout, out, (float2 *)stats, q, k, v, shape.ld, shape.B, shape.T, shape.H, shape.G,
+              shape.d, stream);
     }
 }

@@ -1,8 +1,10 @@
-// Which rows a token's gradient sums, sorted by token and cut into segments of at most SEGMENT rows. `lists`, in the host's
-// memory, holds 4N + 2 numbers: order (N), the segments' beginnings in it, the tokens, each token's first segment.
+// Which rows a token's gradient sums, sorted by token and cut into segments of at most SEGMENT rows.
+// `lists`, in the host's memory, holds 4N + 2 numbers: order (N), the segments' beginnings in it, the
+// tokens, each token's first segment.
 enum { SEGMENT = 32 };
 typedef struct { int segments, tokens; } TokenLists;
-static TokenLists sort_tokens(int *lists, int *starts, const int *inp, int N, int V) { // starts: scratch (V+1)
+// starts: scratch (V+1)
+static TokenLists sort_tokens(int *lists, int *starts, const int *inp, int N, int V) {
     TokenLists t = {0, 0};
     int *order = lists, *begins = lists + N, *tokens = begins + N + 1, *first = tokens + N;
     memset(starts, 0, sizeof(int) * (size_t)(V + 1));
@@ -24,9 +26,11 @@ static TokenLists sort_tokens(int *lists, int *starts, const int *inp, int N, in
 // Numbers for the segments' sums: no more segments than rows, and no more than one a token that is not full.
 static int64_t embedding_scratch(int N, int V, int D) { return (int64_t)min_int(N, N / SEGMENT + V) * D; }
 
-// embedding_backward: a thread takes 8 columns of a segment and sums its rows, then 8 columns of a token and sums its
-// segments, whose sums lie in scratch: (segments,D). The host sorts the tokens while the device is on its way back to them.
-static void embedding_backward_fast(float *dwte, Scratch scratch, const float *dout, Tokens tokens, int D, cudaStream_t stream) {
+// embedding_backward: a thread takes 8 columns of a segment and sums its rows, then 8 columns of a token
+// and sums its segments, whose sums lie in scratch: (segments,D). The host sorts the tokens while the
+// device is on its way back to them.
+static void embedding_backward_fast(float *dwte, Scratch scratch, const float *dout, Tokens tokens, int D,
+                                    cudaStream_t stream) {
     int N = tokens.N;
     size_t bytes = sizeof(int) * (4 * (size_t)N + 2);
     CUDA(cudaEventSynchronize(tokens.there)); // the lists of the batch before have gone
@@ -43,7 +47,8 @@ static void embedding_backward_fast(float *dwte, Scratch scratch, const float *d
     };
     each(t.segments, D, in_eights, stream, [=] __device__ (auto V, int segment, int i) {
         float sum[V] = {};
-        for (int n = begins[segment]; n < begins[segment + 1]; n++) add_row(V, sum, dout + (int64_t)order[n] * D + i);
+        for (int n = begins[segment]; n < begins[segment + 1]; n++)
+            add_row(V, sum, dout + (int64_t)order[n] * D + i);
         write_some<V>(partial + (int64_t)segment * D + i, sum);
     });
     each(t.tokens, D, in_eights, stream, [=] __device__ (auto V, int which, int i) {

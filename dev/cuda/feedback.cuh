@@ -1,26 +1,28 @@
 // the feedback path
 //
-// In row panels of R rows, whose weights e (the softmax's, see above) lie in `weights`, and within them in blocks of P
-// rows, whose inverses M = (I - A_II)^-1 turn the row by row step into products. α = e/z is never formed: γ/z is a
-// float32 scale of rows, for in bf16 a γα of 0.999 would be 1. For a block I
+// In row panels of R rows, whose weights e (the softmax's, see above) lie in `weights`, and within them in
+// blocks of P rows, whose inverses M = (I - A_II)^-1 turn the row by row step into products. α = e/z is
+// never formed: γ/z is a float32 scale of rows, for in bf16 a γα of 0.999 would be 1. For a block I
 //     g = f + (γ/z) ⊙ (e_{I,<} s_<),   s = M g,   then one refinement: r = g + (γ/z) ⊙ (e_II s) - s,   s += M r
 // so that what rounding does to M and g costs nothing but a smaller step towards the same s. Kept besides s:
 // c = (e s)/z, for the backward pass' δ_t = λ_t·c_t.
 //
-// With tiles, bf16 on Hopper, each line above is one product that ends in the functions below, and e comes out of the
-// logits' product: e = exp(logit - m) needs no exact maximum, only one within the numbers' range, so m is 0 unless a
-// row's maximum is beyond e^±40; those rows are done again. Without, products are cuBLASLt's, and m is the maximum.
+// With tiles, bf16 on Hopper, each line above is one product that ends in the functions below, and e comes
+// out of the logits' product: e = exp(logit - m) needs no exact maximum, only one within the numbers'
+// range, so m is 0 unless a row's maximum is beyond e^±40; those rows are done again. Without, products are
+// cuBLASLt's, and m is the maximum.
 
 enum { SEED = 64, BLOCK = 2 * SEED, REACH = 2048, CLUSTER = 8, N_PARTS = 10 };
 
-// How the feedback goes, for all batches of up to B sequences of up to T tokens, and what `weights` and scratch
-// hold for it: where each part begins, in floats, and its shape. Without tiles T ≤ 2048 is one panel and e has 256
-// MiB at most; with them, 512. A panel's rows take what is before it REACH rows at a time. keep: e takes no more
-// than twice of what a layer keeps besides (28·D bytes a token), or is not kept. A smaller batch, or shorter
-// sequences, leave parts of it unused.
+// How the feedback goes, for all batches of up to B sequences of up to T tokens, and what `weights` and
+// scratch hold for it: where each part begins, in floats, and its shape. Without tiles T ≤ 2048 is one
+// panel and e has 256 MiB at most; with them, 512. A panel's rows take what is before it REACH rows at a
+// time. keep: e takes no more than twice of what a layer keeps besides (28·D bytes a token), or is not
+// kept. A smaller batch, or shorter sequences, leave parts of it unused.
 typedef struct {
     int B, T, asked;  // asked: the height of panels that a test wants, or 0
-    int tiles, march, R, P; // R, P: heights of panels and of blocks; march: solved by one kernel, in clusters of so many blocks
+    // R, P: heights of panels and of blocks; march: solved by one kernel, in clusters of so many blocks
+    int tiles, march, R, P;
     int kept;         // weights stay as they are for the backward pass, in one panel
     int64_t ld, lx;   // from row to row of e: in floats before the softmax (without tiles), in X
     int64_t rows;     // of a panel: R, and T at most
@@ -37,9 +39,11 @@ typedef struct {
     int64_t flags;    // tiles: (B,rows/128) which rows to do again
     int64_t product;  // no tiles: (B,P,ld or D), a product before it is passed on
     int64_t total;
-    int64_t ends[N_PARTS]; // where each part's numbers end, in this order; behind them a band in a build for tests
+    // where each part's numbers end, in this order; behind them a band in a build for tests
+    int64_t ends[N_PARTS];
 } Panels;
-template <typename X> static Panels feedback_panels(int B, int T, int D, int P, int in_eights = 1, int keep = 0) {
+template <typename X>
+static Panels feedback_panels(int B, int T, int D, int P, int in_eights = 1, int keep = 0) {
     Panels p = {};
     p.B = B;
     p.T = T;
@@ -54,7 +58,11 @@ template <typename X> static Panels feedback_panels(int B, int T, int D, int P, 
     int alone = p.tiles && P <= 0;
     p.march = alone && (int64_t)B * ((D + 127) / 128) >= 48;
     if (alone && T > REACH) p.march = gpu.clusters ? CLUSTER : 0;
-    p.P = P > 0 || T <= BLOCK || p.march == 1 ? BLOCK : T <= 512 ? 2 * BLOCK : T <= 2048 ? 4 * BLOCK : 8 * BLOCK; // measured
+    // measured
+    p.P = P > 0 || T <= BLOCK || p.march == 1 ? BLOCK
+          : T <= 512                          ? 2 * BLOCK
+          : T <= 2048                         ? 4 * BLOCK
+                                              : 8 * BLOCK;
     int most = 11 * D / p.P * p.P; // rows of e that a layer may need for a while
     p.kept = keep && alone && T <= 28 * D && (int64_t)B * T * p.ld <= 1 << 28;
     p.R = P > 0 ? min_int(P, BLOCK) : p.kept ? T : !p.tiles || most < REACH ? REACH : most;
@@ -87,7 +95,8 @@ template <typename X> static Panels feedback_panels(int B, int T, int D, int P, 
     return p;
 }
 
-// e of the logits v, a row's maximum and sum, and from these m and 1/z. `again`: only rows that need another m.
+// e of the logits v, a row's maximum and sum, and from these m and 1/z. `again`: only rows that need
+// another m.
 struct LogitExp {
     bf16 *e;
     const float2 *stats;  // NULL: m is 0
@@ -115,8 +124,8 @@ struct LogitExp {
 };
 template <> constexpr int sums_rows<LogitExp> = 1;
 // A thread takes a row, in the order of its tiles.
-__global__ static void feedback_stats_kernel(float2 *stats, int64_t stats_step, const float2 *partial, int *flags,
-                                             int again, int r0, int n, int R, int tiles) {
+__global__ static void feedback_stats_kernel(float2 *stats, int64_t stats_step, const float2 *partial,
+                                             int *flags, int again, int r0, int n, int R, int tiles) {
     wait_for_results();
     int r = blockIdx.x * BLOCK + threadIdx.x, far = 0, *flag = flags + blockIdx.y * gridDim.x + blockIdx.x;
     if (again && !*flag) return;
@@ -137,11 +146,13 @@ __global__ static void feedback_stats_kernel(float2 *stats, int64_t stats_step, 
     if (!again && threadIdx.x == 0) *flag = far;
 }
 
-// Blocks of up to 128 rows of M, in float32; a thread block takes one. A warp takes 16 rows, a lane a column of their
-// inverse by substitution; then neighbours of h rows merge, M21 = M2 (A21 M1), a thread h/16 rows and 4 columns.
+// Blocks of up to 128 rows of M, in float32; a thread block takes one. A warp takes 16 rows, a lane a
+// column of their inverse by substitution; then neighbours of h rows merge, M21 = M2 (A21 M1), a thread
+// h/16 rows and 4 columns.
 enum { SEED_LD = BLOCK + 4 };
 typedef float SeedRows[SEED_LD];
-template <int H> __device__ inline void multiply_seeds(float sum[H / 16][4], const SeedRows *a, const SeedRows *b) {
+template <int H>
+__device__ inline void multiply_seeds(float sum[H / 16][4], const SeedRows *a, const SeedRows *b) {
 #pragma unroll 4
     for (int k = 0; k < H; k += 4) { // a: the thread's first row, b: its columns
         float left[H / 16][4], right[4][4];
@@ -164,11 +175,12 @@ template <int H> __device__ inline void merge_seeds(SeedRows *A, SeedRows *M) {
     for (int r = 0; r < H / 16; r++) write_some<4>(&M[row + r][col], below[r]);
     __syncthreads();
 }
-// e from the panel's own columns on; zeros to the right of a block as far as `zeros` columns of its block of P.
+// e from the panel's own columns on; zeros to the right of a block as far as `zeros` columns of its block
+// of P.
 template <typename X>
 __global__ void __launch_bounds__(256)
-inverse_seed_kernel(X *M_out, int P, int64_t step_m, const X *e, int64_t ld_e, int64_t step_e, RowScale scale, int n,
-                    int zeros) {
+    inverse_seed_kernel(X *M_out, int P, int64_t step_m, const X *e, int64_t ld_e, int64_t step_e,
+                        RowScale scale, int n, int zeros) {
     extern __shared__ float4 seeds[];
     wait_for_results();
     SeedRows *A = (SeedRows *)seeds, *M = A + BLOCK;
@@ -176,7 +188,8 @@ inverse_seed_kernel(X *M_out, int P, int64_t step_m, const X *e, int64_t ld_e, i
     __shared__ float scales[BLOCK];
     e += b * step_e + (int64_t)i0 * ld_e + i0;
     M_out += b * step_m + (int64_t)i0 * P + i0 % P;
-    if (threadIdx.x < BLOCK) scales[threadIdx.x] = (int)threadIdx.x < rows ? scale.at(b, i0 + threadIdx.x) : 0;
+    if (threadIdx.x < BLOCK)
+        scales[threadIdx.x] = (int)threadIdx.x < rows ? scale.at(b, i0 + threadIdx.x) : 0;
     __syncthreads();
 #pragma unroll 32
     for (int at = threadIdx.x; at < BLOCK * BLOCK; at += 256) {
@@ -234,8 +247,9 @@ template <typename O> struct StoreSummed : Store<O> {
 template <typename O> constexpr int sums_columns<StoreSummed<O>> = 1;
 // e of the panel of rows r0 .. r0+n-1, with their m and 1/z (known: given), and the inverses M.
 template <typename X>
-static void feedback_panel(float *weights, float *scratch, const Panels *p, float *stats, int known, const X *q, const X *k, int ld,
-                           const float *gamma, int B, int T, int D, int first, int r0, int n, cudaStream_t stream) {
+static void feedback_panel(float *weights, float *scratch, const Panels *p, float *stats, int known,
+                           const X *q, const X *k, int ld, const float *gamma, int B, int T, int D, int first,
+                           int r0, int n, cudaStream_t stream) {
     int64_t rows = T - first, row = r0 - first, step = p->e_step, m_step = p->m_step;
     ProductWay way = {B, 1, p->tiles ? NULL : scratch + p->product, stream};
     X *e = (X *)(weights + p->e), *M = (X *)(weights + p->inverse), *scaled = (X *)(scratch + p->merge);
@@ -249,10 +263,12 @@ static void feedback_panel(float *weights, float *scratch, const Panels *p, floa
                       1.44269504f / sqrtf((float)D), r0, (int)p->rows, tiles, blocks};
         for (int again = 0; p->tiles && again < 2 - known; again++) {
             if (again) { f.stats = known_stats; f.flags = flags; }
-            product_tiles<0, 0, OUT_LOWER, BLOCK>(f, part_of(q + row * ld, ld, rows * ld, (int)(rows - row), D),
-                                                  part_of(k, ld, (int64_t)T * ld, T, D), n, width, D, r0, 1, B, stream);
-            if (!known) LAUNCH(feedback_stats_kernel, dim3(blocks, B), BLOCK, 0, stream, known_stats, rows, partial, flags,
-                               again, r0, n, f.R, tiles);
+            product_tiles<0, 0, OUT_LOWER, BLOCK>(
+                f, part_of(q + row * ld, ld, rows * ld, (int)(rows - row), D),
+                part_of(k, ld, (int64_t)T * ld, T, D), n, width, D, r0, 1, B, stream);
+            if (!known)
+                LAUNCH(feedback_stats_kernel, dim3(blocks, B), BLOCK, 0, stream, known_stats, rows, partial,
+                       flags, again, r0, n, f.R, tiles);
         }
     }
     if (!p->tiles) {
@@ -260,23 +276,27 @@ static void feedback_panel(float *weights, float *scratch, const Panels *p, floa
         int64_t floats = p->rows * p->ld;
         for (int i0 = r0; i0 < r0 + n; i0 += p->P) {
             int m = min_int(p->P, r0 + n - i0);
-            matmul_gpu(into(logits + (i0 - r0) * p->ld, p->ld, floats), rows_of_gpu(q + (i0 - first) * (int64_t)ld, ld,
-                       rows * ld), transpose_gpu(rows_of_gpu(k, ld, (int64_t)T * ld)), m, i0 + m, D,
-                       1 / sqrtf((float)D), 0, B, stream);
+            matmul_gpu(into(logits + (i0 - r0) * p->ld, p->ld, floats),
+                       rows_of_gpu(q + (i0 - first) * (int64_t)ld, ld, rows * ld),
+                       transpose_gpu(rows_of_gpu(k, ld, (int64_t)T * ld)), m, i0 + m, D, 1 / sqrtf((float)D),
+                       0, B, stream);
         }
-        softmax_panel_gpu<X>(logits, p->ld, floats, stats + 2 * row, 2 * rows, known, 0, r0, n, p->P, 1, B, stream);
+        softmax_panel_gpu<X>(logits, p->ld, floats, stats + 2 * row, 2 * rows, known, 0, r0, n, p->P, 1, B,
+                             stream);
     }
     int bytes = 2 * BLOCK * SEED_LD * (int)sizeof(float);
     allow_shared(inverse_seed_kernel<X>, bytes);
-    LAUNCH(inverse_seed_kernel<X>, dim3((n + BLOCK - 1) / BLOCK, B), 256, bytes, stream, M, p->P, m_step, e + r0, p->lx,
-           step, scale, n, p->tiles ? 0 : p->P);
+    LAUNCH(inverse_seed_kernel<X>, dim3((n + BLOCK - 1) / BLOCK, B), 256, bytes, stream, M, p->P, m_step,
+           e + r0, p->lx, step, scale, n, p->tiles ? 0 : p->P);
     for (int h = BLOCK; h < p->P && h < n; h *= 2) { // M21 = M2 ((γ/z) ⊙ (e21 M1))
         int pairs = (n + h - 1) / (2 * h), P = p->P;
         int64_t scaled_step = (int64_t)pairs * h * h;
         Part<X> e21 = {e, p->lx, step, n, (int)p->ld, h, r0, 2 * h, 2 * h, INT_MAX},
-            M1 = {M, p->P, m_step, n, p->P, 0, 0, 2 * h, 2 * h, p->P}, M2 = {M, p->P, m_step, n, p->P, h, h, 2 * h, 2 * h,
-            p->P}, right = {scaled, h, scaled_step, pairs * h, h, 0, 0, h, 0, INT_MAX};
-        auto to_scaled = [=] __device__ (auto V, int b, int pair, int r, int i, float *v) { // X((γ/z) ⊙ (e21 M1))
+                M1 = {M, p->P, m_step, n, p->P, 0, 0, 2 * h, 2 * h, p->P},
+                M2 = {M, p->P, m_step, n, p->P, h, h, 2 * h, 2 * h, p->P},
+                right = {scaled, h, scaled_step, pairs * h, h, 0, 0, h, 0, INT_MAX};
+        // X((γ/z) ⊙ (e21 M1))
+        auto to_scaled = [=] __device__ (auto V, int b, int pair, int r, int i, float *v) {
             int row = (2 * pair + 1) * h + r;
             float factor = row < n ? scale.at(b, row) : 0;
             for (int j = 0; j < V; j++) v[j] = row < n ? v[j] * factor : 0;
@@ -291,34 +311,38 @@ static void feedback_panel(float *weights, float *scratch, const Panels *p, floa
     }
 }
 
-// The solve, or its adjoint (BACK), of positions begin .. end-1 in one go. C blocks, a cluster, have STRIP columns of one
-// sequence and walk along its blocks of C·128 rows, from the last if BACK, each in the four products that the section begins
-// with (or those of feedback_sequence_backward_gpu). Block `rank` has two tiles of 64 rows, the first and second four warps one
-// each: tile rank and tile rank from the last, so that all have as much of the triangle. A thread more has the operands
-// copied: e, M, and what was solved before, written to memory and read back. What M and e_II multiply goes round: a block
-// writes its tiles to memory and has them copied from there to all blocks of the cluster whose rows see them, at once.
+// The solve, or its adjoint (BACK), of positions begin .. end-1 in one go. C blocks, a cluster, have STRIP
+// columns of one sequence and walk along its blocks of C·128 rows, from the last if BACK, each in the four
+// products that the section begins with (or those of feedback_sequence_backward_gpu). Block `rank` has two
+// tiles of 64 rows, the first and second four warps one each: tile rank and tile rank from the last, so
+// that all have as much of the triangle. A thread more has the operands copied: e, M, and what was solved
+// before, written to memory and read back. What M and e_II multiply goes round: a block writes its tiles to
+// memory and has them copied from there to all blocks of the cluster whose rows see them, at once.
 enum { MARCH_SLOTS = 4 };
 template <int C> struct MarchShared {
     enum { STRIP = C == 1 ? 128 : 64, BUFFERS = C == 1 ? 2 : 1 };
-    bf16 a[MARCH_SLOTS][2][ATOM][ATOM], b[MARCH_SLOTS][STRIP / ATOM][ATOM][ATOM], right[BUFFERS][STRIP / ATOM][C * BLOCK][ATOM];
+    bf16 a[MARCH_SLOTS][2][ATOM][ATOM], b[MARCH_SLOTS][STRIP / ATOM][ATOM][ATOM],
+        right[BUFFERS][STRIP / ATOM][C * BLOCK][ATOM];
     uint64_t full[MARCH_SLOTS], free[MARCH_SLOTS], written, handed, done;
 };
-// f (BACK: ds), c (BACK: df) and known, the sum over rows beyond begin .. end if not NULL, have T rows of D a
-// sequence; e and M begin with row r0; `map` is of s (BACK: of u). round: two places for each tile of a cluster, in
-// turn. HEARS: known may be there. A cluster reads it ahead; one block, which has no registers left for that, when
-// it adds it.
+// f (BACK: ds), c (BACK: df) and known, the sum over rows beyond begin .. end if not NULL, have T rows of D
+// a sequence; e and M begin with row r0; `map` is of s (BACK: of u). round: two places for each tile of a
+// cluster, in turn. HEARS: known may be there. A cluster reads it ahead; one block, which has no registers
+// left for that, when it adds it.
 template <int BACK, int C, int HEARS>
 __global__ void __launch_bounds__(3 * GROUP, 1)
-feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_constant__ CUtensorMap M_map,
-                      const __grid_constant__ CUtensorMap map, const bf16 *f, bf16 *c, const float *known, bf16 *round,
-                      RowScale scale, RowScale inverse, int T, int D, int r0, int begin, int end) {
+    feedback_march_kernel(const __grid_constant__ CUtensorMap e_map,
+                          const __grid_constant__ CUtensorMap M_map, const __grid_constant__ CUtensorMap map,
+                          const bf16 *f, bf16 *c, const float *known, bf16 *round, RowScale scale,
+                          RowScale inverse, int T, int D, int r0, int begin, int end) {
 #ifdef HOPPER
     typedef MarchShared<C> Shared;
     enum { STRIP = Shared::STRIP, ROWS = C * BLOCK, TILES = 2 * C, ACROSS = STRIP / ATOM };
     extern __shared__ __align__(1024) unsigned char shared_tiles[];
     Shared *s = (Shared *)shared_tiles;
     int rank = (int)blockIdx.x % C, n0 = (int)blockIdx.x / C * STRIP, sequence = (int)blockIdx.y,
-        blocks = (end - begin + ROWS - 1) / ROWS, item = 0, group = threadIdx.x / GROUP, lane = threadIdx.x % 32;
+        blocks = (end - begin + ROWS - 1) / ROWS, item = 0, group = threadIdx.x / GROUP,
+        lane = threadIdx.x % 32;
     auto tile_of = [&](int group) { return group ? TILES - 1 - rank : rank; };
     auto place = [&](int step) { return begin + (BACK ? blocks - 1 - step : step) * ROWS; };
     if (threadIdx.x == 0) {
@@ -333,7 +357,8 @@ feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_co
     if (group == 2) {
         KEEP_REGISTERS("dec", 40);
         if (threadIdx.x % GROUP) return;
-        auto copy = [&](const CUtensorMap *left, int I, int col0, int K, int solved) { // 64 of K from position K on
+        // 64 of K from position K on
+        auto copy = [&](const CUtensorMap *left, int I, int col0, int K, int solved) {
             int slot = item % MARCH_SLOTS, bytes = solved ? sizeof(s->b[0]) : 0, wanted[2];
             if (item >= MARCH_SLOTS) barrier_wait(&s->free[slot], item / MARCH_SLOTS - 1);
             for (int j = 0; j < 2; j++) {
@@ -343,8 +368,9 @@ feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_co
             barrier_expect(&s->full[slot], bytes);
             for (int j = 0; j < 2; j++) {
                 int row = I + ATOM * tile_of(j);
-                if (wanted[j]) copy_tile(s->a[slot][j][0], left, (BACK ? row : K) - col0, 0, (BACK ? K : row) - r0, sequence,
-                                         &s->full[slot]);
+                if (wanted[j])
+                    copy_tile(s->a[slot][j][0], left, (BACK ? row : K) - col0, 0, (BACK ? K : row) - r0,
+                              sequence, &s->full[slot]);
             }
             for (int j = 0; j < ACROSS * solved; j++)
                 copy_tile(s->b[slot][j][0], &map, n0 + ATOM * j, 0, K, sequence, &s->full[slot]);
@@ -354,7 +380,8 @@ feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_co
             int I = place(step);
             for (int before = 0; before < step; before++) {
                 if (before == step - 1) barrier_wait(&s->written, before);
-                if (C > 1 && before == step - 1) asm volatile("fence.acq_rel.cluster;\nfence.proxy.async.global;" : : : "memory");
+                if (C > 1 && before == step - 1)
+                    asm volatile("fence.acq_rel.cluster;\nfence.proxy.async.global;" : : : "memory");
                 for (int k = 0; k < ROWS; k += ATOM) copy(&e_map, I, 0, place(before) + k, 1);
             }
             for (int turn = 0; turn < 3; turn++)
@@ -365,7 +392,8 @@ feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_co
     }
     KEEP_REGISTERS("inc", 232);
     typedef float Sums[STRIP / 8][4];
-    int mine = C == 1 ? group : tile_of(group), first = ATOM * (mine - group) + threadIdx.x / 32 * 16 + lane / 4;
+    int mine = C == 1 ? group : tile_of(group),
+        first = ATOM * (mine - group) + threadIdx.x / 32 * 16 + lane / 4;
     auto multiply = [&](Sums &sum, const bf16 *right, int items, int keep) { // right NULL: what was copied
         for (int i = 0; i < items; i++, item++) {
             int slot = item % MARCH_SLOTS, across = (right ? ROWS : ATOM) * ATOM * 2;
@@ -374,8 +402,9 @@ feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_co
             products_begin();
 #pragma unroll
             for (int k = 0; k < ATOM / 16; k++)
-                tensor_product<STRIP, BACK, 1>(sum, operand(s->a[slot][group][BACK ? k * 16 : 0] + (BACK ? 0 : k * 16)),
-                                               operand(b + k * 16 * ATOM, across), keep || i > 0 || k > 0);
+                tensor_product<STRIP, BACK, 1>(
+                    sum, operand(s->a[slot][group][BACK ? k * 16 : 0] + (BACK ? 0 : k * 16)),
+                    operand(b + k * 16 * ATOM, across), keep || i > 0 || k > 0);
             products_commit();
             products_wait<1>();
             if (i && lane == 0) barrier_arrive(&s->free[(item - 1) % MARCH_SLOTS]);
@@ -396,19 +425,25 @@ feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_co
     auto share = [&](int turn, int step) { // what was put is for the products of all
         asm volatile("fence.proxy.async.shared::cta;\nbar.sync 1, 256;" : : : "memory");
         if (C == 1) return;
-        int number = 3 * step + turn, last = BACK ? mine : TILES - 1 - mine, bytes = sizeof(bf16) * STRIP * ATOM,
-            ranks = ((2 << min(last, C - 1)) - 1) & ~(1 << rank);
+        int number = 3 * step + turn, last = BACK ? mine : TILES - 1 - mine,
+            bytes = sizeof(bf16) * STRIP * ATOM, ranks = ((2 << min(last, C - 1)) - 1) & ~(1 << rank);
         const bf16 *own = s->right[0][0][ATOM * mine];
         int64_t strip = sequence * (gridDim.x / C) + blockIdx.x / C;
         bf16 *between = round + (strip * 2 + number % 2) * (STRIP * ROWS) + mine * STRIP * ATOM;
         if (threadIdx.x == 0) barrier_expect(&s->handed, (TILES - rank - 2) * bytes);
         if (threadIdx.x % GROUP == 0 && ranks) {
-            asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\ncp.async.bulk.commit_group;\n"
-                         "cp.async.bulk.wait_group 0;\nfence.proxy.async.global;"
-                         : : "l"(between), "r"(shared_at(own)), "r"(bytes) : "memory");
+            asm volatile(
+                "cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\ncp.async.bulk.commit_group;\n"
+                "cp.async.bulk.wait_group 0;\nfence.proxy.async.global;"
+                :
+                : "l"(between), "r"(shared_at(own)), "r"(bytes)
+                : "memory");
             if (number) barrier_wait(&s->done, number - 1);
-            asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;"
-                         : : "r"(shared_at(own)), "l"(between), "r"(bytes), "r"(shared_at(&s->handed)), "h"((uint16_t)ranks)
+            asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::"
+                         "cluster [%0], [%1], %2, [%3], %4;"
+                         :
+                         : "r"(shared_at(own)), "l"(between), "r"(bytes), "r"(shared_at(&s->handed)),
+                           "h"((uint16_t)ranks)
                          : "memory");
         }
         barrier_wait(&s->handed, number);
@@ -435,7 +470,9 @@ feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_co
             at[half] = inside ? ((int64_t)sequence * T + r) * D + n0 + lane % 4 * 2 : -1;
             factor[half] = inside ? scale.at(sequence, r) : 0;
             if (BACK && fabsf(factor[half]) < 1e-30f) factor[half] = 0; // its inverse is a number
-            z[half] = BACK ? (factor[half] != 0 ? 1 / factor[half] : 1) : inside ? inverse.at(sequence, r) : 0;
+            z[half] = BACK     ? (factor[half] != 0 ? 1 / factor[half] : 1)
+                      : inside ? inverse.at(sequence, r)
+                               : 0;
         }
         uint32_t given[STRIP / 8][2];
         float2 beyond[STRIP / 8][2];
@@ -443,7 +480,8 @@ feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_co
             for (int half = 0; half < 2; half++) {
                 int inside = at[half] >= 0 && n0 + n * 8 < D;
                 given[n][half] = inside ? *(const uint32_t *)(f + at[half] + n * 8) : 0;
-                beyond[n][half] = C > 1 && known && inside ? *(const float2 *)(known + at[half] + n * 8) : make_float2(0, 0);
+                beyond[n][half] = C > 1 && known && inside ? *(const float2 *)(known + at[half] + n * 8)
+                                                           : make_float2(0, 0);
             }
         auto keep = [&](int half, int n, uint32_t two) {
             if (c && at[half] >= 0 && n0 + n * 8 < D) *(uint32_t *)(c + at[half] + n * 8) = two;
@@ -459,15 +497,18 @@ feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_co
                     v[0] += more.x;
                     v[1] += more.y;
                 }
-                if (BACK) { v[0] += low(two); v[1] += high(two); put(0, half, n, pack_two(v[0], v[1])); }
-                else put(0, half, n, pack_two(low(two) + factor[half] * v[0], high(two) + factor[half] * v[1]));
+                if (BACK) { v[0] += low(two); v[1] += high(two); put(0, half, n, pack_two(v[0], v[1]));
+                } else
+                    put(0, half, n,
+                        pack_two(low(two) + factor[half] * v[0], high(two) + factor[half] * v[1]));
             }
         share(0, step);
         multiply_shared(solved, 0, 0);
         for (int n = 0; n < STRIP / 8; n++)
             for (int half = 0; half < 2; half++) {
                 float *v = &solved[n][2 * half];
-                uint32_t two = BACK ? pack_two(factor[half] * v[0], factor[half] * v[1]) : pack_two(v[0], v[1]);
+                uint32_t two =
+                    BACK ? pack_two(factor[half] * v[0], factor[half] * v[1]) : pack_two(v[0], v[1]);
                 base[n][half] = BACK && factor[half] == 0 ? pack_two(v[0], v[1]) : two;
                 put(1, half, n, two);
             }
@@ -479,7 +520,8 @@ feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_co
                 if (BACK) { put(2, half, n, pack_two(v[0] - x * z[half], v[1] - y * z[half])); continue; }
                 uint32_t two = given[n][half];
                 keep(half, n, pack_two(v[0] * z[half], v[1] * z[half]));
-                put(2, half, n, pack_two(low(two) + factor[half] * v[0] - x, high(two) + factor[half] * v[1] - y));
+                put(2, half, n,
+                    pack_two(low(two) + factor[half] * v[0] - x, high(two) + factor[half] * v[1] - y));
             }
         share(2, step);
         Sums refinement;
@@ -494,9 +536,12 @@ feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_co
         asm volatile("fence.proxy.async.shared::cta;\nbar.sync 1, 256;" : : : "memory");
         if (threadIdx.x) continue;
         for (int j = 0; j < 2 * ACROSS; j++)
-            asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4}], [%5];"
-                         : : "l"(&map), "r"(n0 + j / 2 * ATOM), "r"(0), "r"(I + ATOM * tile_of(j % 2)), "r"(sequence),
-                             "r"(shared_at(s->right[Shared::BUFFERS - 1][j / 2][ATOM * tile_of(j % 2)])) : "memory");
+            asm volatile(
+                "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4}], [%5];"
+                :
+                : "l"(&map), "r"(n0 + j / 2 * ATOM), "r"(0), "r"(I + ATOM * tile_of(j % 2)), "r"(sequence),
+                  "r"(shared_at(s->right[Shared::BUFFERS - 1][j / 2][ATOM * tile_of(j % 2)]))
+                : "memory");
         asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group 0;" : : : "memory");
         if (C == 1) { barrier_arrive(&s->written); continue; }
         asm volatile("fence.proxy.async.global;\nfence.acq_rel.cluster;" : : : "memory");
@@ -506,21 +551,24 @@ feedback_march_kernel(const __grid_constant__ CUtensorMap e_map, const __grid_co
 #endif
 }
 template <int BACK, int C, int HEARS>
-static void feedback_march_as(float *weights, float *scratch, const Panels *p, const bf16 *out, int64_t ld_out,
-                              const bf16 *f, bf16 *c, const float *known, RowScale scale, RowScale inverse, int B,
-                              int T, int D, int r0, int n, int begin, int end, cudaStream_t stream) {
+static void feedback_march_as(float *weights, float *scratch, const Panels *p, const bf16 *out,
+                              int64_t ld_out, const bf16 *f, bf16 *c, const float *known, RowScale scale,
+                              RowScale inverse, int B, int T, int D, int r0, int n, int begin, int end,
+                              cudaStream_t stream) {
     CUtensorMap e_map = tile_map((bf16 *)(weights + p->e), (int)p->lx, 1, n, p->lx, p->e_step, B, ATOM),
         M_map = tile_map((bf16 *)(weights + p->inverse), p->P, 1, n, p->P, p->m_step, B, ATOM),
         map = tile_map(out, D, 1, T, ld_out, T * ld_out, B, ATOM);
     int bytes = sizeof(MarchShared<C>), strips = (D + MarchShared<C>::STRIP - 1) / MarchShared<C>::STRIP;
     allow_shared(feedback_march_kernel<BACK, C, HEARS>, bytes);
-    LAUNCH_AS(C, 1, (feedback_march_kernel<BACK, C, HEARS>), dim3(C * strips, B), 3 * GROUP, bytes, stream, e_map,
-              M_map, map, f, c, known, (bf16 *)(scratch + p->lambda), scale, inverse, T, D, r0, begin, end);
+    LAUNCH_AS(C, 1, (feedback_march_kernel<BACK, C, HEARS>), dim3(C * strips, B), 3 * GROUP, bytes, stream,
+              e_map, M_map, map, f, c, known, (bf16 *)(scratch + p->lambda), scale, inverse, T, D, r0, begin,
+              end);
 }
 template <int BACK>
-static void feedback_march_gpu(float *weights, float *scratch, const Panels *p, const bf16 *out, int64_t ld_out, const bf16 *f,
-                               bf16 *c, const float *known, RowScale scale, RowScale inverse, int B, int T, int D, int r0,
-                               int n, int begin, int end, cudaStream_t stream) {
+static void feedback_march_gpu(float *weights, float *scratch, const Panels *p, const bf16 *out,
+                               int64_t ld_out, const bf16 *f, bf16 *c, const float *known, RowScale scale,
+                               RowScale inverse, int B, int T, int D, int r0, int n, int begin, int end,
+                               cudaStream_t stream) {
     auto march = p->march == CLUSTER ? feedback_march_as<BACK, CLUSTER, 1>
                : known ? feedback_march_as<BACK, 1, 1> : feedback_march_as<BACK, 1, 0>;
     march(weights, scratch, p, out, ld_out, f, c, known, scale, inverse, B, T, D, r0, n, begin, end, stream);
@@ -546,8 +594,9 @@ static void feedback_fits(const Panels *p, int B, int T, Scratch weights, Scratc
 
 // c: (B,T,D) kept for the backward pass, or NULL; so are weights where p says so.
 template <typename X>
-static void feedback_forward_fast(X *s, X *c, float *stats, Scratch weights_room, Scratch scratch_room, const X *f, const X *q,
-                                  const X *k, const float *gamma, Shape shape, const Panels *panels, cudaStream_t stream) {
+static void feedback_forward_fast(X *s, X *c, float *stats, Scratch weights_room, Scratch scratch_room,
+                                  const X *f, const X *q, const X *k, const float *gamma, Shape shape,
+                                  const Panels *panels, cudaStream_t stream) {
     int B = shape.B, T = shape.T, D = shape.d, ld = shape.ld, first = shape.first;
     feedback_fits(panels, B, T, weights_room, scratch_room);
     Panels p = *panels;
@@ -561,13 +610,15 @@ static void feedback_forward_fast(X *s, X *c, float *stats, Scratch weights_room
         join(DIRECT_READ); // f
         for (int reach = r0; reach < r0 + n; reach += REACH) {
             int end = min_int(reach + REACH, r0 + n);
-            if (reach) matmul_gpu(into(scratch + p.rhs + (int64_t)(reach - first) * D, D, all),
-                                  rows_of_gpu(e + (reach - r0) * p.lx, p.lx, step), rows_of_gpu(s, D, all), end - reach, D, reach,
-                                  1, 0, B, stream);
+            if (reach)
+                matmul_gpu(into(scratch + p.rhs + (int64_t)(reach - first) * D, D, all),
+                           rows_of_gpu(e + (reach - r0) * p.lx, p.lx, step), rows_of_gpu(s, D, all),
+                           end - reach, D, reach, 1, 0, B, stream);
             if constexpr (sizeof(X) == sizeof(bf16))
                 if (p.march && !first) {
                     feedback_march_gpu<0>(weights, scratch, &p, s, D, f, c, reach ? scratch + p.rhs : NULL,
-                                          {gamma, stats, T}, {NULL, stats, T}, B, T, D, r0, n, reach, end, stream);
+                                          {gamma, stats, T}, {NULL, stats, T}, B, T, D, r0, n, reach, end,
+                                          stream);
                     continue;
                 }
             for (int i0 = reach; i0 < end; i0 += p.P) {
@@ -576,12 +627,15 @@ static void feedback_forward_fast(X *s, X *c, float *stats, Scratch weights_room
                 float *sum = i0 ? scratch + p.rhs + row * D : NULL;
                 X *s_I = s + (int64_t)i0 * D, *c_I = c ? c + (int64_t)i0 * D : NULL;
                 const X *f_I = f + row * D;
-                RowScale scale = {gamma + row, stats + 2 * row, rows}, inverse = {NULL, stats + 2 * row, rows};
+                RowScale scale = {gamma + row, stats + 2 * row, rows},
+                         inverse = {NULL, stats + 2 * row, rows};
                 Part<X> rhs = part_of(i0 ? block : f, D, i0 ? (int64_t)m * D : rows * D, m, D),
-                    e_II = part_of(e, p.lx, step, n, (int)p.ld, at, i0),
-                    M_I = part_of(M, p.P, m_step, at + m, p.P, at, 0), residual = part_of(block, D, (int64_t)m * D, m, D);
+                        e_II = part_of(e, p.lx, step, n, (int)p.ld, at, i0),
+                        M_I = part_of(M, p.P, m_step, at + m, p.P, at, 0),
+                        residual = part_of(block, D, (int64_t)m * D, m, D);
                 // the sum e_{I,<} s_<, and X(g)
-                auto to_g = [sum, block, f_I, scale, all, f_step, m, D, reach] __device__ (auto V, int b, int, int r, int i, float *v) {
+                auto to_g = [sum, block, f_I, scale, all, f_step, m, D,
+                             reach] __device__ (auto V, int b, int, int r, int i, float *v) {
                     int64_t at = (int64_t)r * D + i;
                     float w[V] = {}, factor = scale.at(b, r);
                     if (reach) read_ahead<V>(w, sum + b * all + at);
@@ -591,15 +645,19 @@ static void feedback_forward_fast(X *s, X *c, float *stats, Scratch weights_room
                     for (int j = 0; j < V; j++) v[j] = w[j] + factor * v[j];
                     write_some<V>(block + (int64_t)b * m * D + at, v);
                 };
-                if (i0) product_gpu<0, 1, FULL>(to_g, part_of(e, p.lx, step, n, (int)p.ld, at, reach),
-                                                part_of(s, D, all, i0, D, reach), m, D, i0 - reach, 0, 1, way);
+                if (i0)
+                    product_gpu<0, 1, FULL>(to_g, part_of(e, p.lx, step, n, (int)p.ld, at, reach),
+                                            part_of(s, D, all, i0, D, reach), m, D, i0 - reach, 0, 1, way);
                 // X(r), and c = (e s)/z
-                auto to_r = [block, c_I, sum, f_I, s_I, scale, inverse, all, f_step, m, D] __device__ (auto V, int b, int, int r, int i,
-                                                                                                       float *v) {
+                auto to_r = [block, c_I, sum, f_I, s_I, scale, inverse, all, f_step, m,
+                             D] __device__ (auto V, int b, int, int r, int i, float *v) {
                     int64_t at = (int64_t)r * D + i;
                     float w[V] = {}, x[V], factor = scale.at(b, r), z = inverse.at(b, r);
                     if (sum) read_ahead<V>(w, sum + b * all + at);
-                    for (int j = 0; j < V; j++) { v[j] += w[j]; w[j] = z * v[j]; }
+                    for (int j = 0; j < V; j++) {
+                        v[j] += w[j];
+                        w[j] = z * v[j];
+                    }
                     if (c_I) write_some<V>(c_I + b * all + at, w);
                     read_ahead<V>(w, f_I + b * f_step + at);
                     read_ahead<V>(x, s_I + b * all + at);
@@ -608,7 +666,8 @@ static void feedback_forward_fast(X *s, X *c, float *stats, Scratch weights_room
                 };
                 Store<X> solve = {s_I, D, all, 1, 0}, refine = {s_I, D, all, 1, 1};
                 product_gpu<0, 1, A_LOWER>(solve, M_I, rhs, m, D, m, 0, 1, way);
-                product_gpu<0, 1, A_LOWER>(to_r, e_II, part_of((const X *)s_I, D, all, m, D), m, D, m, 0, 1, way);
+                product_gpu<0, 1, A_LOWER>(to_r, e_II, part_of((const X *)s_I, D, all, m, D), m, D, m, 0, 1,
+                                           way);
                 product_gpu<0, 1, A_LOWER>(refine, M_I, residual, m, D, m, 0, 1, way);
             }
         }
@@ -617,7 +676,8 @@ static void feedback_forward_fast(X *s, X *c, float *stats, Scratch weights_room
 
 // δ_t = λ_t·c_t. A warp takes a row.
 template <int V, typename X>
-__global__ void feedback_delta_kernel(float *delta, const X *df, const X *c, int64_t all, int T, int n, int D) {
+__global__ void feedback_delta_kernel(float *delta, const X *df, const X *c, int64_t all, int T, int n,
+                                      int D) {
     wait_for_results();
     int r = blockIdx.x * 4 + threadIdx.x / 32, b = gridDim.y - 1 - blockIdx.y;
     if (r >= n) return;
@@ -633,20 +693,22 @@ __global__ void feedback_delta_kernel(float *delta, const X *df, const X *c, int
     if (threadIdx.x % 32 == 0) delta[(int64_t)b * T + r] = dot;
 }
 
-// One panel of the adjoint, of all sequences: λ of its rows from the last block to the first, each solving with M^T and one
-// refinement,
+// One panel of the adjoint, of all sequences: λ of its rows from the last block to the first, each solving
+// with M^T and one refinement,
 //     λ = M^T h,   r = h + e_II^T u - λ with u = (γ/z) ⊙ λ,   λ += M^T r
-// where λ stays float32, for X(γ X(λ)) would be X(λ) and the loop no contraction. Then what the panel gives the rows
-// before it, h_< += e_{R,<}^T u, and the gradients of q' and k'. u lies where dq' will.
+// where λ stays float32, for X(γ X(λ)) would be X(λ) and the loop no contraction. Then what the panel gives
+// the rows before it, h_< += e_{R,<}^T u, and the gradients of q' and k'. u lies where dq' will.
 template <typename X>
-static void feedback_sequence_backward_gpu(X *df, X *dq, X *dk, float *dgamma, float *weights, float *scratch, const Panels *p,
-                                           const X *ds, const X *s, const X *c, float *stats, const X *q, const X *k, int ld,
-                                           const float *gamma, int B, int T, int D, int r0, TileSums dq_sums, TileSums dk_sums,
+static void feedback_sequence_backward_gpu(X *df, X *dq, X *dk, float *dgamma, float *weights, float *scratch,
+                                           const Panels *p, const X *ds, const X *s, const X *c, float *stats,
+                                           const X *q, const X *k, int ld, const float *gamma, int B, int T,
+                                           int D, int r0, TileSums dq_sums, TileSums dk_sums,
                                            cudaStream_t stream) {
     int n = min_int(p->R, T - r0);
     int64_t step = p->e_step, all = (int64_t)T * D, wide_step = (int64_t)T * ld, m_step = p->m_step;
     float *lambda = scratch + p->lambda, *dk_sum = scratch + p->dk, sigma = 1 / sqrtf((float)D);
-    ProductWay way = {B, wide({D, ld}, {df, dq, dk, ds, s, c, scratch}), p->tiles ? NULL : scratch + p->product, stream};
+    ProductWay way = {B, wide({D, ld}, {df, dq, dk, ds, s, c, scratch}),
+                      p->tiles ? NULL : scratch + p->product, stream};
     X *e = (X *)(weights + p->e), *M = (X *)(weights + p->inverse), *block = (X *)(scratch + p->block);
     if (!p->kept) feedback_panel(weights, scratch, p, stats, 1, q, k, ld, gamma, B, T, D, 0, r0, n, stream);
     for (int low = (n - 1) / REACH * REACH; low >= 0; low -= REACH) {
@@ -654,8 +716,9 @@ static void feedback_sequence_backward_gpu(X *df, X *dq, X *dk, float *dgamma, f
         float *h_all = scratch + p->rhs;
         if constexpr (sizeof(X) == sizeof(bf16))
             if (p->march)
-                feedback_march_gpu<1>(weights, scratch, p, dq, ld, ds, df, heard ? h_all : NULL, {gamma, stats, T},
-                                      {NULL, stats, T}, B, T, D, r0, n, r0 + low, r0 + end, stream);
+                feedback_march_gpu<1>(weights, scratch, p, dq, ld, ds, df, heard ? h_all : NULL,
+                                      {gamma, stats, T}, {NULL, stats, T}, B, T, D, r0, n, r0 + low, r0 + end,
+                                      stream);
         for (int at = p->march ? -1 : (end - 1) / p->P * p->P; at >= low; at -= p->P) {
             int m = min_int(p->P, end - at), i0 = r0 + at, alone = i0 + m == T;
             float *h = alone ? NULL : h_all + (int64_t)i0 * D;
@@ -663,8 +726,9 @@ static void feedback_sequence_backward_gpu(X *df, X *dq, X *dk, float *dgamma, f
             X *u = dq + (int64_t)i0 * ld, *df_I = df + (int64_t)i0 * D;
             RowScale scale = {gamma + i0, stats + 2 * i0, T};
             Part<X> e_II = part_of(e, p->lx, step, n, (int)p->ld, at, i0),
-                M_I = part_of(M, p->P, m_step, at + m, p->P, at, 0), residual = part_of(block, D, (int64_t)m * D, m, D),
-                rhs = alone ? part_of(ds_I, D, all, m, D) : residual;
+                    M_I = part_of(M, p->P, m_step, at + m, p->P, at, 0),
+                    residual = part_of(block, D, (int64_t)m * D, m, D),
+                    rhs = alone ? part_of(ds_I, D, all, m, D) : residual;
             // h = X'(ds) + what later rows give, and X(h)
             auto to_h = [=] __device__ (auto V, int b, int, int r, int i, float *v) {
                 int64_t at = b * all + (int64_t)r * D + i;
@@ -675,7 +739,8 @@ static void feedback_sequence_backward_gpu(X *df, X *dq, X *dk, float *dgamma, f
                 write_some<V>(h + at, v);
                 write_some<V>(block + ((int64_t)b * m + r) * D + i, v);
             };
-            // v = λ: u = X((γ/z) ⊙ λ), and λ becomes u/(γ/z), so that the residual is that of a λ whose u is exact
+            // v = λ: u = X((γ/z) ⊙ λ), and λ becomes u/(γ/z), so that the residual is that of a λ whose u
+            // is exact
             auto to_u = [=] __device__ (auto V, int b, int, int r, int i, float *v) {
                 float w[V], factor = scale.at(b, r);
                 for (int j = 0; j < V; j++) {
@@ -686,11 +751,14 @@ static void feedback_sequence_backward_gpu(X *df, X *dq, X *dk, float *dgamma, f
                 write_some<V>(u + b * wide_step + (int64_t)r * ld + i, w);
             };
             // v = e_II^T u: X(r)
-            auto to_r = [block, h, lambda, ds_I, all, m, D] __device__ (auto V, int b, int, int r, int i, float *v) {
+            auto to_r = [block, h, lambda, ds_I, all, m, D] __device__ (auto V, int b, int, int r, int i,
+                                                                       float *v) {
                 int64_t at = b * all + (int64_t)r * D + i, own = ((int64_t)b * m + r) * D + i;
                 float w[V], x[V];
-                if (h) read_ahead<V>(w, h + at);
-                else read_ahead<V>(w, ds_I + at);
+                if (h)
+                    read_ahead<V>(w, h + at);
+                else
+                    read_ahead<V>(w, ds_I + at);
                 read_ahead<V>(x, lambda + own);
                 for (int j = 0; j < V; j++) v[j] += w[j] - x[j];
                 write_some<V>(block + own, v);
@@ -704,17 +772,22 @@ static void feedback_sequence_backward_gpu(X *df, X *dq, X *dk, float *dgamma, f
                 for (int j = 0; j < V; j++) v[j] *= factor;
                 write_some<V>(u + b * wide_step + (int64_t)r * ld + i, v);
             };
-            if (!alone) product_gpu<1, 1, FULL>(to_h, part_of(e, p->lx, step, n, (int)p->ld, at + m, i0),
-                                                part_of(dq, ld, wide_step, r0 + end, D, i0 + m), m, D, end - at - m, 0, 1, way);
+            if (!alone)
+                product_gpu<1, 1, FULL>(to_h, part_of(e, p->lx, step, n, (int)p->ld, at + m, i0),
+                                        part_of(dq, ld, wide_step, r0 + end, D, i0 + m), m, D, end - at - m,
+                                        0, 1, way);
             product_gpu<1, 1, A_UPPER>(to_u, M_I, rhs, m, D, m, 0, 1, way);
-            product_gpu<1, 1, A_UPPER>(to_r, e_II, part_of((const X *)u, ld, wide_step, m, D), m, D, m, 0, 1, way);
+            product_gpu<1, 1, A_UPPER>(to_r, e_II, part_of((const X *)u, ld, wide_step, m, D), m, D, m, 0, 1,
+                                       way);
             product_gpu<1, 1, A_UPPER>(to_df, M_I, residual, m, D, m, 0, 1, way);
         }
-        matmul_gpu(into(h_all, D, all), transpose_gpu(rows_of_gpu(e + low * p->lx, p->lx, step)), // to all rows before these
-                   rows_of_gpu(dq + (int64_t)(r0 + low) * ld, ld, wide_step), r0 + low, D, end - low, 1, heard ? 1 : 0, B, stream);
+        // to all rows before these
+        matmul_gpu(into(h_all, D, all), transpose_gpu(rows_of_gpu(e + low * p->lx, p->lx, step)),
+                   rows_of_gpu(dq + (int64_t)(r0 + low) * ld, ld, wide_step), r0 + low, D, end - low, 1,
+                   heard ? 1 : 0, B, stream);
     }
-    LAUNCH((way.in_eights ? feedback_delta_kernel<8, X> : feedback_delta_kernel<1, X>), dim3((n + 3) / 4, B), 128, 0,
-           stream, dgamma + r0, df + (int64_t)r0 * D, c + (int64_t)r0 * D, all, T, n, D);
+    LAUNCH((way.in_eights ? feedback_delta_kernel<8, X> : feedback_delta_kernel<1, X>), dim3((n + 3) / 4, B),
+           128, 0, stream, dgamma + r0, df + (int64_t)r0 * D, c + (int64_t)r0 * D, all, T, n, D);
     int height = p->tiles ? n : p->P;
     for (int at = 0; at < n; at += height) { // tiles know the triangle, blocks of rows follow it roughly
         int m = min_int(height, n - at), i0 = r0 + at;
@@ -723,7 +796,8 @@ static void feedback_sequence_backward_gpu(X *df, X *dq, X *dk, float *dgamma, f
         X *e_I = e + at * p->lx;
         const float *delta = dgamma + i0;
         // v = λ_t·s_j: the gradient of the logits, X((γ/z) e (v - δ)), in e's place
-        auto to_logits = [e_I, delta, scale, lx, step, i0, T] __device__ (auto V, int b, int, int r, int i, float *v) {
+        auto to_logits = [e_I, delta, scale, lx, step, i0, T] __device__ (auto V, int b, int, int r, int i,
+                                                                         float *v) {
             X *place = e_I + b * step + r * lx + i;
             float w[V], factor = scale.at(b, r), dot = delta[(int64_t)b * T + r];
             read_ahead<V>(w, place);
@@ -731,10 +805,11 @@ static void feedback_sequence_backward_gpu(X *df, X *dq, X *dk, float *dgamma, f
             write_some<V>(place, v);
         };
         StoreSummed<X> to_dq = {{dq + wide_row, ld, wide_step, sigma, 0}, dq_sums, i0};
-        Part<X> lambda_I = part_of((const X *)df, D, all, T, D, i0), dl = part_of((const X *)e, p->lx, step, n, (int)p->ld,
-                                                                                 at, 0);
+        Part<X> lambda_I = part_of((const X *)df, D, all, T, D, i0),
+                dl = part_of((const X *)e, p->lx, step, n, (int)p->ld, at, 0);
         product_gpu<0, 0, OUT_LOWER>(to_logits, lambda_I, part_of(s, D, all, T, D), m,
-                                     p->tiles ? min_int((int)round_up(i0 + m, BLOCK), (int)p->ld) : i0 + m, D, i0, 1, way);
+                                     p->tiles ? min_int((int)round_up(i0 + m, BLOCK), (int)p->ld) : i0 + m, D,
+                                     i0, 1, way);
         product_gpu<0, 1, A_LOWER>(to_dq, dl, part_of(k, ld, wide_step, i0 + m, D), m, D, i0 + m, i0, 1, way);
     }
     for (int at = 0; at < n; at += height) {
@@ -746,27 +821,30 @@ static void feedback_sequence_backward_gpu(X *df, X *dq, X *dk, float *dgamma, f
         if (p->R >= T) product_gpu<1, 1, A_UPPER>(to_dk, dl, q_I, m, D, n - at, 0, 1, way);
         else product_gpu<1, 1, A_UPPER>(to_sum, dl, q_I, m, D, n - at, 0, 1, way);
     }
-    if (p->R < T) matmul_gpu(into(dk_sum, D, all), transpose_gpu(rows_of_gpu((const X *)e, p->lx, step)),
-                             rows_of_gpu(q + (int64_t)r0 * ld, ld, wide_step), r0, D, n, sigma, r0 + n < T ? 1 : 0, B,
-                             stream);
+    if (p->R < T)
+        matmul_gpu(into(dk_sum, D, all), transpose_gpu(rows_of_gpu((const X *)e, p->lx, step)),
+                   rows_of_gpu(q + (int64_t)r0 * ld, ld, wide_step), r0, D, n, sigma, r0 + n < T ? 1 : 0, B,
+                   stream);
 }
 
 // dbias, unless NULL: the sums of dq and dk, which follow each other, over the rows are added to it.
 template <typename X>
-static void feedback_backward_fast(X *df, X *dq, X *dk, float *dgamma, float *dbias, Scratch weights_room, Scratch scratch_room,
-                                   const X *ds, const X *s, const X *c, float *stats, const X *q, const X *k, const float *gamma,
-                                   Shape shape, const Panels *panels, ColumnSums *sums, cudaStream_t stream) {
+static void feedback_backward_fast(X *df, X *dq, X *dk, float *dgamma, float *dbias, Scratch weights_room,
+                                   Scratch scratch_room, const X *ds, const X *s, const X *c, float *stats,
+                                   const X *q, const X *k, const float *gamma, Shape shape,
+                                   const Panels *panels, ColumnSums *sums, cudaStream_t stream) {
     int B = shape.B, T = shape.T, D = shape.d, ld = shape.ld;
     feedback_fits(panels, B, T, weights_room, scratch_room);
     Panels p = *panels;
     float *weights = weights_room.at, *scratch = scratch_room.at;
-    TileSums dq_sums = {}, dk_sums = {}; // on the way to memory: with tiles, and dk' where one panel holds the whole of it
+    // on the way to memory: with tiles, and dk' where one panel holds the whole of it
+    TileSums dq_sums = {}, dk_sums = {};
     int summed = dbias && p.tiles && p.asked <= 0, dk_summed = summed && p.R >= T;
     if (summed) dq_sums = tile_sums(sums, dbias, D, B, T);
     if (dk_summed) dk_sums = tile_sums(sums, dbias + D, D, B, T);
     for (int r0 = (T - 1) / p.R * p.R; r0 >= 0; r0 -= p.R)
-        feedback_sequence_backward_gpu(df, dq, dk, dgamma, weights, scratch, &p, ds, s, c, stats, q, k, ld, gamma, B, T, D, r0,
-                                       dq_sums, dk_sums, stream);
+        feedback_sequence_backward_gpu(df, dq, dk, dgamma, weights, scratch, &p, ds, s, c, stats, q, k, ld,
+                                       gamma, B, T, D, r0, dq_sums, dk_sums, stream);
     if (p.R < T) copy_gpu(dk, ld, scratch + p.dk, B * T, D, stream);
     if (!dbias || dk_summed) return; // else the sums of what has none yet; no column is turned
     rope_bias_backward_gpu(summed ? dk : dq, summed ? dbias + D : dbias, ld, {}, B * T, 0, summed ? D : 2 * D,

@@ -1,8 +1,10 @@
-// Hopper's tensor cores (sm_90a): tiles come from memory by the copy engine (TMA) while warp groups of 128 threads
-// multiply what has arrived (wgmma). On an older or another GPU attention and feedback go the way of float32: cuBLASLt.
+// Hopper's tensor cores (sm_90a): tiles come from memory by the copy engine (TMA) while warp groups of 128
+// threads multiply what has arrived (wgmma). On an older or another GPU attention and feedback go the way
+// of float32: cuBLASLt.
 //
-// A tile is `rows` rows of 64 numbers, 128 bytes, at a multiple of 1024; the 16 bytes number i of row r lie at place
-// i ^ r % 8 (the copy engine's 128-byte swizzle, which wgmma undoes). Wider tiles are several side by side.
+// A tile is `rows` rows of 64 numbers, 128 bytes, at a multiple of 1024; the 16 bytes number i of row r lie
+// at place i ^ r % 8 (the copy engine's 128-byte swizzle, which wgmma undoes). Wider tiles are several side
+// by side.
 
 enum { GROUP = 128, ATOM = 64 }; // threads of a warp group; columns of a tile
 
@@ -12,15 +14,16 @@ __global__ static void __launch_bounds__(GROUP) built_for_hopper_kernel(void) {}
 #else
 __global__ static void __launch_bounds__(GROUP / 2) built_for_hopper_kernel(void) {}
 #endif
-static CUresult (*encode_map)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *, const cuuint64_t *,
-                              const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
-                              CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+static CUresult (*encode_map)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
+                              const cuuint64_t *, const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave,
+                              CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 static int clusters_fit(void); // below the kernels that it asks about
 static void hopper_open(int major) {
     cudaFuncAttributes built;
     cudaDriverEntryPointQueryResult found;
     CUDA(cudaFuncGetAttributes(&built, built_for_hopper_kernel));
-    CUDA(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)&encode_map, 12000, cudaEnableDefault, &found));
+    CUDA(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)&encode_map, 12000,
+                                          cudaEnableDefault, &found));
     gpu.hopper = major == 9 && built.maxThreadsPerBlock == GROUP && found == cudaDriverEntryPointSuccess;
     gpu.clusters = gpu.hopper && clusters_fit();
 }
@@ -30,8 +33,10 @@ template <typename K> static void allow_shared(K *kernel, int bytes) {
     CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
 }
 
-// Tiles of `box` rows of a matrix (B,rows,ld) of bf16 with `heads` parts of d columns; what lies past its edges is 0.
-static CUtensorMap tile_map(const bf16 *at, int d, int heads, int64_t rows, int64_t ld, int64_t step, int B, int box) {
+// Tiles of `box` rows of a matrix (B,rows,ld) of bf16 with `heads` parts of d columns; what lies past its
+// edges is 0.
+static CUtensorMap tile_map(const bf16 *at, int d, int heads, int64_t rows, int64_t ld, int64_t step, int B,
+                            int box) {
     CUtensorMap map;
     cuuint64_t sizes[] = {(cuuint64_t)d, (cuuint64_t)heads, (cuuint64_t)rows, (cuuint64_t)B},
         strides[] = {2 * (cuuint64_t)d, 2 * (cuuint64_t)ld, 2 * (cuuint64_t)step};
@@ -56,8 +61,11 @@ __device__ static inline void barrier_init(uint64_t *barrier, int arrivals) {
 __device__ static inline void barrier_arrive(uint64_t *barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" : : "r"(shared_at(barrier)) : "memory");
 }
-__device__ static inline void barrier_expect(uint64_t *barrier, int bytes) { // one arrival, and bytes on their way
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" : : "r"(shared_at(barrier)), "r"(bytes)
+// one arrival, and bytes on their way
+__device__ static inline void barrier_expect(uint64_t *barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+                 :
+                 : "r"(shared_at(barrier)), "r"(bytes)
                  : "memory");
 }
 // Waits until round number `round` (0, 1, ...) of arrivals is complete; no round may be two behind.
@@ -70,38 +78,53 @@ __device__ static inline void barriers_ready() { // after their init
     asm volatile("fence.mbarrier_init.release.cluster;" : : : "memory");
     __syncthreads();
 }
-__device__ static inline void barrier_arrive_at(uint64_t *barrier, int rank) { // of the cluster's block number `rank`
+// of the cluster's block number `rank`
+__device__ static inline void barrier_arrive_at(uint64_t *barrier, int rank) {
     asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-                 "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" : : "r"(shared_at(barrier)), "r"(rank) : "memory");
+                 "mbarrier.arrive.shared::cluster.b64 _, [there];\n}"
+                 :
+                 : "r"(shared_at(barrier)), "r"(rank)
+                 : "memory");
 }
 // four goes to the same place in the cluster's block number `rank`, whose barrier counts its bytes.
 __device__ static inline void store_at(float4 *to, float4 four, uint64_t *barrier, int rank) {
-    asm volatile("{\n.reg .b32 there, full;\nmapa.shared::cluster.u32 there, %0, %2;\nmapa.shared::cluster.u32 full, %1, %2;\n"
-                 "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], {%3, %4, %5, %6}, [full];\n}"
-                 : : "r"(shared_at(to)), "r"(shared_at(barrier)), "r"(rank), "f"(four.x), "f"(four.y), "f"(four.z), "f"(four.w)
-                 : "memory");
+    asm volatile(
+        "{\n.reg .b32 there, full;\nmapa.shared::cluster.u32 there, %0, %2;\nmapa.shared::cluster.u32 full, "
+        "%1, %2;\n"
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], {%3, %4, %5, %6}, [full];\n}"
+        :
+        : "r"(shared_at(to)), "r"(shared_at(barrier)), "r"(rank), "f"(four.x), "f"(four.y), "f"(four.z),
+          "f"(four.w)
+        : "memory");
 }
 // The tile of `map` at column col of head h, row `row` of sequence b; its bytes count for the barrier.
-__device__ static inline void copy_tile(bf16 *tile, const CUtensorMap *map, int col, int h, int row, int b, uint64_t *barrier) {
+__device__ static inline void copy_tile(bf16 *tile, const CUtensorMap *map, int col, int h, int row, int b,
+                                        uint64_t *barrier) {
     asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
                  "[%0], [%1, {%2, %3, %4, %5}], [%6];"
-                 : : "r"(shared_at(tile)), "l"(map), "r"(col), "r"(h), "r"(row), "r"(b), "r"(shared_at(barrier))
+                 :
+                 : "r"(shared_at(tile)), "l"(map), "r"(col), "r"(h), "r"(row), "r"(b), "r"(shared_at(barrier))
                  : "memory");
 }
-#define KEEP_REGISTERS(more_or_less, n) asm volatile("setmaxnreg." more_or_less ".sync.aligned.u32 %0;" : : "n"(n))
+#define KEEP_REGISTERS(more_or_less, n) \
+    asm volatile("setmaxnreg." more_or_less ".sync.aligned.u32 %0;" : : "n"(n))
 
-// wgmma's operand: a tile from row 0 on; `across`: bytes from one tile to the next beside it, for operands by columns
+// wgmma's operand: a tile from row 0 on; `across`: bytes from one tile to the next beside it, for operands
+// by columns
 __device__ static inline uint64_t operand(const bf16 *tile, int across = 16) {
-    return (uint64_t)((shared_at(tile) & 0x3FFFF) >> 4) | (uint64_t)(across >> 4) << 16 | (uint64_t)(1024 >> 4) << 32
-        | (uint64_t)1 << 62;
+    return (uint64_t)((shared_at(tile) & 0x3FFFF) >> 4) | (uint64_t)(across >> 4) << 16 |
+           (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
 }
 __device__ static inline void products_begin() { asm volatile("wgmma.fence.sync.aligned;" : : : "memory"); }
-__device__ static inline void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" : : : "memory"); }
+__device__ static inline void products_commit() {
+    asm volatile("wgmma.commit_group.sync.aligned;" : : : "memory");
+}
 template <int LATER> __device__ inline void products_wait() { // for all but the last LATER groups
     asm volatile("wgmma.wait_group.sync.aligned %0;" : : "n"(LATER) : "memory");
 }
-// c (64,N) = a (64,16) · b (16,N) + (keep ? c : 0). A thread holds of c the rows r = 16 warp + lane/4 and r + 8, columns
-// 2(lane%4) and the next of each 8. B_COLUMNS: b's tile holds 16 rows of N numbers, else N rows of 16; a likewise.
+// c (64,N) = a (64,16) · b (16,N) + (keep ? c : 0). A thread holds of c the rows r = 16 warp + lane/4 and r
+// + 8, columns 2(lane%4) and the next of each 8. B_COLUMNS: b's tile holds 16 rows of N numbers, else N
+// rows of 16; a likewise.
 #define C4(c, n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
 #define C32(c, n) C4(c, n), C4(c, n + 1), C4(c, n + 2), C4(c, n + 3), C4(c, n + 4), C4(c, n + 5), C4(c, n + 6), \
                   C4(c, n + 7)
@@ -112,67 +135,80 @@ template <int LATER> __device__ inline void products_wait() { // for all but the
 template <int N, int A_COLUMNS, int B_COLUMNS>
 __device__ inline void tensor_product(float (&c)[N / 8][4], uint64_t a, uint64_t b, int keep) {
     if constexpr (N == 64)
-        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-                     "{" REGS_0 "}, %32, %33, p, 1, 1, %35, %36;\n}"
-                     : C32(c, 0) : "l"(a), "l"(b), "r"(keep), "n"(A_COLUMNS), "n"(B_COLUMNS));
+        asm volatile(
+            "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+            "{" REGS_0 "}, %32, %33, p, 1, 1, %35, %36;\n}"
+            : C32(c, 0)
+            : "l"(a), "l"(b), "r"(keep), "n"(A_COLUMNS), "n"(B_COLUMNS));
     else
-        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-                     "{" REGS_0 REGS_32 "}, %64, %65, p, 1, 1, %67, %68;\n}"
-                     : C32(c, 0), C32(c, 8) : "l"(a), "l"(b), "r"(keep), "n"(A_COLUMNS), "n"(B_COLUMNS));
+        asm volatile(
+            "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+            "{" REGS_0 REGS_32 "}, %64, %65, p, 1, 1, %67, %68;\n}"
+            : C32(c, 0), C32(c, 8)
+            : "l"(a), "l"(b), "r"(keep), "n"(A_COLUMNS), "n"(B_COLUMNS));
 }
 // The same with a in registers, rows and columns as in c
 template <int N, int B_COLUMNS>
 __device__ inline void tensor_product(float (&c)[N / 8][4], const uint32_t (&a)[4], uint64_t b, int keep) {
     if constexpr (N == 64)
-        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-                     "{" REGS_0 "}, {%32,%33,%34,%35}, %36, p, 1, 1, %38;\n}"
-                     : C32(c, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep), "n"(B_COLUMNS));
+        asm volatile(
+            "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+            "{" REGS_0 "}, {%32,%33,%34,%35}, %36, p, 1, 1, %38;\n}"
+            : C32(c, 0)
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep), "n"(B_COLUMNS));
     else
-        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-                     "{" REGS_0 REGS_32 "}, {%64,%65,%66,%67}, %68, p, 1, 1, %70;\n}"
-                     : C32(c, 0), C32(c, 8)
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep), "n"(B_COLUMNS));
+        asm volatile(
+            "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+            "{" REGS_0 REGS_32 "}, {%64,%65,%66,%67}, %68, p, 1, 1, %70;\n}"
+            : C32(c, 0), C32(c, 8)
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep), "n"(B_COLUMNS));
 }
 
 // c (64,N) = a (64,DH) · b (N,DH)^T: rows of a and b in tiles a_next and b_next numbers apart
 template <int DH, int N>
-__device__ inline void product_transposed(float (&c)[N / 8][4], const bf16 *a, int a_next, const bf16 *b, int b_next) {
+__device__ inline void product_transposed(float (&c)[N / 8][4], const bf16 *a, int a_next, const bf16 *b,
+                                          int b_next) {
 #pragma unroll
     for (int k = 0; k < DH / 16; k++)
-        tensor_product<N, 0, 0>(c, operand(a + k / 4 * a_next + k % 4 * 16), operand(b + k / 4 * b_next + k % 4 * 16), k > 0);
+        tensor_product<N, 0, 0>(c, operand(a + k / 4 * a_next + k % 4 * 16),
+                                operand(b + k / 4 * b_next + k % 4 * 16), k > 0);
 }
 // c (64,N) += a (64,K) · b (K,N), a in registers
 template <int N, int K>
 __device__ inline void product_plain(float (&c)[N / 8][4], const uint32_t (&a)[K / 16][4], const bf16 *b) {
 #pragma unroll
-    for (int k = 0; k < K / 16; k++) tensor_product<N, 1>(c, a[k], operand(b + k * 16 * ATOM, K * ATOM * 2), 1);
+    for (int k = 0; k < K / 16; k++)
+        tensor_product<N, 1>(c, a[k], operand(b + k * 16 * ATOM, K * ATOM * 2), 1);
 }
 // X(w) as a left operand
 template <int K> __device__ inline void as_operand(uint32_t (&a)[K / 16][4], const float (&w)[K / 8][4]) {
 #pragma unroll
     for (int k = 0; k < K / 16; k++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) a[k][i] = pack_two(w[2 * k + i / 2][i % 2 * 2], w[2 * k + i / 2][i % 2 * 2 + 1]);
+        for (int i = 0; i < 4; i++)
+            a[k][i] = pack_two(w[2 * k + i / 2][i % 2 * 2], w[2 * k + i / 2][i % 2 * 2 + 1]);
 }
-// A warp's 16 rows of a group's c (64,DH), times factor[0] (row lane/4) and [1] (+ 8), to memory: columns below d, rows
-// below `rows`. tile: the group's rows of a tile that nobody reads any more, the next `next` numbers further.
+// A warp's 16 rows of a group's c (64,DH), times factor[0] (row lane/4) and [1] (+ 8), to memory: columns
+// below d, rows below `rows`. tile: the group's rows of a tile that nobody reads any more, the next `next`
+// numbers further.
 template <int DH>
-__device__ inline void store_rows(bf16 *at, int64_t ld, const float (&c)[DH / 8][4], int rows, int d, float factor0,
-                                  float factor1, bf16 *tile, int next) {
+__device__ inline void store_rows(bf16 *at, int64_t ld, const float (&c)[DH / 8][4], int rows, int d,
+                                  float factor0, float factor1, bf16 *tile, int next) {
     int lane = threadIdx.x % 32, first = threadIdx.x % GROUP / 32 * 16;
 #pragma unroll
     for (int n = 0; n < DH / 8; n++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             int r = first + half * 8 + lane / 4;
-            *(uint32_t *)(tile + n / 8 * next + r * ATOM + (n % 8 ^ r % 8) * 8 + lane % 4 * 2) =
-                pack_two(c[n][2 * half] * (half ? factor1 : factor0), c[n][2 * half + 1] * (half ? factor1 : factor0));
+            *(uint32_t *)(tile + n / 8 * next + r * ATOM + (n % 8 ^ r % 8) * 8 + lane % 4 * 2) = pack_two(
+                c[n][2 * half] * (half ? factor1 : factor0), c[n][2 * half + 1] * (half ? factor1 : factor0));
         }
     __syncwarp();
     for (int p = lane; p < 16 * DH / 8; p += 32) {
         int r = first + p / (DH / 8), n = p % (DH / 8);
         if (n * 8 < d && r < rows)
-            *(uint4 *)(at + r * ld + n * 8) = *(const uint4 *)(tile + n / 8 * next + r * ATOM + (n % 8 ^ r % 8) * 8);
+            *(uint4 *)(at + r * ld + n * 8) =
+                *(const uint4 *)(tile + n / 8 * next + r * ATOM + (n % 8 ^ r % 8) * 8);
     }
     __syncwarp();
 }
@@ -188,11 +224,12 @@ __device__ static inline void group_barrier(int group) { // of the 128 threads o
 #endif
 
 // ----------------------------------------------------------------------------
-// a product whose result goes through a function of its own on the way to memory: f(V, b, p, r, i, v) is given the V sums v
-// of row r, columns i .. i+V-1, of item p of sequence b, and writes what it makes of them.
+// a product whose result goes through a function of its own on the way to memory: f(V, b, p, r, i, v) is
+// given the V sums v of row r, columns i .. i+V-1, of item p of sequence b, and writes what it makes of
+// them.
 
-// Numbers that a product reads: row r, column i of item p of sequence b is
-// at[b·step + (row + p·row_along + r)·ld + (col + p·col_along) % wrap + i]; rows and cols are those of the whole.
+// Numbers that a product reads: row r, column i of item p of sequence b is at[b·step + (row + p·row_along +
+// r)·ld + (col + p·col_along) % wrap + i]; rows and cols are those of the whole.
 struct PartPlace { int row, col, row_along, col_along, wrap; };
 template <typename X> struct Part {
     const X *at;
@@ -200,17 +237,19 @@ template <typename X> struct Part {
     int rows, cols;
     PartPlace place;
     MatrixGPU<X> item(int p) const {
-        return {at + (place.row + p * place.row_along) * ld + (place.col + p * place.col_along) % place.wrap, ld, 1, step};
+        return {at + (place.row + p * place.row_along) * ld + (place.col + p * place.col_along) % place.wrap,
+                ld, 1, step};
     }
 };
 template <typename X>
 static Part<X> part_of(const X *at, int64_t ld, int64_t step, int rows, int cols, int row = 0, int col = 0) {
     return {at, ld, step, rows, cols, {row, col, 0, 0, INT_MAX}};
 }
-template <typename F> constexpr int sums_rows = 0;    // 1: f wants a maximum and a sum of each tile's rows besides
+// 1: f wants a maximum and a sum of each tile's rows besides
+template <typename F> constexpr int sums_rows = 0;
 template <typename F> constexpr int sums_columns = 0; // 1: f wants the sums of each tile's columns besides
-// What is known to be 0: A above the diagonal, A as it is multiplied (transposed) below it, B above it; OUT: nobody wants
-// the result above it. The diagonal of A_LOWER and OUT_LOWER starts at column `shift`.
+// What is known to be 0: A above the diagonal, A as it is multiplied (transposed) below it, B above it;
+// OUT: nobody wants the result above it. The diagonal of A_LOWER and OUT_LOWER starts at column `shift`.
 enum Triangle { FULL, A_LOWER, A_UPPER, B_LOWER, OUT_LOWER };
 
 template <int BN> struct ProductShared {
@@ -222,23 +261,27 @@ template <int BN> struct ProductShared {
     uint64_t full[STAGES], free[STAGES];
 };
 
-// A block takes 128 rows and BN columns of one item, its first and second four warps 64 rows each; the ninth warp has
-// the operands copied, 64 of K at a time, three steps ahead. Two blocks share a multiprocessor: one multiplies while the
-// other writes. Then the sums go through shared memory, and a thread has 8 neighbours of a row at a time. A_LOWER goes from the
-// last sequence to the first: what the product before wrote last is still in the L2 cache.
+// A block takes 128 rows and BN columns of one item, its first and second four warps 64 rows each; the
+// ninth warp has the operands copied, 64 of K at a time, three steps ahead. Two blocks share a
+// multiprocessor: one multiplies while the other writes. Then the sums go through shared memory, and a
+// thread has 8 neighbours of a row at a time. A_LOWER goes from the last sequence to the first: what the
+// product before wrote last is still in the L2 cache.
 template <int BN, int A_COLUMNS, int B_COLUMNS, int SHAPE, typename F>
 __global__ void __launch_bounds__(2 * GROUP + 32, 2)
-product_tiles_kernel(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map, PartPlace a,
-                     PartPlace b, F f, int M, int N, int K, int shift, int items) {
+    product_tiles_kernel(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map,
+                         PartPlace a, PartPlace b, F f, int M, int N, int K, int shift, int items) {
 #ifdef HOPPER
     typedef ProductShared<BN> Shared;
     enum { STAGES = Shared::STAGES };
     extern __shared__ __align__(1024) unsigned char shared_tiles[];
     Shared *s = (Shared *)shared_tiles;
-    int m0 = (int)(SHAPE == A_LOWER ? gridDim.y - 1 - blockIdx.y : blockIdx.y) * 128, n0 = (int)blockIdx.x * BN,
-        item = (int)blockIdx.z % items, sequence = (int)(SHAPE == A_LOWER ? gridDim.z - 1 - blockIdx.z : blockIdx.z) / items;
-    int k0 = SHAPE == A_UPPER ? m0 : SHAPE == B_LOWER ? n0 : 0, k1 = SHAPE == A_LOWER ? min(K, shift + m0 + 128) : K,
-        steps = max(0, (k1 - k0 + ATOM - 1) / ATOM);
+    int m0 = (int)(SHAPE == A_LOWER ? gridDim.y - 1 - blockIdx.y : blockIdx.y) * 128,
+        n0 = (int)blockIdx.x * BN, item = (int)blockIdx.z % items,
+        sequence = (int)(SHAPE == A_LOWER ? gridDim.z - 1 - blockIdx.z : blockIdx.z) / items;
+    int k0 = SHAPE == A_UPPER   ? m0
+             : SHAPE == B_LOWER ? n0
+                                : 0,
+        k1 = SHAPE == A_LOWER ? min(K, shift + m0 + 128) : K, steps = max(0, (k1 - k0 + ATOM - 1) / ATOM);
     if (threadIdx.x == 0)
         for (int i = 0; i < STAGES; i++) { barrier_init(&s->full[i], 1); barrier_init(&s->free[i], 2); }
     barriers_ready();
@@ -272,7 +315,8 @@ product_tiles_kernel(const __grid_constant__ CUtensorMap a_map, const __grid_con
         for (int k = 0; k < ATOM / 16; k++)
             tensor_product<BN, A_COLUMNS, B_COLUMNS>(
                 sum, operand(s->a[slot][group][A_COLUMNS ? k * 16 : 0] + (A_COLUMNS ? 0 : k * 16)),
-                operand(s->b[slot][0][B_COLUMNS ? k * 16 : 0] + (B_COLUMNS ? 0 : k * 16), ATOM * ATOM * 2), i > 0 || k > 0);
+                operand(s->b[slot][0][B_COLUMNS ? k * 16 : 0] + (B_COLUMNS ? 0 : k * 16), ATOM * ATOM * 2),
+                i > 0 || k > 0);
         products_commit();
         products_wait<1>();
         if (i && threadIdx.x % GROUP == 0) barrier_arrive(&s->free[(i - 1) % STAGES]);
@@ -306,7 +350,8 @@ product_tiles_kernel(const __grid_constant__ CUtensorMap a_map, const __grid_con
     }
     if constexpr (sums_columns<F>) {
         for (int e = 0; e < 8; e++)
-            for (int other = BN / 8; other < 32; other *= 2) columns[e] += __shfl_xor_sync(~0u, columns[e], other);
+            for (int other = BN / 8; other < 32; other *= 2)
+                columns[e] += __shfl_xor_sync(~0u, columns[e], other);
         __syncwarp();
         if (lane < BN / 8) write_some<8>(&s->sums[first][lane * 8], columns); // a warp's in its first row
         asm volatile("bar.sync 1, 256;" : : : "memory");
@@ -317,9 +362,10 @@ product_tiles_kernel(const __grid_constant__ CUtensorMap a_map, const __grid_con
     }
 #endif
 }
-// What follows cuBLASLt's product (B,M,N) where there are no tiles; NULL: a product over nothing. A thread takes V sums.
-template <int V, typename F> __global__ void product_passed_on_kernel(F f, const float *product, int item, int B, int M,
-                                                                      int N) {
+// What follows cuBLASLt's product (B,M,N) where there are no tiles; NULL: a product over nothing. A thread
+// takes V sums.
+template <int V, typename F>
+__global__ void product_passed_on_kernel(F f, const float *product, int item, int B, int M, int N) {
     wait_for_results();
     int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
     if (at >= (int64_t)B * M * N) return;
@@ -340,19 +386,22 @@ static void product_tiles(F f, Part<bf16> a, Part<bf16> b, int M, int N, int K, 
     allow_shared(kernel, bytes);
     must_fit((int64_t)B * items, MOST_SEQUENCES, "items of a product");
     int ahead = BN == 64 || blocks.z > 1; // of one long sequence the large products lose by it: measured
-    LAUNCH_AS(0, ahead, kernel, blocks, threads, bytes, stream, a_map, b_map, a.place, b.place, f, M, N, K, shift, items);
+    LAUNCH_AS(0, ahead, kernel, blocks, threads, bytes, stream, a_map, b_map, a.place, b.place, f, M, N, K,
+              shift, items);
 }
 // What all products of a layer have in common. scratch: (B,M,N), NULL: there are tiles.
 typedef struct { int B, in_eights; float *scratch; cudaStream_t stream; } ProductWay;
-// f of A·B: A (M,K), or with A_COLUMNS its transpose (K,M); B (N,K) transposed, or with B_COLUMNS (K,N) as it is; for
-// each of the items of all sequences.
+// f of A·B: A (M,K), or with A_COLUMNS its transpose (K,M); B (N,K) transposed, or with B_COLUMNS (K,N) as
+// it is; for each of the items of all sequences.
 template <int A_COLUMNS, int B_COLUMNS, int SHAPE, typename F, typename X>
-static void product_gpu(F f, Part<X> a, Part<X> b, int M, int N, int K, int shift, int items, ProductWay way) {
+static void product_gpu(F f, Part<X> a, Part<X> b, int M, int N, int K, int shift, int items,
+                        ProductWay way) {
     if (M <= 0) return;
     if constexpr (sizeof(X) == sizeof(bf16))
         if (!way.scratch) {
             int few = (int64_t)((M + 127) / 128) * ((N + 127) / 128) * way.B * items <= 80;
-            auto tiles = few ? product_tiles<A_COLUMNS, B_COLUMNS, SHAPE, 64, F> : product_tiles<A_COLUMNS, B_COLUMNS, SHAPE, 128, F>;
+            auto tiles = few ? product_tiles<A_COLUMNS, B_COLUMNS, SHAPE, 64, F>
+                             : product_tiles<A_COLUMNS, B_COLUMNS, SHAPE, 128, F>;
             tiles(f, a, b, M, N, K, shift, items, way.B, way.stream);
             return;
         }
@@ -362,12 +411,13 @@ static void product_gpu(F f, Part<X> a, Part<X> b, int M, int N, int K, int shif
                               B_COLUMNS ? right : transpose_gpu(right), M, N, K, 1, 0, way.B, way.stream);
         int V = N % 8 || !way.in_eights ? 1 : 8;
         unsigned blocks = (unsigned)(((int64_t)way.B * M * N / V + 255) / 256);
-        LAUNCH((V == 8 ? product_passed_on_kernel<8, F> : product_passed_on_kernel<1, F>), blocks, 256, 0, way.stream, f,
-               K > 0 ? way.scratch : NULL, p, way.B, M, N);
+        LAUNCH((V == 8 ? product_passed_on_kernel<8, F> : product_passed_on_kernel<1, F>), blocks, 256, 0,
+               way.stream, f, K > 0 ? way.scratch : NULL, p, way.B, M, N);
     }
 }
 
-// Where a product in tiles leaves the sums of `width` columns over each SUM_ROWS rows of a sequence. NULL: nowhere
+// Where a product in tiles leaves the sums of `width` columns over each SUM_ROWS rows of a sequence. NULL:
+// nowhere
 typedef struct {
     float *partial;
     int width, chunks; // chunks of a sequence

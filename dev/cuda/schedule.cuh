@@ -1,14 +1,14 @@
-// The schedule: launches that begin ahead of the one before's end, what goes beside what, and recordings. Nothing here changes
-// a number. Plain passes use none of it: one launch behind the other, in one stream.
+// The schedule: launches that begin ahead of the one before's end, what goes beside what, and recordings.
+// Nothing here changes a number. Plain passes use none of it: one launch behind the other, in one stream.
 
 // ----------------------------------------------------------------------------
 // launches ahead
 
-// Starts a kernel, each `cluster` of whose blocks may reach each other's shared memory (0: none do). ahead: on Hopper it starts
-// while the one before still works, makes ready what does not depend on it, and waits for its results. Every kernel has to: who
-// comes next waits for this one alone.
-static cudaLaunchConfig_t launch_config(cudaLaunchAttribute attributes[2], dim3 blocks, dim3 threads, size_t shared,
-                                        cudaStream_t stream, int cluster, int ahead) {
+// Starts a kernel, each `cluster` of whose blocks may reach each other's shared memory (0: none do). ahead:
+// on Hopper it starts while the one before still works, makes ready what does not depend on it, and waits
+// for its results. Every kernel has to: who comes next waits for this one alone.
+static cudaLaunchConfig_t launch_config(cudaLaunchAttribute attributes[2], dim3 blocks, dim3 threads,
+                                        size_t shared, cudaStream_t stream, int cluster, int ahead) {
     attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[0].val.programmaticStreamSerializationAllowed = ahead;
     attributes[1].id = cudaLaunchAttributeClusterDimension;
@@ -16,21 +16,22 @@ static cudaLaunchConfig_t launch_config(cudaLaunchAttribute attributes[2], dim3 
     return {blocks, threads, shared, stream, attributes, plain || !gpu.hopper ? 0u : cluster ? 2u : 1u};
 }
 template <typename... P, typename... A>
-static cudaError_t launch(void (*kernel)(P...), dim3 blocks, dim3 threads, size_t shared, cudaStream_t stream, int cluster,
-                          int ahead, A &&...arguments) {
+static cudaError_t launch(void (*kernel)(P...), dim3 blocks, dim3 threads, size_t shared, cudaStream_t stream,
+                          int cluster, int ahead, A &&...arguments) {
     cudaLaunchAttribute attributes[2];
     cudaLaunchConfig_t config = launch_config(attributes, blocks, threads, shared, stream, cluster, ahead);
     return cudaLaunchKernelEx(&config, kernel, std::forward<A>(arguments)...);
 }
 #define LAUNCH_AS(cluster, ahead, kernel, blocks, threads, shared, stream, ...) \
-    cuda_check(launch(kernel, blocks, threads, shared, stream, cluster, ahead, __VA_ARGS__), #kernel, __LINE__)
+    cuda_check(launch(kernel, blocks, threads, shared, stream, cluster, ahead, __VA_ARGS__), #kernel, \
+               __LINE__)
 #define LAUNCH(...) LAUNCH_AS(0, 1, __VA_ARGS__)
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)
 #define HOPPER
 #endif
-// What every kernel begins with. crowd: the next one's blocks may come in, and wait, once all of this one have begun; not where it
-// leaves multiprocessors to the other stream.
+// What every kernel begins with. crowd: the next one's blocks may come in, and wait, once all of this one
+// have begun; not where it leaves multiprocessors to the other stream.
 __device__ static inline void wait_for_results(int crowd = 1) {
 #ifdef HOPPER
     if (crowd) asm volatile("griddepcontrol.launch_dependents;");
@@ -43,15 +44,14 @@ __device__ static inline void wait_for_results(int crowd = 1) {
 //
 // A branch leaves gpu.stream where beside() gives the stream for it, and is back where join() says so.
 //
-//     branch           what it is                       beside                                    until
-//     DIRECT_READ      RoPE, attention, W_o             the feedback's weights and inverses       the solve reads f
-//     W_O_GRADIENT     a product                        attention's way back in the ring: two     W_o's inputs are overwritten
-//                                                       kernels need the multiprocessors
-//     W_OUT_GRADIENT   a product                        the solve's way back, which leaves        W_out's inputs are overwritten
-//                                                       multiprocessors free
-//     W_IN_GRADIENT    a product                        what comes for the layer below            the pass ends
-//     LATE_UPDATE      AdamW of all layers but the      the next forward pass through these       it comes to the others
-//                      early ones
+//     DIRECT_READ       RoPE, attention and W_o, beside the feedback's weights and inverses, until the solve
+//                       reads f
+//     W_O_GRADIENT      a product, beside attention's way back in the ring (two kernels need the
+//                       multiprocessors), until its inputs are overwritten
+//     W_OUT_GRADIENT    a product, beside the solve's way back, which leaves multiprocessors free, until its
+//                       inputs are overwritten
+//     W_IN_GRADIENT     a product, beside what comes for the layers below, until the pass ends
+//     LATE_UPDATE       AdamW of all layers but the early ones, beside the next forward pass through these
 
 typedef enum { DIRECT_READ, W_O_GRADIENT, W_OUT_GRADIENT, W_IN_GRADIENT, LATE_UPDATE, N_BRANCHES } Branch;
 static int branched[N_BRANCHES];
@@ -65,7 +65,8 @@ static void follow(cudaStream_t stream, cudaStream_t other) {
     CUDA(cudaEventRecord(so_far, other));
     CUDA(cudaStreamWaitEvent(stream, so_far, 0));
 }
-// The stream for a branch that needs all that gpu.stream was given so far. worthwhile 0: it goes with the others.
+// The stream for a branch that needs all that gpu.stream was given so far. worthwhile 0: it goes with the
+// others.
 static cudaStream_t beside(Branch branch, int worthwhile = 1) {
     if (plain || !worthwhile) return gpu.stream;
     follow(stream_of(branch), gpu.stream);
@@ -92,8 +93,8 @@ typedef struct {
 enum { N_RECORDINGS = 12 };
 typedef struct { Recording list[N_RECORDINGS]; int oldest; } Recordings;
 
-// The launches of f, which reads nothing but the device's memory. The first time for a shape they are made one by one
-// (products ask for their algorithm then), the second time recorded, from then on replayed.
+// The launches of f, which reads nothing but the device's memory. The first time for a shape they are made
+// one by one (products ask for their algorithm then), the second time recorded, from then on replayed.
 template <typename M, typename F> static void replay(M *m, Pass pass, int B, int T, double dropout, F f) {
     if (plain) return f();
     Recording what = {{pass, B, T, m->host.P, dropout}, 0, NULL}, *r = NULL;
@@ -124,4 +125,5 @@ static void forget_recordings(Recordings *all) {
         if (all->list[i].graph) cudaGraphExecDestroy(all->list[i].graph);
 }
 
-static void hopper_open(int major); // whether gpu.hopper and gpu.clusters: behind the kernels that it asks about
+// whether gpu.hopper and gpu.clusters: behind the kernels that it asks about
+static void hopper_open(int major);
