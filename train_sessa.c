@@ -4649,8 +4649,8 @@ typedef struct {
     const char *out, *load, *resume;
     int64_t save_every, overwrite, again;
     // instead of training
-    int64_t generate, eval, top_k, window;
-    const char *prompt;
+    int64_t generate, eval, top_k, window, samples;
+    const char *prompt, *prompt_file, *stop;
     double temperature, top_p;
     // computing
     int64_t plain;
@@ -4751,6 +4751,12 @@ static const Option option_table[] = {
     {INSTEAD, "generate", NULL, INTEGER, FIELD(generate), NULL, 1, 1e9,
      "write that many tokens with --load"},
     {INSTEAD, "prompt", NULL, TEXT, FIELD(prompt), "", 0, 0, "text (or token ids) to go on from"},
+    {INSTEAD, "prompt-file", NULL, TEXT, FIELD(prompt_file), NULL, 0, 0,
+     "the same from a file, all of it; -: standard input"},
+    {INSTEAD, "samples", NULL, INTEGER, FIELD(samples), "1", 1, 1e9,
+     "texts to write, one after the other; the i-th is the same of any number"},
+    {INSTEAD, "stop", NULL, TEXT, FIELD(stop), NULL, 0, 0,
+     "a text (or token ids) behind which a sample ends, if it comes"},
     {INSTEAD, "temperature", NULL, NUMBER, FIELD(temperature), "1", 0, 1e6,
      "0: always the likeliest token"},
     {INSTEAD, "top-k", NULL, INTEGER, FIELD(top_k), "0", 0, 1 << 24,
@@ -4967,6 +4973,8 @@ static int check_options(const Settings *s, char *error) {
     if (check_use(s, error)) return WRONG_OPTION;
     if (o->again && (o->resume || o->overwrite))
         return wrong(error, NULL, "--again goes with neither --resume nor --overwrite");
+    if (o->prompt_file && is_given(s, "prompt"))
+        return wrong(error, NULL, "--prompt and --prompt-file exclude each other");
     if (strcmp(o->format, "auto") && strcmp(o->format, "bytes"))
         return wrong(error, NULL, "--format takes auto or bytes, not '%s'", o->format);
     return 0;
@@ -5005,6 +5013,7 @@ typedef struct {
     int64_t order_epoch;
 
     // model
+    unsigned char *prompt;    // of --prompt-file
     Model *model;
     int model_T;              // its longest sequence: of a batch, or what generation remembers
     Table table;              // of the parameters
@@ -6043,24 +6052,60 @@ static int id_of_byte(const Run *run, char byte) {
     return place ? (int)((const unsigned char *)place - run->vocab) : -1;
 }
 
-// Reads the prompt as token ids: its bytes' ids, or, without a vocabulary of bytes, numbers between
+// Reads a stream to its end into fresh memory with a zero behind it: a pipe does not tell its size.
+static int read_stream(int fd, const char *path, unsigned char **bytes, size_t *size, char *error) {
+    size_t room = 1 << 16;
+    *size = 0;
+    *bytes = NULL;
+    for (;; room *= 2) {
+        unsigned char *larger = room > 1 << 30 ? NULL : (unsigned char *)grow(*bytes, room + 1);
+        if (!larger) return fail(error, path, "it does not fit in memory, or is no prompt");
+        *bytes = larger;
+        int64_t got = read_bytes(fd, *bytes + *size, room - *size);
+        if (got < 0) return fail(error, path, "%s", strerror(errno));
+        *size += (size_t)got;
+        (*bytes)[*size] = 0;
+        if (*size < room) return 0;
+    }
+}
+
+// Takes the prompt from --prompt-file, if that is given.
+static int read_prompt(Run *run, char *error) {
+    Options *o = &run->settings.values;
+    const char *path = o->prompt_file;
+    size_t size;
+    if (!path) return 0;
+    int standard = !strcmp(path, "-");
+    int fd = standard ? STDIN_FILENO : open(path, O_RDONLY | O_CLOEXEC);
+    const char *name = standard ? "standard input" : path;
+    if (fd < 0) return fail(error, path, "%s", strerror(errno));
+    int result = read_stream(fd, name, &run->prompt, &size, error);
+    if (!standard) close(fd);
+    if (!result && strlen((char *)run->prompt) < size)
+        result = fail(error, name, "it holds a byte 0, which no prompt may");
+    o->prompt = (char *)run->prompt;
+    return result;
+}
+
+// Reads a prompt as token ids: its bytes' ids, or, without a vocabulary of bytes, numbers between
 // spaces. Returns their number, or WRONG_OPTION. ids has room for strlen(prompt) + 1.
 static int encode_prompt(const Run *run, const char *prompt, int *ids, char *error) {
     int n = 0, V = run->config.vocab_size;
     for (; run->vocab_bytes && prompt[n]; n++) {
         ids[n] = id_of_byte(run, prompt[n]);
         if (ids[n] < 0)
-            return wrong(error, NULL, "--prompt: the vocabulary lacks its byte %d, 0x%02X", n,
+            return wrong(error, NULL, "%s: the vocabulary lacks its byte %d, 0x%02X",
+                         run->settings.values.prompt_file ? "--prompt-file" : "--prompt", n,
                          (unsigned char)prompt[n]);
     }
     while (!run->vocab_bytes && *prompt) {
         char *end;
         long id = strtol(prompt, &end, 10);
-        if (end == prompt || id < 0 || id >= V || (*end && *end != ' '))
+        if (end == prompt || id < 0 || id >= V || (*end && !isspace((unsigned char)*end)))
             return wrong(error, NULL, "--prompt takes token ids from 0 to %d between spaces",
                          V - 1);
         ids[n++] = (int)id;
-        prompt = end + strspn(end, " ");
+        prompt = end + strspn(end, " \t\n\v\f\r");
     }
     return n;
 }
@@ -6088,22 +6133,53 @@ static void print_byte(Character *c, unsigned char byte) {
     }
 }
 
-// What generation needs beside the model: the tokens so far, and scratch (V).
+// What --stop waits for: the bytes of a text or, without a vocabulary of bytes, token ids; and as
+// many of those that were written last.
+typedef struct { int *wanted, *last, n; } Stop;
+
+// Takes the byte or id that was written: whether that completes what is waited for.
+static int stop_reached(Stop *stop, int written) {
+    if (!stop->n) return 0;
+    size_t size = (size_t)stop->n * sizeof(int);
+    memmove(stop->last, stop->last + 1, size - sizeof(int));
+    stop->last[stop->n - 1] = written;
+    return !memcmp(stop->last, stop->wanted, size);
+}
+
+// What generation needs beside the model: the tokens so far, of which the first are the prompt's,
+// and scratch (V).
 typedef struct {
-    const char *prompt;
-    int *tokens, count;
+    const char *text; // the prompt
+    int *tokens, count, prompt_count;
+    Stop stop;
+    Character character;
     real *logits;
     Candidate *candidates;
 } Generation;
 
-// Writes n sampled tokens behind those that are there, as they are made. When the positions that
-// the model remembers are full, the last half is read afresh.
+// Writes a token. 1: with it the sample ends. The bytes of a token that stand behind the text to
+// stop at are not written.
+static int write_token(const Run *run, Generation *g, int id) {
+    if (run->vocab_bytes) {
+        print_byte(&g->character, run->vocab[id]);
+        return stop_reached(&g->stop, run->vocab[id]);
+    }
+    int first = g->count == g->prompt_count && !*g->text;
+    printf(first ? "%d" : " %d", id);
+    return stop_reached(&g->stop, id);
+}
+
+// Writes the prompt and behind it n sampled tokens, as they are made, or as many as --stop asks
+// for. When the positions that the model remembers are full, the last half is read afresh.
 static int generate_tokens(Run *run, Generation *g, int64_t n, uint64_t random, char *error) {
     const Options *o = &run->settings.values;
-    int V = run->config.vocab_size, T = run->model_T;
+    int V = run->config.vocab_size, T = run->model_T, stopped = 0;
     int fed = 0, begin = 0; // the model has seen `fed` tokens and remembers them from `begin` on
-    Character character = {{0}, 0};
-    for (int64_t made = 0; made < n && !interrupted; made++) {
+    g->count = g->prompt_count;
+    g->character.n = 0;
+    for (int i = 0; i < g->stop.n; i++) g->stop.last[i] = -1;
+    for (const char *byte = g->text; *byte; byte++) print_byte(&g->character, (unsigned char)*byte);
+    for (int64_t made = 0; made < n && !interrupted && !stopped; made++) {
         if (g->count - begin > T) {
             int half = T > 1 ? T / 2 : 1;
             begin = g->count - (made ? half : T);
@@ -6114,9 +6190,8 @@ static int generate_tokens(Run *run, Generation *g, int64_t n, uint64_t random, 
         int id = sample_token(g->logits, g->candidates, V, o->temperature, o->top_k, o->top_p,
                               &random);
         if (id < 0) return fail(error, NULL, "a logit is not finite: the weights are spoilt");
+        stopped = write_token(run, g, id);
         g->tokens[g->count++] = id;
-        if (run->vocab_bytes) print_byte(&character, run->vocab[id]);
-        else printf(made || *g->prompt ? " %d" : "%d", id);
         if (fflush(stdout)) return fail(error, "standard output", "%s", strerror(errno));
     }
     if (putchar('\n') == EOF || fflush(stdout))
@@ -6124,32 +6199,62 @@ static int generate_tokens(Run *run, Generation *g, int64_t n, uint64_t random, 
     return 0;
 }
 
-// Writes the prompt and n sampled tokens to standard output.
+// Makes the prompt and --stop tokens. Nothing to go on from: a new line, or token 0.
+static int begin_generation(const Run *run, Generation *g, const char *stop, char *error) {
+    int n = encode_prompt(run, g->text, g->tokens, error);
+    if (n < 0) return n;
+    if (!n) {
+        int newline = id_of_byte(run, '\n');
+        g->tokens[n++] = newline < 0 ? 0 : newline;
+    }
+    g->prompt_count = n;
+    for (; run->vocab_bytes && stop[g->stop.n]; g->stop.n++) {
+        char byte = stop[g->stop.n];
+        if (id_of_byte(run, byte) < 0)
+            return wrong(error, NULL, "--stop: the vocabulary lacks its byte %d, 0x%02X", g->stop.n,
+                         (unsigned char)byte);
+        g->stop.wanted[g->stop.n] = (unsigned char)byte;
+    }
+    if (run->vocab_bytes) return 0;
+    n = encode_prompt(run, stop, g->stop.wanted, error);
+    if (n < 0) return wrong(error, NULL, "--stop takes token ids from 0 to %d between spaces",
+                            run->config.vocab_size - 1);
+    g->stop.n = n;
+    return 0;
+}
+
+// Writes samples to standard output, each the prompt and n tokens. The i-th follows from `random`
+// and i alone; lines of --- stand between them.
 static int generate(Run *run, const char *prompt, int64_t n, uint64_t random, char *error) {
-    size_t V = (size_t)run->config.vocab_size, length = strlen(prompt);
+    const Options *o = &run->settings.values;
+    const char *stop = o->stop ? o->stop : "";
+    size_t V = (size_t)run->config.vocab_size, length = strlen(prompt), n_stop = strlen(stop) + 1;
     double bytes = (double)V * (sizeof(real) + sizeof(Candidate)) +
-                   ((double)n + (double)length) * sizeof(int);
+                   ((double)n + (double)length + 2 * (double)n_stop) * sizeof(int);
     if (check_room(bytes, NULL, "what is generated", error)) return FAILED;
     Generation g;
-    g.prompt = prompt;
+    memset(&g, 0, sizeof(g));
+    g.text = prompt;
     g.logits = (real *)malloc(V * sizeof(real));
     g.candidates = (Candidate *)malloc(V * sizeof(Candidate));
     g.tokens = (int *)malloc((length + 2 + (size_t)n) * sizeof(int));
+    g.stop.wanted = (int *)malloc(n_stop * sizeof(int));
+    g.stop.last = (int *)malloc(n_stop * sizeof(int));
     int result;
-    if (!g.tokens || !g.candidates || !g.logits) result = fail(error, NULL, "out of memory");
-    else result = encode_prompt(run, prompt, g.tokens, error);
-    if (result >= 0) {
-        g.count = result;
-        fputs(prompt, stdout);
-        if (!g.count) { // nothing to go on from: a new line, or token 0
-            int newline = id_of_byte(run, '\n');
-            g.tokens[g.count++] = newline < 0 ? 0 : newline;
-        }
-        result = generate_tokens(run, &g, n, random, error);
+    if (!g.tokens || !g.candidates || !g.logits || !g.stop.wanted || !g.stop.last)
+        result = fail(error, NULL, "out of memory");
+    else
+        result = begin_generation(run, &g, stop, error);
+    for (int64_t i = 0; i < o->samples && !result && !interrupted; i++) {
+        uint64_t of_sample = i ? splitmix64(random ^ splitmix64((uint64_t)i)) : random;
+        if (i) printf("---\n");
+        result = generate_tokens(run, &g, n, of_sample, error);
     }
     free(g.logits);
     free(g.candidates);
     free(g.tokens);
+    free(g.stop.wanted);
+    free(g.stop.last);
     return result;
 }
 
@@ -6868,6 +6973,7 @@ static int prepare(Run *run, char *error) {
     if ((result = open_checkpoint(run, error))) return result;
     settle_defaults(o);
     if (config_of(&run->config, o, error)) return WRONG_OPTION;
+    if ((result = read_prompt(run, error))) return result;
 
     // --again compares the data's hash as well: it looks at what is there once the data is read
     if (training && (result = check_distinct(run, error))) return result;
@@ -6958,6 +7064,7 @@ static void run_free(Run *run) {
     free(run->targets);
     free(run->hits);
     free(run->order);
+    free(run->prompt);
     free(run->old_best);
     dataset_free(&run->train);
     dataset_free(&run->val);
