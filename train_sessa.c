@@ -4643,7 +4643,7 @@ typedef struct {
     int64_t steps, batch, accum, warmup, decay_steps, seed;
     double lr, min_lr, beta1, beta2, eps, weight_decay, clip, dropout;
     // watching
-    int64_t eval_every, eval_batches, sample_every;
+    int64_t eval_every, eval_batches, sample_every, patience;
     const char *log;
     // files
     const char *out, *load, *resume;
@@ -4655,7 +4655,7 @@ typedef struct {
     // computing
     int64_t plain;
     // state
-    int64_t step, validated;
+    int64_t step, validated, since_best;
     double best_val, train_loss, previous_loss, grad_norm;
     const char *data_content, *val_content, *started_from;
 } Options;
@@ -4734,6 +4734,8 @@ static const Option option_table[] = {
      "batches of a validation; the last takes all"},
     {WATCHING, "sample-every", NULL, INTEGER, FIELD(sample_every), "0", 0, 1e12,
      "steps between samples, 0: none"},
+    {WATCHING, "patience", NULL, INTEGER, FIELD(patience), "0", 0, 1e9,
+     "validations in a row without a lower loss that end the run, 0: none do"},
     {WATCHING, "log", NULL, TEXT, FIELD(log), NULL, 0, 0,
      "one JSON object a line, one line a step"},
     {FILES, "out", NULL, TEXT, FIELD(out), "sessa.safetensors", 0, 0,
@@ -4779,6 +4781,8 @@ static const Option option_table[] = {
      "kind, size and hash of --load"},
     {STATE, "validated", "validated", INTEGER, FIELD(validated), "-1", -1, 1e11,
      "step of the last validation, -1: not known"},
+    {STATE, "since_best", "since_best", INTEGER, FIELD(since_best), NULL, 1, 1e11,
+     "with --patience: validations since the lowest loss"},
     {STATE, "train_loss", "train_loss", NUMBER, FIELD(train_loss), "-1", -1, 1e300,
      "of the last step, -1: not known"},
     {STATE, "previous_loss", "previous_loss", NUMBER, FIELD(previous_loss), "-1", -1, 1e300,
@@ -4811,6 +4815,7 @@ static void settle_defaults(Options *o) {
     if (!o->save_every) o->save_every = o->eval_every;
     if (o->window < 0) o->window = o->seq;
     if (!o->resume) o->validated = 0;
+    if (!o->patience) o->since_best = 0; // it is not counted, and not stored
 }
 
 // Sets one option from its text.
@@ -4874,7 +4879,8 @@ static int is_among(const Option *option, const char *list) {
 // Whether a run's file may lack it: it is not always set, or came later.
 static int may_lack(const Option *option) {
     return is_among(option,
-                    " val format validated train_loss previous_loss grad_norm started_from ");
+                    " val format validated train_loss previous_loss grad_norm started_from "
+                    "since_best ");
 }
 
 // What may be given at a resume and differ from what the run stores: the data's content is compared
@@ -4882,6 +4888,8 @@ static int may_lack(const Option *option) {
 static int may_differ_at_resume(const Option *option) {
     return option->group == DATA || is_among(option, " steps lr min-lr decay-steps ");
 }
+
+static const char VERSION[] = "1.0";
 
 static void print_help(const char *program) {
     static const char *titles[] = {
@@ -4899,11 +4907,28 @@ static void print_help(const char *program) {
         if (o->fallback && *o->fallback && o->type != FLAG) printf(" [%s]", o->fallback);
         printf("\n");
     }
-    printf("\nThreads: OMP_NUM_THREADS. Exit code 0: done, 1: failed, 2: wrong option, 130: stopped "
+    printf("\n--help prints this, --version what was built.\n"
+           "Threads: OMP_NUM_THREADS. Exit code 0: done, 1: failed, 2: wrong option, 130: stopped "
            "by Ctrl-C\nor a signal, saved; a second Ctrl-C ends it at once.\n");
 }
 
-// Reads the command line: --name value or --name=value. 1 if help was asked for.
+// What was built, by which compiler.
+static void print_version(const Backend *backend) {
+    const char *number = sizeof(real) == sizeof(float) ? "float32" : "float64";
+    const char *threads = "one thread";
+#ifdef _OPENMP
+    threads = "OpenMP";
+#endif
+#ifdef __clang__
+    const char *compiler = __VERSION__; // names itself
+#else
+    const char *compiler = "GCC " __VERSION__;
+#endif
+    printf("train_sessa %s (%s, %s, %s, %s)\n", VERSION, backend->name, number, threads, compiler);
+}
+
+// Reads the command line: --name value or --name=value. HELP or TELL_VERSION if that was asked for.
+enum { HELP = 1, TELL_VERSION = 2 };
 static int parse_options(Settings *s, int argc, char **argv, char *error) {
     memset(s, 0, sizeof(*s));
     clear_options(&s->values);
@@ -4913,7 +4938,8 @@ static int parse_options(Settings *s, int argc, char **argv, char *error) {
     }
     for (int i = 1; i < argc; i++) {
         const char *word = argv[i], *equals = strchr(word, '=');
-        if (!strcmp(word, "--help") || !strcmp(word, "-h")) return 1;
+        if (!strcmp(word, "--help") || !strcmp(word, "-h")) return HELP;
+        if (!strcmp(word, "--version")) return TELL_VERSION;
         size_t length = equals ? (size_t)(equals - word) : strlen(word);
         const Option *option = strncmp(word, "--", 2) ? NULL : find_option(word + 2, length - 2);
         if (!option) return wrong(error, NULL, "unknown option '%s' (--help lists them)", word);
@@ -4929,6 +4955,13 @@ static int parse_options(Settings *s, int argc, char **argv, char *error) {
     }
     return 0;
 }
+
+// Whether as many validations as --patience says were no better than one before.
+static int is_out_of_patience(const Options *o) {
+    return o->patience && o->since_best >= o->patience;
+}
+// Whether no step of the run follows.
+static int is_last(const Options *o) { return o->step == o->steps || is_out_of_patience(o); }
 
 // Whether the model is trained; else it generates or is evaluated.
 static int is_training(const Options *o) { return !o->generate && !o->eval; }
@@ -4973,6 +5006,8 @@ static int check_options(const Settings *s, char *error) {
     if (check_use(s, error)) return WRONG_OPTION;
     if (o->again && (o->resume || o->overwrite))
         return wrong(error, NULL, "--again goes with neither --resume nor --overwrite");
+    if (o->patience && !o->eval_every)
+        return wrong(error, NULL, "--patience takes validations: --eval-every 0 makes none");
     if (o->prompt_file && is_given(s, "prompt"))
         return wrong(error, NULL, "--prompt and --prompt-file exclude each other");
     if (strcmp(o->format, "auto") && strcmp(o->format, "bytes"))
@@ -5589,6 +5624,11 @@ static Score evaluate(Run *run, int64_t max_batches, int lasts) {
     for (int k = 0; k < LAG_BINS; k++)
         score.by_lag[k] = fraction(tally.hits_of[k], tally.of_bin[k]);
     return score;
+}
+
+// The bits that a validation loss in nats takes a byte, NAN where a token is not a byte.
+static double bits_per_byte(const Run *run, double loss) {
+    return run->vocab_bytes ? loss / log(2) : NAN;
 }
 
 // "name": number as a member of a JSON object, which knows no NaN and no infinity: null in their
@@ -6471,7 +6511,7 @@ static void fill_fields(char fields[][80], const Options *o, const Step *s, doub
         snprintf(fields[OF_LEFT], 80, "%lld:%02d left", minutes, rest);
     }
     if (!score) return;
-    int has_accuracy = !isnan(score->accuracy), last = o->step == o->steps;
+    int has_accuracy = !isnan(score->accuracy), last = is_last(o);
     snprintf(fields[OF_VALIDATION], 80, "val %.4f", score->loss);
     if (has_accuracy) snprintf(fields[OF_ACCURACY], 80, "accuracy %.4f", score->accuracy);
     if (last) strcat(fields[has_accuracy ? OF_ACCURACY : OF_VALIDATION], " (whole split)");
@@ -6510,7 +6550,7 @@ static void print_step(Run *run, const Step *s, double left, const Score *score)
     }
     const char *terminal_type = getenv("TERM");
     int commands = terminal_type && strcmp(terminal_type, "dumb");
-    int stays = !columns || score || o->step == o->steps;
+    int stays = !columns || score || is_last(o);
     int room = columns > 1 ? columns - 1 : 0; // a full row would be left at once
     if (columns && length > room) length = room;
     printf("%s%.*s", columns ? "\r" : "", length, line);
@@ -6649,10 +6689,13 @@ static int store_run(Run *run, Training *t, char *error) {
 static int store_step(Run *run, Training *t, const Step *s, const Score *score, int validated,
                       int to_save, char *error) {
     Options *o = &run->settings.values;
-    int last = o->step == o->steps, scored = score->count > 0, result = 0;
-    int64_t validated_before = o->validated;
+    int scored = score->count > 0, result = 0;
+    int64_t validated_before = o->validated, since_before = o->since_best;
     double best_before = o->best_val;
     if (validated) o->validated = o->step;
+    if (validated && scored && o->patience)
+        o->since_best = score->loss < o->best_val ? 0 : o->since_best + 1;
+    int last = is_last(o);
     if (!last || !t->log.stream)
         result = log_line(&t->log, s, scored && !last ? score : NULL, error);
     if (!result && scored && score->loss < o->best_val) {
@@ -6662,8 +6705,9 @@ static int store_step(Run *run, Training *t, const Step *s, const Score *score, 
     if (result) {
         o->validated = validated_before;
         o->best_val = best_before;
+        o->since_best = since_before;
     }
-    if (!result && !to_save) return 0;
+    if (!result && !to_save && !last) return 0;
     char second[ERROR_SIZE]; // the first problem is what is told
     int saved = store_run(run, t, result ? second : error);
     return result ? result : saved;
@@ -6672,8 +6716,8 @@ static int store_step(Run *run, Training *t, const Step *s, const Score *score, 
 // What follows an update: the step is judged, stored and printed.
 static int conclude_step(Run *run, Training *t, const Step *s, char *error) {
     Options *o = &run->settings.values;
-    int last = o->step == o->steps, due = o->eval_every && o->step % o->eval_every == 0;
-    int to_save = last || interrupted || (o->save_every && o->step % o->save_every == 0);
+    int due = o->eval_every && o->step % o->eval_every == 0;
+    int to_save = is_last(o) || interrupted || (o->save_every && o->step % o->save_every == 0);
     Score score;
     o->train_loss = s->loss;
     o->grad_norm = s->grad_norm;
@@ -6685,7 +6729,7 @@ static int conclude_step(Run *run, Training *t, const Step *s, char *error) {
     saving = 1;
     int result = store_step(run, t, s, &score, due && !score.broken, to_save, error);
     saving = 0;
-    if (result || last) return result;
+    if (result || is_last(o)) return result;
     double now = seconds(), so_far = now - t->start;
     double left = so_far / (double)(o->step - t->first_step) * (double)(o->steps - o->step);
     int scored = score.count > 0;
@@ -6693,6 +6737,14 @@ static int conclude_step(Run *run, Training *t, const Step *s, char *error) {
     print_step(run, s, left, scored ? &score : NULL);
     t->told = now;
     return 0;
+}
+
+// The loss of the whole split as others tell it.
+static void print_perplexity(const Run *run, double loss) {
+    double bits = bits_per_byte(run, loss);
+    printf("perplexity %.4g", exp(loss));
+    if (!isnan(bits)) printf(", %.4f bits per byte", bits);
+    printf(" (whole split)\n");
 }
 
 // The end of the last step: the whole split, the log's last line, and, if no validation came
@@ -6716,6 +6768,10 @@ static int conclude_run(Run *run, Training *t, const Step *s, char *error) {
     }
     saving = 0;
     if (!result) print_step(run, s, 0, whole);
+    if (!result && whole) print_perplexity(run, whole->loss);
+    if (!result && is_out_of_patience(o) && o->step < o->steps)
+        printf("no lower loss in %lld validations: the run ends before its %lld steps; "
+               "--resume goes on\n", (long long)o->since_best, (long long)o->steps);
     t->complete = !result && !score.broken;
     return result;
 }
@@ -6759,7 +6815,7 @@ static int begin_training(Run *run, Training *t, char *error) {
 // The steps up to the last one, or to a signal.
 static int train_steps(Run *run, Training *t, Step *s, char *error) {
     Options *o = &run->settings.values;
-    while (o->step < o->steps && !interrupted) {
+    while (o->step < o->steps && !is_out_of_patience(o) && !interrupted) {
         double begin = seconds();
         s->rate = learning_rate(o, o->step);
         if (train_step(run, &s->loss, &s->grad_norm, error)) return FAILED;
@@ -6813,7 +6869,7 @@ static Unfinished find_unfinished(const Run *run, const Log *log, int renamed) {
     int logged = log->file && !log->stream;
     open.line = known && logged && log->last == o->step - 1;
     open.validation = known && due && o->validated >= 0 && o->validated < o->step;
-    if (o->step != o->steps) return open;
+    if (!is_last(o)) return open;
     open.end = open.validation || renamed || (known && logged && !log->complete);
     open.end = open.end || !lies_there(run->best_path, ignored);
     return open;
@@ -6825,17 +6881,21 @@ static int train_to_end(Run *run, Training *t, char *error) {
     int renamed = o->resume && strcmp(o->out, o->resume), result = 0;
     Unfinished open = find_unfinished(run, &t->log, renamed);
     Step s = step_before(run);
-    t->idle = o->step >= o->steps && !open.end;
+    t->idle = (o->step >= o->steps || is_out_of_patience(o)) && !open.end;
     if (t->idle) {
-        printf("nothing to do: %lld of %lld steps are done\n", (long long)o->step,
+        printf("nothing to do: %lld of %lld steps are done", (long long)o->step,
                (long long)o->steps);
+        if (o->step < o->steps)
+            printf(", and %lld validations were no better: a larger --patience goes on, or none",
+                   (long long)o->since_best);
+        printf("\n");
         return 0;
     }
     if (open.line) result = log_line(&t->log, &s, NULL, error);
     if (!result && open.validation) result = conclude_step(run, t, &s, error);
     if (!result) result = train_steps(run, t, &s, error);
     if (!result && (interrupted || renamed)) result = save_stopped(run, t, error);
-    if (!result && o->step == o->steps) result = conclude_run(run, t, &s, error);
+    if (!result && is_last(o)) result = conclude_run(run, t, &s, error);
     return result;
 }
 
@@ -6995,7 +7055,10 @@ static int print_evaluation(Run *run, char *error) {
     if (!score.count)
         return fail(error, NULL, "no validation loss: the validation part has no targets");
     if (!isfinite(score.loss)) return fail(error, NULL, "the validation loss is %g", score.loss);
+    double bits = bits_per_byte(run, score.loss);
     printf("val_loss %.6f%s\n", score.loss, run->val_note);
+    printf("perplexity %.6g\n", exp(score.loss));
+    if (!isnan(bits)) printf("bits_per_byte %.6f\n", bits);
     if (!isnan(score.accuracy)) printf("val_accuracy %.6f\n", score.accuracy);
     for (int k = 0; k < LAG_BINS; k++) {
         if (isnan(score.by_lag[k])) continue;
@@ -7082,13 +7145,12 @@ static int run_program(int argc, char **argv, const Backend *backend) {
     open_closed();
     use_allowed_threads();
     atexit(remove_locks);
-    int result = parse_options(&run.settings, argc, argv, error), helped = result == 1;
-    if (helped) {
-        print_help(argv[0]);
-        result = 0;
-    }
-    if (!result && !helped) result = prepare(&run, error);
-    if (!result && !helped) result = perform(&run, argv[0], error);
+    int result = parse_options(&run.settings, argc, argv, error), told = result > 0;
+    if (result == HELP) print_help(argv[0]);
+    if (result == TELL_VERSION) print_version(backend);
+    if (told) result = 0;
+    if (!result && !told) result = prepare(&run, error);
+    if (!result && !told) result = perform(&run, argv[0], error);
     end_line(&run);
     if (!result && (fflush(stdout) || ferror(stdout)))
         result = fail(error, "standard output", "closed, or on a full disk");

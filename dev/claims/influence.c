@@ -494,7 +494,7 @@ int main(int argc, char **argv) {
     run.backend = &cpu_backend;
     run.order_epoch = -1;
     int result = parse_options(&run.settings, n, rest, error);
-    if (result == 1) return usage();
+    if (result > 0) return usage();
     if (!result && (run.settings.values.generate || run.settings.values.eval || run.settings.values.resume))
         result = wrong(error, NULL, "--generate, --eval and --resume have no place here");
     if (!result && run.settings.values.seq > 16384) result = wrong(error, NULL, "--seq must not exceed 16384: matrices of T x T are made");

@@ -337,6 +337,11 @@ static void check_help(void) {
     check(ok && told == options && !complaint_size, "--help names all %d options", options);
 }
 
+static void check_version(void) {
+    int ok = !run("--version") && said("train_sessa ") == (char *)output && !complaint_size;
+    check(ok && strchr((char *)output, '\n') == (char *)output + output_size - 1, "--version: one line");
+}
+
 static void test_command_line(void) {
     heading("the command line: what cannot work is refused");
     check_shard(1, 1);
@@ -346,6 +351,7 @@ static void test_command_line(void) {
     check_wrong_options();
     check_impossible_options();
     check_help();
+    check_version();
     reason = "; nothing was saved before";
     refuse(1, "--data text " TINY "--seq 12 --batch 2 --lr 1000 --warmup 0 --clip 0 --steps 400 "
               "--eval-every 0 --save-every 1000000 --out never.safetensors");
@@ -822,8 +828,34 @@ static void check_nothing_to_judge(void) {
     check(code == 1 && complained("no targets"), "and --eval says so");
 }
 
+// With learning rate 0 no validation is better than the first.
+static void check_patience(void) {
+    static const char still[] = "--data text " ONE_LAYER "--seq 12 --batch 2 --lr 0 --min-lr 0 --warmup 5 "
+                                "--decay-steps 20 --eval-every 2 --eval-batches 2";
+    static const char watched[] = "--eval-every 2 --eval-batches 2 --log p.log";
+    double scores[64];
+    int ok = !run("%s --steps 20 --patience 2 --out p.safetensors --log p.log", still);
+    ok = ok && said("no lower loss in 2 validations: the run ends before its 20 steps") && said("saved to");
+    ok = ok && read_log("p.log", "val_loss", scores, 64) == 6 && isfinite(scores[5]);
+    check(ok, "--patience 2: the third validation is no better, the run ends as one that is done");
+    ok = !run("--resume p.safetensors --patience 2 %s", watched);
+    check(ok && said("nothing to do: 6 of 20 steps are done, and 2 validations"), "and is done at a resume");
+    ok = !run("--resume p.safetensors --patience 4 %s", watched);
+    check(ok && read_log("p.log", "step", scores, 64) == 10, "a larger --patience goes on");
+    ok = !run("%s --steps 20 --patience 4 --out q.safetensors", still);
+    check(ok && same_files("p.safetensors", "q.safetensors"), "to the bytes of a run that had it all along");
+    ok = !run("%s --steps 5 --patience 4 --out r.safetensors", still);
+    ok = ok && !run("--resume r.safetensors --steps 20 --patience 4 %s", "--eval-every 2 --eval-batches 2");
+    check(ok && same_files("r.safetensors", "q.safetensors"), "so does one that was stopped between");
+    ok = !run("--resume p.safetensors %s", watched) && !run("%s --steps 20 --out s.safetensors", still);
+    check(ok && same_files("p.safetensors", "s.safetensors"), "none goes on to the end, and leaves no trace");
+    refuse_with("--eval-every 0 makes none", "%s --steps 3 --out t --patience 2 --eval-every=0",
+                "--data text " ONE_LAYER);
+}
+
 static void test_judgement(void) {
     heading("what is saved was judged");
+    check_patience();
     check_wild("--eval-every 1");
     check_wild("--eval-every 0 --save-every 1");
     check_nothing_to_judge();

@@ -382,6 +382,9 @@ static void check_evaluation(const Writer *w) {
                 "validation loss against windows counted by hand");
     int ok = !run("--load g.safetensors --data text --eval") && said("val_loss ") == (char *)output;
     check_error(ok ? fabs(atof((char *)output + 9) - sum) / sum : NAN, 1e-5, "--eval prints it");
+    const char *perplexity = said("\nperplexity "), *bits = said("\nbits_per_byte ");
+    ok = ok && perplexity && bits && fabs(atof(perplexity + 12) / exp(sum) - 1) < 1e-4;
+    check(ok && fabs(atof(bits + 15) * log(2) / sum - 1) < 1e-5, "and perplexity and bits per byte");
     check(lines == 60 && train_loss[59] < train_loss[0] - 0.3, "60 steps lower the loss from %.3f to %.3f",
           train_loss[0], train_loss[lines - 1]);
 }
@@ -442,6 +445,9 @@ static void check_seeds(void) {
 
 static void check_ids(void) {
     run("--data tokens.bin --vocab 20 " SMALL "--steps 1 --out n.safetensors");
+    int told = said("\nperplexity ") && !said("bits per byte");
+    told = told && !run("--load n.safetensors --data tokens.bin --eval") && said("\nperplexity ");
+    check(told && !said("bits_per_byte"), "tokens whose bytes are not known: perplexity alone");
     int ok = !run("--load n.safetensors --generate 5 --prompt 3~14~15"), numbers = 0;
     for (char *c = (char *)output; ok && (*c == ' ' || numbers == 0); numbers++) ok = strtol(c, &c, 10) < 20;
     check(ok && numbers == 8 && !strncmp((char *)output, "3 14 15 ", 8),
