@@ -4647,7 +4647,7 @@ typedef struct {
     const char *log;
     // files
     const char *out, *load, *resume;
-    int64_t save_every, overwrite, again;
+    int64_t save_every, keep_every, overwrite, again, go_on;
     // instead of training
     int64_t generate, eval, top_k, window, samples;
     const char *prompt, *prompt_file, *stop;
@@ -4742,10 +4742,14 @@ static const Option option_table[] = {
      "the run, to resume; the best weights lie beside it"},
     {FILES, "save-every", NULL, INTEGER, FIELD(save_every), NULL, 1, 1e12,
      "steps between saves (else eval-every)"},
+    {FILES, "keep-every", NULL, INTEGER, FIELD(keep_every), "0", 0, 1e12,
+     "steps between snapshots of the run beside --out, which stay, 0: none"},
     {FILES, "overwrite", NULL, FLAG, FIELD(overwrite), "0", 0, 1,
      "replace what lies at --out, beside it and at --log"},
     {FILES, "again", NULL, FLAG, FIELD(again), "0", 0, 1,
      "replace a run of the same settings and data, as make train does"},
+    {FILES, "continue", NULL, FLAG, FIELD(go_on), "0", 0, 1,
+     "resume --out if it is there, else start: for jobs that are started again"},
     {FILES, "load", NULL, TEXT, FIELD(load), NULL, 0, 0,
      "start from, evaluate or generate with these weights"},
     {FILES, "resume", NULL, TEXT, FIELD(resume), NULL, 0, 0,
@@ -5004,6 +5008,8 @@ static int check_options(const Settings *s, char *error) {
     if (!is_training(o) && !o->load)
         return wrong(error, NULL, "--generate and --eval take the weights from --load FILE");
     if (check_use(s, error)) return WRONG_OPTION;
+    if (o->go_on && (o->resume || o->again))
+        return wrong(error, NULL, "--continue goes with neither --resume nor --again");
     if (o->again && (o->resume || o->overwrite))
         return wrong(error, NULL, "--again goes with neither --resume nor --overwrite");
     if (o->patience && !o->eval_every)
@@ -5100,19 +5106,21 @@ static int config_of(Config *c, const Options *o, char *error) {
 // bytes its vocabulary. A resumed run goes on with the same bits: what it needs beside the file is
 // its data, whose hash is compared.
 
-typedef enum { WEIGHTS, RESUMABLE } Content;
+typedef enum { WEIGHTS, RESUMABLE, SNAPSHOT } Content; // a snapshot says that it is one, and stays
 
 // The options that a file stores, as its metadata; each as text that reads back as the same value.
 // Returns their number. Weights alone do not say how many steps the run has: it may go on without a
 // change of them.
 static int metadata_of(const Run *run, Content content, Meta *meta, char texts[][96], char *error) {
     static char format[] = "format", pt[] = "pt"; // readers of the transformers family ask for it
-    Meta first = {format, pt};
+    static char snapshot[] = "snapshot", yes[] = "1";
+    Meta first = {format, pt}, second = {snapshot, yes};
     int n = 0;
     meta[n++] = first;
+    if (content == SNAPSHOT) meta[n++] = second;
     for (int i = 0; i < N_OPTIONS; i++) {
         const Option *option = &option_table[i];
-        int stored = option->key && (content == RESUMABLE || !is_among(option, " steps "));
+        int stored = option->key && (content != WEIGHTS || !is_among(option, " steps "));
         const char *text = stored ? option_text(texts[i], &run->settings.values, option) : NULL;
         Options copy;
         if (!text) continue;
@@ -5169,11 +5177,11 @@ static void add_vocabulary(CheckpointFile *file, const Run *run) {
     if (size) file->tensors[file->n++] = t;
 }
 
-// Writes the weights, and RESUMABLE all that a run needs to go on, to a place. trial, total: see
+// Writes the weights, and but for WEIGHTS all that a run needs to go on, to a place. trial, total: see
 // safetensors_write.
 static int save_checkpoint(Run *run, Place *place, Content content, int trial, uint64_t *total,
                            char *error) {
-    int n_blocks = content == RESUMABLE ? 3 : 1;
+    int n_blocks = content == WEIGHTS ? 1 : 3;
     size_t n_tensors = (size_t)(n_blocks * run->table.n);
     size_t count = (size_t)n_blocks * (size_t)run->table.count;
     CheckpointFile file;
@@ -5181,7 +5189,7 @@ static int save_checkpoint(Run *run, Place *place, Content content, int trial, u
     file.tensors = (FileTensor *)calloc(n_tensors + 1, sizeof(FileTensor));
     file.names = (char (*)[96])malloc(n_tensors * 96);
     file.numbers = (float *)grow(NULL, (sizeof(real) == sizeof(float) ? 1 : count) * sizeof(float));
-    Meta meta[N_OPTIONS + 1];
+    Meta meta[N_OPTIONS + 2];
     char texts[N_OPTIONS][96];
     int result = 0, n_meta = 0;
     if (!file.tensors || !file.names || !file.numbers)
@@ -5353,6 +5361,15 @@ static int read_checkpoint(Run *run, const char *path, char *error) {
 static const char *checkpoint_path(const Options *o) { return o->resume ? o->resume : o->load; }
 static int checkpoint_blocks(const Options *o) { return o->resume ? 3 : o->load ? 1 : 0; }
 
+// A run that goes on where a snapshot of it was taken has a file of its own.
+static int check_no_snapshot(const Run *run, char *error) {
+    const Options *o = &run->settings.values;
+    int in_place = o->resume && !strcmp(o->resume, o->out) && !o->overwrite;
+    if (!in_place || !safetensors_meta(&run->file, "snapshot")) return 0;
+    return wrong(error, o->resume, "a snapshot, which stays: --out names where the run goes on, "
+                                   "--overwrite goes on in it");
+}
+
 // Opens that file and takes from it what it says of the model or the run.
 static int open_checkpoint(Run *run, char *error) {
     const Options *o = &run->settings.values;
@@ -5364,6 +5381,7 @@ static int open_checkpoint(Run *run, char *error) {
     if (o->resume && has_weights && !is_run)
         return fail(error, path, "it holds weights alone, no run that could be resumed; --load "
                                  "starts from them");
+    if (check_no_snapshot(run, error)) return WRONG_OPTION;
     return settings_from_file(run, path, o->resume != NULL, error);
 }
 
@@ -5702,12 +5720,22 @@ static int same_file(const char *a, const char *b) {
     return !stat(one, &s) && !stat(other, &t) && same_place(&s, &t);
 }
 
-// The place of the best weights beside a run's file: x.best.safetensors beside x.safetensors.
-static int best_beside(char best[PATH_MAX], const char *out, char *error) {
+// A place beside a run's file: x.best.safetensors beside x.safetensors.
+static int place_beside(char place[PATH_MAX], const char *out, const char *word, char *error) {
     int stem = (int)strlen(out);
     if (stem > 12 && !strcmp(out + stem - 12, ".safetensors")) stem -= 12;
-    if (snprintf(best, PATH_MAX, "%.*s.best.safetensors", stem, out) < PATH_MAX) return 0;
+    if (snprintf(place, PATH_MAX, "%.*s.%s.safetensors", stem, out, word) < PATH_MAX) return 0;
     return fail(error, out, "cannot be written: the path is too long");
+}
+static int best_beside(char best[PATH_MAX], const char *out, char *error) {
+    return place_beside(best, out, "best", error);
+}
+
+// The place of the snapshot of a step: x.step500.safetensors.
+static int snapshot_beside(char path[PATH_MAX], const char *out, int64_t step, char *error) {
+    char word[32];
+    snprintf(word, sizeof(word), "step%lld", (long long)step);
+    return place_beside(path, out, word, error);
 }
 
 // Whether path names a lock or a temporary file of the place.
@@ -5809,7 +5837,8 @@ static int is_same_run(const Run *run, const Safetensors *file, int going_on) {
         const Option *option = &option_table[i];
         int content = is_among(option, " data_content val_content started_from ");
         if (!content && option->group != MODEL && option->group != TRAINING) continue;
-        if (weights_alone && is_among(option, " steps ")) continue;
+        int any_steps = weights_alone || safetensors_meta(file, "snapshot");
+        if (any_steps && is_among(option, " steps ")) continue;
         if (going_on && may_differ_at_resume(option)) continue;
         const char *theirs = safetensors_meta(file, option->key);
         const char *ours = option_text(text, &run->settings.values, option);
@@ -5935,6 +5964,90 @@ static int check_free(Run *run, char *error) {
         printf(" of the same settings and data is replaced\n");
     }
     return 0;
+}
+
+// Whether a snapshot is taken at the step where the run is.
+static int is_kept(const Options *o) {
+    return o->keep_every && o->step > 0 && o->step % o->keep_every == 0;
+}
+
+// Whether what lies at path may give way to a snapshot: one that this run, or the same run before,
+// wrote at that step.
+static int is_own_snapshot(const Run *run, const char *path) {
+    const Options *o = &run->settings.values;
+    Safetensors file;
+    char problem[ERROR_SIZE];
+    if (o->overwrite) return 1;
+    if (!(o->resume || o->again) || safetensors_read_header(&file, path, problem)) return 0;
+    int own = safetensors_meta(&file, "snapshot") && is_same_run(run, &file, 0);
+    safetensors_free(&file);
+    return own;
+}
+
+// The snapshot of the step where the run is. What came to its place meanwhile stays.
+static int save_snapshot(Run *run, char *error) {
+    const Options *o = &run->settings.values;
+    Place place;
+    char path[PATH_MAX], problem[ERROR_SIZE];
+    if (snapshot_beside(path, o->out, o->step, error)) return FAILED;
+    if (lies_there(path, problem) && !is_own_snapshot(run, path))
+        return fail(error, path, "another file was put there meanwhile, which stays");
+    if (settle(&place, path, o->out, error)) return FAILED;
+    return save_checkpoint(run, &place, SNAPSHOT, 0, NULL, error);
+}
+
+// The step in the name of a snapshot beside `out`, a path without folders; 0 if it is none. *behind:
+// what follows in the name.
+static int64_t snapshot_step(const char *name, const char *out, const char **behind) {
+    char expected[PATH_MAX], problem[ERROR_SIZE];
+    const char *digits = NULL;
+    for (const char *at = name; (at = strstr(at, ".step")) != NULL;) digits = at += 5;
+    if (!digits || *digits < '1' || *digits > '9') return 0;
+    int64_t step = strtoll(digits, NULL, 10);
+    if (snapshot_beside(expected, out, step, problem)) return 0;
+    size_t length = strlen(expected);
+    *behind = name + length;
+    return strncmp(name, expected, length) ? 0 : step;
+}
+
+// What lies at a place where a snapshot will be written: 0 if it may be replaced.
+static int check_snapshot(const Run *run, const char *path, char *error) {
+    const Options *o = &run->settings.values;
+    const char *inputs[] = {o->data, o->val, o->load, o->resume, o->log};
+    char what[ERROR_SIZE];
+    for (int i = 0; i < 5; i++)
+        if (same_file(path, inputs[i]))
+            return wrong(error, path, "the snapshot would replace a file that the run is given");
+    if (is_own_snapshot(run, path)) {
+        print_quoted(path);
+        printf(" is replaced when its step comes\n");
+        return 0;
+    }
+    describe(what, path);
+    return wrong(error, NULL,
+                 "%.150s is there: %.250s --out names another place, --overwrite replaces it", path,
+                 what);
+}
+
+// Looks where snapshots of the steps to come will lie, and removes what killed runs left of theirs.
+static int check_snapshots(const Run *run, char *error) {
+    const Options *o = &run->settings.values;
+    char folder[PATH_MAX], path[PATH_MAX];
+    const char *slash = strrchr(o->out, '/'), *out = slash ? slash + 1 : o->out, *behind = "";
+    int length = slash ? (int)(slash + 1 - o->out) : 1;
+    snprintf(folder, sizeof(folder), "%.*s", length, slash ? o->out : ".");
+    DIR *dir = o->keep_every ? opendir(folder) : NULL;
+    int result = 0;
+    if (!dir) return 0;
+    for (struct dirent *entry; !result && (entry = readdir(dir)) != NULL;) {
+        int64_t step = snapshot_step(entry->d_name, out, &behind);
+        if (step && run->out_place.lock >= 0 && is_temporary_name(behind, ""))
+            unlinkat(dirfd(dir), entry->d_name, 0);
+        if (step <= o->step || step > o->steps || step % o->keep_every || *behind) continue;
+        if (!snapshot_beside(path, o->out, step, error)) result = check_snapshot(run, path, error);
+    }
+    closedir(dir);
+    return result;
 }
 
 // Whether the best weights at path are the resumed run's: 1 or 0, FAILED with the line where they
@@ -6377,7 +6490,7 @@ static int log_open(Log *log, const Options *o, char *error) {
     memset(log, 0, sizeof(*log));
     log->path = o->log;
     log->cut_at = -1;
-    log->begins = o->resume != NULL;
+    log->begins = o->resume || o->go_on;
     log->previous = o->train_loss >= 0 ? o->train_loss : NAN;
     if (!o->log) return 0;
     if (log_open_file(log, error)) return FAILED;
@@ -6465,7 +6578,7 @@ static void print_resume_command(Run *run, const char *program) {
     for (int i = 0; i < N_OPTIONS; i++) {
         const Option *option = &option_table[i];
         char text[96];
-        int needed = option->group == WATCHING || is_among(option, " save-every ");
+        int needed = option->group == WATCHING || is_among(option, " save-every keep-every ");
         if (!s->given[i] || !needed) continue;
         printf(" --%s ", option->name);
         print_quoted(option_text(text, &s->values, option));
@@ -6710,6 +6823,7 @@ static int store_step(Run *run, Training *t, const Step *s, const Score *score, 
     if (!result && !to_save && !last) return 0;
     char second[ERROR_SIZE]; // the first problem is what is told
     int saved = store_run(run, t, result ? second : error);
+    if (!result && !saved && is_kept(o)) saved = save_snapshot(run, error);
     return result ? result : saved;
 }
 
@@ -6718,6 +6832,7 @@ static int conclude_step(Run *run, Training *t, const Step *s, char *error) {
     Options *o = &run->settings.values;
     int due = o->eval_every && o->step % o->eval_every == 0;
     int to_save = is_last(o) || interrupted || (o->save_every && o->step % o->save_every == 0);
+    to_save = to_save || is_kept(o);
     Score score;
     o->train_loss = s->loss;
     o->grad_norm = s->grad_norm;
@@ -6779,6 +6894,7 @@ static int conclude_run(Run *run, Training *t, const Step *s, char *error) {
 // Whether the file system has room for what a run keeps there: its file, the best weights, and a
 // temporary file beside them.
 static int check_disk(const Run *run, uint64_t run_size, uint64_t best_size, char *error) {
+    const Options *o = &run->settings.values;
     struct statvfs disk;
     char folder[PATH_MAX];
     const Place *out = &run->out_place, *best = &run->best_place;
@@ -6787,7 +6903,12 @@ static int check_disk(const Run *run, uint64_t run_size, uint64_t best_size, cha
     double needed = (double)run_size + (double)best_size + (double)run_size;
     if (out->there) needed -= (double)out->known.st_size;
     if (best->there) needed -= (double)best->known.st_size;
-    double left = (double)disk.f_bavail * (double)disk.f_frsize;
+    double left = (double)disk.f_bavail * (double)disk.f_frsize, kept = 0;
+    int64_t every = o->keep_every;
+    if (every) kept = (double)run_size * (double)(o->steps / every - o->step / every);
+    if (needed <= left && needed + kept > left)
+        print_warning(out->path, "the snapshots take another %.1f MiB, %.1f are left",
+                      (needed + kept) / 0x1p20, left / 0x1p20);
     if (needed <= left) return 0;
     return fail(error, out->path,
                 "No space left on device: the run's files take another %.1f MiB, %.1f are left",
@@ -6809,7 +6930,12 @@ static int begin_training(Run *run, Training *t, char *error) {
         t->sampler = run->backend->create(&run->config, 1, (int)o->seq, GENERATE, error);
         if (!t->sampler) return FAILED;
     }
-    return log_open(&t->log, o, error);
+    int result = log_open(&t->log, o, error);
+    if (result || !o->go_on || o->resume) return result;
+    saving = 1; // whatever ends the program, --continue finds its run and knows its log
+    result = store_run(run, t, error);
+    saving = 0;
+    return result;
 }
 
 // The steps up to the last one, or to a signal.
@@ -6856,14 +6982,16 @@ static Step step_before(const Run *run) {
 }
 
 // What a stop or a kill left open of the resumed step: its line in the log, its validation, of the
-// last step the end.
-typedef struct { int line, validation, end; } Unfinished;
+// last step the end, and its snapshot.
+typedef struct { int line, validation, end, snapshot; } Unfinished;
 
 static Unfinished find_unfinished(const Run *run, const Log *log, int renamed) {
     const Options *o = &run->settings.values;
-    char ignored[ERROR_SIZE];
-    Unfinished open = {0, 0, 0};
+    char path[PATH_MAX], ignored[ERROR_SIZE];
+    Unfinished open = {0, 0, 0, 0};
     if (!o->resume) return open;
+    if (is_kept(o) && !renamed && !snapshot_beside(path, o->out, o->step, ignored))
+        open.snapshot = !lies_there(path, ignored);
     int known = o->step > 0 && o->train_loss >= 0;
     int due = o->eval_every && o->step % o->eval_every == 0;
     int logged = log->file && !log->stream;
@@ -6871,7 +6999,7 @@ static Unfinished find_unfinished(const Run *run, const Log *log, int renamed) {
     open.validation = known && due && o->validated >= 0 && o->validated < o->step;
     if (!is_last(o)) return open;
     open.end = open.validation || renamed || (known && logged && !log->complete);
-    open.end = open.end || !lies_there(run->best_path, ignored);
+    open.end = open.end || open.snapshot || !lies_there(run->best_path, ignored);
     return open;
 }
 
@@ -6893,6 +7021,7 @@ static int train_to_end(Run *run, Training *t, char *error) {
     }
     if (open.line) result = log_line(&t->log, &s, NULL, error);
     if (!result && open.validation) result = conclude_step(run, t, &s, error);
+    else if (!result && open.snapshot) result = save_snapshot(run, error);
     if (!result) result = train_steps(run, t, &s, error);
     if (!result && (interrupted || renamed)) result = save_stopped(run, t, error);
     if (!result && is_last(o)) result = conclude_run(run, t, &s, error);
@@ -7015,6 +7144,16 @@ static int fill_model(Run *run, char *error) {
     return 0;
 }
 
+// With --continue: a run that lies at --out is resumed, whatever it was started from.
+static int find_run(Options *o, char *error) {
+    int there = o->go_on ? lies_there(o->out, error) : 0;
+    if (there > 0) {
+        o->resume = o->out;
+        o->load = NULL;
+    }
+    return there < 0 ? FAILED : 0;
+}
+
 // Opens files and data and makes the model, ready to go. What can be refused is refused as early as
 // it is known: options that do not go together before anything is read, what may not be replaced
 // before the data, a file that lacks a tensor before memory is taken for the model.
@@ -7023,6 +7162,7 @@ static int prepare(Run *run, char *error) {
     int training = is_training(o), result;
     if (check_options(&run->settings, error)) return WRONG_OPTION;
     plain = (int)o->plain;
+    if (find_run(o, error)) return FAILED;
 
     // a run goes on in its own file; its places are locked before anything is read that another run
     // might be writing
@@ -7041,6 +7181,7 @@ static int prepare(Run *run, char *error) {
     if (!o->generate && (result = open_data(run, error))) return result;
     if (training && o->again && (result = check_free(run, error))) return result;
     if (o->resume && (result = check_best(run, error))) return result;
+    if (training && (result = check_snapshots(run, error))) return result;
     if (config_of(&run->config, o, error)) return WRONG_OPTION; // now with the data's T and V
 
     if (make_table(run, error)) return FAILED;
@@ -7080,6 +7221,10 @@ static void print_model(const Run *run) {
     if (run->train.kind == DATA_SHARD && !from_file && !is_given(&run->settings, "vocab"))
         printf("vocabulary: %d, that of the tokenizer of such shards; --vocab names another\n",
                c->vocab_size);
+    if (o->go_on && o->resume) {
+        print_quoted(o->out);
+        printf(" is there: its run goes on behind step %lld\n", (long long)o->step);
+    }
     print_changes(run);
 }
 

@@ -568,6 +568,127 @@ static void test_places(void) {
 }
 
 // ----------------------------------------------------------------------------
+// snapshots, and jobs that are started again
+
+static const char kept[] = "--eval-every 5 --eval-batches 1 --keep-every 4";
+
+static void check_snapshots_taken(void) {
+    int ok = !run(OF_TEXT "--steps 10 %s --log k.log --out k.safetensors", kept);
+    ok = ok && exists("k.step4.safetensors") && exists("k.step8.safetensors");
+    check(ok && !exists("k.step10.safetensors"), "--keep-every 4: snapshots of steps 4 and 8 of 10");
+    ok = !run("%s --steps 10 --out plain.safetensors", run_of_text);
+    check(ok && same_files("k.safetensors", "plain.safetensors"), "they change no byte of the run");
+    ok = !run("--resume k.step4.safetensors --out l.safetensors --eval-every 5 --eval-batches 1");
+    check(ok && same_files("k.safetensors", "l.safetensors"), "a run goes on from one to the same bytes");
+    refuse_with("a snapshot, which stays", "--resume k.step4.safetensors");
+    ok = !run("--load k.step8.safetensors --data text --eval") && exists("k.step8.safetensors");
+    check(ok, "one is evaluated");
+}
+
+// Whose snapshots may be replaced, and which are made later.
+static void check_snapshots_there(void) {
+    copy_file("k.step8.safetensors", "eight.safetensors");
+    discard("k.safetensors");
+    discard("k.best.safetensors");
+    refuse_with("is there: a run of step", OF_TEXT "--steps 10 %s --out k.safetensors", kept);
+    refuse_with("is there: a run of step", OF_TEXT "--steps 10 --seed 2 %s --out k.safetensors --again", kept);
+    spill("k.step8.safetensors", "mine, not the run's", 19);
+    refuse_with("k.step8.safetensors is there: no checkpoint",
+                OF_TEXT "--steps 10 %s --out k.safetensors --again", kept);
+    copy_file("text", "k.step8.safetensors");
+    refuse_with("a file that the run is given",
+                "--data k.step8.safetensors --format bytes " ONE_LAYER "--seq 12 --batch 2 --steps 10 %s "
+                "--out k.safetensors --overwrite", kept);
+    int ok = !run("--resume k.step4.safetensors --out n.safetensors --steps 8 %s", kept);
+    check(ok && same_tensors("n.step8.safetensors", "eight.safetensors") && !exists("n.step4.safetensors"),
+          "resumed under another name its snapshots get that name");
+    discard("n.step8.safetensors");
+    ok = !run("--resume n.safetensors %s", kept) && exists("n.step8.safetensors");
+    check(ok && same_tensors("n.step8.safetensors", "eight.safetensors"),
+          "one that a kill left out is made when the run is resumed");
+    check(!run("--resume n.safetensors %s", kept) && said("nothing to do"), "and then there is nothing to do");
+}
+
+// A file that comes to a snapshot's place while the run trains.
+static void check_snapshot_arrives(void) {
+    static const char endless[] = "--run " OF_TEXT "--steps 100000 --eval-every 0 --keep-every 3000 "
+                                  "--out s.safetensors --log s.log";
+    pid_t child = start_and_wait_for_log(endless, "s.log", 3);
+    spill("s.step3000.safetensors", "mine\n", 5);
+    int code = finish(child);
+    size_t size = 0;
+    slurp("s.step3000.safetensors", &size);
+    check(code == 1 && size == 5 && complained("s.step3000.safetensors: another file was put there") &&
+              complained("s.safetensors holds step 3000"),
+          "a file that comes to a snapshot's place stays, and the run is saved");
+}
+
+static size_t snapshot_size;
+static void limit_files(void) {
+    struct rlimit limit = {snapshot_size - 1, snapshot_size - 1}; // the run's file, without that word, fits
+    setrlimit(RLIMIT_FSIZE, &limit);
+}
+
+// As on a disk that becomes full.
+static void check_snapshot_fails(void) {
+    slurp("k.step4.safetensors", &snapshot_size);
+    copy_file("k.safetensors", "whole.safetensors");
+    prepare_child = limit_files;
+    int code = run(OF_TEXT "--steps 10 %s --out w.safetensors", kept);
+    prepare_child = NULL;
+    check(code == 1 && complained("w.step4.safetensors: cannot be written: File too large") &&
+              complained("w.safetensors holds step 4") && !exists("w.step4.safetensors"),
+          "a snapshot that does not fit ends the run with one line; the run is saved");
+    int ok = !run("--resume w.safetensors %s", kept) && exists("w.step4.safetensors");
+    check(ok && same_files("w.safetensors", "whole.safetensors") &&
+              same_files("w.step4.safetensors", "k.step4.safetensors"), "and it goes on as if nothing had been");
+}
+
+// Started again and again by the same command.
+static void check_continue(void) {
+    static const char job[] = OF_TEXT "--steps 300 --decay-steps 300 --eval-every 100 --log j.log "
+                              "--out j.safetensors --continue";
+    double steps[512];
+    int killed = 0, ok;
+    for (int i = 0; i < 3; i++) { // before its first save, and behind
+        char line[512];
+        snprintf(line, sizeof(line), "--run %s", job);
+        pid_t child = start_and_wait_for_log(line, "j.log", 1 + 25 * i);
+        kill(child, SIGKILL);
+        killed += finish(child) == 128 + SIGKILL;
+    }
+    ok = !run("%s", job) && said("j.safetensors is there: its run goes on behind step");
+    ok = ok && read_log("j.log", "step", steps, 512) == 300;
+    ok = ok && !run(OF_TEXT "--steps 300 --eval-every 100 --log i.log --out i.safetensors");
+    check(ok && same_files("i.safetensors", "j.safetensors") &&
+              same_files("i.best.safetensors", "j.best.safetensors"),
+          "--continue: killed %d times and started again, the bytes of one run", killed);
+    check(!run("%s", job) && said("nothing to do"), "and at its end there is nothing to do");
+    refuse_with("--seed 2 differs", "%s --seed 2", job);
+    refuse_with("neither --resume", "%s --resume j.safetensors", job);
+    ok = !run(OF_TEXT "--load i.best.safetensors --steps 6 --out t.safetensors --continue --eval-every 0");
+    discard("i.best.safetensors");
+    ok = ok && !run("--data text --load i.best.safetensors --steps 9 --out t.safetensors --continue");
+    check(ok, "of a run that was started from weights, which are not read again");
+    spill("void.safetensors", "text", 4);
+    int code = run("%s --steps 3 --out void.safetensors --continue", run_of_text);
+    size_t size = 0;
+    slurp("void.safetensors", &size);
+    check(code == 1 && complained("void.safetensors") && size == 4, "what lies there and is no run stays");
+}
+
+static void test_kept(void) {
+    heading("snapshots, and jobs that are started again");
+    check_snapshots_taken();
+    check_snapshot_fails();
+    check_snapshots_there();
+    check_snapshot_arrives();
+    check_continue();
+    clean_folder();
+    release();
+}
+
+// ----------------------------------------------------------------------------
 // files of others beside a run
 
 static void check_strange_names(void) {
@@ -1169,6 +1290,7 @@ int main(int argc, char **argv) {
     test_command_line();
     test_long_runs();
     test_places();
+    test_kept();
     test_strangers();
     test_pieces();
     test_judgement();
