@@ -69,6 +69,7 @@ the user typed) with one line there.
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <glob.h>
 #include <limits.h>
 #include <math.h>
 #include <signal.h>
@@ -4259,6 +4260,7 @@ typedef struct {
     int32_t *inputs, *targets; // EXAMPLES: (count, width); a target of -1 is none
     int32_t *lags;             // EXAMPLES: (count, width) or NULL
     int64_t count;             // tokens or examples
+    int64_t of_shards;         // SHARD: the tokens of several as one, 0: it is one
     int width;                 // EXAMPLES: T of the file
     int vocab_hint;            // EXAMPLES: the metadata's vocab_size, or 0; SHARD: its tokenizer's
     int max_id;                // SHARD, EXAMPLES: the largest id, -1 if there is none
@@ -4284,15 +4286,16 @@ static int shard_read(Dataset *data, size_t size, const char *path, char *error)
     memcpy(header, data->bytes, sizeof(header));
     int wide = header[0] == LLAMA3_SHARD, version = wide ? 7 : 1;
     const void *tokens = data->bytes + SHARD_HEADER;
-    size_t held = size - SHARD_HEADER;
+    size_t held = size - SHARD_HEADER, width = wide ? 4 : 2;
+    int64_t count = data->of_shards ? data->of_shards : header[2];
     if (header[1] != version)
         return fail(error, path, "a token shard of version %d; only %d is known", header[1],
                     version);
-    if (header[2] < 1 || (uint64_t)header[2] * (wide ? 4 : 2) != held)
+    if (count < 1 || (uint64_t)count * width != held)
         return fail(error, path,
                     "a token shard whose header says %d tokens; the file holds %zu bytes of them",
                     header[2], held);
-    data->count = header[2];
+    data->count = count;
     data->vocab_hint = wide ? 128256 : 50257;
     if (wide) data->tokens32 = (const uint32_t *)tokens;
     else data->tokens = (const uint16_t *)tokens;
@@ -4572,13 +4575,74 @@ static int dataset_fill(Dataset *data, size_t size, const char *path, char *erro
     return 0;
 }
 
-// Reads a file of any of the three kinds.
+// Puts the tokens of a shard, or the bytes of a text, behind those that are there. The header of
+// the first shard becomes that of all; its count is right while one shard could hold as many.
+static int dataset_append(Dataset *all, size_t *size, const unsigned char *bytes, size_t more,
+                          DataKind kind, const char *path, char *error) {
+    size_t skipped = kind == DATA_SHARD && *size ? SHARD_HEADER : 0;
+    if (kind == DATA_EXAMPLES)
+        return fail(error, path, "an example set: a pattern is for token shards or texts");
+    if (*size && (kind != all->kind || (skipped && memcmp(all->bytes, bytes, 8))))
+        return fail(error, path, "of another kind than the files before it");
+    unsigned char *larger = (unsigned char *)grow(all->bytes, *size + more - skipped + 1);
+    if (!larger) return fail(error, path, "it does not fit in memory");
+    memcpy(larger + *size, bytes + skipped, more - skipped);
+    all->bytes = larger;
+    all->kind = kind;
+    *size += more - skipped;
+    larger[*size] = 0;
+    return 0;
+}
+
+// Reads the files that a pattern matches, in sorted order, into one that holds all of them.
+static int dataset_read_parts(Dataset *all, size_t *size, const glob_t *parts, int as_bytes,
+                              char *error) {
+    int64_t tokens = 0;
+    *size = 0;
+    for (size_t i = 0; i < parts->gl_pathc; i++) {
+        const char *path = parts->gl_pathv[i];
+        Dataset part;
+        size_t more;
+        memset(&part, 0, sizeof(part));
+        if (file_read(path, &part.bytes, &more, error)) return FAILED;
+        int result = data_kind(&part.kind, part.bytes, more, as_bytes, path, error);
+        if (!result && part.kind == DATA_SHARD) result = shard_read(&part, more, path, error);
+        if (!result) result = dataset_append(all, size, part.bytes, more, part.kind, path, error);
+        tokens += part.count;
+        dataset_free(&part);
+        if (result) return result;
+    }
+    int32_t count = tokens < INT32_MAX ? (int32_t)tokens : INT32_MAX;
+    if (all->kind == DATA_SHARD) memcpy(all->bytes + 8, &count, sizeof(count));
+    if (all->kind == DATA_SHARD) all->of_shards = tokens;
+    return 0;
+}
+
+// The files that a path means: one of that name, or what it matches as a pattern, sorted by name.
+static int expand(glob_t *parts, const char *path) {
+    struct stat info;
+    memset(parts, 0, sizeof(*parts));
+    return strpbrk(path, "*?[") && stat(path, &info) && !glob(path, 0, NULL, parts);
+}
+
+// Reads a file, or what a pattern matches, whole, and tells its kind.
+static int dataset_load(Dataset *data, size_t *size, const char *path, int as_bytes, char *error) {
+    glob_t parts;
+    if (expand(&parts, path)) {
+        int result = dataset_read_parts(data, size, &parts, as_bytes, error);
+        globfree(&parts);
+        return result;
+    }
+    if (file_read(path, &data->bytes, size, error)) return FAILED;
+    return data_kind(&data->kind, data->bytes, *size, as_bytes, path, error);
+}
+
+// Reads a file of any of the three kinds, or several of a kind as one.
 static int dataset_read(Dataset *data, const char *path, int as_bytes, char *error) {
     static const char *kinds[] = {"text", "token shard", "examples"};
     size_t size;
     memset(data, 0, sizeof(*data));
-    if (file_read(path, &data->bytes, &size, error)) return FAILED;
-    int result = data_kind(&data->kind, data->bytes, size, as_bytes, path, error);
+    int result = dataset_load(data, &size, path, as_bytes, error);
     if (!result) {
         snprintf(data->content, sizeof(data->content), "%s, %zu bytes, hash %016llx",
                  kinds[data->kind], size, (unsigned long long)hash_bytes(data->bytes, size));
@@ -4684,7 +4748,7 @@ typedef struct {
 #define FIELD(field) offsetof(Options, field)
 static const Option option_table[] = {
     {DATA, "data", "data", TEXT, FIELD(data), "data/tinyshakespeare.txt", 0, 0,
-     "text, token shard or example set, told by what it holds"},
+     "text, token shard or example set, told by what it holds; 'part_*.bin': several as one"},
     {DATA, "val", "val", TEXT, FIELD(val), NULL, 0, 0,
      "validation data (else the last 10 % of --data)"},
     {DATA, "format", "data_format", TEXT, FIELD(format), "auto", 0, 0,
@@ -5757,6 +5821,19 @@ static const char *standard_stream(const char *path) {
     return NULL;
 }
 
+// Whether two paths share a file, where each may be a pattern of data.
+static int share_file(const char *a, const char *b) {
+    glob_t parts;
+    int shared = 0, expanded = a && expand(&parts, a);
+    const char *other = expanded ? b : a;
+    if (!expanded) expanded = b && expand(&parts, b);
+    if (!expanded) return same_file(a, b);
+    for (size_t i = 0; i < parts.gl_pathc; i++)
+        shared = shared || share_file(other, parts.gl_pathv[i]);
+    globfree(&parts);
+    return shared;
+}
+
 // Two of a run's files that are one file would destroy each other; so would what is printed.
 static int check_distinct(const Run *run, char *error) {
     enum { RESUME = 3, OUT = 4, N_PATHS = 7 };
@@ -5767,7 +5844,7 @@ static int check_distinct(const Run *run, char *error) {
     for (int i = 0; i < N_PATHS; i++) {
         for (int j = 0; j < i; j++) {
             int resumed = i == OUT && j == RESUME; // a run goes on in its own file
-            if (resumed || !same_file(paths[i], paths[j])) continue;
+            if (resumed || !share_file(paths[j], paths[i])) continue;
             return wrong(error, NULL, "%s and %s are one file: %.200s", names[j], names[i],
                          paths[i]);
         }
@@ -6016,7 +6093,7 @@ static int check_snapshot(const Run *run, const char *path, char *error) {
     const char *inputs[] = {o->data, o->val, o->load, o->resume, o->log};
     char what[ERROR_SIZE];
     for (int i = 0; i < 5; i++)
-        if (same_file(path, inputs[i]))
+        if (share_file(inputs[i], path))
             return wrong(error, path, "the snapshot would replace a file that the run is given");
     if (is_own_snapshot(run, path)) {
         print_quoted(path);

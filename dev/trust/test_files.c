@@ -1241,6 +1241,53 @@ static void check_link(void) {
           "a link to a file that is not there yet stays a link");
 }
 
+// Several shards, or texts, are one stream in the order of their names: what is trained is what one file with
+// all of them gives.
+static void check_parts(void) {
+    static const char o[] = ONE_LAYER "--vocab 20 --seq 12 --batch 2 --eval-every 5";
+    enum { TOKENS = 500, SECOND = 100, THIRD = 350 };
+    static const int begins[] = {0, SECOND, THIRD, TOKENS};
+    static const char *const names[] = {"part_1.bin", "part_10.bin", "part_2.bin"};
+    size_t size;
+    unsigned char *whole = slurp("tokens.bin", &size), part[1024 + 2 * TOKENS];
+    const unsigned char *text = slurp("text", &size);
+    for (int i = 0; i < 3; i++) {
+        int32_t n = begins[i + 1] - begins[i];
+        memcpy(part, whole, 1024);
+        memcpy(part + 8, &n, 4);
+        memcpy(part + 1024, whole + 1024 + 2 * begins[i], 2 * (size_t)n);
+        spill(names[i], part, 1024 + 2 * (size_t)n);
+    }
+    int ok = !run("--data tokens.bin %s --steps 10 --out p.safetensors", o);
+    ok = ok && !run("--data part_*.bin %s --steps 10 --out q.safetensors", o);
+    check(ok && same_tensors("p.safetensors", "q.safetensors"), "three token shards as one: the same weights");
+    ok = !run("--data part_*.bin %s --steps 4 --decay-steps 10 --out r.safetensors", o);
+    ok = ok && !run("--resume r.safetensors --steps 10 --eval-every 5");
+    check(ok && same_files("q.safetensors", "r.safetensors"), "and resumed");
+    check(!run("--resume p.safetensors --data part_*.bin --steps 12"), "the content is what is compared");
+    spill("half_1.txt", text, 2500);
+    spill("half_2.txt", text + 2500, 6000 - 2500);
+    ok = !run("%s --steps 10 --out whole.safetensors", run_of_text);
+    ok = ok && !run("--data half_?.txt " ONE_LAYER "--seq 12 --batch 2 --eval-every 5 --eval-batches 1 --steps 10 "
+                    "--out halves.safetensors");
+    check(ok && same_tensors("whole.safetensors", "halves.safetensors"), "two texts as one");
+    refuse_with("one file", "--data part_*.bin %s --out part_2.bin --overwrite", o);
+    refuse_with("one file", "--data part_*.bin --val part_2.bin %s --out s", o);
+    refuse_with("one file", "--data part_2.bin --val part_*.bin %s --out s", o);
+    spill("part_3.bin", part, size = 1024 + 2 * (TOKENS - THIRD));
+    reason = "the run being resumed read";
+    refuse(1, "--resume q.safetensors --steps 12");
+    copy_file("text", "part_3.bin");
+    reason = "part_3.bin: of another kind";
+    refuse(1, "--data part_*.bin %s --out s", o);
+    reason = "No such file";
+    refuse(1, "--data none_*.bin %s --out s", o);
+    copy_file("set.safetensors", "part_1.set");
+    reason = "a pattern is for";
+    refuse(1, "--data part_?.set %s --out s", o);
+    reason = "";
+}
+
 // Bytes of generated text come one by one; of é, €, an emoji, two bytes that are no UTF-8, and half a € at
 // the end.
 static void check_characters(void) {
@@ -1277,6 +1324,7 @@ static void test_oddities(void) {
     check_closed_descriptors();
     check_link();
     check_characters();
+    check_parts();
     safetensors_free(&file);
     clean_folder();
     release();
