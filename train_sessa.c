@@ -636,6 +636,7 @@ typedef struct {
     double gamma_max;
     int mixer;               // index into mixers[]
     int head_dim, state_dim; // mamba2: width of a head, numbers of state for a channel
+    int no_rope;             // 1: q and k as they are; the author's use_forward_rope=False
 } Config;
 
 // One layer's parameters. The projections stand next to each other, so that one product computes all of them:
@@ -755,7 +756,8 @@ static void direct_read_forward(Model *m, int l, int B, int T, int first, real *
     real *q = a->proj + (int64_t)first * ld, *k = a->proj + D, *v = k + shape.G * d;
     real *o = w->W_o ? a->o : f;
     linear_forward(q, ld, a->abar, w->W_proj, w->b_proj, N, D, ld); // [14]
-    rope_forward(q, ld, m->acts.cosine, m->acts.sine, N, T - first, qk_heads, d, first, 1);
+    if (!c->no_rope)
+        rope_forward(q, ld, m->acts.cosine, m->acts.sine, N, T - first, qk_heads, d, first, 1);
     attention_forward(o, a->stats, work_of(m), q, k, v, shape); // [15, 16]
     if (w->W_o) linear_forward(f, D, o, w->W_o, NULL, N, D, D);
 }
@@ -774,7 +776,7 @@ static void direct_read_backward(Model *m, int l, int B, int T) {
     real *df = acts->ds, *dout = w->W_o ? acts->dout : df;
     if (w->W_o) linear_backward(dout, dw->W_o, NULL, df, D, a->o, w->W_o, N, D, D);
     attention_backward(dq, dk, dv, work_of(m), dout, a->stats, q, k, v, shape);
-    rope_backward(dq, ld, acts->cosine, acts->sine, N, T, qk_heads, d);
+    if (!c->no_rope) rope_backward(dq, ld, acts->cosine, acts->sine, N, T, qk_heads, d);
     linear_backward(acts->dabar, dw->W_proj, dw->b_proj, acts->dproj, ld, a->abar, w->W_proj, N, D, ld);
 }
 
@@ -4701,7 +4703,7 @@ typedef struct {
     const char *data, *val, *format;
     // model
     const char *mixer;
-    int64_t vocab, dim, layers, heads, kv_heads, head_dim, state_dim, seq;
+    int64_t vocab, dim, layers, heads, kv_heads, head_dim, state_dim, seq, no_rope;
     double gamma_max;
     // training
     int64_t steps, batch, accum, warmup, decay_steps, seed;
@@ -4771,6 +4773,8 @@ static const Option option_table[] = {
      "tokens T of a training sequence"},
     {MODEL, "gamma-max", "gamma_max", NUMBER, FIELD(gamma_max), "0.999", 1e-6, 0.999999,
      "bound of the feedback gain"},
+    {MODEL, "no-rope", "no_rope", FLAG, FIELD(no_rope), NULL, 1, 1,
+     "attention without RoPE: the author's use_forward_rope=False"},
     {TRAINING, "steps", "steps", INTEGER, FIELD(steps), "2000", 0, 1e11, "updates of the weights"},
     {TRAINING, "batch", "batch", INTEGER, FIELD(batch), "12", 1, 1 << 20,
      "sequences of a micro-batch"},
@@ -4948,7 +4952,7 @@ static int is_among(const Option *option, const char *list) {
 static int may_lack(const Option *option) {
     return is_among(option,
                     " val format validated train_loss previous_loss grad_norm started_from "
-                    "since_best ");
+                    "since_best no-rope ");
 }
 
 // What may be given at a resume and differ from what the run stores: the data's content is compared
@@ -5139,7 +5143,8 @@ static int config_of(Config *c, const Options *o, char *error) {
                      .gamma_max = o->gamma_max,
                      .mixer = find_mixer(o->mixer),
                      .head_dim = (int)o->head_dim,
-                     .state_dim = (int)o->state_dim};
+                     .state_dim = (int)o->state_dim,
+                     .no_rope = (int)o->no_rope};
     *c = config;
     if (c->mixer < 0)
         return wrong(error, NULL, "--mixer takes sessa, attention or mamba2, not '%s'", o->mixer);
@@ -5148,6 +5153,8 @@ static int config_of(Config *c, const Options *o, char *error) {
                      c->d_model);
     if (c->mixer != MAMBA2 && o->head_dim + o->state_dim)
         return wrong(error, NULL, "--head-dim and --state-dim are for mamba2");
+    if (c->mixer == MAMBA2 && c->no_rope)
+        return wrong(error, NULL, "--no-rope is for sessa and attention: mamba2 has none");
     if (o->dim % o->heads)
         return wrong(error, NULL, "--heads %d does not divide --dim %d", c->n_heads, c->d_model);
     if (o->dim / o->heads % 2)
@@ -5355,6 +5362,8 @@ static int option_from_file(Run *run, const Option *option, const char *path, in
     const char *text = safetensors_meta(&run->file, option->key);
     if (!text) {
         int of_mamba2 = !strncmp(option->key, "mamba_", 6);
+        if (s->given[option - option_table] && is_among(option, " no-rope "))
+            return wrong(error, NULL, "--no-rope differs from %s, which has RoPE", path);
         if (may_lack(option) || (of_mamba2 && strcmp(s->values.mixer, "mamba2"))) return 0;
         return fail(error, path, "metadata %s is missing", option->key);
     }

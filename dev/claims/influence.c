@@ -324,7 +324,7 @@ static void uniform(double gamma, int T, int report) {
 
 static void check_model(int mixer) {
     enum { T = 45 };
-    Config config = {11, 12, 2, 2, 1, T, 0.999, mixer, mixer == MAMBA2 ? 8 : 0, mixer == MAMBA2 ? 5 : 0};
+    Config config = {11, 12, 2, 2, 1, T, 0.999, mixer, mixer == MAMBA2 ? 8 : 0, mixer == MAMBA2 ? 5 : 0, 0};
     char error[ERROR_SIZE];
     Model *m = model_create(&config, 1, T, TRAIN, error);
     if (!m) { fprintf(stderr, "influence: %s\n", error); exit(1); }

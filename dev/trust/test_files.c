@@ -1288,6 +1288,29 @@ static void check_parts(void) {
     reason = "";
 }
 
+static void check_no_rope(void) {
+    static const char o[] = OF_TEXT "--eval-every 5 --eval-batches 1 --decay-steps 10";
+    Safetensors file;
+    char text[32] = "";
+    int ok = !run("%s --no-rope --steps 10 --out n.safetensors", o) && !run("%s --steps 10 --out m.safetensors", o);
+    check(ok && !same_tensors("n.safetensors", "m.safetensors"), "--no-rope: another model");
+    int stored = ok && open_tensors(&file, "n.best.safetensors") && safetensors_meta(&file, "no_rope");
+    if (ok) safetensors_free(&file);
+    stored = stored && open_tensors(&file, "m.safetensors") && !safetensors_meta(&file, "no_rope");
+    if (ok) safetensors_free(&file);
+    check(stored, "its files say so, and those of others do not");
+    ok = !run("%s --no-rope --steps 4 --out l.safetensors", o);
+    ok = ok && !run("--resume l.safetensors --steps 10 --eval-every 5 --eval-batches 1");
+    check(ok && same_files("n.safetensors", "l.safetensors"), "resumed: the bytes of a run that was not stopped");
+    ok = !run("--load n.safetensors --generate 9 --temperature 0 --prompt abc") && output_size < 32;
+    if (ok) memcpy(text, output, output_size);
+    ok = ok && !run("--load n.safetensors --no-rope --plain --generate 9 --temperature 0 --prompt abc");
+    check(ok && !strcmp((char *)output, text), "it generates, fast and plain");
+    refuse_with("--no-rope differs", "--load m.safetensors --generate 3 --no-rope");
+    refuse_with("--no-rope differs", "--resume m.safetensors --steps 12 --no-rope");
+    refuse_with("mamba2 has none", "--data text --mixer mamba2 --no-rope --out s");
+}
+
 // Bytes of generated text come one by one; of é, €, an emoji, two bytes that are no UTF-8, and half a € at
 // the end.
 static void check_characters(void) {
@@ -1325,6 +1348,7 @@ static void test_oddities(void) {
     check_link();
     check_characters();
     check_parts();
+    check_no_rope();
     safetensors_free(&file);
     clean_folder();
     release();
