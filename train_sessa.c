@@ -69,6 +69,7 @@ the user typed) with one line there.
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <glob.h>
 #include <limits.h>
 #include <math.h>
 #include <signal.h>
@@ -636,6 +637,7 @@ typedef struct {
     double gamma_max;
     int mixer;               // index into mixers[]
     int head_dim, state_dim; // mamba2: width of a head, numbers of state for a channel
+    int no_rope;             // 1: q and k as they are; the author's use_forward_rope=False
 } Config;
 
 // One layer's parameters. The projections stand next to each other, so that one product computes all of them:
@@ -755,7 +757,8 @@ static void direct_read_forward(Model *m, int l, int B, int T, int first, real *
     real *q = a->proj + (int64_t)first * ld, *k = a->proj + D, *v = k + shape.G * d;
     real *o = w->W_o ? a->o : f;
     linear_forward(q, ld, a->abar, w->W_proj, w->b_proj, N, D, ld); // [14]
-    rope_forward(q, ld, m->acts.cosine, m->acts.sine, N, T - first, qk_heads, d, first, 1);
+    if (!c->no_rope)
+        rope_forward(q, ld, m->acts.cosine, m->acts.sine, N, T - first, qk_heads, d, first, 1);
     attention_forward(o, a->stats, work_of(m), q, k, v, shape); // [15, 16]
     if (w->W_o) linear_forward(f, D, o, w->W_o, NULL, N, D, D);
 }
@@ -774,7 +777,7 @@ static void direct_read_backward(Model *m, int l, int B, int T) {
     real *df = acts->ds, *dout = w->W_o ? acts->dout : df;
     if (w->W_o) linear_backward(dout, dw->W_o, NULL, df, D, a->o, w->W_o, N, D, D);
     attention_backward(dq, dk, dv, work_of(m), dout, a->stats, q, k, v, shape);
-    rope_backward(dq, ld, acts->cosine, acts->sine, N, T, qk_heads, d);
+    if (!c->no_rope) rope_backward(dq, ld, acts->cosine, acts->sine, N, T, qk_heads, d);
     linear_backward(acts->dabar, dw->W_proj, dw->b_proj, acts->dproj, ld, a->abar, w->W_proj, N, D, ld);
 }
 
@@ -4342,6 +4345,7 @@ typedef struct {
     int32_t *inputs, *targets; // EXAMPLES: (count, width); a target of -1 is none
     int32_t *lags;             // EXAMPLES: (count, width) or NULL
     int64_t count;             // tokens or examples
+    int64_t of_shards;         // SHARD: the tokens of several as one, 0: it is one
     int width;                 // EXAMPLES: T of the file
     int vocab_hint;            // EXAMPLES: the metadata's vocab_size, or 0; SHARD: its tokenizer's
     int max_id;                // SHARD, EXAMPLES: the largest id, -1 if there is none
@@ -4367,15 +4371,16 @@ static int shard_read(Dataset *data, size_t size, const char *path, char *error)
     memcpy(header, data->bytes, sizeof(header));
     int wide = header[0] == LLAMA3_SHARD, version = wide ? 7 : 1;
     const void *tokens = data->bytes + SHARD_HEADER;
-    size_t held = size - SHARD_HEADER;
+    size_t held = size - SHARD_HEADER, width = wide ? 4 : 2;
+    int64_t count = data->of_shards ? data->of_shards : header[2];
     if (header[1] != version)
         return fail(error, path, "a token shard of version %d; only %d is known", header[1],
                     version);
-    if (header[2] < 1 || (uint64_t)header[2] * (wide ? 4 : 2) != held)
+    if (count < 1 || (uint64_t)count * width != held)
         return fail(error, path,
                     "a token shard whose header says %d tokens; the file holds %zu bytes of them",
                     header[2], held);
-    data->count = header[2];
+    data->count = count;
     data->vocab_hint = wide ? 128256 : 50257;
     if (wide) data->tokens32 = (const uint32_t *)tokens;
     else data->tokens = (const uint16_t *)tokens;
@@ -4655,13 +4660,74 @@ static int dataset_fill(Dataset *data, size_t size, const char *path, char *erro
     return 0;
 }
 
-// Reads a file of any of the three kinds.
+// Puts the tokens of a shard, or the bytes of a text, behind those that are there. The header of
+// the first shard becomes that of all; its count is right while one shard could hold as many.
+static int dataset_append(Dataset *all, size_t *size, const unsigned char *bytes, size_t more,
+                          DataKind kind, const char *path, char *error) {
+    size_t skipped = kind == DATA_SHARD && *size ? SHARD_HEADER : 0;
+    if (kind == DATA_EXAMPLES)
+        return fail(error, path, "an example set: a pattern is for token shards or texts");
+    if (*size && (kind != all->kind || (skipped && memcmp(all->bytes, bytes, 8))))
+        return fail(error, path, "of another kind than the files before it");
+    unsigned char *larger = (unsigned char *)grow(all->bytes, *size + more - skipped + 1);
+    if (!larger) return fail(error, path, "it does not fit in memory");
+    memcpy(larger + *size, bytes + skipped, more - skipped);
+    all->bytes = larger;
+    all->kind = kind;
+    *size += more - skipped;
+    larger[*size] = 0;
+    return 0;
+}
+
+// Reads the files that a pattern matches, in sorted order, into one that holds all of them.
+static int dataset_read_parts(Dataset *all, size_t *size, const glob_t *parts, int as_bytes,
+                              char *error) {
+    int64_t tokens = 0;
+    *size = 0;
+    for (size_t i = 0; i < parts->gl_pathc; i++) {
+        const char *path = parts->gl_pathv[i];
+        Dataset part;
+        size_t more;
+        memset(&part, 0, sizeof(part));
+        if (file_read(path, &part.bytes, &more, error)) return FAILED;
+        int result = data_kind(&part.kind, part.bytes, more, as_bytes, path, error);
+        if (!result && part.kind == DATA_SHARD) result = shard_read(&part, more, path, error);
+        if (!result) result = dataset_append(all, size, part.bytes, more, part.kind, path, error);
+        tokens += part.count;
+        dataset_free(&part);
+        if (result) return result;
+    }
+    int32_t count = tokens < INT32_MAX ? (int32_t)tokens : INT32_MAX;
+    if (all->kind == DATA_SHARD) memcpy(all->bytes + 8, &count, sizeof(count));
+    if (all->kind == DATA_SHARD) all->of_shards = tokens;
+    return 0;
+}
+
+// The files that a path means: one of that name, or what it matches as a pattern, sorted by name.
+static int expand(glob_t *parts, const char *path) {
+    struct stat info;
+    memset(parts, 0, sizeof(*parts));
+    return strpbrk(path, "*?[") && stat(path, &info) && !glob(path, 0, NULL, parts);
+}
+
+// Reads a file, or what a pattern matches, whole, and tells its kind.
+static int dataset_load(Dataset *data, size_t *size, const char *path, int as_bytes, char *error) {
+    glob_t parts;
+    if (expand(&parts, path)) {
+        int result = dataset_read_parts(data, size, &parts, as_bytes, error);
+        globfree(&parts);
+        return result;
+    }
+    if (file_read(path, &data->bytes, size, error)) return FAILED;
+    return data_kind(&data->kind, data->bytes, *size, as_bytes, path, error);
+}
+
+// Reads a file of any of the three kinds, or several of a kind as one.
 static int dataset_read(Dataset *data, const char *path, int as_bytes, char *error) {
     static const char *kinds[] = {"text", "token shard", "examples"};
     size_t size;
     memset(data, 0, sizeof(*data));
-    if (file_read(path, &data->bytes, &size, error)) return FAILED;
-    int result = data_kind(&data->kind, data->bytes, size, as_bytes, path, error);
+    int result = dataset_load(data, &size, path, as_bytes, error);
     if (!result) {
         snprintf(data->content, sizeof(data->content), "%s, %zu bytes, hash %016llx",
                  kinds[data->kind], size, (unsigned long long)hash_bytes(data->bytes, size));
@@ -4720,25 +4786,25 @@ typedef struct {
     const char *data, *val, *format;
     // model
     const char *mixer;
-    int64_t vocab, dim, layers, heads, kv_heads, head_dim, state_dim, seq;
+    int64_t vocab, dim, layers, heads, kv_heads, head_dim, state_dim, seq, no_rope;
     double gamma_max;
     // training
     int64_t steps, batch, accum, warmup, decay_steps, seed;
     double lr, min_lr, beta1, beta2, eps, weight_decay, clip, dropout;
     // watching
-    int64_t eval_every, eval_batches, sample_every;
+    int64_t eval_every, eval_batches, sample_every, patience;
     const char *log;
     // files
     const char *out, *load, *resume;
-    int64_t save_every, overwrite, again;
+    int64_t save_every, keep_every, overwrite, again, go_on;
     // instead of training
-    int64_t generate, eval, top_k, window;
-    const char *prompt;
+    int64_t generate, eval, top_k, window, samples;
+    const char *prompt, *prompt_file, *stop;
     double temperature, top_p;
     // computing
     int64_t plain;
     // state
-    int64_t step, validated;
+    int64_t step, validated, since_best;
     double best_val, train_loss, previous_loss, grad_norm;
     const char *data_content, *val_content, *started_from;
 } Options;
@@ -4767,7 +4833,7 @@ typedef struct {
 #define FIELD(field) offsetof(Options, field)
 static const Option option_table[] = {
     {DATA, "data", "data", TEXT, FIELD(data), "data/tinyshakespeare.txt", 0, 0,
-     "text, token shard or example set, told by what it holds"},
+     "text, token shard or example set, told by what it holds; 'part_*.bin': several as one"},
     {DATA, "val", "val", TEXT, FIELD(val), NULL, 0, 0,
      "validation data (else the last 10 % of --data)"},
     {DATA, "format", "data_format", TEXT, FIELD(format), "auto", 0, 0,
@@ -4790,6 +4856,8 @@ static const Option option_table[] = {
      "tokens T of a training sequence"},
     {MODEL, "gamma-max", "gamma_max", NUMBER, FIELD(gamma_max), "0.999", 1e-6, 0.999999,
      "bound of the feedback gain"},
+    {MODEL, "no-rope", "no_rope", FLAG, FIELD(no_rope), NULL, 1, 1,
+     "attention without RoPE: the author's use_forward_rope=False"},
     {TRAINING, "steps", "steps", INTEGER, FIELD(steps), "2000", 0, 1e11, "updates of the weights"},
     {TRAINING, "batch", "batch", INTEGER, FIELD(batch), "12", 1, 1 << 20,
      "sequences of a micro-batch"},
@@ -4817,16 +4885,22 @@ static const Option option_table[] = {
      "batches of a validation; the last takes all"},
     {WATCHING, "sample-every", NULL, INTEGER, FIELD(sample_every), "0", 0, 1e12,
      "steps between samples, 0: none"},
+    {WATCHING, "patience", NULL, INTEGER, FIELD(patience), "0", 0, 1e9,
+     "validations in a row without a lower loss that end the run, 0: none do"},
     {WATCHING, "log", NULL, TEXT, FIELD(log), NULL, 0, 0,
      "one JSON object a line, one line a step"},
     {FILES, "out", NULL, TEXT, FIELD(out), "sessa.safetensors", 0, 0,
      "the run, to resume; the best weights lie beside it"},
     {FILES, "save-every", NULL, INTEGER, FIELD(save_every), NULL, 1, 1e12,
      "steps between saves (else eval-every)"},
+    {FILES, "keep-every", NULL, INTEGER, FIELD(keep_every), "0", 0, 1e12,
+     "steps between snapshots of the run beside --out, which stay, 0: none"},
     {FILES, "overwrite", NULL, FLAG, FIELD(overwrite), "0", 0, 1,
      "replace what lies at --out, beside it and at --log"},
     {FILES, "again", NULL, FLAG, FIELD(again), "0", 0, 1,
      "replace a run of the same settings and data, as make train does"},
+    {FILES, "continue", NULL, FLAG, FIELD(go_on), "0", 0, 1,
+     "resume --out if it is there, else start: for jobs that are started again"},
     {FILES, "load", NULL, TEXT, FIELD(load), NULL, 0, 0,
      "start from, evaluate or generate with these weights"},
     {FILES, "resume", NULL, TEXT, FIELD(resume), NULL, 0, 0,
@@ -4834,6 +4908,12 @@ static const Option option_table[] = {
     {INSTEAD, "generate", NULL, INTEGER, FIELD(generate), NULL, 1, 1e9,
      "write that many tokens with --load"},
     {INSTEAD, "prompt", NULL, TEXT, FIELD(prompt), "", 0, 0, "text (or token ids) to go on from"},
+    {INSTEAD, "prompt-file", NULL, TEXT, FIELD(prompt_file), NULL, 0, 0,
+     "the same from a file, all of it; -: standard input"},
+    {INSTEAD, "samples", NULL, INTEGER, FIELD(samples), "1", 1, 1e9,
+     "texts to write, one after the other; the i-th is the same of any number"},
+    {INSTEAD, "stop", NULL, TEXT, FIELD(stop), NULL, 0, 0,
+     "a text (or token ids) behind which a sample ends, if it comes"},
     {INSTEAD, "temperature", NULL, NUMBER, FIELD(temperature), "1", 0, 1e6,
      "0: always the likeliest token"},
     {INSTEAD, "top-k", NULL, INTEGER, FIELD(top_k), "0", 0, 1 << 24,
@@ -4856,6 +4936,8 @@ static const Option option_table[] = {
      "kind, size and hash of --load"},
     {STATE, "validated", "validated", INTEGER, FIELD(validated), "-1", -1, 1e11,
      "step of the last validation, -1: not known"},
+    {STATE, "since_best", "since_best", INTEGER, FIELD(since_best), NULL, 1, 1e11,
+     "with --patience: validations since the lowest loss"},
     {STATE, "train_loss", "train_loss", NUMBER, FIELD(train_loss), "-1", -1, 1e300,
      "of the last step, -1: not known"},
     {STATE, "previous_loss", "previous_loss", NUMBER, FIELD(previous_loss), "-1", -1, 1e300,
@@ -4888,6 +4970,7 @@ static void settle_defaults(Options *o) {
     if (!o->save_every) o->save_every = o->eval_every;
     if (o->window < 0) o->window = o->seq;
     if (!o->resume) o->validated = 0;
+    if (!o->patience) o->since_best = 0; // it is not counted, and not stored
 }
 
 // Sets one option from its text.
@@ -4951,7 +5034,8 @@ static int is_among(const Option *option, const char *list) {
 // Whether a run's file may lack it: it is not always set, or came later.
 static int may_lack(const Option *option) {
     return is_among(option,
-                    " val format validated train_loss previous_loss grad_norm started_from ");
+                    " val format validated train_loss previous_loss grad_norm started_from "
+                    "since_best no-rope ");
 }
 
 // What may be given at a resume and differ from what the run stores: the data's content is compared
@@ -4959,6 +5043,8 @@ static int may_lack(const Option *option) {
 static int may_differ_at_resume(const Option *option) {
     return option->group == DATA || is_among(option, " steps lr min-lr decay-steps ");
 }
+
+static const char VERSION[] = "1.0";
 
 static void print_help(const char *program) {
     static const char *titles[] = {
@@ -4976,11 +5062,28 @@ static void print_help(const char *program) {
         if (o->fallback && *o->fallback && o->type != FLAG) printf(" [%s]", o->fallback);
         printf("\n");
     }
-    printf("\nThreads: OMP_NUM_THREADS. Exit code 0: done, 1: failed, 2: wrong option, 130: stopped "
+    printf("\n--help prints this, --version what was built.\n"
+           "Threads: OMP_NUM_THREADS. Exit code 0: done, 1: failed, 2: wrong option, 130: stopped "
            "by Ctrl-C\nor a signal, saved; a second Ctrl-C ends it at once.\n");
 }
 
-// Reads the command line: --name value or --name=value. 1 if help was asked for.
+// What was built, by which compiler.
+static void print_version(const Backend *backend) {
+    const char *number = sizeof(real) == sizeof(float) ? "float32" : "float64";
+    const char *threads = "one thread";
+#ifdef _OPENMP
+    threads = "OpenMP";
+#endif
+#ifdef __clang__
+    const char *compiler = __VERSION__; // names itself
+#else
+    const char *compiler = "GCC " __VERSION__;
+#endif
+    printf("train_sessa %s (%s, %s, %s, %s)\n", VERSION, backend->name, number, threads, compiler);
+}
+
+// Reads the command line: --name value or --name=value. HELP or TELL_VERSION if that was asked for.
+enum { HELP = 1, TELL_VERSION = 2 };
 static int parse_options(Settings *s, int argc, char **argv, char *error) {
     memset(s, 0, sizeof(*s));
     clear_options(&s->values);
@@ -4990,7 +5093,8 @@ static int parse_options(Settings *s, int argc, char **argv, char *error) {
     }
     for (int i = 1; i < argc; i++) {
         const char *word = argv[i], *equals = strchr(word, '=');
-        if (!strcmp(word, "--help") || !strcmp(word, "-h")) return 1;
+        if (!strcmp(word, "--help") || !strcmp(word, "-h")) return HELP;
+        if (!strcmp(word, "--version")) return TELL_VERSION;
         size_t length = equals ? (size_t)(equals - word) : strlen(word);
         const Option *option = strncmp(word, "--", 2) ? NULL : find_option(word + 2, length - 2);
         if (!option) return wrong(error, NULL, "unknown option '%s' (--help lists them)", word);
@@ -5006,6 +5110,13 @@ static int parse_options(Settings *s, int argc, char **argv, char *error) {
     }
     return 0;
 }
+
+// Whether as many validations as --patience says were no better than one before.
+static int is_out_of_patience(const Options *o) {
+    return o->patience && o->since_best >= o->patience;
+}
+// Whether no step of the run follows.
+static int is_last(const Options *o) { return o->step == o->steps || is_out_of_patience(o); }
 
 // Whether the model is trained; else it generates or is evaluated.
 static int is_training(const Options *o) { return !o->generate && !o->eval; }
@@ -5048,8 +5159,14 @@ static int check_options(const Settings *s, char *error) {
     if (!is_training(o) && !o->load)
         return wrong(error, NULL, "--generate and --eval take the weights from --load FILE");
     if (check_use(s, error)) return WRONG_OPTION;
+    if (o->go_on && (o->resume || o->again))
+        return wrong(error, NULL, "--continue goes with neither --resume nor --again");
     if (o->again && (o->resume || o->overwrite))
         return wrong(error, NULL, "--again goes with neither --resume nor --overwrite");
+    if (o->patience && !o->eval_every)
+        return wrong(error, NULL, "--patience takes validations: --eval-every 0 makes none");
+    if (o->prompt_file && is_given(s, "prompt"))
+        return wrong(error, NULL, "--prompt and --prompt-file exclude each other");
     if (strcmp(o->format, "auto") && strcmp(o->format, "bytes"))
         return wrong(error, NULL, "--format takes auto or bytes, not '%s'", o->format);
     return 0;
@@ -5088,6 +5205,7 @@ typedef struct {
     int64_t order_epoch;
 
     // model
+    unsigned char *prompt;    // of --prompt-file
     Model *model;
     int model_T;              // its longest sequence: of a batch, or what generation remembers
     Table table;              // of the parameters
@@ -5108,7 +5226,8 @@ static int config_of(Config *c, const Options *o, char *error) {
                      .gamma_max = o->gamma_max,
                      .mixer = find_mixer(o->mixer),
                      .head_dim = (int)o->head_dim,
-                     .state_dim = (int)o->state_dim};
+                     .state_dim = (int)o->state_dim,
+                     .no_rope = (int)o->no_rope};
     *c = config;
     if (c->mixer < 0)
         return wrong(error, NULL, "--mixer takes sessa, attention or mamba2, not '%s'", o->mixer);
@@ -5117,6 +5236,8 @@ static int config_of(Config *c, const Options *o, char *error) {
                      c->d_model);
     if (c->mixer != MAMBA2 && o->head_dim + o->state_dim)
         return wrong(error, NULL, "--head-dim and --state-dim are for mamba2");
+    if (c->mixer == MAMBA2 && c->no_rope)
+        return wrong(error, NULL, "--no-rope is for sessa and attention: mamba2 has none");
     if (o->dim % o->heads)
         return wrong(error, NULL, "--heads %d does not divide --dim %d", c->n_heads, c->d_model);
     if (o->dim / o->heads % 2)
@@ -5139,19 +5260,21 @@ static int config_of(Config *c, const Options *o, char *error) {
 // bytes its vocabulary. A resumed run goes on with the same bits: what it needs beside the file is
 // its data, whose hash is compared.
 
-typedef enum { WEIGHTS, RESUMABLE } Content;
+typedef enum { WEIGHTS, RESUMABLE, SNAPSHOT } Content; // a snapshot says that it is one, and stays
 
 // The options that a file stores, as its metadata; each as text that reads back as the same value.
 // Returns their number. Weights alone do not say how many steps the run has: it may go on without a
 // change of them.
 static int metadata_of(const Run *run, Content content, Meta *meta, char texts[][96], char *error) {
     static char format[] = "format", pt[] = "pt"; // readers of the transformers family ask for it
-    Meta first = {format, pt};
+    static char snapshot[] = "snapshot", yes[] = "1";
+    Meta first = {format, pt}, second = {snapshot, yes};
     int n = 0;
     meta[n++] = first;
+    if (content == SNAPSHOT) meta[n++] = second;
     for (int i = 0; i < N_OPTIONS; i++) {
         const Option *option = &option_table[i];
-        int stored = option->key && (content == RESUMABLE || !is_among(option, " steps "));
+        int stored = option->key && (content != WEIGHTS || !is_among(option, " steps "));
         const char *text = stored ? option_text(texts[i], &run->settings.values, option) : NULL;
         Options copy;
         if (!text) continue;
@@ -5208,11 +5331,11 @@ static void add_vocabulary(CheckpointFile *file, const Run *run) {
     if (size) file->tensors[file->n++] = t;
 }
 
-// Writes the weights, and RESUMABLE all that a run needs to go on, to a place. trial, total: see
+// Writes the weights, and but for WEIGHTS all that a run needs to go on, to a place. trial, total: see
 // safetensors_write.
 static int save_checkpoint(Run *run, Place *place, Content content, int trial, uint64_t *total,
                            char *error) {
-    int n_blocks = content == RESUMABLE ? 3 : 1;
+    int n_blocks = content == WEIGHTS ? 1 : 3;
     size_t n_tensors = (size_t)(n_blocks * run->table.n);
     size_t count = (size_t)n_blocks * (size_t)run->table.count;
     CheckpointFile file;
@@ -5220,7 +5343,7 @@ static int save_checkpoint(Run *run, Place *place, Content content, int trial, u
     file.tensors = (FileTensor *)calloc(n_tensors + 1, sizeof(FileTensor));
     file.names = (char (*)[96])malloc(n_tensors * 96);
     file.numbers = (float *)grow(NULL, (sizeof(real) == sizeof(float) ? 1 : count) * sizeof(float));
-    Meta meta[N_OPTIONS + 1];
+    Meta meta[N_OPTIONS + 2];
     char texts[N_OPTIONS][96];
     int result = 0, n_meta = 0;
     if (!file.tensors || !file.names || !file.numbers)
@@ -5322,6 +5445,8 @@ static int option_from_file(Run *run, const Option *option, const char *path, in
     const char *text = safetensors_meta(&run->file, option->key);
     if (!text) {
         int of_mamba2 = !strncmp(option->key, "mamba_", 6);
+        if (s->given[option - option_table] && is_among(option, " no-rope "))
+            return wrong(error, NULL, "--no-rope differs from %s, which has RoPE", path);
         if (may_lack(option) || (of_mamba2 && strcmp(s->values.mixer, "mamba2"))) return 0;
         return fail(error, path, "metadata %s is missing", option->key);
     }
@@ -5392,6 +5517,15 @@ static int read_checkpoint(Run *run, const char *path, char *error) {
 static const char *checkpoint_path(const Options *o) { return o->resume ? o->resume : o->load; }
 static int checkpoint_blocks(const Options *o) { return o->resume ? 3 : o->load ? 1 : 0; }
 
+// A run that goes on where a snapshot of it was taken has a file of its own.
+static int check_no_snapshot(const Run *run, char *error) {
+    const Options *o = &run->settings.values;
+    int in_place = o->resume && !strcmp(o->resume, o->out) && !o->overwrite;
+    if (!in_place || !safetensors_meta(&run->file, "snapshot")) return 0;
+    return wrong(error, o->resume, "a snapshot, which stays: --out names where the run goes on, "
+                                   "--overwrite goes on in it");
+}
+
 // Opens that file and takes from it what it says of the model or the run.
 static int open_checkpoint(Run *run, char *error) {
     const Options *o = &run->settings.values;
@@ -5403,6 +5537,7 @@ static int open_checkpoint(Run *run, char *error) {
     if (o->resume && has_weights && !is_run)
         return fail(error, path, "it holds weights alone, no run that could be resumed; --load "
                                  "starts from them");
+    if (check_no_snapshot(run, error)) return WRONG_OPTION;
     return settings_from_file(run, path, o->resume != NULL, error);
 }
 
@@ -5665,6 +5800,11 @@ static Score evaluate(Run *run, int64_t max_batches, int lasts) {
     return score;
 }
 
+// The bits that a validation loss in nats takes a byte, NAN where a token is not a byte.
+static double bits_per_byte(const Run *run, double loss) {
+    return run->vocab_bytes ? loss / log(2) : NAN;
+}
+
 // "name": number as a member of a JSON object, which knows no NaN and no infinity: null in their
 // place.
 static void print_member(FILE *out, const char *name, double number, int digits) {
@@ -5736,12 +5876,22 @@ static int same_file(const char *a, const char *b) {
     return !stat(one, &s) && !stat(other, &t) && same_place(&s, &t);
 }
 
-// The place of the best weights beside a run's file: x.best.safetensors beside x.safetensors.
-static int best_beside(char best[PATH_MAX], const char *out, char *error) {
+// A place beside a run's file: x.best.safetensors beside x.safetensors.
+static int place_beside(char place[PATH_MAX], const char *out, const char *word, char *error) {
     int stem = (int)strlen(out);
     if (stem > 12 && !strcmp(out + stem - 12, ".safetensors")) stem -= 12;
-    if (snprintf(best, PATH_MAX, "%.*s.best.safetensors", stem, out) < PATH_MAX) return 0;
+    if (snprintf(place, PATH_MAX, "%.*s.%s.safetensors", stem, out, word) < PATH_MAX) return 0;
     return fail(error, out, "cannot be written: the path is too long");
+}
+static int best_beside(char best[PATH_MAX], const char *out, char *error) {
+    return place_beside(best, out, "best", error);
+}
+
+// The place of the snapshot of a step: x.step500.safetensors.
+static int snapshot_beside(char path[PATH_MAX], const char *out, int64_t step, char *error) {
+    char word[32];
+    snprintf(word, sizeof(word), "step%lld", (long long)step);
+    return place_beside(path, out, word, error);
 }
 
 // Whether path names a lock or a temporary file of the place.
@@ -5763,6 +5913,19 @@ static const char *standard_stream(const char *path) {
     return NULL;
 }
 
+// Whether two paths share a file, where each may be a pattern of data.
+static int share_file(const char *a, const char *b) {
+    glob_t parts;
+    int shared = 0, expanded = a && expand(&parts, a);
+    const char *other = expanded ? b : a;
+    if (!expanded) expanded = b && expand(&parts, b);
+    if (!expanded) return same_file(a, b);
+    for (size_t i = 0; i < parts.gl_pathc; i++)
+        shared = shared || share_file(other, parts.gl_pathv[i]);
+    globfree(&parts);
+    return shared;
+}
+
 // Two of a run's files that are one file would destroy each other; so would what is printed.
 static int check_distinct(const Run *run, char *error) {
     enum { RESUME = 3, OUT = 4, N_PATHS = 7 };
@@ -5773,7 +5936,7 @@ static int check_distinct(const Run *run, char *error) {
     for (int i = 0; i < N_PATHS; i++) {
         for (int j = 0; j < i; j++) {
             int resumed = i == OUT && j == RESUME; // a run goes on in its own file
-            if (resumed || !same_file(paths[i], paths[j])) continue;
+            if (resumed || !share_file(paths[j], paths[i])) continue;
             return wrong(error, NULL, "%s and %s are one file: %.200s", names[j], names[i],
                          paths[i]);
         }
@@ -5843,7 +6006,8 @@ static int is_same_run(const Run *run, const Safetensors *file, int going_on) {
         const Option *option = &option_table[i];
         int content = is_among(option, " data_content val_content started_from ");
         if (!content && option->group != MODEL && option->group != TRAINING) continue;
-        if (weights_alone && is_among(option, " steps ")) continue;
+        int any_steps = weights_alone || safetensors_meta(file, "snapshot");
+        if (any_steps && is_among(option, " steps ")) continue;
         if (going_on && may_differ_at_resume(option)) continue;
         const char *theirs = safetensors_meta(file, option->key);
         const char *ours = option_text(text, &run->settings.values, option);
@@ -5969,6 +6133,90 @@ static int check_free(Run *run, char *error) {
         printf(" of the same settings and data is replaced\n");
     }
     return 0;
+}
+
+// Whether a snapshot is taken at the step where the run is.
+static int is_kept(const Options *o) {
+    return o->keep_every && o->step > 0 && o->step % o->keep_every == 0;
+}
+
+// Whether what lies at path may give way to a snapshot: one that this run, or the same run before,
+// wrote at that step.
+static int is_own_snapshot(const Run *run, const char *path) {
+    const Options *o = &run->settings.values;
+    Safetensors file;
+    char problem[ERROR_SIZE];
+    if (o->overwrite) return 1;
+    if (!(o->resume || o->again) || safetensors_read_header(&file, path, problem)) return 0;
+    int own = safetensors_meta(&file, "snapshot") && is_same_run(run, &file, 0);
+    safetensors_free(&file);
+    return own;
+}
+
+// The snapshot of the step where the run is. What came to its place meanwhile stays.
+static int save_snapshot(Run *run, char *error) {
+    const Options *o = &run->settings.values;
+    Place place;
+    char path[PATH_MAX], problem[ERROR_SIZE];
+    if (snapshot_beside(path, o->out, o->step, error)) return FAILED;
+    if (lies_there(path, problem) && !is_own_snapshot(run, path))
+        return fail(error, path, "another file was put there meanwhile, which stays");
+    if (settle(&place, path, o->out, error)) return FAILED;
+    return save_checkpoint(run, &place, SNAPSHOT, 0, NULL, error);
+}
+
+// The step in the name of a snapshot beside `out`, a path without folders; 0 if it is none. *behind:
+// what follows in the name.
+static int64_t snapshot_step(const char *name, const char *out, const char **behind) {
+    char expected[PATH_MAX], problem[ERROR_SIZE];
+    const char *digits = NULL;
+    for (const char *at = name; (at = strstr(at, ".step")) != NULL;) digits = at += 5;
+    if (!digits || *digits < '1' || *digits > '9') return 0;
+    int64_t step = strtoll(digits, NULL, 10);
+    if (snapshot_beside(expected, out, step, problem)) return 0;
+    size_t length = strlen(expected);
+    *behind = name + length;
+    return strncmp(name, expected, length) ? 0 : step;
+}
+
+// What lies at a place where a snapshot will be written: 0 if it may be replaced.
+static int check_snapshot(const Run *run, const char *path, char *error) {
+    const Options *o = &run->settings.values;
+    const char *inputs[] = {o->data, o->val, o->load, o->resume, o->log};
+    char what[ERROR_SIZE];
+    for (int i = 0; i < 5; i++)
+        if (share_file(inputs[i], path))
+            return wrong(error, path, "the snapshot would replace a file that the run is given");
+    if (is_own_snapshot(run, path)) {
+        print_quoted(path);
+        printf(" is replaced when its step comes\n");
+        return 0;
+    }
+    describe(what, path);
+    return wrong(error, NULL,
+                 "%.150s is there: %.250s --out names another place, --overwrite replaces it", path,
+                 what);
+}
+
+// Looks where snapshots of the steps to come will lie, and removes what killed runs left of theirs.
+static int check_snapshots(const Run *run, char *error) {
+    const Options *o = &run->settings.values;
+    char folder[PATH_MAX], path[PATH_MAX];
+    const char *slash = strrchr(o->out, '/'), *out = slash ? slash + 1 : o->out, *behind = "";
+    int length = slash ? (int)(slash + 1 - o->out) : 1;
+    snprintf(folder, sizeof(folder), "%.*s", length, slash ? o->out : ".");
+    DIR *dir = o->keep_every ? opendir(folder) : NULL;
+    int result = 0;
+    if (!dir) return 0;
+    for (struct dirent *entry; !result && (entry = readdir(dir)) != NULL;) {
+        int64_t step = snapshot_step(entry->d_name, out, &behind);
+        if (step && run->out_place.lock >= 0 && is_temporary_name(behind, ""))
+            unlinkat(dirfd(dir), entry->d_name, 0);
+        if (step <= o->step || step > o->steps || step % o->keep_every || *behind) continue;
+        if (!snapshot_beside(path, o->out, step, error)) result = check_snapshot(run, path, error);
+    }
+    closedir(dir);
+    return result;
 }
 
 // Whether the best weights at path are the resumed run's: 1 or 0, FAILED with the line where they
@@ -6126,24 +6374,60 @@ static int id_of_byte(const Run *run, char byte) {
     return place ? (int)((const unsigned char *)place - run->vocab) : -1;
 }
 
-// Reads the prompt as token ids: its bytes' ids, or, without a vocabulary of bytes, numbers between
+// Reads a stream to its end into fresh memory with a zero behind it: a pipe does not tell its size.
+static int read_stream(int fd, const char *path, unsigned char **bytes, size_t *size, char *error) {
+    size_t room = 1 << 16;
+    *size = 0;
+    *bytes = NULL;
+    for (;; room *= 2) {
+        unsigned char *larger = room > 1 << 30 ? NULL : (unsigned char *)grow(*bytes, room + 1);
+        if (!larger) return fail(error, path, "it does not fit in memory, or is no prompt");
+        *bytes = larger;
+        int64_t got = read_bytes(fd, *bytes + *size, room - *size);
+        if (got < 0) return fail(error, path, "%s", strerror(errno));
+        *size += (size_t)got;
+        (*bytes)[*size] = 0;
+        if (*size < room) return 0;
+    }
+}
+
+// Takes the prompt from --prompt-file, if that is given.
+static int read_prompt(Run *run, char *error) {
+    Options *o = &run->settings.values;
+    const char *path = o->prompt_file;
+    size_t size;
+    if (!path) return 0;
+    int standard = !strcmp(path, "-");
+    int fd = standard ? STDIN_FILENO : open(path, O_RDONLY | O_CLOEXEC);
+    const char *name = standard ? "standard input" : path;
+    if (fd < 0) return fail(error, path, "%s", strerror(errno));
+    int result = read_stream(fd, name, &run->prompt, &size, error);
+    if (!standard) close(fd);
+    if (!result && strlen((char *)run->prompt) < size)
+        result = fail(error, name, "it holds a byte 0, which no prompt may");
+    o->prompt = (char *)run->prompt;
+    return result;
+}
+
+// Reads a prompt as token ids: its bytes' ids, or, without a vocabulary of bytes, numbers between
 // spaces. Returns their number, or WRONG_OPTION. ids has room for strlen(prompt) + 1.
 static int encode_prompt(const Run *run, const char *prompt, int *ids, char *error) {
     int n = 0, V = run->config.vocab_size;
     for (; run->vocab_bytes && prompt[n]; n++) {
         ids[n] = id_of_byte(run, prompt[n]);
         if (ids[n] < 0)
-            return wrong(error, NULL, "--prompt: the vocabulary lacks its byte %d, 0x%02X", n,
+            return wrong(error, NULL, "%s: the vocabulary lacks its byte %d, 0x%02X",
+                         run->settings.values.prompt_file ? "--prompt-file" : "--prompt", n,
                          (unsigned char)prompt[n]);
     }
     while (!run->vocab_bytes && *prompt) {
         char *end;
         long id = strtol(prompt, &end, 10);
-        if (end == prompt || id < 0 || id >= V || (*end && *end != ' '))
+        if (end == prompt || id < 0 || id >= V || (*end && !isspace((unsigned char)*end)))
             return wrong(error, NULL, "--prompt takes token ids from 0 to %d between spaces",
                          V - 1);
         ids[n++] = (int)id;
-        prompt = end + strspn(end, " ");
+        prompt = end + strspn(end, " \t\n\v\f\r");
     }
     return n;
 }
@@ -6171,22 +6455,53 @@ static void print_byte(Character *c, unsigned char byte) {
     }
 }
 
-// What generation needs beside the model: the tokens so far, and scratch (V).
+// What --stop waits for: the bytes of a text or, without a vocabulary of bytes, token ids; and as
+// many of those that were written last.
+typedef struct { int *wanted, *last, n; } Stop;
+
+// Takes the byte or id that was written: whether that completes what is waited for.
+static int stop_reached(Stop *stop, int written) {
+    if (!stop->n) return 0;
+    size_t size = (size_t)stop->n * sizeof(int);
+    memmove(stop->last, stop->last + 1, size - sizeof(int));
+    stop->last[stop->n - 1] = written;
+    return !memcmp(stop->last, stop->wanted, size);
+}
+
+// What generation needs beside the model: the tokens so far, of which the first are the prompt's,
+// and scratch (V).
 typedef struct {
-    const char *prompt;
-    int *tokens, count;
+    const char *text; // the prompt
+    int *tokens, count, prompt_count;
+    Stop stop;
+    Character character;
     real *logits;
     Candidate *candidates;
 } Generation;
 
-// Writes n sampled tokens behind those that are there, as they are made. When the positions that
-// the model remembers are full, the last half is read afresh.
+// Writes a token. 1: with it the sample ends. The bytes of a token that stand behind the text to
+// stop at are not written.
+static int write_token(const Run *run, Generation *g, int id) {
+    if (run->vocab_bytes) {
+        print_byte(&g->character, run->vocab[id]);
+        return stop_reached(&g->stop, run->vocab[id]);
+    }
+    int first = g->count == g->prompt_count && !*g->text;
+    printf(first ? "%d" : " %d", id);
+    return stop_reached(&g->stop, id);
+}
+
+// Writes the prompt and behind it n sampled tokens, as they are made, or as many as --stop asks
+// for. When the positions that the model remembers are full, the last half is read afresh.
 static int generate_tokens(Run *run, Generation *g, int64_t n, uint64_t random, char *error) {
     const Options *o = &run->settings.values;
-    int V = run->config.vocab_size, T = run->model_T;
+    int V = run->config.vocab_size, T = run->model_T, stopped = 0;
     int fed = 0, begin = 0; // the model has seen `fed` tokens and remembers them from `begin` on
-    Character character = {{0}, 0};
-    for (int64_t made = 0; made < n && !interrupted; made++) {
+    g->count = g->prompt_count;
+    g->character.n = 0;
+    for (int i = 0; i < g->stop.n; i++) g->stop.last[i] = -1;
+    for (const char *byte = g->text; *byte; byte++) print_byte(&g->character, (unsigned char)*byte);
+    for (int64_t made = 0; made < n && !interrupted && !stopped; made++) {
         if (g->count - begin > T) {
             int half = T > 1 ? T / 2 : 1;
             begin = g->count - (made ? half : T);
@@ -6197,9 +6512,8 @@ static int generate_tokens(Run *run, Generation *g, int64_t n, uint64_t random, 
         int id = sample_token(g->logits, g->candidates, V, o->temperature, o->top_k, o->top_p,
                               &random);
         if (id < 0) return fail(error, NULL, "a logit is not finite: the weights are spoilt");
+        stopped = write_token(run, g, id);
         g->tokens[g->count++] = id;
-        if (run->vocab_bytes) print_byte(&character, run->vocab[id]);
-        else printf(made || *g->prompt ? " %d" : "%d", id);
         if (fflush(stdout)) return fail(error, "standard output", "%s", strerror(errno));
     }
     if (putchar('\n') == EOF || fflush(stdout))
@@ -6207,32 +6521,62 @@ static int generate_tokens(Run *run, Generation *g, int64_t n, uint64_t random, 
     return 0;
 }
 
-// Writes the prompt and n sampled tokens to standard output.
+// Makes the prompt and --stop tokens. Nothing to go on from: a new line, or token 0.
+static int begin_generation(const Run *run, Generation *g, const char *stop, char *error) {
+    int n = encode_prompt(run, g->text, g->tokens, error);
+    if (n < 0) return n;
+    if (!n) {
+        int newline = id_of_byte(run, '\n');
+        g->tokens[n++] = newline < 0 ? 0 : newline;
+    }
+    g->prompt_count = n;
+    for (; run->vocab_bytes && stop[g->stop.n]; g->stop.n++) {
+        char byte = stop[g->stop.n];
+        if (id_of_byte(run, byte) < 0)
+            return wrong(error, NULL, "--stop: the vocabulary lacks its byte %d, 0x%02X", g->stop.n,
+                         (unsigned char)byte);
+        g->stop.wanted[g->stop.n] = (unsigned char)byte;
+    }
+    if (run->vocab_bytes) return 0;
+    n = encode_prompt(run, stop, g->stop.wanted, error);
+    if (n < 0) return wrong(error, NULL, "--stop takes token ids from 0 to %d between spaces",
+                            run->config.vocab_size - 1);
+    g->stop.n = n;
+    return 0;
+}
+
+// Writes samples to standard output, each the prompt and n tokens. The i-th follows from `random`
+// and i alone; lines of --- stand between them.
 static int generate(Run *run, const char *prompt, int64_t n, uint64_t random, char *error) {
-    size_t V = (size_t)run->config.vocab_size, length = strlen(prompt);
+    const Options *o = &run->settings.values;
+    const char *stop = o->stop ? o->stop : "";
+    size_t V = (size_t)run->config.vocab_size, length = strlen(prompt), n_stop = strlen(stop) + 1;
     double bytes = (double)V * (sizeof(real) + sizeof(Candidate)) +
-                   ((double)n + (double)length) * sizeof(int);
+                   ((double)n + (double)length + 2 * (double)n_stop) * sizeof(int);
     if (check_room(bytes, NULL, "what is generated", error)) return FAILED;
     Generation g;
-    g.prompt = prompt;
+    memset(&g, 0, sizeof(g));
+    g.text = prompt;
     g.logits = (real *)malloc(V * sizeof(real));
     g.candidates = (Candidate *)malloc(V * sizeof(Candidate));
     g.tokens = (int *)malloc((length + 2 + (size_t)n) * sizeof(int));
+    g.stop.wanted = (int *)malloc(n_stop * sizeof(int));
+    g.stop.last = (int *)malloc(n_stop * sizeof(int));
     int result;
-    if (!g.tokens || !g.candidates || !g.logits) result = fail(error, NULL, "out of memory");
-    else result = encode_prompt(run, prompt, g.tokens, error);
-    if (result >= 0) {
-        g.count = result;
-        fputs(prompt, stdout);
-        if (!g.count) { // nothing to go on from: a new line, or token 0
-            int newline = id_of_byte(run, '\n');
-            g.tokens[g.count++] = newline < 0 ? 0 : newline;
-        }
-        result = generate_tokens(run, &g, n, random, error);
+    if (!g.tokens || !g.candidates || !g.logits || !g.stop.wanted || !g.stop.last)
+        result = fail(error, NULL, "out of memory");
+    else
+        result = begin_generation(run, &g, stop, error);
+    for (int64_t i = 0; i < o->samples && !result && !interrupted; i++) {
+        uint64_t of_sample = i ? splitmix64(random ^ splitmix64((uint64_t)i)) : random;
+        if (i) printf("---\n");
+        result = generate_tokens(run, &g, n, of_sample, error);
     }
     free(g.logits);
     free(g.candidates);
     free(g.tokens);
+    free(g.stop.wanted);
+    free(g.stop.last);
     return result;
 }
 
@@ -6315,7 +6659,7 @@ static int log_open(Log *log, const Options *o, char *error) {
     memset(log, 0, sizeof(*log));
     log->path = o->log;
     log->cut_at = -1;
-    log->begins = o->resume != NULL;
+    log->begins = o->resume || o->go_on;
     log->previous = o->train_loss >= 0 ? o->train_loss : NAN;
     if (!o->log) return 0;
     if (log_open_file(log, error)) return FAILED;
@@ -6403,7 +6747,7 @@ static void print_resume_command(Run *run, const char *program) {
     for (int i = 0; i < N_OPTIONS; i++) {
         const Option *option = &option_table[i];
         char text[96];
-        int needed = option->group == WATCHING || is_among(option, " save-every ");
+        int needed = option->group == WATCHING || is_among(option, " save-every keep-every ");
         if (!s->given[i] || !needed) continue;
         printf(" --%s ", option->name);
         print_quoted(option_text(text, &s->values, option));
@@ -6449,7 +6793,7 @@ static void fill_fields(char fields[][80], const Options *o, const Step *s, doub
         snprintf(fields[OF_LEFT], 80, "%lld:%02d left", minutes, rest);
     }
     if (!score) return;
-    int has_accuracy = !isnan(score->accuracy), last = o->step == o->steps;
+    int has_accuracy = !isnan(score->accuracy), last = is_last(o);
     snprintf(fields[OF_VALIDATION], 80, "val %.4f", score->loss);
     if (has_accuracy) snprintf(fields[OF_ACCURACY], 80, "accuracy %.4f", score->accuracy);
     if (last) strcat(fields[has_accuracy ? OF_ACCURACY : OF_VALIDATION], " (whole split)");
@@ -6488,7 +6832,7 @@ static void print_step(Run *run, const Step *s, double left, const Score *score)
     }
     const char *terminal_type = getenv("TERM");
     int commands = terminal_type && strcmp(terminal_type, "dumb");
-    int stays = !columns || score || o->step == o->steps;
+    int stays = !columns || score || is_last(o);
     int room = columns > 1 ? columns - 1 : 0; // a full row would be left at once
     if (columns && length > room) length = room;
     printf("%s%.*s", columns ? "\r" : "", length, line);
@@ -6627,10 +6971,13 @@ static int store_run(Run *run, Training *t, char *error) {
 static int store_step(Run *run, Training *t, const Step *s, const Score *score, int validated,
                       int to_save, char *error) {
     Options *o = &run->settings.values;
-    int last = o->step == o->steps, scored = score->count > 0, result = 0;
-    int64_t validated_before = o->validated;
+    int scored = score->count > 0, result = 0;
+    int64_t validated_before = o->validated, since_before = o->since_best;
     double best_before = o->best_val;
     if (validated) o->validated = o->step;
+    if (validated && scored && o->patience)
+        o->since_best = score->loss < o->best_val ? 0 : o->since_best + 1;
+    int last = is_last(o);
     if (!last || !t->log.stream)
         result = log_line(&t->log, s, scored && !last ? score : NULL, error);
     if (!result && scored && score->loss < o->best_val) {
@@ -6640,18 +6987,21 @@ static int store_step(Run *run, Training *t, const Step *s, const Score *score, 
     if (result) {
         o->validated = validated_before;
         o->best_val = best_before;
+        o->since_best = since_before;
     }
-    if (!result && !to_save) return 0;
+    if (!result && !to_save && !last) return 0;
     char second[ERROR_SIZE]; // the first problem is what is told
     int saved = store_run(run, t, result ? second : error);
+    if (!result && !saved && is_kept(o)) saved = save_snapshot(run, error);
     return result ? result : saved;
 }
 
 // What follows an update: the step is judged, stored and printed.
 static int conclude_step(Run *run, Training *t, const Step *s, char *error) {
     Options *o = &run->settings.values;
-    int last = o->step == o->steps, due = o->eval_every && o->step % o->eval_every == 0;
-    int to_save = last || interrupted || (o->save_every && o->step % o->save_every == 0);
+    int due = o->eval_every && o->step % o->eval_every == 0;
+    int to_save = is_last(o) || interrupted || (o->save_every && o->step % o->save_every == 0);
+    to_save = to_save || is_kept(o);
     Score score;
     o->train_loss = s->loss;
     o->grad_norm = s->grad_norm;
@@ -6663,7 +7013,7 @@ static int conclude_step(Run *run, Training *t, const Step *s, char *error) {
     saving = 1;
     int result = store_step(run, t, s, &score, due && !score.broken, to_save, error);
     saving = 0;
-    if (result || last) return result;
+    if (result || is_last(o)) return result;
     double now = seconds(), so_far = now - t->start;
     double left = so_far / (double)(o->step - t->first_step) * (double)(o->steps - o->step);
     int scored = score.count > 0;
@@ -6671,6 +7021,14 @@ static int conclude_step(Run *run, Training *t, const Step *s, char *error) {
     print_step(run, s, left, scored ? &score : NULL);
     t->told = now;
     return 0;
+}
+
+// The loss of the whole split as others tell it.
+static void print_perplexity(const Run *run, double loss) {
+    double bits = bits_per_byte(run, loss);
+    printf("perplexity %.4g", exp(loss));
+    if (!isnan(bits)) printf(", %.4f bits per byte", bits);
+    printf(" (whole split)\n");
 }
 
 // The end of the last step: the whole split, the log's last line, and, if no validation came
@@ -6694,6 +7052,10 @@ static int conclude_run(Run *run, Training *t, const Step *s, char *error) {
     }
     saving = 0;
     if (!result) print_step(run, s, 0, whole);
+    if (!result && whole) print_perplexity(run, whole->loss);
+    if (!result && is_out_of_patience(o) && o->step < o->steps)
+        printf("no lower loss in %lld validations: the run ends before its %lld steps; "
+               "--resume goes on\n", (long long)o->since_best, (long long)o->steps);
     t->complete = !result && !score.broken;
     return result;
 }
@@ -6701,6 +7063,7 @@ static int conclude_run(Run *run, Training *t, const Step *s, char *error) {
 // Whether the file system has room for what a run keeps there: its file, the best weights, and a
 // temporary file beside them.
 static int check_disk(const Run *run, uint64_t run_size, uint64_t best_size, char *error) {
+    const Options *o = &run->settings.values;
     struct statvfs disk;
     char folder[PATH_MAX];
     const Place *out = &run->out_place, *best = &run->best_place;
@@ -6709,7 +7072,12 @@ static int check_disk(const Run *run, uint64_t run_size, uint64_t best_size, cha
     double needed = (double)run_size + (double)best_size + (double)run_size;
     if (out->there) needed -= (double)out->known.st_size;
     if (best->there) needed -= (double)best->known.st_size;
-    double left = (double)disk.f_bavail * (double)disk.f_frsize;
+    double left = (double)disk.f_bavail * (double)disk.f_frsize, kept = 0;
+    int64_t every = o->keep_every;
+    if (every) kept = (double)run_size * (double)(o->steps / every - o->step / every);
+    if (needed <= left && needed + kept > left)
+        print_warning(out->path, "the snapshots take another %.1f MiB, %.1f are left",
+                      (needed + kept) / 0x1p20, left / 0x1p20);
     if (needed <= left) return 0;
     return fail(error, out->path,
                 "No space left on device: the run's files take another %.1f MiB, %.1f are left",
@@ -6731,13 +7099,18 @@ static int begin_training(Run *run, Training *t, char *error) {
         t->sampler = run->backend->create(&run->config, 1, (int)o->seq, GENERATE, error);
         if (!t->sampler) return FAILED;
     }
-    return log_open(&t->log, o, error);
+    int result = log_open(&t->log, o, error);
+    if (result || !o->go_on || o->resume) return result;
+    saving = 1; // whatever ends the program, --continue finds its run and knows its log
+    result = store_run(run, t, error);
+    saving = 0;
+    return result;
 }
 
 // The steps up to the last one, or to a signal.
 static int train_steps(Run *run, Training *t, Step *s, char *error) {
     Options *o = &run->settings.values;
-    while (o->step < o->steps && !interrupted) {
+    while (o->step < o->steps && !is_out_of_patience(o) && !interrupted) {
         double begin = seconds();
         s->rate = learning_rate(o, o->step);
         if (train_step(run, &s->loss, &s->grad_norm, error)) return FAILED;
@@ -6778,22 +7151,24 @@ static Step step_before(const Run *run) {
 }
 
 // What a stop or a kill left open of the resumed step: its line in the log, its validation, of the
-// last step the end.
-typedef struct { int line, validation, end; } Unfinished;
+// last step the end, and its snapshot.
+typedef struct { int line, validation, end, snapshot; } Unfinished;
 
 static Unfinished find_unfinished(const Run *run, const Log *log, int renamed) {
     const Options *o = &run->settings.values;
-    char ignored[ERROR_SIZE];
-    Unfinished open = {0, 0, 0};
+    char path[PATH_MAX], ignored[ERROR_SIZE];
+    Unfinished open = {0, 0, 0, 0};
     if (!o->resume) return open;
+    if (is_kept(o) && !renamed && !snapshot_beside(path, o->out, o->step, ignored))
+        open.snapshot = !lies_there(path, ignored);
     int known = o->step > 0 && o->train_loss >= 0;
     int due = o->eval_every && o->step % o->eval_every == 0;
     int logged = log->file && !log->stream;
     open.line = known && logged && log->last == o->step - 1;
     open.validation = known && due && o->validated >= 0 && o->validated < o->step;
-    if (o->step != o->steps) return open;
+    if (!is_last(o)) return open;
     open.end = open.validation || renamed || (known && logged && !log->complete);
-    open.end = open.end || !lies_there(run->best_path, ignored);
+    open.end = open.end || open.snapshot || !lies_there(run->best_path, ignored);
     return open;
 }
 
@@ -6803,17 +7178,22 @@ static int train_to_end(Run *run, Training *t, char *error) {
     int renamed = o->resume && strcmp(o->out, o->resume), result = 0;
     Unfinished open = find_unfinished(run, &t->log, renamed);
     Step s = step_before(run);
-    t->idle = o->step >= o->steps && !open.end;
+    t->idle = (o->step >= o->steps || is_out_of_patience(o)) && !open.end;
     if (t->idle) {
-        printf("nothing to do: %lld of %lld steps are done\n", (long long)o->step,
+        printf("nothing to do: %lld of %lld steps are done", (long long)o->step,
                (long long)o->steps);
+        if (o->step < o->steps)
+            printf(", and %lld validations were no better: a larger --patience goes on, or none",
+                   (long long)o->since_best);
+        printf("\n");
         return 0;
     }
     if (open.line) result = log_line(&t->log, &s, NULL, error);
     if (!result && open.validation) result = conclude_step(run, t, &s, error);
+    else if (!result && open.snapshot) result = save_snapshot(run, error);
     if (!result) result = train_steps(run, t, &s, error);
     if (!result && (interrupted || renamed)) result = save_stopped(run, t, error);
-    if (!result && o->step == o->steps) result = conclude_run(run, t, &s, error);
+    if (!result && is_last(o)) result = conclude_run(run, t, &s, error);
     return result;
 }
 
@@ -6933,6 +7313,16 @@ static int fill_model(Run *run, char *error) {
     return 0;
 }
 
+// With --continue: a run that lies at --out is resumed, whatever it was started from.
+static int find_run(Options *o, char *error) {
+    int there = o->go_on ? lies_there(o->out, error) : 0;
+    if (there > 0) {
+        o->resume = o->out;
+        o->load = NULL;
+    }
+    return there < 0 ? FAILED : 0;
+}
+
 // Opens files and data and makes the model, ready to go. What can be refused is refused as early as
 // it is known: options that do not go together before anything is read, what may not be replaced
 // before the data, a file that lacks a tensor before memory is taken for the model.
@@ -6941,6 +7331,7 @@ static int prepare(Run *run, char *error) {
     int training = is_training(o), result;
     if (check_options(&run->settings, error)) return WRONG_OPTION;
     plain = (int)o->plain;
+    if (find_run(o, error)) return FAILED;
 
     // a run goes on in its own file; its places are locked before anything is read that another run
     // might be writing
@@ -6951,6 +7342,7 @@ static int prepare(Run *run, char *error) {
     if ((result = open_checkpoint(run, error))) return result;
     settle_defaults(o);
     if (config_of(&run->config, o, error)) return WRONG_OPTION;
+    if ((result = read_prompt(run, error))) return result;
 
     // --again compares the data's hash as well: it looks at what is there once the data is read
     if (training && (result = check_distinct(run, error))) return result;
@@ -6958,6 +7350,7 @@ static int prepare(Run *run, char *error) {
     if (!o->generate && (result = open_data(run, error))) return result;
     if (training && o->again && (result = check_free(run, error))) return result;
     if (o->resume && (result = check_best(run, error))) return result;
+    if (training && (result = check_snapshots(run, error))) return result;
     if (config_of(&run->config, o, error)) return WRONG_OPTION; // now with the data's T and V
 
     if (make_table(run, error)) return FAILED;
@@ -6972,7 +7365,10 @@ static int print_evaluation(Run *run, char *error) {
     if (!score.count)
         return fail(error, NULL, "no validation loss: the validation part has no targets");
     if (!isfinite(score.loss)) return fail(error, NULL, "the validation loss is %g", score.loss);
+    double bits = bits_per_byte(run, score.loss);
     printf("val_loss %.6f%s\n", score.loss, run->val_note);
+    printf("perplexity %.6g\n", exp(score.loss));
+    if (!isnan(bits)) printf("bits_per_byte %.6f\n", bits);
     if (!isnan(score.accuracy)) printf("val_accuracy %.6f\n", score.accuracy);
     for (int k = 0; k < LAG_BINS; k++) {
         if (isnan(score.by_lag[k])) continue;
@@ -6994,6 +7390,10 @@ static void print_model(const Run *run) {
     if (run->train.kind == DATA_SHARD && !from_file && !is_given(&run->settings, "vocab"))
         printf("vocabulary: %d, that of the tokenizer of such shards; --vocab names another\n",
                c->vocab_size);
+    if (o->go_on && o->resume) {
+        print_quoted(o->out);
+        printf(" is there: its run goes on behind step %lld\n", (long long)o->step);
+    }
     print_changes(run);
 }
 
@@ -7041,6 +7441,7 @@ static void run_free(Run *run) {
     free(run->targets);
     free(run->hits);
     free(run->order);
+    free(run->prompt);
     free(run->old_best);
     dataset_free(&run->train);
     dataset_free(&run->val);
@@ -7058,13 +7459,12 @@ static int run_program(int argc, char **argv, const Backend *backend) {
     open_closed();
     use_allowed_threads();
     atexit(remove_locks);
-    int result = parse_options(&run.settings, argc, argv, error), helped = result == 1;
-    if (helped) {
-        print_help(argv[0]);
-        result = 0;
-    }
-    if (!result && !helped) result = prepare(&run, error);
-    if (!result && !helped) result = perform(&run, argv[0], error);
+    int result = parse_options(&run.settings, argc, argv, error), told = result > 0;
+    if (result == HELP) print_help(argv[0]);
+    if (result == TELL_VERSION) print_version(backend);
+    if (told) result = 0;
+    if (!result && !told) result = prepare(&run, error);
+    if (!result && !told) result = perform(&run, argv[0], error);
     end_line(&run);
     if (!result && (fflush(stdout) || ferror(stdout)))
         result = fail(error, "standard output", "closed, or on a full disk");

@@ -1175,6 +1175,7 @@ static void attention_backward_gpu(X *dq, X *dk, X *dv, float *dbias, Scratch sc
             attention_group_backward_gpu(item, heads, dq, dk, dv, both, dout, stats, q, k, v, shape, way->P,
                                          stream);
     }
+    if (!rope.half) turned = 0; // --no-rope
     if (dbias)
         rope_bias_backward_gpu(dq, dbias, shape.ld, rope, shape.B * shape.T, turned, width, sums, stream);
 }
@@ -1578,7 +1579,7 @@ static void direct_read_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int fir
     LayerWeights *w = &m->weights.layers[l];
     LayerActivationsGPU<X> *a = &m->acts.layers[l];
     X *q = a->proj + (size_t)first * E, *k = a->proj + D, *v = k + G * d, *o = w->W_o ? a->o : f;
-    rope_forward_gpu(q, E, m->acts.cosine, m->acts.sine, N, T - first, H + G, d, first, 1, stream);
+    if (!c->no_rope) rope_forward_gpu(q, E, m->acts.cosine, m->acts.sine, N, T - first, H + G, d, first, 1, stream);
     attention_forward_gpu(o, a->stats, m->acts.scratch, q, k, v, shape, &m->ways.attention, stream);
     if (w->W_o) linear_forward_gpu(f, D, o, as_x(m, w->W_o), (const X *)NULL, N, D, D, stream);
 }
@@ -1593,14 +1594,14 @@ static void direct_read_backward_gpu(ModelGPU<X> *m, int l, int B, int T, cudaSt
     LayerActivationsGPU<X> *a = &m->acts.layers[l];
     ActivationsGPU<X> *back = &m->acts;
     const X *k = a->proj + D, *v = k + G * d, *out = w->W_o ? a->o : a->f;
+    Rope back_turned = {back->cosine, back->sine, T, c->no_rope ? 0 : d / 2, 0, -1};
     X *dk = back->dproj + D, *dv = dk + G * d, *dout = w->W_o ? back->dout : back->ds;
     if (w->W_o) {
         linear_backward_gpu(dout, NULL, back->ds, D, a->o, as_x(m, w->W_o), N, D, D, add, stream);
         linear_weight_gpu(dw->W_o, back->ds, D, a->o, N, D, D, add, beside(W_O_GRADIENT, in_ring(shape)));
     }
     attention_backward_gpu(back->dproj, dk, dv, dw->b_proj, back->scratch, dout, out, a->stats, a->proj, k, v,
-                           shape, &m->ways.attention, {back->cosine, back->sine, T, d / 2, 0, -1}, &m->sums,
-                           stream);
+                           shape, &m->ways.attention, back_turned, &m->sums, stream);
     linear_backward_gpu(back->dabar, dw->W_proj, back->dproj, E, a->abar, as_x(m, w->W_proj), N, D, E, add,
                         stream);
 }

@@ -324,7 +324,7 @@ static void uniform(double gamma, int T, int report) {
 
 static void check_model(int mixer) {
     enum { T = 45 };
-    Config config = {11, 12, 2, 2, 1, T, 0.999, mixer, mixer == MAMBA2 ? 8 : 0, mixer == MAMBA2 ? 5 : 0};
+    Config config = {11, 12, 2, 2, 1, T, 0.999, mixer, mixer == MAMBA2 ? 8 : 0, mixer == MAMBA2 ? 5 : 0, 0};
     char error[ERROR_SIZE];
     Model *m = model_create(&config, 1, T, TRAIN, error);
     if (!m) { fprintf(stderr, "influence: %s\n", error); exit(1); }
@@ -494,7 +494,7 @@ int main(int argc, char **argv) {
     run.backend = &cpu_backend;
     run.order_epoch = -1;
     int result = parse_options(&run.settings, n, rest, error);
-    if (result == 1) return usage();
+    if (result > 0) return usage();
     if (!result && (run.settings.values.generate || run.settings.values.eval || run.settings.values.resume))
         result = wrong(error, NULL, "--generate, --eval and --resume have no place here");
     if (!result && run.settings.values.seq > 16384) result = wrong(error, NULL, "--seq must not exceed 16384: matrices of T x T are made");

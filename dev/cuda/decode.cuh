@@ -258,7 +258,7 @@ template <typename X> static void hidden_decode_gpu(ModelGPU<X> *m, cudaStream_t
                       stream);
         decode_projections_gpu(a->proj, a->gamma, a->ag, as_x(m, w->W_proj), as_x(m, w->b_proj),
                                w->gamma_weight, w->gamma_bias, (float)c->gamma_max, rope, first, E, D,
-                               (H + G) * d, stream);
+                               c->no_rope ? 0 : (H + G) * d, stream);
         decode_attention_gpu(parts, a->proj, a->s, first, E, D, H, G, feedback, splits, stream);
         decode_mix_gpu(a->s, a->gated, parts, a->gamma, as_x(m, w->W_o ? w->W_o : w->W_out), a->ag + D, first,
                        D, H, splits, feedback, !w->W_o, stream);

@@ -3,7 +3,7 @@ computed in float64 from weights that float32 holds exactly and rounded once, fo
 
   dev/pytorch/dump.py my_dump.safetensors --dim 64 --heads 4 --kv-heads 2 --layers 3 --seq 100
   dev/pytorch/dump.py my_dump.safetensors --mixer mamba2 --mamba-head-dim 16 --mamba-state-dim 8
-  dev/pytorch/dump.py --committed        # data/ref_sessa, ref_one_head, ref_attention, ref_mamba2
+  dev/pytorch/dump.py --committed        # data/ref_sessa, ref_one_head, ref_no_rope, ref_attention, ref_mamba2
 """
 import argparse
 import copy
@@ -99,6 +99,7 @@ def random_batch(config, B, T, ignored, seed=1):
 COMMITTED = {   # name: (configuration, B, T, part of the targets that is ignored, clip: some steps' norms are above, some below)
     "ref_sessa": (Config(23, 16, 2, n_heads=4, n_kv_heads=2, max_seq_len=40), 2, 29, 0.2, 3.0),
     "ref_one_head": (Config(17, 12, 2, n_heads=1, max_seq_len=19, gamma_max=0.9), 2, 19, 0.0, 2.25),
+    "ref_no_rope": (Config(13, 12, 2, n_heads=2, n_kv_heads=1, max_seq_len=21, no_rope=True), 2, 21, 0.1, 2.5),
     "ref_attention": (Config(19, 16, 2, n_heads=2, n_kv_heads=1, max_seq_len=18, mixer="attention"), 2, 18, 0.3, 3.1),
     # three heads; T is no multiple of a chunk, whatever the chunk
     "ref_mamba2": (Config(21, 12, 2, n_heads=1, max_seq_len=37, mixer="mamba2", mamba_head_dim=8, mamba_state_dim=10), 2, 37, 0.2, 3.0),
@@ -113,6 +114,7 @@ def main():
                           ("losses", 5), ("seed", 0), ("mamba-head-dim", 0), ("mamba-state-dim", 64)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"[{default}]")
     parser.add_argument("--mixer", default="sessa", choices=("sessa", "attention", "mamba2"))
+    parser.add_argument("--no-rope", action="store_true", help="attention without RoPE")
     parser.add_argument("--gamma-max", type=float, default=0.999)
     parser.add_argument("--ignored", type=float, default=0.2, help="part of the targets that is -1 [0.2]")
     for name, value in {**HYPER, "learning_rate": 0.003}.items():   # wide models at 0.01 would magnify rounding errors
@@ -127,7 +129,7 @@ def main():
         hyper, n_losses, seed = HYPER, 5, 0
     else:
         config = Config(o.vocab, o.dim, o.layers, o.heads, o.kv_heads, o.seq, o.gamma_max, o.mixer,
-                        mamba_head_dim=o.mamba_head_dim, mamba_state_dim=o.mamba_state_dim)
+                        mamba_head_dim=o.mamba_head_dim, mamba_state_dim=o.mamba_state_dim, no_rope=o.no_rope)
         jobs = {o.file: (config, o.batch, o.seq, o.ignored, o.grad_clip)}
         hyper, n_losses, seed = {name: getattr(o, name) for name in HYPER}, o.losses, o.seed
     for path, (config, B, T, ignored, clip) in jobs.items():

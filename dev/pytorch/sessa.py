@@ -28,6 +28,7 @@ class Config:
     seed: int = 1337            # of the dropout masks
     mamba_head_dim: int = 0     # w, a divisor of E = 2D; 0: 64, or E if that is less
     mamba_state_dim: int = 64   # N
+    no_rope: bool = False       # the author's use_forward_rope=False
 
     def __post_init__(self):
         self.n_kv_heads = self.n_kv_heads or self.n_heads
@@ -132,7 +133,7 @@ class Mixer(nn.Module):
         super().__init__()
         D, d = c.d_model, c.d_model // c.n_heads
         self.heads, self.kv_heads, self.gamma_max = c.n_heads, c.n_kv_heads, c.gamma_max
-        self.feedback = c.mixer == "sessa"
+        self.feedback, self.no_rope = c.mixer == "sessa", c.no_rope
         self.q_proj = nn.Linear(D, D)                   # nn.Linear's own initial values are the ones wanted:
         self.k_proj = nn.Linear(D, c.n_kv_heads * d)    # weight and bias uniform in ±1/sqrt(in)
         self.v_proj = nn.Linear(D, c.n_kv_heads * d)
@@ -149,8 +150,10 @@ class Mixer(nn.Module):
 
     def forward(self, abar, cos, sin, mask, acts=None, cache=None):
         B, T, D = abar.shape
-        q = rope(self.q_proj(abar).view(B, T, self.heads, -1), cos, sin)                             # [14]
-        k = rope(self.k_proj(abar).view(B, T, self.kv_heads, -1), cos, sin)
+        q = self.q_proj(abar).view(B, T, self.heads, -1)                                             # [14]
+        k = self.k_proj(abar).view(B, T, self.kv_heads, -1)
+        if not self.no_rope:
+            q, k = rope(q, cos, sin), rope(k, cos, sin)
         v = self.v_proj(abar).view(B, T, self.kv_heads, -1)
         past = cache.length if cache else 0
         if acts is not None:
@@ -383,13 +386,13 @@ def config_of(metadata):
     """The model's configuration in a file's metadata."""
     kinds = {"gamma_max": float, "mixer": str}
     return Config(**{name: kinds.get(name, int)(metadata[name]) for name in METADATA + MAMBA_METADATA
-                     if name in metadata or name in METADATA})
+                     if name in metadata or name in METADATA}, no_rope=metadata.get("no_rope") == "1")
 
 
 def metadata_of(config):
     """What config_of reads: the model's configuration for a file's metadata."""
     names = METADATA + (MAMBA_METADATA if config.mixer == "mamba2" else ())
-    return {name: getattr(config, name) for name in names}
+    return {name: getattr(config, name) for name in names} | ({"no_rope": 1} if config.no_rope else {})
 
 
 def load_checkpoint(path):

@@ -205,7 +205,7 @@ static inline const Tensor *find_tensor(const Table *table, const char *name) {
 // A model's shape from what all mixers have; mamba2's own sizes are made of D.
 static inline Config config_with(int mixer, int V, int D, int L, int H, int G, int T) {
     int mamba2 = mixer == MAMBA2;
-    Config c = {V, D, L, H, G, T, 0.999, mixer, mamba2 ? D / 2 : 0, mamba2 ? 5 : 0};
+    Config c = {V, D, L, H, G, T, 0.999, mixer, mamba2 ? D / 2 : 0, mamba2 ? 5 : 0, 0};
     return c;
 }
 

@@ -337,6 +337,11 @@ static void check_help(void) {
     check(ok && told == options && !complaint_size, "--help names all %d options", options);
 }
 
+static void check_version(void) {
+    int ok = !run("--version") && said("train_sessa ") == (char *)output && !complaint_size;
+    check(ok && strchr((char *)output, '\n') == (char *)output + output_size - 1, "--version: one line");
+}
+
 static void test_command_line(void) {
     heading("the command line: what cannot work is refused");
     check_shard(1, 1);
@@ -346,6 +351,7 @@ static void test_command_line(void) {
     check_wrong_options();
     check_impossible_options();
     check_help();
+    check_version();
     reason = "; nothing was saved before";
     refuse(1, "--data text " TINY "--seq 12 --batch 2 --lr 1000 --warmup 0 --clip 0 --steps 400 "
               "--eval-every 0 --save-every 1000000 --out never.safetensors");
@@ -557,6 +563,127 @@ static void test_places(void) {
     check_what_is_there();
     check_again();
     check_locks();
+    clean_folder();
+    release();
+}
+
+// ----------------------------------------------------------------------------
+// snapshots, and jobs that are started again
+
+static const char kept[] = "--eval-every 5 --eval-batches 1 --keep-every 4";
+
+static void check_snapshots_taken(void) {
+    int ok = !run(OF_TEXT "--steps 10 %s --log k.log --out k.safetensors", kept);
+    ok = ok && exists("k.step4.safetensors") && exists("k.step8.safetensors");
+    check(ok && !exists("k.step10.safetensors"), "--keep-every 4: snapshots of steps 4 and 8 of 10");
+    ok = !run("%s --steps 10 --out plain.safetensors", run_of_text);
+    check(ok && same_files("k.safetensors", "plain.safetensors"), "they change no byte of the run");
+    ok = !run("--resume k.step4.safetensors --out l.safetensors --eval-every 5 --eval-batches 1");
+    check(ok && same_files("k.safetensors", "l.safetensors"), "a run goes on from one to the same bytes");
+    refuse_with("a snapshot, which stays", "--resume k.step4.safetensors");
+    ok = !run("--load k.step8.safetensors --data text --eval") && exists("k.step8.safetensors");
+    check(ok, "one is evaluated");
+}
+
+// Whose snapshots may be replaced, and which are made later.
+static void check_snapshots_there(void) {
+    copy_file("k.step8.safetensors", "eight.safetensors");
+    discard("k.safetensors");
+    discard("k.best.safetensors");
+    refuse_with("is there: a run of step", OF_TEXT "--steps 10 %s --out k.safetensors", kept);
+    refuse_with("is there: a run of step", OF_TEXT "--steps 10 --seed 2 %s --out k.safetensors --again", kept);
+    spill("k.step8.safetensors", "mine, not the run's", 19);
+    refuse_with("k.step8.safetensors is there: no checkpoint",
+                OF_TEXT "--steps 10 %s --out k.safetensors --again", kept);
+    copy_file("text", "k.step8.safetensors");
+    refuse_with("a file that the run is given",
+                "--data k.step8.safetensors --format bytes " ONE_LAYER "--seq 12 --batch 2 --steps 10 %s "
+                "--out k.safetensors --overwrite", kept);
+    int ok = !run("--resume k.step4.safetensors --out n.safetensors --steps 8 %s", kept);
+    check(ok && same_tensors("n.step8.safetensors", "eight.safetensors") && !exists("n.step4.safetensors"),
+          "resumed under another name its snapshots get that name");
+    discard("n.step8.safetensors");
+    ok = !run("--resume n.safetensors %s", kept) && exists("n.step8.safetensors");
+    check(ok && same_tensors("n.step8.safetensors", "eight.safetensors"),
+          "one that a kill left out is made when the run is resumed");
+    check(!run("--resume n.safetensors %s", kept) && said("nothing to do"), "and then there is nothing to do");
+}
+
+// A file that comes to a snapshot's place while the run trains.
+static void check_snapshot_arrives(void) {
+    static const char endless[] = "--run " OF_TEXT "--steps 100000 --eval-every 0 --keep-every 3000 "
+                                  "--out s.safetensors --log s.log";
+    pid_t child = start_and_wait_for_log(endless, "s.log", 3);
+    spill("s.step3000.safetensors", "mine\n", 5);
+    int code = finish(child);
+    size_t size = 0;
+    slurp("s.step3000.safetensors", &size);
+    check(code == 1 && size == 5 && complained("s.step3000.safetensors: another file was put there") &&
+              complained("s.safetensors holds step 3000"),
+          "a file that comes to a snapshot's place stays, and the run is saved");
+}
+
+static size_t snapshot_size;
+static void limit_files(void) {
+    struct rlimit limit = {snapshot_size - 1, snapshot_size - 1}; // the run's file, without that word, fits
+    setrlimit(RLIMIT_FSIZE, &limit);
+}
+
+// As on a disk that becomes full.
+static void check_snapshot_fails(void) {
+    slurp("k.step4.safetensors", &snapshot_size);
+    copy_file("k.safetensors", "whole.safetensors");
+    prepare_child = limit_files;
+    int code = run(OF_TEXT "--steps 10 %s --out w.safetensors", kept);
+    prepare_child = NULL;
+    check(code == 1 && complained("w.step4.safetensors: cannot be written: File too large") &&
+              complained("w.safetensors holds step 4") && !exists("w.step4.safetensors"),
+          "a snapshot that does not fit ends the run with one line; the run is saved");
+    int ok = !run("--resume w.safetensors %s", kept) && exists("w.step4.safetensors");
+    check(ok && same_files("w.safetensors", "whole.safetensors") &&
+              same_files("w.step4.safetensors", "k.step4.safetensors"), "and it goes on as if nothing had been");
+}
+
+// Started again and again by the same command.
+static void check_continue(void) {
+    static const char job[] = OF_TEXT "--steps 300 --decay-steps 300 --eval-every 100 --log j.log "
+                              "--out j.safetensors --continue";
+    double steps[512];
+    int killed = 0, ok;
+    for (int i = 0; i < 3; i++) { // before its first save, and behind
+        char line[512];
+        snprintf(line, sizeof(line), "--run %s", job);
+        pid_t child = start_and_wait_for_log(line, "j.log", 1 + 25 * i);
+        kill(child, SIGKILL);
+        killed += finish(child) == 128 + SIGKILL;
+    }
+    ok = !run("%s", job) && said("j.safetensors is there: its run goes on behind step");
+    ok = ok && read_log("j.log", "step", steps, 512) == 300;
+    ok = ok && !run(OF_TEXT "--steps 300 --eval-every 100 --log i.log --out i.safetensors");
+    check(ok && same_files("i.safetensors", "j.safetensors") &&
+              same_files("i.best.safetensors", "j.best.safetensors"),
+          "--continue: killed %d times and started again, the bytes of one run", killed);
+    check(!run("%s", job) && said("nothing to do"), "and at its end there is nothing to do");
+    refuse_with("--seed 2 differs", "%s --seed 2", job);
+    refuse_with("neither --resume", "%s --resume j.safetensors", job);
+    ok = !run(OF_TEXT "--load i.best.safetensors --steps 6 --out t.safetensors --continue --eval-every 0");
+    discard("i.best.safetensors");
+    ok = ok && !run("--data text --load i.best.safetensors --steps 9 --out t.safetensors --continue");
+    check(ok, "of a run that was started from weights, which are not read again");
+    spill("void.safetensors", "text", 4);
+    int code = run("%s --steps 3 --out void.safetensors --continue", run_of_text);
+    size_t size = 0;
+    slurp("void.safetensors", &size);
+    check(code == 1 && complained("void.safetensors") && size == 4, "what lies there and is no run stays");
+}
+
+static void test_kept(void) {
+    heading("snapshots, and jobs that are started again");
+    check_snapshots_taken();
+    check_snapshot_fails();
+    check_snapshots_there();
+    check_snapshot_arrives();
+    check_continue();
     clean_folder();
     release();
 }
@@ -822,8 +949,34 @@ static void check_nothing_to_judge(void) {
     check(code == 1 && complained("no targets"), "and --eval says so");
 }
 
+// With learning rate 0 no validation is better than the first.
+static void check_patience(void) {
+    static const char still[] = "--data text " ONE_LAYER "--seq 12 --batch 2 --lr 0 --min-lr 0 --warmup 5 "
+                                "--decay-steps 20 --eval-every 2 --eval-batches 2";
+    static const char watched[] = "--eval-every 2 --eval-batches 2 --log p.log";
+    double scores[64];
+    int ok = !run("%s --steps 20 --patience 2 --out p.safetensors --log p.log", still);
+    ok = ok && said("no lower loss in 2 validations: the run ends before its 20 steps") && said("saved to");
+    ok = ok && read_log("p.log", "val_loss", scores, 64) == 6 && isfinite(scores[5]);
+    check(ok, "--patience 2: the third validation is no better, the run ends as one that is done");
+    ok = !run("--resume p.safetensors --patience 2 %s", watched);
+    check(ok && said("nothing to do: 6 of 20 steps are done, and 2 validations"), "and is done at a resume");
+    ok = !run("--resume p.safetensors --patience 4 %s", watched);
+    check(ok && read_log("p.log", "step", scores, 64) == 10, "a larger --patience goes on");
+    ok = !run("%s --steps 20 --patience 4 --out q.safetensors", still);
+    check(ok && same_files("p.safetensors", "q.safetensors"), "to the bytes of a run that had it all along");
+    ok = !run("%s --steps 5 --patience 4 --out r.safetensors", still);
+    ok = ok && !run("--resume r.safetensors --steps 20 --patience 4 %s", "--eval-every 2 --eval-batches 2");
+    check(ok && same_files("r.safetensors", "q.safetensors"), "so does one that was stopped between");
+    ok = !run("--resume p.safetensors %s", watched) && !run("%s --steps 20 --out s.safetensors", still);
+    check(ok && same_files("p.safetensors", "s.safetensors"), "none goes on to the end, and leaves no trace");
+    refuse_with("--eval-every 0 makes none", "%s --steps 3 --out t --patience 2 --eval-every=0",
+                "--data text " ONE_LAYER);
+}
+
 static void test_judgement(void) {
     heading("what is saved was judged");
+    check_patience();
     check_wild("--eval-every 1");
     check_wild("--eval-every 0 --save-every 1");
     check_nothing_to_judge();
@@ -1088,6 +1241,76 @@ static void check_link(void) {
           "a link to a file that is not there yet stays a link");
 }
 
+// Several shards, or texts, are one stream in the order of their names: what is trained is what one file with
+// all of them gives.
+static void check_parts(void) {
+    static const char o[] = ONE_LAYER "--vocab 20 --seq 12 --batch 2 --eval-every 5";
+    enum { TOKENS = 500, SECOND = 100, THIRD = 350 };
+    static const int begins[] = {0, SECOND, THIRD, TOKENS};
+    static const char *const names[] = {"part_1.bin", "part_10.bin", "part_2.bin"};
+    size_t size;
+    unsigned char *whole = slurp("tokens.bin", &size), part[1024 + 2 * TOKENS];
+    const unsigned char *text = slurp("text", &size);
+    for (int i = 0; i < 3; i++) {
+        int32_t n = begins[i + 1] - begins[i];
+        memcpy(part, whole, 1024);
+        memcpy(part + 8, &n, 4);
+        memcpy(part + 1024, whole + 1024 + 2 * begins[i], 2 * (size_t)n);
+        spill(names[i], part, 1024 + 2 * (size_t)n);
+    }
+    int ok = !run("--data tokens.bin %s --steps 10 --out p.safetensors", o);
+    ok = ok && !run("--data part_*.bin %s --steps 10 --out q.safetensors", o);
+    check(ok && same_tensors("p.safetensors", "q.safetensors"), "three token shards as one: the same weights");
+    ok = !run("--data part_*.bin %s --steps 4 --decay-steps 10 --out r.safetensors", o);
+    ok = ok && !run("--resume r.safetensors --steps 10 --eval-every 5");
+    check(ok && same_files("q.safetensors", "r.safetensors"), "and resumed");
+    check(!run("--resume p.safetensors --data part_*.bin --steps 12"), "the content is what is compared");
+    spill("half_1.txt", text, 2500);
+    spill("half_2.txt", text + 2500, 6000 - 2500);
+    ok = !run("%s --steps 10 --out whole.safetensors", run_of_text);
+    ok = ok && !run("--data half_?.txt " ONE_LAYER "--seq 12 --batch 2 --eval-every 5 --eval-batches 1 --steps 10 "
+                    "--out halves.safetensors");
+    check(ok && same_tensors("whole.safetensors", "halves.safetensors"), "two texts as one");
+    refuse_with("one file", "--data part_*.bin %s --out part_2.bin --overwrite", o);
+    refuse_with("one file", "--data part_*.bin --val part_2.bin %s --out s", o);
+    refuse_with("one file", "--data part_2.bin --val part_*.bin %s --out s", o);
+    spill("part_3.bin", part, size = 1024 + 2 * (TOKENS - THIRD));
+    reason = "the run being resumed read";
+    refuse(1, "--resume q.safetensors --steps 12");
+    copy_file("text", "part_3.bin");
+    reason = "part_3.bin: of another kind";
+    refuse(1, "--data part_*.bin %s --out s", o);
+    reason = "No such file";
+    refuse(1, "--data none_*.bin %s --out s", o);
+    copy_file("set.safetensors", "part_1.set");
+    reason = "a pattern is for";
+    refuse(1, "--data part_?.set %s --out s", o);
+    reason = "";
+}
+
+static void check_no_rope(void) {
+    static const char o[] = OF_TEXT "--eval-every 5 --eval-batches 1 --decay-steps 10";
+    Safetensors file;
+    char text[32] = "";
+    int ok = !run("%s --no-rope --steps 10 --out n.safetensors", o) && !run("%s --steps 10 --out m.safetensors", o);
+    check(ok && !same_tensors("n.safetensors", "m.safetensors"), "--no-rope: another model");
+    int stored = ok && open_tensors(&file, "n.best.safetensors") && safetensors_meta(&file, "no_rope");
+    if (ok) safetensors_free(&file);
+    stored = stored && open_tensors(&file, "m.safetensors") && !safetensors_meta(&file, "no_rope");
+    if (ok) safetensors_free(&file);
+    check(stored, "its files say so, and those of others do not");
+    ok = !run("%s --no-rope --steps 4 --out l.safetensors", o);
+    ok = ok && !run("--resume l.safetensors --steps 10 --eval-every 5 --eval-batches 1");
+    check(ok && same_files("n.safetensors", "l.safetensors"), "resumed: the bytes of a run that was not stopped");
+    ok = !run("--load n.safetensors --generate 9 --temperature 0 --prompt abc") && output_size < 32;
+    if (ok) memcpy(text, output, output_size);
+    ok = ok && !run("--load n.safetensors --no-rope --plain --generate 9 --temperature 0 --prompt abc");
+    check(ok && !strcmp((char *)output, text), "it generates, fast and plain");
+    refuse_with("--no-rope differs", "--load m.safetensors --generate 3 --no-rope");
+    refuse_with("--no-rope differs", "--resume m.safetensors --steps 12 --no-rope");
+    refuse_with("mamba2 has none", "--data text --mixer mamba2 --no-rope --out s");
+}
+
 // Bytes of generated text come one by one; of é, €, an emoji, two bytes that are no UTF-8, and half a € at
 // the end.
 static void check_characters(void) {
@@ -1124,6 +1347,8 @@ static void test_oddities(void) {
     check_closed_descriptors();
     check_link();
     check_characters();
+    check_parts();
+    check_no_rope();
     safetensors_free(&file);
     clean_folder();
     release();
@@ -1137,6 +1362,7 @@ int main(int argc, char **argv) {
     test_command_line();
     test_long_runs();
     test_places();
+    test_kept();
     test_strangers();
     test_pieces();
     test_judgement();

@@ -382,6 +382,9 @@ static void check_evaluation(const Writer *w) {
                 "validation loss against windows counted by hand");
     int ok = !run("--load g.safetensors --data text --eval") && said("val_loss ") == (char *)output;
     check_error(ok ? fabs(atof((char *)output + 9) - sum) / sum : NAN, 1e-5, "--eval prints it");
+    const char *perplexity = said("\nperplexity "), *bits = said("\nbits_per_byte ");
+    ok = ok && perplexity && bits && fabs(atof(perplexity + 12) / exp(sum) - 1) < 1e-4;
+    check(ok && fabs(atof(bits + 15) * log(2) / sum - 1) < 1e-5, "and perplexity and bits per byte");
     check(lines == 60 && train_loss[59] < train_loss[0] - 0.3, "60 steps lower the loss from %.3f to %.3f",
           train_loss[0], train_loss[lines - 1]);
 }
@@ -442,10 +445,83 @@ static void check_seeds(void) {
 
 static void check_ids(void) {
     run("--data tokens.bin --vocab 20 " SMALL "--steps 1 --out n.safetensors");
+    int told = said("\nperplexity ") && !said("bits per byte");
+    told = told && !run("--load n.safetensors --data tokens.bin --eval") && said("\nperplexity ");
+    check(told && !said("bits_per_byte"), "tokens whose bytes are not known: perplexity alone");
     int ok = !run("--load n.safetensors --generate 5 --prompt 3~14~15"), numbers = 0;
     for (char *c = (char *)output; ok && (*c == ' ' || numbers == 0); numbers++) ok = strtol(c, &c, 10) < 20;
     check(ok && numbers == 8 && !strncmp((char *)output, "3 14 15 ", 8),
           "tokens without a vocabulary: ids in, ids out");
+}
+
+// A greedy text up to where some letters end that come in it, which are several tokens.
+static void check_stop(void) {
+    int ok = !run("--load g.safetensors --generate 60 --temperature 0 --prompt abc") && output_size == 64;
+    char text[65] = "", letters[4] = "", wanted[65] = "", ids[65] = "";
+    if (ok) memcpy(text, output, 64);
+    for (int at = 23; at < 60 && !*letters; at++) {
+        memcpy(letters, text + at, 3);
+        if (strchr(letters, ' ')) *letters = 0; // at which a test's words are split
+    }
+    const char *found = ok && *letters ? strstr(text + 3, letters) : NULL;
+    if (found) snprintf(wanted, sizeof(wanted), "%.*s\n", (int)(found + 3 - text), text);
+    ok = found && !run("--load g.safetensors --generate 60 --temperature 0 --prompt abc --stop %s", letters);
+    check(ok && !strcmp((char *)output, wanted), "--stop %s: the text ends behind it", letters);
+    ok = !run("--load g.safetensors --generate 5 --temperature 0 --prompt abc --stop aaaaaaaaaaaa");
+    check(ok && output_size == 9 && !memcmp(output, text, 8), "a text to stop at that does not come");
+
+    ok = !run("--load n.safetensors --generate 20 --prompt 3") && output_size < 65;
+    if (ok) memcpy(ids, output, output_size);
+    char *second = ok ? strchr(ids + 2, ' ') : NULL, *end = second ? strchr(second + 1, ' ') : NULL;
+    if (end) snprintf(wanted, sizeof(wanted), "%.*s\n", (int)(end - ids), ids);
+    if (second) *second = '~';
+    if (end) snprintf(text, sizeof(text), "%.*s", (int)(end - ids - 2), ids + 2);
+    ok = end && !run("--load n.safetensors --generate 20 --prompt 3 --stop %s", text);
+    check(ok && !strcmp((char *)output, wanted), "--stop with token ids: %s", text);
+    check(run("--load g.safetensors --generate 5 --stop Z") == 2 && complained("--stop"),
+          "a text to stop at that the model cannot write is refused");
+}
+
+// The i-th sample is the same of any number, and the first is that of no number.
+static void check_many(void) {
+    char one[64] = "", two[64] = "", three[128] = "";
+    static const char many[] = "--load g.safetensors --generate 30 --temperature 9 --prompt abc";
+    int ok = !run("%s", many) && output_size == 34;
+    if (ok) memcpy(one, output, 34);
+    ok = ok && !run("%s --samples 3", many) && output_size == 3 * 34 + 2 * 4;
+    if (ok) memcpy(three, output, output_size);
+    ok = ok && !run("%s --samples 2", many) && output_size == 2 * 34 + 4;
+    if (ok) memcpy(two, output + 38, 30);
+    check(ok && !memcmp(three, one, 34) && !memcmp(three, output, output_size) &&
+              !memcmp(three + 34, "---\n", 4) && memcmp(one, two, 30) && memcmp(two, three + 76, 30),
+          "--samples: lines of --- between them, each its own, the same in any number");
+}
+
+static void read_prompt_file(void) {
+    if (!freopen("prompt", "rb", stdin)) _exit(126);
+}
+
+static void check_prompt_file(void) {
+    static const char prompt[] = "ab cd\n\nefg hij abc\n", greedy[] = "--generate 9 --temperature 0";
+    size_t n = strlen(prompt);
+    spill("prompt", prompt, n);
+    int ok = !run("--load g.safetensors %s --prompt ab~cd\n\nefg~hij~abc\n", greedy) && output_size == n + 10;
+    const unsigned char *text = output;
+    ok = ok && !run("--load g.safetensors %s --prompt-file prompt", greedy);
+    check(ok && output_size == n + 10 && !memcmp(output, text, n + 10) && !memcmp(output, prompt, n),
+          "--prompt-file: all of it, as --prompt gives it");
+    prepare_child = read_prompt_file;
+    ok = ok && !run("--load g.safetensors %s --prompt-file -", greedy);
+    prepare_child = NULL;
+    check(ok && output_size == n + 10 && !memcmp(output, text, n + 10), "--prompt-file -: standard input");
+    spill("prompt", "ab\0c", 4);
+    int zero = run("--load g.safetensors %s --prompt-file prompt", greedy) == 1 && complained("a byte 0");
+    int absent = run("--load g.safetensors %s --prompt-file absent", greedy) == 1;
+    int both = run("--load g.safetensors %s --prompt-file prompt --prompt a", greedy) == 2;
+    check(zero && absent && both, "a file with a byte 0, none, and one beside --prompt are refused");
+    spill("prompt", "3 14\n15\n", 8);
+    ok = !run("--load n.safetensors --generate 2 --prompt-file prompt");
+    check(ok && !strncmp((char *)output, "3 14\n15\n ", 9), "token ids from a file, on several lines");
 }
 
 static void test_generation(void) {
@@ -464,6 +540,9 @@ static void test_generation(void) {
     check_greedy(&w);
     check_seeds();
     check_ids();
+    check_stop();
+    check_many();
+    check_prompt_file();
     model_free(w.model);
     safetensors_free(&w.file);
     release();

@@ -512,6 +512,7 @@ static void draw(Case *s, int i) {
     c->gamma_max = 0.999;
     c->vocab_size = log_between(2, 20000);
     c->mixer = kind >= 18 && kind <= 22 ? MAMBA2 : (kind >= 11 && kind <= 17) || kind == 26 ? ATTENTION : SESSA;
+    c->no_rope = c->mixer != MAMBA2 && kind % 10 == 5;
     s->precision = kind == 0 || kind == 11 || kind == 17 || kind == 18 ? FP32
                    : kind == 1 || kind == 12 || kind == 19             ? TF32
                                                                        : BF16;
