@@ -1,6 +1,7 @@
 """Tests of the generators of this folder and of the conversion to token shards: data/test_data.py, or pytest data/test_data.py.
 With --program ./train_sessa the program must also read what they write.
 """
+import contextlib
 import gettext
 import glob
 import hashlib
@@ -12,7 +13,7 @@ import sys
 import tempfile
 
 import numpy as np
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 DATA = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [DATA, os.path.join(DATA, "..", "dev", "pytorch")]
@@ -362,6 +363,44 @@ def test_words_are_the_library_s():
         print(f"      {len(translated)} lines of {languages} languages' catalogues, {len(lines) - len(translated)} of mixed scripts")
 
 
+REFERENCE = os.path.join(DATA, "babel_words.safetensors")
+REFERENCE_TEXT = """\
+All human beings are born free and equal in dignity and rights. They are endowed with reason and conscience and should act.
+Alle Menschen sind frei und gleich an Würde und Rechten geboren. Sie sind mit Vernunft und Gewissen begabt und sollen handeln.
+Tous les êtres humains naissent libres et égaux en dignité et en droits. Ils sont doués de raison et de conscience.
+Все люди рождаются свободными и равными в своем достоинстве и правах. Они наделены разумом и совестью.
+Όλοι οι άνθρωποι γεννιούνται ελεύθεροι και ίσοι στην αξιοπρέπεια και τα δικαιώματα.
+人人生而自由，在尊严和权利上一律平等。他们赋有理性和良心。
+सभी मनुष्यों को गौरव और अधिकारों के मामले में जन्मजात स्वतन्त्रता और समानता प्राप्त है।
+يولد جميع الناس أحرارا متساوين في الكرامة والحقوق. 😀 😀
+  for (int i = 0; i < 1234567; i++) {\t// 3.14159, 2026-11-29\r
+\t\tif (x[i]  ==  y[i] && !done) x[i]++;   \n\n\n        return;\x0b \x0c \x01 \x7f
+"""
+
+
+def write_reference(path):
+    """Words for train_sessa's tests, trained on the text above, and that text with the library's ids."""
+    import bpe
+    tokenizer = bpe.train(REFERENCE_TEXT, 400)
+    with contextlib.redirect_stdout(None):
+        bpe.write_words(path, tokenizer)
+    text = np.frombuffer(REFERENCE_TEXT.encode(), dtype=np.uint8)
+    save_file({**load_file(path), "text": text, "ids": bpe.encode(tokenizer, REFERENCE_TEXT).astype(np.uint16)}, path)
+
+
+def test_reference_words():
+    """The committed file is what this library makes: data/test_data.py --reference writes it anew."""
+    try:
+        import tokenizers
+    except ImportError:
+        raise Skip("tokenizers is not installed")
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "x.safetensors")
+        write_reference(path)
+        made, committed = load_file(path), load_file(REFERENCE)
+        assert made.keys() == committed.keys() and all((made[x] == committed[x]).all() for x in made)
+
+
 def shard_ids(path):
     raw = open(path, "rb").read()
     assert np.frombuffer(raw[:1024], "<i4")[2] == (len(raw) - 1024) // 2
@@ -438,4 +477,6 @@ def test_words_of_other_tokenizers():
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] == ["--reference"]:
+        sys.exit(write_reference(REFERENCE))
     run_tests(globals())
