@@ -4644,8 +4644,8 @@ static void copy_sequence(int *inputs, int *targets, const Dataset *set, int64_t
 //
 // A piece begins as the tokens of its bytes. The pair of neighbours with the lowest rank, the
 // leftmost of equal ones, becomes the token of both their bytes, until no pair has a rank. Without
-// merges, as for the words of another program's tokenizer, ids are printed as text, but a text's ids
-// are not known.
+// merges, as for the words of another program's tokenizer, ids are printed as text, but the ids of a
+// text are not known.
 
 // A pair of neighbours and the token that takes their place.
 typedef struct { int left, right, rank, product; } Merge;
@@ -4899,7 +4899,7 @@ static const Option option_table[] = {
     {DATA, "format", "data_format", TEXT, FIELD(format), "auto", 0, 0,
      "auto: told by what the file holds; bytes: any file as text"},
     {MODEL, "vocab", "vocab_size", INTEGER, FIELD(vocab), NULL, 1, MAX_VOCAB,
-     "of shards (else the tokenizer's: 50257, 128256), of examples (else from them)"},
+     "of shards (else their words', 50257, 128256), of examples (else from them)"},
     {MODEL, "mixer", "mixer", TEXT, FIELD(mixer), "sessa", 0, 0,
      "sessa, attention (no feedback) or mamba2"},
     {MODEL, "dim", "d_model", INTEGER, FIELD(dim), "128", 1, 1 << 16, "width D"},
@@ -5263,8 +5263,8 @@ static int config_of(Config *c, const Options *o, char *error) {
 //
 // A checkpoint is a safetensors file: the parameters, and in RESUMABLE ones AdamW's moments, by the
 // names of the parameter table; as metadata the options, by the table of options; of a model of
-// bytes or of words its vocabulary. A resumed run goes on with the same bits: what it needs beside the file is
-// its data, whose hash is compared.
+// bytes or of words its vocabulary. A resumed run goes on with the same bits: what it needs beside
+// the file is its data, whose hash is compared.
 
 typedef enum { WEIGHTS, RESUMABLE } Content;
 
@@ -5604,8 +5604,8 @@ static void vocabulary_of_texts(Run *run, Dataset **sets, int n_sets) {
     run->settings.values.vocab = run->vocab_bytes;
 }
 
-// Takes the words from beside the shards, unless a checkpoint has said what ids mean: then they must
-// be the same.
+// Takes the words from beside the shards, unless a checkpoint has said what ids mean: then they
+// must be the same.
 static int find_words(Run *run, Dataset **sets, const char **paths, int n_sets, char *error) {
     Options *o = &run->settings.values;
     char path[PATH_MAX];
@@ -6345,8 +6345,8 @@ static int propose_merge(Candidate *heap, int n, const Words *w, const Symbol *s
     return n + 1;
 }
 
-// Writes the ids of a piece of n bytes; returns their number. symbols (n) and heap (3n) are scratch:
-// each of the n - 1 merges at most proposes two more.
+// Writes the ids of a piece of n bytes; returns their number. symbols (n) and heap (3n) are
+// scratch: each of the n - 1 merges at most proposes two more.
 static int encode_piece(int *ids, const Words *w, const unsigned char *bytes, int n,
                         Symbol *symbols, Candidate *heap) {
     int waiting = 0, count = 0;
@@ -6403,8 +6403,9 @@ static int id_of_byte(const Run *run, char byte) {
     return place ? (int)((const unsigned char *)place - run->vocab) : -1;
 }
 
-// Reads the prompt as token ids: those of its bytes or words, or, where these are not known, numbers
-// between spaces. Returns their number, WRONG_OPTION or FAILED. ids has room for strlen(prompt) + 1.
+// Reads the prompt as token ids: those of its bytes or words, or, where these are not known,
+// numbers between spaces. Returns their number, WRONG_OPTION or FAILED. ids has room for
+// strlen(prompt) + 1.
 static int encode_prompt(const Run *run, const char *prompt, int *ids, char *error) {
     int n = 0, V = run->config.vocab_size;
     if (run->words.pairs)
