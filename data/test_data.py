@@ -437,6 +437,10 @@ def test_shards_of_words():
             n = (len(shard_ids(path("text_val.bin"))) - 1) // 16 * 16
             size = len(tokenizer.decode(shard_ids(path("text_val.bin"))[1:n + 1]).encode())
             assert abs(last["val_bits_per_byte"] / (last["val_loss"] * n / np.log(2) / size) - 1) < 0.02, last
+        with contextlib.redirect_stdout(None):
+            bpe.write_shard(path("wide.bin"), [70000, 1, 0], wide=True)
+        raw = open(path("wide.bin"), "rb").read()
+        assert np.frombuffer(raw, "<i4").tolist() == [20240801, 7, 3] + [0] * 253 + [70000, 1, 0]
         run("bpe.py", path("none.txt"), code=1, output="none.txt: No such file")
         run("bpe.py", path("text.txt"), "--vocab", 255, code=2, output="256")
         with open(path("latin.txt"), "wb") as file:
