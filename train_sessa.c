@@ -31,7 +31,7 @@ What stands where, in this order:
     forward, backward, update                       to here the architecture is told: read this first
     Mamba-2                the mixer that the paper compares with, plain; nothing else needs it
     the same, fast         panels, tiles, vectors: how the layers above are made fast
-    tables, memory, the machine, signals, files, data, options
+    tables, memory, the machine, signals, files, data, words, options
     a run                  its checkpoints, data, validation, and the places that it writes
     generation, what a run tells, training, the program
 
@@ -4773,6 +4773,215 @@ static void copy_sequence(int *inputs, int *targets, const Dataset *set, int64_t
 }
 
 // ----------------------------------------------------------------------------
+// words: tokens of any number of bytes
+//
+// Beside token shards may lie the words that their ids stand for, a safetensors file that
+// data/bpe.py writes; a model trained on them has the same tensors in its checkpoint:
+//
+//     tokenizer.tokens    U8 (n)     the bytes of all tokens, one token behind the other
+//     tokenizer.offsets   I64 (V+1)  where each begins, and where the last ends
+//     tokenizer.merges    I32 (M,2)  pairs of ids, in order of rank
+//
+// With merges a text becomes ids by byte pair encoding. It is cut into pieces by its bytes alone. A
+// piece is the first of these that fits:
+//
+//     1. a space or none, then a run of letters: A to Z, a to z, and all bytes from 0x80 on
+//     2. a space or none, then one to three digits
+//     3. a space or none, then a run of other bytes that are no white space
+//     4. a run of white space (space, \t, \n, \v, \f, \r); where it is longer than one byte, ends
+//        with a space and something follows, without that space
+//
+// A piece begins as the tokens of its bytes. The pair of neighbours with the lowest rank, the
+// leftmost of equal ones, becomes the token of both their bytes, until no pair has a rank. Without
+// merges, as for the words of another program's tokenizer, ids are printed as text, but the ids of a
+// text are not known.
+
+// A pair of neighbours and the token that takes their place.
+typedef struct { int left, right, rank, product; } Merge;
+
+typedef struct {
+    int count;            // of the tokens, V; 0: there are no words
+    int64_t size;         // of all their bytes
+    unsigned char *bytes;
+    int64_t *offsets;     // (count + 1)
+    int n_merges;
+    int32_t *pairs;       // (n_merges, 2) by rank, as they are stored; NULL: text has no ids
+    Merge *merges;        // (n_merges) in order of left and right
+    int of_byte[256];     // the token that is this byte alone, -1: there is none
+} Words;
+
+// Frees what a Words holds; fine on one that is all zero.
+static void words_free(Words *w) {
+    free(w->bytes);
+    free(w->offsets);
+    free(w->pairs);
+    free(w->merges);
+    memset(w, 0, sizeof(*w));
+}
+
+// The bytes of a token, and their number.
+static const unsigned char *word_of(const Words *w, int id) { return w->bytes + w->offsets[id]; }
+static int64_t word_length(const Words *w, int id) { return w->offsets[id + 1] - w->offsets[id]; }
+
+// Copies a tensor's data; NULL when memory is exhausted.
+static void *copy_of_tensor(const FileTensor *t) {
+    void *copy = grow(NULL, t->size + 1); // never 0 bytes
+    if (copy) memcpy(copy, t->data, t->size);
+    return copy;
+}
+
+// Copies the three tensors, whose dtypes and shapes must be right. merges may be NULL.
+static int copy_words(Words *w, const FileTensor *tokens, const FileTensor *offsets,
+                      const FileTensor *merges, const char *path, char *error) {
+    if (!tokens || strcmp(tokens->dtype, "U8") || tokens->n_dims != 1)
+        return fail(error, path, "tokenizer.tokens is missing, or not U8 of one dimension");
+    if (!offsets || strcmp(offsets->dtype, "I64") || offsets->n_dims != 1 || offsets->count < 2 ||
+        offsets->count > MAX_VOCAB + 1)
+        return fail(error, path, "tokenizer.offsets is missing, or not I64 (V+1), V up to 2^24");
+    if (merges && (strcmp(merges->dtype, "I32") || merges->n_dims != 2 || merges->shape[1] != 2 ||
+                   merges->shape[0] > MAX_VOCAB))
+        return fail(error, path, "tokenizer.merges is not I32 (M,2), M up to 2^24");
+    w->count = (int)(offsets->count - 1);
+    w->size = tokens->count;
+    w->n_merges = merges ? (int)merges->shape[0] : 0;
+    w->bytes = (unsigned char *)copy_of_tensor(tokens);
+    w->offsets = (int64_t *)copy_of_tensor(offsets);
+    w->pairs = merges ? (int32_t *)copy_of_tensor(merges) : NULL;
+    w->merges = (Merge *)grow(NULL, ((size_t)w->n_merges + 1) * sizeof(Merge));
+    if (w->bytes && w->offsets && w->merges && (w->pairs || !merges)) return 0;
+    return fail(error, path, "its words do not fit in memory");
+}
+
+// Checks that the offsets cut the bytes into words, and finds those of one byte.
+static int check_offsets(Words *w, const char *path, char *error) {
+    for (int byte = 0; byte < 256; byte++) w->of_byte[byte] = -1;
+    if (w->offsets[0] || w->offsets[w->count] != w->size)
+        return fail(error, path, "tokenizer.offsets does not lead from 0 to the end of the tokens");
+    for (int id = 0; id < w->count; id++)
+        if (w->offsets[id + 1] < w->offsets[id] || w->offsets[id + 1] > w->size)
+            return fail(error, path, "tokenizer.offsets falls behind token %d", id);
+    for (int id = w->count - 1; id >= 0; id--)
+        if (word_length(w, id) == 1) w->of_byte[*word_of(w, id)] = id;
+    return 0;
+}
+
+// A word, or one put together from two.
+typedef struct { const unsigned char *bytes, *tail; int64_t length, tail_length; int id; } Word;
+
+// Orders words by length, then by their bytes. b is in one part.
+static int compare_words(const void *a, const void *b) {
+    const Word *x = (const Word *)a, *y = (const Word *)b;
+    int64_t length = x->length + x->tail_length;
+    if (length != y->length) return length < y->length ? -1 : 1;
+    int order = memcmp(x->bytes, y->bytes, (size_t)x->length);
+    if (order || !x->tail_length) return order;
+    return memcmp(x->tail, y->bytes + x->length, (size_t)x->tail_length);
+}
+
+static int compare_merges(const void *a, const void *b) {
+    const Merge *x = (const Merge *)a, *y = (const Merge *)b;
+    if (x->left != y->left) return x->left < y->left ? -1 : 1;
+    return (x->right > y->right) - (x->right < y->right);
+}
+
+// Finds the token that each merge makes, among the words in their order.
+static int find_products(Words *w, const Word *sorted, const char *path, char *error) {
+    size_t V = (size_t)w->count;
+    for (int rank = 0; rank < w->n_merges; rank++) {
+        Merge m = {w->pairs[2 * rank], w->pairs[2 * rank + 1], rank, 0};
+        if (m.left < 0 || m.right < 0 || m.left >= w->count || m.right >= w->count)
+            return fail(error, path, "merge %d is of %d and %d, ids are 0 to %d", rank, m.left,
+                        m.right, w->count - 1);
+        Word both = {word_of(w, m.left), word_of(w, m.right), word_length(w, m.left),
+                     word_length(w, m.right), 0};
+        const Word *product = (const Word *)bsearch(&both, sorted, V, sizeof(Word), compare_words);
+        if (!product || !both.length || !both.tail_length)
+            return fail(error, path, "merge %d, of %d and %d, makes no token", rank, m.left,
+                        m.right);
+        m.product = product->id;
+        w->merges[rank] = m;
+    }
+    return 0;
+}
+
+// Makes the merges ready to encode: any text must have ids, and no more than one way to them.
+static int settle_merges(Words *w, const char *path, char *error) {
+    for (int byte = 0; byte < 256; byte++)
+        if (w->of_byte[byte] < 0)
+            return fail(error, path, "it has merges, but no token that is the byte 0x%02X", byte);
+    Word *sorted = (Word *)grow(NULL, (size_t)w->count * sizeof(Word));
+    if (!sorted) return fail(error, path, "its words do not fit in memory");
+    for (int id = 0; id < w->count; id++) {
+        Word word = {word_of(w, id), NULL, word_length(w, id), 0, id};
+        sorted[id] = word;
+    }
+    qsort(sorted, (size_t)w->count, sizeof(Word), compare_words);
+    int result = 0;
+    for (int i = 1; !result && i < w->count; i++)
+        if (!compare_words(&sorted[i - 1], &sorted[i]))
+            result = fail(error, path, "it has merges, but tokens %d and %d are the same bytes",
+                          sorted[i - 1].id, sorted[i].id);
+    if (!result) result = find_products(w, sorted, path, error);
+    free(sorted);
+    if (result) return FAILED;
+    qsort(w->merges, (size_t)w->n_merges, sizeof(Merge), compare_merges);
+    for (int i = 1; i < w->n_merges; i++)
+        if (!compare_merges(&w->merges[i - 1], &w->merges[i]))
+            return fail(error, path, "the merge of %d and %d stands there twice", w->merges[i].left,
+                        w->merges[i].right);
+    return 0;
+}
+
+// Takes the words from a file; none (count 0) from one that has none. A file comes from anywhere:
+// what is returned has been checked.
+static int words_read(Words *w, const Safetensors *file, const char *path, char *error) {
+    const FileTensor *tokens = safetensors_find(file, "tokenizer.tokens");
+    const FileTensor *offsets = safetensors_find(file, "tokenizer.offsets");
+    const FileTensor *merges = safetensors_find(file, "tokenizer.merges");
+    memset(w, 0, sizeof(*w));
+    if (!tokens && !offsets && !merges) return 0;
+    int result = copy_words(w, tokens, offsets, merges, path, error);
+    if (!result) result = check_offsets(w, path, error);
+    if (!result && w->pairs) result = settle_merges(w, path, error);
+    if (result) words_free(w);
+    return result;
+}
+
+// The same for a file that lies beside a shard, which must have some.
+static int words_read_file(Words *w, const char *path, char *error) {
+    Safetensors file;
+    unsigned char *bytes;
+    size_t size;
+    memset(w, 0, sizeof(*w));
+    if (file_read(path, &bytes, &size, error)) return FAILED;
+    if (safetensors_parse(&file, bytes, size, path, error)) return FAILED;
+    int result = words_read(w, &file, path, error);
+    safetensors_free(&file);
+    if (!result && !w->count) return fail(error, path, "tokenizer.tokens is missing");
+    return result;
+}
+
+// Whether ids mean the same in both.
+static int same_words(const Words *a, const Words *b) {
+    if (a->count != b->count || a->size != b->size || a->n_merges != b->n_merges) return 0;
+    if (memcmp(a->bytes, b->bytes, (size_t)a->size)) return 0;
+    if (memcmp(a->offsets, b->offsets, ((size_t)a->count + 1) * sizeof(int64_t))) return 0;
+    if (!a->pairs || !b->pairs) return a->pairs == b->pairs;
+    return !memcmp(a->pairs, b->pairs, 2 * (size_t)a->n_merges * sizeof(int32_t));
+}
+
+// The place of a shard's words beside it, whether there is such a file: of x_train.bin it is
+// x_words.safetensors, the name up to its last _ being the same. path: PATH_MAX bytes
+static int words_beside(char *path, const char *shard) {
+    const char *slash = strrchr(shard, '/'), *name = slash ? slash + 1 : shard;
+    const char *end = strrchr(name, '_');
+    size_t length = strlen(name);
+    if (!end) end = name + length - (length > 4 && !strcmp(name + length - 4, ".bin") ? 4 : 0);
+    int written = snprintf(path, PATH_MAX, "%.*s_words.safetensors", (int)(end - shard), shard);
+    return written < PATH_MAX && !access(path, F_OK);
+}
+
+// ----------------------------------------------------------------------------
 // options
 //
 // One table drives everything that is done with an option: the command line and its help, the
@@ -4839,7 +5048,7 @@ static const Option option_table[] = {
     {DATA, "format", "data_format", TEXT, FIELD(format), "auto", 0, 0,
      "auto: told by what the file holds; bytes: any file as text"},
     {MODEL, "vocab", "vocab_size", INTEGER, FIELD(vocab), NULL, 1, MAX_VOCAB,
-     "of shards (else the tokenizer's: 50257, 128256), of examples (else from them)"},
+     "of shards (else their words', 50257, 128256), of examples (else from them)"},
     {MODEL, "mixer", "mixer", TEXT, FIELD(mixer), "sessa", 0, 0,
      "sessa, attention (no feedback) or mamba2"},
     {MODEL, "dim", "d_model", INTEGER, FIELD(dim), "128", 1, 1 << 16, "width D"},
@@ -5201,6 +5410,7 @@ typedef struct {
     char val_note[ERROR_SIZE]; // what --eval says of a text that the model was not validated on
     unsigned char vocab[256]; // the bytes of a text model's tokens
     int vocab_bytes;          // their number, 0: tokens are ids
+    Words words;              // what the ids stand for, where that is known
     int32_t *order;           // example sets: this epoch's permutation
     int64_t order_epoch;
 
@@ -5257,8 +5467,8 @@ static int config_of(Config *c, const Options *o, char *error) {
 //
 // A checkpoint is a safetensors file: the parameters, and in RESUMABLE ones AdamW's moments, by the
 // names of the parameter table; as metadata the options, by the table of options; of a model of
-// bytes its vocabulary. A resumed run goes on with the same bits: what it needs beside the file is
-// its data, whose hash is compared.
+// bytes or of words its vocabulary. A resumed run goes on with the same bits: what it needs beside
+// the file is its data, whose hash is compared.
 
 typedef enum { WEIGHTS, RESUMABLE, SNAPSHOT } Content; // a snapshot says that it is one, and stays
 
@@ -5324,11 +5534,23 @@ static int add_block(CheckpointFile *file, const Run *run, Block block, const ch
     return 0;
 }
 
-// Adds the vocabulary of a model of bytes.
+// Adds the vocabulary of a model of bytes or of words: up to VOCABULARY tensors.
+enum { VOCABULARY = 3 };
 static void add_vocabulary(CheckpointFile *file, const Run *run) {
-    int64_t size = run->vocab_bytes;
+    const Words *w = &run->words;
+    int64_t size = run->vocab_bytes, ends = w->count + 1, n = w->n_merges;
     FileTensor t = {(char *)"tokenizer.bytes", "U8", 1, {size}, size, (size_t)size, run->vocab};
     if (size) file->tensors[file->n++] = t;
+    if (!w->count) return;
+    FileTensor offsets = {(char *)"tokenizer.offsets", "I64", 1, {ends}, ends, 8 * (size_t)ends,
+                          (const unsigned char *)w->offsets};
+    FileTensor merges = {(char *)"tokenizer.merges", "I32", 2, {n, 2}, 2 * n, 8 * (size_t)n,
+                         (const unsigned char *)w->pairs};
+    FileTensor tokens = {(char *)"tokenizer.tokens", "U8", 1, {w->size}, w->size, (size_t)w->size,
+                         w->bytes};
+    file->tensors[file->n++] = offsets;
+    if (w->pairs) file->tensors[file->n++] = merges;
+    file->tensors[file->n++] = tokens;
 }
 
 // Writes the weights, and but for WEIGHTS all that a run needs to go on, to a place. trial, total: see
@@ -5340,7 +5562,7 @@ static int save_checkpoint(Run *run, Place *place, Content content, int trial, u
     size_t count = (size_t)n_blocks * (size_t)run->table.count;
     CheckpointFile file;
     file.n = 0;
-    file.tensors = (FileTensor *)calloc(n_tensors + 1, sizeof(FileTensor));
+    file.tensors = (FileTensor *)calloc(n_tensors + VOCABULARY, sizeof(FileTensor));
     file.names = (char (*)[96])malloc(n_tensors * 96);
     file.numbers = (float *)grow(NULL, (sizeof(real) == sizeof(float) ? 1 : count) * sizeof(float));
     Meta meta[N_OPTIONS + 2];
@@ -5465,6 +5687,9 @@ static int option_from_file(Run *run, const Option *option, const char *path, in
 static int vocabulary_from_file(Run *run, const char *path, char *error) {
     char seen[256] = {0};
     const FileTensor *bytes = safetensors_find(&run->file, "tokenizer.bytes");
+    if (words_read(&run->words, &run->file, path, error)) return FAILED;
+    if (run->words.count && (bytes || run->words.count != run->settings.values.vocab))
+        return fail(error, path, "tokenizer.offsets is not that of vocab_size words alone");
     if (!bytes) return 0;
     int valid = !strcmp(bytes->dtype, "U8") && bytes->n_dims == 1;
     valid = valid && bytes->count == run->settings.values.vocab && bytes->count <= 256;
@@ -5597,6 +5822,29 @@ static void vocabulary_of_texts(Run *run, Dataset **sets, int n_sets) {
     run->settings.values.vocab = run->vocab_bytes;
 }
 
+// Takes the words from beside the shards, unless a checkpoint has said what ids mean: then they
+// must be the same.
+static int find_words(Run *run, Dataset **sets, const char **paths, int n_sets, char *error) {
+    Options *o = &run->settings.values;
+    char path[PATH_MAX];
+    int of_ids = (o->load || o->resume) && !run->words.count;
+    for (int i = 0; i < n_sets && !of_ids; i++) {
+        Words words;
+        if (sets[i]->kind != DATA_SHARD || !words_beside(path, paths[i])) continue;
+        if (words_read_file(&words, path, error)) return FAILED;
+        int first = !run->words.count, same = first || same_words(&run->words, &words);
+        if (first) run->words = words;
+        else words_free(&words);
+        if (!same)
+            return fail(error, paths[i], "its words, %.200s, are not those of the model", path);
+        if (first && o->vocab && o->vocab != run->words.count)
+            return wrong(error, NULL, "--vocab %d is not the number of words in %.200s, %d",
+                         (int)o->vocab, path, run->words.count);
+        o->vocab = run->words.count;
+    }
+    return 0;
+}
+
 // Settles the vocabulary, unless a checkpoint has, from the sets that are there, and makes texts
 // token ids.
 static int settle_vocabulary(Run *run, Dataset **sets, const char **paths, int n_sets,
@@ -5611,9 +5859,12 @@ static int settle_vocabulary(Run *run, Dataset **sets, const char **paths, int n
         vocabulary_of_texts(run, sets, n_sets);
     }
     if (text && !run->vocab_bytes)
-        return fail(error, paths[0], "it is text, but the model's tokens are ids");
+        return fail(error, paths[0], "it is text, but the model's tokens are %s",
+                    run->words.count ? "words: data/bpe.py writes shards" : "ids");
     if (!text && run->vocab_bytes)
         return fail(error, paths[0], "it holds token ids, but the model's tokens are bytes");
+    int result = find_words(run, sets, paths, n_sets, error);
+    if (result) return result;
     int max_id = -1, hint = 0;
     for (int i = 0; i < n_sets; i++) {
         if (text && dataset_encode(sets[i], run->vocab, run->vocab_bytes, paths[i], error))
@@ -5735,12 +5986,21 @@ static int64_t sequence_place(Run *run, int64_t i) {
 enum { LAG_BINS = 31 };
 typedef struct {
     double loss, accuracy, by_lag[LAG_BINS];
+    double bits_per_byte; // of text whose tokens' bytes are known, else NAN
     int64_t count; // targets that were seen
     int broken;    // a signal broke it off: it says nothing
 } Score;
 
-// What evaluate counts: targets, those that are the likeliest token, and both by lag.
-typedef struct { int64_t targets, hits, of_bin[LAG_BINS], hits_of[LAG_BINS]; } Tally;
+// What evaluate counts: targets, those that are the likeliest token, both by lag, and the bytes of
+// text that the targets are.
+typedef struct { int64_t targets, hits, of_bin[LAG_BINS], hits_of[LAG_BINS], bytes; } Tally;
+
+// How many bytes of text a token is, 0 where that is not known: words without merges may leave out
+// or add some.
+static int64_t bytes_of_token(const Run *run, int id) {
+    if (run->words.pairs) return word_length(&run->words, id);
+    return run->vocab_bytes > 0;
+}
 
 // Counts the n targets of the batch that was evaluated last; lags (n), or NULL.
 static void count_targets(Tally *tally, const Run *run, const int32_t *lags, int n) {
@@ -5748,6 +6008,7 @@ static void count_targets(Tally *tally, const Run *run, const int32_t *lags, int
     for (int i = 0; i < n; i++) {
         if (run->targets[i] < 0) continue;
         tally->targets++;
+        tally->bytes += bytes_of_token(run, run->targets[i]);
         tally->hits += examples && run->hits[i];
         int lag = lags ? lags[i] : 0, bin = 0;
         if (!lag) continue;
@@ -5794,15 +6055,11 @@ static Score evaluate(Run *run, int64_t max_batches, int lasts) {
     }
     score.count = tally.targets;
     score.loss = tally.targets ? sum / (double)tally.targets : NAN;
+    score.bits_per_byte = tally.bytes ? sum / (log(2) * (double)tally.bytes) : NAN;
     score.accuracy = examples ? fraction(tally.hits, tally.targets) : NAN;
     for (int k = 0; k < LAG_BINS; k++)
         score.by_lag[k] = fraction(tally.hits_of[k], tally.of_bin[k]);
     return score;
-}
-
-// The bits that a validation loss in nats takes a byte, NAN where a token is not a byte.
-static double bits_per_byte(const Run *run, double loss) {
-    return run->vocab_bytes ? loss / log(2) : NAN;
 }
 
 // "name": number as a member of a JSON object, which knows no NaN and no infinity: null in their
@@ -5816,6 +6073,8 @@ static void print_member(FILE *out, const char *name, double number, int digits)
 static void print_score(FILE *out, const Score *score) {
     int bins = 0;
     print_member(out, "val_loss", score->loss, 9);
+    if (!isnan(score->bits_per_byte))
+        print_member(out, "val_bits_per_byte", score->bits_per_byte, 9);
     if (!isnan(score->accuracy)) print_member(out, "val_accuracy", score->accuracy, 9);
     for (int k = 0; k < LAG_BINS; k++) {
         if (isnan(score->by_lag[k])) continue;
@@ -6368,8 +6627,104 @@ static int sample_token(const real *logits, Candidate *candidates, int V, double
     return candidates[V - kept].id;
 }
 
+// What a byte is, to the rule that cuts text into pieces (see "words").
+typedef enum { LETTER, DIGIT, SPACE, OTHER } ByteKind;
+static ByteKind kind_of(unsigned char byte) {
+    int letter = byte | 32; // in lower case
+    if (byte >= 0x80 || (letter >= 'a' && letter <= 'z')) return LETTER;
+    if (byte >= '0' && byte <= '9') return DIGIT;
+    return byte == ' ' || (byte >= '\t' && byte <= '\r') ? SPACE : OTHER;
+}
+
+// The length of the piece that text, of `size` bytes, begins with.
+static size_t piece_length(const unsigned char *text, size_t size) {
+    size_t n = 1, first = size > 1 && text[0] == ' ' && kind_of(text[1]) != SPACE;
+    ByteKind kind = kind_of(text[first]);
+    size_t most = kind == DIGIT ? first + 3 : size;
+    while (n < size && n < most && kind_of(text[n]) == kind) n++;
+    // white space leaves its last space to the piece behind it
+    int leaves = kind == SPACE && n > 1 && n < size && text[n - 1] == ' ';
+    return leaves ? n - 1 : n;
+}
+
+// A token of a piece while it is merged with its neighbours, whose places are -1 where there is
+// none. One that its left neighbour has taken in has the id -1.
+typedef struct { int id, left, right; } Symbol;
+
+// The merge of the symbol at i with its right neighbour, NULL if there is none.
+static const Merge *merge_at(const Words *w, const Symbol *symbols, int i) {
+    if (i < 0 || symbols[i].id < 0 || symbols[i].right < 0) return NULL;
+    Merge key = {symbols[i].id, symbols[symbols[i].right].id, 0, 0};
+    size_t n = (size_t)w->n_merges;
+    return (const Merge *)bsearch(&key, w->merges, n, sizeof(Merge), compare_merges);
+}
+
+// Puts the merge at i, if there is one, into the heap of those to be made: the lowest rank comes
+// first, then the leftmost. Returns how many the heap holds.
+static int propose_merge(Candidate *heap, int n, const Words *w, const Symbol *symbols, int i) {
+    const Merge *merge = merge_at(w, symbols, i);
+    if (!merge) return n;
+    Candidate c = {-(double)merge->rank, i};
+    int at = n;
+    for (; at && comes_first(c, heap[(at - 1) / 2]); at = (at - 1) / 2) heap[at] = heap[(at - 1) / 2];
+    heap[at] = c;
+    return n + 1;
+}
+
+// Writes the ids of a piece of n bytes; returns their number. symbols (n) and heap (3n) are
+// scratch: each of the n - 1 merges at most proposes two more.
+static int encode_piece(int *ids, const Words *w, const unsigned char *bytes, int n,
+                        Symbol *symbols, Candidate *heap) {
+    int waiting = 0, count = 0;
+    for (int i = 0; i < n; i++) {
+        Symbol symbol = {w->of_byte[bytes[i]], i - 1, i + 1 < n ? i + 1 : -1};
+        symbols[i] = symbol;
+    }
+    for (int i = 0; i < n; i++) waiting = propose_merge(heap, waiting, w, symbols, i);
+    while (waiting) {
+        Candidate first = heap[0];
+        heap[0] = heap[--waiting];
+        sift_down(heap, waiting, 0);
+        const Merge *merge = merge_at(w, symbols, first.id);
+        if (!merge || -(double)merge->rank != first.weight) continue; // one of the two is gone
+        Symbol *left = &symbols[first.id], *right = &symbols[left->right];
+        left->id = merge->product;
+        left->right = right->right;
+        right->id = -1;
+        if (left->right >= 0) symbols[left->right].left = first.id;
+        waiting = propose_merge(heap, waiting, w, symbols, left->left);
+        waiting = propose_merge(heap, waiting, w, symbols, first.id);
+    }
+    for (int i = 0; i >= 0; i = symbols[i].right) ids[count++] = symbols[i].id;
+    return count;
+}
+
+// Writes the ids of a text, of which there are at most as many as bytes; returns their number, or
+// FAILED.
+static int encode_text(int *ids, const Words *w, const unsigned char *text, size_t size,
+                       char *error) {
+    size_t longest = 0, length;
+    int count = 0;
+    for (size_t at = 0; at < size; at += length) {
+        length = piece_length(text + at, size - at);
+        if (length > longest) longest = length;
+    }
+    if (size > INT_MAX / 4) return fail(error, NULL, "a text of %zu bytes is too long", size);
+    Symbol *symbols = (Symbol *)grow(NULL, (longest + 1) * sizeof(Symbol));
+    Candidate *heap = (Candidate *)grow(NULL, (3 * longest + 1) * sizeof(Candidate));
+    int result = symbols && heap ? 0 : fail(error, NULL, "out of memory");
+    for (size_t at = 0; !result && at < size; at += length) {
+        length = piece_length(text + at, size - at);
+        count += encode_piece(ids + count, w, text + at, (int)length, symbols, heap);
+    }
+    free(symbols);
+    free(heap);
+    return result ? result : count;
+}
+
 // The id of a byte, -1 if the vocabulary lacks it.
 static int id_of_byte(const Run *run, char byte) {
+    if (run->words.count) return run->words.of_byte[(unsigned char)byte];
     const void *place = memchr(run->vocab, byte, (size_t)run->vocab_bytes);
     return place ? (int)((const unsigned char *)place - run->vocab) : -1;
 }
@@ -6409,10 +6764,12 @@ static int read_prompt(Run *run, char *error) {
     return result;
 }
 
-// Reads a prompt as token ids: its bytes' ids, or, without a vocabulary of bytes, numbers between
-// spaces. Returns their number, or WRONG_OPTION. ids has room for strlen(prompt) + 1.
+// Reads a prompt as token ids: those of its bytes or words, or, where these are not known, numbers
+// between spaces. Returns their number, WRONG_OPTION or FAILED. ids has room for strlen(prompt) + 1.
 static int encode_prompt(const Run *run, const char *prompt, int *ids, char *error) {
     int n = 0, V = run->config.vocab_size;
+    if (run->words.pairs)
+        return encode_text(ids, &run->words, (const unsigned char *)prompt, strlen(prompt), error);
     for (; run->vocab_bytes && prompt[n]; n++) {
         ids[n] = id_of_byte(run, prompt[n]);
         if (ids[n] < 0)
@@ -6474,21 +6831,39 @@ typedef struct {
     const char *text; // the prompt
     int *tokens, count, prompt_count;
     Stop stop;
-    Character character;
+    Character character; // the one that is being printed
     real *logits;
     Candidate *candidates;
 } Generation;
 
-// Writes a token. 1: with it the sample ends. The bytes of a token that stand behind the text to
-// stop at are not written.
-static int write_token(const Run *run, Generation *g, int id) {
-    if (run->vocab_bytes) {
-        print_byte(&g->character, run->vocab[id]);
-        return stop_reached(&g->stop, run->vocab[id]);
+// Whether the bytes of the model's tokens are known, so that text comes of them.
+static int writes_bytes(const Run *run) { return run->vocab_bytes || run->words.count; }
+
+// Writes a token: its bytes or, where these are not known, its id, behind a space unless it is the
+// first. 1: with it the sample ends. The bytes of a word behind the text to stop at are not written.
+static int write_token(const Run *run, Generation *g, int id, int first) {
+    const Words *w = &run->words;
+    int64_t length = w->count ? word_length(w, id) : 1;
+    if (!writes_bytes(run)) {
+        printf(first ? "%d" : " %d", id);
+        return stop_reached(&g->stop, id);
     }
-    int first = g->count == g->prompt_count && !*g->text;
-    printf(first ? "%d" : " %d", id);
-    return stop_reached(&g->stop, id);
+    for (int64_t i = 0; i < length; i++) {
+        unsigned char byte = w->count ? word_of(w, id)[i] : run->vocab[id];
+        print_byte(&g->character, byte);
+        if (stop_reached(&g->stop, byte)) return 1;
+    }
+    return 0;
+}
+
+// Writes the prompt as text; that of words without merges was given as ids.
+static void write_prompt(const Run *run, Generation *g) {
+    int as_ids = run->words.count && !run->words.pairs;
+    for (const char *byte = g->text; *byte && !as_ids; byte++)
+        print_byte(&g->character, (unsigned char)*byte);
+    for (int i = 0; i < g->prompt_count && as_ids && *g->text; i++)
+        write_token(run, g, g->tokens[i], !i);
+    for (int i = 0; i < g->stop.n; i++) g->stop.last[i] = -1; // nothing of what is waited for
 }
 
 // Writes the prompt and behind it n sampled tokens, as they are made, or as many as --stop asks
@@ -6499,8 +6874,7 @@ static int generate_tokens(Run *run, Generation *g, int64_t n, uint64_t random, 
     int fed = 0, begin = 0; // the model has seen `fed` tokens and remembers them from `begin` on
     g->count = g->prompt_count;
     g->character.n = 0;
-    for (int i = 0; i < g->stop.n; i++) g->stop.last[i] = -1;
-    for (const char *byte = g->text; *byte; byte++) print_byte(&g->character, (unsigned char)*byte);
+    write_prompt(run, g);
     for (int64_t made = 0; made < n && !interrupted && !stopped; made++) {
         if (g->count - begin > T) {
             int half = T > 1 ? T / 2 : 1;
@@ -6512,7 +6886,7 @@ static int generate_tokens(Run *run, Generation *g, int64_t n, uint64_t random, 
         int id = sample_token(g->logits, g->candidates, V, o->temperature, o->top_k, o->top_p,
                               &random);
         if (id < 0) return fail(error, NULL, "a logit is not finite: the weights are spoilt");
-        stopped = write_token(run, g, id);
+        stopped = write_token(run, g, id, g->count == g->prompt_count && !*g->text);
         g->tokens[g->count++] = id;
         if (fflush(stdout)) return fail(error, "standard output", "%s", strerror(errno));
     }
@@ -6530,14 +6904,14 @@ static int begin_generation(const Run *run, Generation *g, const char *stop, cha
         g->tokens[n++] = newline < 0 ? 0 : newline;
     }
     g->prompt_count = n;
-    for (; run->vocab_bytes && stop[g->stop.n]; g->stop.n++) {
+    for (; writes_bytes(run) && stop[g->stop.n]; g->stop.n++) {
         char byte = stop[g->stop.n];
-        if (id_of_byte(run, byte) < 0)
+        if (run->vocab_bytes && id_of_byte(run, byte) < 0)
             return wrong(error, NULL, "--stop: the vocabulary lacks its byte %d, 0x%02X", g->stop.n,
                          (unsigned char)byte);
         g->stop.wanted[g->stop.n] = (unsigned char)byte;
     }
-    if (run->vocab_bytes) return 0;
+    if (writes_bytes(run)) return 0;
     n = encode_prompt(run, stop, g->stop.wanted, error);
     if (n < 0) return wrong(error, NULL, "--stop takes token ids from 0 to %d between spaces",
                             run->config.vocab_size - 1);
@@ -7024,10 +7398,9 @@ static int conclude_step(Run *run, Training *t, const Step *s, char *error) {
 }
 
 // The loss of the whole split as others tell it.
-static void print_perplexity(const Run *run, double loss) {
-    double bits = bits_per_byte(run, loss);
-    printf("perplexity %.4g", exp(loss));
-    if (!isnan(bits)) printf(", %.4f bits per byte", bits);
+static void print_perplexity(const Score *score) {
+    printf("perplexity %.4g", exp(score->loss));
+    if (!isnan(score->bits_per_byte)) printf(", %.4f bits per byte", score->bits_per_byte);
     printf(" (whole split)\n");
 }
 
@@ -7052,7 +7425,7 @@ static int conclude_run(Run *run, Training *t, const Step *s, char *error) {
     }
     saving = 0;
     if (!result) print_step(run, s, 0, whole);
-    if (!result && whole) print_perplexity(run, whole->loss);
+    if (!result && whole) print_perplexity(whole);
     if (!result && is_out_of_patience(o) && o->step < o->steps)
         printf("no lower loss in %lld validations: the run ends before its %lld steps; "
                "--resume goes on\n", (long long)o->since_best, (long long)o->steps);
@@ -7365,10 +7738,9 @@ static int print_evaluation(Run *run, char *error) {
     if (!score.count)
         return fail(error, NULL, "no validation loss: the validation part has no targets");
     if (!isfinite(score.loss)) return fail(error, NULL, "the validation loss is %g", score.loss);
-    double bits = bits_per_byte(run, score.loss);
     printf("val_loss %.6f%s\n", score.loss, run->val_note);
     printf("perplexity %.6g\n", exp(score.loss));
-    if (!isnan(bits)) printf("bits_per_byte %.6f\n", bits);
+    if (!isnan(score.bits_per_byte)) printf("bits_per_byte %.6f\n", score.bits_per_byte);
     if (!isnan(score.accuracy)) printf("val_accuracy %.6f\n", score.accuracy);
     for (int k = 0; k < LAG_BINS; k++) {
         if (isnan(score.by_lag[k])) continue;
@@ -7387,7 +7759,10 @@ static void print_model(const Run *run) {
     printf("%s%s, %d threads, %.0f MiB\n", run->backend->name, plain ? ", plain" : "",
            omp_get_max_threads(), run->backend->bytes(run->model) / 0x1p20);
     int from_file = o->load || o->resume;
-    if (run->train.kind == DATA_SHARD && !from_file && !is_given(&run->settings, "vocab"))
+    char words[PATH_MAX];
+    if (run->words.count && !from_file && words_beside(words, o->data))
+        printf("vocabulary: the %d words of %s\n", run->words.count, words);
+    else if (run->train.kind == DATA_SHARD && !from_file && !is_given(&run->settings, "vocab"))
         printf("vocabulary: %d, that of the tokenizer of such shards; --vocab names another\n",
                c->vocab_size);
     if (o->go_on && o->resume) {
@@ -7445,6 +7820,7 @@ static void run_free(Run *run) {
     free(run->old_best);
     dataset_free(&run->train);
     dataset_free(&run->val);
+    words_free(&run->words);
     safetensors_free(&run->file);
 }
 

@@ -611,9 +611,26 @@ static void matmul_gpu(MatrixOut<O> out, MatrixGPU<X> a, MatrixGPU<X> b, int M, 
     int a_align = alignment(a.at, a_step * in_bytes), b_align = alignment(b.at, b_step * in_bytes),
         out_align = alignment(out.at, out_step * out_bytes);
     int64_t a_ld = a.col == 1 ? a.row : a.col, b_ld = b.col == 1 ? b.row : b.col;
-    ProductKey key = {M, N, K, batch, a.col != 1, b.col != 1, bias != NULL, scale != NULL, gpu.precision == TF32,
-                      (int)in_bytes, (int)out_bytes, a_align, b_align, out_align,
-                      a_ld, b_ld, out.row, a_step, b_step, out_step};
+    ProductKey key = {M,
+                      N,
+                      K,
+                      batch,
+                      a.col != 1,
+                      b.col != 1,
+                      bias != NULL,
+                      scale != NULL,
+                      gpu.precision == TF32,
+                      (int)in_bytes,
+                      (int)out_bytes,
+                      a_align,
+                      b_align,
+                      out_align,
+                      a_ld,
+                      b_ld,
+                      out.row,
+                      a_step,
+                      b_step,
+                      out_step};
     uint64_t hash = 0;
     for (size_t i = 0; i < sizeof(key) / 8; i++)
         hash = splitmix64(hash ^ ((const uint64_t *)(const void *)&key)[i]);
@@ -1579,7 +1596,8 @@ static void direct_read_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int fir
     LayerWeights *w = &m->weights.layers[l];
     LayerActivationsGPU<X> *a = &m->acts.layers[l];
     X *q = a->proj + (size_t)first * E, *k = a->proj + D, *v = k + G * d, *o = w->W_o ? a->o : f;
-    if (!c->no_rope) rope_forward_gpu(q, E, m->acts.cosine, m->acts.sine, N, T - first, H + G, d, first, 1, stream);
+    if (!c->no_rope)
+        rope_forward_gpu(q, E, m->acts.cosine, m->acts.sine, N, T - first, H + G, d, first, 1, stream);
     attention_forward_gpu(o, a->stats, m->acts.scratch, q, k, v, shape, &m->ways.attention, stream);
     if (w->W_o) linear_forward_gpu(f, D, o, as_x(m, w->W_o), (const X *)NULL, N, D, D, stream);
 }

@@ -19,6 +19,7 @@ import urllib.request
 import numpy as np
 
 MAGIC, VERSION, HEADER = 20240520, 1, 256
+WIDE_MAGIC, WIDE_VERSION = 20240801, 7      # ids of 32 bits
 HOST = "https://huggingface.co"
 STORIES = HOST + "/datasets/SimpleStories/SimpleStories/resolve/main/data/{split}-{i:05d}-of-{n:05d}.parquet"
 TOKENIZER = HOST + "/SimpleStories/SimpleStories-1.25M/resolve/main/tokenizer.json"
@@ -85,15 +86,15 @@ class Tokenizer:
         return ids
 
 
-def write_shard(path, ids):
-    """An llm.c token shard."""
+def write_shard(path, ids, wide=False):
+    """An llm.c token shard, of GPT-2's kind or, wide, of Llama 3's."""
     if len(ids) > 2**31 - 1:
         sys.exit(f"{path}: {len(ids)} tokens are more than a shard can hold")
     header = np.zeros(HEADER, dtype="<i4")
-    header[:3] = MAGIC, VERSION, len(ids)
+    header[:3] = (WIDE_MAGIC, WIDE_VERSION, len(ids)) if wide else (MAGIC, VERSION, len(ids))
     try:
         with open(path + ".part", "wb") as file:
-            file.write(header.tobytes() + np.asarray(ids, dtype="<u2").tobytes())
+            file.write(header.tobytes() + np.asarray(ids).astype("<u4" if wide else "<u2").tobytes())
         os.replace(path + ".part", path)
     except OSError as error:
         sys.exit(f"{path}: {error.strerror}")

@@ -1,6 +1,9 @@
 """Tests of the generators of this folder and of the conversion to token shards: data/test_data.py, or pytest data/test_data.py.
 With --program ./train_sessa the program must also read what they write.
 """
+import contextlib
+import gettext
+import glob
 import hashlib
 import json
 import os
@@ -10,7 +13,7 @@ import sys
 import tempfile
 
 import numpy as np
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 DATA = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [DATA, os.path.join(DATA, "..", "dev", "pytorch")]
@@ -264,5 +267,220 @@ def test_simplestories_without_network():
         assert not os.listdir(folder)
 
 
+ENCODE = """
+#define SESSA_NO_MAIN
+#include "train_sessa.c"
+// prints the ids of each text of standard input, which end with a zero byte, on a line
+int main(int argc, char **argv) {
+    char error[ERROR_SIZE], *text = NULL;
+    size_t room = 0;
+    Words words;
+    if (argc != 2 || words_read_file(&words, argv[1], error)) return 1;
+    for (ssize_t n; (n = getdelim(&text, &room, 0, stdin)) > 0; puts("")) {
+        int *ids = (int *)malloc((size_t)n * sizeof(int));
+        int count = encode_text(ids, &words, (const unsigned char *)text, (size_t)n - 1, error);
+        for (int i = 0; i < count; i++) printf("%d ", ids[i]);
+        free(ids);
+    }
+    free(text);
+    words_free(&words);
+}
+"""
+
+
+def encode_in_c(words, texts):
+    """The ids of texts in the words of a file, by the functions of train_sessa.c."""
+    if not shutil.which("cc"):
+        raise Skip("cc is not there")
+    with tempfile.TemporaryDirectory() as folder:
+        source, binary = os.path.join(folder, "encode.c"), os.path.join(folder, "encode")
+        with open(source, "w") as file:
+            file.write(ENCODE)
+        subprocess.run(["cc", "-O1", "-w", "-I", os.path.join(DATA, ".."), source, "-o", binary, "-lm"], check=True)
+        done = subprocess.run([binary, words], input=b"".join(text + b"\0" for text in texts), capture_output=True, check=True)
+        return [[int(x) for x in line.split()] for line in done.stdout.decode().split("\n")[:-1]]
+
+
+def translated_lines(most_each):
+    """Lines of the message catalogues that this machine has, some of each language; and how many languages these are."""
+    by_language = {}
+    for path in sorted(glob.glob("/usr/share/locale/*/LC_MESSAGES/*.mo") + glob.glob("/usr/share/vim/vim*/lang/*/LC_MESSAGES/*.mo")):
+        lines = by_language.setdefault(path.split("/")[-3].split("_")[0].split(".")[0], set())
+        try:
+            with open(path, "rb") as file:
+                catalogue = gettext.GNUTranslations(file)._catalog
+        except (OSError, ValueError, LookupError):     # some catalogues are odd
+            continue
+        lines.update(line for text in catalogue.values() if len(lines) < 4 * most_each for line in text.split("\n") if "\0" not in line)
+    chosen = [sorted(lines)[::max(1, len(lines) // most_each)][:most_each] for lines in by_language.values()]
+    return [line for lines in chosen for line in lines if line], len(by_language)
+
+
+def mixed_lines(n, random):
+    """Lines of our own: words of one to nine scripts and signs, with every kind of white space and number between them."""
+    scripts = [(0x61, 0x7B), (0x41, 0x5B), (0xC0, 0x180), (0x3B1, 0x3CA), (0x430, 0x450), (0x5D0, 0x5EB), (0x628, 0x64B), (0x905, 0x93A),
+               (0xE01, 0xE3B), (0x3041, 0x3097), (0x4E00, 0x5000), (0xAC00, 0xAD00), (0x1F600, 0x1F650), (0x21, 0x30), (0x30, 0x3A), (0x300, 0x310)]
+    spaces = [" ", " ", " ", " ", "  ", "   ", "\t", "\n", "\n\n  ", " \r\n", "\x0b \x0c", "\u00a0", "\u3000", "", "\x01", "\x7f"]
+    lines = []
+    for _ in range(n):
+        words = []
+        for _ in range(int(random.integers(1, 12))):
+            low, high = scripts[random.integers(len(scripts))]
+            words.append("".join(chr(c) for c in random.integers(low, high, int(random.integers(1, 9)))))
+            words.append(spaces[random.integers(len(spaces))])
+        lines.append("".join(words))
+    return lines
+
+
+def test_words_are_the_library_s():
+    """Ids in C equal the library's on 10,000 lines, of the message catalogues of this machine and of mixed scripts."""
+    try:
+        import bpe
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise Skip("tokenizers is not installed")
+    translated, languages = translated_lines(48)
+    translated = translated[:8000]
+    lines = translated + mixed_lines(10000 - len(translated), np.random.default_rng(1))
+    with tempfile.TemporaryDirectory() as folder:
+        path = lambda name: os.path.join(folder, name)
+        with open(path("text.txt"), "w", newline="") as file:
+            file.write("\n".join(lines[::2]))
+        run("bpe.py", path("text.txt"), "--vocab", 3000)
+        tokenizer = Tokenizer.from_file(path("text_tokenizer.json"))
+        want = [encoding.ids for encoding in tokenizer.encode_batch(lines)]
+        texts = [line.encode() for line in lines]
+        got = encode_in_c(path("text_words.safetensors"), texts)
+        wrong = [i for i in range(len(lines)) if i >= len(got) or got[i] != want[i]]
+        assert len(got) == len(lines) == 10000 and not wrong, (len(wrong), lines[wrong[0]], got[wrong[0]], want[wrong[0]])
+        words = load_file(path("text_words.safetensors"))
+        ends, raw = words["tokenizer.offsets"], words["tokenizer.tokens"].tobytes()
+        assert len(ends) == 3001 and len(words["tokenizer.merges"]) == 3000 - 256
+        assert all(b"".join(raw[ends[i]:ends[i + 1]] for i in ids) == text for ids, text in zip(got, texts))
+        assert max(map(max, want)) > 2500 and sum(map(len, want)) < 0.6 * sum(map(len, texts))
+        long = ["ab" * 50000, "ж" * 30000, " " * 20000 + "x", "7" * 10000, "\n \n" * 9999]
+        assert encode_in_c(path("text_words.safetensors"), [x.encode() for x in long]) == [tokenizer.encode(x).ids for x in long]
+        print(f"      {len(translated)} lines of {languages} languages' catalogues, {len(lines) - len(translated)} of mixed scripts")
+
+
+REFERENCE = os.path.join(DATA, "babel_words.safetensors")
+REFERENCE_TEXT = """\
+All human beings are born free and equal in dignity and rights. They are endowed with reason and conscience and should act.
+Alle Menschen sind frei und gleich an Würde und Rechten geboren. Sie sind mit Vernunft und Gewissen begabt und sollen handeln.
+Tous les êtres humains naissent libres et égaux en dignité et en droits. Ils sont doués de raison et de conscience.
+Все люди рождаются свободными и равными в своем достоинстве и правах. Они наделены разумом и совестью.
+Όλοι οι άνθρωποι γεννιούνται ελεύθεροι και ίσοι στην αξιοπρέπεια και τα δικαιώματα.
+人人生而自由，在尊严和权利上一律平等。他们赋有理性和良心。
+सभी मनुष्यों को गौरव और अधिकारों के मामले में जन्मजात स्वतन्त्रता और समानता प्राप्त है।
+يولد جميع الناس أحرارا متساوين في الكرامة والحقوق. 😀 😀
+  for (int i = 0; i < 1234567; i++) {\t// 3.14159, 2026-11-29\r
+\t\tif (x[i]  ==  y[i] && !done) x[i]++;   \n\n\n        return;\x0b \x0c \x01 \x7f
+"""
+
+
+def write_reference(path):
+    """Words for train_sessa's tests, trained on the text above, and that text with the library's ids."""
+    import bpe
+    tokenizer = bpe.train(REFERENCE_TEXT, 400)
+    with contextlib.redirect_stdout(None):
+        bpe.write_words(path, tokenizer)
+    text = np.frombuffer(REFERENCE_TEXT.encode(), dtype=np.uint8)
+    save_file({**load_file(path), "text": text, "ids": bpe.encode(tokenizer, REFERENCE_TEXT).astype(np.uint16)}, path)
+
+
+def test_reference_words():
+    """The committed file is what this library makes: data/test_data.py --reference writes it anew."""
+    try:
+        import tokenizers
+    except ImportError:
+        raise Skip("tokenizers is not installed")
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "x.safetensors")
+        write_reference(path)
+        made, committed = load_file(path), load_file(REFERENCE)
+        assert made.keys() == committed.keys() and all((made[x] == committed[x]).all() for x in made)
+
+
+def shard_ids(path):
+    raw = open(path, "rb").read()
+    assert np.frombuffer(raw[:1024], "<i4")[2] == (len(raw) - 1024) // 2
+    return np.frombuffer(raw[1024:], "<u2").tolist()
+
+
+def test_shards_of_words():
+    """The shards hold the text, whole, whatever is encoded at a time; the program reads them and their words."""
+    try:
+        import bpe
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise Skip("tokenizers is not installed")
+    text = "\n".join(mixed_lines(400, np.random.default_rng(2)))
+    with tempfile.TemporaryDirectory() as folder:
+        path = lambda name: os.path.join(folder, name)
+        with open(path("text.txt"), "w", newline="") as file:
+            file.write(text)
+        run("bpe.py", path("text.txt"), "--vocab", 600)
+        tokenizer = Tokenizer.from_file(path("text_tokenizer.json"))
+        train, val = (part.decode() for part in bpe.split(text.encode()))
+        assert train + val == text and 0 <= len(text.encode()) * 9 // 10 - len(train.encode()) < 4
+        assert shard_ids(path("text_train.bin")) == tokenizer.encode(train).ids
+        assert shard_ids(path("text_val.bin")) == tokenizer.encode(val).ids
+        whole, bpe.PART = bpe.encode(tokenizer, text), 50
+        assert len(list(bpe.parts(text))) > 50 and "".join(bpe.parts(text)) == text
+        assert (bpe.encode(tokenizer, text) == whole).all() and whole.tolist() == tokenizer.encode(text).ids
+        bpe.PART = 1 << 20
+        files = [open(path(x), "rb").read() for x in ("text_words.safetensors", "text_train.bin")]
+        run("bpe.py", path("text.txt"), "--tokenizer", path("text_tokenizer.json"), "--prefix", path("again"))
+        assert [open(path(x), "rb").read() for x in ("again_words.safetensors", "again_train.bin")] == files
+        last = read_with_program(path("text_train.bin"), path("text_val.bin"), "--seq", "16")
+        if last is not None:
+            n = (len(shard_ids(path("text_val.bin"))) - 1) // 16 * 16
+            size = len(tokenizer.decode(shard_ids(path("text_val.bin"))[1:n + 1]).encode())
+            assert abs(last["val_bits_per_byte"] / (last["val_loss"] * n / np.log(2) / size) - 1) < 0.02, last
+        with contextlib.redirect_stdout(None):
+            bpe.write_shard(path("wide.bin"), [70000, 1, 0], wide=True)
+        raw = open(path("wide.bin"), "rb").read()
+        assert np.frombuffer(raw, "<i4").tolist() == [20240801, 7, 3] + [0] * 253 + [70000, 1, 0]
+        run("bpe.py", path("none.txt"), code=1, output="none.txt: No such file")
+        run("bpe.py", path("text.txt"), "--vocab", 255, code=2, output="256")
+        with open(path("latin.txt"), "wb") as file:
+            file.write(b"caf\xe9 " * 9)
+        run("bpe.py", path("latin.txt"), code=1, output="not a text in UTF-8, at byte 3")
+
+
+def test_words_of_other_tokenizers():
+    """Byte-level, SentencePiece's and WordPiece: what the words print is the text, but for a space where it begins."""
+    try:
+        import bpe
+        import tokenizers
+        from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+    except ImportError:
+        raise Skip("tokenizers is not installed")
+    text = "the cat sat on the mat, the dog sat on the log. " * 40 + "naïve 数据 end."
+    kinds = {"bytes": (models.BPE(), trainers.BpeTrainer, pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()),
+             "sentencepiece": (models.Unigram(), trainers.UnigramTrainer, pre_tokenizers.Metaspace(), decoders.Metaspace()),
+             "wordpiece": (models.WordPiece(unk_token="[UNK]"), trainers.WordPieceTrainer, pre_tokenizers.Whitespace(), decoders.WordPiece(cleanup=False))}
+    for kind, (model, trainer, cutter, decoder) in kinds.items():
+        tokenizer = tokenizers.Tokenizer(model)
+        tokenizer.pre_tokenizer, tokenizer.decoder = cutter, decoder
+        alphabet = pre_tokenizers.ByteLevel.alphabet() if kind == "bytes" else []
+        tokenizer.train_from_iterator([text], trainer(vocab_size=400, special_tokens=["[UNK]"], show_progress=False, initial_alphabet=alphabet))
+        words, ids = bpe.token_bytes(tokenizer), tokenizer.encode(text).ids
+        got = b"".join(words[i] for i in ids).decode()
+        assert not bpe.cuts_alike(tokenizer) and words[0] == b"[UNK]", kind
+        assert got.lstrip() == (tokenizer.decode(ids) if kind == "wordpiece" else text), (kind, got)
+        with tempfile.TemporaryDirectory() as folder:
+            path = lambda name: os.path.join(folder, name)
+            tokenizer.save(path("tokenizer.json"))
+            with open(path("text.txt"), "w") as file:
+                file.write(text)
+            run("bpe.py", path("text.txt"), "--tokenizer", path("tokenizer.json"))
+            assert "tokenizer.merges" not in load_file(path("text_words.safetensors"))
+            last = read_with_program(path("text_train.bin"), path("text_val.bin"), "--seq", "4")
+            assert last is None or (last["val_loss"] > 0 and "val_bits_per_byte" not in last)
+
+
 if __name__ == "__main__":
+    if sys.argv[1:] == ["--reference"]:
+        sys.exit(write_reference(REFERENCE))
     run_tests(globals())

@@ -11,6 +11,7 @@ fuzz.py beside it builds and runs it.
     options      a command line, one word a line, up to the size of the model; a settings's text gives the settings again
     prompt       a prompt, a vocabulary and logits of any bits: ids and samples are within the vocabulary
     log          --log of a resumed run: what is kept is a part of what was there
+    words        the three tensors of words, and a text: its ids are those of its bytes
 
 With libFuzzer: clang -fsanitize=fuzzer,address,undefined. With any compiler: -DREPLAY, which runs each file named once.
 */
@@ -198,6 +199,7 @@ static void use_file(const void *bytes, size_t size, int load) {
         run.file = file;
         if (settings_from_file(&run, "fuzz", resume, error)) require_line();
         else walk_model(&run, resume);
+        words_free(&run.words);
     }
     if (load) walk_examples(&run.file);
     safetensors_free(&run.file);
@@ -322,6 +324,7 @@ static void fuzz_data(const uint8_t *data, size_t size) {
     }
     dataset_free(&run.train);
     dataset_free(&run.val);
+    words_free(&run.words);
 }
 
 static void fuzz_options(const uint8_t *data, size_t size) {
@@ -420,9 +423,58 @@ static void fuzz_log(const uint8_t *data, size_t size) {
     free(now);
 }
 
+// The first byte: whether there are merges, and whether the tokens begin with all 256 bytes, as merges need; then the number
+// of further tokens, their lengths, the number of merges and their ids (two bytes each). The rest are the tokens' bytes, and
+// once more the text.
+static void fuzz_words(const uint8_t *data, size_t size) {
+    if (size < 3) return;
+    static int64_t offsets[256 + 256 + 1];
+    static int32_t pairs[2 * 256];
+    static unsigned char bytes[256 + 65536];
+    int begin = data[0] & 2 ? 256 : 0, more = data[1], n_pairs = data[2], V = begin + more;
+    const uint8_t *at = data + 3, *end = data + size;
+    if (end - at < more + 4 * n_pairs) return;
+    for (int i = 0; i < begin; i++) { bytes[i] = (unsigned char)i; offsets[i] = i; }
+    offsets[begin] = begin;
+    for (int i = 0; i < more; i++) offsets[begin + i + 1] = offsets[begin + i] + (int8_t)*at++;
+    for (int i = 0; i < 2 * n_pairs; i++, at += 2) pairs[i] = (int16_t)(at[0] + 256 * at[1]);
+    int64_t rest = end - at, total = begin + (rest < 4096 ? rest : 4096);
+    memcpy(bytes + begin, at, (size_t)(total - begin));
+    if (data[0] & 4) offsets[V] = total;
+    if (total > offsets[V] && offsets[V] >= 0) total = offsets[V];
+    char names[3][24] = {"tokenizer.merges", "tokenizer.offsets", "tokenizer.tokens"};
+    FileTensor tensors[3] = {{names[0], "I32", 2, {n_pairs, 2}, 2 * n_pairs, 8 * (size_t)n_pairs, NULL},
+                             {names[1], "I64", 1, {V + 1}, V + 1, 8 * (size_t)(V + 1), NULL},
+                             {names[2], "U8", 1, {total}, total, (size_t)total, NULL}};
+    const void *from[3] = {pairs, offsets, bytes};
+    for (int i = 0; i < 3; i++) tensors[i].data = (const unsigned char *)copy_of(from[i], tensors[i].size, 0);
+    Safetensors file;
+    Words words;
+    memset(&file, 0, sizeof(file));
+    int skip = data[0] & 1 ? 0 : 1;
+    file.tensors = tensors + skip;
+    file.n_tensors = 3 - skip;
+    if (words_read(&words, &file, "fuzz", error)) { require_line(); REQUIRE(!words.bytes && !words.merges); }
+    else if (words.pairs) {
+        int *ids = (int *)malloc((size_t)rest * sizeof(int) + 1);
+        int n = encode_text(ids, &words, at, (size_t)rest, error);
+        const uint8_t *text = at;
+        REQUIRE(n >= 0 && n <= rest);
+        for (int i = 0; i < n; i++) {
+            REQUIRE(ids[i] >= 0 && ids[i] < V && word_length(&words, ids[i]) <= end - text);
+            REQUIRE(!memcmp(text, word_of(&words, ids[i]), (size_t)word_length(&words, ids[i])));
+            text += word_length(&words, ids[i]);
+        }
+        REQUIRE(text == end);
+        free(ids);
+    } else for (int id = 0; id < V; id++) REQUIRE(word_length(&words, id) >= 0 && words.offsets[id] + word_length(&words, id) <= total);
+    words_free(&words);
+    for (int i = 0; i < 3; i++) free((void *)tensors[i].data);
+}
+
 typedef struct { const char *name; void (*run)(const uint8_t *data, size_t size); } Target;
 static const Target targets[] = {{"safetensors", fuzz_safetensors}, {"header", fuzz_header}, {"metadata", fuzz_metadata}, {"data", fuzz_data},
-                                 {"options", fuzz_options}, {"prompt", fuzz_prompt}, {"log", fuzz_log}};
+                                 {"options", fuzz_options}, {"prompt", fuzz_prompt}, {"log", fuzz_log}, {"words", fuzz_words}};
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
@@ -430,7 +482,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     if (!target) {
         const char *name = getenv("TARGET");
         for (size_t i = 0; i < sizeof(targets) / sizeof(targets[0]); i++) if (name && !strcmp(targets[i].name, name)) target = &targets[i];
-        if (!target) { fprintf(stderr, "TARGET=safetensors|header|metadata|data|options|prompt|log\n"); exit(2); }
+        if (!target) { fprintf(stderr, "TARGET=safetensors|header|metadata|data|options|prompt|log|words\n"); exit(2); }
         backend = cpu_backend;
         backend.read = read_numbers;
         backend.write = write_numbers;

@@ -23,7 +23,7 @@ ROOT = os.path.dirname(os.path.dirname(HERE))
 ARCHIVE = os.path.join(HERE, "corpus.tar.xz")
 # name: share of the executions, longest input
 TARGETS = {"safetensors": (5, 1024), "header": (5, 2048), "metadata": (3, 1024), "data": (3, 1200), "options": (4, 512),
-           "prompt": (1, 400), "log": (1, 800)}
+           "prompt": (1, 400), "log": (1, 800), "words": (2, 600)}
 CHECKS = ["-g", "-O1", "-fno-omit-frame-pointer", "-Wno-unused-function", "-Wno-unknown-pragmas", "-fno-sanitize-recover=all"]
 
 
@@ -80,7 +80,7 @@ def make_seeds(work):
     for mixer in ("sessa", "attention", "mamba2"):
         extra = ["--head-dim", "2", "--state-dim", "1"] if mixer == "mamba2" else []
         subprocess.run([program, "--data", "text", "--mixer", mixer, "--dim", "2", "--heads", "1", "--layers", "1", "--seq", "3",
-                        "--batch", "1", "--steps", "2", "--out", mixer + ".safetensors", "--log", "log"] + extra,
+                        "--batch", "1", "--steps", "2", "--overwrite", "--out", mixer + ".safetensors", "--log", "log"] + extra,
                        cwd=here, check=True, stdout=subprocess.DEVNULL)
         for kind in ("", ".best"):
             files[mixer + kind] = open(os.path.join(here, mixer + kind + ".safetensors"), "rb").read()
@@ -111,6 +111,8 @@ def make_seeds(work):
     put("log", "log", b"\4" + open(os.path.join(here, "log"), "rb").read())
     put("prompt", "text", b"\x08\1\3\x10\x80\7" + struct.pack("<8f", *range(8)) + b"\1\4\7")
     put("prompt", "ids", b"\x3f\0\0\x10\xff\7" + struct.pack("<64f", *range(64)) + b"3 14 15")
+    put("words", "words", b"\3\3\3" + b"\2\3\2" + struct.pack("<6h", 97, 98, 256, 99, 32, 97) + b"ababc a" * 2 + b" 12345 ...\n\n  x")
+    put("words", "bare", b"\0\3\0" + b"\2\0\3" + b"ababc")
     lines = ["--data my.txt --dim 256 --layers 6 --seq 256 --out my.safetensors", "--load x --generate 500 --prompt Once --temperature 0.8",
              "--resume x --steps 4000", "--mixer mamba2 --head-dim 32 --state-dim 16 --dim 64", "--seq=1 --batch=1 --vocab=1 --dim=2 --heads=1",
              "--load x --data y --eval", "--lr 3e-3 --min-lr 1e-4 --warmup 100 --decay-steps 1000 --beta1 .9 --beta2 .99 --eps 1e-8",
@@ -125,7 +127,7 @@ def make_seeds(work):
                         '"vocab_size":"', "exp_avg."],
              "metadata": sorted({key + "=" for name in files if name[0] not in "IU" for key in
                                  json.loads(files[name][8:8 + struct.unpack("<Q", files[name][:8])[0]])["__metadata__"]}) + ["1e12", "16777216", "mamba2"],
-             "log": ['{"step": ', "\n", "9223372036854775808"], "data": [struct.pack("<i", 20240520).decode("latin1")], "prompt": [" "]}
+             "log": ['{"step": ', "\n", "9223372036854775808"], "data": [struct.pack("<i", 20240520).decode("latin1")], "prompt": [" "], "words": [" "]}
     words["safetensors"] = words["header"]
     for target, list_of in words.items():
         with open(os.path.join(here, target + ".dict"), "w") as out:

@@ -231,6 +231,64 @@ static inline void write_data(void) {
     spill("other", text, TEXT_SIZE);
 }
 
+// The words of data/babel_words.safetensors, with a text and its ids as the library has them.
+typedef struct {
+    Safetensors file;
+    Words words;
+    const unsigned char *text;
+    size_t text_size;
+    int *ids, n_ids;
+} Babel;
+
+// Whether they could be read. To be freed then.
+static inline int open_babel(Babel *b) {
+    char error[ERROR_SIZE];
+    memset(b, 0, sizeof(*b));
+    if (safetensors_read(&b->file, "data/babel_words.safetensors", error)) return 0;
+    const FileTensor *text = safetensors_find(&b->file, "text"), *ids = safetensors_find(&b->file, "ids");
+    if (words_read(&b->words, &b->file, "babel", error) || !text || !ids) return 0;
+    b->text = text->data;
+    b->text_size = text->size;
+    b->n_ids = (int)ids->count;
+    b->ids = (int *)lend((size_t)b->n_ids * sizeof(int));
+    for (int i = 0; i < b->n_ids; i++) b->ids[i] = (int)integer_at(ids, 16, i);
+    return 1;
+}
+
+static inline void close_babel(Babel *b) {
+    words_free(&b->words);
+    safetensors_free(&b->file);
+}
+
+// Writes a token shard.
+static inline void write_shard(const char *name, const int *ids, int n) {
+    unsigned char *bytes = (unsigned char *)lend(1024 + 2 * (size_t)n);
+    int32_t header[3] = {GPT2_SHARD, 1, n};
+    memcpy(bytes, header, sizeof(header));
+    for (int i = 0; i < n; i++) {
+        uint16_t id = (uint16_t)ids[i];
+        memcpy(bytes + 1024 + 2 * i, &id, 2);
+    }
+    spill(name, bytes, 1024 + 2 * (size_t)n);
+}
+
+// Writes the first n of these tensors of words: tokens, offsets, merges.
+static inline void write_word_tensors(const char *name, const Words *w, int n) {
+    char error[ERROR_SIZE];
+    int64_t V = w->count, M = w->n_merges;
+    const unsigned char *offsets = (const unsigned char *)w->offsets;
+    const unsigned char *merges = (const unsigned char *)w->pairs;
+    FileTensor tensors[] = {
+        {(char *)"tokenizer.tokens", "U8", 1, {w->size}, w->size, (size_t)w->size, w->bytes},
+        {(char *)"tokenizer.offsets", "I64", 1, {V + 1}, V + 1, 8 * (size_t)(V + 1), offsets},
+        {(char *)"tokenizer.merges", "I32", 2, {M, 2}, 2 * M, 8 * (size_t)M, merges}};
+    Place place;
+    int settled = !settle(&place, in_work(name), NULL, error);
+    if (settled && !safetensors_write(&place, tensors, n, NULL, 0, 0, NULL, error)) return;
+    printf("%s\n", error);
+    exit(1);
+}
+
 // Starts the program and waits until its log has so many lines.
 static inline pid_t start_and_wait_for_log(const char *line, const char *log, int lines) {
     double steps[64];

@@ -1134,6 +1134,182 @@ static void test_formats(void) {
 }
 
 // ----------------------------------------------------------------------------
+// words that are damaged
+
+// What is done to the words of a file, and what the line must say.
+typedef enum { AS_IT_IS, OFFSET, PAIR, BYTE } Damaged;
+typedef struct { Damaged what; int64_t at, value; const char *says; } WordDamage;
+
+// Whether words of these three tensors are refused with a line that says this; NULL: they are taken.
+static int words_are_refused(FileTensor *tensors, int n, const char *says) {
+    char error[ERROR_SIZE] = "";
+    Safetensors file;
+    Words words;
+    memset(&file, 0, sizeof(file));
+    file.tensors = tensors;
+    file.n_tensors = n;
+    sort_names(tensors, n, sizeof(FileTensor));
+    int result = words_read(&words, &file, "words", error);
+    int ok = says ? result == FAILED && strstr(error, says) && !words.bytes : !result && words.count > 0;
+    words_free(&words);
+    if (!ok) printf("    %s: %s\n", says ? says : "taken", error);
+    return ok;
+}
+
+// The words, copied to memory that ends where they end.
+static void lay_out(FileTensor tensors[3], const Words *w) {
+    int64_t V = w->count, M = w->n_merges;
+    size_t ends = 8 * (size_t)(V + 1), pairs = 8 * (size_t)M, bytes = (size_t)w->size;
+    FileTensor merges = {(char *)"tokenizer.merges", "I32", 2, {M, 2}, 2 * M, pairs, NULL};
+    FileTensor offsets = {(char *)"tokenizer.offsets", "I64", 1, {V + 1}, V + 1, ends, NULL};
+    FileTensor tokens = {(char *)"tokenizer.tokens", "U8", 1, {w->size}, w->size, bytes, NULL};
+    const void *from[] = {w->pairs, w->offsets, w->bytes};
+    tensors[0] = merges;
+    tensors[1] = offsets;
+    tensors[2] = tokens;
+    for (int i = 0; i < 3; i++) {
+        void *copy = keep(malloc(tensors[i].size));
+        tensors[i].data = (const unsigned char *)memcpy(copy, from[i], tensors[i].size);
+    }
+}
+
+static void check_damaged_words(const Words *w) {
+    const int64_t V = w->count, M = w->n_merges;
+    const WordDamage damages[] = {
+        {AS_IT_IS, 0, 0, NULL},
+        {OFFSET, 0, 1, "from 0 to the end"},
+        {OFFSET, 0, -1, "from 0 to the end"},
+        {OFFSET, V, w->size - 1, "from 0 to the end"},
+        {OFFSET, V, INT64_MAX, "from 0 to the end"},
+        {OFFSET, 5, INT64_MAX, "falls behind token 4"},
+        {OFFSET, 5, INT64_MIN, "falls behind token 4"},
+        {OFFSET, 5, w->offsets[7], "falls behind token 5"},
+        {OFFSET, 300, w->offsets[299] - 1, "falls behind token 299"},
+        {OFFSET, V - 1, w->size + 1, "falls behind token"},
+        {PAIR, 0, -1, "ids are 0 to"},
+        {PAIR, 3, V, "ids are 0 to"},
+        {PAIR, 2 * M - 1, INT32_MAX, "ids are 0 to"},
+        {PAIR, 2 * M - 2, INT32_MIN, "ids are 0 to"},
+        {PAIR, 2, w->pairs[3] == 0, "makes no token"},
+        {BYTE, 0, w->bytes[1], "no token that is the byte"},
+        {BYTE, w->offsets[V] - 1, 255, "makes no token"},
+    };
+    int n = (int)(sizeof(damages) / sizeof(damages[0])), right = 0;
+    for (int i = 0; i < n; i++) {
+        const WordDamage *d = &damages[i];
+        FileTensor tensors[3];
+        lay_out(tensors, w);
+        int32_t id = (int32_t)d->value;
+        unsigned char byte = (unsigned char)d->value;
+        if (d->what == OFFSET) memcpy((char *)tensors[1].data + 8 * d->at, &d->value, 8);
+        if (d->what == PAIR) memcpy((char *)tensors[0].data + 4 * d->at, &id, 4);
+        if (d->what == BYTE) memcpy((char *)tensors[2].data + d->at, &byte, 1);
+        right += words_are_refused(tensors, 3, d->says);
+    }
+    check(right == n, "numbers of a file of words, damaged in %d ways: %d refused", n - 1, right - 1);
+}
+
+// A merge that stands there twice; two tokens that are the same bytes, with merges and without.
+static void check_doubles(const Words *w) {
+    FileTensor tensors[3];
+    lay_out(tensors, w);
+    memcpy((char *)tensors[0].data + 8, w->pairs, 8);
+    int right = words_are_refused(tensors, 3, "stands there twice");
+    lay_out(tensors, w);
+    int at = w->count - 1;
+    while (word_length(w, at) != word_length(w, at - 1)) at--;
+    memcpy((char *)tensors[2].data + w->offsets[at - 1], word_of(w, at), (size_t)word_length(w, at));
+    right += words_are_refused(tensors, 3, "are the same bytes");
+    right += words_are_refused(tensors + 1, 2, NULL);
+    check(right == 3, "words or merges that stand there twice: refused; without merges words may");
+}
+
+// Tensors that are not there, or of another dtype or shape.
+static void check_shapes_of_words(const Words *w) {
+    FileTensor tensors[3], fewer[3];
+    int right = 0;
+    lay_out(tensors, w);
+    for (int leave_out = 1; leave_out < 3; leave_out++) {
+        int n = 0;
+        for (int i = 0; i < 3; i++)
+            if (i != leave_out) fewer[n++] = tensors[i];
+        right += words_are_refused(fewer, n, leave_out == 1 ? "tokenizer.offsets is" : "tokenizer.tokens is");
+    }
+    static const char *const says[] = {"merges is not", "offsets is", "tokens is"};
+    for (int i = 0; i < 3; i++) {
+        memcpy(fewer, tensors, sizeof(tensors));
+        strcpy(fewer[i].dtype, "U64");
+        right += words_are_refused(fewer, 3, says[i]);
+        memcpy(fewer, tensors, sizeof(tensors));
+        fewer[i].n_dims = 3;
+        right += words_are_refused(fewer, 3, says[i]);
+    }
+    memcpy(fewer, tensors, sizeof(tensors));
+    fewer[0].shape[1] = 3;
+    right += words_are_refused(fewer, 3, says[0]);
+    memcpy(fewer, tensors, sizeof(tensors));
+    fewer[1].count = 1;
+    right += words_are_refused(fewer, 3, says[1]);
+    fewer[1].count = MAX_VOCAB + 2;
+    right += words_are_refused(fewer, 3, says[1]);
+    check(right == 11, "tensors of words that are missing, or of another dtype or shape: refused");
+}
+
+// A file beside a shard that is no file of words.
+static void refuse_words(const char *says, const void *bytes, size_t size) {
+    spill("babel_words.safetensors", bytes, size);
+    reason = says;
+    refuse(1, "--data babel_train.bin " TWO_STEPS "--seq 8 --out x.safetensors");
+}
+
+// The same through the program: a checkpoint and the file beside a shard.
+static void check_words_of_files(const Words *w) {
+    static const char train[] = "--data babel_train.bin " TWO_STEPS "--seq 8";
+    Safetensors file;
+    size_t size = 0;
+    run("%s --out good.safetensors", train);
+    int there = open_tensors(&file, "good.safetensors");
+    unsigned char *bytes = slurp("good.safetensors", &size);
+    if (!check(there && bytes, "a checkpoint with words")) return;
+    int64_t far = w->size + 1;
+    memcpy(bytes + (safetensors_find(&file, "tokenizer.offsets")->data - file.bytes) + 80, &far, 8);
+    spill("bad.safetensors", bytes, size);
+    safetensors_free(&file);
+    snprintf(damaged, sizeof(damaged), "an offset behind the end");
+    reason = "tokenizer.offsets falls behind token 9";
+    refuse(1, "--load bad.safetensors --generate 3");
+    damage("tokenizer.merges", "tokenizer.mergers"); // unknown: the words are without merges
+    check(!run("--load bad.safetensors --generate 3 --prompt 5"), "tensors of unknown names are left alone");
+    damage("tokenizer.tokens", "tokenizer.bytes");
+    reason = "tokenizer.tokens is missing";
+    refuse(1, "--load bad.safetensors --generate 3");
+    damage("\"vocab_size\":\"400\"", "\"vocab_size\":\"401\"");
+    reason = "vocab_size words";
+    refuse(1, "--load bad.safetensors --generate 3");
+    *damaged = 0;
+    refuse_words("ends early", "short", 5);
+    bytes = slurp("set.safetensors", &size);
+    refuse_words("tokenizer.tokens is missing", bytes, size);
+}
+
+static void test_damaged_words(void) {
+    heading("words that are damaged");
+    Babel b;
+    if (!check(open_babel(&b), "data/babel_words.safetensors")) return;
+    check_damaged_words(&b.words);
+    check_doubles(&b.words);
+    check_shapes_of_words(&b.words);
+    write_shard("babel_train.bin", b.ids, b.n_ids);
+    write_word_tensors("babel_words.safetensors", &b.words, 3);
+    check_words_of_files(&b.words);
+    close_babel(&b);
+    *damaged = 0;
+    reason = "";
+    clean_folder();
+    release();
+}
+
+// ----------------------------------------------------------------------------
 // smaller things
 
 // A float32 cut off to an F16, whose normal numbers are right: smaller ones become 0.
@@ -1357,6 +1533,7 @@ static void test_oddities(void) {
 int main(int argc, char **argv) {
     if (argc > 1 && !strcmp(argv[1], "--run")) return be_the_program(argc, argv);
     begin(argv);
+    go_to_data();
     open_folder();
     test_files();
     test_command_line();
@@ -1368,6 +1545,7 @@ int main(int argc, char **argv) {
     test_judgement();
     test_split();
     test_formats();
+    test_damaged_words();
     test_oddities();
     remove_folder();
     return report();

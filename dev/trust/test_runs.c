@@ -549,6 +549,279 @@ static void test_generation(void) {
 }
 
 // ----------------------------------------------------------------------------
+// words
+
+// Ids of the text, against the library's, and against its bytes.
+static void check_ids_of_text(const Babel *b) {
+    char error[ERROR_SIZE];
+    int *ids = (int *)lend(b->text_size * sizeof(int)), same = 0;
+    int n = encode_text(ids, &b->words, b->text, b->text_size, error);
+    for (int i = 0; n == b->n_ids && i < n; i++) same += ids[i] == b->ids[i];
+    check(n == b->n_ids && same == n && n > 200, "%d bytes of nine languages: the library's %d ids",
+          (int)b->text_size, n);
+    size_t at = 0;
+    for (int i = 0; i < n; i++) {
+        size_t length = (size_t)word_length(&b->words, ids[i]);
+        if (at + length > b->text_size || memcmp(b->text + at, word_of(&b->words, ids[i]), length)) break;
+        at += length;
+    }
+    check(at == b->text_size, "their words are the text");
+}
+
+// The rank of a pair, INT_MAX if it has none, and what it makes.
+static int rank_of(const Words *w, int left, int right, int *product) {
+    for (int i = 0; i < w->n_merges; i++) {
+        if (w->merges[i].left != left || w->merges[i].right != right) continue;
+        *product = w->merges[i].product;
+        return w->merges[i].rank;
+    }
+    return INT_MAX;
+}
+
+// A piece's ids by the rule as it is said: again and again the pair of lowest rank, the leftmost.
+static int plain_ids(int *ids, const Words *w, const unsigned char *piece, int n) {
+    for (int i = 0; i < n; i++) ids[i] = w->of_byte[piece[i]];
+    for (;;) {
+        int best = -1, lowest = INT_MAX, product = 0, made = 0;
+        for (int i = 0; i + 1 < n; i++) {
+            int rank = rank_of(w, ids[i], ids[i + 1], &made);
+            if (rank >= lowest) continue;
+            lowest = rank;
+            best = i;
+            product = made;
+        }
+        if (best < 0) return n;
+        ids[best] = product;
+        memmove(ids + best + 1, ids + best + 2, (size_t)(n - best - 2) * sizeof(int));
+        n--;
+    }
+}
+
+// Words of up to five a and b, and all merges that make them, in random order: they get in each other's way.
+enum { AB_LONGEST = 5, AB_WORDS = 256 + 60, AB_MERGES = 196 };
+static int ab_words(Words *w) {
+    char error[ERROR_SIZE];
+    unsigned char *bytes = (unsigned char *)lend(256 + 60 * AB_LONGEST);
+    int64_t *offsets = (int64_t *)lend((AB_WORDS + 1) * sizeof(int64_t)), V = 0, size = 0;
+    int32_t *pairs = (int32_t *)lend(2 * AB_MERGES * sizeof(int32_t));
+    int first[AB_LONGEST + 1] = {0, 'a'}, M = 0; // the id of the first word of a length; its bits say which
+    for (; V < 256; V++) bytes[offsets[V] = size++] = (unsigned char)V;
+    for (int length = 2; length <= AB_LONGEST; length++) {
+        first[length] = (int)V;
+        for (int bits = 0; bits < 1 << length; bits++, V++) {
+            offsets[V] = size;
+            for (int k = length - 1; k >= 0; k--) bytes[size++] = (unsigned char)('a' + (bits >> k & 1));
+            for (int tail = 1; tail < length; tail++, M++) {
+                int at = random_int(0, M); // Fisher and Yates
+                memcpy(pairs + 2 * M, pairs + 2 * at, 8);
+                pairs[2 * at] = first[length - tail] + (bits >> tail);
+                pairs[2 * at + 1] = first[tail] + (bits & ((1 << tail) - 1));
+            }
+        }
+    }
+    offsets[V] = size;
+    Words words = {(int)V, size, bytes, offsets, M, pairs, NULL, {0}};
+    write_word_tensors("ab_words.safetensors", &words, 3);
+    return !words_read_file(w, in_work("ab_words.safetensors"), error) && w->n_merges == AB_MERGES;
+}
+
+static void check_merges(void) {
+    enum { PIECES = 300, LONGEST = 40 };
+    Words words;
+    unsigned char piece[LONGEST];
+    Symbol symbols[LONGEST];
+    Candidate heap[3 * LONGEST];
+    int ids[LONGEST], wanted[LONGEST], same = 0, ok = ab_words(&words);
+    for (int i = 0; ok && i < PIECES; i++) {
+        int size = random_int(1, LONGEST);
+        for (int k = 0; k < size; k++) piece[k] = (unsigned char)random_int('a', 'b');
+        int n = encode_piece(ids, &words, piece, size, symbols, heap);
+        int n_wanted = plain_ids(wanted, &words, piece, size);
+        same += n == n_wanted && !memcmp(ids, wanted, (size_t)n * sizeof(int));
+    }
+    words_free(&words);
+    check(ok && same == PIECES, "merges in each other's way: %d of %d pieces as the rule says", same, PIECES);
+}
+
+// Pieces, which a / ends.
+static void check_pieces(void) {
+    static const char *const texts[] = {
+        "a/", "ab/ cd/", "ab/ / cd/", "ab/   / cd/", "ab/  /", "12/", "123/4/", " 123/456/ 7/",
+        "a/1/b/.../ !?/x/", "don/'/t/", "\n/a/", "\n\n/a/", "\n/ a/", "\n  / a/", "a/ \n/b/",
+        "a/ \t/b/", "\t/ b/", " \v\f\r\n/b/", "caf\xC3\xA9/ \xE4\xBA\xBA/1/", "\x80\xFF/ \xFF/",
+        "\x01\x7F/ \x01/", " /", "[/a/_/B/]@/Z/`{/", "9/:/0//",
+    };
+    enum { N = sizeof(texts) / sizeof(texts[0]) };
+    int right = 0;
+    for (int i = 0; i < N; i++) {
+        unsigned char text[64];
+        size_t size = 0, begin = 0, ok = 1;
+        for (const char *c = texts[i]; *c; c++)
+            if (*c != '/') text[size++] = (unsigned char)*c;
+        for (const char *c = texts[i], *end; begin < size && (end = strchr(c, '/')) != NULL; c = end + 1) {
+            if (end == c) continue;
+            ok = ok && piece_length(text + begin, size - begin) == (size_t)(end - c);
+            begin += (size_t)(end - c);
+        }
+        right += ok && begin == size;
+        if (!ok) printf("    %s\n", texts[i]);
+    }
+    check(right == N, "text is cut into pieces by its bytes: %d of %d", right, N);
+}
+
+// A piece of any length is encoded in a moment.
+static void check_long_piece(const Babel *b) {
+    enum { LENGTH = 1 << 20 };
+    char error[ERROR_SIZE];
+    unsigned char *text = (unsigned char *)lend(LENGTH);
+    int *ids = (int *)lend(LENGTH * sizeof(int));
+    for (int i = 0; i < LENGTH; i++) text[i] = "rights"[i % 6];
+    double start = seconds();
+    int n = encode_text(ids, &b->words, text, LENGTH, error);
+    int quick = seconds() - start < 20;
+    check(n > 0 && n < LENGTH && quick, "a piece of %d bytes is encoded in a moment", LENGTH);
+}
+
+#define OF_WORDS SMALL "--steps 4 --eval-every 0 "
+
+// The ids that a model without words prints behind a prompt, and their number.
+static int printed_ids(int *ids, int most, const char *options, const char *prompt) {
+    int n = 0;
+    char *at, *end;
+    if (run("--load bare.safetensors %s%s", options, prompt)) return -1;
+    for (at = (char *)output; n < most && *at && *at != '\n'; at = end + (*end == ' ')) {
+        ids[n++] = (int)strtol(at, &end, 10);
+        if (end == at) return -1;
+    }
+    return n;
+}
+
+// What a model prints behind "and right", given as text or as ids, is what the model of ids prints, in
+// words.
+static void check_printed(const Babel *b, const char *checkpoint, int by_ids, const char *what) {
+    enum { MOST = 64 };
+    static const char greedy[] = "--generate 30 --temperature 0 --prompt ";
+    static unsigned char text[4096];
+    char error[ERROR_SIZE], prompt[256] = "";
+    int ids[MOST], size = 0;
+    int n = encode_text(ids, &b->words, (const unsigned char *)"and right", 9, error);
+    for (int i = 0; i < n; i++) snprintf(prompt + strlen(prompt), 16, i ? "~%d" : "%d", ids[i]);
+    n = printed_ids(ids, MOST, greedy, prompt);
+    for (int i = 0; i < n; i++) {
+        int length = (int)word_length(&b->words, ids[i]);
+        memcpy(text + size, word_of(&b->words, ids[i]), (size_t)length);
+        size += length;
+    }
+    int ok = !run("--load %s %s%s", checkpoint, greedy, by_ids ? prompt : "and~right");
+    // a character that the last token leaves unfinished is not printed
+    int printed = (int)output_size - 1, left_out = size - printed;
+    ok = ok && n > 30 && left_out >= 0 && left_out < 4 && output[printed] == '\n';
+    check(ok && !memcmp(output, text, (size_t)printed), "%s", what);
+}
+
+// The bits per byte that --eval prints, and the loss; NAN: none.
+static double evaluated(const char *checkpoint, const char *data, double *loss) {
+    int ok = !run("--load %s --data %s --eval", checkpoint, data);
+    const char *bits = ok ? said("bits_per_byte ") : NULL;
+    *loss = ok ? atof((char *)output + strlen("val_loss ")) : NAN;
+    return bits ? atof(bits + strlen("bits_per_byte ")) : NAN;
+}
+
+// Bits per byte of the validation part, whose targets are counted by hand.
+static void check_bits(const Babel *b) {
+    int begin = b->n_ids * 9 / 10, windows = (b->n_ids - begin - 1) / 12;
+    int64_t bytes = 0;
+    for (int i = 1; i <= windows * 12; i++) bytes += word_length(&b->words, b->ids[begin + i]);
+    double logged[8], loss = 0, bits = evaluated("w.safetensors", "babel_train.bin", &loss);
+    double expected = loss * windows * 12 / (log(2) * (double)bytes);
+    check_error(fabs(bits / expected - 1), 1e-5, "bits per byte of words, %.3f", bits);
+    int ok = read_log("w.log", "val_bits_per_byte", logged, 8) == 4;
+    check_error(ok ? fabs(logged[3] / expected - 1) : NAN, 1e-5, "the log has them");
+    run("--data text " OF_WORDS "--out t.safetensors");
+    bits = evaluated("t.safetensors", "text", &loss);
+    check_error(fabs(bits * log(2) / loss - 1), 1e-5, "and of single bytes");
+    check(!run("--load bare.safetensors --data bare.bin --eval") && !said("bits_per_byte"), "none of ids");
+}
+
+// Whether a checkpoint has the words of the file, and as many of their tensors.
+static int carries(const char *checkpoint, const Babel *b, int merges) {
+    Safetensors file;
+    Words words;
+    char error[ERROR_SIZE];
+    if (!open_tensors(&file, checkpoint)) return 0;
+    int ok = !words_read(&words, &file, checkpoint, error);
+    ok = ok && words.count == b->words.count && words.size == b->words.size && !words.pairs == !merges;
+    ok = ok && !memcmp(words.bytes, b->words.bytes, (size_t)words.size);
+    ok = ok && (!merges || same_words(&words, &b->words));
+    words_free(&words);
+    safetensors_free(&file);
+    return ok;
+}
+
+static void check_words_resumed(const Babel *b) {
+    int ok = !run("--data babel_train.bin " SMALL "--steps 2 --decay-steps 4 --eval-every 0 "
+                  "--out v.safetensors");
+    discard("babel_words.safetensors"); // the checkpoint has them
+    ok = ok && !run("--resume v.safetensors --steps 4");
+    check(ok && carries("v.safetensors", b, 1) && same_files("v.safetensors", "w.safetensors"),
+          "resumed, without the file of the words: the same bytes");
+    write_word_tensors("babel_words.safetensors", &b->words, 3);
+}
+
+// Words that are not the model's, and text.
+static void check_other_words(const Babel *b) {
+    write_word_tensors("babel_words.safetensors", &b->words, 2);
+    int refused = run("--load w.safetensors --data babel_train.bin --eval") == 1;
+    refused = refused && complained("not those of the model");
+    write_word_tensors("babel_words.safetensors", &b->words, 3);
+    write_word_tensors("other_words.safetensors", &b->words, 2);
+    copy_file("babel_train.bin", "other_val.bin");
+    refused += run("--data babel_train.bin --val other_val.bin " OF_WORDS "--out x.safetensors") == 1 &&
+               complained("other_words.safetensors");
+    discard("other_words.safetensors");
+    refused += run("--data babel_train.bin --vocab 401 " OF_WORDS "--out x.safetensors") == 2 &&
+               complained("--vocab 401");
+    refused += run("--load w.safetensors --data text --eval") == 1 && complained("data/bpe.py");
+    check(refused == 4,
+          "other words than the model's or the other shard's, another --vocab, a text: refused");
+    int ok = !run("--load w.safetensors --data bare.bin --eval") && said("bits_per_byte");
+    ok = ok && !run("--load bare.safetensors --data babel_train.bin --eval") && !said("bits_per_byte");
+    check(ok, "a model of words reads a shard without, a model of ids one with words");
+}
+
+static void test_words(void) {
+    heading("words");
+    Babel b;
+    if (!check(open_babel(&b), "data/babel_words.safetensors")) return;
+    check_ids_of_text(&b);
+    check_merges();
+    check_pieces();
+    check_long_piece(&b);
+    write_shard("babel_train.bin", b.ids, b.n_ids);
+    write_shard("bare.bin", b.ids, b.n_ids);
+    write_shard("mute_train.bin", b.ids, b.n_ids);
+    write_word_tensors("babel_words.safetensors", &b.words, 3);
+    write_word_tensors("mute_words.safetensors", &b.words, 2);
+    int ok = !run("--data babel_train.bin " OF_WORDS "--out w.safetensors --log w.log");
+    ok = ok && said("vocabulary: the 400 words of babel_words.safetensors");
+    check(ok && carries("w.safetensors", &b, 1) && carries("w.best.safetensors", &b, 1),
+          "a model of words carries them");
+    ok = !run("--data mute_train.bin " OF_WORDS "--out mute.safetensors");
+    check(ok && carries("mute.safetensors", &b, 0), "and those without merges");
+    run("--data bare.bin --vocab 400 " OF_WORDS "--out bare.safetensors");
+    check_printed(&b, "w.safetensors", 0, "a text prompt, and text behind it: those of the ids");
+    check_printed(&b, "mute.safetensors", 1, "without merges ids are the prompt, and text is printed");
+    ok = run("--load mute.safetensors --generate 3 --prompt and") == 2 && complained("token ids");
+    check(ok && !run("--load w.safetensors --generate 3"),
+          "without merges text is no prompt; no prompt at all is fine");
+    check_bits(&b);
+    if (!IS_DOUBLE) check_words_resumed(&b);
+    check_other_words(&b);
+    close_babel(&b);
+    release();
+}
+
+// ----------------------------------------------------------------------------
 // the smallest and the oddest runs, with every mixer
 
 // A text of one distinct byte, tokens up to the largest, examples without a target.
@@ -1260,6 +1533,7 @@ __attribute__((noinline)) static void test_all(void) {
     test_plain_runs();
     test_scores();
     test_generation();
+    test_words();
     remove_folder();
 }
 
@@ -1271,6 +1545,7 @@ int main(int argc, char **argv) {
         return 1;
     }
     begin(argv);
+    go_to_data();
     if (argc > 1) program = twin;
     test_all();
     return report();
