@@ -25,18 +25,20 @@ sessa_forward its middle, feedback_forward the line for s.
 
 What stands where, in this order:
 
+    what the layers share  plain or fast, shapes, scratch
     layers                 each forward and backward, in the order in which data meets them
     the model              its weights and activations
-    Sessa's mixer          ā → s
+    mixers                 ā → s: Sessa's, and attention alone
     forward, backward, update                       to here the architecture is told: read this first
     Mamba-2                the mixer that the paper compares with, plain; nothing else needs it
     the same, fast         panels, tiles, vectors: how the layers above are made fast
-    tables, memory, the machine, signals, files, data, words, options
+    tables, random numbers, errors, the machine, memory, the backend, signals
+    files, safetensors, data, words, options
     a run                  its checkpoints, data, validation, and the places that it writes
     generation, what a run tells, training, the program
 
-Plain is what a layer is, fast is how it is made fast. The functions of the first half are plain: explicit
-loops, with no more memory than O(T) for a sequence. Where there is a faster way the function begins with
+Plain is what a layer is, fast is how it is made fast. The functions down to "the same, fast" are plain:
+explicit loops, with no more memory than O(T) for a sequence. Where there is a faster way the function begins with
 
     if (!plain) return attention_forward_fast(...);
 
@@ -5134,7 +5136,7 @@ static const Option option_table[] = {
     {INSTEAD, "eval", NULL, FLAG, FIELD(eval), "0", 0, 1,
      "validation loss of --load on the whole split"},
     {COMPUTING, "plain", NULL, FLAG, FIELD(plain), "0", 0, 1,
-     "every layer by its plain loops: slow, to compare and to learn from"},
+     "every layer as it stands first in the source, no faster way: to compare and to learn from"},
     {STATE, "step", "step", INTEGER, FIELD(step), "0", 0, 1e11, "updates done"},
     {STATE, "best_val_loss", "best_val_loss", NUMBER, FIELD(best_val), "1e300", 0, 1e300,
      "lowest validation loss so far"},

@@ -10,7 +10,8 @@ What stands where, in this order:
 
     errors, the device, numbers, launchers      what every layer is written with
     the matrix product                          cuBLASLt's
-    layers                                      as in train_sessa.c; attention and feedback in panels of rows
+    random numbers                              dropout's masks
+    layers, attention, feedback, gate and loss  as in train_sessa.c; attention and feedback in panels of rows
     the model, mixers, memory                   its weights and activations on the device
     forward, backward, update                   to here the twin is the architecture again
     Mamba-2                                     the mixer that the paper compares with
@@ -78,7 +79,7 @@ typedef struct {
 } ProductKey;
 typedef struct {
     ProductKey key;
-    int known, plain; // plain: cuBLASLt has nothing for it
+    int known, refused; // refused: cuBLASLt has nothing for it
     cublasLtMatmulDescOpaque_t operation;
     cublasLtMatrixLayoutOpaque_t a, b, out;
     cublasLtMatmulAlgo_t algo;
@@ -92,7 +93,7 @@ static struct {
     int clusters;                  // those in clusters too: not on every part of a GPU (MIG, MPS)
     cudaStream_t stream, side, late; // the launches; those beside them, see the schedule
     cublasLtHandle_t lt;
-    // of each stream, for cuBLASLt and for sums over rows, one at a time in the order of the stream
+    // two, of stream and of side: cuBLASLt's, and sum_gpu's partial sums, one at a time in the stream's order
     char *workspace;
 } gpu = {BF16, 0, 0, 0, 0, NULL, NULL, NULL, NULL, NULL};
 static Product products[N_PRODUCTS]; // each at its key's hash, until another takes its place
@@ -140,6 +141,7 @@ static void unguard(const void *, size_t) {}
 #ifndef SESSA_PLAIN
 #include "dev/cuda/schedule.cuh"
 #else
+// Every kernel begins with it: the schedule starts kernels early. Here there is nothing to wait for.
 __device__ static inline void wait_for_results(void) {}
 #define LAUNCH(kernel, blocks, threads, shared, stream, ...) \
     ((kernel)<<<blocks, threads, shared, stream>>>(__VA_ARGS__), \
@@ -360,7 +362,8 @@ typedef struct { float *out; const float *partial; int chunks, stride, width; } 
 // column_sums_room.
 enum { MOST_SUMS = 16 };
 typedef struct { ColumnSum list[MOST_SUMS]; int n, add; float *room, *next, *end; } ColumnSums;
-// 4 blocks a multiprocessor of an H100
+// BLOCKS_AT_ONCE: 4 a multiprocessor of an H100. GROUP_COLUMNS: of a block, in eights. ROW_BLOCK: threads of
+// a pass by rows. SUM_ROWS: of a partial sum that a product in tiles leaves.
 enum { BLOCKS_AT_ONCE = 528, GROUP_COLUMNS = 128, ROW_BLOCK = 320, SUM_ROWS = 128 };
 static float *sums_place(ColumnSums *sums, int64_t numbers) {
     float *place = sums->next;
@@ -460,7 +463,7 @@ template <int SPAN, int PIECES> struct pieces {
     __device__ void operator++() { p++; i += blockDim.x * SPAN; }
     __device__ int2 operator*() const { return {p, i}; }
 };
-// the row
+// The row of this thread, the last rows first: see each.
 __device__ static inline int last_first(void) {
     return (gridDim.x - 1 - blockIdx.x) * blockDim.y + threadIdx.y;
 }
@@ -584,7 +587,7 @@ static void product_prepare(Product *p, const ProductKey *k) {
                                            CHOICES, results, &found) != CUBLAS_STATUS_SUCCESS)
             found = 0;
     }
-    p->plain = !found;
+    p->refused = !found;
     cublasLtMatmulHeuristicResult_t *best = results;
     for (int i = 0; i < found && best == results && k->K <= SHORT_SUM && !k->a_transposed; i++) {
         int tile = 0;
@@ -636,7 +639,7 @@ static void matmul_gpu(MatrixOut<O> out, MatrixGPU<X> a, MatrixGPU<X> b, int M, 
         hash = splitmix64(hash ^ ((const uint64_t *)(const void *)&key)[i]);
     Product *p = &products[hash % N_PRODUCTS];
     if (!p->known || memcmp(&p->key, &key, sizeof(key))) product_prepare(p, &key);
-    if (p->plain) {
+    if (p->refused) {
         LAUNCH((product_kernel<O, X>), dim3((unsigned)(((int64_t)M * N + 127) / 128), (unsigned)batch), 128,
                0, stream, out, a, b, M, N, K, alpha, beta, bias, scale);
         return;
@@ -1210,7 +1213,8 @@ static void copy_gpu(Y *out, int ld, const X *x, int N, int D, cudaStream_t stre
 //
 // s_t = f_t + γ_t Σ_{j<t} α_tj s_j, panel after panel of PANEL rows. What the rows before the panel give is
 // one product; within the panel every row waits for those above it, so a thread takes a column and goes
-// down the rows: that is the substitution of the C function, with the columns side by side. α = e/z is
+// down the rows: that is the substitution of the C function, with the columns side by side. Of a row's
+// logits m is the largest, e_tj = exp(logit_tj - m_t) and z_t = Σ_j e_tj; stats keeps m and 1/z. α = e/z is
 // never formed: γ/z is a float32 scale of rows, for in bf16 a γα of 0.999 would be 1.
 
 enum { PANEL = 64 };
@@ -1389,6 +1393,9 @@ static void feedback_backward_gpu(X *df, X *dq, X *dk, float *dgamma, float *dbi
     if (dbias) rope_bias_backward_gpu(dq, dbias, ld, {}, B * T, 0, 2 * D, sums, stream);
 }
 
+// ----------------------------------------------------------------------------
+// gate and loss
+
 // gate_forward and dropout in one pass: out = mask ⊙ s ⊙ g
 template <typename X>
 static void gate_dropout_forward_gpu(X *out, const X *s, const X *g, int ld, Mask mask, int N, int D,
@@ -1483,7 +1490,7 @@ template <typename X> struct LayerActivationsGPU {
     X *x;                       // (N,D)
     float *ln_mean, *ln_rstd;   // (N)
     // dag takes the place of ag; c: feedback's (e s)/z
-    X *n, *ag, *abar, *proj, *o, *f, *s, *c, *gated, *branch;
+    X *ln, *ag, *abar, *proj, *o, *f, *s, *c, *gated, *branch;
     float *stats, *gamma, *fb_stats;
     Scratch fb_weights;
     X *xbc, *y_scan, *normed, *tail; // mamba2
@@ -1803,7 +1810,7 @@ template <typename X> static void carve_activations_gpu(ModelGPU<X> *m, int B, i
             if (sessa) a->fb_stats = in_f(l, "fb_stats");
             if (sessa && !plain && (l == 0 || m->ways.feedback[1].kept))
                 a->fb_weights = {add_activation(f, fb, l, "fb_weights", 1, room.weights, 1, 1), room.weights};
-            a->n = in_x(l, "ln");
+            a->ln = in_x(l, "ln");
             a->abar = in_x(l, "abar");
             a->gated = in_x(l, "gated");
         }
@@ -2018,13 +2025,13 @@ static void hidden_forward_gpu(ModelGPU<X> *m, const int *inputs, int B, int T, 
         LayerActivationsGPU<X> *a = &acts->layers[l];
         const X *before = l ? acts->layers[l - 1].branch : NULL, *g = a->ag + D,
                 *s = a->s + (int64_t)first * D;
-        residual_layernorm_forward_gpu(a->n, a->x, a->ln_mean, a->ln_rstd, x, before, mask(2 * l),
-                                       // [9]
+        // [9]
+        residual_layernorm_forward_gpu(a->ln, a->x, a->ln_mean, a->ln_rstd, x, before, mask(2 * l),
                                        wl->ln_weight, wl->ln_bias, N, D, stream);
         // [10]
-        linear_forward_gpu(a->ag, 2 * D, a->n, as_x(m, wl->W_in), as_x(m, wl->b_in), N, D, 2 * D, stream);
+        linear_forward_gpu(a->ag, 2 * D, a->ln, as_x(m, wl->W_in), as_x(m, wl->b_in), N, D, 2 * D, stream);
+        // [11], and [18] on the way
         gelu_gain_forward_gpu(a->abar, a->gamma, a->ag, 2 * D, wl->gamma_weight, wl->gamma_bias, gamma_max,
-                              // [11, 18]
                               N, D, stream);
         // [12]
         mixers_gpu<X>[c->mixer].forward(m, l, B, T, first, stream);
@@ -2134,8 +2141,8 @@ static void layer_backward_gpu(ModelGPU<X> *m, int l, int B, int T, Mask mask, M
     join(W_OUT_GRADIENT);
     join(W_O_GRADIENT);
     // through W_in and the LayerNorm, on to the branch of the layer below
-    linear_backward_gpu(dln, NULL, dag, 2 * D, a->n, as_x(m, w->W_in), N, D, 2 * D, add, stream);
-    linear_weight_gpu(dw->W_in, dag, 2 * D, a->n, N, D, 2 * D, add, beside(W_IN_GRADIENT));
+    linear_backward_gpu(dln, NULL, dag, 2 * D, a->ln, as_x(m, w->W_in), N, D, 2 * D, add, stream);
+    linear_weight_gpu(dw->W_in, dag, 2 * D, a->ln, N, D, 2 * D, add, beside(W_IN_GRADIENT));
     residual_layernorm_backward_gpu(dx, dw->ln_weight, dw->ln_bias, l ? dbranch : (X *)NULL, db_below,
                                     mask_below, 0, dln, a->x, a->ln_mean, a->ln_rstd, w->ln_weight, N, D,
                                     sums, stream);

@@ -313,7 +313,7 @@ static void feedback_panel(float *weights, float *scratch, const Panels *p, floa
 
 // The solve, or its adjoint (BACK), of positions begin .. end-1 in one go. C blocks, a cluster, have STRIP
 // columns of one sequence and walk along its blocks of C·128 rows, from the last if BACK, each in the four
-// products that the section begins with (or those of feedback_sequence_backward_gpu). Block `rank` has two
+// products that the section begins with (or those of feedback_panel_backward_gpu). Block `rank` has two
 // tiles of 64 rows, the first and second four warps one each: tile rank and tile rank from the last, so
 // that all have as much of the triangle. A thread more has the operands copied: e, M, and what was solved
 // before, written to memory and read back. What M and e_II multiply goes round: a block writes its tiles to
@@ -699,7 +699,7 @@ __global__ void feedback_delta_kernel(float *delta, const X *df, const X *c, int
 // where λ stays float32, for X(γ X(λ)) would be X(λ) and the loop no contraction. Then what the panel gives
 // the rows before it, h_< += e_{R,<}^T u, and the gradients of q' and k'. u lies where dq' will.
 template <typename X>
-static void feedback_sequence_backward_gpu(X *df, X *dq, X *dk, float *dgamma, float *weights, float *scratch,
+static void feedback_panel_backward_gpu(X *df, X *dq, X *dk, float *dgamma, float *weights, float *scratch,
                                            const Panels *p, const X *ds, const X *s, const X *c, float *stats,
                                            const X *q, const X *k, int ld, const float *gamma, int B, int T,
                                            int D, int r0, TileSums dq_sums, TileSums dk_sums,
@@ -843,7 +843,7 @@ static void feedback_backward_fast(X *df, X *dq, X *dk, float *dgamma, float *db
     if (summed) dq_sums = tile_sums(sums, dbias, D, B, T);
     if (dk_summed) dk_sums = tile_sums(sums, dbias + D, D, B, T);
     for (int r0 = (T - 1) / p.R * p.R; r0 >= 0; r0 -= p.R)
-        feedback_sequence_backward_gpu(df, dq, dk, dgamma, weights, scratch, &p, ds, s, c, stats, q, k, ld,
+        feedback_panel_backward_gpu(df, dq, dk, dgamma, weights, scratch, &p, ds, s, c, stats, q, k, ld,
                                        gamma, B, T, D, r0, dq_sums, dk_sums, stream);
     if (p.R < T) copy_gpu(dk, ld, scratch + p.dk, B * T, D, stream);
     if (!dbias || dk_summed) return; // else the sums of what has none yet; no column is turned

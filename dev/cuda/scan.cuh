@@ -340,7 +340,8 @@ __global__ void __launch_bounds__(SCAN_THREADS, 3)
     }
 }
 
-// All gradients of a head, see scan_head_backward; partial (N,heads,2S) is the head's part of db and dc.
+// All gradients of a head; the equations stand above scan_head_backward in train_sessa.c. partial
+// (N,heads,2S) is the head's part of db and dc.
 // The sum of dL from t to the chunk's end is that of dM ⊙ M over rows from t on and columns before t, with
 // what was read of the state from t on, what it took before t, and what was carried. It is taken from sums
 // of rows and of columns without the diagonal, which is in neither: where states decay at once the rest is

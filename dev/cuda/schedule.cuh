@@ -31,7 +31,7 @@ static cudaError_t launch(void (*kernel)(P...), dim3 blocks, dim3 threads, size_
 #define HOPPER
 #endif
 // What every kernel begins with. crowd: the next one's blocks may come in, and wait, once all of this one
-// have begun; not where it leaves multiprocessors to the other stream.
+// have begun; not where it leaves multiprocessors to another stream.
 __device__ static inline void wait_for_results(int crowd = 1) {
 #ifdef HOPPER
     if (crowd) asm volatile("griddepcontrol.launch_dependents;");

@@ -444,7 +444,8 @@ static void check_shape(const Case *s) {
 // the shapes
 
 static Case shape(int mixer, Precision precision, int B, int T, int D, int H, int G, int L, int V, int left) {
-    Case s = {{V, D, L, H, G, T, 0.999, mixer, mixer == MAMBA2 ? (D % 32 ? D : 64) : 0, mixer == MAMBA2 ? 64 : 0},
+    Case s = {{V, D, L, H, G, T, 0.999, mixer, mixer == MAMBA2 ? (D % 32 ? D : 64) : 0,
+               mixer == MAMBA2 ? 64 : 0, 0},
                B, T, left, precision, TRAIN, 0, 0};
     return s;
 }
@@ -639,7 +640,7 @@ static void draw_large(Case *s, int i) {
     int T = log_between(4000, many ? 30000 : 65536), D = d * between(1, 4);
     int past = (int)(((int64_t)1 << 31) / ((int64_t)T * T)) + 1;
     int B = at_most(many ? past + between(0, 3) : log_between(1, 4), ((int64_t)1 << 26) / ((int64_t)T * D));
-    *s = {{log_between(2, 300), D, between(1, 2), D / d, D / d, T, 0.999, mixer, d, 8 * between(1, 8)},
+    *s = {{log_between(2, 300), D, between(1, 2), D / d, D / d, T, 0.999, mixer, d, 8 * between(1, 8), 0},
           B, T, between(1, at_most(B, B - 1)), precision, TRAIN, 0, 0};
     if (mixer != MAMBA2) s->c.head_dim = s->c.state_dim = 0;
     else s->c.n_heads = s->c.n_kv_heads = 1;
