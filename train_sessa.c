@@ -38,7 +38,8 @@ What stands where, in this order:
     generation, what a run tells, training, the program
 
 Plain is what a layer is, fast is how it is made fast. The functions down to "the same, fast" are plain:
-explicit loops, with no more memory than O(T) for a sequence. Where there is a faster way the function begins with
+explicit loops, with no more memory than O(T) for a sequence. Where there is a faster way the function
+begins with
 
     if (!plain) return attention_forward_fast(...);
 
