@@ -1531,9 +1531,9 @@ template <typename X> static Panels feedback_panels(int B, int T, int D, int, in
 }
 #endif
 template <typename X> static Ways ways_of(const Config *c, int B, int T, int P, int keep) {
-    int D = c->d_model, d = D / c->n_heads, E = proj_width(c);
-    Ways ways = {attention_way<X>(B, T, c->n_heads, c->n_kv_heads, d, E, P),
-                 {feedback_panels<X>(B, T, D, P, 0, keep), feedback_panels<X>(B, T, D, P, E % 8 == 0, keep)}};
+    int D = c->d_model, d = D / c->n_heads, ld = proj_width(c);
+    Ways ways = {attention_way<X>(B, T, c->n_heads, c->n_kv_heads, d, ld, P),
+                 {feedback_panels<X>(B, T, D, P, 0, keep), feedback_panels<X>(B, T, D, P, ld % 8 == 0, keep)}};
     return ways;
 }
 
@@ -1586,11 +1586,11 @@ template <typename X> static const X *as_x(const ModelGPU<X> *m, const float *we
 
 template <typename X>
 static void projections_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int first, cudaStream_t stream) {
-    int D = m->host.config.d_model, E = proj_width(&m->host.config), N = B * (T - first);
+    int D = m->host.config.d_model, ld = proj_width(&m->host.config), N = B * (T - first);
     LayerWeights *w = &m->weights.layers[l];
     LayerActivationsGPU<X> *a = &m->acts.layers[l];
-    linear_forward_gpu(a->proj + (size_t)first * E, E, a->abar, as_x(m, w->W_proj), as_x(m, w->b_proj), N, D,
-                       E, stream);
+    linear_forward_gpu(a->proj + (size_t)first * ld, ld, a->abar, as_x(m, w->W_proj), as_x(m, w->b_proj), N, D,
+                       ld, stream);
 }
 
 // What follows from q, k and v.
@@ -1598,13 +1598,13 @@ template <typename X>
 static void direct_read_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int first, X *f,
                                     cudaStream_t stream) {
     const Config *c = &m->host.config;
-    int D = c->d_model, H = c->n_heads, G = c->n_kv_heads, d = D / H, E = proj_width(c), N = B * (T - first);
+    int D = c->d_model, H = c->n_heads, G = c->n_kv_heads, d = D / H, ld = proj_width(c), N = B * (T - first);
     Shape shape = direct_shape(c, B, T, first);
     LayerWeights *w = &m->weights.layers[l];
     LayerActivationsGPU<X> *a = &m->acts.layers[l];
-    X *q = a->proj + (size_t)first * E, *k = a->proj + D, *v = k + G * d, *o = w->W_o ? a->o : f;
+    X *q = a->proj + (size_t)first * ld, *k = a->proj + D, *v = k + G * d, *o = w->W_o ? a->o : f;
     if (!c->no_rope)
-        rope_forward_gpu(q, E, m->acts.cosine, m->acts.sine, N, T - first, H + G, d, first, 1, stream);
+        rope_forward_gpu(q, ld, m->acts.cosine, m->acts.sine, N, T - first, H + G, d, first, 1, stream);
     attention_forward_gpu(o, a->stats, m->acts.scratch, q, k, v, shape, &m->ways.attention, stream);
     if (w->W_o) linear_forward_gpu(f, D, o, as_x(m, w->W_o), (const X *)NULL, N, D, D, stream);
 }
@@ -1612,7 +1612,7 @@ static void direct_read_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int fir
 template <typename X>
 static void direct_read_backward_gpu(ModelGPU<X> *m, int l, int B, int T, cudaStream_t stream) {
     const Config *c = &m->host.config;
-    int D = c->d_model, G = c->n_kv_heads, d = D / c->n_heads, E = proj_width(c), N = B * T,
+    int D = c->d_model, G = c->n_kv_heads, d = D / c->n_heads, ld = proj_width(c), N = B * T,
         add = m->sums.add;
     Shape shape = direct_shape(c, B, T, 0);
     LayerWeights *w = &m->weights.layers[l], *dw = &m->grad.layers[l];
@@ -1627,7 +1627,7 @@ static void direct_read_backward_gpu(ModelGPU<X> *m, int l, int B, int T, cudaSt
     }
     attention_backward_gpu(back->dproj, dk, dv, dw->b_proj, back->scratch, dout, out, a->stats, a->proj, k, v,
                            shape, &m->ways.attention, back_turned, &m->sums, stream);
-    linear_backward_gpu(back->dabar, dw->W_proj, back->dproj, E, a->abar, as_x(m, w->W_proj), N, D, E, add,
+    linear_backward_gpu(back->dabar, dw->W_proj, back->dproj, ld, a->abar, as_x(m, w->W_proj), N, D, ld, add,
                         stream);
 }
 
@@ -1642,9 +1642,9 @@ static void attention_mixer_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int
 // other's: they go beside each other.
 template <typename X>
 static void sessa_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int first, cudaStream_t stream) {
-    int D = m->host.config.d_model, E = proj_width(&m->host.config);
+    int D = m->host.config.d_model, ld = proj_width(&m->host.config);
     LayerActivationsGPU<X> *a = &m->acts.layers[l];
-    const X *q = a->proj + (size_t)first * E + E - 2 * D, *k = a->proj + E - D;
+    const X *q = a->proj + (size_t)first * ld + ld - 2 * D, *k = a->proj + ld - D;
     const Panels *panels = &m->ways.feedback[first % 8 == 0];
     projections_forward_gpu(m, l, B, T, first, stream);
     direct_read_forward_gpu(m, l, B, T, first, a->f,
@@ -1655,12 +1655,12 @@ static void sessa_forward_gpu(ModelGPU<X> *m, int l, int B, int T, int first, cu
 
 template <typename X>
 static void sessa_backward_gpu(ModelGPU<X> *m, int l, int B, int T, cudaStream_t stream) {
-    int D = m->host.config.d_model, E = proj_width(&m->host.config);
+    int D = m->host.config.d_model, ld = proj_width(&m->host.config);
     LayerActivationsGPU<X> *a = &m->acts.layers[l];
     ActivationsGPU<X> *back = &m->acts;
-    const X *q = a->proj + E - 2 * D, *k = q + D;
-    X *dq = back->dproj + E - 2 * D, *dk = dq + D;
-    float *dbias = m->grad.layers[l].b_proj + E - 2 * D;
+    const X *q = a->proj + ld - 2 * D, *k = q + D;
+    X *dq = back->dproj + ld - 2 * D, *dk = dq + D;
+    float *dbias = m->grad.layers[l].b_proj + ld - 2 * D;
     feedback_backward_gpu(back->ds, dq, dk, back->dgamma, dbias, a->fb_weights, back->scratch, back->ds, a->s,
                           a->c, a->fb_stats, q, k, a->gamma, feedback_shape(&m->host.config, B, T, 0),
                           &m->ways.feedback[1], &m->sums, stream);
