@@ -7483,17 +7483,23 @@ static int begin_training(Run *run, Training *t, char *error) {
     return result;
 }
 
+// One step, timed and concluded.
+static int make_step(Run *run, Training *t, Step *s, char *error) {
+    Options *o = &run->settings.values;
+    double begin = seconds();
+    s->rate = learning_rate(o, o->step);
+    if (train_step(run, &s->loss, &s->grad_norm, error)) return FAILED;
+    s->elapsed = seconds() - begin;
+    s->step = o->step;
+    o->previous_loss = o->train_loss;
+    return conclude_step(run, t, s, error);
+}
+
 // The steps up to the last one, or to a signal.
 static int train_steps(Run *run, Training *t, Step *s, char *error) {
-    Options *o = &run->settings.values;
+    const Options *o = &run->settings.values;
     while (o->step < o->steps && !is_out_of_patience(o) && !interrupted) {
-        double begin = seconds();
-        s->rate = learning_rate(o, o->step);
-        if (train_step(run, &s->loss, &s->grad_norm, error)) return FAILED;
-        s->elapsed = seconds() - begin;
-        s->step = o->step;
-        o->previous_loss = o->train_loss;
-        if (conclude_step(run, t, s, error)) return FAILED;
+        if (make_step(run, t, s, error)) return FAILED;
         if (!o->sample_every || o->step % o->sample_every) continue;
         // if it is standard output that fails, nobody reads any more: no reason to stop
         if (print_sample(run, t->sampler, error) && !ferror(stdout)) return FAILED;

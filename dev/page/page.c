@@ -120,16 +120,10 @@ EXPORT int page_step(int index) {
     Slot *slot = opened(index);
     if (!slot) return FAILED;
     Run *run = &slot->run;
-    Options *o = &run->settings.values;
+    const Options *o = &run->settings.values;
     Step *s = &slot->step;
     if (o->step >= o->steps) return 1;
-    double begin = seconds();
-    s->rate = learning_rate(o, o->step);
-    if (train_step(run, &s->loss, &s->grad_norm, line)) return FAILED;
-    s->elapsed = seconds() - begin;
-    s->step = o->step;
-    o->previous_loss = o->train_loss;
-    if (conclude_step(run, &slot->training, s, line)) return FAILED;
+    if (make_step(run, &slot->training, s, line)) return FAILED;
     if (o->step < o->steps) return 0;
     return conclude_run(run, &slot->training, s, line) ? FAILED : 1;
 }
