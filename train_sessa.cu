@@ -1,4 +1,5 @@
-/* The CUDA twin of train_sessa.c: the same layers in the same order, name_gpu for name, on one GPU. All
+/*
+The CUDA twin of train_sessa.c: the same layers in the same order, name_gpu for name, on one GPU. All
 that is no layer (files, data, training loop, command line) is taken from train_sessa.c itself, which
 this file includes.
 
@@ -49,7 +50,8 @@ Where one pass over the data does what several C functions do, its name says so:
     crossentropy_backward                   crossentropy_gpu, crossentropy_backward_gpu
 
 Everything is deterministic: no atomics, every sum in a fixed order, products chosen by cuBLASLt's
-heuristic and never by timing. */
+heuristic and never by timing.
+*/
 #include <cublasLt.h>
 #include <cuda.h>
 #include <cuda_bf16.h>
@@ -135,6 +137,10 @@ static void guard(const void *, const void *, const char *, int) {}
 static void unguard(const void *, size_t) {}
 #endif
 
+// What may go beside something else, and what is recorded as one: the schedule's words, see there.
+typedef enum { DIRECT_READ, W_O_GRADIENT, W_OUT_GRADIENT, W_IN_GRADIENT, LATE_UPDATE, N_BRANCHES } Branch;
+typedef enum { FORWARD_EARLY, FORWARD_LATE, BACKWARD, BACKWARD_ADDS, ONE_TOKEN } Pass;
+
 // What only speed needs stands in dev/cuda, and each of its files is included where the layer stands that
 // it makes fast. -DSESSA_PLAIN leaves them out: then `plain` is always on, and launches go one behind the
 // other, in one stream.
@@ -146,8 +152,6 @@ __device__ static inline void wait_for_results(void) {}
 #define LAUNCH(kernel, blocks, threads, shared, stream, ...) \
     ((kernel)<<<blocks, threads, shared, stream>>>(__VA_ARGS__), \
      cuda_check(cudaGetLastError(), #kernel, __LINE__))
-typedef enum { DIRECT_READ, W_O_GRADIENT, W_OUT_GRADIENT, W_IN_GRADIENT, LATE_UPDATE } Branch;
-typedef enum { FORWARD_EARLY, FORWARD_LATE, BACKWARD, BACKWARD_ADDS, ONE_TOKEN } Pass;
 typedef struct {} Recordings;
 static cudaStream_t beside(Branch, int = 1) { return gpu.stream; }
 static void join(Branch) {}

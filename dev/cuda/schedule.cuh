@@ -53,7 +53,6 @@ __device__ static inline void wait_for_results(int crowd = 1) {
 //     W_IN_GRADIENT     a product, beside what comes for the layers below, until the pass ends
 //     LATE_UPDATE       AdamW of all layers but the early ones, beside the next forward pass through these
 
-typedef enum { DIRECT_READ, W_O_GRADIENT, W_OUT_GRADIENT, W_IN_GRADIENT, LATE_UPDATE, N_BRANCHES } Branch;
 static int branched[N_BRANCHES];
 
 static cudaStream_t stream_of(Branch branch) { return branch == LATE_UPDATE ? gpu.late : gpu.side; }
@@ -84,7 +83,6 @@ static int early_layers(const Config *c) { return min_int((c->n_layers + 7) / 8,
 // ----------------------------------------------------------------------------
 // recordings: the launches of one pass over a batch shape are a CUDA graph, and cost the host one launch
 
-typedef enum { FORWARD_EARLY, FORWARD_LATE, BACKWARD, BACKWARD_ADDS, ONE_TOKEN } Pass;
 typedef struct {
     struct { int64_t pass, B, T, P; double dropout; } shape;
     int runs;
