@@ -324,7 +324,12 @@ static void uniform(double gamma, int T, int report) {
 
 static void check_model(int mixer) {
     enum { T = 45 };
-    Config config = {11, 12, 2, 2, 1, T, 0.999, mixer, mixer == MAMBA2 ? 8 : 0, mixer == MAMBA2 ? 5 : 0, 0};
+    Config config = {.vocab_size = 11, .d_model = 12, .n_layers = 2, .n_heads = 2, .n_kv_heads = 1, .max_seq_len = T,
+                     .gamma_max = 0.999, .mixer = mixer};
+    if (mixer == MAMBA2) {
+        config.head_dim = 8;
+        config.state_dim = 5;
+    }
     char error[ERROR_SIZE];
     Model *m = model_create(&config, 1, T, TRAIN, error);
     if (!m) { fprintf(stderr, "influence: %s\n", error); exit(1); }

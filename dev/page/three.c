@@ -42,7 +42,8 @@ static char three_text[16384];
 // Makes the model, its weights uniform in ±1/√2 from the seed.
 EXPORT int three_begin(int seed) {
     char error[ERROR_SIZE];
-    Config config = {3, 2, 1, 1, 1, 3, 0.999, SESSA, 0, 0, 0};
+    Config config = {.vocab_size = 3, .d_model = 2, .n_layers = 1, .n_heads = 1, .n_kv_heads = 1,
+                     .max_seq_len = 3, .gamma_max = 0.999, .mixer = SESSA};
     (void)run_program;
     plain = 1;
     if (!three) three = model_create(&config, 1, 3, KEEP_ALL, error);

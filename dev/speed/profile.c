@@ -45,7 +45,9 @@ int main(int argc, char **argv) {
     for (int i = 0; i < 6 && i + 1 < argc; i++) shape[i] = atoi(argv[i + 1]);
     int D = shape[0], L = shape[1], H = shape[2], V = shape[3], B = shape[4], T = shape[5], N = B * T, d = D / H, E = 5 * D;
     char error[ERROR_SIZE];
-    Config config = {V, D, L, H, H, T, 0.999, SESSA, 0, 0, 0}, *c = &config;
+    Config config = {.vocab_size = V, .d_model = D, .n_layers = L, .n_heads = H, .n_kv_heads = H, .max_seq_len = T,
+                     .gamma_max = 0.999, .mixer = SESSA};
+    const Config *c = &config;
     Model *m = model_create(c, B, T, TRAIN, error);
     if (!m) { fprintf(stderr, "%s\n", error); return 1; }
     int *ids = (int *)malloc(sizeof(int) * (size_t)N);
