@@ -5,25 +5,29 @@
   data/bpe.py other.txt --tokenizer data/tinyshakespeare_tokenizer.json     # more text in the same words
   data/bpe.py other.txt --tokenizer tokenizer.json                          # in the words of another model
 
-Writes PREFIX_train.bin and PREFIX_val.bin (llm.c's shards), PREFIX_words.safetensors, which train_sessa finds beside them, and
-PREFIX_tokenizer.json. The last tenth of the text validates, as train_sessa has it, or --val; words are learnt from the rest.
+Writes PREFIX_train.bin and PREFIX_val.bin (llm.c's shards), PREFIX_words.safetensors, which train_sessa finds
+beside them, and PREFIX_tokenizer.json. The last tenth of the text validates, as train_sessa has it, or --val;
+words are learnt from the rest.
 
 Before it is encoded, text is cut into pieces by its bytes alone. A piece is the first of these that fits:
 
   1. a space or none, then a run of letters: A to Z, a to z, and all bytes from 0x80 on
   2. a space or none, then one to three digits
   3. a space or none, then a run of other bytes that are no white space (space, \\t, \\n, \\v, \\f, \\r)
-  4. a run of white space; where it is longer than one byte, ends with a space and something follows, without that space
+  4. a run of white space; where it is longer than one byte, ends with a space and something follows, without
+     that space
 
-In a piece, which begins as its bytes, the pair of neighbours that was learnt first becomes one token, the leftmost of equal
-ones, until no such pair is left. train_sessa does the same with a prompt. The words' file holds
+In a piece, which begins as its bytes, the pair of neighbours that was learnt first becomes one token, the
+leftmost of equal ones, until no such pair is left. train_sessa does the same with a prompt. The words' file
+holds
 
   tokenizer.tokens   U8 (n)     all tokens' bytes, one token behind the other
   tokenizer.offsets  I64 (V+1)  where each begins, and where the last ends
   tokenizer.merges   I32 (M,2)  the pairs of ids in the order in which they were learnt
 
-Another model's tokenizer.json cuts text in another way: its words are written without merges, train_sessa prints them and takes
-prompts as ids. Its special tokens have their names as bytes. Needs `pip install tokenizers safetensors numpy`.
+Another model's tokenizer.json cuts text in another way: its words are written without merges, train_sessa
+prints them and takes prompts as ids. Its special tokens have their names as bytes. Needs `pip install
+tokenizers safetensors numpy`.
 """
 import argparse
 import json
@@ -72,7 +76,8 @@ def train(text, vocab):
     tokenizer.pre_tokenizer = cutter()
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     alphabet = sorted(byte_letters().values())
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocab, min_frequency=2, initial_alphabet=alphabet, show_progress=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab, min_frequency=2, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(parts(text), trainer)
     return tokenizer
 
@@ -81,9 +86,10 @@ def cuts_alike(tokenizer):
     """Whether a tokenizer encodes by the rule above and nothing else, as those that train() makes do."""
     said = json.loads(tokenizer.to_str())
     model, ours = said["model"], json.loads(cutter().__getstate__())
-    plain = not any(model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"))
-    return (model["type"] == "BPE" and said["pre_tokenizer"] == ours and not said["normalizer"] and not said["added_tokens"] and plain
-            and set(byte_letters().values()) <= set(model["vocab"]))
+    more = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
+    plain = model["type"] == "BPE" and not any(model.get(key) for key in more)
+    alone = said["pre_tokenizer"] == ours and not said["normalizer"] and not said["added_tokens"]
+    return plain and alone and set(byte_letters().values()) <= set(model["vocab"])
 
 
 def token_bytes(tokenizer):
@@ -92,7 +98,8 @@ def token_bytes(tokenizer):
     special = {token["id"]: token["content"] for token in said["added_tokens"]}
     byte_of = {letter: byte for byte, letter in byte_letters().items()}
     by_bytes = "ByteLevel" in json.dumps([said["decoder"], said["pre_tokenizer"]])
-    anchor = next((i for i in range(tokenizer.get_vocab_size()) if i not in special and tokenizer.decode([i]).strip().isalpha()), 0)
+    ordinary = (i for i in range(tokenizer.get_vocab_size()) if i not in special)
+    anchor = next((i for i in ordinary if tokenizer.decode([i]).strip().isalpha()), 0)
     before = tokenizer.decode([anchor])     # where a text begins some decoders leave out a space
     words = []
     for i in range(max(tokenizer.get_vocab().values()) + 1):
@@ -125,14 +132,15 @@ def write_words(path, tokenizer):
         os.replace(path + ".part", path)
     except OSError as error:
         sys.exit(f"{path}: {error.strerror}")
-    print(f"{path}: {len(words)} words, " + (f"{len(pairs)} merges" if "tokenizer.merges" in tensors else "without merges"))
+    merges = f"{len(pairs)} merges" if "tokenizer.merges" in tensors else "without merges"
+    print(f"{path}: {len(words)} words, {merges}")
     return len(words)
 
 
 def encode(tokenizer, text):
     """The ids of a text."""
-    alike = cuts_alike(tokenizer)
-    ids = [np.array(tokenizer.encode(part, add_special_tokens=False).ids, dtype="<u4") for part in (parts(text) if alike else [text])]
+    pieces = parts(text) if cuts_alike(tokenizer) else [text]
+    ids = [np.array(tokenizer.encode(piece, add_special_tokens=False).ids, dtype="<u4") for piece in pieces]
     return np.concatenate(ids) if ids else np.zeros(0, dtype="<u4")
 
 

@@ -297,30 +297,36 @@ def encode_in_c(words, texts):
         with open(source, "w") as file:
             file.write(ENCODE)
         subprocess.run(["cc", "-O1", "-w", "-I", os.path.join(DATA, ".."), source, "-o", binary, "-lm"], check=True)
-        done = subprocess.run([binary, words], input=b"".join(text + b"\0" for text in texts), capture_output=True, check=True)
+        given = b"".join(text + b"\0" for text in texts)
+        done = subprocess.run([binary, words], input=given, capture_output=True, check=True)
         return [[int(x) for x in line.split()] for line in done.stdout.decode().split("\n")[:-1]]
 
 
 def translated_lines(most_each):
-    """Lines of the message catalogues that this machine has, some of each language; and how many languages these are."""
+    """Lines of this machine's message catalogues, some of each language; and how many languages these are."""
     by_language = {}
-    for path in sorted(glob.glob("/usr/share/locale/*/LC_MESSAGES/*.mo") + glob.glob("/usr/share/vim/vim*/lang/*/LC_MESSAGES/*.mo")):
+    places = ("/usr/share/locale/*/LC_MESSAGES/*.mo", "/usr/share/vim/vim*/lang/*/LC_MESSAGES/*.mo")
+    for path in sorted(path for place in places for path in glob.glob(place)):
         lines = by_language.setdefault(path.split("/")[-3].split("_")[0].split(".")[0], set())
         try:
             with open(path, "rb") as file:
                 catalogue = gettext.GNUTranslations(file)._catalog
         except (OSError, ValueError, LookupError):     # some catalogues are odd
             continue
-        lines.update(line for text in catalogue.values() if len(lines) < 4 * most_each for line in text.split("\n") if "\0" not in line)
+        for text in catalogue.values():
+            if len(lines) < 4 * most_each:
+                lines.update(line for line in text.split("\n") if "\0" not in line)
     chosen = [sorted(lines)[::max(1, len(lines) // most_each)][:most_each] for lines in by_language.values()]
     return [line for lines in chosen for line in lines if line], len(by_language)
 
 
 def mixed_lines(n, random):
-    """Lines of our own: words of one to nine scripts and signs, with every kind of white space and number between them."""
-    scripts = [(0x61, 0x7B), (0x41, 0x5B), (0xC0, 0x180), (0x3B1, 0x3CA), (0x430, 0x450), (0x5D0, 0x5EB), (0x628, 0x64B), (0x905, 0x93A),
-               (0xE01, 0xE3B), (0x3041, 0x3097), (0x4E00, 0x5000), (0xAC00, 0xAD00), (0x1F600, 0x1F650), (0x21, 0x30), (0x30, 0x3A), (0x300, 0x310)]
-    spaces = [" ", " ", " ", " ", "  ", "   ", "\t", "\n", "\n\n  ", " \r\n", "\x0b \x0c", "\u00a0", "\u3000", "", "\x01", "\x7f"]
+    """Lines of our own: words of many scripts and signs, every kind of white space and number between them."""
+    scripts = [(0x61, 0x7B), (0x41, 0x5B), (0xC0, 0x180), (0x3B1, 0x3CA), (0x430, 0x450), (0x5D0, 0x5EB),
+               (0x628, 0x64B), (0x905, 0x93A), (0xE01, 0xE3B), (0x3041, 0x3097), (0x4E00, 0x5000),
+               (0xAC00, 0xAD00), (0x1F600, 0x1F650), (0x21, 0x30), (0x30, 0x3A), (0x300, 0x310)]
+    spaces = [" ", " ", " ", " ", "  ", "   ", "\t", "\n", "\n\n  ", " \r\n", "\x0b \x0c",
+              "\u00a0", "\u3000", "", "\x01", "\x7f"]
     lines = []
     for _ in range(n):
         words = []
@@ -352,15 +358,18 @@ def test_words_are_the_library_s():
         texts = [line.encode() for line in lines]
         got = encode_in_c(path("text_words.safetensors"), texts)
         wrong = [i for i in range(len(lines)) if i >= len(got) or got[i] != want[i]]
-        assert len(got) == len(lines) == 10000 and not wrong, (len(wrong), lines[wrong[0]], got[wrong[0]], want[wrong[0]])
+        first = wrong[0] if wrong else 0
+        assert len(got) == len(lines) == 10000 and not wrong, (len(wrong), lines[first], got[first], want[first])
         words = load_file(path("text_words.safetensors"))
         ends, raw = words["tokenizer.offsets"], words["tokenizer.tokens"].tobytes()
         assert len(ends) == 3001 and len(words["tokenizer.merges"]) == 3000 - 256
         assert all(b"".join(raw[ends[i]:ends[i + 1]] for i in ids) == text for ids, text in zip(got, texts))
         assert max(map(max, want)) > 2500 and sum(map(len, want)) < 0.6 * sum(map(len, texts))
         long = ["ab" * 50000, "ж" * 30000, " " * 20000 + "x", "7" * 10000, "\n \n" * 9999]
-        assert encode_in_c(path("text_words.safetensors"), [x.encode() for x in long]) == [tokenizer.encode(x).ids for x in long]
-        print(f"      {len(translated)} lines of {languages} languages' catalogues, {len(lines) - len(translated)} of mixed scripts")
+        ids = encode_in_c(path("text_words.safetensors"), [x.encode() for x in long])
+        assert ids == [tokenizer.encode(x).ids for x in long]
+        mixed = len(lines) - len(translated)
+        print(f"      {len(translated)} lines of {languages} languages' catalogues, {mixed} of mixed scripts")
 
 
 REFERENCE = os.path.join(DATA, "babel_words.safetensors")
@@ -457,14 +466,18 @@ def test_words_of_other_tokenizers():
     except ImportError:
         raise Skip("tokenizers is not installed")
     text = "the cat sat on the mat, the dog sat on the log. " * 40 + "naïve 数据 end."
-    kinds = {"bytes": (models.BPE(), trainers.BpeTrainer, pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()),
-             "sentencepiece": (models.Unigram(), trainers.UnigramTrainer, pre_tokenizers.Metaspace(), decoders.Metaspace()),
-             "wordpiece": (models.WordPiece(unk_token="[UNK]"), trainers.WordPieceTrainer, pre_tokenizers.Whitespace(), decoders.WordPiece(cleanup=False))}
+    by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    spaced, between = pre_tokenizers.Metaspace(), pre_tokenizers.Whitespace()
+    pieces, joined = models.WordPiece(unk_token="[UNK]"), decoders.WordPiece(cleanup=False)
+    kinds = {"bytes": (models.BPE(), trainers.BpeTrainer, by_bytes, decoders.ByteLevel()),
+             "sentencepiece": (models.Unigram(), trainers.UnigramTrainer, spaced, decoders.Metaspace()),
+             "wordpiece": (pieces, trainers.WordPieceTrainer, between, joined)}
     for kind, (model, trainer, cutter, decoder) in kinds.items():
         tokenizer = tokenizers.Tokenizer(model)
         tokenizer.pre_tokenizer, tokenizer.decoder = cutter, decoder
         alphabet = pre_tokenizers.ByteLevel.alphabet() if kind == "bytes" else []
-        tokenizer.train_from_iterator([text], trainer(vocab_size=400, special_tokens=["[UNK]"], show_progress=False, initial_alphabet=alphabet))
+        learner = trainer(vocab_size=400, special_tokens=["[UNK]"], show_progress=False, initial_alphabet=alphabet)
+        tokenizer.train_from_iterator([text], learner)
         words, ids = bpe.token_bytes(tokenizer), tokenizer.encode(text).ids
         got = b"".join(words[i] for i in ids).decode()
         assert not bpe.cuts_alike(tokenizer) and words[0] == b"[UNK]", kind

@@ -423,9 +423,9 @@ static void fuzz_log(const uint8_t *data, size_t size) {
     free(now);
 }
 
-// The first byte: whether there are merges, and whether the tokens begin with all 256 bytes, as merges need; then the number
-// of further tokens, their lengths, the number of merges and their ids (two bytes each). The rest are the tokens' bytes, and
-// once more the text.
+// The first byte: whether there are merges, and whether the tokens begin with all 256 bytes, as merges need; then
+// the number of further tokens, their lengths, the number of merges and their ids (two bytes each). The rest are
+// the tokens' bytes, and once more the text.
 static void fuzz_words(const uint8_t *data, size_t size) {
     if (size < 3) return;
     static int64_t offsets[256 + 256 + 1];
@@ -467,14 +467,18 @@ static void fuzz_words(const uint8_t *data, size_t size) {
         }
         REQUIRE(text == end);
         free(ids);
-    } else for (int id = 0; id < V; id++) REQUIRE(word_length(&words, id) >= 0 && words.offsets[id] + word_length(&words, id) <= total);
+    } else for (int id = 0; id < V; id++) {
+        int64_t length = word_length(&words, id);
+        REQUIRE(length >= 0 && words.offsets[id] + length <= total);
+    }
     words_free(&words);
     for (int i = 0; i < 3; i++) free((void *)tensors[i].data);
 }
 
 typedef struct { const char *name; void (*run)(const uint8_t *data, size_t size); } Target;
 static const Target targets[] = {{"safetensors", fuzz_safetensors}, {"header", fuzz_header}, {"metadata", fuzz_metadata}, {"data", fuzz_data},
-                                 {"options", fuzz_options}, {"prompt", fuzz_prompt}, {"log", fuzz_log}, {"words", fuzz_words}};
+                                 {"options", fuzz_options}, {"prompt", fuzz_prompt}, {"log", fuzz_log},
+                                 {"words", fuzz_words}};
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {

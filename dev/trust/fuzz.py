@@ -79,9 +79,10 @@ def make_seeds(work):
     files = {}
     for mixer in ("sessa", "attention", "mamba2"):
         extra = ["--head-dim", "2", "--state-dim", "1"] if mixer == "mamba2" else []
-        subprocess.run([program, "--data", "text", "--mixer", mixer, "--dim", "2", "--heads", "1", "--layers", "1", "--seq", "3",
-                        "--batch", "1", "--steps", "2", "--overwrite", "--out", mixer + ".safetensors", "--log", "log"] + extra,
-                       cwd=here, check=True, stdout=subprocess.DEVNULL)
+        model = ["--mixer", mixer, "--dim", "2", "--heads", "1", "--layers", "1", "--seq", "3"] + extra
+        run = ["--batch", "1", "--steps", "2", "--overwrite", "--out", mixer + ".safetensors", "--log", "log"]
+        command = [program, "--data", "text"] + model + run
+        subprocess.run(command, cwd=here, check=True, stdout=subprocess.DEVNULL)
         for kind in ("", ".best"):
             files[mixer + kind] = open(os.path.join(here, mixer + kind + ".safetensors"), "rb").read()
     for dtype in ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"):
@@ -111,7 +112,8 @@ def make_seeds(work):
     put("log", "log", b"\4" + open(os.path.join(here, "log"), "rb").read())
     put("prompt", "text", b"\x08\1\3\x10\x80\7" + struct.pack("<8f", *range(8)) + b"\1\4\7")
     put("prompt", "ids", b"\x3f\0\0\x10\xff\7" + struct.pack("<64f", *range(64)) + b"3 14 15")
-    put("words", "words", b"\3\3\3" + b"\2\3\2" + struct.pack("<6h", 97, 98, 256, 99, 32, 97) + b"ababc a" * 2 + b" 12345 ...\n\n  x")
+    merges = struct.pack("<6h", 97, 98, 256, 99, 32, 97)
+    put("words", "words", b"\3\3\3" + b"\2\3\2" + merges + b"ababc a" * 2 + b" 12345 ...\n\n  x")
     put("words", "bare", b"\0\3\0" + b"\2\0\3" + b"ababc")
     lines = ["--data my.txt --dim 256 --layers 6 --seq 256 --out my.safetensors", "--load x --generate 500 --prompt Once --temperature 0.8",
              "--resume x --steps 4000", "--mixer mamba2 --head-dim 32 --state-dim 16 --dim 64", "--seq=1 --batch=1 --vocab=1 --dim=2 --heads=1",
@@ -127,7 +129,8 @@ def make_seeds(work):
                         '"vocab_size":"', "exp_avg."],
              "metadata": sorted({key + "=" for name in files if name[0] not in "IU" for key in
                                  json.loads(files[name][8:8 + struct.unpack("<Q", files[name][:8])[0]])["__metadata__"]}) + ["1e12", "16777216", "mamba2"],
-             "log": ['{"step": ', "\n", "9223372036854775808"], "data": [struct.pack("<i", 20240520).decode("latin1")], "prompt": [" "], "words": [" "]}
+             "log": ['{"step": ', "\n", "9223372036854775808"],
+             "data": [struct.pack("<i", 20240520).decode("latin1")], "prompt": [" "], "words": [" "]}
     words["safetensors"] = words["header"]
     for target, list_of in words.items():
         with open(os.path.join(here, target + ".dict"), "w") as out:

@@ -1,12 +1,12 @@
-"""Whether the CUDA twin is a mirror: every layer function of train_sessa.c has its counterpart in train_sessa.cu, by name
-and in the same order.
+"""Whether the CUDA twin is a mirror: every layer function of train_sessa.c has its counterpart in
+train_sessa.cu, by name and in the same order.
 
   dev/trust/mirror.py
 
-A layer function is one whose name ends in _forward or _backward and that stands before the C file's "the same, fast". Its
-counterpart is name_gpu. Where one pass over the data does the work of several, or none is needed, the table in the head of
-train_sessa.cu says so: a line of C names, two spaces or more, and what does their work. The check reads that table; a line of it
-that names what does not exist fails too.
+A layer function is one whose name ends in _forward or _backward and that stands before the C file's "the
+same, fast". Its counterpart is name_gpu. Where one pass over the data does the work of several, the table in
+the head of train_sessa.cu says so: a line of C names, two spaces or more, and what does their work. The check
+reads that table; a line of it that names what does not exist fails too.
 """
 import os
 import re

@@ -1529,7 +1529,8 @@ __attribute__((noinline)) static void test_all(void) {
         test_threads();
         test_order();
     }
-    setenv("TEST_PRECISION", "fp32", 1); // a twin's: its plain ways to the bound of float32, texts as the CPU gives them
+    // a twin's: its plain ways to the bound of float32, texts as the CPU gives them
+    setenv("TEST_PRECISION", "fp32", 1);
     test_plain_runs();
     test_scores();
     test_generation();

@@ -8,8 +8,9 @@ and the shapes that once went wrong.
 A shape is a model for B sequences of T tokens with random weights. Its losses, token by token, and gradients are
 held against those of a plain model of the same precision, whose error is known from a plain one in float32; against
 the CPU program's where that is quick, else against those of a model made for a smaller batch, which goes another
-way; and always against the same model's own on parts of the batch: evaluation's last batch is one. Models for generation read a text in pieces and at once. Every buffer of the device's memory has a
-guard band. The first shapes are fixed; the others are dealt round the kinds of `draw`, so that each branch of what
+way; and always against the same model's own on parts of the batch: evaluation's last batch is one. Models for
+generation read a text in pieces and at once. Every buffer of the device's memory has a guard band. The first
+shapes are fixed; the others are dealt round the kinds of `draw`, so that each branch of what
 chooses panels, tiles, the march, what is kept, is met: the standard range counts them and fails if one was not. A
 line for each shape that fails, with the command that repeats it.
 */
@@ -125,7 +126,8 @@ template <typename X> static void meet_ways(const ModelGPU<X> *m, const Case *s)
 // one shape
 
 static int failures;            // of this shape
-static int past_bounds;             // gradients past what is a bound for most: held to four times the plain way's own error
+// gradients past what is a bound for most: held to four times the plain way's own error
+static int past_bounds;
 static double nearest[3];       // the largest share of its bound that an error reached
 static double furthest[3];      // the largest error of a fast way, in errors of the plain one
 static char command[80], shape_text[160];
@@ -223,7 +225,8 @@ static Model *make(const Backend *backend, const Case *s, int B, Mode mode) {
 }
 
 // What a plain model of this shape makes of the batch, in this precision.
-template <typename X> static int answer(const Case *s, const int *ids, const int *targets, float *losses, float *grads) {
+template <typename X>
+static int answer(const Case *s, const int *ids, const int *targets, float *losses, float *grads) {
     const Backend *backend = backend_gpu();
     int N = s->B * s->T;
     Model *m = make(backend, s, s->B, TRAIN);
@@ -247,10 +250,11 @@ static int plain_answer(const Case *s, Precision precision, const int *ids, cons
     return there;
 }
 
-// The losses and gradients of the fast ways against the plain ones', both measured in the plain ones' own error: how far they
-// are from plain float32. Returns how far the gradients are from the plain ones'; *of_rounding is that error.
-static double check_plain(double *of_rounding, const Case *s, const int *ids, const int *targets, const float *losses, const float *grads,
-                          const Table *table) {
+// The losses and gradients of the fast ways against the plain ones', both measured in the plain ones' own error:
+// how far they are from plain float32. Returns how far the gradients are from the plain ones'; *of_rounding is
+// that error.
+static double check_plain(double *of_rounding, const Case *s, const int *ids, const int *targets,
+                          const float *losses, const float *grads, const Table *table) {
     int N = s->B * s->T;
     *of_rounding = 0;
     size_t rows = sizeof(float) * (size_t)N, numbers = sizeof(float) * (size_t)table->count;
@@ -658,7 +662,8 @@ int main(int argc, char **argv) {
         chance = splitmix64(splitmix64(seed) + (uint64_t)i);
         if (large) draw_large(&s, i);
         else if (!fixed_shape(&s, i)) draw(&s, i);
-        snprintf(command, sizeof(command), "./test_shapes %llu %d 1%s", (unsigned long long)seed, i, large ? " large" : "");
+        const char *kind = large ? " large" : "";
+        snprintf(command, sizeof(command), "./test_shapes %llu %d 1%s", (unsigned long long)seed, i, kind);
         failures = 0;
         double before = omp_get_wtime();
         check_shape(&s);
