@@ -444,7 +444,7 @@ static void test_extremes(void) {
 
 // h_t = exp(-exp(A_log) Δ_t) h_{t-1} + Δ_t b_t x_t^T, y_t = c_t^T h_t + skip·x_t token by token, from the
 // state h (B,S,E), and with dy the gradients of Σ y·dy: the states are remembered, and dh runs back over
-// them.
+// them. Behind dA (heads): of what a head's sum adds up, the absolute values.
 static void plain_scan(precise *y, precise *h, precise *dxbc, precise *dstep, precise *dA, precise *dskip,
                        const real *dy, const real *xbc, const real *step, const real *A_log, const real *skip,
                        int B, int T, int E, int S, int heads) {
@@ -472,7 +472,7 @@ static void plain_scan(precise *y, precise *h, precise *dxbc, precise *dstep, pr
             for (int i = 0; i < S; i++) h[((int64_t)b * S + i) * E + e] = all[T * S + i];
             for (int t = T - 1; dy && t >= 0; t--) {
                 const real *x = xbc + (int64_t)(b * T + t) * W;
-                precise *dx = dxbc + (int64_t)(b * T + t) * W, decay_gradient = 0;
+                precise *dx = dxbc + (int64_t)(b * T + t) * W, decay_gradient = 0, absolute = 0;
                 double g = (double)dy[(int64_t)(b * T + t) * E + e];
                 double delta = (double)step[(b * T + t) * heads + head], decay = exp(-rate * delta);
                 dskip[head] += g * (double)x[e];
@@ -484,10 +484,12 @@ static void plain_scan(precise *y, precise *h, precise *dxbc, precise *dstep, pr
                     dx[E + i] += dh[i] * delta * (double)x[e];
                     dstep[(b * T + t) * heads + head] += dh[i] * (double)x[E + i] * (double)x[e];
                     decay_gradient += dh[i] * all[t * S + i];
+                    absolute += dh[i] * all[t * S + i] > 0 ? dh[i] * all[t * S + i] : -dh[i] * all[t * S + i];
                     dh[i] *= decay;
                 }
                 dstep[(b * T + t) * heads + head] -= decay_gradient * decay * rate;
                 dA[head] -= decay_gradient * decay * rate * delta;
+                dA[heads + head] += absolute * decay * rate * delta;
             }
         }
 }
@@ -509,7 +511,7 @@ static void compare_scan(double worst[7], int T, int P, int uneven) {
     real *dstep = poison(3 * n_steps), *dA = noise(heads, 0), *dskip = noise(heads, 0);
     real *scratch = (real *)lend(scan_scratch(E, S, heads) * (size_t)omp_get_max_threads() * sizeof(real));
     precise *ref = zeros(size), *h = zeros(B * state_size), *ref_x = zeros(wide), *ref_step = zeros(n_steps);
-    precise *ref_A = zeros(heads), *ref_skip = zeros(heads);
+    precise *ref_A = zeros(2 * heads), *ref_skip = zeros(heads), absolute = 0;
     plain_scan(ref, h, ref_x, ref_step, ref_A, ref_skip, dy, xbc, step, A_log, skip, B, T, E, S, heads);
     scan_forward(y, states, 1, work_with(scratch, P), xbc, step, scan_with(B, T, E, S, heads, A_log, skip));
     worst_of(&worst[0], error_of(y, ref, size, 0));
@@ -520,7 +522,8 @@ static void compare_scan(double worst[7], int T, int P, int uneven) {
     worst_of(&worst[3], error_of(dxbc, ref_x, wide, 0));
     for (int n = 0; n < n_steps; n++) dstep[n] = dstep[n / heads * 3 * heads + n % heads];
     worst_of(&worst[4], error_of(dstep, ref_step, n_steps, floor));
-    worst_of(&worst[5], error_of(dA, ref_A, heads, floor));
+    for (int n = 0; n < heads; n++) absolute += ref_A[heads + n] * ref_A[heads + n];
+    worst_of(&worst[5], error_of(dA, ref_A, heads, fmax(floor, sqrt((double)absolute))));
     worst_of(&worst[6], error_of(dskip, ref_skip, heads, floor));
 
     real *state = noise(state_size, 0); // the first sequence in two calls, the state carried over
@@ -544,11 +547,13 @@ static void test_scan(void) {
         double worst[7] = {0};
         int P = panel_heights[i];
         for (int c = 0; c < N_LENGTHS; c++) compare_scan(worst, lengths[c], P, c % 4 == 0);
-        // dA_log sums numbers of both signs over all tokens, far larger than their sum. In float64 the sums
-        // over all tokens, dA_log and dskip, come to 11.1 and 1.07 times 1e-14 with AVX2's vectors, to less
-        // with AVX-512's
-        for (int n = 0; n < 7; n++)
-            check_error(worst[n], (n == 5 ? 10 : 1) * bound_of(3e-6, 2e-14), "scan, P %d, %s", P, names[n]);
+        // Over 7,680 such shapes in each type y to dstep come to 1.7e-6 and 4.1e-15, dA_log, whose decays are
+        // differences of sums over a chunk, to 2.1e-7 and 2.1e-13, dskip, a sum over all tokens, to 2.4e-6
+        // and 3.5e-14.
+        for (int n = 0; n < 5; n++)
+            check_error(worst[n], bound_of(3e-6, 2e-14), "scan, P %d, %s", P, names[n]);
+        check_error(worst[5], bound_of(3e-6, 4e-13), "scan, P %d, %s", P, names[5]);
+        check_error(worst[6], bound_of(6e-6, 7e-14), "scan, P %d, %s", P, names[6]);
     }
 }
 
@@ -739,7 +744,8 @@ static double gelu_ways(void) {
 
 // Attention, or with `strict` the feedback path: over all rows, then over those from `first` on.
 static double attention_ways(void) {
-    int T = random_int(1, 150), B = random_int(1, 3), G = random_int(1, 2), H = G * random_int(1, 3);
+    int longest = random_int(0, 7) ? 150 : 2 * KEYS + 90; // attention takes KEYS at a time
+    int T = random_int(1, longest), B = random_int(1, 3), G = random_int(1, 2), H = G * random_int(1, 3);
     int d = 2 * random_int(1, 12), D = H * d, ld = D + 2 * G * d + random_int(0, 3);
     int first = random_int(0, T - 1);
     int64_t wide = (int64_t)B * T * ld, size = (int64_t)B * T * D;
@@ -862,7 +868,7 @@ static double gated_rmsnorm_ways(void) {
         gated_rmsnorm_forward(of(to[0]), of(to[1]), y, z, ld, weight, N, E);
         gated_rmsnorm_backward(of(to[2]), of(to[3]), of(to[4]), dout, y, z, ld, of(to[1]), weight, N, E);
     }
-    return worst_apart(to, 5, 0);
+    return worst_apart(to, 5, 0.1 * length_of(dout, N * E)); // of one number the norm is ±1, and dv rounding
 }
 
 // A whole model: the loss, every parameter's gradient, and the logits of a prefix and one token more.

@@ -1361,18 +1361,26 @@ static void mamba2_backward(Model *m, int l, int B, int T) {
 #endif
 
 // e^x by 2^n · e^r with |r| ≤ ln2/2 and a polynomial for e^r, so that loops over it are vectorised.
-// float: relative error below 2.5e-7 + 3e-8·|x|, 0 for x below -87, NaN for NaN. double: the library's.
+// float: relative error below 2.5e-7 + 3e-8·|x|, 0 for x below -87.7, NaN for NaN. double: the library's.
+// The bits of a float are in the order of its magnitude: they, not x, are held below those of 88. Where x
+// itself is compared with a constant, gcc makes a way of its own for that constant, and selects.
 static inline real exp_real(real x) {
     if (sizeof(real) == sizeof(double)) return (real)exp((double)x);
-    float y = (float)x, low = y > -87.0f ? y : -87.0f, clamped = low < 88.0f ? low : 88.0f;
+    float y = (float)x, clamped;
+    uint32_t bits, magnitude;
+    memcpy(&bits, &y, sizeof(bits));
+    magnitude = bits & 0x7FFFFFFF;
+    magnitude = magnitude < 0x42B00000 ? magnitude : 0x42B00000;
+    bits = magnitude | (bits & 0x80000000);
+    memcpy(&clamped, &bits, sizeof(clamped));
     int32_t n = (int32_t)(clamped * 1.44269504f + 128.5f) - 128; // the nearest integer
     float r = clamped - (float)n * 0.693147181f;
     float power = 0.041669644f + r * (0.0083696283f + r * 0.0013748823f);
     power = 1.0f + r * (1.0f + r * (0.49999988f + r * (0.16666512f + r * power)));
-    int32_t bits = (n + 127) << 23;
+    int32_t exponent = (n + 127) << 23; // n ≥ -127, whose 2^n is 0 here
     float scale;
-    memcpy(&scale, &bits, sizeof(scale));
-    return y < -87.0f ? 0 : y == y ? (real)(power * scale) : x;
+    memcpy(&scale, &exponent, sizeof(scale));
+    return y == y ? (real)(power * scale) : x;
 }
 
 // Φ(x) = (1 + erf(x/√2))/2, given gauss = e^(-x²/2). float: Φ(-|x|) = gauss · polynomial in 1/(1 + 0.3|x|),
@@ -1876,6 +1884,8 @@ static int panel_height(int P, int T) {
     return P > 0 ? min_int(P, PANEL_MAX) : T <= 256 ? 32 : T <= 1024 ? 64 : PANEL_MAX;
 }
 
+enum { KEYS = 256 }; // that attention takes at a time
+
 // Numbers of scratch that a thread needs: weights of a panel, their gradient, and the weights inside the
 // panel. It is more than the two rows of the plain loops.
 static size_t panel_scratch(int T) { return PANEL_MAX * (2 * (size_t)T + PANEL_MAX); }
@@ -1887,6 +1897,21 @@ static int shared_out(int items) {
     return threads == 1 || items % threads == 0 || items >= 4 * threads;
 }
 
+// max_r = max(max_r, w_0r, w_1r, ...),   w_jr = exp(w_jr - max_r),   sum_r += Σ_j w_jr
+__attribute__((always_inline))
+static inline void exponentials(real *w, real *max, real *sum, int n, int cols, int m) {
+    for (int64_t j = 0; j < cols; j++) {
+        #pragma omp simd
+        for (int r = 0; r < m; r++) max[r] = w[j * n + r] > max[r] ? w[j * n + r] : max[r];
+    }
+    for (int64_t j = 0; j < cols; j++)
+        for (int r = 0; r < m; r++) {
+            real e = exp_real(w[j * n + r] - max[r]);
+            w[j * n + r] = e;
+            sum[r] += e;
+        }
+}
+
 // Softmax down the columns of logits, m ≤ TILE_COLS columns of rows n apart; see softmax_panel. Row r sees
 // the keys j below seen + r. m is a constant where it can be: the compiler keeps maximum and sum in registers
 // then.
@@ -1896,20 +1921,20 @@ static inline void softmax_columns(real *w, real *stats, int recompute, const re
     real max[TILE_COLS], sum[TILE_COLS];
     for (int64_t j = seen > 0 ? seen : 0; j < cols; j++)
         for (int r = 0; r < min_int(m, (int)j - seen + 1); r++) w[j * n + r] = -INFINITY;
+    if (recompute) {
+        for (int r = 0; r < m; r++) max[r] = stats[2 * r];
+        for (int r = 0; r < m; r++) sum[r] = stats[2 * r + 1] * (gain ? gain[r] : 1);
+        for (int64_t j = 0; j < cols; j++)
+            for (int r = 0; r < m; r++) w[j * n + r] = sum[r] * exp_real(w[j * n + r] - max[r]);
+        return;
+    }
     for (int r = 0; r < m; r++) {
-        max[r] = recompute ? stats[2 * r] : (real)-1e30; // finite: a row that sees nothing has no NaN
+        max[r] = (real)-1e30; // finite: a row that sees nothing has no NaN
         sum[r] = 0;
     }
-    for (int64_t j = 0; j < cols && !recompute; j++)
-        for (int r = 0; r < m; r++) max[r] = w[j * n + r] > max[r] ? w[j * n + r] : max[r];
-    for (int64_t j = 0; j < cols; j++)
-        for (int r = 0; r < m; r++) {
-            real e = exp_real(w[j * n + r] - max[r]);
-            w[j * n + r] = e;
-            sum[r] += e;
-        }
+    exponentials(w, max, sum, n, cols, m);
     for (int r = 0; r < m; r++) {
-        real scale = recompute ? stats[2 * r + 1] : sum[r] > 0 ? 1 / sum[r] : sum[r]; // NaN stays NaN
+        real scale = sum[r] > 0 ? 1 / sum[r] : sum[r]; // NaN stays NaN
         stats[2 * r] = max[r];
         stats[2 * r + 1] = scale;
         sum[r] = scale * (gain ? gain[r] : 1);
@@ -1983,8 +2008,68 @@ typedef struct {
     int P;
 } AttentionForward;
 
-// Item b·H + h is head h of sequence b. Of its panel, the rows i0..i0+n-1, it computes
-//     weights = softmax_panel(q_I, k),   out_I = weights · v
+// KEYS keys more for the rows of a panel whose maximum and Σ exp(logit - maximum) over those before stand in
+// stats: both take them in, and weights are exp(logit - maximum). What was summed up with the old maximum
+// shrinks by `shrink` (n). Other arguments as in Softmax; an item is TILE_COLS rows.
+typedef struct {
+    real *weights, *stats, *shrink;
+    int n, seen, cols;
+} MoreKeys;
+
+__attribute__((always_inline))
+static inline void more_keys_columns(real *w, real *stats, real *shrink, int n, int seen, int cols, int m) {
+    real max[TILE_COLS], sum[TILE_COLS] = {0};
+    for (int64_t j = seen > 0 ? seen : 0; j < cols; j++)
+        for (int r = 0; r < min_int(m, (int)j - seen + 1); r++) w[j * n + r] = -INFINITY;
+    for (int r = 0; r < m; r++) max[r] = stats[2 * r];
+    exponentials(w, max, sum, n, cols, m);
+    for (int r = 0; r < m; r++) {
+        shrink[r] = exp_real(stats[2 * r] - max[r]);
+        stats[2 * r] = max[r];
+        stats[2 * r + 1] = shrink[r] * stats[2 * r + 1] + sum[r];
+    }
+}
+
+ONE_COPY static void more_keys_item(const void *call, int item) {
+    const MoreKeys *p = (const MoreKeys *)call;
+    int from = item * TILE_COLS, m = min_int(TILE_COLS, p->n - from), seen = p->seen + from;
+    real *w = p->weights + from, *stats = p->stats + 2 * from, *shrink = p->shrink + from;
+    if (m == TILE_COLS) more_keys_columns(w, stats, shrink, p->n, seen, p->cols, TILE_COLS);
+    else if (p->n == 1) more_keys_columns(w, stats, shrink, 1, seen, p->cols, 1); // generation
+    else more_keys_columns(w, stats, shrink, p->n, seen, p->cols, m);
+}
+
+static void scale_rows(real *x, int ld, const real *scale, int step, int n, int width) {
+    for (int64_t r = 0; r < n; r++)
+        for (int i = 0; i < width; i++) x[r * ld + i] *= scale[r * step];
+}
+
+// The rows i0 .. i0+n-1 of a head, KEYS keys after the other, so that their weights e stay in the cache:
+//     out_I = ((e_0 v_0) · shrink_1 + e_1 v_1) · shrink_2 + ... + e_m v_m,   then divided by the rows' sums
+// q: the panel's rows; out and stats likewise.
+static void attention_panel(real *out, real *stats, real *weights, const real *q, const real *k,
+                            const real *v, Shape shape, int i0, int n) {
+    int d = shape.d, ld = shape.ld, D = shape.H * d, cols = i0 + n;
+    real shrink[PANEL_MAX], scale = 1 / (real)sqrt((double)d);
+    for (int r = 0; r < n; r++) {
+        stats[2 * r] = (real)-1e30; // as in softmax_columns
+        stats[2 * r + 1] = 0;
+    }
+    for (int j0 = 0; j0 < cols; j0 += KEYS) {
+        int m = min_int(KEYS, cols - j0);
+        Matrix k_J = rows_of(k + (int64_t)j0 * ld, ld), v_J = rows_of(v + (int64_t)j0 * ld, ld);
+        MoreKeys more = {weights, stats, shrink, n, i0 + 1 - j0, m};
+        matmul(weights, n, k_J, transpose(rows_of(q, ld)), m, n, d, scale, 0, NULL);
+        for_items((n + TILE_COLS - 1) / TILE_COLS, n * m > 8192, more_keys_item, &more);
+        if (j0) scale_rows(out, D, shrink, 1, n, d);
+        matmul(out, D, panel_rows(weights, n), v_J, n, d, m, 1, j0 > 0, NULL);
+    }
+    for (int r = 0; r < n; r++)
+        if (stats[2 * r + 1] > 0) stats[2 * r + 1] = 1 / stats[2 * r + 1]; // NaN stays NaN
+    scale_rows(out, D, stats + 1, 2, n, d);
+}
+
+// Item b·H + h is head h of sequence b, panel after panel.
 ONE_COPY static void attention_head(const void *call, int item) {
     const AttentionForward *p = (const AttentionForward *)call;
     int T = p->shape.T, H = p->shape.H, d = p->shape.d, ld = p->shape.ld;
@@ -1993,11 +2078,9 @@ ONE_COPY static void attention_head(const void *call, int item) {
     const real *k = p->k + b * T * ld + group * d, *v = p->v + b * T * ld + group * d;
     real *weights = p->scratch + panel_scratch(T) * (size_t)omp_get_thread_num();
     for (int i0 = first; i0 < T; i0 += p->P) {
-        int n = min_int(p->P, T - i0);
         int64_t row = b * rows + i0 - first;
         real *stats = p->stats + 2 * ((int64_t)item * rows + i0 - first), *out = p->out + (row * H + h) * d;
-        softmax_panel(weights, stats, 0, NULL, p->q + row * ld + h * d, k, ld, i0, n, d, 0);
-        matmul(out, H * d, panel_rows(weights, n), rows_of(v, ld), n, d, i0 + n, 1, 0, NULL);
+        attention_panel(out, stats, weights, p->q + row * ld + h * d, k, v, p->shape, i0, min_int(p->P, T - i0));
     }
 }
 
