@@ -52,6 +52,9 @@ Where one pass over the data does what several C functions do, its name says so:
 Everything is deterministic: no atomics, every sum in a fixed order, products chosen by cuBLASLt's
 heuristic and never by timing.
 */
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#error "train_sessa.cu needs a GPU of sm_80 (Ampere) or newer: no bf16 on the tensor cores of older ones"
+#endif
 #include <cublasLt.h>
 #include <cuda.h>
 #include <cuda_bf16.h>
@@ -91,13 +94,16 @@ typedef struct {
 enum { WORKSPACE = 32 << 20, N_PRODUCTS = 1 << 13 };
 static struct {
     Precision precision;
-    int ready, hopper, processors; // hopper: bf16 has kernels of its own for this GPU
-    int clusters;                  // those in clusters too: not on every part of a GPU (MIG, MPS)
+    int ready, processors;
+    // bf16 in tiles: by kernels of our own; hopper: by Hopper's instructions, else by what all since Ampere have
+    int tiles, hopper;
+    int clusters; // Hopper's kernels in clusters too: not on every part of a GPU (MIG, MPS)
+    int shared, shared_together; // bytes of shared memory: of a block at most, of a multiprocessor's blocks
     cudaStream_t stream, side, late; // the launches; those beside them, see the schedule
     cublasLtHandle_t lt;
     // two, of stream and of side: cuBLASLt's, and sum_gpu's partial sums, one at a time in the stream's order
     char *workspace;
-} gpu = {BF16, 0, 0, 0, 0, NULL, NULL, NULL, NULL, NULL};
+} gpu = {BF16, 0, 0, 0, 0, 0, 0, 0, NULL, NULL, NULL, NULL, NULL};
 static Product products[N_PRODUCTS]; // each at its key's hash, until another takes its place
 
 // What fails here is a broken machine or a broken program: one line, exit code 1.
@@ -158,7 +164,7 @@ static void join(Branch) {}
 template <typename M, typename F> static void replay(M *, Pass, int, int, double, F f) { f(); }
 static void forget_recordings(Recordings *) {}
 static int early_layers(const Config *) { return 0; }
-static void hopper_open(int) {}
+static void tiles_open(int) {}
 // The fast ways, none of which is called.
 template <typename... A> static void embedding_backward_fast(A &&...) {}
 template <typename... A> static void attention_forward_fast(A &&...) {}
@@ -201,10 +207,9 @@ static int gpu_open(char *error) {
     int major = 0;
     CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
     CUDA(cudaDeviceGetAttribute(&gpu.processors, cudaDevAttrMultiProcessorCount, 0));
-    hopper_open(major);
-    if (!gpu.hopper && gpu.precision == BF16)
-        fprintf(stderr, "train_sessa: bf16 is fast on a Hopper GPU, built with CUDA_ARCH=sm_90a; elsewhere "
-                        "it is slower\n");
+    CUDA(cudaDeviceGetAttribute(&gpu.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
+    CUDA(cudaDeviceGetAttribute(&gpu.shared_together, cudaDevAttrMaxSharedMemoryPerMultiprocessor, 0));
+    tiles_open(major);
     gpu.ready = 1;
     return 0;
 }
@@ -1090,6 +1095,7 @@ static void softmax_panel_backward_gpu(float *dweights, const float *weights, in
 #ifndef SESSA_PLAIN
 #include "dev/cuda/hopper.cuh"
 #include "dev/cuda/attention.cuh"
+#include "dev/cuda/ampere.cuh"
 #endif
 
 // Several heads are one batched product: the same head of all sequences, or all heads of one that is short.
@@ -1105,7 +1111,7 @@ typedef struct {
     int64_t scratch; // numbers: weights and their gradient
 } AttentionWay;
 template <typename X> static AttentionWay attention_way(int B, int T, int H, int G, int d, int ld, int P) {
-    AttentionWay way = {!plain && gpu.hopper && sizeof(X) == sizeof(bf16) && d <= 128 && d % 8 == 0 &&
+    AttentionWay way = {!plain && gpu.tiles && sizeof(X) == sizeof(bf16) && d <= 128 && d % 8 == 0 &&
                             ld % 8 == 0,
                         B >= H || G != H || T > 1024, 0, 0};
     int batch = way.by_head ? B : H;
@@ -1894,8 +1900,7 @@ template <typename X> static int64_t carve_memory(ModelGPU<X> *m, char *memory, 
 static int within_launches(const Config *c, int B, int T, size_t number, char *error) {
     int64_t D = c->d_model, widest = c->mixer == MAMBA2 ? 2 * D + 2 * c->state_dim : D,
             row = c->mixer == MAMBA2 ? 2 * D : D;
-    int most = 0, seeds = c->mixer == SESSA ? feedback_shared() : 0;
-    CUDA(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
+    int most = gpu.shared, seeds = c->mixer == SESSA ? feedback_shared() : 0;
     if (B > MOST_SEQUENCES)
         return fail(error, NULL,
                     "--batch %d: the GPU takes at most %d sequences at once; --accum makes a step of more", B,

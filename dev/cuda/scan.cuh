@@ -144,10 +144,8 @@ static int scan_bytes(int S, int w, int rows, int number, int backward) {
 }
 // The most rows of a chunk for which the shared memory suffices. 0: it does not
 static int scan_rows(int S, int w, int number) {
-    int most = 0;
-    CUDA(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
     for (int rows = SCAN_ROWS; rows; rows -= 32)
-        if (scan_bytes(S, w, rows, number, 1) <= most) return rows;
+        if (scan_bytes(S, w, rows, number, 1) <= gpu.shared) return rows;
     return 0;
 }
 
