@@ -32,7 +32,7 @@ __device__ static inline void ldmatrix_x4_trans(uint32_t r[4], const void *share
 // and the next; of a the same rows in turn, columns 2(l%4) and the next (0, 1), and 8 more (2, 3); of b
 // column l/4, rows 2(l%4) and the next, and 8 more.
 __device__ static inline void mma_bf16(float c[4], const uint32_t a[4], const uint32_t b[2]) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
                  "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
@@ -512,7 +512,7 @@ __global__ void __launch_bounds__(WARP_THREADS, 2)
             uint32_t left[M][4], weights[BACK_WALK / 16][M][4];
             {
                 float w[M][BACK_WALK / 8][4] = {};
-#pragma unroll
+#pragma unroll 2
                 for (int kk = 0; kk < DH / 16; kk++) {
                     for (int m = 0; m < M; m++)
                         left_operand<DH, ROWS, 0>(left[m], shared->own[0], warp_key - j0 + m * 16, kk * 16);
@@ -538,7 +538,7 @@ __global__ void __launch_bounds__(WARP_THREADS, 2)
             for (int kk = 0; kk < BACK_WALK / 16; kk++)
                 multiply<DH, WALK, 1, M, DH>(v_sum, weights[kk], douts, 0, at + kk * 16);
             float dw[M][BACK_WALK / 8][4] = {};
-#pragma unroll
+#pragma unroll 2
             for (int kk = 0; kk < DH / 16; kk++) {
                 for (int m = 0; m < M; m++)
                     left_operand<DH, ROWS, 0>(left[m], shared->own[1], warp_key - j0 + m * 16, kk * 16);
