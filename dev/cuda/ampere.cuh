@@ -57,7 +57,7 @@ template <int COLS, int ROWS> __device__ inline bf16 *tile_place(bf16 *tile, int
 }
 // Has a tile copied: `from` on, rows ld apart; what lies past `rows` and `cols` is 0.
 template <int COLS, int ROWS>
-__device__ inline void fetch_tile(bf16 *tile, const bf16 *from, int64_t ld, int64_t rows, int64_t cols) {
+__device__ inline void fetch_tile(bf16 *tile, const bf16 *from, int64_t ld, int rows, int cols) {
     enum { CHUNKS = COLS / 8, STEP = WARP_THREADS / CHUNKS };
     int chunk = threadIdx.x % CHUNKS, first = threadIdx.x / CHUNKS;
     const bf16 *at = from + first * ld + chunk * 8;

@@ -1057,7 +1057,7 @@ static void test_gpu_memory(void) {
     }
     printf("  MiB at T 1024, 2048, .. 16384: %.1f %.1f %.1f %.1f %.1f\n", mib[0], mib[1], mib[2], mib[3],
            mib[4]);
-    if (gpu.hopper) // without tiles a panel holds all rows before
+    if (gpu.tiles) // without tiles a panel holds all rows before
         check(mib[2] <= 2 * mib[1], "T doubled from 2048: memory at most doubled");
     check(mib[4] <= 2 * mib[3], "T doubled from 8192: memory at most doubled");
     Config huge = config_with(SESSA, 50000, 4096, 200, 4, 4, 8192);

@@ -63,23 +63,30 @@ template <typename X> static void meet_ways(const ModelGPU<X> *m, const Case *s)
     Panels alone = feedback_panels<X>(s->left, T, D, 0, p->tiles, p->kept);
     int other_way = s->left < B && (alone.march != p->march || alone.R != p->R),
         fewer_than_heads = B >= c->n_heads && s->left < c->n_heads;
-    if (gpu.hopper) {
+    if (gpu.tiles) {
         meet("feedback: tiles, blocks of 128", tiles && !p->march && p->P == 128);
         meet("feedback: tiles, blocks of 256", tiles && !p->march && p->P == 256);
         meet("feedback: tiles, blocks of 512", tiles && !p->march && p->P == 512);
-        meet("feedback: march of one block, one panel", tiles && p->march == 1 && !several);
-        meet("feedback: march of one block, several panels", tiles && p->march == 1 && several);
-        meet("feedback: tiles, blocks of 1024 (no room for clusters)", tiles && !p->march && p->P == 1024);
-        meet("feedback: march of clusters, one panel", tiles && p->march == CLUSTER && !several);
-        meet("feedback: march of clusters, several panels", tiles && p->march == CLUSTER && several);
+        meet("feedback: tiles, blocks of 1024", tiles && !p->march && p->P == 1024); // Hopper: no room for clusters
         meet("feedback: weights kept", tiles && p->kept);
         meet("feedback: weights computed again", tiles && !p->kept);
         meet("feedback: product tiles of 128 columns", tiles && blocks > 80);
         meet("feedback: product tiles of 64 columns", tiles && blocks <= 80);
+        meet("attention: tiles of 128 columns", read && d > 64);
+    }
+    if (gpu.tiles && !gpu.hopper) {
+        meet("feedback: tiles, blocks in one panel", tiles && !several);
+        meet("feedback: tiles, blocks in several panels", tiles && several);
+        meet("attention: tiles of 64 columns", read && d <= 64);
+    }
+    if (gpu.hopper) {
+        meet("feedback: march of one block, one panel", tiles && p->march == 1 && !several);
+        meet("feedback: march of one block, several panels", tiles && p->march == 1 && several);
+        meet("feedback: march of clusters, one panel", tiles && p->march == CLUSTER && !several);
+        meet("feedback: march of clusters, several panels", tiles && p->march == CLUSTER && several);
         meet("attention: ring", read && d <= 64 && ring);
         meet("attention: tiles of 64 columns, two kernels", read && d <= 64 && !ring && gpu.clusters);
         meet("attention: two kernels (no room for clusters)", read && d <= 64 && !gpu.clusters && T <= 1024);
-        meet("attention: tiles of 128 columns", read && d > 64);
     }
     meet("feedback: no tiles, blocks of 128", plain && p->P == 128);
     meet("feedback: no tiles, blocks of 256", plain && p->P == 256);
@@ -394,8 +401,8 @@ template <typename X> static void check_generation(const Case *s, const int *ids
     backend->extend(m, ids, prompt, 0, pieces);
     int piece = at < T - singles, tiles = s->c.mixer == SESSA && ((ModelGPU<X> *)m)->ways.feedback[1].tiles;
     if (piece) backend->extend(m, ids + at, T - singles - at, at, pieces);
-    if (gpu.hopper) meet("generation: a piece in tiles, behind others", piece && tiles && at % 8 == 0);
-    if (gpu.hopper) meet("generation: a piece that begins where tiles cannot", piece && tiles && at % 8 != 0);
+    if (gpu.tiles) meet("generation: a piece in tiles, behind others", piece && tiles && at % 8 == 0);
+    if (gpu.tiles) meet("generation: a piece that begins where tiles cannot", piece && tiles && at % 8 != 0);
     for (at = T - singles; at < T; at++) backend->extend(m, ids + at, 1, at, pieces);
     backend->extend(m, ids, T, 0, whole);
     double apart = distance(pieces, whole, V, 0);
