@@ -129,23 +129,34 @@ static int ring_slots(int own) {
 // ----------------------------------------------------------------------------
 // the product whose result goes through a function on its way, as in hopper.cuh
 
-// A block takes 128 rows and BN columns of one item, a warp 64 rows and half the columns, 32 of K at a
-// time. Then the sums go through shared memory, 64 rows at a time, and a thread has 8 neighbours of a row.
+// A block takes ROWS rows and BN columns of one item, a warp half of each, STEP of K at a time. Then the sums
+// go through shared memory, 32 rows of each warp's at a time, and a thread has 8 neighbours of a row. A product
+// that is small goes in tiles of 64 rows, four times as many blocks, unless f sums over 128.
+template <int BN, typename F> struct ProductTile {
+    enum { ROWS = BN == 64 && !sums_columns<F> ? 64 : 128, STEP = ROWS == 64 ? 64 : 32 };
+};
 template <int BN, int A_COLUMNS, int B_COLUMNS, int SHAPE, typename F>
 __global__ void __launch_bounds__(WARP_THREADS, 2)
     product_warps_kernel(Part<bf16> a, Part<bf16> b, F f, int M, int N, int K, int shift, int items,
                          int slots) {
-    enum { STEP = 32, WIDTH = BN / 2, PITCH = BN + 8, SUMS = 64, PIECES = BN / 8 };
+    enum {
+        ROWS = ProductTile<BN, F>::ROWS,
+        STEP = ProductTile<BN, F>::STEP,
+        WIDTH = BN / 2,
+        TILES = ROWS / 32,
+        PITCH = BN + 8,
+        PIECES = BN / 8
+    };
     extern __shared__ __align__(1024) unsigned char shared_tiles[];
-    int m0 = (int)(SHAPE == A_LOWER ? gridDim.y - 1 - blockIdx.y : blockIdx.y) * 128,
+    int m0 = (int)(SHAPE == A_LOWER ? gridDim.y - 1 - blockIdx.y : blockIdx.y) * ROWS,
         n0 = (int)blockIdx.x * BN, item = (int)blockIdx.z % items,
         sequence = (int)(SHAPE == A_LOWER ? gridDim.z - 1 - blockIdx.z : blockIdx.z) / items;
     int k0 = SHAPE == A_UPPER   ? m0
              : SHAPE == B_LOWER ? n0
                                 : 0,
-        k1 = SHAPE == A_LOWER ? min(K, shift + m0 + 128) : K, steps = max(0, (k1 - k0 + STEP - 1) / STEP);
+        k1 = SHAPE == A_LOWER ? min(K, shift + m0 + ROWS) : K, steps = max(0, (k1 - k0 + STEP - 1) / STEP);
     wait_for_results();
-    if (SHAPE == OUT_LOWER && n0 >= shift + m0 + 128) return;
+    if (SHAPE == OUT_LOWER && n0 >= shift + (m0 | 127) + 1) return; // 128: what reads it knows the triangle so
     if constexpr (sums_rows<F>) if (!f.wanted(sequence, m0)) return;
     PartPlace p = a.place, q = b.place;
     int a_row = p.row + item * p.row_along + (A_COLUMNS ? k0 : m0),
@@ -155,45 +166,45 @@ __global__ void __launch_bounds__(WARP_THREADS, 2)
     const bf16 *left = a.at + sequence * a.step + a_row * a.ld + a_col,
                *right = b.at + sequence * b.step + b_row * b.ld + b_col;
     int64_t a_next = A_COLUMNS ? STEP * a.ld : STEP, b_next = B_COLUMNS ? STEP * b.ld : STEP;
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = warp % 2 * 64, col = warp / 2 * WIDTH;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = warp % 2 * (ROWS / 2), col = warp / 2 * WIDTH;
     auto tile = [&](int slot) { return (bf16 *)(shared_tiles + slot * SLOT); };
     auto fetch = [&](int i, int slot) {
         int k = i * STEP;
-        if (A_COLUMNS) fetch_tile<128, STEP>(tile(slot), left + i * a_next, a.ld, a.rows - a_row - k,
+        if (A_COLUMNS) fetch_tile<ROWS, STEP>(tile(slot), left + i * a_next, a.ld, a.rows - a_row - k,
                                              a.cols - a_col);
-        else fetch_tile<STEP, 128>(tile(slot), left + i * a_next, a.ld, a.rows - a_row, a.cols - a_col - k);
-        bf16 *to = tile(slot) + 128 * STEP;
+        else fetch_tile<STEP, ROWS>(tile(slot), left + i * a_next, a.ld, a.rows - a_row, a.cols - a_col - k);
+        bf16 *to = tile(slot) + ROWS * STEP;
         if (B_COLUMNS) fetch_tile<BN, STEP>(to, right + i * b_next, b.ld, b.rows - b_row - k, b.cols - b_col);
         else fetch_tile<STEP, BN>(to, right + i * b_next, b.ld, b.rows - b_row, b.cols - b_col - k);
     };
-    float sum[4][WIDTH / 8][4] = {};
+    float sum[TILES][WIDTH / 8][4] = {};
     walk(steps, slots, 0, fetch, [&](int, int slot) {
 #pragma unroll
         for (int k = 0; k < STEP; k += 16) {
-            uint32_t rows[4][4];
+            uint32_t rows[TILES][4];
 #pragma unroll
-            for (int m = 0; m < 4; m++)
-                left_operand<A_COLUMNS ? 128 : STEP, A_COLUMNS ? STEP : 128, A_COLUMNS>(rows[m], tile(slot),
-                                                                                        row + 16 * m, k);
-            multiply<B_COLUMNS ? BN : STEP, B_COLUMNS ? STEP : BN, B_COLUMNS, 4, WIDTH>(
-                sum, rows, tile(slot) + 128 * STEP, col, k);
+            for (int m = 0; m < TILES; m++)
+                left_operand<A_COLUMNS ? ROWS : STEP, A_COLUMNS ? STEP : ROWS, A_COLUMNS>(
+                    rows[m], tile(slot), row + 16 * m, k);
+            multiply<B_COLUMNS ? BN : STEP, B_COLUMNS ? STEP : BN, B_COLUMNS, TILES, WIDTH>(
+                sum, rows, tile(slot) + ROWS * STEP, col, k);
         }
     });
     float(*sums)[PITCH] = (float(*)[PITCH])shared_tiles, columns[8] = {};
 #pragma unroll
-    for (int half = 0; half < 2; half++) { // of each warp's rows
+    for (int half = 0; half < TILES / 2; half++) {
 #pragma unroll
         for (int m = 0; m < 2; m++)
 #pragma unroll
             for (int n = 0; n < WIDTH / 8; n++)
 #pragma unroll
                 for (int low = 0; low < 2; low++)
-                    write_some<2>(&sums[row / 2 + m * 16 + low * 8 + lane / 4][col + n * 8 + lane % 4 * 2],
+                    write_some<2>(&sums[warp % 2 * 32 + m * 16 + low * 8 + lane / 4][col + n * 8 + lane % 4 * 2],
                                   &sum[2 * half + m][n][2 * low]);
         __syncthreads();
 #pragma unroll 4
-        for (int at = threadIdx.x; at < SUMS * PIECES; at += WARP_THREADS) {
-            int place = at / PIECES, r = m0 + place / 32 * 64 + half * 32 + place % 32,
+        for (int at = threadIdx.x; at < 64 * PIECES; at += WARP_THREADS) {
+            int place = at / PIECES, r = m0 + place / 32 * (ROWS / 2) + half * 32 + place % 32,
                 i = n0 + at % PIECES * 8;
             float v[8];
             read_some<8>(v, &sums[place][i - n0]);
@@ -227,7 +238,8 @@ template <int A_COLUMNS, int B_COLUMNS, int SHAPE, int BN, typename F>
 static void product_warps(F f, Part<bf16> a, Part<bf16> b, int M, int N, int K, int shift, int items, int B,
                           cudaStream_t stream) {
     auto kernel = product_warps_kernel<BN, A_COLUMNS, B_COLUMNS, SHAPE, F>;
-    dim3 blocks((N + BN - 1) / BN, (M + 127) / 128, B * items);
+    int rows = ProductTile<BN, F>::ROWS;
+    dim3 blocks((N + BN - 1) / BN, (M + rows - 1) / rows, B * items);
     int slots = ring_slots(0);
     must_fit((int64_t)B * items, MOST_SEQUENCES, "items of a product");
     allow_shared(kernel, slots * SLOT);
