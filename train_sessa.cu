@@ -152,6 +152,7 @@ typedef enum { FORWARD_EARLY, FORWARD_LATE, BACKWARD, BACKWARD_ADDS, ONE_TOKEN }
 // other, in one stream.
 #ifndef SESSA_PLAIN
 #include "dev/cuda/schedule.cuh"
+#include "dev/cuda/instructions.cuh"
 #else
 // Every kernel begins with it: the schedule starts kernels early. Here there is nothing to wait for.
 __device__ static inline void wait_for_results(void) {}
@@ -225,6 +226,27 @@ template <> __device__ inline float to<float>(float x) { return x; }
 template <> __device__ inline bf16 to<bf16>(float x) { return __float2bfloat16(x); }
 template <typename X> __device__ inline float rounded(float x) { return get(to<X>(x)); } // as memory holds it
 
+// Instructions that CUDA has no word for. On a machine without a GPU dev/trust/emulate has them.
+#ifndef SESSA_EMULATED
+// 16 bytes that no other thread writes meanwhile
+__device__ static inline uint4 load_16_ahead(const uint4 *at) {
+    uint4 v;
+    asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(at));
+    return v;
+}
+// `threads` of the block wait for each other
+__device__ static inline void barrier_sync(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" : : "r"(id), "r"(threads) : "memory");
+}
+__device__ static inline uint32_t cvt_tf32(float x) {
+    uint32_t bits;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+    return bits;
+}
+#endif
+
 // SPAN neighbours of a row at once: 8 of them, 16 or 32 bytes, where everything is aligned, else 1.
 template <int SPAN> __device__ inline void read_some(float v[SPAN], const float *at) {
     if constexpr (SPAN == 1) v[0] = *at;
@@ -249,10 +271,7 @@ template <int SPAN, typename X> __device__ inline void read_ahead(float v[SPAN],
     if constexpr (SPAN == 1) v[0] = get(*at);
     else {
         uint4 all[SPAN * sizeof(X) / 16];
-        for (int i = 0; i < SPAN * (int)sizeof(X) / 16; i++)
-            asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
-                         : "=r"(all[i].x), "=r"(all[i].y), "=r"(all[i].z), "=r"(all[i].w)
-                         : "l"((const uint4 *)at + i));
+        for (int i = 0; i < SPAN * (int)sizeof(X) / 16; i++) all[i] = load_16_ahead((const uint4 *)at + i);
         read_some<SPAN>(v, (const X *)all);
     }
 }
@@ -500,7 +519,7 @@ __device__ static inline float2 row_sum(float x, float y, float2 *shared) {
     float2 sum = {warp_sum(x), warp_sum(y)};
     if (warps == 1) return sum;
     if (threadIdx.x % 32 == 0) shared[first + threadIdx.x / 32] = sum;
-    asm volatile("bar.sync %0, %1;" : : "r"(threadIdx.y + 1), "r"(blockDim.x) : "memory");
+    barrier_sync(threadIdx.y + 1, blockDim.x);
     sum = shared[first];
 #pragma unroll 1
     for (int w = 1; w < warps; w++) { sum.x += shared[first + w].x; sum.y += shared[first + w].y; }
@@ -997,11 +1016,7 @@ static void rope_bias_backward_gpu(X *dx, float *dbias, int ld, Rope rope, int N
 template <typename X> static inline int64_t ld_x(int64_t ld) {
     return ld * (int64_t)(sizeof(float) / sizeof(X));
 }
-__device__ static inline float round_tf32(float x) {
-    uint32_t bits;
-    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
-    return __uint_as_float(bits);
-}
+__device__ static inline float round_tf32(float x) { return __uint_as_float(cvt_tf32(x)); }
 template <typename X>
 __global__ void softmax_panel_kernel(float *logits, int64_t ld, int64_t step, float *stats,
                                      int64_t stats_step, int known, int normalised, int tf32, int i0, int n,

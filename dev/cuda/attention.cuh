@@ -308,6 +308,7 @@ __global__ void __launch_bounds__(3 * GROUP, 1)
 #endif
 }
 
+#ifdef HOPPER
 // A step of dk and dv. The matrices are those above transposed: keys down, rows across. A group has 64 keys
 // and their values, a tile of WALK rows from r0 on: dv += w dout, and dlogits as left operand. free: the
 // last step's tiles, if not NULL, whose products were still on their way.
@@ -349,6 +350,7 @@ __device__ inline void keys_step(float (&v_sum)[DH / 8][4], uint32_t (&dlogits)[
         }
     }
 }
+#endif
 
 // dk and dv: 128 keys stay, the walk is along the rows of the group's heads that see them.
 template <int DH>

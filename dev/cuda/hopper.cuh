@@ -60,11 +60,13 @@ static CUtensorMap tile_map(const bf16 *at, int d, int heads, int64_t rows, int6
     if (code != CUDA_SUCCESS) cuda_check(cudaErrorInvalidValue, "a map of tiles", __LINE__);
     return map;
 }
+#ifndef SESSA_EMULATED
 __device__ static inline float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+#endif
 
 #ifdef HOPPER
 __device__ static inline uint32_t shared_at(const void *at) { return (uint32_t)__cvta_generic_to_shared(at); }
@@ -426,8 +428,10 @@ static void product_gpu(F f, Part<X> a, Part<X> b, int M, int N, int K, int shif
         }
     for (int p = 0; p < items; p++) {
         MatrixGPU<X> left = a.item(p), right = b.item(p);
+        // the last item may have fewer rows; f drops what it is given of the others
+        int there = A_COLUMNS ? M : min_int(M, a.rows - a.place.row - p * a.place.row_along);
         if (K > 0) matmul_gpu(into(way.scratch, N, (int64_t)M * N), A_COLUMNS ? transpose_gpu(left) : left,
-                              B_COLUMNS ? right : transpose_gpu(right), M, N, K, 1, 0, way.B, way.stream);
+                              B_COLUMNS ? right : transpose_gpu(right), there, N, K, 1, 0, way.B, way.stream);
         int V = N % 8 || !way.in_eights ? 1 : 8;
         unsigned blocks = (unsigned)(((int64_t)way.B * M * N / V + 255) / 256);
         LAUNCH((V == 8 ? product_passed_on_kernel<8, F> : product_passed_on_kernel<1, F>), blocks, 256, 0,
