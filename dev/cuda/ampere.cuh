@@ -12,44 +12,6 @@
 
 enum { WARPS = 4, WARP_THREADS = 32 * WARPS, SLOT = 1 << 14 };
 
-// The instructions. All lanes of a warp run them together.
-#ifndef SESSA_EMULATED
-// Four matrices of 8 rows of 8 numbers: lane l says where row l%8 of number l/8 is, and gets of each the
-// numbers 2(l%4) and the next of row l/4; or, transposed, these rows of column l/4.
-__device__ static inline void ldmatrix_x4(uint32_t r[4], const void *shared_row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"((uint32_t)__cvta_generic_to_shared(shared_row))
-                 : "memory");
-}
-__device__ static inline void ldmatrix_x4_trans(uint32_t r[4], const void *shared_row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"((uint32_t)__cvta_generic_to_shared(shared_row))
-                 : "memory");
-}
-// c (16,8) += a (16,16) · b (16,8). Lane l has of c the rows l/4 (0, 1) and l/4 + 8 (2, 3), columns 2(l%4)
-// and the next; of a the same rows in turn, columns 2(l%4) and the next (0, 1), and 8 more (2, 3); of b
-// column l/4, rows 2(l%4) and the next, and 8 more.
-__device__ static inline void mma_bf16(float c[4], const uint32_t a[4], const uint32_t b[2]) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-// 16 bytes on their way to shared memory, of which the first `bytes` (0 or 16) are read, the others 0
-__device__ static inline void copy_async_16(void *shared, const void *global, int bytes) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                 :
-                 : "r"((uint32_t)__cvta_generic_to_shared(shared)), "l"(global), "r"(bytes)
-                 : "memory");
-}
-__device__ static inline void copy_async_commit(void) { asm volatile("cp.async.commit_group;" : : : "memory"); }
-template <int LATER> __device__ inline void copy_async_wait(void) { // for all but the last LATER groups
-    asm volatile("cp.async.wait_group %0;" : : "n"(LATER) : "memory");
-}
-#endif
-
 // Where the numbers 8·chunk .. 8·chunk+7 of a row are in a tile of ROWS rows and COLS columns
 template <int COLS, int ROWS> __device__ inline bf16 *tile_place(bf16 *tile, int row, int chunk) {
     if constexpr (COLS == 32) return tile + row / 2 * 64 + (row % 2 * 4 + (chunk ^ row / 2 % 4)) * 8;
@@ -165,7 +127,7 @@ __global__ void __launch_bounds__(WARP_THREADS, 2)
         b_col = (q.col + item * q.col_along) % q.wrap + (B_COLUMNS ? n0 : k0);
     const bf16 *left = a.at + sequence * a.step + a_row * a.ld + a_col,
                *right = b.at + sequence * b.step + b_row * b.ld + b_col;
-    int64_t a_next = A_COLUMNS ? STEP * a.ld : STEP, b_next = B_COLUMNS ? STEP * b.ld : STEP;
+    int64_t a_next = STEP * (A_COLUMNS ? a.ld : 1), b_next = STEP * (B_COLUMNS ? b.ld : 1);
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = warp % 2 * (ROWS / 2), col = warp / 2 * WIDTH;
     auto tile = [&](int slot) { return (bf16 *)(shared_tiles + slot * SLOT); };
     auto fetch = [&](int i, int slot) {
