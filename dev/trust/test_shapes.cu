@@ -632,6 +632,10 @@ static void draw(Case *s, int i) {
         c->head_dim = kind == 22 ? 128 : kind == 20 ? 8 * log_between(1, 16) : log_between(1, 64);
         int heads = at_most(log_between(1, 8), 600 / c->head_dim + 1);
         if (kind == 22) s->precision = FP32;
+        while (!scan_rows(c->state_dim, c->head_dim, s->precision == BF16 ? 2 : 4)) { // what a card's shared memory takes
+            if (c->state_dim > c->head_dim) c->state_dim -= c->state_dim > 8 ? 8 : 1;
+            else c->head_dim -= c->head_dim > 8 ? 8 : 1;
+        }
         c->d_model = heads * c->head_dim;      // 2D has twice as many
         c->n_heads = c->n_kv_heads = 1;
         if (c->d_model % 2) c->d_model *= 2;

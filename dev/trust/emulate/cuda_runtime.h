@@ -5,6 +5,7 @@
 #define EMULATE_CUDA_RUNTIME_H
 #define SESSA_EMULATED
 #define __CUDA_ARCH__ 860
+#define CUDART_VERSION 13000
 #include <functional>
 #include <map>
 #include <math.h>
@@ -479,6 +480,7 @@ enum cudaDeviceAttr {
     cudaDevAttrMaxThreadsPerBlock = 1,
     cudaDevAttrMaxSharedMemoryPerBlock = 8,
     cudaDevAttrMultiProcessorCount = 16,
+    cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81,
     cudaDevAttrComputeCapabilityMajor = 75,
     cudaDevAttrComputeCapabilityMinor = 76,
     cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
@@ -495,6 +497,7 @@ inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr what, int) 
     case cudaDevAttrMultiProcessorCount: *value = (int)emulate::number_from("EMULATE_PROCESSORS", 6); break;
     case cudaDevAttrComputeCapabilityMajor: *value = 8; break;
     case cudaDevAttrComputeCapabilityMinor: *value = 6; break;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = (int)emulate::most_shared + 1024; break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = (int)emulate::most_shared; break;
     }
     return cudaSuccess;
