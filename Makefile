@@ -89,7 +89,8 @@ page:
 	@sh data/tinyshakespeare.sh && text=data/tinyshakespeare.txt || text=train_sessa.c; \
 	python3 dev/page/build.py --text $$text --out sessa.html
 
-# CUDA: nvcc from its usual place if it is not on the path, the card's own architecture where there is one
+# CUDA (13.0 was compiled, others are untried): nvcc from its usual place if it is not on the path, the card's own
+# architecture where there is one
 USUAL_NVCC = $(firstword $(wildcard /usr/local/cuda/bin/nvcc /opt/cuda/bin/nvcc) nvcc)
 NVCC ?= $(or $(shell command -v nvcc 2>/dev/null),$(USUAL_NVCC))
 CUDA_ARCH ?= $(or $(subst sm_90,sm_90a,$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sed -n '1s/^\([0-9]*\)\.\([0-9]*\).*/sm_\1\2/p')),sm_90a)

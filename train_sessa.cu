@@ -20,13 +20,12 @@ What stands where, in this order:
 
 Plain is what a layer is, fast is how it is made fast. This file is complete: with --plain every layer
 runs by what stands here, products by cuBLASLt, and what stands here is the oracle of every fast way.
-What only speed needs (Hopper's tensor cores, the solve by inverses, the scan in chunks, one token's
+What only speed needs (tiles on tensor cores, the solve by inverses, the scan in chunks, one token's
 launches, what runs beside what) is in dev/cuda, a file for each:
 
     if (!plain) return feedback_forward_fast(...);        dev/cuda/feedback.cuh
 
--DSESSA_PLAIN leaves dev/cuda out. Attention has its fast way in bf16 on Hopper alone, and says so by
-way->tiles.
+-DSESSA_PLAIN leaves dev/cuda out. Attention has its fast way in bf16 alone, and says so by way->tiles.
 
 X is the type of what products read and of the activations kept for the backward pass: bf16, or float.
 In float32 always: the parameters and their moments and gradients, the residual stream, the softmax's
