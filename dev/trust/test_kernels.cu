@@ -800,9 +800,15 @@ static void check_tiles(int B, int T, int H, int G, int d, int ld, int P) {
     check_error(most, 4 * 0x1p-8, "B %d, T %d, %d of %d heads of %d columns, ld %d, panels %d", B, T, G, H, d, ld, P);
 }
 static void test_random_tiles(uint64_t seed, int count) {
+    // products in large tiles, of one and of two rows of them; blocks of 512; panels of 2048 rows
+    static const int first[][5] = {{90, 40, 1, 1, 8}, {41, 130, 2, 1, 16}, {2, 600, 1, 1, 16}, {1, 2100, 1, 1, 8}};
     heading("bf16: random shapes in tiles");
     gpu.precision = BF16;
-    for (int i = 0; i < count; i++) {
+    for (int i = 0; i < 4 && i < count; i++) {
+        const int *s = first[i];
+        check_tiles(s[0], s[1], s[2], s[3], s[4], s[2] * s[4] + 8, 0);
+    }
+    for (int i = 4; i < count; i++) {
         chance = splitmix64(seed + 1000 * (uint64_t)i);
         int wide_heads = random_int(0, 2) == 0, G = random_int(1, 2), H = G * random_int(1, wide_heads ? 2 : 3),
             d = 8 * random_int(wide_heads ? 9 : 1, wide_heads ? 16 : 8), T = random_int(1, 300), B = random_int(1, 3);
