@@ -94,7 +94,7 @@ enum { WORKSPACE = 32 << 20, N_PRODUCTS = 1 << 13 };
 static struct {
     Precision precision;
     int ready, processors;
-    // bf16 in tiles: by kernels of our own; hopper: by Hopper's instructions, else by what all since Ampere have
+    // tiles: bf16 has kernels of its own; hopper: with Hopper's instructions, else what all have since Ampere
     int tiles, hopper;
     int clusters; // Hopper's kernels in clusters too: not on every part of a GPU (MIG, MPS)
     int shared, shared_together; // bytes of shared memory: of a block at most, of a multiprocessor's blocks

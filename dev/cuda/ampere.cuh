@@ -26,7 +26,8 @@ __device__ inline void fetch_tile(bf16 *tile, const bf16 *from, int64_t ld, int 
 #pragma unroll
     for (int r = 0; r < ROWS; r += STEP) {
         int inside = first + r < rows && chunk * 8 < cols;
-        copy_async_16(tile_place<COLS, ROWS>(tile, first + r, chunk), inside ? at + r * ld : from, 16 * inside);
+        copy_async_16(tile_place<COLS, ROWS>(tile, first + r, chunk), inside ? at + r * ld : from,
+                      16 * inside);
     }
 }
 
@@ -48,7 +49,8 @@ __device__ inline void right_operand(uint32_t b[4], bf16 *tile, int n, int k) {
 }
 // c (16M,N) += a (16M,16) · b (16,N): b's columns from n on, 16 of K from k on
 template <int COLS, int ROWS, int DOWN, int M, int N>
-__device__ inline void multiply(float (&c)[M][N / 8][4], const uint32_t (&a)[M][4], bf16 *tile, int n, int k) {
+__device__ inline void multiply(float (&c)[M][N / 8][4], const uint32_t (&a)[M][4], bf16 *tile, int n,
+                                int k) {
 #pragma unroll
     for (int i = 0; i < N / 16; i++) {
         uint32_t b[4];
@@ -61,7 +63,7 @@ __device__ inline void multiply(float (&c)[M][N / 8][4], const uint32_t (&a)[M][
     }
 }
 
-// for i < n: use(i, slot), once fetch(i, slot) has brought it what it needs, slots - 1 steps before. The first
+// for i < n: use(i, slot), once fetch(i, slot), slots - 1 steps before, has brought it what it needs. The first
 // `begun` are under way, in a group each.
 template <typename Fetch, typename Use>
 __device__ inline void walk(int n, int slots, int begun, Fetch fetch, Use use) {
@@ -91,9 +93,9 @@ static int ring_slots(int own) {
 // ----------------------------------------------------------------------------
 // the product whose result goes through a function on its way, as in hopper.cuh
 
-// A block takes ROWS rows and BN columns of one item, a warp half of each, STEP of K at a time. Then the sums
-// go through shared memory, 32 rows of each warp's at a time, and a thread has 8 neighbours of a row. A product
-// that is small goes in tiles of 64 rows, four times as many blocks, unless f sums over 128.
+// A block takes ROWS rows and BN columns of one item, a warp half of each, STEP of K at a time. Then the
+// sums go through shared memory, 32 rows of each warp's at a time, and a thread has 8 neighbours of a row. A
+// product that is small goes in tiles of 64 rows, four times as many blocks, unless f sums over 128.
 template <int BN, typename F> struct ProductTile {
     enum { ROWS = BN == 64 && !sums_columns<F> ? 64 : 128, STEP = ROWS == 64 ? 64 : 32 };
 };
@@ -118,7 +120,8 @@ __global__ void __launch_bounds__(WARP_THREADS, 2)
                                 : 0,
         k1 = SHAPE == A_LOWER ? min(K, shift + m0 + ROWS) : K, steps = max(0, (k1 - k0 + STEP - 1) / STEP);
     wait_for_results();
-    if (SHAPE == OUT_LOWER && n0 >= shift + (m0 | 127) + 1) return; // 128: what reads it knows the triangle so
+    // in tiles of 128 even where these are of 64: so far reads who multiplies with the result
+    if (SHAPE == OUT_LOWER && n0 >= shift + (m0 | 127) + 1) return;
     if constexpr (sums_rows<F>) if (!f.wanted(sequence, m0)) return;
     PartPlace p = a.place, q = b.place;
     int a_row = p.row + item * p.row_along + (A_COLUMNS ? k0 : m0),
@@ -161,8 +164,9 @@ __global__ void __launch_bounds__(WARP_THREADS, 2)
             for (int n = 0; n < WIDTH / 8; n++)
 #pragma unroll
                 for (int low = 0; low < 2; low++)
-                    write_some<2>(&sums[warp % 2 * 32 + m * 16 + low * 8 + lane / 4][col + n * 8 + lane % 4 * 2],
-                                  &sum[2 * half + m][n][2 * low]);
+                    write_some<2>(
+                        &sums[warp % 2 * 32 + m * 16 + low * 8 + lane / 4][col + n * 8 + lane % 4 * 2],
+                        &sum[2 * half + m][n][2 * low]);
         __syncthreads();
 #pragma unroll 4
         for (int at = threadIdx.x; at < 64 * PIECES; at += WARP_THREADS) {
@@ -394,8 +398,10 @@ __global__ void __launch_bounds__(WARP_THREADS, 2)
     copy_async_commit();
     float2 known[M][2];
     for (int m = 0; m < M; m++)
-        for (int half = 0; half < 2; half++)
-            known[m][half] = stats[(int64_t)head * s.T + min(warp_row + m * 16 + half * 8 + lane / 4, s.T - 1)];
+        for (int half = 0; half < 2; half++) {
+            int row = min(warp_row + m * 16 + half * 8 + lane / 4, s.T - 1);
+            known[m][half] = stats[(int64_t)head * s.T + row];
+        }
     copy_async_wait<1>();
     __syncthreads();
     uint32_t own[DH / 16][M][4], own_dout[DH / 16][M][4];
@@ -422,7 +428,8 @@ __global__ void __launch_bounds__(WARP_THREADS, 2)
                 for (int n = 0; n < BACK_WALK / 8; n++)
 #pragma unroll
                     for (int e = 0; e < 4; e++) {
-                        int row = warp_row + m * 16 + e / 2 * 8 + lane / 4, j = j0 + n * 8 + lane % 4 * 2 + e % 2;
+                        int row = warp_row + m * 16 + e / 2 * 8 + lane / 4,
+                            j = j0 + n * 8 + lane % 4 * 2 + e % 2;
                         float weight = exp2_fast(w[m][n][e] * s.scale - known[m][e / 2].x);
                         if (masked && j > row) weight = 0;
                         w[m][n][e] = weight * (dw[m][n][e] - known[m][e / 2].y);
@@ -545,16 +552,25 @@ __global__ void __launch_bounds__(WARP_THREADS, 2)
     write_rows<DH, M>(dv + place, s.ld, v_sum, factor, s.T - j0, s.d, tile(1));
 }
 
-static HeadShape head_shape(Shape shape, int DH, int own) {
+// own: bytes beside the ring; heads: over which the blocks go
+static HeadShape head_shape(Shape shape, int heads, int DH, int own) {
     float sigma = 1 / sqrtf((float)shape.d);
-    return {shape.T,          shape.H,  shape.G,  shape.d, shape.first, heads_at_once(shape.B * shape.H, shape.T, DH),
-            ring_slots(own), shape.ld, 1.44269504f * sigma, sigma};
+    return {shape.T,
+            shape.H,
+            shape.G,
+            shape.d,
+            shape.first,
+            heads_at_once(shape.B * heads, shape.T, DH),
+            ring_slots(own),
+            shape.ld,
+            1.44269504f * sigma,
+            sigma};
 }
 template <int DH>
 static void attention_warps(bf16 *out, float *stats, const bf16 *q, const bf16 *k, const bf16 *v, Shape shape,
                             cudaStream_t stream) {
     enum { ROWS = WarpTiles<DH>::ROWS };
-    HeadShape s = head_shape(shape, DH, 0);
+    HeadShape s = head_shape(shape, shape.H, DH, 0);
     int64_t blocks = (int64_t)((s.T - s.first + ROWS - 1) / ROWS) * shape.B * s.H;
     must_fit(blocks, INT_MAX, "blocks of attention");
     allow_shared(attention_warps_kernel<DH>, s.slots * SLOT);
@@ -567,16 +583,15 @@ static void attention_warps_backward(bf16 *dq, bf16 *dk, bf16 *dv, const bf16 *d
                                      cudaStream_t stream) {
     enum { ROWS = WarpTiles<DH>::ROWS };
     int own = sizeof(KeysShared<DH>), pieces = (shape.T + ROWS - 1) / ROWS;
-    HeadShape s = head_shape(shape, DH, 0), by_keys = head_shape(shape, DH, own);
+    HeadShape s = head_shape(shape, shape.H, DH, 0), by_keys = head_shape(shape, shape.G, DH, own);
     int64_t blocks = (int64_t)pieces * shape.B * s.H;
     must_fit(blocks, INT_MAX, "blocks of attention");
-    by_keys.at_once = heads_at_once(shape.B * s.G, s.T, DH);
-    LAUNCH(attention_delta_kernel, (unsigned)(((int64_t)shape.B * s.T * s.H + 31) / 32), 256, 0, stream, stats,
-           dout, out, shape.B, s.T, s.H, s.d);
+    LAUNCH(attention_delta_kernel, (unsigned)(((int64_t)shape.B * s.T * s.H + 31) / 32), 256, 0, stream,
+           stats, dout, out, shape.B, s.T, s.H, s.d);
     allow_shared(attention_dq_warps_kernel<DH>, s.slots * SLOT);
     allow_shared(attention_dkv_warps_kernel<DH>, by_keys.slots * SLOT + own);
-    LAUNCH(attention_dq_warps_kernel<DH>, (unsigned)blocks, WARP_THREADS, s.slots * SLOT, stream, dq, stats, q,
-           dout, k, v, s);
+    LAUNCH(attention_dq_warps_kernel<DH>, (unsigned)blocks, WARP_THREADS, s.slots * SLOT, stream, dq, stats,
+           q, dout, k, v, s);
     LAUNCH(attention_dkv_warps_kernel<DH>, (unsigned)(blocks / s.H * s.G), WARP_THREADS,
            by_keys.slots * SLOT + own, stream, dk, dv, stats, q, dout, k, v, by_keys);
 }

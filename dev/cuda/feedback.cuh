@@ -148,8 +148,8 @@ __global__ static void feedback_stats_kernel(float2 *stats, int64_t stats_step, 
 
 // Blocks of up to 128 rows of M, in float32; a thread block takes one. A warp takes 16 rows, a lane a
 // column of their inverse by substitution; then neighbours of h rows merge, M21 = M2 (A21 M1), a thread
-// h/16 rows and 4 columns. M takes A's place, from the diagonal on, unless APART: where a block has the shared
-// memory for both.
+// h/16 rows and 4 columns. M takes A's place, from the diagonal on, unless APART: where a block has the
+// shared memory for both.
 enum { SEED_LD = BLOCK + 4, SEED_BYTES = BLOCK * SEED_LD * (int)sizeof(float) };
 typedef float SeedRows[SEED_LD];
 static int feedback_shared(void) { // bytes of a block's shared memory

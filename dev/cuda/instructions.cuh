@@ -1,8 +1,9 @@
-// Instructions of tensor cores from sm_80 on, a warp's, and copies to shared memory that go on by themselves. All lanes
-// of a warp execute a matrix instruction together. On a machine without a GPU dev/trust/emulate has them.
+// Instructions of tensor cores from sm_80 on, a warp's, and copies to shared memory that go on by themselves.
+// All lanes of a warp execute a matrix instruction together. On a machine without a GPU dev/trust/emulate
+// has them.
 #ifndef SESSA_EMULATED
-// Four matrices of 8 rows and columns of 16 bits: lane l says where in shared memory row l%8 of number l/8 is,
-// and gets of each the numbers 2(l%4) and the next of row l/4; transposed, these rows of column l/4.
+// Four matrices of 8 rows and columns of 16 bits: lane l says where in shared memory row l%8 of number l/8
+// is, and gets of each the numbers 2(l%4) and the next of row l/4; transposed, these rows of column l/4.
 __device__ static inline void ldmatrix_x4(uint32_t r[4], const void *shared_row) {
     uint32_t at = (uint32_t)__cvta_generic_to_shared(shared_row);
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -17,8 +18,8 @@ __device__ static inline void ldmatrix_x4_trans(uint32_t r[4], const void *share
                  : "r"(at)
                  : "memory");
 }
-// c (16,8) += a (16,16) · b (16,8). Lane l has of c the rows l/4 (0, 1) and l/4 + 8 (2, 3), columns 2(l%4) and
-// the next; of a the same rows in turn, columns 2(l%4) and the next (0, 1), and those 8 further (2, 3); of b
+// c (16,8) += a (16,16) · b (16,8). Lane l has of c the rows l/4 (0, 1) and l/4 + 8 (2, 3), columns 2(l%4)
+// and the next; of a the same rows in turn, columns 2(l%4) and the next (0, 1), and those 8 further (2, 3); of b
 // column l/4, rows 2(l%4) and the next, and those 8 further.
 __device__ static inline void mma_bf16(float c[4], const uint32_t a[4], const uint32_t b[2]) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
@@ -34,7 +35,9 @@ __device__ static inline void copy_async_16(void *shared, const void *global, in
                  : "r"((uint32_t)__cvta_generic_to_shared(shared)), "l"(global), "r"(bytes)
                  : "memory");
 }
-__device__ static inline void copy_async_commit(void) { asm volatile("cp.async.commit_group;" : : : "memory"); }
+__device__ static inline void copy_async_commit(void) {
+    asm volatile("cp.async.commit_group;" : : : "memory");
+}
 template <int LATER> __device__ inline void copy_async_wait(void) { // for all but the last LATER groups
     asm volatile("cp.async.wait_group %0;" : : "n"(LATER) : "memory");
 }

@@ -3,7 +3,7 @@ The test of the CUDA twin, kernel by kernel: its layers against the C functions 
 passes and updates, its training against the CPU's, its decoder.
 
     ./test_kernels
-    ./test_kernels tiles SEED COUNT     only attention and feedback in bf16, COUNT random shapes that take tiles
+    ./test_kernels tiles SEED COUNT     only attention and feedback in bf16: COUNT shapes that take tiles
 */
 #define SESSA_NO_MAIN
 #define GUARD_BANDS
@@ -644,7 +644,7 @@ template <typename X> void Layers<X>::crossentropy() {
 // apart.
 template <typename X> void Layers<X>::scan(int eights) {
     int S = eights ? 8 * random_int(1, 16) : random_int(2, 20);
-    while (!plain && !scan_rows(S, d, sizeof(X))) S -= eights ? 8 : 1; // what a card's shared memory takes
+    while (!plain && S > 8 && !scan_rows(S, d, sizeof(X))) S -= eights ? 8 : 1; // what a card's shared memory takes
     int W = D + 2 * S;
     int ld_w = W + (eights ? 8 : 1) * random_int(0, 3), first = random_int(0, T - 1);
     int P = panel_heights[random_int(0, N_HEIGHTS - 1)], height = plain ? CHUNK : chunk_height(P),
@@ -797,11 +797,13 @@ static void check_tiles(int B, int T, int H, int G, int d, int ld, int P) {
     gpu_release();
     for (int l = ATTENTION_F; l < N_GPU_LAYERS; l++) worst_of(&most, worst[l] * (l < FEEDBACK_F ? 2 : 1));
     worst_of(&most, worst[SUMS]);
-    check_error(most, 4 * 0x1p-8, "B %d, T %d, %d of %d heads of %d columns, ld %d, panels %d", B, T, G, H, d, ld, P);
+    check_error(most, 4 * 0x1p-8, "B %d, T %d, %d of %d heads of %d columns, ld %d, panels %d", B, T, G, H, d,
+                ld, P);
 }
 static void test_random_tiles(uint64_t seed, int count) {
     // products in large tiles, of one and of two rows of them; blocks of 512; panels of 2048 rows
-    static const int first[][5] = {{90, 40, 1, 1, 8}, {41, 130, 2, 1, 16}, {2, 600, 1, 1, 16}, {1, 2100, 1, 1, 8}};
+    static const int first[][5] = {
+        {90, 40, 1, 1, 8}, {41, 130, 2, 1, 16}, {2, 600, 1, 1, 16}, {1, 2100, 1, 1, 8}};
     heading("bf16: random shapes in tiles");
     gpu.precision = BF16;
     for (int i = 0; i < 4 && i < count; i++) {
@@ -810,11 +812,14 @@ static void test_random_tiles(uint64_t seed, int count) {
     }
     for (int i = 4; i < count; i++) {
         chance = splitmix64(seed + 1000 * (uint64_t)i);
-        int wide_heads = random_int(0, 2) == 0, G = random_int(1, 2), H = G * random_int(1, wide_heads ? 2 : 3),
-            d = 8 * random_int(wide_heads ? 9 : 1, wide_heads ? 16 : 8), T = random_int(1, 300), B = random_int(1, 3);
+        int wide_heads = random_int(0, 2) == 0, G = random_int(1, 2);
+        int H = G * random_int(1, wide_heads ? 2 : 3);
+        int d = 8 * random_int(wide_heads ? 9 : 1, wide_heads ? 16 : 8);
+        int T = random_int(1, 300), B = random_int(1, 3);
         if (random_int(0, 3) == 0) { T = 8 * random_int(1, 37); B = 1; } // a late start may be in tiles, too
         if (H * d > 256) H = G = 256 / d;
-        check_tiles(B, T, H, G, d, H * d + 8 * random_int(0, 2), random_int(0, 2) ? 0 : 8 * random_int(1, 20));
+        int P = random_int(0, 2) ? 0 : 8 * random_int(1, 20);
+        check_tiles(B, T, H, G, d, H * d + 8 * random_int(0, 2), P);
     }
 }
 

@@ -67,7 +67,8 @@ template <typename X> static void meet_ways(const ModelGPU<X> *m, const Case *s)
         meet("feedback: tiles, blocks of 128", tiles && !p->march && p->P == 128);
         meet("feedback: tiles, blocks of 256", tiles && !p->march && p->P == 256);
         meet("feedback: tiles, blocks of 512", tiles && !p->march && p->P == 512);
-        meet("feedback: tiles, blocks of 1024", tiles && !p->march && p->P == 1024); // Hopper: no room for clusters
+        // on Hopper where there is no room for clusters
+        meet("feedback: tiles, blocks of 1024", tiles && !p->march && p->P == 1024);
         meet("feedback: weights kept", tiles && p->kept);
         meet("feedback: weights computed again", tiles && !p->kept);
         meet("feedback: product tiles of 128 columns", tiles && blocks > 80);
@@ -632,7 +633,8 @@ static void draw(Case *s, int i) {
         c->head_dim = kind == 22 ? 128 : kind == 20 ? 8 * log_between(1, 16) : log_between(1, 64);
         int heads = at_most(log_between(1, 8), 600 / c->head_dim + 1);
         if (kind == 22) s->precision = FP32;
-        while (!scan_rows(c->state_dim, c->head_dim, s->precision == BF16 ? 2 : 4)) { // what a card's shared memory takes
+        int number = s->precision == BF16 ? 2 : 4; // what a card's shared memory takes
+        while (c->head_dim > 1 && !scan_rows(c->state_dim, c->head_dim, number)) {
             if (c->state_dim > c->head_dim) c->state_dim -= c->state_dim > 8 ? 8 : 1;
             else c->head_dim -= c->head_dim > 8 ? 8 : 1;
         }
