@@ -105,7 +105,7 @@ inline cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPrefere
 }
 
 // One way, or none where a bfloat16 matrix begins at an odd number. Small products with long sums say that they leave
-// most of the device idle, and take all the workspace that they may.
+// most of the device idle, and take some workspace if they may.
 inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t d, cublasLtMatrixLayout_t a,
                                                      cublasLtMatrixLayout_t b, cublasLtMatrixLayout_t,
                                                      cublasLtMatrixLayout_t out, cublasLtMatmulPreference_t p, int,
@@ -115,7 +115,7 @@ inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtM
     *found = 0;
     for (uint32_t alignment : p->alignments) if (alignment < 4) return CUBLAS_STATUS_NOT_SUPPORTED;
     if ((a->bytes == 2 && a->ld % 2) || (b->bytes == 2 && b->ld % 2)) return CUBLAS_STATUS_NOT_SUPPORTED;
-    size_t workspace = small ? p->workspace : 0;
+    size_t workspace = !small ? 0 : p->workspace < 1 << 16 ? p->workspace : 1 << 16;
     results[0] = {{workspace}, workspace, CUBLAS_STATUS_SUCCESS, small ? 0.5f : 1};
     *found = 1;
     return CUBLAS_STATUS_SUCCESS;

@@ -78,7 +78,7 @@ struct Thread {
 };
 
 struct Barrier { int there, wanted, yes; Thread *first; };
-struct Warp { uint32_t all, here; };   // its lanes; those that have not ended
+struct Warp { uint32_t all, here, waiting; };   // its lanes; those that have not ended; that wait for others of it
 struct Static { const void *tag; char *at; size_t bytes; };
 
 // What one block needs, and one thread of the host keeps from block to block.
@@ -193,20 +193,20 @@ inline void meet(const char *what, Place place, uint32_t mask, void *brought, vo
     self->mask = mask;
     self->brought = brought;
     if (!(mask >> self->lane & 1)) fault(place, "%s: the mask %08x is without lane %d, which came", what, mask, self->lane);
-    const Warp *warp = &r->warps[self->number / WARP];
+    Warp *warp = &r->warps[self->number / WARP];
     uint32_t wanted = mask & warp->all, ended = wanted & ~warp->here;
     if (ended) fault(place, "%s: the mask %08x names lane %d, which has ended", what, mask, __builtin_ctz(ended));
     self->waits = 1;
+    warp->waiting |= 1u << self->lane;
+    if (wanted & ~warp->waiting) { make_way(); return; }
     for (uint32_t rest = wanted; rest; rest &= rest - 1) {
         Thread *other = lanes + __builtin_ctz(rest);
-        if (other->waits != 1 || other->mask != mask) { make_way(); return; }
-    }
-    for (uint32_t rest = wanted; rest; rest &= rest - 1) {
-        Thread *other = lanes + __builtin_ctz(rest);
+        if (other->mask != mask) { make_way(); return; }
         if (other->what != what || other->place.line != place.line)
             fault(place, "%s meets %s of line %d in the same warp", what, other->what, other->place.line);
     }
     if (all) all(lanes, wanted);
+    warp->waiting &= ~wanted;
     for (uint32_t rest = wanted; rest; rest &= rest - 1) make_ready(lanes + __builtin_ctz(rest));
     make_way();
 }
@@ -380,7 +380,8 @@ inline void run_block(const Grid *g, uint3 block) {
     }
     for (int w = 0; w < warps; w++) { // warps from any one on, round
         int warp = (first_warp + w) % warps, end = (warp + 1) * WARP < r->n_threads ? (warp + 1) * WARP : r->n_threads;
-        r->warps[warp].all = r->warps[warp].here = 0xFFFFFFFFu >> (WARP - (end - warp * WARP));
+        uint32_t lanes = 0xFFFFFFFFu >> (WARP - (end - warp * WARP));
+        r->warps[warp] = {lanes, lanes, 0};
         for (int i = warp * WARP; i < end; i++) r->ready[r->n_ready++] = &r->threads[i];
     }
     current = draw();
