@@ -325,7 +325,8 @@ inline cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream) {
 // ----------------------------------------------------------------------------
 // the device and its memory
 //
-// Each allocation ends close before a page that nobody may touch, and begins with numbers that are none.
+// Each allocation lies between two MiB that nobody may touch, close to the second, and begins with numbers that are
+// none.
 
 namespace emulate {
 
@@ -364,7 +365,8 @@ inline void watch_memory(void) {
 } // namespace emulate
 
 inline cudaError_t cudaMalloc(void **memory, size_t bytes) {
-    size_t part = (bytes + 255) / 256 * 256, page = emulate::PAGE_BYTES, room = (part + page - 1) / page * page;
+    size_t part = (bytes + 255) / 256 * 256, page = emulate::PAGE_BYTES, band = 1 << 20;
+    size_t room = (part + page - 1) / page * page;
     emulate::watch_memory();
     *memory = NULL;
     if (bytes == 0) return cudaSuccess;
@@ -375,15 +377,15 @@ inline cudaError_t cudaMalloc(void **memory, size_t bytes) {
     emulate::fill_unset(at, bytes);
     room = part;
 #else
-    char *pages = (char *)mmap(NULL, room + 2 * page, PROT_READ | PROT_WRITE,
+    char *pages = (char *)mmap(NULL, room + 2 * band, PROT_READ | PROT_WRITE,
                                MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (pages == (char *)MAP_FAILED) return emulate::with(cudaErrorMemoryAllocation);
-    mprotect(pages, page, PROT_NONE);
-    mprotect(pages + page + room, page, PROT_NONE);
-    char *at = pages + page + room - part;
+    mprotect(pages, band, PROT_NONE);
+    mprotect(pages + band + room, band, PROT_NONE);
+    char *at = pages + band + room - part;
     emulate::fill_unset(at, part);
 #endif
-    emulate::allocations[at] = {pages, bytes, room + 2 * page};
+    emulate::allocations[at] = {pages, bytes, room + 2 * band};
     emulate::allocated += bytes;
     *memory = at;
     return cudaSuccess;

@@ -45,10 +45,10 @@ def closing(text, at):
 
 def with_bounds(text):
     """__launch_bounds__(n, m) goes from a kernel's head to its first line."""
-    word = "__launch_bounds__"
+    word = "__launch_bounds__("
     while word in text:
         at = text.index(word)
-        open_ = text.index("(", at)
+        open_ = at + len(word) - 1
         end = closing(text, open_)
         most = text[open_ + 1:end - 1]
         most = most.rsplit(",", 1)[0] if re.search(r",\s*\d+\s*$", most) else most
