@@ -78,15 +78,17 @@ struct Thread {
 };
 
 struct Barrier { int there, wanted, yes; Thread *first; };
-struct Warp { uint32_t all, here, waiting; };   // its lanes; those that have not ended; that wait for others of it
+// Lanes: those there are, that have not ended, that wait for others of the warp, that can go on.
+struct Warp { uint32_t all, here, waiting, ready; };
 struct Static { const void *tag; char *at; size_t bytes; };
 
 // What one block needs, and one thread of the host keeps from block to block.
 struct Runner {
-    Thread threads[MOST_THREADS], *ready[MOST_THREADS];
+    Thread threads[MOST_THREADS];
     Warp warps[MOST_THREADS / WARP];
     Barrier barriers[BARRIERS];
-    int n_threads, n_ready, live, n_fibers, deep;
+    uint32_t ready; // warps with a lane that can go on
+    int n_threads, n_warps, live, n_fibers, favours, favoured;
     Fiber system, *free_fibers;
     Lots lots;
     dim3 blocks, size;
@@ -123,24 +125,28 @@ inline void fault(Place place, const char *format, ...) {
 
 inline void no_one_is_ready(void);
 
-// One of those that can go on. In every second block any; in the others one of those that became ready last, so that a
-// warp runs as far ahead as it can.
+// The first that is set from place `from` on, round.
+inline int first_from(uint32_t set, unsigned from) {
+    uint32_t turned = from ? set >> from | set << (32 - from) : set;
+    return (int)((unsigned)__builtin_ctz(turned) + from) % 32;
+}
+// One of those that can go on: any lane of a warp. In every second block the warp is any, too; in the others some are
+// favoured for a while, and run as far ahead as they can.
 inline Thread *draw(void) {
     Runner *r = runner;
-    if (!r->n_ready) no_one_is_ready();
-    int at = 0;
-    if (seed) {
-        int among = r->deep && r->n_ready > WARP ? WARP : r->n_ready;
-        at = r->n_ready - 1 - (int)r->lots.below((unsigned)among);
-    }
-    Thread *next = r->ready[at];
-    if (seed) r->ready[at] = r->ready[--r->n_ready];
-    else memmove(r->ready, r->ready + 1, (size_t)--r->n_ready * sizeof(r->ready[0]));
-    return next;
+    if (!r->ready) no_one_is_ready();
+    uint64_t lot = seed ? r->lots.next() : 0;
+    if (!r->favours || (lot & 0xFF) < 4) r->favoured = (int)((lot >> 40) * (unsigned)r->n_warps >> 24);
+    int w = first_from(r->ready, (unsigned)r->favoured), lane = first_from(r->warps[w].ready, (unsigned)(lot >> 8) % 32);
+    r->warps[w].ready &= ~(1u << lane);
+    if (!r->warps[w].ready) r->ready &= ~(1u << w);
+    return &r->threads[w * WARP + lane];
 }
 inline void make_ready(Thread *thread) {
+    int w = thread->number / WARP;
     thread->waits = 0;
-    runner->ready[runner->n_ready++] = thread;
+    runner->warps[w].ready |= 1u << thread->lane;
+    runner->ready |= 1u << w;
 }
 
 inline void fiber_main(void);
@@ -295,14 +301,21 @@ inline void thread_ends(void) {
 
 inline void fill_unset(char *at, size_t bytes) { memset(at, NAN_BYTE, bytes); }
 
-inline void check_band(const char *at, size_t bytes, const char *what) {
-    for (size_t i = 0; i < bytes; i++)
+// A band behind an array: known bytes, looked at when the block has ended, or what the sanitizer lets nobody touch.
+#ifdef __SANITIZE_ADDRESS__
+inline void lay_band(char *at) { __asan_poison_memory_region(at, BAND); }
+inline void check_band(const char *at, const char *) { __asan_unpoison_memory_region(at, BAND); }
+#else
+inline void lay_band(char *at) { fill_unset(at, BAND); }
+inline void check_band(const char *at, const char *what) {
+    for (size_t i = 0; i < BAND; i++)
         if ((unsigned char)at[i] != NAN_BYTE) {
             current = NULL;
             fault({runner->kernel, 0}, "block %u,%u,%u wrote %zu bytes behind %s", runner->block.x, runner->block.y,
                   runner->block.z, i, what);
         }
 }
+#endif
 
 inline void *dynamic_shared(void) { return runner->shared; }
 
@@ -318,7 +331,8 @@ inline void *static_shared(const void *tag, size_t bytes, size_t align, Place pl
         fault(place, "%zu bytes of shared memory, a block has %zu", r->shared_used, most_shared);
     r->statics[r->n_statics++] = {tag, at, bytes};
     r->shared_end = at + bytes + BAND;
-    fill_unset(at, bytes + BAND);
+    fill_unset(at, bytes);
+    lay_band(at + bytes);
     return at;
 }
 
@@ -354,19 +368,19 @@ inline void run_block(const Grid *g, uint3 block) {
     Runner *r = runner;
     uint64_t place = ((uint64_t)block.z << 48) + ((uint64_t)block.y << 32) + block.x;
     r->lots.begin(g->number, place);
-    r->deep = seed ? r->lots.next() >> 60 & 1 : 0;
+    r->favours = seed ? (int)(r->lots.next() >> 60 & 1) : 1;
     r->blocks = g->blocks;
     r->size = g->size;
     r->block = block;
     r->body = g->body;
     r->launch = g->launch;
     r->n_threads = r->live = (int)(g->size.x * g->size.y * g->size.z);
-    r->n_ready = r->n_statics = 0;
+    r->n_statics = 0;
     r->shared_used = g->shared;
     r->dynamic_end = r->shared + g->shared;
     r->shared_end = r->dynamic_end + BAND;
-    fill_unset(r->shared, g->shared + BAND);
-    int warps = (r->n_threads + WARP - 1) / WARP, first_warp = seed ? (int)r->lots.below((unsigned)warps) : 0;
+    fill_unset(r->shared, g->shared);
+    lay_band(r->dynamic_end);
     for (int i = 0; i < r->n_threads; i++) {
         Thread *t = &r->threads[i];
         unsigned n = (unsigned)i, x = n % g->size.x, y = n / g->size.x % g->size.y, z = n / g->size.x / g->size.y;
@@ -378,19 +392,21 @@ inline void run_block(const Grid *g, uint3 block) {
         t->what = NULL;
         if (!t->copies.empty()) t->copies.clear();
     }
-    for (int w = 0; w < warps; w++) { // warps from any one on, round
-        int warp = (first_warp + w) % warps, end = (warp + 1) * WARP < r->n_threads ? (warp + 1) * WARP : r->n_threads;
-        uint32_t lanes = 0xFFFFFFFFu >> (WARP - (end - warp * WARP));
-        r->warps[warp] = {lanes, lanes, 0};
-        for (int i = warp * WARP; i < end; i++) r->ready[r->n_ready++] = &r->threads[i];
+    r->n_warps = (r->n_threads + WARP - 1) / WARP;
+    r->favoured = seed ? (int)r->lots.below((unsigned)r->n_warps) : 0;
+    for (int w = 0; w < r->n_warps; w++) {
+        int lanes = r->n_threads - w * WARP < WARP ? r->n_threads - w * WARP : WARP;
+        uint32_t all = 0xFFFFFFFFu >> (WARP - lanes);
+        r->warps[w] = {all, all, 0, all};
     }
+    r->ready = 0xFFFFFFFFu >> (WARP - r->n_warps);
     current = draw();
     current->fiber = take_fiber();
     go(&r->system, current->fiber);
     current = NULL;
-    check_band(r->dynamic_end, BAND, "the launch's shared memory");
+    check_band(r->dynamic_end, "the launch's shared memory");
     for (int i = 0; i < r->n_statics; i++)
-        check_band(r->statics[i].at + r->statics[i].bytes, BAND, "a shared array");
+        check_band(r->statics[i].at + r->statics[i].bytes, "a shared array");
 }
 
 // All blocks, in any order, divided among the host's threads where that is worth while.
