@@ -1,5 +1,5 @@
-"""Whether the twin's tests on the CPU find what they are for: faults of the kind that a GPU shows only sometimes are put
-into copies of the twin, one after the other, and each must make test_shapes fail.
+"""Whether the twin's tests on the CPU find what they are for: faults of the kind that a GPU shows only
+sometimes are put into copies of the twin, one after the other, and each must make test_shapes fail.
 
   dev/trust/emulate/break.py [NUMBER ...]      about a minute each
 """
@@ -25,12 +25,11 @@ DECODE = """            write_some<V>(sum_at, acc);
         }
         __syncthreads();
 """
-SORTED = "for (int k = a.first(i); k < a.end(i, K); k += 16) {"
 
 # what it is, the file, what stands there, what comes in its place, shapes FIRST and COUNT
 FAULTS = [
-    ("block_sum without its first barrier: the numbers of the sum before are still read", "train_sessa.cu", SUM,
-     SUM.replace("    __syncthreads();\n", ""), 0, 9),
+    ("block_sum without its first barrier: the numbers of the sum before are still read", "train_sessa.cu",
+     SUM, SUM.replace("    __syncthreads();\n", ""), 0, 9),
     ("row_sum without its barrier", "train_sessa.cu", ROW_SUM, "", 0, 18),
     ("softmax in place without the barrier between reading and writing", "train_sessa.cu", SOFTMAX,
      SOFTMAX.replace("        __syncthreads();\n", ""), 0, 18),
@@ -41,8 +40,8 @@ FAULTS = [
      "        __syncthreads(); // the chunk before is done\n", "", 0, 36),
     ("the decoder's weights written while they are read", "dev/cuda/decode.cuh", DECODE,
      DECODE.replace("        __syncthreads();\n", ""), 27, 9),
-    ("a product beside the others not waited for, in the streams", "train_sessa.cu", "    join(W_OUT_GRADIENT);\n", "",
-     0, 36),
+    ("a product beside the others not waited for, in the streams", "train_sessa.cu",
+     "    join(W_OUT_GRADIENT);\n", "", 0, 36),
     ("a product begins beside before its operand is there", "dev/cuda/schedule.cuh",
      "    follow(stream_of(branch), gpu.stream);\n", "", 0, 18),
     ("one row too many is read", "dev/cuda/hopper.cuh",
@@ -53,7 +52,8 @@ FAULTS = [
 
 
 def copy_of_tree(into):
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=TOP, stdout=subprocess.PIPE, check=True)
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=TOP,
+                            stdout=subprocess.PIPE, check=True)
     for name in listed.stdout.decode().split("\n"):
         if name and os.path.isfile(os.path.join(TOP, name)) and not name.startswith("data/"):
             os.makedirs(os.path.dirname(os.path.join(into, name)), exist_ok=True)
@@ -88,7 +88,8 @@ def main(numbers):
     failed = 0
     for i in [int(n) for n in numbers] or range(len(FAULTS)):
         problem = seen(FAULTS[i])
-        print("%-6s%s%s" % ("FAIL" if problem else "ok", FAULTS[i][0], ": " + problem if problem else ""), flush=True)
+        end = ": " + problem if problem else ""
+        print("%-6s%s%s" % ("FAIL" if problem else "ok", FAULTS[i][0], end), flush=True)
         failed += problem is not None
     return failed > 0
 

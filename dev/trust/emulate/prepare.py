@@ -1,7 +1,7 @@
-"""The twin's CUDA for a C++ compiler: copies of the files, with the same lines, in which shared arrays, bounds of
-launches and launches are C++. All else is done by the headers beside this file.
+"""The twin's CUDA for a C++ compiler: copies of the files, with the same lines, in which shared arrays,
+bounds of launches and launches are C++. All else is done by the headers beside this file.
 
-  dev/trust/emulate/prepare.py INTO [FILE ...]      [train_sessa.cu, test_sessa.c, dev/cuda/*, dev/trust/*.cu, *.cuh]
+  dev/trust/emulate/prepare.py INTO [FILE ...]      [the twin, its tests, dev/cuda]
 
     __shared__ float x[8][32];           a reference to the block's array
     extern __shared__ float4 x[];        a pointer to what the launch asked for
@@ -18,7 +18,8 @@ USUAL = ["train_sessa.cu", "test_sessa.c", "dev/cuda/*.cuh", "dev/trust/*.cu", "
          "dev/trust/emulate/*.cu"]
 ALIGN = r"(?:__align__\((?P<align>[^()]*)\)\s*)?"
 DYNAMIC = re.compile(r"extern\s+__shared__\s+" + ALIGN + r"(?P<type>[\w:<>, ]+?)\s+(?P<name>\w+)\[\];")
-STATIC = re.compile(r"__shared__\s+" + ALIGN + r"(?P<type>[\w:<>, ]+?)\s+(?P<name>\w+)(?P<dims>(?:\[[^;]*\])?);")
+STATIC = re.compile(r"__shared__\s+" + ALIGN +
+                    r"(?P<type>[\w:<>, ]+?)\s+(?P<name>\w+)(?P<dims>(?:\[[^;]*\])?);")
 LAUNCH = re.compile(r"\((\w+)\)<<<(.*?)>>>\(")
 
 
@@ -54,9 +55,8 @@ def with_bounds(text):
         most = most.rsplit(",", 1)[0] if re.search(r",\s*\d+\s*$", most) else most
         parameters = text.index("(", end)
         body = text.index("{", closing(text, parameters)) + 1
-        # the lines of the head stay where they are
-        text = text[:at] + "\n" * text[at:end].count("\n") + text[end:body] + " emulate::launch_bound(%s);" % most + \
-            text[body:]
+        lines = "\n" * text[at:end].count("\n") # of the head: those behind it stay where they are
+        text = text[:at] + lines + text[end:body] + " emulate::launch_bound(%s);" % most + text[body:]
     return text
 
 
@@ -73,7 +73,8 @@ def prepare(text, name):
 
 def main(into, *names):
     if not names:
-        names = sorted(os.path.relpath(path, TOP) for one in USUAL for path in glob.glob(os.path.join(TOP, one)))
+        paths = [path for one in USUAL for path in glob.glob(os.path.join(TOP, one))]
+        names = sorted(os.path.relpath(path, TOP) for path in paths)
     for name in names:
         with open(os.path.join(TOP, name)) as file:
             text = prepare(file.read(), name)

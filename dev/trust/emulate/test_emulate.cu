@@ -1,5 +1,6 @@
 /*
-The emulation itself: its instructions against plain loops, and faults put in on purpose, each of which must be found.
+The emulation itself: its instructions against plain loops, and faults put in on purpose, each of which must
+be found.
 
     ./test_emulate          all; a fault runs in a process of its own, whose last line is looked at
 */
@@ -31,14 +32,15 @@ typedef __nv_bfloat16 bf16;
 // ----------------------------------------------------------------------------
 // instructions against plain loops
 
-// out (16,8) = a (16,16) · b (16,8), operands through shared memory: a by rows, b by rows and turned on the way, or
-// transposed, b (8,16), as it is
+// out (16,8) = a (16,16) · b (16,8), operands through shared memory: a by rows, b by rows and turned on the
+// way, or transposed, b (8,16), as it is
 template <int B_COLUMNS> static __global__ void product_kernel(float *out, const bf16 *a, const bf16 *b) {
     __shared__ __align__(16) bf16 left[16][16];
     __shared__ __align__(16) bf16 right[16][16];
     int lane = threadIdx.x % 32;
     copy_async_16(&left[lane / 2][lane % 2 * 8], a + lane / 2 * 16 + lane % 2 * 8, 16);
-    if (B_COLUMNS) copy_async_16(&right[lane / 2][lane % 2 * 8], b + lane / 2 * 8, lane % 2 ? 0 : 16); // the rest 0
+    if (B_COLUMNS)
+        copy_async_16(&right[lane / 2][lane % 2 * 8], b + lane / 2 * 8, lane % 2 ? 0 : 16); // the rest 0
     else copy_async_16(&right[lane / 2][lane % 2 * 8], lane / 2 < 8 ? b + lane / 2 * 16 + lane % 2 * 8 : b,
                        lane / 2 < 8 ? 16 : 0);
     copy_async_commit();
@@ -67,11 +69,13 @@ static void test_products(void) {
         for (int i = 0; i < 16; i++)
             for (int j = 0; j < 8; j++) {
                 double sum = 0;
-                for (int k = 0; k < 16; k++) sum += (double)a[i * 16 + k] * (double)b[columns ? k * 8 + j : j * 16 + k];
+                for (int k = 0; k < 16; k++)
+                    sum += (double)a[i * 16 + k] * (double)b[columns ? k * 8 + j : j * 16 + k];
                 worst = fmax(worst, fabs(sum - (double)out[i * 8 + j]));
                 if (isnan(out[i * 8 + j])) worst = INFINITY;
             }
-        check(worst < 1e-5, columns ? "cp.async, ldmatrix.trans, mma: a product" : "cp.async, ldmatrix, mma: a product, b transposed");
+        check(worst < 1e-5, columns ? "cp.async, ldmatrix.trans, mma: a product"
+                                    : "cp.async, ldmatrix, mma: a product, b transposed");
     }
     cudaFree(a);
     cudaFree(b);
@@ -104,9 +108,12 @@ static void test_exchanges(void) {
     cudaFree(out);
 }
 static void test_numbers(void) {
-    check((float)bf16(1.00390625f) == 1 && (float)bf16(1.01171875f) == 1.015625f && (float)bf16(-INFINITY) == -INFINITY &&
-          isnan((float)bf16(NAN)) && (float)bf16(3.4e38f) == INFINITY, "bfloat16: the nearest, ties to even");
-    check(__uint_as_float(cvt_tf32(1 + 0x1p-11f)) == 1 + 0x1p-10f && __uint_as_float(cvt_tf32(1 + 0x1p-12f)) == 1,
+    check((float)bf16(1.00390625f) == 1 && (float)bf16(1.01171875f) == 1.015625f &&
+              (float)bf16(-INFINITY) == -INFINITY && isnan((float)bf16(NAN)) &&
+              (float)bf16(3.4e38f) == INFINITY,
+          "bfloat16: the nearest, ties to even");
+    check(__uint_as_float(cvt_tf32(1 + 0x1p-11f)) == 1 + 0x1p-10f &&
+              __uint_as_float(cvt_tf32(1 + 0x1p-12f)) == 1,
           "TensorFloat-32: ten bits, ties away from zero");
 }
 
@@ -143,8 +150,19 @@ static void check_order(const char *name, void (*kernel)(float *), int threads, 
 }
 
 enum Fault {
-    DIVERGED, ENDED, LANES, MASK, GROUP, STATIC_END, DYNAMIC_END, PAST_MEMORY, PAST_BYTES, MISALIGNED, TOO_MUCH_SHARED,
-    BOUNDS, N_FAULTS
+    DIVERGED,
+    ENDED,
+    LANES,
+    MASK,
+    GROUP,
+    STATIC_END,
+    DYNAMIC_END,
+    PAST_MEMORY,
+    PAST_BYTES,
+    MISALIGNED,
+    TOO_MUCH_SHARED,
+    BOUNDS,
+    N_FAULTS
 };
 static const struct { const char *name, *line; } faults[N_FAULTS] = {
     {"__syncthreads at two lines", "__syncthreads meets __syncthreads"},
@@ -215,7 +233,8 @@ template <int FAULT> static void check_fault(void) {
     close(ends[1]);
     char text[4096];
     size_t n = 0;
-    for (ssize_t got; n < sizeof(text) - 1 && (got = read(ends[0], text + n, sizeof(text) - 1 - n)) > 0;) n += (size_t)got;
+    for (ssize_t got; n < sizeof(text) - 1 && (got = read(ends[0], text + n, sizeof(text) - 1 - n)) > 0;)
+        n += (size_t)got;
     text[n] = 0;
     close(ends[0]);
     int status;
@@ -259,7 +278,8 @@ static void test_copies(void) {
     float *out = device_array<float>(4), *from = device_array<float>(8);
     for (int i = 0; i < 8; i++) from[i] = (float)i;
     (copies_kernel)<<<1, 1, 0, NULL>>>(out, from);
-    check(isnan(out[0]) && out[1] == 0 && isnan(out[2]) && out[3] == 7, "cp.async arrives when it is waited for");
+    check(isnan(out[0]) && out[1] == 0 && isnan(out[2]) && out[3] == 7,
+          "cp.async arrives when it is waited for");
     cudaFree(out);
     cudaFree(from);
 }
@@ -301,8 +321,10 @@ static void test_streams(void) {
                 cudaStreamSynchronize(a);
                 wrong |= *y != 6;
             }
-            check(wrong != kept, recorded ? kept ? "recorded streams in order" : "recorded streams without their event: seen"
-                                          : kept ? "streams in order" : "streams without their event: seen");
+            check(wrong != kept,
+                  recorded ? kept ? "recorded streams in order" : "recorded streams without their event: seen"
+                  : kept   ? "streams in order"
+                           : "streams without their event: seen");
             if (graph) cudaGraphDestroy(graph);
         }
     cudaGraph_t graph;
@@ -310,7 +332,8 @@ static void test_streams(void) {
     cudaEventRecord(event, a);
     cudaStreamWaitEvent(b, event);
     (set_kernel)<<<1, 1, 0, b>>>(x, 5.0f);
-    check(cudaStreamEndCapture(a, &graph) == cudaErrorStreamCaptureUnjoined, "a recorded stream that does not come back");
+    check(cudaStreamEndCapture(a, &graph) == cudaErrorStreamCaptureUnjoined,
+          "a recorded stream that does not come back");
     cudaGraphDestroy(graph);
     cudaFree(x);
 }

@@ -1,5 +1,5 @@
-// The threads of a block, as fibers of one thread of the host: each runs until it has to wait for others, and who is
-// next is drawn by lot, so that what no barrier keeps apart happens in another order each time.
+// The threads of a block, as fibers of one thread of the host: each runs until it has to wait for others, and
+// who is next is drawn by lot, so that what no barrier keeps apart happens in another order each time.
 //
 //     EMULATE_SEED    of the lots: [1]; 0: blocks, threads and streams go in order
 //     EMULATE_SHARED  bytes of shared memory that a block may have: [101376], an sm_86's
@@ -130,14 +130,15 @@ inline int first_from(uint32_t set, unsigned from) {
     uint32_t turned = from ? set >> from | set << (32 - from) : set;
     return (int)((unsigned)__builtin_ctz(turned) + from) % 32;
 }
-// One of those that can go on: any lane of a warp. In every second block the warp is any, too; in the others some are
-// favoured for a while, and run as far ahead as they can.
+// One of those that can go on: any lane of a warp. In every second block the warp is any, too; in the others
+// some are favoured for a while, and run as far ahead as they can.
 inline Thread *draw(void) {
     Runner *r = runner;
     if (!r->ready) no_one_is_ready();
     uint64_t lot = seed ? r->lots.next() : 0;
     if (!r->favours || (lot & 0xFF) < 4) r->favoured = (int)((lot >> 40) * (unsigned)r->n_warps >> 24);
-    int w = first_from(r->ready, (unsigned)r->favoured), lane = first_from(r->warps[w].ready, (unsigned)(lot >> 8) % 32);
+    int w = first_from(r->ready, (unsigned)r->favoured),
+        lane = first_from(r->warps[w].ready, (unsigned)(lot >> 8) % 32);
     r->warps[w].ready &= ~(1u << lane);
     if (!r->warps[w].ready) r->ready &= ~(1u << w);
     return &r->threads[w * WARP + lane];
@@ -189,8 +190,10 @@ inline void fiber_main(void) {
 // ----------------------------------------------------------------------------
 // meeting points
 
-// All lanes of the mask that have not ended come together; the last to come does `all`, what it is about, for all.
-inline void meet(const char *what, Place place, uint32_t mask, void *brought, void (*all)(Thread *lanes, uint32_t here)) {
+// All lanes of the mask that have not ended come together; the last to come does `all`, what it is about, for
+// all.
+inline void meet(const char *what, Place place, uint32_t mask, void *brought,
+                 void (*all)(Thread *lanes, uint32_t here)) {
     Thread *self = current;
     Runner *r = runner;
     Thread *lanes = self - self->lane;
@@ -198,10 +201,12 @@ inline void meet(const char *what, Place place, uint32_t mask, void *brought, vo
     self->place = place;
     self->mask = mask;
     self->brought = brought;
-    if (!(mask >> self->lane & 1)) fault(place, "%s: the mask %08x is without lane %d, which came", what, mask, self->lane);
+    if (!(mask >> self->lane & 1))
+        fault(place, "%s: the mask %08x is without lane %d, which came", what, mask, self->lane);
     Warp *warp = &r->warps[self->number / WARP];
     uint32_t wanted = mask & warp->all, ended = wanted & ~warp->here;
-    if (ended) fault(place, "%s: the mask %08x names lane %d, which has ended", what, mask, __builtin_ctz(ended));
+    if (ended)
+        fault(place, "%s: the mask %08x names lane %d, which has ended", what, mask, __builtin_ctz(ended));
     self->waits = 1;
     warp->waiting |= 1u << self->lane;
     if (wanted & ~warp->waiting) { make_way(); return; }
@@ -217,7 +222,8 @@ inline void meet(const char *what, Place place, uint32_t mask, void *brought, vo
     make_way();
 }
 
-// The barrier `id`, for `wanted` threads; 0: all of the block, at the same line. Returns of how many `yes` was not 0.
+// The barrier `id`, for `wanted` threads; 0: all of the block, at the same line. Returns of how many `yes`
+// was not 0.
 inline int barrier(const char *what, Place place, int id, int wanted, int yes) {
     Thread *self = current;
     Runner *r = runner;
@@ -225,8 +231,8 @@ inline int barrier(const char *what, Place place, int id, int wanted, int yes) {
     Barrier *b = &r->barriers[id];
     int all = wanted ? wanted : r->n_threads, held = yes != 0;
     if (b->first && b->wanted != all)
-        fault(place, "%s: barrier %d is for %d threads, at line %d for %d", what, id, all, b->first->place.line,
-              b->wanted);
+        fault(place, "%s: barrier %d is for %d threads, at line %d for %d", what, id, all,
+              b->first->place.line, b->wanted);
     if (b->first && !wanted && (b->first->place.line != place.line || b->first->place.file != place.file))
         fault(place, "%s meets %s of line %d", what, b->first->what, b->first->place.line);
     self->what = what;
@@ -255,7 +261,8 @@ inline void no_one_is_ready(void) {
     Runner *r = runner;
     Thread *one = NULL;
     fflush(stdout);
-    fprintf(stderr, "emulation: these threads wait for ever in block %u,%u,%u:\n", r->block.x, r->block.y, r->block.z);
+    fprintf(stderr, "emulation: these threads wait for ever in block %u,%u,%u:\n", r->block.x, r->block.y,
+            r->block.z);
     for (int i = 0; i < r->n_threads; i++) {
         Thread *t = &r->threads[i];
         if (t->ended || !t->waits) continue;
@@ -267,16 +274,16 @@ inline void no_one_is_ready(void) {
             same++;
         }
         if (!first) continue;
-        fprintf(stderr, "    %d at %s, %s:%d, the first of them %u,%u,%u", same, t->what, t->place.file, t->place.line,
-                t->index.x, t->index.y, t->index.z);
+        fprintf(stderr, "    %d at %s, %s:%d, the first of them %u,%u,%u", same, t->what, t->place.file,
+                t->place.line, t->index.x, t->index.y, t->index.z);
         if (t->waits == 1) fprintf(stderr, ", lanes %08x, of which %08x have not ended", t->mask,
                                    t->mask & r->warps[i / WARP].here);
         fprintf(stderr, "\n");
         if (!one) one = t;
     }
     current = NULL;
-    fault(one ? one->place : Place{NULL, 0}, "not all threads reach it: %d have ended, %d wait", r->n_threads - r->live,
-          r->live);
+    fault(one ? one->place : Place{NULL, 0}, "not all threads reach it: %d have ended, %d wait",
+          r->n_threads - r->live, r->live);
 }
 
 inline void thread_ends(void) {
@@ -301,7 +308,8 @@ inline void thread_ends(void) {
 
 inline void fill_unset(char *at, size_t bytes) { memset(at, NAN_BYTE, bytes); }
 
-// A band behind an array: known bytes, looked at when the block has ended, or what the sanitizer lets nobody touch.
+// A band behind an array: known bytes, looked at when the block has ended, or what the sanitizer lets nobody
+// touch.
 #ifdef __SANITIZE_ADDRESS__
 inline void lay_band(char *at) { __asan_poison_memory_region(at, BAND); }
 inline void check_band(const char *at, const char *) { __asan_unpoison_memory_region(at, BAND); }
@@ -311,15 +319,16 @@ inline void check_band(const char *at, const char *what) {
     for (size_t i = 0; i < BAND; i++)
         if ((unsigned char)at[i] != NAN_BYTE) {
             current = NULL;
-            fault({runner->kernel, 0}, "block %u,%u,%u wrote %zu bytes behind %s", runner->block.x, runner->block.y,
-                  runner->block.z, i, what);
+            fault({runner->kernel, 0}, "block %u,%u,%u wrote %zu bytes behind %s", runner->block.x,
+                  runner->block.y, runner->block.z, i, what);
         }
 }
 #endif
 
 inline void *dynamic_shared(void) { return runner->shared; }
 
-// The array of a block that the declaration `tag` is; the first thread to come makes it, of numbers that are none.
+// The array of a block that the declaration `tag` is; the first thread to come makes it, of numbers that are
+// none.
 inline void *static_shared(const void *tag, size_t bytes, size_t align, Place place) {
     Runner *r = runner;
     for (int i = 0; i < r->n_statics; i++) if (r->statics[i].tag == tag) return r->statics[i].at;
@@ -383,7 +392,8 @@ inline void run_block(const Grid *g, uint3 block) {
     lay_band(r->dynamic_end);
     for (int i = 0; i < r->n_threads; i++) {
         Thread *t = &r->threads[i];
-        unsigned n = (unsigned)i, x = n % g->size.x, y = n / g->size.x % g->size.y, z = n / g->size.x / g->size.y;
+        unsigned n = (unsigned)i, x = n % g->size.x, y = n / g->size.x % g->size.y,
+                 z = n / g->size.x / g->size.y;
         t->index = {x, y, z};
         t->number = i;
         t->lane = i % WARP;
@@ -416,7 +426,8 @@ inline void run_grid(const Grid *g) {
     Lots lots;
     lots.begin(g->number, 0);
     // an order: every block once, for the step has no divisor in common with their number
-    int64_t from = seed ? (int64_t)(lots.next() % (uint64_t)n) : 0, step = seed ? (int64_t)(lots.next() % (uint64_t)n) : 1;
+    int64_t from = seed ? (int64_t)(lots.next() % (uint64_t)n) : 0,
+            step = seed ? (int64_t)(lots.next() % (uint64_t)n) : 1;
     auto divisor = [](int64_t a, int64_t b) { while (b) { int64_t c = a % b; a = b; b = c; } return a; };
     if (step == 0) step = 1;
     while (divisor(step, n) != 1) step++;
@@ -454,7 +465,8 @@ inline int __syncthreads_and(int yes, EMULATED_HERE) {
 }
 // PTX's bar.sync: `threads` of the block
 inline void barrier_sync(int id, int threads, EMULATED_HERE) {
-    if (threads <= 0 || threads % emulate::WARP) emulate::fault(EMULATED_PLACE, "bar.sync of %d threads", threads);
+    if (threads <= 0 || threads % emulate::WARP)
+        emulate::fault(EMULATED_PLACE, "bar.sync of %d threads", threads);
     emulate::barrier("bar.sync", EMULATED_PLACE, id, threads, 0);
 }
 inline void __syncwarp(uint32_t mask = 0xFFFFFFFFu, EMULATED_HERE) {
@@ -463,7 +475,9 @@ inline void __syncwarp(uint32_t mask = 0xFFFFFFFFu, EMULATED_HERE) {
 inline void __threadfence(void) {}
 inline void __threadfence_block(void) {}
 inline void __threadfence_system(void) {}
-inline uint32_t __activemask(void) { return emulate::runner->warps[emulate::current->number / emulate::WARP].here; }
+inline uint32_t __activemask(void) {
+    return emulate::runner->warps[emulate::current->number / emulate::WARP].here;
+}
 
 namespace emulate {
 
@@ -474,7 +488,8 @@ inline void exchange_all(Thread *lanes, uint32_t here) {
         Thread *t = lanes + __builtin_ctz(rest);
         Exchange *own = (Exchange *)t->brought;
         if (!(here >> own->from & 1))
-            fault(t->place, "%s: lane %d wants the value of lane %d, which is not there", t->what, t->lane, own->from);
+            fault(t->place, "%s: lane %d wants the value of lane %d, which is not there", t->what, t->lane,
+                  own->from);
         own->taken = ((Exchange *)lanes[own->from].brought)->value;
     }
 }
@@ -500,7 +515,8 @@ template <typename F> inline uint64_t vote(const char *what, Place place, uint32
             int lane = __builtin_ctz(rest);
             result = F::add(result, ((Vote *)lanes[lane].brought)->value, lane);
         }
-        for (uint32_t rest = here; rest; rest &= rest - 1) ((Vote *)lanes[__builtin_ctz(rest)].brought)->result = result;
+        for (uint32_t rest = here; rest; rest &= rest - 1)
+            ((Vote *)lanes[__builtin_ctz(rest)].brought)->result = result;
     });
     return own.result;
 }
@@ -529,16 +545,19 @@ template <typename V> inline V __shfl_sync(uint32_t mask, V value, int from, int
     int lane = emulate::current->lane, base = lane & ~(width - 1);
     return emulate::exchange("__shfl_sync", EMULATED_PLACE, mask, value, base + (from & (width - 1)));
 }
-template <typename V> inline V __shfl_xor_sync(uint32_t mask, V value, int other, int width = 32, EMULATED_HERE) {
+template <typename V>
+inline V __shfl_xor_sync(uint32_t mask, V value, int other, int width = 32, EMULATED_HERE) {
     int to = emulate::current->lane ^ other, base = emulate::current->lane & ~(width - 1);
     if (to >= base + width) to = emulate::current->lane;
     return emulate::exchange("__shfl_xor_sync", EMULATED_PLACE, mask, value, to);
 }
-template <typename V> inline V __shfl_up_sync(uint32_t mask, V value, unsigned by, int width = 32, EMULATED_HERE) {
+template <typename V>
+inline V __shfl_up_sync(uint32_t mask, V value, unsigned by, int width = 32, EMULATED_HERE) {
     int from = emulate::lane_within(emulate::current->lane - (int)by, width);
     return emulate::exchange("__shfl_up_sync", EMULATED_PLACE, mask, value, from);
 }
-template <typename V> inline V __shfl_down_sync(uint32_t mask, V value, unsigned by, int width = 32, EMULATED_HERE) {
+template <typename V>
+inline V __shfl_down_sync(uint32_t mask, V value, unsigned by, int width = 32, EMULATED_HERE) {
     int from = emulate::lane_within(emulate::current->lane + (int)by, width);
     return emulate::exchange("__shfl_down_sync", EMULATED_PLACE, mask, value, from);
 }
@@ -554,7 +573,8 @@ inline int __all_sync(uint32_t mask, int yes, EMULATED_HERE) {
 #define EMULATED_REDUCE(name, Name) \
     template <typename V> inline V __reduce_##name##_sync(uint32_t mask, V value, EMULATED_HERE) { \
         static_assert(sizeof(V) == 4, "int or unsigned"); \
-        return (V)emulate::vote("__reduce_" #name "_sync", EMULATED_PLACE, mask, (uint64_t)value, emulate::Name<V>()); \
+        return (V)emulate::vote("__reduce_" #name "_sync", EMULATED_PLACE, mask, (uint64_t)value, \
+                                emulate::Name<V>()); \
     }
 EMULATED_REDUCE(add, Add)
 EMULATED_REDUCE(and, And)
