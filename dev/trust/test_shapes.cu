@@ -652,7 +652,7 @@ static void draw_large(Case *s, int i) {
 }
 
 // Case i of a seed's small shapes: mixers and precisions in turn, every fourth round generates. Some are just long
-// enough for two blocks of rows and for several warps a row.
+// enough for two blocks of rows, some just wide enough for several warps a row of logits or of a state.
 static void draw_small(Case *s, int i) {
     int mixer = i % 3, round = i / 9;
     memset(s, 0, sizeof(*s));
@@ -664,14 +664,14 @@ static void draw_small(Case *s, int i) {
     c->mixer = mixer;
     c->gamma_max = 0.999;
     c->n_layers = log_between(1, 2);
-    c->vocab_size = log_between(2, 70);
+    c->vocab_size = i % 7 == 5 ? between(1025, 1200) : log_between(2, 70);
     c->max_seq_len = s->T;
     c->no_rope = mixer != MAMBA2 && round % 5 == 4;
     take_heads(c, between(0, 1) ? 2 * log_between(1, 12) : 8 * log_between(1, 3), log_between(2, 72), between(0, 1));
     if (mixer == MAMBA2) {
         int eights = between(0, 1);
-        c->state_dim = eights ? 8 * log_between(1, 4) : log_between(1, 40);
-        c->head_dim = eights ? 8 * log_between(1, 4) : log_between(1, 30);
+        c->state_dim = eights ? 8 * log_between(1, 5) : log_between(1, 40);
+        c->head_dim = eights ? 8 * log_between(1, 6) : log_between(1, 50);
         c->d_model = c->head_dim * log_between(1, 2) * (c->head_dim % 2 ? 2 : 1);
         c->n_heads = c->n_kv_heads = 1;
     }

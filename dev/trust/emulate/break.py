@@ -29,7 +29,7 @@ DECODE = """            write_some<V>(sum_at, acc);
 # what it is, the file, what stands there, what comes in its place, shapes FIRST and COUNT
 FAULTS = [
     ("block_sum without its first barrier: the numbers of the sum before are still read", "train_sessa.cu",
-     SUM, SUM.replace("    __syncthreads();\n", ""), 0, 9),
+     SUM, SUM.replace("    __syncthreads();\n", ""), 0, 18),
     ("row_sum without its barrier", "train_sessa.cu", ROW_SUM, "", 0, 18),
     ("softmax in place without the barrier between reading and writing", "train_sessa.cu", SOFTMAX,
      SOFTMAX.replace("        __syncthreads();\n", ""), 0, 18),
