@@ -24,7 +24,7 @@ LAUNCH = re.compile(r"\((\w+)\)<<<(.*?)>>>\(")
 
 
 def dynamic_array(match):
-    return "%(type)s *%(name)s = (%(type)s *)emulate::dynamic_shared();" % match.groupdict()
+    return "%(type)s *%(name)s = (%(type)s *)emulate::dynamic_shared({__FILE__, __LINE__});" % match.groupdict()
 
 
 def static_array(match):

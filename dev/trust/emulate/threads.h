@@ -1,9 +1,10 @@
 // The threads of a block, as fibers of one thread of the host: each runs until it has to wait for others, and
 // who is next is drawn by lot, so that what no barrier keeps apart happens in another order each time.
 //
-//     EMULATE_SEED    of the lots: [1]; 0: blocks, threads and streams go in order
-//     EMULATE_SHARED  bytes of shared memory that a block may have: [101376], an sm_86's
-//     EMULATE_PROCESSORS  multiprocessors that the device says it has: [6]
+//     EMULATE_SEED          of the lots: [1]; 0: blocks, threads and streams go in order
+//     EMULATE_SHARED        bytes of shared memory that a block may have: [101376], an sm_86's
+//     EMULATE_MEMORY        GiB of the device's memory: [16]
+//     EMULATE_PROCESSORS    multiprocessors that the device says it has: [6]
 //
 // A fault ends the program with a line that says which thread of which block, and where.
 #ifndef EMULATE_THREADS_H
@@ -15,9 +16,6 @@
 #include <type_traits>
 #include <unistd.h>
 #include <vector>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 struct uint3 { unsigned x, y, z; };
 struct dim3 {
@@ -80,7 +78,7 @@ struct Thread {
 struct Barrier { int there, wanted, yes; Thread *first; };
 // Lanes: those there are, that have not ended, that wait for others of the warp, that can go on.
 struct Warp { uint32_t all, here, waiting, ready; };
-struct Static { const void *tag; char *at; size_t bytes; };
+struct Static { const void *tag; char *at; size_t bytes; Place place; };
 
 // What one block needs, and one thread of the host keeps from block to block.
 struct Runner {
@@ -95,9 +93,9 @@ struct Runner {
     uint3 block;
     void (*body)(const void *launch);
     const void *launch;
-    const char *kernel;
     // shared memory: what the launch asked for, a band, then each array and a band behind it
     char *shared, *dynamic_end, *shared_end;
+    Place dynamic_place;
     size_t shared_used;
     Static statics[MOST_STATICS];
     int n_statics;
@@ -312,20 +310,23 @@ inline void fill_unset(char *at, size_t bytes) { memset(at, NAN_BYTE, bytes); }
 // touch.
 #ifdef __SANITIZE_ADDRESS__
 inline void lay_band(char *at) { __asan_poison_memory_region(at, BAND); }
-inline void check_band(const char *at, const char *) { __asan_unpoison_memory_region(at, BAND); }
+inline void check_band(const char *at, Place) { __asan_unpoison_memory_region(at, BAND); }
 #else
 inline void lay_band(char *at) { fill_unset(at, BAND); }
-inline void check_band(const char *at, const char *what) {
+inline void check_band(const char *at, Place place) {
     for (size_t i = 0; i < BAND; i++)
         if ((unsigned char)at[i] != NAN_BYTE) {
             current = NULL;
-            fault({runner->kernel, 0}, "block %u,%u,%u wrote %zu bytes behind %s", runner->block.x,
-                  runner->block.y, runner->block.z, i, what);
+            fault(place, "block %u,%u,%u wrote %zu bytes behind this array", runner->block.x, runner->block.y,
+                  runner->block.z, i);
         }
 }
 #endif
 
-inline void *dynamic_shared(void) { return runner->shared; }
+inline void *dynamic_shared(Place place) {
+    runner->dynamic_place = place;
+    return runner->shared;
+}
 
 // The array of a block that the declaration `tag` is; the first thread to come makes it, of numbers that are
 // none.
@@ -338,7 +339,7 @@ inline void *static_shared(const void *tag, size_t bytes, size_t align, Place pl
     r->shared_used += (bytes + 15) / 16 * 16;
     if (r->shared_used > most_shared)
         fault(place, "%zu bytes of shared memory, a block has %zu", r->shared_used, most_shared);
-    r->statics[r->n_statics++] = {tag, at, bytes};
+    r->statics[r->n_statics++] = {tag, at, bytes, place};
     r->shared_end = at + bytes + BAND;
     fill_unset(at, bytes);
     lay_band(at + bytes);
@@ -385,6 +386,7 @@ inline void run_block(const Grid *g, uint3 block) {
     r->launch = g->launch;
     r->n_threads = r->live = (int)(g->size.x * g->size.y * g->size.z);
     r->n_statics = 0;
+    r->dynamic_place = {"shared memory of a launch", 0};
     r->shared_used = g->shared;
     r->dynamic_end = r->shared + g->shared;
     r->shared_end = r->dynamic_end + BAND;
@@ -414,9 +416,9 @@ inline void run_block(const Grid *g, uint3 block) {
     current->fiber = take_fiber();
     go(&r->system, current->fiber);
     current = NULL;
-    check_band(r->dynamic_end, "the launch's shared memory");
+    check_band(r->dynamic_end, r->dynamic_place);
     for (int i = 0; i < r->n_statics; i++)
-        check_band(r->statics[i].at + r->statics[i].bytes, "a shared array");
+        check_band(r->statics[i].at + r->statics[i].bytes, r->statics[i].place);
 }
 
 // All blocks, in any order, divided among the host's threads where that is worth while.
@@ -431,7 +433,7 @@ inline void run_grid(const Grid *g) {
     auto divisor = [](int64_t a, int64_t b) { while (b) { int64_t c = a % b; a = b; b = c; } return a; };
     if (step == 0) step = 1;
     while (divisor(step, n) != 1) step++;
-    (void)threads;
+    (void)threads; // without OpenMP
     #pragma omp parallel for schedule(dynamic, 1) if (n > 1 && threads > 2048)
     for (int64_t i = 0; i < n; i++) {
         uint64_t at = (uint64_t)(((__int128)i * step + from) % n), x = g->blocks.x, y = g->blocks.y;
