@@ -79,6 +79,7 @@ inline void arrive(const Copy &copy) {
     if (copy.bytes) memcpy(copy.to, copy.from, (size_t)copy.bytes);
 }
 inline void arrive_up_to(int group) {
+    perhaps_make_way();
     std::vector<Copy> &copies = current->copies;
     size_t kept = 0;
     for (size_t i = 0; i < copies.size(); i++)
@@ -115,6 +116,7 @@ inline void copy_async_16(void *shared, const void *global, int bytes, EMULATED_
     emulate::fill_unset((char *)shared, 16);
     emulate::current->copies.push_back(
         {(char *)shared, (const char *)global, bytes, emulate::current->groups});
+    emulate::perhaps_make_way();
 }
 inline void copy_async_commit(void) { emulate::current->groups++; }
 template <int N> inline void copy_async_wait(void) { emulate::arrive_up_to(emulate::current->groups - N); }

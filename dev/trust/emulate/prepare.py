@@ -17,7 +17,8 @@ TOP = os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), 
 USUAL = ["train_sessa.cu", "test_sessa.c", "dev/cuda/*.cuh", "dev/trust/*.cu", "dev/trust/*.cuh",
          "dev/trust/emulate/*.cu"]
 ALIGN = r"(?:__align__\((?P<align>[^()]*)\)\s*)?"
-DYNAMIC = re.compile(r"extern\s+__shared__\s+" + ALIGN + r"(?P<type>[\w:<>, ]+?)\s+(?P<name>\w+)\[\];")
+DYNAMIC = re.compile(r"extern\s+__shared__\s+" + ALIGN +
+                     r"(?P<type>[\w:<>, ]+?)\s+(?P<name>\w+)\[\];")
 STATIC = re.compile(r"__shared__\s+" + ALIGN +
                     r"(?P<type>[\w:<>, ]+?)\s+(?P<name>\w+)(?P<dims>(?:\[[^;]*\])?);")
 LAUNCH = re.compile(r"\((\w+)\)<<<(.*?)>>>\(")

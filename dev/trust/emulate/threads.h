@@ -164,6 +164,13 @@ inline void make_way(void) {
     go(self->fiber, next->fiber);
 }
 
+// While a copy is on its way others may look at its place.
+inline void perhaps_make_way(void) {
+    if (!seed || runner->lots.below(4)) return;
+    make_ready(current);
+    make_way();
+}
+
 inline void thread_ends(void);
 inline void fiber_main(void) {
     arrived();
