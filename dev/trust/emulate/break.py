@@ -43,8 +43,6 @@ FAULTS = [
      "    join(W_OUT_GRADIENT);\n", "", 0, 36),
     ("a product begins beside before its operand is there", "dev/cuda/schedule.cuh",
      "    follow(stream_of(branch), gpu.stream);\n", "", 0, 18),
-    ("one row too many is read", "dev/cuda/hopper.cuh",
-     "min_int(M, a.rows - a.place.row - p * a.place.row_along)", "M", 0, 200),
     ("an mma's operand from the next columns", "dev/cuda/scan.cuh", "right[2] = {v[0], v[2]};",
      "right[2] = {v[0], v[1]};", 0, 18),
 ]
