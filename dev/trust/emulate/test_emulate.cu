@@ -314,7 +314,7 @@ static void test_streams(void) {
                 all();
                 wrong |= cudaStreamEndCapture(a, &graph) != cudaSuccess;
             }
-            for (int run = 0; run < 20; run++) {
+            for (int run = 0; run < 200; run++) {
                 cudaMemset(x, 0, 8);
                 if (recorded) cudaGraphLaunch(graph, a);
                 else all();
