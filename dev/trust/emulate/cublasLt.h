@@ -1,11 +1,15 @@
-// cuBLASLt's product, as far as the twin asks for it: out = alpha op(A) op(B) + beta C + bias, by columns, in batches, of
-// bfloat16 or float32 numbers, sums in float32. Sums go from the first product to the last.
+// cuBLASLt's product, as far as the twin asks for it: out = alpha op(A) op(B) + beta C + bias, by columns, in
+// batches, of bfloat16 or float32 numbers, sums in float32. Sums go from the first product to the last.
 #ifndef EMULATE_CUBLASLT_H
 #define EMULATE_CUBLASLT_H
 #include "cuda_bf16.h"
 #include "cuda_runtime.h"
 
-enum cublasStatus_t { CUBLAS_STATUS_SUCCESS = 0, CUBLAS_STATUS_INVALID_VALUE = 7, CUBLAS_STATUS_NOT_SUPPORTED = 15 };
+enum cublasStatus_t {
+    CUBLAS_STATUS_SUCCESS = 0,
+    CUBLAS_STATUS_INVALID_VALUE = 7,
+    CUBLAS_STATUS_NOT_SUPPORTED = 15
+};
 enum cudaDataType { CUDA_R_32F = 0, CUDA_R_16BF = 14 };
 enum cublasComputeType_t { CUBLAS_COMPUTE_32F = 68, CUBLAS_COMPUTE_32F_FAST_TF32 = 77 };
 enum { CUBLAS_OP_N, CUBLAS_OP_T };
@@ -55,13 +59,15 @@ inline cublasStatus_t cublasLtCreate(cublasLtHandle_t *handle) {
     *handle = handle;
     return CUBLAS_STATUS_SUCCESS;
 }
-inline cublasStatus_t cublasLtMatmulDescInit(cublasLtMatmulDesc_t d, cublasComputeType_t compute, cudaDataType) {
+inline cublasStatus_t cublasLtMatmulDescInit(cublasLtMatmulDesc_t d, cublasComputeType_t compute,
+                                             cudaDataType) {
     *d = {};
     d->tf32 = compute == CUBLAS_COMPUTE_32F_FAST_TF32;
     return CUBLAS_STATUS_SUCCESS;
 }
-inline cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t d, cublasLtMatmulDescAttributes_t what,
-                                                     const void *value, size_t bytes) {
+inline cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t d,
+                                                     cublasLtMatmulDescAttributes_t what, const void *value,
+                                                     size_t bytes) {
     int32_t number = 0;
     if (bytes == sizeof(number)) memcpy(&number, value, sizeof(number));
     switch (what) {
@@ -81,9 +87,11 @@ inline cublasStatus_t cublasLtMatrixLayoutInit(cublasLtMatrixLayout_t m, cudaDat
     *m = {type == CUDA_R_16BF ? 2 : 4, 1, (int64_t)rows, (int64_t)cols, ld, 0};
     return CUBLAS_STATUS_SUCCESS;
 }
-inline cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t m, cublasLtMatrixLayoutAttribute_t what,
+inline cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t m,
+                                                       cublasLtMatrixLayoutAttribute_t what,
                                                        const void *value, size_t bytes) {
-    if (what == CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT && bytes == sizeof(m->batch)) memcpy(&m->batch, value, bytes);
+    if (what == CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT && bytes == sizeof(m->batch))
+        memcpy(&m->batch, value, bytes);
     else if (what == CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET && bytes == sizeof(m->step))
         memcpy(&m->step, value, bytes);
     else return CUBLAS_STATUS_INVALID_VALUE;
@@ -94,8 +102,8 @@ inline cublasStatus_t cublasLtMatmulPreferenceInit(cublasLtMatmulPreference_t p)
     return CUBLAS_STATUS_SUCCESS;
 }
 inline cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t p,
-                                                           cublasLtMatmulPreferenceAttributes_t what, const void *value,
-                                                           size_t bytes) {
+                                                           cublasLtMatmulPreferenceAttributes_t what,
+                                                           const void *value, size_t bytes) {
     uint32_t number = 0;
     if (bytes == sizeof(number)) memcpy(&number, value, sizeof(number));
     if (what == CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES) memcpy(&p->workspace, value, sizeof(p->workspace));
@@ -104,18 +112,19 @@ inline cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPrefere
     return CUBLAS_STATUS_SUCCESS;
 }
 
-// One way, or none where a bfloat16 matrix begins at an odd number. Small products with long sums say that they leave
-// most of the device idle, and take all the workspace that they may.
-inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t d, cublasLtMatrixLayout_t a,
-                                                     cublasLtMatrixLayout_t b, cublasLtMatrixLayout_t,
-                                                     cublasLtMatrixLayout_t out, cublasLtMatmulPreference_t p, int,
+// One way, or none where a bfloat16 matrix begins at an odd number. Small products with long sums say that
+// they leave most of the device idle, and take some workspace if they may.
+inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t d,
+                                                     cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
+                                                     cublasLtMatrixLayout_t, cublasLtMatrixLayout_t out,
+                                                     cublasLtMatmulPreference_t p, int,
                                                      cublasLtMatmulHeuristicResult_t results[], int *found) {
     int64_t K = d->a_transposed ? a->rows : a->cols;
     int small = out->rows * out->cols <= 4096 && K >= 64;
     *found = 0;
     for (uint32_t alignment : p->alignments) if (alignment < 4) return CUBLAS_STATUS_NOT_SUPPORTED;
     if ((a->bytes == 2 && a->ld % 2) || (b->bytes == 2 && b->ld % 2)) return CUBLAS_STATUS_NOT_SUPPORTED;
-    size_t workspace = small ? p->workspace : 0;
+    size_t workspace = !small ? 0 : p->workspace < 1 << 16 ? p->workspace : 1 << 16;
     results[0] = {{workspace}, workspace, CUBLAS_STATUS_SUCCESS, small ? 0.5f : 1};
     *found = 1;
     return CUBLAS_STATUS_SUCCESS;
@@ -137,11 +146,12 @@ inline float number_at(const void *at, int bytes, int64_t i, int tf32) {
     return tf32 ? __uint_as_float(cvt_tf32(x)) : x;
 }
 // rows (n,K): op(matrix)^T or op(matrix), such that the sum goes along a row
-inline void pack_rows(float *rows, const void *at, const cublasLtMatrixLayoutOpaque_t *m, int64_t from, int64_t n,
-                      int64_t K, int along_columns, int tf32) {
+inline void pack_rows(float *rows, const void *at, const cublasLtMatrixLayoutOpaque_t *m, int64_t from,
+                      int64_t n, int64_t K, int along_columns, int tf32) {
     for (int64_t i = 0; i < n; i++)
         for (int64_t k = 0; k < K; k++)
-            rows[i * K + k] = number_at(at, m->bytes, from + (along_columns ? i * m->ld + k : k * m->ld + i), tf32);
+            rows[i * K + k] =
+                number_at(at, m->bytes, from + (along_columns ? i * m->ld + k : k * m->ld + i), tf32);
 }
 struct ProductCall {
     cublasLtMatmulDescOpaque_t d;
@@ -169,8 +179,10 @@ inline void multiply(ProductCall p) {
                 left.resize((size_t)(K * M));
                 for (int64_t k = 0; k < K; k++)
                     for (int64_t i = 0; i < M; i++)
-                        left[(size_t)(k * M + i)] = number_at(p.a_at, p.a.bytes, batch * p.a.step +
-                                                       (p.d.a_transposed ? i * p.a.ld + k : k * p.a.ld + i), p.d.tf32);
+                        left[(size_t)(k * M + i)] =
+                            number_at(p.a_at, p.a.bytes,
+                                      batch * p.a.step + (p.d.a_transposed ? i * p.a.ld + k : k * p.a.ld + i),
+                                      p.d.tf32);
                 left_of = batch;
             }
             for (int64_t k = 0; k < K; k++)
@@ -196,20 +208,33 @@ inline void multiply(ProductCall p) {
 
 } // namespace emulate
 
-inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t d, const void *alpha, const void *a_at,
-                                     cublasLtMatrixLayout_t a, const void *b_at, cublasLtMatrixLayout_t b,
-                                     const void *beta, const void *c_at, cublasLtMatrixLayout_t, void *out_at,
-                                     cublasLtMatrixLayout_t out, const cublasLtMatmulAlgo_t *algo, void *workspace,
-                                     size_t bytes, cudaStream_t stream) {
+inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t d, const void *alpha,
+                                     const void *a_at, cublasLtMatrixLayout_t a, const void *b_at,
+                                     cublasLtMatrixLayout_t b, const void *beta, const void *c_at,
+                                     cublasLtMatrixLayout_t, void *out_at, cublasLtMatrixLayout_t out,
+                                     const cublasLtMatmulAlgo_t *algo, void *workspace, size_t bytes,
+                                     cudaStream_t stream) {
     int64_t M = out->rows, N = out->cols, K = d->a_transposed ? a->rows : a->cols;
     int64_t rows = d->a_transposed ? a->cols : a->rows, cols = d->b_transposed ? b->rows : b->cols,
             b_K = d->b_transposed ? b->cols : b->rows;
-    if (c_at != out_at || rows != M || cols != N || b_K != K || a->ld < a->rows || b->ld < b->rows || out->ld < M ||
-        a->batch != out->batch || b->batch != out->batch || algo->workspace > bytes || a->bytes != b->bytes ||
-        (d->biased && !d->bias))
+    if (c_at != out_at || rows != M || cols != N || b_K != K || a->ld < a->rows || b->ld < b->rows ||
+        out->ld < M || a->batch != out->batch || b->batch != out->batch || algo->workspace > bytes ||
+        a->bytes != b->bytes || (d->biased && !d->bias))
         return CUBLAS_STATUS_INVALID_VALUE;
-    emulate::ProductCall call = {*d,   *a,   *b,   *out, a_at, b_at, d->biased ? d->bias : NULL, out_at, NULL, NULL, 0, 0,
-                                 (char *)workspace, (size_t)algo->workspace};
+    emulate::ProductCall call = {*d,
+                                 *a,
+                                 *b,
+                                 *out,
+                                 a_at,
+                                 b_at,
+                                 d->biased ? d->bias : NULL,
+                                 out_at,
+                                 NULL,
+                                 NULL,
+                                 0,
+                                 0,
+                                 (char *)workspace,
+                                 (size_t)algo->workspace};
     if (d->on_device) { call.alpha_at = (const float *)alpha; call.beta_at = (const float *)beta; }
     else { call.alpha = *(const float *)alpha; call.beta = *(const float *)beta; }
     emulate::submit(stream, [call] { emulate::multiply(call); });

@@ -1,4 +1,5 @@
-// Of the driver's interface, what hopper.cuh names: maps of tiles. A device that is not Hopper has no use for them.
+// Of the driver's interface, what hopper.cuh names: maps of tiles. A device that is not Hopper has no use for
+// them.
 #ifndef EMULATE_CUDA_H
 #define EMULATE_CUDA_H
 #include "cuda_runtime.h"
@@ -13,7 +14,8 @@ enum CUtensorMapL2promotion { CU_TENSOR_MAP_L2_PROMOTION_L2_256B = 3 };
 enum CUtensorMapFloatOOBfill { CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE };
 enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess, cudaDriverEntryPointSymbolNotFound };
 enum { cudaEnableDefault = 0 };
-inline cudaError_t cudaGetDriverEntryPointByVersion(const char *, void **function, unsigned, unsigned long long,
+inline cudaError_t cudaGetDriverEntryPointByVersion(const char *, void **function, unsigned,
+                                                    unsigned long long,
                                                     cudaDriverEntryPointQueryResult *found) {
     *function = NULL;
     *found = cudaDriverEntryPointSymbolNotFound;

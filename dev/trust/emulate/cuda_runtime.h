@@ -1,6 +1,6 @@
-// CUDA's runtime for machines without a GPU, as far as the twin uses it: numbers, the device's memory, streams,
-// events, graphs, launches. What a stream is given waits until somebody asks for it; then what no event keeps apart goes
-// in an order drawn by lot, each piece at once and whole.
+// CUDA's runtime for machines without a GPU, as far as the twin uses it: numbers, the device's memory,
+// streams, events, graphs, launches. What a stream is given waits until somebody asks for it; then what no
+// event keeps apart goes in an order drawn by lot, each piece at once and whole.
 #ifndef EMULATE_CUDA_RUNTIME_H
 #define EMULATE_CUDA_RUNTIME_H
 #define SESSA_EMULATED
@@ -105,7 +105,8 @@ inline const char *cudaGetErrorString(cudaError_t code) {
     case cudaErrorStreamCaptureUnsupported: return "operation not permitted when stream is capturing";
     case cudaErrorStreamCaptureUnjoined: return "capture was not joined to the originating stream";
     case cudaErrorStreamCaptureIsolation: return "dependency created on uncaptured work in another stream";
-    case cudaErrorStreamCaptureImplicit: return "operation would make the legacy stream depend on a capturing stream";
+    case cudaErrorStreamCaptureImplicit:
+        return "operation would make the legacy stream depend on a capturing stream";
     }
     return "unknown error";
 }
@@ -153,7 +154,8 @@ inline Lots &host_lots(void) {
     return lots;
 }
 
-// Does what was given, until `wanted` is done; NULL: all of it.
+// Does what was given, until `wanted` is done; NULL: all of it. Of what can be done the last given goes first
+// for a while, or the first, or any: streams run far ahead of each other.
 inline void perform(const Piece &wanted) {
     while (wanted ? !wanted->done : !pending.empty()) {
         std::vector<size_t> able;
@@ -164,7 +166,12 @@ inline void perform(const Piece &wanted) {
             if (can && !seed) break;
         }
         if (able.empty()) fault({"streams", 0}, "nothing of what was given can be done");
-        size_t at = able[host_lots().below((unsigned)able.size())];
+        Lots &lots = host_lots();
+        static int favoured;
+        if (seed && lots.below(16) == 0) favoured = (int)lots.below(3);
+        size_t at = favoured == 0   ? able.front()
+                    : favoured == 1 ? able.back()
+                                    : able[lots.below((unsigned)able.size())];
         Piece piece = pending[at];
         pending.erase(pending.begin() + (long)at);
         if (piece->run) (*piece->run)();
@@ -190,7 +197,8 @@ inline Piece new_piece(std::shared_ptr<std::function<void()>> run) {
     piece->done = 0;
     return piece;
 }
-// In the stream's order. Streams wait for the legacy one and it for them: what is given to that is done at once.
+// In the stream's order. Streams wait for the legacy one and it for them: what is given to that is done at
+// once.
 inline void submit(Stream *stream, std::function<void()> run) {
     stream = stream_of(stream);
     if (stream == &legacy) {
@@ -219,7 +227,9 @@ inline cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned, 
     emulate::streams.push_back(*stream);
     return cudaSuccess;
 }
-inline cudaError_t cudaStreamCreate(cudaStream_t *stream) { return cudaStreamCreateWithPriority(stream, 0, 0); }
+inline cudaError_t cudaStreamCreate(cudaStream_t *stream) {
+    return cudaStreamCreateWithPriority(stream, 0, 0);
+}
 inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
     stream = emulate::stream_of(stream);
     if (stream->recorded) return emulate::with(cudaErrorStreamCaptureUnsupported);
@@ -285,7 +295,8 @@ inline cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph)
         return 0;
     };
     for (size_t i = 0; i < reached.size(); i++)
-        for (const emulate::Piece &before : reached[i]->after) if (!has(before.get())) reached.push_back(before.get());
+        for (const emulate::Piece &before : reached[i]->after)
+            if (!has(before.get())) reached.push_back(before.get());
     int joined = 1;
     for (emulate::Stream *one : (*graph)->streams) {
         joined &= has(one->last.get());
@@ -326,7 +337,8 @@ inline cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream) {
 // ----------------------------------------------------------------------------
 // the device and its memory
 //
-// Each allocation ends close before a page that nobody may touch, and begins with numbers that are none.
+// Each allocation lies between two MiB that nobody may touch, close to the second, and begins with numbers
+// that are none.
 
 namespace emulate {
 
@@ -336,7 +348,9 @@ inline std::map<char *, size_t> locked; // the host's page-locked memory
 inline size_t allocated;
 inline const size_t device_bytes = (size_t)number_from("EMULATE_MEMORY", 16) << 30;
 
-inline const char *fault_place(void) { return current && current->place.file ? current->place.file : "a kernel"; }
+inline const char *fault_place(void) {
+    return current && current->place.file ? current->place.file : "a kernel";
+}
 inline void memory_fault(int, siginfo_t *info, void *) {
     char text[400];
     int n = snprintf(text, sizeof(text), "%s:%d: ", fault_place(), current ? current->place.line : 0);
@@ -365,7 +379,8 @@ inline void watch_memory(void) {
 } // namespace emulate
 
 inline cudaError_t cudaMalloc(void **memory, size_t bytes) {
-    size_t part = (bytes + 255) / 256 * 256, page = emulate::PAGE_BYTES, room = (part + page - 1) / page * page;
+    size_t part = (bytes + 255) / 256 * 256, page = emulate::PAGE_BYTES, band = 1 << 20;
+    size_t room = (part + page - 1) / page * page;
     emulate::watch_memory();
     *memory = NULL;
     if (bytes == 0) return cudaSuccess;
@@ -376,20 +391,22 @@ inline cudaError_t cudaMalloc(void **memory, size_t bytes) {
     emulate::fill_unset(at, bytes);
     room = part;
 #else
-    char *pages = (char *)mmap(NULL, room + 2 * page, PROT_READ | PROT_WRITE,
+    char *pages = (char *)mmap(NULL, room + 2 * band, PROT_READ | PROT_WRITE,
                                MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (pages == (char *)MAP_FAILED) return emulate::with(cudaErrorMemoryAllocation);
-    mprotect(pages, page, PROT_NONE);
-    mprotect(pages + page + room, page, PROT_NONE);
-    char *at = pages + page + room - part;
+    mprotect(pages, band, PROT_NONE);
+    mprotect(pages + band + room, band, PROT_NONE);
+    char *at = pages + band + room - part;
     emulate::fill_unset(at, part);
 #endif
-    emulate::allocations[at] = {pages, bytes, room + 2 * page};
+    emulate::allocations[at] = {pages, bytes, room + 2 * band};
     emulate::allocated += bytes;
     *memory = at;
     return cudaSuccess;
 }
-template <typename V> inline cudaError_t cudaMalloc(V **memory, size_t bytes) { return cudaMalloc((void **)memory, bytes); }
+template <typename V> inline cudaError_t cudaMalloc(V **memory, size_t bytes) {
+    return cudaMalloc((void **)memory, bytes);
+}
 inline cudaError_t cudaFree(void *memory) {
     if (!memory) return cudaSuccess;
     emulate::perform(NULL);
@@ -402,7 +419,8 @@ inline cudaError_t cudaFree(void *memory) {
 #else
     for (char *at = found->first + a.bytes; (uintptr_t)at % 256; at++)
         if ((unsigned char)*at != emulate::NAN_BYTE)
-            emulate::fault({"cudaFree", 0}, "an allocation of %zu bytes was written to behind its end", a.bytes);
+            emulate::fault({"cudaFree", 0}, "an allocation of %zu bytes was written to behind its end",
+                           a.bytes);
     munmap(a.pages, a.all);
 #endif
     emulate::allocations.erase(found);
@@ -429,33 +447,47 @@ inline cudaError_t cudaMemGetInfo(size_t *present, size_t *all) {
     return cudaSuccess;
 }
 
-enum cudaMemcpyKind { cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault };
+enum cudaMemcpyKind {
+    cudaMemcpyHostToHost,
+    cudaMemcpyHostToDevice,
+    cudaMemcpyDeviceToHost,
+    cudaMemcpyDeviceToDevice,
+    cudaMemcpyDefault
+};
 
 namespace emulate {
 inline int inside(const std::map<char *, size_t> &list, const void *at, size_t bytes) {
     auto next = list.upper_bound((char *)(uintptr_t)at);
-    return next != list.begin() && (const char *)at + bytes <= std::prev(next)->first + std::prev(next)->second;
+    return next != list.begin() &&
+           (const char *)at + bytes <= std::prev(next)->first + std::prev(next)->second;
 }
 inline int on_device(const void *at, size_t bytes) {
     auto next = allocations.upper_bound((char *)(uintptr_t)at);
-    return next != allocations.begin() && (const char *)at + bytes <= std::prev(next)->first + std::prev(next)->second.bytes;
+    return next != allocations.begin() &&
+           (const char *)at + bytes <= std::prev(next)->first + std::prev(next)->second.bytes;
 }
 // Whether the ends of a copy lie where it says; the host's page-locked memory passes for the device's.
 inline int ends_are(const void *to, const void *from, size_t bytes, cudaMemcpyKind kind) {
     int to_device = on_device(to, bytes), from_device = on_device(from, bytes);
     if (!bytes || kind == cudaMemcpyDefault) return 1;
-    if ((kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice) && !to_device && !inside(locked, to, bytes)) return 0;
-    if ((kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice) && !from_device && !inside(locked, from, bytes)) return 0;
+    if ((kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice) && !to_device &&
+        !inside(locked, to, bytes))
+        return 0;
+    if ((kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice) && !from_device &&
+        !inside(locked, from, bytes))
+        return 0;
     return 1;
 }
 } // namespace emulate
 
-inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream = NULL) {
+inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind,
+                                   cudaStream_t stream = NULL) {
     using namespace emulate;
     if (!ends_are(to, from, bytes, kind)) return with(cudaErrorInvalidValue);
     int paged_to = kind == cudaMemcpyDeviceToHost && !inside(locked, to, bytes);
     int paged_from = kind == cudaMemcpyHostToDevice && !inside(locked, from, bytes);
-    if ((paged_to || paged_from) && stream_of(stream)->recorded) return with(cudaErrorStreamCaptureUnsupported);
+    if ((paged_to || paged_from) && stream_of(stream)->recorded)
+        return with(cudaErrorStreamCaptureUnsupported);
     if (paged_from) { // the host may write there again as soon as this returns
         std::vector<char> kept((const char *)from, (const char *)from + bytes);
         submit(stream, [=] { memcpy(to, kept.data(), bytes); });
@@ -506,7 +538,10 @@ inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr what, int) 
 // ----------------------------------------------------------------------------
 // launches
 
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributePreferredSharedMemoryCarveout = 9 };
+enum cudaFuncAttribute {
+    cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
+    cudaFuncAttributePreferredSharedMemoryCarveout = 9
+};
 struct cudaFuncAttributes { int maxThreadsPerBlock; size_t sharedSizeBytes; };
 struct cudaLaunchAttributeValue {
     struct { unsigned x, y, z; } clusterDim;
@@ -533,18 +568,21 @@ inline std::map<const void *, int> allowed_shared;
 // A kernel's __launch_bounds__, looked at when its first thread begins.
 inline void launch_bound(int threads, const char *file = __builtin_FILE(), int line = __builtin_LINE()) {
     if (runner->n_threads > threads)
-        fault({file, line}, "a block of %d threads, for which the kernel says that it has %d at most", runner->n_threads,
-              threads);
+        fault({file, line}, "a block of %d threads, for which the kernel says that it has %d at most",
+              runner->n_threads, threads);
 }
 
 inline cudaError_t within_limits(const void *kernel, dim3 blocks, dim3 threads, size_t shared) {
     uint64_t all = (uint64_t)threads.x * threads.y * threads.z;
-    if (!blocks.x || !blocks.y || !blocks.z || !all || blocks.x > 0x7FFFFFFF || blocks.y > 65535 || blocks.z > 65535)
+    if (!blocks.x || !blocks.y || !blocks.z || !all || blocks.x > 0x7FFFFFFF || blocks.y > 65535 ||
+        blocks.z > 65535)
         return cudaErrorInvalidConfiguration;
-    if (all > MOST_THREADS || threads.x > 1024 || threads.y > 1024 || threads.z > 64) return cudaErrorInvalidConfiguration;
+    if (all > MOST_THREADS || threads.x > 1024 || threads.y > 1024 || threads.z > 64)
+        return cudaErrorInvalidConfiguration;
     auto asked = allowed_shared.find(kernel);
     size_t most = asked == allowed_shared.end() ? 48 << 10 : (size_t)asked->second;
-    return shared > (most > 48 << 10 ? most : 48 << 10) || shared > most_shared ? cudaErrorInvalidValue : cudaSuccess;
+    return shared > (most > 48 << 10 ? most : 48 << 10) || shared > most_shared ? cudaErrorInvalidValue
+                                                                                : cudaSuccess;
 }
 
 template <typename... P> struct Call {
@@ -556,8 +594,9 @@ template <typename... P> struct Call {
     }
 };
 
-template <typename... P, typename... A>
-inline cudaError_t give(void (*kernel)(P...), dim3 blocks, dim3 threads, size_t shared, Stream *stream, A &&...arguments) {
+template <typename... P, typename... A> inline cudaError_t give(void (*kernel)(P...), dim3 blocks,
+                                                                dim3 threads, size_t shared, Stream *stream,
+                                                                A &&...arguments) {
     cudaError_t code = within_limits((const void *)kernel, blocks, threads, shared);
     if (code != cudaSuccess) return with(code);
     Call<P...> call = {kernel, {static_cast<P>(std::forward<A>(arguments))...}};
@@ -578,8 +617,8 @@ template <typename... P> struct Launch {
         give(kernel, blocks, threads, shared, stream, std::forward<A>(arguments)...);
     }
 };
-template <typename... P>
-inline Launch<P...> launch(void (*kernel)(P...), dim3 blocks, dim3 threads, size_t shared = 0, Stream *stream = NULL) {
+template <typename... P> inline Launch<P...> launch(void (*kernel)(P...), dim3 blocks, dim3 threads,
+                                                    size_t shared = 0, Stream *stream = NULL) {
     return {kernel, blocks, threads, shared, stream};
 }
 
@@ -587,7 +626,8 @@ inline Launch<P...> launch(void (*kernel)(P...), dim3 blocks, dim3 threads, size
 
 template <typename... P, typename... A>
 inline cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *c, void (*kernel)(P...), A &&...arguments) {
-    return emulate::give(kernel, c->gridDim_, c->blockDim_, c->dynamicSmemBytes, c->stream, std::forward<A>(arguments)...);
+    return emulate::give(kernel, c->gridDim_, c->blockDim_, c->dynamicSmemBytes, c->stream,
+                         std::forward<A>(arguments)...);
 }
 template <typename K> inline cudaError_t cudaFuncSetAttribute(K *kernel, cudaFuncAttribute what, int value) {
     if (what != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
@@ -599,7 +639,8 @@ template <typename K> inline cudaError_t cudaFuncGetAttributes(cudaFuncAttribute
     *found = {emulate::MOST_THREADS, 0};
     return cudaSuccess;
 }
-template <typename K> inline cudaError_t cudaOccupancyMaxActiveClusters(int *most, K *, const cudaLaunchConfig_t *) {
+template <typename K>
+inline cudaError_t cudaOccupancyMaxActiveClusters(int *most, K *, const cudaLaunchConfig_t *) {
     *most = 0; // clusters are Hopper's
     return cudaSuccess;
 }

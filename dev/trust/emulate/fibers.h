@@ -1,4 +1,5 @@
-// A fiber: a stack of its own, to which the processor goes by exchanging registers. What a CUDA thread runs on.
+// A fiber: a stack of its own, to which the processor goes by exchanging registers. What a CUDA thread runs
+// on.
 #ifndef EMULATE_FIBERS_H
 #define EMULATE_FIBERS_H
 #include <stdint.h>
@@ -6,11 +7,12 @@
 #include <stdlib.h>
 #include <sys/mman.h>
 #ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-// Keeps where this stack stands in *from, and goes on where the other one stands. A function's own registers are all
-// that has to be kept: for the compiler this is a call.
+// Keeps where this stack stands in *from, and goes on where the other one stands. A function's own registers
+// are all that has to be kept: for the compiler this is a call.
 extern "C" void emulate_switch(void **from, void *to);
 #if defined(__x86_64__)
 asm(R"(
@@ -92,8 +94,8 @@ struct Fiber {
     Fiber *next;     // in a list of free ones
 };
 
-// A new one, which begins with entry(). Below its stack lies a page that nobody may touch. Tops differ from fiber to
-// fiber: at the same place in their pages all stacks would share the same few lines of the cache.
+// A new one, which begins with entry(). Below its stack lies a page that nobody may touch. Tops differ from
+// fiber to fiber: at the same place in their pages all stacks would share the same few lines of the cache.
 inline Fiber *new_fiber(void (*entry)(void), int number) {
     Fiber *fiber = (Fiber *)calloc(1, sizeof(Fiber));
     void *memory = mmap(NULL, STACK_BYTES + PAGE_BYTES, PROT_READ | PROT_WRITE,

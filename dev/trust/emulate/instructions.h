@@ -16,15 +16,16 @@ inline void check_shared(const void *at, size_t bytes, const char *what, Place p
     if (from >= r->shared && end <= r->dynamic_end) return;
     for (int i = 0; i < r->n_statics; i++)
         if (from >= r->statics[i].at && end <= r->statics[i].at + r->statics[i].bytes) return;
-    fault(place, "%s: %ld bytes behind the beginning of shared memory there are no %zu", what, (long)(from - r->shared),
-          bytes);
+    fault(place, "%s: %ld bytes behind the beginning of shared memory there are no %zu", what,
+          (long)(from - r->shared), bytes);
 }
 
 struct Rows { const void *row; uint32_t *registers; };
-// Matrix m of 8 rows and columns has the rows of lanes 8m .. 8m+7. Lane l gets two neighbours of row l/4, from column
-// 2(l%4); transposed, two of column l/4, from row 2(l%4).
+// Matrix m of 8 rows and columns has the rows of lanes 8m .. 8m+7. Lane l gets two neighbours of row l/4,
+// from column 2(l%4); transposed, two of column l/4, from row 2(l%4).
 template <int TRANSPOSED> inline void load_matrices(Thread *lanes, uint32_t) {
-    for (int lane = 0; lane < WARP; lane++) check_shared(((Rows *)lanes[lane].brought)->row, 16, lanes[lane].what, lanes[lane].place);
+    for (int lane = 0; lane < WARP; lane++)
+        check_shared(((Rows *)lanes[lane].brought)->row, 16, lanes[lane].what, lanes[lane].place);
     for (int lane = 0; lane < WARP; lane++)
         for (int m = 0; m < 4; m++) {
             auto number = [&](int r, int c) {
@@ -67,7 +68,8 @@ inline void multiply_matrices(Thread *lanes, uint32_t) {
     }
 }
 inline void whole_warp(const char *what, Place place, void *brought, void (*all)(Thread *, uint32_t)) {
-    if (runner->warps[current->number / WARP].all != 0xFFFFFFFFu) fault(place, "%s: the warp has less than 32 lanes", what);
+    if (runner->warps[current->number / WARP].all != 0xFFFFFFFFu)
+        fault(place, "%s: the warp has less than 32 lanes", what);
     meet(what, place, 0xFFFFFFFFu, brought, all);
 }
 
@@ -77,6 +79,7 @@ inline void arrive(const Copy &copy) {
     if (copy.bytes) memcpy(copy.to, copy.from, (size_t)copy.bytes);
 }
 inline void arrive_up_to(int group) {
+    perhaps_make_way();
     std::vector<Copy> &copies = current->copies;
     size_t kept = 0;
     for (size_t i = 0; i < copies.size(); i++)
@@ -102,8 +105,8 @@ inline void mma_bf16(float c[4], const uint32_t a[4], const uint32_t b[2], EMULA
     emulate::whole_warp("mma_bf16", EMULATED_PLACE, &own, emulate::multiply_matrices);
 }
 
-// cp.async.cg.shared.global, 16 bytes of which the last 16 - bytes are 0: until it is waited for, what stands there is
-// nothing
+// cp.async.cg.shared.global, 16 bytes of which the last 16 - bytes are 0: until it is waited for, what stands
+// there is nothing
 inline void copy_async_16(void *shared, const void *global, int bytes, EMULATED_HERE) {
     emulate::check_shared(shared, 16, "cp.async", EMULATED_PLACE);
     if ((uintptr_t)global % 16) emulate::fault(EMULATED_PLACE, "cp.async from %p, no multiple of 16", global);
@@ -111,7 +114,9 @@ inline void copy_async_16(void *shared, const void *global, int bytes, EMULATED_
     if (bytes) (void)*(const volatile char *)global;
     emulate::current->place = EMULATED_PLACE;
     emulate::fill_unset((char *)shared, 16);
-    emulate::current->copies.push_back({(char *)shared, (const char *)global, bytes, emulate::current->groups});
+    emulate::current->copies.push_back(
+        {(char *)shared, (const char *)global, bytes, emulate::current->groups});
+    emulate::perhaps_make_way();
 }
 inline void copy_async_commit(void) { emulate::current->groups++; }
 template <int N> inline void copy_async_wait(void) { emulate::arrive_up_to(emulate::current->groups - N); }

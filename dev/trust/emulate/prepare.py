@@ -1,7 +1,7 @@
-"""The twin's CUDA for a C++ compiler: copies of the files, with the same lines, in which shared arrays, bounds of
-launches and launches are C++. All else is done by the headers beside this file.
+"""The twin's CUDA for a C++ compiler: copies of the files, with the same lines, in which shared arrays,
+bounds of launches and launches are C++. All else is done by the headers beside this file.
 
-  dev/trust/emulate/prepare.py INTO [FILE ...]      [train_sessa.cu, test_sessa.c, dev/cuda/*, dev/trust/*.cu, *.cuh]
+  dev/trust/emulate/prepare.py INTO [FILE ...]      [the twin, its tests, dev/cuda]
 
     __shared__ float x[8][32];           a reference to the block's array
     extern __shared__ float4 x[];        a pointer to what the launch asked for
@@ -17,13 +17,15 @@ TOP = os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), 
 USUAL = ["train_sessa.cu", "test_sessa.c", "dev/cuda/*.cuh", "dev/trust/*.cu", "dev/trust/*.cuh",
          "dev/trust/emulate/*.cu"]
 ALIGN = r"(?:__align__\((?P<align>[^()]*)\)\s*)?"
-DYNAMIC = re.compile(r"extern\s+__shared__\s+" + ALIGN + r"(?P<type>[\w:<>, ]+?)\s+(?P<name>\w+)\[\];")
-STATIC = re.compile(r"__shared__\s+" + ALIGN + r"(?P<type>[\w:<>, ]+?)\s+(?P<name>\w+)(?P<dims>(?:\[[^;]*\])?);")
+DYNAMIC = re.compile(r"extern\s+__shared__\s+" + ALIGN +
+                     r"(?P<type>[\w:<>, ]+?)\s+(?P<name>\w+)\[\];")
+STATIC = re.compile(r"__shared__\s+" + ALIGN +
+                    r"(?P<type>[\w:<>, ]+?)\s+(?P<name>\w+)(?P<dims>(?:\[[^;]*\])?);")
 LAUNCH = re.compile(r"\((\w+)\)<<<(.*?)>>>\(")
 
 
 def dynamic_array(match):
-    return "%(type)s *%(name)s = (%(type)s *)emulate::dynamic_shared();" % match.groupdict()
+    return "%(type)s *%(name)s = (%(type)s *)emulate::dynamic_shared({__FILE__, __LINE__});" % match.groupdict()
 
 
 def static_array(match):
@@ -45,18 +47,17 @@ def closing(text, at):
 
 def with_bounds(text):
     """__launch_bounds__(n, m) goes from a kernel's head to its first line."""
-    word = "__launch_bounds__"
+    word = "__launch_bounds__("
     while word in text:
         at = text.index(word)
-        open_ = text.index("(", at)
+        open_ = at + len(word) - 1
         end = closing(text, open_)
         most = text[open_ + 1:end - 1]
         most = most.rsplit(",", 1)[0] if re.search(r",\s*\d+\s*$", most) else most
         parameters = text.index("(", end)
         body = text.index("{", closing(text, parameters)) + 1
-        # the lines of the head stay where they are
-        text = text[:at] + "\n" * text[at:end].count("\n") + text[end:body] + " emulate::launch_bound(%s);" % most + \
-            text[body:]
+        lines = "\n" * text[at:end].count("\n") # of the head: those behind it stay where they are
+        text = text[:at] + lines + text[end:body] + " emulate::launch_bound(%s);" % most + text[body:]
     return text
 
 
@@ -73,7 +74,8 @@ def prepare(text, name):
 
 def main(into, *names):
     if not names:
-        names = sorted(os.path.relpath(path, TOP) for one in USUAL for path in glob.glob(os.path.join(TOP, one)))
+        paths = [path for one in USUAL for path in glob.glob(os.path.join(TOP, one))]
+        names = sorted(os.path.relpath(path, TOP) for path in paths)
     for name in names:
         with open(os.path.join(TOP, name)) as file:
             text = prepare(file.read(), name)

@@ -1,9 +1,10 @@
-// The threads of a block, as fibers of one thread of the host: each runs until it has to wait for others, and who is
-// next is drawn by lot, so that what no barrier keeps apart happens in another order each time.
+// The threads of a block, as fibers of one thread of the host: each runs until it has to wait for others, and
+// who is next is drawn by lot, so that what no barrier keeps apart happens in another order each time.
 //
-//     EMULATE_SEED    of the lots: [1]; 0: blocks, threads and streams go in order
-//     EMULATE_SHARED  bytes of shared memory that a block may have: [101376], an sm_86's
-//     EMULATE_PROCESSORS  multiprocessors that the device says it has: [6]
+//     EMULATE_SEED          of the lots: [1]; 0: blocks, threads and streams go in order
+//     EMULATE_SHARED        bytes of shared memory that a block may have: [101376], an sm_86's
+//     EMULATE_MEMORY        GiB of the device's memory: [16]
+//     EMULATE_PROCESSORS    multiprocessors that the device says it has: [6]
 //
 // A fault ends the program with a line that says which thread of which block, and where.
 #ifndef EMULATE_THREADS_H
@@ -15,9 +16,6 @@
 #include <type_traits>
 #include <unistd.h>
 #include <vector>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 struct uint3 { unsigned x, y, z; };
 struct dim3 {
@@ -78,24 +76,26 @@ struct Thread {
 };
 
 struct Barrier { int there, wanted, yes; Thread *first; };
-struct Warp { uint32_t all, here; };   // its lanes; those that have not ended
-struct Static { const void *tag; char *at; size_t bytes; };
+// Lanes: those there are, that have not ended, that wait for others of the warp, that can go on.
+struct Warp { uint32_t all, here, waiting, ready; };
+struct Static { const void *tag; char *at; size_t bytes; Place place; };
 
 // What one block needs, and one thread of the host keeps from block to block.
 struct Runner {
-    Thread threads[MOST_THREADS], *ready[MOST_THREADS];
+    Thread threads[MOST_THREADS];
     Warp warps[MOST_THREADS / WARP];
     Barrier barriers[BARRIERS];
-    int n_threads, n_ready, live, n_fibers, deep;
+    uint32_t ready; // warps with a lane that can go on
+    int n_threads, n_warps, live, n_fibers, favours, favoured;
     Fiber system, *free_fibers;
     Lots lots;
     dim3 blocks, size;
     uint3 block;
     void (*body)(const void *launch);
     const void *launch;
-    const char *kernel;
     // shared memory: what the launch asked for, a band, then each array and a band behind it
     char *shared, *dynamic_end, *shared_end;
+    Place dynamic_place;
     size_t shared_used;
     Static statics[MOST_STATICS];
     int n_statics;
@@ -123,24 +123,29 @@ inline void fault(Place place, const char *format, ...) {
 
 inline void no_one_is_ready(void);
 
-// One of those that can go on. In every second block any; in the others one of those that became ready last, so that a
-// warp runs as far ahead as it can.
+// The first that is set from place `from` on, round.
+inline int first_from(uint32_t set, unsigned from) {
+    uint32_t turned = from ? set >> from | set << (32 - from) : set;
+    return (int)((unsigned)__builtin_ctz(turned) + from) % 32;
+}
+// One of those that can go on: any lane of a warp. In every second block the warp is any, too; in the others
+// some are favoured for a while, and run as far ahead as they can.
 inline Thread *draw(void) {
     Runner *r = runner;
-    if (!r->n_ready) no_one_is_ready();
-    int at = 0;
-    if (seed) {
-        int among = r->deep && r->n_ready > WARP ? WARP : r->n_ready;
-        at = r->n_ready - 1 - (int)r->lots.below((unsigned)among);
-    }
-    Thread *next = r->ready[at];
-    if (seed) r->ready[at] = r->ready[--r->n_ready];
-    else memmove(r->ready, r->ready + 1, (size_t)--r->n_ready * sizeof(r->ready[0]));
-    return next;
+    if (!r->ready) no_one_is_ready();
+    uint64_t lot = seed ? r->lots.next() : 0;
+    if (!r->favours || (lot & 0xFF) < 4) r->favoured = (int)((lot >> 40) * (unsigned)r->n_warps >> 24);
+    int w = first_from(r->ready, (unsigned)r->favoured),
+        lane = first_from(r->warps[w].ready, (unsigned)(lot >> 8) % 32);
+    r->warps[w].ready &= ~(1u << lane);
+    if (!r->warps[w].ready) r->ready &= ~(1u << w);
+    return &r->threads[w * WARP + lane];
 }
 inline void make_ready(Thread *thread) {
+    int w = thread->number / WARP;
     thread->waits = 0;
-    runner->ready[runner->n_ready++] = thread;
+    runner->warps[w].ready |= 1u << thread->lane;
+    runner->ready |= 1u << w;
 }
 
 inline void fiber_main(void);
@@ -157,6 +162,13 @@ inline void make_way(void) {
     if (!next->fiber) next->fiber = take_fiber();
     current = next;
     go(self->fiber, next->fiber);
+}
+
+// While a copy is on its way others may look at its place.
+inline void perhaps_make_way(void) {
+    if (!seed || runner->lots.below(4)) return;
+    make_ready(current);
+    make_way();
 }
 
 inline void thread_ends(void);
@@ -183,8 +195,10 @@ inline void fiber_main(void) {
 // ----------------------------------------------------------------------------
 // meeting points
 
-// All lanes of the mask that have not ended come together; the last to come does `all`, what it is about, for all.
-inline void meet(const char *what, Place place, uint32_t mask, void *brought, void (*all)(Thread *lanes, uint32_t here)) {
+// All lanes of the mask that have not ended come together; the last to come does `all`, what it is about, for
+// all.
+inline void meet(const char *what, Place place, uint32_t mask, void *brought,
+                 void (*all)(Thread *lanes, uint32_t here)) {
     Thread *self = current;
     Runner *r = runner;
     Thread *lanes = self - self->lane;
@@ -192,26 +206,29 @@ inline void meet(const char *what, Place place, uint32_t mask, void *brought, vo
     self->place = place;
     self->mask = mask;
     self->brought = brought;
-    if (!(mask >> self->lane & 1)) fault(place, "%s: the mask %08x is without lane %d, which came", what, mask, self->lane);
-    const Warp *warp = &r->warps[self->number / WARP];
+    if (!(mask >> self->lane & 1))
+        fault(place, "%s: the mask %08x is without lane %d, which came", what, mask, self->lane);
+    Warp *warp = &r->warps[self->number / WARP];
     uint32_t wanted = mask & warp->all, ended = wanted & ~warp->here;
-    if (ended) fault(place, "%s: the mask %08x names lane %d, which has ended", what, mask, __builtin_ctz(ended));
+    if (ended)
+        fault(place, "%s: the mask %08x names lane %d, which has ended", what, mask, __builtin_ctz(ended));
     self->waits = 1;
+    warp->waiting |= 1u << self->lane;
+    if (wanted & ~warp->waiting) { make_way(); return; }
     for (uint32_t rest = wanted; rest; rest &= rest - 1) {
         Thread *other = lanes + __builtin_ctz(rest);
-        if (other->waits != 1 || other->mask != mask) { make_way(); return; }
-    }
-    for (uint32_t rest = wanted; rest; rest &= rest - 1) {
-        Thread *other = lanes + __builtin_ctz(rest);
+        if (other->mask != mask) { make_way(); return; }
         if (other->what != what || other->place.line != place.line)
             fault(place, "%s meets %s of line %d in the same warp", what, other->what, other->place.line);
     }
     if (all) all(lanes, wanted);
+    warp->waiting &= ~wanted;
     for (uint32_t rest = wanted; rest; rest &= rest - 1) make_ready(lanes + __builtin_ctz(rest));
     make_way();
 }
 
-// The barrier `id`, for `wanted` threads; 0: all of the block, at the same line. Returns of how many `yes` was not 0.
+// The barrier `id`, for `wanted` threads; 0: all of the block, at the same line. Returns of how many `yes`
+// was not 0.
 inline int barrier(const char *what, Place place, int id, int wanted, int yes) {
     Thread *self = current;
     Runner *r = runner;
@@ -219,8 +236,8 @@ inline int barrier(const char *what, Place place, int id, int wanted, int yes) {
     Barrier *b = &r->barriers[id];
     int all = wanted ? wanted : r->n_threads, held = yes != 0;
     if (b->first && b->wanted != all)
-        fault(place, "%s: barrier %d is for %d threads, at line %d for %d", what, id, all, b->first->place.line,
-              b->wanted);
+        fault(place, "%s: barrier %d is for %d threads, at line %d for %d", what, id, all,
+              b->first->place.line, b->wanted);
     if (b->first && !wanted && (b->first->place.line != place.line || b->first->place.file != place.file))
         fault(place, "%s meets %s of line %d", what, b->first->what, b->first->place.line);
     self->what = what;
@@ -249,7 +266,8 @@ inline void no_one_is_ready(void) {
     Runner *r = runner;
     Thread *one = NULL;
     fflush(stdout);
-    fprintf(stderr, "emulation: these threads wait for ever in block %u,%u,%u:\n", r->block.x, r->block.y, r->block.z);
+    fprintf(stderr, "emulation: these threads wait for ever in block %u,%u,%u:\n", r->block.x, r->block.y,
+            r->block.z);
     for (int i = 0; i < r->n_threads; i++) {
         Thread *t = &r->threads[i];
         if (t->ended || !t->waits) continue;
@@ -261,16 +279,16 @@ inline void no_one_is_ready(void) {
             same++;
         }
         if (!first) continue;
-        fprintf(stderr, "    %d at %s, %s:%d, the first of them %u,%u,%u", same, t->what, t->place.file, t->place.line,
-                t->index.x, t->index.y, t->index.z);
+        fprintf(stderr, "    %d at %s, %s:%d, the first of them %u,%u,%u", same, t->what, t->place.file,
+                t->place.line, t->index.x, t->index.y, t->index.z);
         if (t->waits == 1) fprintf(stderr, ", lanes %08x, of which %08x have not ended", t->mask,
                                    t->mask & r->warps[i / WARP].here);
         fprintf(stderr, "\n");
         if (!one) one = t;
     }
     current = NULL;
-    fault(one ? one->place : Place{NULL, 0}, "not all threads reach it: %d have ended, %d wait", r->n_threads - r->live,
-          r->live);
+    fault(one ? one->place : Place{NULL, 0}, "not all threads reach it: %d have ended, %d wait",
+          r->n_threads - r->live, r->live);
 }
 
 inline void thread_ends(void) {
@@ -295,18 +313,30 @@ inline void thread_ends(void) {
 
 inline void fill_unset(char *at, size_t bytes) { memset(at, NAN_BYTE, bytes); }
 
-inline void check_band(const char *at, size_t bytes, const char *what) {
-    for (size_t i = 0; i < bytes; i++)
+// A band behind an array: known bytes, looked at when the block has ended, or what the sanitizer lets nobody
+// touch.
+#ifdef __SANITIZE_ADDRESS__
+inline void lay_band(char *at) { __asan_poison_memory_region(at, BAND); }
+inline void check_band(const char *at, Place) { __asan_unpoison_memory_region(at, BAND); }
+#else
+inline void lay_band(char *at) { fill_unset(at, BAND); }
+inline void check_band(const char *at, Place place) {
+    for (size_t i = 0; i < BAND; i++)
         if ((unsigned char)at[i] != NAN_BYTE) {
             current = NULL;
-            fault({runner->kernel, 0}, "block %u,%u,%u wrote %zu bytes behind %s", runner->block.x, runner->block.y,
-                  runner->block.z, i, what);
+            fault(place, "block %u,%u,%u wrote %zu bytes behind this array", runner->block.x, runner->block.y,
+                  runner->block.z, i);
         }
 }
+#endif
 
-inline void *dynamic_shared(void) { return runner->shared; }
+inline void *dynamic_shared(Place place) {
+    runner->dynamic_place = place;
+    return runner->shared;
+}
 
-// The array of a block that the declaration `tag` is; the first thread to come makes it, of numbers that are none.
+// The array of a block that the declaration `tag` is; the first thread to come makes it, of numbers that are
+// none.
 inline void *static_shared(const void *tag, size_t bytes, size_t align, Place place) {
     Runner *r = runner;
     for (int i = 0; i < r->n_statics; i++) if (r->statics[i].tag == tag) return r->statics[i].at;
@@ -316,9 +346,10 @@ inline void *static_shared(const void *tag, size_t bytes, size_t align, Place pl
     r->shared_used += (bytes + 15) / 16 * 16;
     if (r->shared_used > most_shared)
         fault(place, "%zu bytes of shared memory, a block has %zu", r->shared_used, most_shared);
-    r->statics[r->n_statics++] = {tag, at, bytes};
+    r->statics[r->n_statics++] = {tag, at, bytes, place};
     r->shared_end = at + bytes + BAND;
-    fill_unset(at, bytes + BAND);
+    fill_unset(at, bytes);
+    lay_band(at + bytes);
     return at;
 }
 
@@ -354,22 +385,24 @@ inline void run_block(const Grid *g, uint3 block) {
     Runner *r = runner;
     uint64_t place = ((uint64_t)block.z << 48) + ((uint64_t)block.y << 32) + block.x;
     r->lots.begin(g->number, place);
-    r->deep = seed ? r->lots.next() >> 60 & 1 : 0;
+    r->favours = seed ? (int)(r->lots.next() >> 60 & 1) : 1;
     r->blocks = g->blocks;
     r->size = g->size;
     r->block = block;
     r->body = g->body;
     r->launch = g->launch;
     r->n_threads = r->live = (int)(g->size.x * g->size.y * g->size.z);
-    r->n_ready = r->n_statics = 0;
+    r->n_statics = 0;
+    r->dynamic_place = {"shared memory of a launch", 0};
     r->shared_used = g->shared;
     r->dynamic_end = r->shared + g->shared;
     r->shared_end = r->dynamic_end + BAND;
-    fill_unset(r->shared, g->shared + BAND);
-    int warps = (r->n_threads + WARP - 1) / WARP, first_warp = seed ? (int)r->lots.below((unsigned)warps) : 0;
+    fill_unset(r->shared, g->shared);
+    lay_band(r->dynamic_end);
     for (int i = 0; i < r->n_threads; i++) {
         Thread *t = &r->threads[i];
-        unsigned n = (unsigned)i, x = n % g->size.x, y = n / g->size.x % g->size.y, z = n / g->size.x / g->size.y;
+        unsigned n = (unsigned)i, x = n % g->size.x, y = n / g->size.x % g->size.y,
+                 z = n / g->size.x / g->size.y;
         t->index = {x, y, z};
         t->number = i;
         t->lane = i % WARP;
@@ -378,18 +411,21 @@ inline void run_block(const Grid *g, uint3 block) {
         t->what = NULL;
         if (!t->copies.empty()) t->copies.clear();
     }
-    for (int w = 0; w < warps; w++) { // warps from any one on, round
-        int warp = (first_warp + w) % warps, end = (warp + 1) * WARP < r->n_threads ? (warp + 1) * WARP : r->n_threads;
-        r->warps[warp].all = r->warps[warp].here = 0xFFFFFFFFu >> (WARP - (end - warp * WARP));
-        for (int i = warp * WARP; i < end; i++) r->ready[r->n_ready++] = &r->threads[i];
+    r->n_warps = (r->n_threads + WARP - 1) / WARP;
+    r->favoured = seed ? (int)r->lots.below((unsigned)r->n_warps) : 0;
+    for (int w = 0; w < r->n_warps; w++) {
+        int lanes = r->n_threads - w * WARP < WARP ? r->n_threads - w * WARP : WARP;
+        uint32_t all = 0xFFFFFFFFu >> (WARP - lanes);
+        r->warps[w] = {all, all, 0, all};
     }
+    r->ready = 0xFFFFFFFFu >> (WARP - r->n_warps);
     current = draw();
     current->fiber = take_fiber();
     go(&r->system, current->fiber);
     current = NULL;
-    check_band(r->dynamic_end, BAND, "the launch's shared memory");
+    check_band(r->dynamic_end, r->dynamic_place);
     for (int i = 0; i < r->n_statics; i++)
-        check_band(r->statics[i].at + r->statics[i].bytes, BAND, "a shared array");
+        check_band(r->statics[i].at + r->statics[i].bytes, r->statics[i].place);
 }
 
 // All blocks, in any order, divided among the host's threads where that is worth while.
@@ -399,11 +435,12 @@ inline void run_grid(const Grid *g) {
     Lots lots;
     lots.begin(g->number, 0);
     // an order: every block once, for the step has no divisor in common with their number
-    int64_t from = seed ? (int64_t)(lots.next() % (uint64_t)n) : 0, step = seed ? (int64_t)(lots.next() % (uint64_t)n) : 1;
+    int64_t from = seed ? (int64_t)(lots.next() % (uint64_t)n) : 0,
+            step = seed ? (int64_t)(lots.next() % (uint64_t)n) : 1;
     auto divisor = [](int64_t a, int64_t b) { while (b) { int64_t c = a % b; a = b; b = c; } return a; };
     if (step == 0) step = 1;
     while (divisor(step, n) != 1) step++;
-    (void)threads;
+    (void)threads; // without OpenMP
     #pragma omp parallel for schedule(dynamic, 1) if (n > 1 && threads > 2048)
     for (int64_t i = 0; i < n; i++) {
         uint64_t at = (uint64_t)(((__int128)i * step + from) % n), x = g->blocks.x, y = g->blocks.y;
@@ -437,7 +474,8 @@ inline int __syncthreads_and(int yes, EMULATED_HERE) {
 }
 // PTX's bar.sync: `threads` of the block
 inline void barrier_sync(int id, int threads, EMULATED_HERE) {
-    if (threads <= 0 || threads % emulate::WARP) emulate::fault(EMULATED_PLACE, "bar.sync of %d threads", threads);
+    if (threads <= 0 || threads % emulate::WARP)
+        emulate::fault(EMULATED_PLACE, "bar.sync of %d threads", threads);
     emulate::barrier("bar.sync", EMULATED_PLACE, id, threads, 0);
 }
 inline void __syncwarp(uint32_t mask = 0xFFFFFFFFu, EMULATED_HERE) {
@@ -446,7 +484,9 @@ inline void __syncwarp(uint32_t mask = 0xFFFFFFFFu, EMULATED_HERE) {
 inline void __threadfence(void) {}
 inline void __threadfence_block(void) {}
 inline void __threadfence_system(void) {}
-inline uint32_t __activemask(void) { return emulate::runner->warps[emulate::current->number / emulate::WARP].here; }
+inline uint32_t __activemask(void) {
+    return emulate::runner->warps[emulate::current->number / emulate::WARP].here;
+}
 
 namespace emulate {
 
@@ -457,7 +497,8 @@ inline void exchange_all(Thread *lanes, uint32_t here) {
         Thread *t = lanes + __builtin_ctz(rest);
         Exchange *own = (Exchange *)t->brought;
         if (!(here >> own->from & 1))
-            fault(t->place, "%s: lane %d wants the value of lane %d, which is not there", t->what, t->lane, own->from);
+            fault(t->place, "%s: lane %d wants the value of lane %d, which is not there", t->what, t->lane,
+                  own->from);
         own->taken = ((Exchange *)lanes[own->from].brought)->value;
     }
 }
@@ -483,7 +524,8 @@ template <typename F> inline uint64_t vote(const char *what, Place place, uint32
             int lane = __builtin_ctz(rest);
             result = F::add(result, ((Vote *)lanes[lane].brought)->value, lane);
         }
-        for (uint32_t rest = here; rest; rest &= rest - 1) ((Vote *)lanes[__builtin_ctz(rest)].brought)->result = result;
+        for (uint32_t rest = here; rest; rest &= rest - 1)
+            ((Vote *)lanes[__builtin_ctz(rest)].brought)->result = result;
     });
     return own.result;
 }
@@ -512,16 +554,19 @@ template <typename V> inline V __shfl_sync(uint32_t mask, V value, int from, int
     int lane = emulate::current->lane, base = lane & ~(width - 1);
     return emulate::exchange("__shfl_sync", EMULATED_PLACE, mask, value, base + (from & (width - 1)));
 }
-template <typename V> inline V __shfl_xor_sync(uint32_t mask, V value, int other, int width = 32, EMULATED_HERE) {
+template <typename V>
+inline V __shfl_xor_sync(uint32_t mask, V value, int other, int width = 32, EMULATED_HERE) {
     int to = emulate::current->lane ^ other, base = emulate::current->lane & ~(width - 1);
     if (to >= base + width) to = emulate::current->lane;
     return emulate::exchange("__shfl_xor_sync", EMULATED_PLACE, mask, value, to);
 }
-template <typename V> inline V __shfl_up_sync(uint32_t mask, V value, unsigned by, int width = 32, EMULATED_HERE) {
+template <typename V>
+inline V __shfl_up_sync(uint32_t mask, V value, unsigned by, int width = 32, EMULATED_HERE) {
     int from = emulate::lane_within(emulate::current->lane - (int)by, width);
     return emulate::exchange("__shfl_up_sync", EMULATED_PLACE, mask, value, from);
 }
-template <typename V> inline V __shfl_down_sync(uint32_t mask, V value, unsigned by, int width = 32, EMULATED_HERE) {
+template <typename V>
+inline V __shfl_down_sync(uint32_t mask, V value, unsigned by, int width = 32, EMULATED_HERE) {
     int from = emulate::lane_within(emulate::current->lane + (int)by, width);
     return emulate::exchange("__shfl_down_sync", EMULATED_PLACE, mask, value, from);
 }
@@ -537,7 +582,8 @@ inline int __all_sync(uint32_t mask, int yes, EMULATED_HERE) {
 #define EMULATED_REDUCE(name, Name) \
     template <typename V> inline V __reduce_##name##_sync(uint32_t mask, V value, EMULATED_HERE) { \
         static_assert(sizeof(V) == 4, "int or unsigned"); \
-        return (V)emulate::vote("__reduce_" #name "_sync", EMULATED_PLACE, mask, (uint64_t)value, emulate::Name<V>()); \
+        return (V)emulate::vote("__reduce_" #name "_sync", EMULATED_PLACE, mask, (uint64_t)value, \
+                                emulate::Name<V>()); \
     }
 EMULATED_REDUCE(add, Add)
 EMULATED_REDUCE(and, And)
