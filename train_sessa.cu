@@ -228,7 +228,7 @@ template <typename X> __device__ inline float rounded(float x) { return get(to<X
 // Instructions that CUDA has no word for. On a machine without a GPU dev/trust/emulate has them.
 #ifndef SESSA_EMULATED
 // 16 bytes that no other thread writes meanwhile
-__device__ static inline uint4 load_16_ahead(const uint4 *at) {
+[[maybe_unused]] __device__ static inline uint4 load_16_ahead(const uint4 *at) {
     uint4 v;
     asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
