@@ -2,11 +2,12 @@
 # make train        builds, fetches the data, trains the default model, samples from it; ARGS="--layers 2": options
 # make test         builds and runs every test that needs no GPU
 # make train_sessacu testcu    the program for a GPU, and its tests; needs nvcc
+# make test_emulated the GPU's tests without one, on the CPU thread by thread; needs g++ and python3
 # make influence    builds dev/claims/influence.c
 # make page         builds sessa.html, the program in a browser; needs emscripten (apt install emscripten)
 # make clean        removes what was built
 #
-# Variables: CC, CFLAGS, OPENMP= (for one thread), ARCH (native; x86-64-v3 for valgrind), NVCC, CUDA_ARCH
+# Variables: CC, CXX, CFLAGS, OPENMP= (for one thread), ARCH (native; x86-64-v3 for valgrind), NVCC, CUDA_ARCH
 
 # What the compiler takes is asked once, when something is built: at its first use such a variable becomes the answer.
 #
@@ -45,7 +46,7 @@ LDLIBS = -lm
 COMPILE = $(CC) $(CFLAGS) $(WARNINGS) $< $(OPENMP) -o $@ $(LDLIBS)
 CAN_WRITE = @test -w . || test -w $@ || { echo "$@: this folder is read-only, build in a copy of it" >&2; exit 1; }
 
-.PHONY: all help train test testcu page clean
+.PHONY: all help train test testcu test_emulated emulated_sessacu emulated_shapes emulated_itself page clean
 
 all: train_sessa
 
@@ -89,7 +90,8 @@ page:
 	@sh data/tinyshakespeare.sh && text=data/tinyshakespeare.txt || text=train_sessa.c; \
 	python3 dev/page/build.py --text $$text --out sessa.html
 
-# CUDA: nvcc from its usual place if it is not on the path, the card's own architecture where there is one
+# CUDA (13.0 was compiled, others are untried): nvcc from its usual place if it is not on the path, the card's own
+# architecture where there is one
 USUAL_NVCC = $(firstword $(wildcard /usr/local/cuda/bin/nvcc /opt/cuda/bin/nvcc) nvcc)
 NVCC ?= $(or $(shell command -v nvcc 2>/dev/null),$(USUAL_NVCC))
 CUDA_ARCH ?= $(or $(subst sm_90,sm_90a,$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sed -n '1s/^\([0-9]*\)\.\([0-9]*\).*/sm_\1\2/p')),sm_90a)
@@ -117,6 +119,40 @@ testcu: test_sessacu test_kernels test_shapes test_runs train_sessacu
 	./test_kernels
 	./test_runs ./test_sessacu
 	./test_shapes 1 0 300
+
+# The same tests on a machine without a GPU, the kernels' threads on the CPU (dev/trust/trust.md, "Without a GPU").
+EMULATE = dev/trust/emulate
+EMULATED_SOURCES = $(TWIN) test_sessa.c $(wildcard dev/trust/*.cu dev/trust/*.cuh) dev/trust/check.h $(wildcard $(EMULATE)/*)
+EMULATED_FLAGS = -std=c++17 -O1 $(NATIVE) -fno-strict-aliasing $(OPENMP) $(WARNINGS) $(if $(SANITIZE),-g -fsanitize=$(SANITIZE)) \
+	-Wno-unknown-pragmas -Wno-sign-compare -Wno-unused-parameter -Wno-unused-function -I $(EMULATE) -I . -I dev/trust
+# on a card with 99 KiB of shared memory a block
+EMULATED_RUN = OMP_NUM_THREADS=1
+
+emulated/prepared: $(EMULATED_SOURCES)
+	$(CAN_WRITE)
+	mkdir -p emulated
+	python3 $(EMULATE)/prepare.py emulated
+	touch $@
+
+emulated/test_kernels emulated/test_shapes: emulated/%: emulated/prepared
+	$(CXX) $(EMULATED_FLAGS) -x c++ emulated/dev/trust/$*.cu -o $@
+
+emulated/test_emulate: emulated/prepared
+	$(CXX) $(EMULATED_FLAGS) -x c++ emulated/$(EMULATE)/test_emulate.cu -o $@
+
+emulated/test_sessacu: emulated/prepared
+	$(CXX) $(EMULATED_FLAGS) $(if $(PLAIN),-DSESSA_PLAIN) -DTEST_CUDA -x c++ emulated/test_sessa.c -o $@
+
+emulated/train_sessacu: emulated/prepared
+	$(CXX) $(EMULATED_FLAGS) $(if $(PLAIN),-DSESSA_PLAIN) -x c++ emulated/train_sessa.cu -o $@
+
+test_emulated: emulated_sessacu emulated_shapes emulated_itself
+emulated_sessacu: emulated/test_sessacu
+	$(EMULATED_RUN) emulated/test_sessacu
+emulated_shapes: emulated/test_shapes
+	$(EMULATED_RUN) emulated/test_shapes 1 0 36 small
+emulated_itself: emulated/test_emulate
+	emulated/test_emulate
 
 # ARGS: options of train_sessa. Without any, a run of the same settings and data is made again and replaces the
 # one that is there; with some, nothing is replaced unless they say --overwrite. What they name as --out or
@@ -148,3 +184,4 @@ test: test_sessa64 test_sessa test_runs64 test_runs test_files train_sessa
 clean:
 	rm -f train_sessa test_sessa test_sessa64 test_runs test_runs64 test_files influence sessa.html
 	rm -f train_sessacu test_sessacu test_kernels test_shapes
+	rm -rf emulated

@@ -20,13 +20,12 @@ What stands where, in this order:
 
 Plain is what a layer is, fast is how it is made fast. This file is complete: with --plain every layer
 runs by what stands here, products by cuBLASLt, and what stands here is the oracle of every fast way.
-What only speed needs (Hopper's tensor cores, the solve by inverses, the scan in chunks, one token's
+What only speed needs (tiles on tensor cores, the solve by inverses, the scan in chunks, one token's
 launches, what runs beside what) is in dev/cuda, a file for each:
 
     if (!plain) return feedback_forward_fast(...);        dev/cuda/feedback.cuh
 
--DSESSA_PLAIN leaves dev/cuda out. Attention has its fast way in bf16 on Hopper alone, and says so by
-way->tiles.
+-DSESSA_PLAIN leaves dev/cuda out. Attention has its fast way in bf16 alone, and says so by way->tiles.
 
 X is the type of what products read and of the activations kept for the backward pass: bf16, or float.
 In float32 always: the parameters and their moments and gradients, the residual stream, the softmax's
@@ -52,6 +51,9 @@ Where one pass over the data does what several C functions do, its name says so:
 Everything is deterministic: no atomics, every sum in a fixed order, products chosen by cuBLASLt's
 heuristic and never by timing.
 */
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#error "train_sessa.cu needs a GPU of sm_80 (Ampere) or newer: no bf16 on the tensor cores of older ones"
+#endif
 #include <cublasLt.h>
 #include <cuda.h>
 #include <cuda_bf16.h>
@@ -91,13 +93,16 @@ typedef struct {
 enum { WORKSPACE = 32 << 20, N_PRODUCTS = 1 << 13 };
 static struct {
     Precision precision;
-    int ready, hopper, processors; // hopper: bf16 has kernels of its own for this GPU
-    int clusters;                  // those in clusters too: not on every part of a GPU (MIG, MPS)
+    int ready, processors;
+    // tiles: bf16 has kernels of its own; hopper: with Hopper's instructions, else what all have since Ampere
+    int tiles, hopper;
+    int clusters; // Hopper's kernels in clusters too: not on every part of a GPU (MIG, MPS)
+    int shared, shared_together; // bytes of shared memory: of a block at most, of a multiprocessor's blocks
     cudaStream_t stream, side, late; // the launches; those beside them, see the schedule
     cublasLtHandle_t lt;
     // two, of stream and of side: cuBLASLt's, and sum_gpu's partial sums, one at a time in the stream's order
     char *workspace;
-} gpu = {BF16, 0, 0, 0, 0, NULL, NULL, NULL, NULL, NULL};
+} gpu = {BF16, 0, 0, 0, 0, 0, 0, 0, NULL, NULL, NULL, NULL, NULL};
 static Product products[N_PRODUCTS]; // each at its key's hash, until another takes its place
 
 // What fails here is a broken machine or a broken program: one line, exit code 1.
@@ -146,6 +151,7 @@ typedef enum { FORWARD_EARLY, FORWARD_LATE, BACKWARD, BACKWARD_ADDS, ONE_TOKEN }
 // other, in one stream.
 #ifndef SESSA_PLAIN
 #include "dev/cuda/schedule.cuh"
+#include "dev/cuda/instructions.cuh"
 #else
 // Every kernel begins with it: the schedule starts kernels early. Here there is nothing to wait for.
 __device__ static inline void wait_for_results(void) {}
@@ -158,7 +164,7 @@ static void join(Branch) {}
 template <typename M, typename F> static void replay(M *, Pass, int, int, double, F f) { f(); }
 static void forget_recordings(Recordings *) {}
 static int early_layers(const Config *) { return 0; }
-static void hopper_open(int) {}
+static void tiles_open(int) {}
 // The fast ways, none of which is called.
 template <typename... A> static void embedding_backward_fast(A &&...) {}
 template <typename... A> static void attention_forward_fast(A &&...) {}
@@ -201,10 +207,9 @@ static int gpu_open(char *error) {
     int major = 0;
     CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
     CUDA(cudaDeviceGetAttribute(&gpu.processors, cudaDevAttrMultiProcessorCount, 0));
-    hopper_open(major);
-    if (!gpu.hopper && gpu.precision == BF16)
-        fprintf(stderr, "train_sessa: bf16 is fast on a Hopper GPU, built with CUDA_ARCH=sm_90a; elsewhere "
-                        "it is slower\n");
+    CUDA(cudaDeviceGetAttribute(&gpu.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
+    CUDA(cudaDeviceGetAttribute(&gpu.shared_together, cudaDevAttrMaxSharedMemoryPerMultiprocessor, 0));
+    tiles_open(major);
     gpu.ready = 1;
     return 0;
 }
@@ -219,6 +224,27 @@ template <typename X> __device__ inline X to(float x);
 template <> __device__ inline float to<float>(float x) { return x; }
 template <> __device__ inline bf16 to<bf16>(float x) { return __float2bfloat16(x); }
 template <typename X> __device__ inline float rounded(float x) { return get(to<X>(x)); } // as memory holds it
+
+// Instructions that CUDA has no word for. On a machine without a GPU dev/trust/emulate has them.
+#ifndef SESSA_EMULATED
+// 16 bytes that no other thread writes meanwhile
+[[maybe_unused]] __device__ static inline uint4 load_16_ahead(const uint4 *at) {
+    uint4 v;
+    asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(at));
+    return v;
+}
+// `threads` of the block wait for each other
+__device__ static inline void barrier_sync(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" : : "r"(id), "r"(threads) : "memory");
+}
+__device__ static inline uint32_t cvt_tf32(float x) {
+    uint32_t bits;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+    return bits;
+}
+#endif
 
 // SPAN neighbours of a row at once: 8 of them, 16 or 32 bytes, where everything is aligned, else 1.
 template <int SPAN> __device__ inline void read_some(float v[SPAN], const float *at) {
@@ -244,10 +270,7 @@ template <int SPAN, typename X> __device__ inline void read_ahead(float v[SPAN],
     if constexpr (SPAN == 1) v[0] = get(*at);
     else {
         uint4 all[SPAN * sizeof(X) / 16];
-        for (int i = 0; i < SPAN * (int)sizeof(X) / 16; i++)
-            asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
-                         : "=r"(all[i].x), "=r"(all[i].y), "=r"(all[i].z), "=r"(all[i].w)
-                         : "l"((const uint4 *)at + i));
+        for (int i = 0; i < SPAN * (int)sizeof(X) / 16; i++) all[i] = load_16_ahead((const uint4 *)at + i);
         read_some<SPAN>(v, (const X *)all);
     }
 }
@@ -495,7 +518,7 @@ __device__ static inline float2 row_sum(float x, float y, float2 *shared) {
     float2 sum = {warp_sum(x), warp_sum(y)};
     if (warps == 1) return sum;
     if (threadIdx.x % 32 == 0) shared[first + threadIdx.x / 32] = sum;
-    asm volatile("bar.sync %0, %1;" : : "r"(threadIdx.y + 1), "r"(blockDim.x) : "memory");
+    barrier_sync(threadIdx.y + 1, blockDim.x);
     sum = shared[first];
 #pragma unroll 1
     for (int w = 1; w < warps; w++) { sum.x += shared[first + w].x; sum.y += shared[first + w].y; }
@@ -992,11 +1015,7 @@ static void rope_bias_backward_gpu(X *dx, float *dbias, int ld, Rope rope, int N
 template <typename X> static inline int64_t ld_x(int64_t ld) {
     return ld * (int64_t)(sizeof(float) / sizeof(X));
 }
-__device__ static inline float round_tf32(float x) {
-    uint32_t bits;
-    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
-    return __uint_as_float(bits);
-}
+__device__ static inline float round_tf32(float x) { return __uint_as_float(cvt_tf32(x)); }
 template <typename X>
 __global__ void softmax_panel_kernel(float *logits, int64_t ld, int64_t step, float *stats,
                                      int64_t stats_step, int known, int normalised, int tf32, int i0, int n,
@@ -1090,6 +1109,7 @@ static void softmax_panel_backward_gpu(float *dweights, const float *weights, in
 #ifndef SESSA_PLAIN
 #include "dev/cuda/hopper.cuh"
 #include "dev/cuda/attention.cuh"
+#include "dev/cuda/ampere.cuh"
 #endif
 
 // Several heads are one batched product: the same head of all sequences, or all heads of one that is short.
@@ -1105,7 +1125,7 @@ typedef struct {
     int64_t scratch; // numbers: weights and their gradient
 } AttentionWay;
 template <typename X> static AttentionWay attention_way(int B, int T, int H, int G, int d, int ld, int P) {
-    AttentionWay way = {!plain && gpu.hopper && sizeof(X) == sizeof(bf16) && d <= 128 && d % 8 == 0 &&
+    AttentionWay way = {!plain && gpu.tiles && sizeof(X) == sizeof(bf16) && d <= 128 && d % 8 == 0 &&
                             ld % 8 == 0,
                         B >= H || G != H || T > 1024, 0, 0};
     int batch = way.by_head ? B : H;
@@ -1894,8 +1914,7 @@ template <typename X> static int64_t carve_memory(ModelGPU<X> *m, char *memory, 
 static int within_launches(const Config *c, int B, int T, size_t number, char *error) {
     int64_t D = c->d_model, widest = c->mixer == MAMBA2 ? 2 * D + 2 * c->state_dim : D,
             row = c->mixer == MAMBA2 ? 2 * D : D;
-    int most = 0, seeds = c->mixer == SESSA ? feedback_shared() : 0;
-    CUDA(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
+    int most = gpu.shared, seeds = c->mixer == SESSA ? feedback_shared() : 0;
     if (B > MOST_SEQUENCES)
         return fail(error, NULL,
                     "--batch %d: the GPU takes at most %d sequences at once; --accum makes a step of more", B,

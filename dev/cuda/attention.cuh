@@ -308,6 +308,7 @@ __global__ void __launch_bounds__(3 * GROUP, 1)
 #endif
 }
 
+#ifdef HOPPER
 // A step of dk and dv. The matrices are those above transposed: keys down, rows across. A group has 64 keys
 // and their values, a tile of WALK rows from r0 on: dv += w dout, and dlogits as left operand. free: the
 // last step's tiles, if not NULL, whose products were still on their way.
@@ -349,6 +350,7 @@ __device__ inline void keys_step(float (&v_sum)[DH / 8][4], uint32_t (&dlogits)[
         }
     }
 }
+#endif
 
 // dk and dv: 128 keys stay, the walk is along the rows of the group's heads that see them.
 template <int DH>
@@ -640,10 +642,21 @@ static void attention_tiles_backward(bf16 *dq, bf16 *dk, bf16 *dv, const bf16 *d
            scale, sigma);
 }
 
+// The same without Hopper: ampere.cuh
+template <int DH>
+static void attention_warps(bf16 *out, float *stats, const bf16 *q, const bf16 *k, const bf16 *v, Shape shape,
+                            cudaStream_t stream);
+template <int DH>
+static void attention_warps_backward(bf16 *dq, bf16 *dk, bf16 *dv, const bf16 *dout, const bf16 *out,
+                                     float2 *stats, const bf16 *q, const bf16 *k, const bf16 *v, Shape shape,
+                                     cudaStream_t stream);
+
 template <typename X>
 static void attention_forward_fast(X *out, float *stats, const X *q, const X *k, const X *v, Shape shape,
                                    cudaStream_t stream) {
     if constexpr (sizeof(X) == sizeof(bf16)) {
+        auto warps = shape.d <= 64 ? attention_warps<64> : attention_warps<128>;
+        if (!gpu.hopper) return warps(out, stats, q, k, v, shape, stream);
         auto tiles = shape.d <= 64 ? attention_tiles<64> : attention_tiles<128>;
         tiles(out, stats, q, k, v, shape.ld, shape.B, shape.T, shape.H, shape.G, shape.d, shape.first,
               stream);
@@ -653,6 +666,8 @@ template <typename X>
 static void attention_backward_fast(X *dq, X *dk, X *dv, const X *dout, const X *out, float *stats,
                                     const X *q, const X *k, const X *v, Shape shape, cudaStream_t stream) {
     if constexpr (sizeof(X) == sizeof(bf16)) {
+        auto warps = shape.d <= 64 ? attention_warps_backward<64> : attention_warps_backward<128>;
+        if (!gpu.hopper) return warps(dq, dk, dv, dout, out, (float2 *)stats, q, k, v, shape, stream);
         auto tiles = shape.d <= 64 ? attention_tiles_backward<64> : attention_tiles_backward<128>;
         tiles(dq, dk, dv, dout, out, (float2 *)stats, q, k, v, shape.ld, shape.B, shape.T, shape.H, shape.G,
               shape.d, stream);

@@ -10,7 +10,7 @@ __global__ void __launch_bounds__(128) decode_kernel(const X *weight, int rows, 
     int row = 2 * (blockIdx.x * 4 + threadIdx.x / 32);
     for (int r = row; r < row + 2 && r < rows; r++) // on their way to the L2 cache
         for (int i = threadIdx.x % 32 * 64; i < D; i += 32 * 64)
-            asm volatile("prefetch.global.L2 [%0];" : : "l"(weight + (int64_t)r * D + i));
+            prefetch_l2(weight + (int64_t)r * D + i);
     wait_for_results();
     begin(vec, shared);
     __syncthreads();

@@ -7,7 +7,7 @@
 // so that what rounding does to M and g costs nothing but a smaller step towards the same s. Kept besides s:
 // c = (e s)/z, for the backward pass' δ_t = λ_t·c_t.
 //
-// With tiles, bf16 on Hopper, each line above is one product that ends in the functions below, and e comes
+// With tiles, in bf16, each line above is one product that ends in the functions below, and e comes
 // out of the logits' product: e = exp(logit - m) needs no exact maximum, only one within the numbers'
 // range, so m is 0 unless a row's maximum is beyond e^±40; those rows are done again. Without, products are
 // cuBLASLt's, and m is the maximum.
@@ -52,11 +52,11 @@ static Panels feedback_panels(int B, int T, int D, int P, int in_eights = 1, int
         p.total = feedback_scratch_gpu(B, T, D);
         return p;
     }
-    p.tiles = gpu.hopper && sizeof(X) == 2 && D % 8 == 0 && in_eights && P % 8 == 0;
+    p.tiles = gpu.tiles && sizeof(X) == 2 && D % 8 == 0 && in_eights && P % 8 == 0;
     p.ld = round_up(T, 64);
     p.lx = p.tiles ? p.ld : p.ld * (int64_t)(sizeof(float) / sizeof(X));
     int alone = p.tiles && P <= 0;
-    p.march = alone && (int64_t)B * ((D + 127) / 128) >= 48;
+    p.march = alone && gpu.hopper && (int64_t)B * ((D + 127) / 128) >= 48;
     if (alone && T > REACH) p.march = gpu.clusters ? CLUSTER : 0;
     // measured
     p.P = P > 0 || T <= BLOCK || p.march == 1 ? BLOCK
@@ -148,9 +148,13 @@ __global__ static void feedback_stats_kernel(float2 *stats, int64_t stats_step, 
 
 // Blocks of up to 128 rows of M, in float32; a thread block takes one. A warp takes 16 rows, a lane a
 // column of their inverse by substitution; then neighbours of h rows merge, M21 = M2 (A21 M1), a thread
-// h/16 rows and 4 columns.
-enum { SEED_LD = BLOCK + 4 };
+// h/16 rows and 4 columns. M takes A's place, from the diagonal on, unless APART: where a block has the
+// shared memory for both.
+enum { SEED_LD = BLOCK + 4, SEED_BYTES = BLOCK * SEED_LD * (int)sizeof(float) };
 typedef float SeedRows[SEED_LD];
+static int feedback_shared(void) { // bytes of a block's shared memory
+    return plain ? 0 : gpu.shared < 2 * SEED_BYTES ? SEED_BYTES : 2 * SEED_BYTES;
+}
 template <int H>
 __device__ inline void multiply_seeds(float sum[H / 16][4], const SeedRows *a, const SeedRows *b) {
 #pragma unroll 4
@@ -163,7 +167,7 @@ __device__ inline void multiply_seeds(float sum[H / 16][4], const SeedRows *a, c
                 for (int c = 0; c < 4; c++) sum[r][c] += left[r][i] * right[i][c];
     }
 }
-template <int H> __device__ inline void merge_seeds(SeedRows *A, SeedRows *M) {
+template <int H, int APART> __device__ inline void merge_seeds(SeedRows *A, SeedRows *M) {
     int at = threadIdx.x / (4 * H) * 2 * H, row = at + H + threadIdx.x % (4 * H) / (H / 4) * (H / 16),
         col = at + threadIdx.x % (H / 4) * 4;
     float left[H / 16][4] = {}, below[H / 16][4] = {};
@@ -172,18 +176,19 @@ template <int H> __device__ inline void merge_seeds(SeedRows *A, SeedRows *M) {
     for (int r = 0; r < H / 16; r++) write_some<4>(&A[row + r][col], left[r]);
     __syncthreads();
     multiply_seeds<H>(below, (const SeedRows *)&M[row][at + H], (const SeedRows *)&A[at + H][col]);
+    if (!APART) __syncthreads();
     for (int r = 0; r < H / 16; r++) write_some<4>(&M[row + r][col], below[r]);
     __syncthreads();
 }
 // e from the panel's own columns on; zeros to the right of a block as far as `zeros` columns of its block
 // of P.
-template <typename X>
+template <int APART, typename X>
 __global__ void __launch_bounds__(256)
     inverse_seed_kernel(X *M_out, int P, int64_t step_m, const X *e, int64_t ld_e, int64_t step_e,
                         RowScale scale, int n, int zeros) {
     extern __shared__ float4 seeds[];
     wait_for_results();
-    SeedRows *A = (SeedRows *)seeds, *M = A + BLOCK;
+    SeedRows *A = (SeedRows *)seeds, *M = APART ? A + BLOCK : A;
     int i0 = blockIdx.x * BLOCK, rows = min(BLOCK, n - i0), b = blockIdx.y;
     __shared__ float scales[BLOCK];
     e += b * step_e + (int64_t)i0 * ld_e + i0;
@@ -195,7 +200,7 @@ __global__ void __launch_bounds__(256)
     for (int at = threadIdx.x; at < BLOCK * BLOCK; at += 256) {
         int r = at / BLOCK, c = at % BLOCK;
         A[r][c] = r < rows && c < r ? scales[r] * get(e[r * ld_e + c]) : 0;
-        M[r][c] = 0;
+        if (APART) M[r][c] = 0;
     }
     __syncthreads();
     if (threadIdx.x % 32 < 16) {
@@ -206,13 +211,17 @@ __global__ void __launch_bounds__(256)
             x[t] = t == c;
 #pragma unroll
             for (int j = 0; j < t; j++) x[t] += A[r0 + t][r0 + j] * x[j];
-            M[r0 + t][r0 + c] = x[t];
+            if (APART) M[r0 + t][r0 + c] = x[t];
+        }
+        if (!APART) {
+            __syncwarp(0xFFFF); // all have read A
+            for (int t = 0; t < 16; t++) M[r0 + t][r0 + c] = x[t];
         }
     }
     __syncthreads();
-    merge_seeds<16>(A, M);
-    merge_seeds<32>(A, M);
-    merge_seeds<64>(A, M);
+    merge_seeds<16, APART>(A, M);
+    merge_seeds<32, APART>(A, M);
+    merge_seeds<64, APART>(A, M);
     int pieces = max(BLOCK, zeros - i0 % P) / 8;
     for (int at = threadIdx.x; at < rows * pieces; at += 256) {
         int r = at / pieces, c = at % pieces * 8;
@@ -284,10 +293,11 @@ static void feedback_panel(float *weights, float *scratch, const Panels *p, floa
         softmax_panel_gpu<X>(logits, p->ld, floats, stats + 2 * row, 2 * rows, known, 0, r0, n, p->P, 1, B,
                              stream);
     }
-    int bytes = 2 * BLOCK * SEED_LD * (int)sizeof(float);
-    allow_shared(inverse_seed_kernel<X>, bytes);
-    LAUNCH(inverse_seed_kernel<X>, dim3((n + BLOCK - 1) / BLOCK, B), 256, bytes, stream, M, p->P, m_step,
-           e + r0, p->lx, step, scale, n, p->tiles ? 0 : p->P);
+    int bytes = feedback_shared();
+    auto seeds = bytes > SEED_BYTES ? inverse_seed_kernel<1, X> : inverse_seed_kernel<0, X>;
+    allow_shared(seeds, bytes);
+    LAUNCH(seeds, dim3((n + BLOCK - 1) / BLOCK, B), 256, bytes, stream, M, p->P, m_step, e + r0, p->lx, step,
+           scale, n, p->tiles ? 0 : p->P);
     for (int h = BLOCK; h < p->P && h < n; h *= 2) { // M21 = M2 ((γ/z) ⊙ (e21 M1))
         int pairs = (n + h - 1) / (2 * h), P = p->P;
         int64_t scaled_step = (int64_t)pairs * h * h;
@@ -580,9 +590,6 @@ static int clusters_fit(void) {
     return ring && clusters_at_once(feedback_march_kernel<0, CLUSTER, 1>, CLUSTER, bytes)
                 && clusters_at_once(feedback_march_kernel<1, CLUSTER, 1>, CLUSTER, bytes);
 }
-
-// Bytes of shared memory that a block needs, at least.
-static int feedback_shared(void) { return plain ? 0 : 2 * BLOCK * SEED_LD * (int)sizeof(float); }
 
 // A batch that fits what p was chosen for, and the memory for it.
 static void feedback_fits(const Panels *p, int B, int T, Scratch weights, Scratch scratch) {

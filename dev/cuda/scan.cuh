@@ -32,17 +32,8 @@ __device__ static inline void fragment(uint32_t x[4], SharedMatrix<bf16, PARTS> 
     int lane = threadIdx.x % 32, down = lane / 8 % 2 * 8, right = lane / 16 * 8;
     bf16 *row =
         a.transposed ? a(i + down, j + right + lane % 8, part) : a(i + down + lane % 8, j + right, part);
-    uint32_t at = (uint32_t)__cvta_generic_to_shared(row);
-    if (a.transposed)
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                     : "r"(at)
-                     : "memory");
-    else
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                     : "r"(at)
-                     : "memory");
+    if (a.transposed) ldmatrix_x4_trans(x, row);
+    else ldmatrix_x4(x, row);
 }
 
 // A warp: 16 rows from i and 32 columns from j of a·b, or of (a ⊙ scale)·b with a scale for each column of
@@ -67,12 +58,8 @@ __device__ static inline void add_product(float sum[4][4], SharedMatrix<bf16, A>
         }
         for (int part = 0; part < parts; part++)
             for (int q = 0; q < 4; q++) {
-                const uint32_t *u = x[part / B], *v = y[part % B][q / 2] + q % 2;
-                asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-                    "{%8, %9}, "
-                    "{%0, %1, %2, %3};"
-                    : "+f"(sum[q][0]), "+f"(sum[q][1]), "+f"(sum[q][2]), "+f"(sum[q][3])
-                    : "r"(u[0]), "r"(u[1]), "r"(u[2]), "r"(u[3]), "r"(v[0]), "r"(v[2]));
+                const uint32_t *v = y[part % B][q / 2] + q % 2, right[2] = {v[0], v[2]};
+                mma_bf16(sum[q], x[part / B], right);
             }
     }
 }
@@ -144,10 +131,8 @@ static int scan_bytes(int S, int w, int rows, int number, int backward) {
 }
 // The most rows of a chunk for which the shared memory suffices. 0: it does not
 static int scan_rows(int S, int w, int number) {
-    int most = 0;
-    CUDA(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
     for (int rows = SCAN_ROWS; rows; rows -= 32)
-        if (scan_bytes(S, w, rows, number, 1) <= most) return rows;
+        if (scan_bytes(S, w, rows, number, 1) <= gpu.shared) return rows;
     return 0;
 }
 
@@ -204,10 +189,7 @@ template <typename X> struct ScanBlock {
             int i = item / pieces, j = item % pieces * V, inside = i < rows && j < width;
             const Y *at = inside ? from + i * ld + j : from;
             if constexpr (V == 8 && sizeof(X) == 2 && sizeof(Y) == 2)
-                asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                             :
-                             : "r"((uint32_t)__cvta_generic_to_shared(m(i, j))), "l"(at), "r"(inside * 16)
-                             : "memory");
+                copy_async_16(m(i, j), at, inside * 16);
             else {
                 float v[V] = {};
                 if (inside) read_some<V>(v, at);
@@ -250,7 +232,7 @@ template <typename X> struct ScanBlock {
                 r->scale[t] = r->fade[t] * delta[i];
             }
         }
-        asm volatile("cp.async.wait_all;" : : : "memory");
+        copy_async_wait_all();
         __syncthreads();
     }
     // Of row t of a product, to[.][t] gets what this warp has of sum.

@@ -123,5 +123,5 @@ static void forget_recordings(Recordings *all) {
         if (all->list[i].graph) cudaGraphExecDestroy(all->list[i].graph);
 }
 
-// whether gpu.hopper and gpu.clusters: behind the kernels that it asks about
-static void hopper_open(int major);
+// gpu.tiles, gpu.hopper and gpu.clusters: behind the kernels that it asks about
+static void tiles_open(int major);

@@ -160,7 +160,9 @@ static inline double error_of(const real *x, const precise *ref, int64_t n, doub
 }
 
 // Keeps the larger of two errors; NaN stays.
-static inline void worst_of(precise *worst, double error) { if (!(error <= *worst)) *worst = error; }
+static inline void worst_of(precise *worst, double error) { // NaN stays
+    if (!(error <= *worst) && *worst == *worst) *worst = error;
+}
 
 // ‖x‖
 static inline double length_of(const real *x, int64_t n) {

@@ -3,6 +3,7 @@ The test of the CUDA twin, kernel by kernel: its layers against the C functions 
 passes and updates, its training against the CPU's, its decoder.
 
     ./test_kernels
+    ./test_kernels tiles SEED COUNT     only attention and feedback in bf16: COUNT shapes that take tiles
 */
 #define SESSA_NO_MAIN
 #define GUARD_BANDS
@@ -642,7 +643,9 @@ template <typename X> void Layers<X>::crossentropy() {
 // mamba2's convolution, step and scan: D channels in H heads, S numbers of state, W columns of rows ld_w
 // apart.
 template <typename X> void Layers<X>::scan(int eights) {
-    int S = eights ? 8 * random_int(1, 16) : random_int(2, 20), W = D + 2 * S;
+    int S = eights ? 8 * random_int(1, 16) : random_int(2, 20);
+    while (!plain && S > 8 && !scan_rows(S, d, sizeof(X))) S -= eights ? 8 : 1; // what a card's shared memory takes
+    int W = D + 2 * S;
     int ld_w = W + (eights ? 8 : 1) * random_int(0, 3), first = random_int(0, T - 1);
     int P = panel_heights[random_int(0, N_HEIGHTS - 1)], height = plain ? CHUNK : chunk_height(P),
         slots = (T + height - 1) / height;
@@ -783,6 +786,43 @@ template <typename X> static void test_gpu_layers(const char *name) {
     for (int l = 0; l < N_GPU_LAYERS; l++) check_error(worst[l], bound_of_layer<X>(l), "%s", layer_names[l]);
 }
 
+// Attention and feedback of one shape. P: of the feedback's panels, 0: as a model has them
+static void check_tiles(int B, int T, int H, int G, int d, int ld, int P) {
+    int64_t size = (int64_t)B * T * H * d, wide_size = (int64_t)B * T * ld;
+    real *x = noise(wide_size, 1), *w = noise(wide_size, 1), *y = noise(size, 1), *dout = noise(size, 1);
+    double worst[N_GPU_LAYERS] = {0}, most = 0;
+    on_gpu<bf16>(x, wide_size); // rounded
+    on_gpu<bf16>(w, wide_size);
+    compare_mixers<bf16>(worst, x, w, y, dout, B, T, H, G, d, ld, P);
+    gpu_release();
+    for (int l = ATTENTION_F; l < N_GPU_LAYERS; l++) worst_of(&most, worst[l] * (l < FEEDBACK_F ? 2 : 1));
+    worst_of(&most, worst[SUMS]);
+    check_error(most, 4 * 0x1p-8, "B %d, T %d, %d of %d heads of %d columns, ld %d, panels %d", B, T, G, H, d,
+                ld, P);
+}
+static void test_random_tiles(uint64_t seed, int count) {
+    // products in large tiles, of one and of two rows of them; blocks of 512; panels of 2048 rows
+    static const int first[][5] = {
+        {90, 40, 1, 1, 8}, {41, 130, 2, 1, 16}, {2, 600, 1, 1, 16}, {1, 2100, 1, 1, 8}};
+    heading("bf16: random shapes in tiles");
+    gpu.precision = BF16;
+    for (int i = 0; i < 4 && i < count; i++) {
+        const int *s = first[i];
+        check_tiles(s[0], s[1], s[2], s[3], s[4], s[2] * s[4] + 8, 0);
+    }
+    for (int i = 4; i < count; i++) {
+        chance = splitmix64(seed + 1000 * (uint64_t)i);
+        int wide_heads = random_int(0, 2) == 0, G = random_int(1, 2);
+        int H = G * random_int(1, wide_heads ? 2 : 3);
+        int d = 8 * random_int(wide_heads ? 9 : 1, wide_heads ? 16 : 8);
+        int T = random_int(1, 300), B = random_int(1, 3);
+        if (random_int(0, 3) == 0) { T = 8 * random_int(1, 37); B = 1; } // a late start may be in tiles, too
+        if (H * d > 256) H = G = 256 / d;
+        int P = random_int(0, 2) ? 0 : 8 * random_int(1, 20);
+        check_tiles(B, T, H, G, d, H * d + 8 * random_int(0, 2), P);
+    }
+}
+
 // Shapes of bf16 for which kernels of their own exist: heads of 64 and 128 columns and others, sequences of
 // many tiles, more blocks than the GPU takes at once, a whole cluster and an odd number of heads; feedback of
 // many short sequences, of one with several panels' reach.
@@ -803,17 +843,7 @@ static void test_gpu_tiles(void) {
     heading("bf16: attention and feedback in tiles");
     for (size_t i = 0; i < sizeof(shapes) / sizeof(shapes[0]); i++) {
         int B = shapes[i].B, T = shapes[i].T, H = shapes[i].H, G = shapes[i].G, d = shapes[i].d;
-        int ld = H * d + 8;
-        int64_t size = (int64_t)B * T * H * d, wide_size = (int64_t)B * T * ld;
-        real *x = noise(wide_size, 1), *w = noise(wide_size, 1), *y = noise(size, 1), *dout = noise(size, 1);
-        double worst[N_GPU_LAYERS] = {0}, most = 0;
-        on_gpu<bf16>(x, wide_size); // rounded
-        on_gpu<bf16>(w, wide_size);
-        compare_mixers<bf16>(worst, x, w, y, dout, B, T, H, G, d, ld, 0);
-        gpu_release();
-        for (int l = ATTENTION_F; l < N_GPU_LAYERS; l++) worst_of(&most, worst[l] * (l < FEEDBACK_F ? 2 : 1));
-        worst_of(&most, worst[SUMS]);
-        check_error(most, 4 * 0x1p-8, "B %d, T %d, %d of %d heads of %d columns", B, T, G, H, d);
+        check_tiles(B, T, H, G, d, H * d + 8, 0);
     }
 }
 
@@ -1057,7 +1087,7 @@ static void test_gpu_memory(void) {
     }
     printf("  MiB at T 1024, 2048, .. 16384: %.1f %.1f %.1f %.1f %.1f\n", mib[0], mib[1], mib[2], mib[3],
            mib[4]);
-    if (gpu.hopper) // without tiles a panel holds all rows before
+    if (gpu.tiles) // without tiles a panel holds all rows before
         check(mib[2] <= 2 * mib[1], "T doubled from 2048: memory at most doubled");
     check(mib[4] <= 2 * mib[3], "T doubled from 8192: memory at most doubled");
     Config huge = config_with(SESSA, 50000, 4096, 200, 4, 4, 8192);
@@ -1103,12 +1133,15 @@ static void test_gpu_decode(void) {
 
 int main(int argc, char **argv) {
     char no_gpu[ERROR_SIZE];
-    (void)argc;
     begin(argv);
     go_to_data();
     if (gpu_open(no_gpu)) { fprintf(stderr, "test_kernels: %s\n", no_gpu); return 1; }
     gpu.precision = FP32;
     CUDA(cudaEventCreate(&lists_gone));
+    if (argc == 4 && !strcmp(argv[1], "tiles")) {
+        test_random_tiles((uint64_t)atoll(argv[2]), atoi(argv[3]));
+        return report();
+    }
     test_gpu_layers<float>("fp32: layers against the C functions, shapes odd and even");
     plain = 1;
     test_gpu_layers<float>("fp32: plain layers");

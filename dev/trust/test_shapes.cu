@@ -4,6 +4,7 @@ and the shapes that once went wrong.
 
     ./test_shapes SEED FIRST COUNT            shapes FIRST .. FIRST+COUNT-1 of the seed's: [1 0 300]
     ./test_shapes SEED FIRST COUNT large      long ones: up to 65,536 tokens, and batches with B·T·T past 2^31
+    ./test_shapes SEED FIRST COUNT small      short and narrow ones, for a GPU that is emulated
 
 A shape is a model for B sequences of T tokens with random weights. Its losses, token by token, and gradients are
 held against those of a plain model of the same precision, whose error is known from a plain one in float32; against
@@ -63,23 +64,31 @@ template <typename X> static void meet_ways(const ModelGPU<X> *m, const Case *s)
     Panels alone = feedback_panels<X>(s->left, T, D, 0, p->tiles, p->kept);
     int other_way = s->left < B && (alone.march != p->march || alone.R != p->R),
         fewer_than_heads = B >= c->n_heads && s->left < c->n_heads;
-    if (gpu.hopper) {
+    if (gpu.tiles) {
         meet("feedback: tiles, blocks of 128", tiles && !p->march && p->P == 128);
         meet("feedback: tiles, blocks of 256", tiles && !p->march && p->P == 256);
         meet("feedback: tiles, blocks of 512", tiles && !p->march && p->P == 512);
-        meet("feedback: march of one block, one panel", tiles && p->march == 1 && !several);
-        meet("feedback: march of one block, several panels", tiles && p->march == 1 && several);
-        meet("feedback: tiles, blocks of 1024 (no room for clusters)", tiles && !p->march && p->P == 1024);
-        meet("feedback: march of clusters, one panel", tiles && p->march == CLUSTER && !several);
-        meet("feedback: march of clusters, several panels", tiles && p->march == CLUSTER && several);
+        // on Hopper where there is no room for clusters
+        meet("feedback: tiles, blocks of 1024", tiles && !p->march && p->P == 1024);
         meet("feedback: weights kept", tiles && p->kept);
         meet("feedback: weights computed again", tiles && !p->kept);
         meet("feedback: product tiles of 128 columns", tiles && blocks > 80);
         meet("feedback: product tiles of 64 columns", tiles && blocks <= 80);
+        meet("attention: tiles of 128 columns", read && d > 64);
+    }
+    if (gpu.tiles && !gpu.hopper) {
+        meet("feedback: tiles, blocks in one panel", tiles && !several);
+        meet("feedback: tiles, blocks in several panels", tiles && several);
+        meet("attention: tiles of 64 columns", read && d <= 64);
+    }
+    if (gpu.hopper) {
+        meet("feedback: march of one block, one panel", tiles && p->march == 1 && !several);
+        meet("feedback: march of one block, several panels", tiles && p->march == 1 && several);
+        meet("feedback: march of clusters, one panel", tiles && p->march == CLUSTER && !several);
+        meet("feedback: march of clusters, several panels", tiles && p->march == CLUSTER && several);
         meet("attention: ring", read && d <= 64 && ring);
         meet("attention: tiles of 64 columns, two kernels", read && d <= 64 && !ring && gpu.clusters);
         meet("attention: two kernels (no room for clusters)", read && d <= 64 && !gpu.clusters && T <= 1024);
-        meet("attention: tiles of 128 columns", read && d > 64);
     }
     meet("feedback: no tiles, blocks of 128", plain && p->P == 128);
     meet("feedback: no tiles, blocks of 256", plain && p->P == 256);
@@ -394,8 +403,8 @@ template <typename X> static void check_generation(const Case *s, const int *ids
     backend->extend(m, ids, prompt, 0, pieces);
     int piece = at < T - singles, tiles = s->c.mixer == SESSA && ((ModelGPU<X> *)m)->ways.feedback[1].tiles;
     if (piece) backend->extend(m, ids + at, T - singles - at, at, pieces);
-    if (gpu.hopper) meet("generation: a piece in tiles, behind others", piece && tiles && at % 8 == 0);
-    if (gpu.hopper) meet("generation: a piece that begins where tiles cannot", piece && tiles && at % 8 != 0);
+    if (gpu.tiles) meet("generation: a piece in tiles, behind others", piece && tiles && at % 8 == 0);
+    if (gpu.tiles) meet("generation: a piece that begins where tiles cannot", piece && tiles && at % 8 != 0);
     for (at = T - singles; at < T; at++) backend->extend(m, ids + at, 1, at, pieces);
     backend->extend(m, ids, T, 0, whole);
     double apart = distance(pieces, whole, V, 0);
@@ -625,6 +634,11 @@ static void draw(Case *s, int i) {
         c->head_dim = kind == 22 ? 128 : kind == 20 ? 8 * log_between(1, 16) : log_between(1, 64);
         int heads = at_most(log_between(1, 8), 600 / c->head_dim + 1);
         if (kind == 22) s->precision = FP32;
+        int number = s->precision == BF16 ? 2 : 4; // what a card's shared memory takes
+        while (c->head_dim > 1 && !scan_rows(c->state_dim, c->head_dim, number)) {
+            if (c->state_dim > c->head_dim) c->state_dim -= c->state_dim > 8 ? 8 : 1;
+            else c->head_dim -= c->head_dim > 8 ? 8 : 1;
+        }
         c->d_model = heads * c->head_dim;      // 2D has twice as many
         c->n_heads = c->n_kv_heads = 1;
         if (c->d_model % 2) c->d_model *= 2;
@@ -650,10 +664,37 @@ static void draw_large(Case *s, int i) {
     else s->c.n_heads = s->c.n_kv_heads = 1;
 }
 
+// Case i of a seed's small shapes: mixers and precisions in turn, every fourth round generates. Some are just long
+// enough for two blocks of rows, some just wide enough for several warps a row of logits or of a state.
+static void draw_small(Case *s, int i) {
+    int mixer = i % 3, round = i / 9;
+    memset(s, 0, sizeof(*s));
+    Config *c = &s->c;
+    s->precision = (Precision)(i / 3 % 3);
+    s->mode = round % 4 == 3 ? GENERATE : TRAIN;
+    s->T = i % 2 ? log_between(1, 40) : log_between(41, 200);
+    s->B = s->mode == GENERATE ? 1 : at_most(between(1, 5), 1 + 200 / s->T);
+    c->mixer = mixer;
+    c->gamma_max = 0.999;
+    c->n_layers = log_between(1, 2);
+    c->vocab_size = i % 7 == 5 ? between(1025, 1200) : log_between(2, 70);
+    c->max_seq_len = s->T;
+    c->no_rope = mixer != MAMBA2 && round % 5 == 4;
+    take_heads(c, between(0, 1) ? 2 * log_between(1, 12) : 8 * log_between(1, 3), log_between(2, 72), between(0, 1));
+    if (mixer == MAMBA2) {
+        int eights = between(0, 1);
+        c->state_dim = eights ? 8 * log_between(1, 5) : log_between(1, 40);
+        c->head_dim = eights ? 8 * log_between(1, 6) : log_between(1, 50);
+        c->d_model = c->head_dim * log_between(1, 2) * (c->head_dim % 2 ? 2 : 1);
+        c->n_heads = c->n_kv_heads = 1;
+    }
+    s->left = log_between(1, at_most(s->B, s->B - 1));
+}
+
 int main(int argc, char **argv) {
     uint64_t seed = argc > 1 ? strtoull(argv[1], NULL, 10) : 1;
     int first = argc > 2 ? atoi(argv[2]) : 0, count = argc > 3 ? atoi(argv[3]) : 300, passed = 0, failed = 0;
-    int large = argc > 4 && !strcmp(argv[4], "large");
+    int large = argc > 4 && !strcmp(argv[4], "large"), small = argc > 4 && !strcmp(argv[4], "small");
     char error[ERROR_SIZE];
     if (gpu_open(error)) { fprintf(stderr, "test_shapes: %s\n", error); return 1; }
     double begun = omp_get_wtime();
@@ -661,8 +702,9 @@ int main(int argc, char **argv) {
         Case s;
         chance = splitmix64(splitmix64(seed) + (uint64_t)i);
         if (large) draw_large(&s, i);
+        else if (small) draw_small(&s, i);
         else if (!fixed_shape(&s, i)) draw(&s, i);
-        const char *kind = large ? " large" : "";
+        const char *kind = large ? " large" : small ? " small" : "";
         snprintf(command, sizeof(command), "./test_shapes %llu %d 1%s", (unsigned long long)seed, i, kind);
         failures = 0;
         double before = omp_get_wtime();
@@ -674,7 +716,7 @@ int main(int argc, char **argv) {
     }
     printf("\n%-64s times\n", "branch");
     for (int i = 0; i < n_met; i++) {
-        int missed = first == 0 && count >= 300 && !large && !met[i].times;
+        int missed = first == 0 && count >= 300 && !large && !small && !met[i].times;
         printf("%-64s %5d%s\n", met[i].name, met[i].times, missed ? "  FAIL: never met" : "");
         failed += missed;
     }
