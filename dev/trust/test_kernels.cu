@@ -3,6 +3,7 @@ The test of the CUDA twin, kernel by kernel: its layers against the C functions 
 passes and updates, its training against the CPU's, its decoder.
 
     ./test_kernels
+    ./test_kernels layers               layers alone: enough for a GPU that is emulated
     ./test_kernels tiles SEED COUNT     only attention and feedback in bf16: COUNT shapes that take tiles
 */
 #define SESSA_NO_MAIN
@@ -1133,6 +1134,7 @@ static void test_gpu_decode(void) {
 
 int main(int argc, char **argv) {
     char no_gpu[ERROR_SIZE];
+    int layers_alone = argc == 2 && !strcmp(argv[1], "layers");
     begin(argv);
     go_to_data();
     if (gpu_open(no_gpu)) { fprintf(stderr, "test_kernels: %s\n", no_gpu); return 1; }
@@ -1150,6 +1152,7 @@ int main(int argc, char **argv) {
     test_peaked();
     plain = 0;
     test_gpu_layers<bf16>("bf16: layers against the C functions, shapes odd and even");
+    if (layers_alone) return report();
     test_gpu_tiles();
     test_peaked();
     test_gpu_passes();
