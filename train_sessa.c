@@ -7937,7 +7937,6 @@ static void print_model(const Run *run) {
 static int perform(Run *run, const char *program, char *error) {
     const Options *o = &run->settings.values;
     if (!is_training(o)) install_handlers(WHILE_READING);
-    if (run->backend->rank && o->generate) return 0; // a text is written by one
     if (!run->backend->rank) print_zeros(o->data, &run->train);
     if (!run->backend->rank) print_zeros(o->val, &run->val);
     if (o->eval) return print_evaluation(run, error);
