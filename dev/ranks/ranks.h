@@ -303,19 +303,19 @@ static void transmit(int fd, const void *bytes, size_t n, int peer) {
 
 // Each message says what it is, so that ranks that are not at the same point do not take one for another.
 typedef struct { uint64_t number, bytes; } Header;
-static uint64_t n_messages;
-static void receive_message(int fd, void *bytes, size_t n, int peer) {
+static uint64_t n_messages[2]; // of all ranks, and of machines' first ranks
+static void receive_message(int fd, void *bytes, size_t n, int peer, int of_hosts) {
     Header header;
     char name[160];
     receive(fd, &header, sizeof(header), peer);
-    if (header.number != n_messages || header.bytes != n)
+    if (header.number != 2 * n_messages[of_hosts] + (uint64_t)of_hosts || header.bytes != n)
         end_all(1, "%s is not where rank %d is: message %llu of %llu bytes, not %llu of %zu", rank_name(name, peer),
                 job.rank, (unsigned long long)header.number, (unsigned long long)header.bytes,
-                (unsigned long long)n_messages, n);
+                (unsigned long long)(2 * n_messages[of_hosts] + (uint64_t)of_hosts), n);
     receive(fd, bytes, n, peer);
 }
-static void transmit_message(int fd, const void *bytes, size_t n, int peer) {
-    Header header = {n_messages, n};
+static void transmit_message(int fd, const void *bytes, size_t n, int peer, int of_hosts) {
+    Header header = {2 * n_messages[of_hosts] + (uint64_t)of_hosts, n};
     transmit(fd, &header, sizeof(header), peer);
     transmit(fd, bytes, n, peer);
 }
@@ -332,17 +332,17 @@ static int is_first_of_host(int rank) {
 static void gather_bytes(void *rows, size_t each, int of_hosts) {
     size_t n = (size_t)(of_hosts ? job.n_hosts : job.ranks);
     char *row = (char *)rows;
-    n_messages++;
+    n_messages[of_hosts]++;
     if (job.rank) {
         size_t mine = (size_t)(of_hosts ? job.hosts[job.rank] : job.rank);
-        transmit_message(job.talk[0], row + mine * each, each, 0);
-        receive_message(job.talk[0], rows, n * each, 0);
+        transmit_message(job.talk[0], row + mine * each, each, 0, of_hosts);
+        receive_message(job.talk[0], rows, n * each, 0, of_hosts);
         return;
     }
     for (int r = 1, i = 1; r < job.ranks; r++)
-        if (!of_hosts || is_first_of_host(r)) receive_message(job.talk[r], row + i++ * each, each, r);
+        if (!of_hosts || is_first_of_host(r)) receive_message(job.talk[r], row + i++ * each, each, r, of_hosts);
     for (int r = 1; r < job.ranks; r++)
-        if (!of_hosts || is_first_of_host(r)) transmit_message(job.talk[r], rows, n * each, r);
+        if (!of_hosts || is_first_of_host(r)) transmit_message(job.talk[r], rows, n * each, r, of_hosts);
 }
 
 // The backend's.
@@ -350,9 +350,9 @@ static void gather_rows(double *rows, int n) { gather_bytes(rows, sizeof(double)
 
 // Gives all ranks rank 0's bytes: the 128 of NCCL's id.
 __attribute__((unused)) static void tell_all(void *bytes, size_t n) {
-    n_messages++;
-    if (job.rank) receive_message(job.talk[0], bytes, n, 0);
-    for (int r = 1; !job.rank && r < job.ranks; r++) transmit_message(job.talk[r], bytes, n, r);
+    n_messages[0]++;
+    if (job.rank) receive_message(job.talk[0], bytes, n, 0, 0);
+    for (int r = 1; !job.rank && r < job.ranks; r++) transmit_message(job.talk[r], bytes, n, r, 0);
 }
 
 // ----------------------------------------------------------------------------
@@ -474,7 +474,7 @@ static int fail_missing(int strangers, char *error) {
         if (job.talk[r] >= 0 && job.life[r] >= 0) continue;
         if (n++ < 8) snprintf(list + at, sizeof(list) - at, "%s%d", at ? ", " : "", r);
     }
-    if (strangers) snprintf(others, sizeof(others), "; %d came that are not of this job", strangers);
+    if (strangers) snprintf(others, sizeof(others), "; %d connections were not of this job", strangers);
     return fail(error, NULL, "%d of %d ranks (%s%s) did not come to port %d within %.0f s (--timeout)%s", n,
                 job.ranks, list, n > 8 ? ", ..." : "", job.port, job.timeout, others);
 }
@@ -801,7 +801,8 @@ static int run_in_ranks(int argc, char **argv, const Backend *alone, Backend (*m
         number_hosts(); // one
     } else if (!result) result = meet(error);
     if (!result) result = start_watching(error);
-    if (result && *error) fprintf(stderr, "train_sessa: %s\n", error);
+    int tells = several > 0 || !job.local; // an environment is a machine's
+    if (result && *error && tells) fprintf(stderr, "train_sessa: %s\n", error);
     if (result) return result == WRONG_OPTION ? 2 : 1;
     be_quiet();
     share_cores();
