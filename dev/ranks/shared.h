@@ -28,17 +28,18 @@ static Division division;
 static Model *divided; // the model that trains: it has this rank's moments alone
 static real *whole[3]; // a block of all ranks' moments, where it was asked for
 
-// Waits until all ranks of the machine are here. The lowest one there tells which is not.
+// Waits until all ranks of the machine are here. Which one hangs is told once: by the machine's first rank, who
+// may itself wait for other machines, so that the others wait longer for it; of rank 0 by rank 1.
 static void wait_for_host(void) {
     char name[160];
     int64_t turn = __atomic_add_fetch(&shared.arrived[shared.mine * 8], 1, __ATOMIC_ACQ_REL);
     for (int i = 0; i < shared.n; i++) {
-        double waited = 0;
+        double waited = 0, more = i == 0 ? 4.5 : shared.mine ? 1.5 : 0;
+        int tells = i == 0 ? job.rank == 1 : shared.mine == 0;
         for (int looks = 0; __atomic_load_n(&shared.arrived[i * 8], __ATOMIC_ACQUIRE) < turn; looks++) {
             int pause = looks < 20 ? 20 : 500; // microseconds
-            int tells = shared.mine == (i == 0);
-            if (waited > job.timeout + (tells ? 0 : 1.5))
-                end_all(1, "%s has not come for %.0f s (--timeout), and the others end",
+            if (waited > job.timeout + more)
+                end_all(tells, "%s has not come for %.0f s (--timeout), and the others end",
                         rank_name(name, shared.members[i]), job.timeout);
             usleep((useconds_t)pause);
             waited += pause * 1e-6;
