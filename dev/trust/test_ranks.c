@@ -328,10 +328,10 @@ static void test_against_one(void) {
     check_first_gradients("attention");
     check_first_gradients("mamba2");
     check_losses("2 ranks, --batch 4, against --batch 2 --accum 2", 2, MODEL_OPTIONS "--batch 4 --eval-batches 2",
-                 MODEL_OPTIONS "--batch 2 --accum 2 --eval-batches 4", 1e-4);
+                 MODEL_OPTIONS "--batch 2 --accum 2 --eval-batches 4", 1e-5);
     check_losses("4 ranks, dropout, --accum 2, against one with --batch 4", 4,
                  MODEL_OPTIONS "--batch 4 --accum 2 --dropout 0.2", MODEL_OPTIONS "--batch 4 --accum 2 --dropout 0.2",
-                 1e-4);
+                 1e-5);
     int ok = run_ranks(1, 1, MODEL_OPTIONS "--batch 4 --steps 5 --overwrite --out a.safetensors");
     ok = ok && !run(MODEL_OPTIONS "--batch 4 --steps 5 --overwrite --out b.safetensors");
     check(ok && same_files("a.safetensors", "b.safetensors"), "a starter's one rank: the bytes of no starter");
@@ -361,9 +361,9 @@ static void test_validation(void) {
     for (int i = 0; i < N * T; i++) lags[i] = i % 9;
     write_tensors("lags.safetensors", N, T, random_ids(N * T, 9, 0), random_ids(N * T, 9, 1), lags);
     // weights that stay where they began: what differs then is the validation
-    static const char *sets[] = {"--data text --val other --seq 12", "--data lags.safetensors --val lags.safetensors",
+    static const char *sets[] = {"--data text --val other --seq 12",
                                  "--data set.safetensors --val lags.safetensors --accum 2"};
-    for (int i = 0; i < 3; i++) {
+    for (int i = 0; i < 2; i++) {
         static const char frozen[] = "--dim 16 --layers 2 --heads 2 --batch 8 --lr 0 --weight-decay 0 --steps 4 "
                                      "--eval-every 1 --eval-batches 3 --overwrite";
         int ok = !run("%s %s --log x.log --out x.safetensors", sets[i], frozen);
@@ -769,7 +769,7 @@ static int children_of(pid_t parent, pid_t *children, int most) {
 static void check_lost(const char *name, int lost, int number, const char *words, double limit) {
     usual(4, 2);
     discard("k.log");
-    for (int r = 0; r < 4; r++) start_rank(r, ENDLESS "--timeout 2 --log k.log --out k.safetensors");
+    for (int r = 0; r < 4; r++) start_rank(r, ENDLESS "--timeout 1 --log k.log --out k.safetensors");
     wait_for_log("k.log", 5);
     double begin = seconds();
     kill(ranks_of_test[lost], number);
@@ -792,7 +792,7 @@ static void check_lost(const char *name, int lost, int number, const char *words
 static void check_lost_child(const char *name, int lost, int number, const char *words, double limit) {
     pid_t children[8];
     discard("k.log");
-    pid_t parent = start_and_wait_for_log("--run " ENDLESS "--timeout 2 --log k.log --out k.safetensors --gpus 4", "k.log",
+    pid_t parent = start_and_wait_for_log("--run " ENDLESS "--timeout 1 --log k.log --out k.safetensors --gpus 4", "k.log",
                                           5);
     int n = children_of(parent, children, 8);
     double begin = seconds();
@@ -829,11 +829,11 @@ static void test_lost(void) {
     heading("what goes wrong while they train");
     check_lost("rank 3 killed", 3, SIGKILL, "rank 3 on beta has ended", 5);
     check_lost("rank 0 killed", 0, SIGKILL, "rank 0 on alpha has ended", 5);
-    check_lost("rank 1 hangs (--timeout 2)", 1, SIGSTOP, "rank 1 on alpha has not come for 2 s", 9);
-    check_lost("rank 0 hangs", 0, SIGSTOP, "rank 0 on alpha has not come for 2 s", 9);
+    check_lost("rank 1 hangs (--timeout 1)", 1, SIGSTOP, "rank 1 on alpha has not come for 1 s", 9);
+    check_lost("rank 0 hangs", 0, SIGSTOP, "rank 0 on alpha has not come for 1 s", 9);
     check_lost_child("--gpus, rank 1 killed", 1, SIGKILL, "rank 1 was ended by signal 9", 5);
     check_lost_child("--gpus, rank 0 killed", 0, SIGKILL, "rank 0 was ended by signal 9", 5);
-    check_lost_child("--gpus, rank 2 hangs", 2, SIGSTOP, "rank 2 has not come for 2 s", 12);
+    check_lost_child("--gpus, rank 2 hangs", 2, SIGSTOP, "rank 2 has not come for 1 s", 12);
     check_asked("SIGTERM to the one who started them", SIGTERM, 0, ENDLESS);
     check_asked("SIGINT to all", SIGINT, 1, MODEL_OPTIONS "--batch 4 --steps 100000 --eval-every 3 --overwrite ");
 
