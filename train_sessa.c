@@ -7693,7 +7693,8 @@ static int train_to_end(Run *run, Training *t, char *error) {
     const Options *o = &run->settings.values;
     int renamed = o->resume && strcmp(o->out, o->resume), result = 0;
     Unfinished open = find_unfinished(run, &t->log, renamed);
-    double found[] = {(double)open.line, (double)open.validation, (double)open.end, (double)open.snapshot};
+    double found[] = {(double)open.line, (double)open.validation, (double)open.end,
+                      (double)open.snapshot};
     take_first(run, found, 4); // rank 0 has the files
     Unfinished of_all = {found[0] > 0, found[1] > 0, found[2] > 0, found[3] > 0};
     open = of_all;
@@ -7803,7 +7804,8 @@ static int make_model(Run *run, char *error) {
     int64_t needed = (int64_t)strlen(o->prompt) + 1 + o->generate;
     int64_t longest = o->window && o->window < needed ? o->window : needed;
     Mode mode = o->generate ? GENERATE : o->eval ? EVALUATE : TRAIN;
-    int B = o->generate ? 1 : (int)o->batch / run->backend->ranks, T = o->generate ? (int)longest : (int)o->seq;
+    int B = o->generate ? 1 : (int)o->batch / run->backend->ranks;
+    int T = o->generate ? (int)longest : (int)o->seq;
     run->model_T = T;
     run->model = run->backend->create(&run->config, B, T, mode, error);
     if (!run->model) return FAILED;
@@ -8000,8 +8002,9 @@ static int run_program(int argc, char **argv, const Backend *backend) {
     if (result == HELP) print_help(argv[0]);
     if (result == TELL_VERSION) print_version(backend);
     if (told) result = 0;
-    if (backend->ranks > 1) run.rows = (double *)grow(NULL, sizeof(double) * MEETING * (size_t)backend->ranks);
-    if (!run.rows && backend->ranks > 1) result = fail(error, NULL, "out of memory");
+    size_t rows = sizeof(double) * MEETING * (size_t)backend->ranks;
+    if (backend->ranks > 1 && !(run.rows = (double *)grow(NULL, rows)))
+        result = fail(error, NULL, "out of memory");
     if (!result && !told) result = prepare(&run, error);
     if (!result && !told) {
         result = perform(&run, argv[0], error);

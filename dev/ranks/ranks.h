@@ -11,8 +11,8 @@ train_sessa.c. The page is ranks.md.
     divide          whose each parameter is
 
 Every rank has two connections to rank 0: one for what they tell each other, which the program's own thread
-reads, and one for their lives, which another thread watches: whatever the first one waits for, on a card or on
-a network, the second one sees a connection that breaks.
+reads, and one for their lives, which another thread watches: whatever the first one waits for, on a card or
+on a network, the second one sees a connection that breaks.
 */
 #ifndef RANKS_H
 #define RANKS_H
@@ -29,18 +29,18 @@ a network, the second one sees a connection that breaks.
 
 typedef struct {
     int rank, ranks;
-    int local;             // its number among the ranks of its machine, as the starter counts
-    int launched;          // by --gpus: the process that started it tells who died
-    double timeout;        // seconds
-    char address[256];     // of rank 0, where a starter started the ranks
+    int local;         // its number among the ranks of its machine, as the starter counts
+    int launched;      // by --gpus: the process that started it tells who died
+    double timeout;    // seconds
+    char address[256]; // of rank 0, where a starter started the ranks
     int port;
-    uint64_t token[2];     // what only the processes of the job know
-    char version[64];      // what must be equal for the ranks to understand each other
-    char machine[96];      // this one, as no other is called
-    char (*machines)[96];  // (ranks) all of them, known to all
-    int *hosts, n_hosts;   // (ranks) machines numbered in the order of their first ranks
-    int *talk, *life;      // (ranks) rank 0's connections; of the others [0] alone, to rank 0
-    volatile int leaving;  // what happens to the others does not matter any more
+    uint64_t token[2];    // what only the processes of the job know
+    char version[64];     // what must be equal for the ranks to understand each other
+    char machine[96];     // this one, as no other is called
+    char (*machines)[96]; // (ranks) all of them, known to all
+    int *hosts, n_hosts;  // (ranks) machines numbered in the order of their first ranks
+    int *talk, *life;     // (ranks) rank 0's connections; of the others [0] alone, to rank 0
+    volatile int leaving; // what happens to the others does not matter any more
 } Job;
 static Job job; // of this process
 
@@ -78,12 +78,17 @@ static int first_node(char *node, size_t room, const char *list) {
 
 // What a starter calls the rank, their number and the number on its machine; what names the job, which makes
 // the token.
-typedef struct { const char *name, *rank, *ranks, *local, *job[3]; } Starter;
+typedef struct {
+    const char *name, *rank, *ranks, *local, *job[3];
+} Starter;
 
 // In this order: mpirun starts its own servants with srun, and torchrun may be started by any.
 static const Starter starters[] = {
     {"torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", {"TORCHELASTIC_RUN_ID", "MASTER_PORT", NULL}},
-    {"mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
+    {"mpirun",
+     "OMPI_COMM_WORLD_RANK",
+     "OMPI_COMM_WORLD_SIZE",
+     "OMPI_COMM_WORLD_LOCAL_RANK",
      {"PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", NULL}},
     {"srun", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", {"SLURM_JOB_ID", "SLURM_STEP_ID", NULL}},
 };
@@ -118,7 +123,7 @@ static int find_port(Job *j, const Starter *s, char *error) {
     j->token[0] = hash_bytes((const unsigned char *)text, strlen(text));
     j->token[1] = splitmix64(j->token[0] ^ (uint64_t)j->ranks);
     int port = number_from("SESSA_PORT"), master = number_from("MASTER_PORT");
-    if (port < 0 && master >= 0) port = master + 1; // torchrun's own store holds that one
+    if (port < 0 && master >= 0) port = master + 1;          // torchrun's own store holds that one
     if (port < 0) port = (int)(20000 + j->token[1] % 10000); // below those that a system gives away
     j->port = port;
     if (port > 0 && port <= 65535) return 0;
@@ -132,14 +137,14 @@ static int job_from_environment(Job *j, char *error) {
     if (s == end) return 0;
     // the shell of a Slurm job has a rank of its own, but is no step
     if (!strcmp(s->name, "srun") && !getenv("SLURM_STEP_ID")) return 0;
-    const char *ranks = !strcmp(s->name, "srun") && getenv("SLURM_STEP_NUM_TASKS") ? "SLURM_STEP_NUM_TASKS"
-                                                                                  : s->ranks;
+    const char *ranks =
+        !strcmp(s->name, "srun") && getenv("SLURM_STEP_NUM_TASKS") ? "SLURM_STEP_NUM_TASKS" : s->ranks;
     j->rank = number_from(s->rank);
     j->ranks = number_from(ranks);
     j->local = number_from(s->local);
     if (j->rank < 0 || j->ranks < 1 || j->ranks > 1 << 16 || j->rank >= j->ranks)
-        return fail(error, NULL, "%s says that this is rank %.20s of %.20s (%s, %s)", s->name, getenv(s->rank),
-                    getenv(ranks), s->rank, ranks);
+        return fail(error, NULL, "%s says that this is rank %.20s of %.20s (%s, %s)", s->name,
+                    getenv(s->rank), getenv(ranks), s->rank, ranks);
     if (j->local < 0) j->local = 0;
     if (j->ranks == 1) return 1;
     if (find_address(j, s, error) || find_port(j, s, error)) return FAILED;
@@ -166,12 +171,14 @@ enum { ORDERLY = 'B', FAILING = 'F' }; // what a rank says on its second connect
 // Says it to rank 0, or as rank 0 to all.
 static void say_end(char word) {
     for (int r = 0; r < (job.rank ? 1 : job.ranks); r++)
-        if (job.life && job.life[r] >= 0 && send(job.life[r], &word, 1, MSG_NOSIGNAL | MSG_DONTWAIT) < 0) continue;
+        if (job.life && job.life[r] >= 0 && send(job.life[r], &word, 1, MSG_NOSIGNAL | MSG_DONTWAIT) < 0)
+            continue;
 }
 
 // From here on this thread alone ends the process.
 static void begin_to_leave(void) {
-    if (__atomic_exchange_n(&job.leaving, 1, __ATOMIC_SEQ_CST)) for (;;) pause();
+    if (__atomic_exchange_n(&job.leaving, 1, __ATOMIC_SEQ_CST))
+        for (;;) pause();
 }
 
 // Ends this process, and with it the others. The line, if this rank is the one to tell it.
@@ -199,7 +206,8 @@ static const char *rank_name(char text[160], int rank) {
 // A connection broke without a word: whoever was there is dead. Rank 0 tells it, of itself rank 1.
 static void end_of_dead(int rank) {
     char name[160];
-    end_all(!job.launched && job.rank == (rank ? 0 : 1), "%s has ended, and so do the others", rank_name(name, rank));
+    end_all(!job.launched && job.rank == (rank ? 0 : 1), "%s has ended, and so do the others",
+            rank_name(name, rank));
 }
 
 // Watches the lives of the others, in a thread of its own. One that fails has told why; who waits for nobody
@@ -302,15 +310,18 @@ static void transmit(int fd, const void *bytes, size_t n, int peer) {
 }
 
 // Each message says what it is, so that ranks that are not at the same point do not take one for another.
-typedef struct { uint64_t number, bytes; } Header;
+typedef struct {
+    uint64_t number, bytes;
+} Header;
 static uint64_t n_messages[2]; // of all ranks, and of machines' first ranks
 static void receive_message(int fd, void *bytes, size_t n, int peer, int of_hosts) {
     Header header;
     char name[160];
     receive(fd, &header, sizeof(header), peer);
     if (header.number != 2 * n_messages[of_hosts] + (uint64_t)of_hosts || header.bytes != n)
-        end_all(1, "%s is not where rank %d is: message %llu of %llu bytes, not %llu of %zu", rank_name(name, peer),
-                job.rank, (unsigned long long)header.number, (unsigned long long)header.bytes,
+        end_all(1, "%s is not where rank %d is: message %llu of %llu bytes, not %llu of %zu",
+                rank_name(name, peer), job.rank, (unsigned long long)header.number,
+                (unsigned long long)header.bytes,
                 (unsigned long long)(2 * n_messages[of_hosts] + (uint64_t)of_hosts), n);
     receive(fd, bytes, n, peer);
 }
@@ -327,8 +338,8 @@ static int is_first_of_host(int rank) {
     return r == rank;
 }
 
-// rows: `each` bytes of every rank, or of the first ranks of the machines alone, who then call it alone. A rank
-// fills in its own row, and then has all.
+// rows: `each` bytes of every rank, or of the first ranks of the machines alone, who then call it alone. A
+// rank fills in its own row, and then has all.
 static void gather_bytes(void *rows, size_t each, int of_hosts) {
     size_t n = (size_t)(of_hosts ? job.n_hosts : job.ranks);
     char *row = (char *)rows;
@@ -340,7 +351,8 @@ static void gather_bytes(void *rows, size_t each, int of_hosts) {
         return;
     }
     for (int r = 1, i = 1; r < job.ranks; r++)
-        if (!of_hosts || is_first_of_host(r)) receive_message(job.talk[r], row + i++ * each, each, r, of_hosts);
+        if (!of_hosts || is_first_of_host(r))
+            receive_message(job.talk[r], row + i++ * each, each, r, of_hosts);
     for (int r = 1; r < job.ranks; r++)
         if (!of_hosts || is_first_of_host(r)) transmit_message(job.talk[r], rows, n * each, r, of_hosts);
 }
@@ -375,7 +387,7 @@ static const char MAGIC[8] = "sessa/1";
 // Memory for what a job knows of its ranks.
 static int job_allocate(Job *j, char *error) {
     size_t n = (size_t)j->ranks;
-    j->machines = (char (*)[96])calloc(n, 96);
+    j->machines = (char(*)[96])calloc(n, 96);
     j->hosts = (int *)calloc(n, sizeof(int));
     j->talk = (int *)calloc(n, sizeof(int));
     j->life = (int *)calloc(n, sizeof(int));
@@ -386,7 +398,8 @@ static int job_allocate(Job *j, char *error) {
     return 0;
 }
 
-// Small messages go at once; a machine that is gone, without a word from its kernel, is noticed in half a minute.
+// Small messages go at once; a machine that is gone, without a word from its kernel, is noticed in half a
+// minute.
 static void settle_connection(int fd) {
     int on = 1, idle = 10, between = 5, count = 4;
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
@@ -396,7 +409,9 @@ static void settle_connection(int fd) {
     setsockopt(fd, IPPROTO_TCP, TCP_KEEPINTVL, &between, sizeof(between));
     setsockopt(fd, IPPROTO_TCP, TCP_KEEPCNT, &count, sizeof(count));
 #endif
-    (void)idle; (void)between; (void)count;
+    (void)idle;
+    (void)between;
+    (void)count;
     fcntl(fd, F_SETFD, FD_CLOEXEC);
     fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) & ~O_NONBLOCK);
 }
@@ -426,14 +441,21 @@ static int listen_at(int port, int inside, char *error) {
 }
 
 // Somebody on rank 0's port who has not said all of his hello.
-typedef struct { int fd; size_t got; double waited; Hello hello; } Guest;
+typedef struct {
+    int fd;
+    size_t got;
+    double waited;
+    Hello hello;
+} Guest;
 
 // Whether the hello is of the job. What is wrong with it, else: rank 0 then tells it, and no rank starts.
 static const char *check_hello(const Hello *h, char line[ERROR_SIZE]) {
     if (strncmp(h->version, job.version, sizeof(h->version)))
-        format_line(line, NULL, "rank %d is version %.60s; rank 0 is %s", (int)h->rank, h->version, job.version);
+        format_line(line, NULL, "rank %d is version %.60s; rank 0 is %s", (int)h->rank, h->version,
+                    job.version);
     else if (h->ranks != job.ranks)
-        format_line(line, NULL, "rank %d counts %d ranks, rank 0 counts %d", (int)h->rank, (int)h->ranks, job.ranks);
+        format_line(line, NULL, "rank %d counts %d ranks, rank 0 counts %d", (int)h->rank, (int)h->ranks,
+                    job.ranks);
     else if (h->rank < 1 || h->rank >= job.ranks || h->second < 0 || h->second > 1)
         format_line(line, NULL, "there is no rank %d", (int)h->rank);
     else if ((h->second ? job.life : job.talk)[h->rank] >= 0)
@@ -575,8 +597,8 @@ static int read_answer(int fd, double waited, char *error) {
         if (n > 0) got += (size_t)n;
         size_t known = got < sizeof(MAGIC) ? got : sizeof(MAGIC);
         if ((n <= 0 && !nothing_yet) || memcmp(answer.magic, MAGIC, known))
-            return fail(error, NULL, "rank %d: what answers at %.200s port %d is not rank 0 of this job", job.rank,
-                        job.address, job.port);
+            return fail(error, NULL, "rank %d: what answers at %.200s port %d is not rank 0 of this job",
+                        job.rank, job.address, job.port);
         double before = waited;
         if (nothing_yet) waited = wait_to_read(fd, waited);
         if (!waited) waited = before;
@@ -607,8 +629,8 @@ static int go_to_first(char *error) {
             fd = connect_once(&name_error);
             problem = errno;
             if (name_error && name_error != EAI_AGAIN)
-                return fail(error, NULL, "rank %d: rank 0 is at MASTER_ADDR %.200s: %s", job.rank, job.address,
-                            gai_strerror(name_error));
+                return fail(error, NULL, "rank %d: rank 0 is at MASTER_ADDR %.200s: %s", job.rank,
+                            job.address, gai_strerror(name_error));
             if (fd < 0) usleep(50000);
             double piece = seconds() - begin;
             waited += piece < 3 ? piece : 3;
@@ -656,8 +678,8 @@ static void end_children(const pid_t *children, int n, int number) {
 }
 
 // Waits for the ranks, passes signals on to them, and once one has failed ends the others, which have three
-// seconds for it. What a terminal sends, they have themselves. The exit code is rank 0's, if that is none, the
-// first.
+// seconds for it. What a terminal sends, they have themselves. The exit code is rank 0's, if that is none,
+// the first.
 static int wait_for_children(pid_t *children, int n, const sigset_t *signals) {
     int left = n, codes[2] = {0, 0}, told = 0, killed = 0, asked = 0;
     double failed_at = 0;
@@ -679,8 +701,8 @@ static int wait_for_children(pid_t *children, int n, const sigset_t *signals) {
             else if (!codes[1]) codes[1] = code;
             if (code && code != 130 && !failed_at) failed_at = seconds();
             if (!ended_by || on_request || killed || told++) continue;
-            fprintf(stderr, "train_sessa: rank %d was ended by signal %d (%s), and so are the others\n", r, ended_by,
-                    strsignal(ended_by));
+            fprintf(stderr, "train_sessa: rank %d was ended by signal %d (%s), and so are the others\n", r,
+                    ended_by, strsignal(ended_by));
         }
         killed |= failed_at && seconds() - failed_at > 3;
         if (killed) end_children(children, n, SIGKILL);
@@ -753,7 +775,8 @@ static int launch(char *error) {
 // A rank's share of the machine's cores, unless the user or the starter has given it some.
 static void share_cores(void) {
     const char *wanted = getenv("OMP_NUM_THREADS");
-    int here = 0, cores = (int)sysconf(_SC_NPROCESSORS_ONLN), most = threads_within("", omp_get_max_threads());
+    int here = 0, cores = (int)sysconf(_SC_NPROCESSORS_ONLN),
+        most = threads_within("", omp_get_max_threads());
     for (int r = 0; r < job.ranks; r++) here += job.hosts[r] == job.hosts[job.rank];
     if ((wanted && *wanted) || (!job.launched && omp_get_max_threads() < cores)) return;
     omp_set_num_threads(most / here > 1 ? most / here : 1);
@@ -820,20 +843,26 @@ static int run_in_ranks(int argc, char **argv, const Backend *alone, Backend (*m
 //
 // ZeRO's first stage (Rajbhandari, Rasley, Ruwase, He: ZeRO, SC 2020): each rank has all weights and all
 // gradients, but a share of the moments, and updates that share. The embedding, and each layer, is a range
-// that is shared out by itself, so that the backward pass can exchange a layer as soon as it is behind it. Within
-// a range every tensor is padded to whole units, the range to whole units a rank, and rank r has the r-th part.
+// that is shared out by itself, so that the backward pass can exchange a layer as soon as it is behind it.
+// Within a range every tensor is padded to whole units, the range to whole units a rank, and rank r has the
+// r-th part.
 
-// Some numbers of one tensor, of one rank: where in the parameters' block, and where among that rank's moments.
-typedef struct { int range, rank, decays; int64_t offset, count, place; } Piece;
+// Some numbers of one tensor, of one rank: where in the parameters' block, and where among that rank's
+// moments.
 typedef struct {
-    Piece *pieces;       // in the order of the block
+    int range, rank, decays;
+    int64_t offset, count, place;
+} Piece;
+typedef struct {
+    Piece *pieces; // in the order of the block
     int n, n_ranges;
-    int64_t *begin;      // (n_ranges+1) of the ranges in the block
-    int64_t *held;       // (ranks) numbers that each rank has
-    int64_t *padded;     // (n_ranges) a rank's part with what pads it
+    int64_t *begin;  // (n_ranges+1) of the ranges in the block
+    int64_t *held;   // (ranks) numbers that each rank has
+    int64_t *padded; // (n_ranges) a rank's part with what pads it
 } Division;
 
-// Which range a row of the table is in: 0 the embedding, 1 + l layer l, the last one with the LayerNorm behind it.
+// Which range a row of the table is in: 0 the embedding, 1 + l layer l, the last one with the LayerNorm
+// behind it.
 static int range_of(const Tensor *t, int n_layers) {
     int layer;
     if (!strcmp(t->name, "wte.weight")) return 0;

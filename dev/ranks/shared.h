@@ -12,14 +12,14 @@ up, in which order, who updates what and who gets it is as it will be between ca
 #include "ranks.h"
 #include <sched.h>
 
-// The memory: how often each rank of the machine has come to a barrier; a slot for each of them, and one for each
-// machine, of as many numbers as the largest range has.
+// The memory: how often each rank of the machine has come to a barrier; a slot for each of them, and one for
+// each machine, of as many numbers as the largest range has.
 typedef struct {
     volatile int64_t *arrived;
     real *slots, *of_hosts;
-    int64_t most;   // numbers of a slot
-    int n, mine;    // ranks of this machine, this one's number among them
-    int *members;   // (n) which they are
+    int64_t most; // numbers of a slot
+    int n, mine;  // ranks of this machine, this one's number among them
+    int *members; // (n) which they are
     void *memory;
     size_t bytes;
 } Shared;
@@ -29,8 +29,8 @@ static Division division;
 static Model *divided; // the model that trains: it has this rank's moments alone
 static real *whole[3]; // a block of all ranks' moments, where it was asked for
 
-// Waits until all ranks of the machine are here. Which one hangs is told once: by the machine's first rank, who
-// may itself wait for other machines, so that the others wait longer for it; of rank 0 by rank 1.
+// Waits until all ranks of the machine are here. Which one hangs is told once: by the machine's first rank,
+// who may itself wait for other machines, so that the others wait longer for it; of rank 0 by rank 1.
 static void wait_for_host(void) {
     char name[160];
     int64_t turn = __atomic_add_fetch(&shared.arrived[shared.mine * 8], 1, __ATOMIC_ACQ_REL);
@@ -38,7 +38,10 @@ static void wait_for_host(void) {
         double waited = 0, more = i == 0 ? 4.5 : shared.mine ? 1.5 : 0;
         int tells = i == 0 ? job.rank == 1 : shared.mine == 0;
         for (int looks = 0; __atomic_load_n(&shared.arrived[i * 8], __ATOMIC_ACQUIRE) < turn; looks++) {
-            int pause = looks < 20 ? 0 : looks < 200 ? 50 : 500; // microseconds; on a busy machine the others are let through first
+            int pause = looks < 20 ? 0
+                        : looks < 200
+                            ? 50
+                            : 500; // microseconds; on a busy machine the others are let through first
             if (waited > job.timeout + more)
                 end_all(tells, "%s has not come for %.0f s (--timeout), and the others end",
                         rank_name(name, shared.members[i]), job.timeout);
@@ -103,7 +106,8 @@ static void spread_range(real *values, int range) {
     }
     for (int r = 0; r < job.ranks; r++)
         if (r != job.rank)
-            copy_pieces(values + begin, job.n_hosts > 1 ? shared.of_hosts + job.hosts[r] * count : all, range, r);
+            copy_pieces(values + begin, job.n_hosts > 1 ? shared.of_hosts + job.hosts[r] * count : all, range,
+                        r);
     wait_for_host();
 }
 
@@ -129,7 +133,9 @@ static size_t measure_shared(int n_ranges) {
 
 // All ranks call it, whatever went wrong before: `ready` says it. FAILED where one of them is not.
 static int make_shared(int ready, char *error) {
-    typedef struct { int64_t ready, pid, fd; } Place;
+    typedef struct {
+        int64_t ready, pid, fd;
+    } Place;
     Place *places = (Place *)calloc((size_t)job.ranks, sizeof(Place));
     char path[64];
     if (!places) end_all(1, "rank %d: out of memory", job.rank);
@@ -221,7 +227,8 @@ static real *read_divided(Model *m, Block block) {
     return whole[block];
 }
 static void write_divided(Model *m, Block block) {
-    if (m == divided && (block == EXP_AVG || block == EXP_AVG_SQ)) copy_moments(cpu_read(m, block), whole[block], 0);
+    if (m == divided && (block == EXP_AVG || block == EXP_AVG_SQ))
+        copy_moments(cpu_read(m, block), whole[block], 0);
 }
 
 // From the last layer to the embedding, as the backward pass leaves them.
