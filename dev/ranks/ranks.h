@@ -40,6 +40,7 @@ typedef struct {
     char (*machines)[96]; // (ranks) all of them, known to all
     int *hosts, n_hosts;  // (ranks) machines numbered in the order of their first ranks
     int *talk, *life;     // (ranks) rank 0's connections; of the others [0] alone, to rank 0
+    volatile int told;    // a rank has failed and told why
     volatile int leaving; // what happens to the others does not matter any more
 } Job;
 static Job job; // of this process
@@ -189,7 +190,7 @@ static void end_all(int tells, const char *format, ...) {
     va_start(arguments, format);
     write_line(line, NULL, format, arguments);
     va_end(arguments);
-    if (tells) fprintf(stderr, "train_sessa: %s\n", line);
+    if (tells && !job.told) fprintf(stderr, "train_sessa: %s\n", line);
     say_end(FAILING);
     remove_locks();
     _exit(1);
@@ -228,6 +229,7 @@ static void *watch(void *unused) {
             ssize_t got = recv(all[r].fd, &word, 1, MSG_DONTWAIT);
             if (got < 0 && (errno == EAGAIN || errno == EINTR)) continue;
             if (got == 1 && word == FAILING) {
+                job.told = 1;
                 if (!job.rank) say_end(FAILING);
                 usleep(1000000);
                 end_all(0, " ");

@@ -35,19 +35,17 @@ static void wait_for_host(void) {
     char name[160];
     int64_t turn = __atomic_add_fetch(&shared.arrived[shared.mine * 8], 1, __ATOMIC_ACQ_REL);
     for (int i = 0; i < shared.n; i++) {
-        double waited = 0, more = i == 0 ? 4.5 : shared.mine ? 1.5 : 0;
+        double last = seconds(), waited = 0, more = i == 0 ? 4.5 : shared.mine ? 1.5 : 0;
         int tells = i == 0 ? job.rank == 1 : shared.mine == 0;
         for (int looks = 0; __atomic_load_n(&shared.arrived[i * 8], __ATOMIC_ACQUIRE) < turn; looks++) {
-            int pause = looks < 20 ? 0
-                        : looks < 200
-                            ? 50
-                            : 500; // microseconds; on a busy machine the others are let through first
+            if (looks < 20) sched_yield(); // on a busy machine the others are let through first
+            else usleep(looks < 200 ? 50 : 500);
+            double now = seconds();
+            waited += now - last < 1 ? now - last : 1; // a program that was stopped has not waited
+            last = now;
             if (waited > job.timeout + more)
                 end_all(tells, "%s has not come for %.0f s (--timeout), and the others end",
                         rank_name(name, shared.members[i]), job.timeout);
-            if (pause) usleep((useconds_t)pause);
-            else sched_yield();
-            waited += pause * 1e-6;
         }
     }
 }
