@@ -42,6 +42,8 @@ typedef struct {
     int *talk, *life;     // (ranks) rank 0's connections; of the others [0] alone, to rank 0
     volatile int told;    // a rank has failed and told why
     volatile int leaving; // what happens to the others does not matter any more
+    pthread_t watcher;    // the thread that watches their lives
+    struct pollfd *lives; // (ranks) its list of them
 } Job;
 static Job job; // of this process
 
@@ -176,10 +178,11 @@ static void say_end(char word) {
             continue;
 }
 
-// From here on this thread alone ends the process.
+// From here on this thread alone ends the process; the other one stops where it is.
 static void begin_to_leave(void) {
-    if (__atomic_exchange_n(&job.leaving, 1, __ATOMIC_SEQ_CST))
-        for (;;) pause();
+    if (!__atomic_exchange_n(&job.leaving, 1, __ATOMIC_SEQ_CST)) return;
+    if (pthread_equal(pthread_self(), job.watcher)) pthread_exit(NULL);
+    for (;;) pause();
 }
 
 // Ends this process, and with it the others. The line, if this rank is the one to tell it.
@@ -214,14 +217,14 @@ static void end_of_dead(int rank) {
 // Watches the lives of the others, in a thread of its own. One that fails has told why; who waits for nobody
 // then ends by itself, with lines of its own; the second is for those that wait.
 static void *watch(void *unused) {
-    int n = job.rank ? 1 : job.ranks;
-    struct pollfd *all = (struct pollfd *)calloc((size_t)n, sizeof(struct pollfd));
+    int n = job.rank ? 1 : job.ranks, left = job.rank ? 1 : n - 1;
+    struct pollfd *all = job.lives;
     (void)unused;
-    for (int r = 0; all && r < n; r++) {
+    for (int r = 0; r < n; r++) {
         all[r].fd = job.life[r];
         all[r].events = POLLIN;
     }
-    while (all && !job.leaving) {
+    while (left && !job.leaving) {
         if (poll(all, (nfds_t)n, 500) <= 0) continue;
         for (int r = 0; r < n && !job.leaving; r++) {
             char word = 0;
@@ -231,28 +234,26 @@ static void *watch(void *unused) {
             if (got == 1 && word == FAILING) {
                 job.told = 1;
                 if (!job.rank) say_end(FAILING);
-                usleep(1000000);
+                for (int i = 0; i < 100 && !job.leaving; i++) usleep(10000);
                 end_all(0, " ");
             }
-            if (got == 1) all[r].fd = -1; // ended in order
-            else if (!job.leaving) end_of_dead(r);
+            if (got != 1 && !job.leaving) end_of_dead(r);
+            all[r].fd = -1; // ended in order
+            left--;
         }
     }
-    free(all);
     return NULL;
 }
 
 // Signals are the program's own thread's.
 static int start_watching(char *error) {
-    pthread_t thread;
     pthread_attr_t attributes;
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     pthread_attr_init(&attributes);
     pthread_attr_setstacksize(&attributes, 256 << 10);
-    int problem = pthread_create(&thread, &attributes, watch, NULL);
-    if (!problem) pthread_detach(thread);
+    int problem = pthread_create(&job.watcher, &attributes, watch, NULL);
     pthread_attr_destroy(&attributes);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     return problem ? fail(error, NULL, "no thread to watch the other ranks: %s", strerror(problem)) : 0;
@@ -262,6 +263,11 @@ static int start_watching(char *error) {
 static void leave(int code) {
     begin_to_leave();
     say_end(code == 0 || code == 130 ? ORDERLY : FAILING);
+    for (int r = 0; r < (job.rank ? 1 : job.ranks); r++)
+        if (job.life[r] >= 0) shutdown(job.life[r], SHUT_RD); // the watcher awakes
+    pthread_join(job.watcher, NULL);
+    void *lists[] = {job.machines, job.hosts, job.talk, job.life, job.lives};
+    for (size_t i = 0; i < sizeof(lists) / sizeof(lists[0]); i++) free(lists[i]);
 }
 
 // ----------------------------------------------------------------------------
@@ -393,7 +399,9 @@ static int job_allocate(Job *j, char *error) {
     j->hosts = (int *)calloc(n, sizeof(int));
     j->talk = (int *)calloc(n, sizeof(int));
     j->life = (int *)calloc(n, sizeof(int));
-    if (!j->machines || !j->hosts || !j->talk || !j->life) return fail(error, NULL, "out of memory");
+    j->lives = (struct pollfd *)calloc(n, sizeof(struct pollfd));
+    if (!j->machines || !j->hosts || !j->talk || !j->life || !j->lives)
+        return fail(error, NULL, "out of memory");
     for (size_t r = 0; r < n; r++) j->talk[r] = j->life[r] = -1;
     snprintf(j->version, sizeof(j->version), "%s, float%d, %d options", VERSION, (int)(8 * sizeof(real)),
              (int)N_OPTIONS);
