@@ -6016,8 +6016,9 @@ static int64_t sequence_place(Run *run, int64_t i) {
 // decision together: on sums over the ranks, added in their order, which are the same numbers
 // everywhere. Rank 0 alone writes, locks and prints. Of one process all this does nothing.
 
-// Makes n numbers their sums over the ranks, on all of them; and all know of a signal then.
-enum { MEETING = 160 };
+// Makes n numbers their sums over the ranks, on every one of them, and tells it whether any has been
+// asked for an end. MEETING: the most numbers.
+enum { MEETING = N_OPTIONS + 100 };
 static void add_up(Run *run, double *numbers, int n) {
     int rank = run->backend->rank, ranks = run->backend->ranks, row = n + 1;
     if (ranks == 1) return;
