@@ -901,6 +901,26 @@ static void check_asked(const char *name, int number, int to_all, const char *ma
           "%s: saved once, at the step of the log, exit code 130", name);
 }
 
+// The process that started them is killed: they end by themselves, saved.
+static void check_orphans(void) {
+    pid_t children[8];
+    discard("k.log");
+    pid_t parent =
+        start_and_wait_for_log("--run " ENDLESS "--log k.log --out k.safetensors --gpus 2", "k.log", 5);
+    int n = children_of(parent, children, 8), left = n;
+    kill(parent, SIGKILL);
+    finish(parent);
+    for (int i = 0; i < 2000 && left; i++) {
+        left = 0;
+        for (int r = 0; r < n; r++) left += !kill(children[r], 0);
+        usleep(5000);
+    }
+    static double steps[1 << 14];
+    int lines = read_log("k.log", "step", steps, 1 << 14);
+    check(n == 2 && !left && lines >= 5 && step_of("k.safetensors") == lines,
+          "the process that started them is killed: they end, saved");
+}
+
 static void test_lost(void) {
     heading("what goes wrong while they train");
     check_lost("rank 3 killed", 3, SIGKILL, "rank 3 on beta has ended", 5);
@@ -910,6 +930,7 @@ static void test_lost(void) {
     check_lost_child("--gpus, rank 1 killed", 1, SIGKILL, "rank 1 was ended by signal 9", 5);
     check_lost_child("--gpus, rank 0 killed", 0, SIGKILL, "rank 0 was ended by signal 9", 5);
     check_lost_child("--gpus, rank 2 hangs", 2, SIGSTOP, "rank 2 has not come for 1 s", 12);
+    check_orphans();
     check_asked("SIGTERM to the one who started them", SIGTERM, 0, ENDLESS);
     check_asked("SIGINT to all", SIGINT, 1,
                 MODEL_OPTIONS "--batch 4 --steps 100000 --eval-every 3 --overwrite ");
