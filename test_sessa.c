@@ -1180,7 +1180,7 @@ static void check_model(const char *name, Config c, int B, int T, int P, double 
     int *inputs = random_ids(B * T, c.vocab_size, 0), *targets = random_ids(B * T, c.vocab_size, 1);
     targets[0] = 1;
     for (int i = 0; i < B * T; i++) counted += targets[i] >= 0;
-    Loss loss = {m, inputs, targets, B, T, {probability, 3, 11}, 1.0 / counted};
+    Loss loss = {m, inputs, targets, B, T, {probability, 3, 11, 0}, 1.0 / counted};
     m->P = P;
     shake_weights(m, 0.15);
     real *start = noise(m->table.count, 0.1), *grads = copy_of(start, m->table.count);
