@@ -34,7 +34,7 @@ What stands where, in this order:
     the same, fast         panels, tiles, vectors: how the layers above are made fast
     tables, random numbers, errors, the machine, memory, the backend, signals
     files, safetensors, data, words, options
-    a run                  its checkpoints, data, validation, and the places that it writes
+    a run                  its checkpoints, data, ranks, validation, and the places that it writes
     generation, what a run tells, training, the program
 
 Plain is what a layer is, fast is how it is made fast. The functions down to "the same, fast" are plain:
@@ -3199,7 +3199,7 @@ static Model *model_create(const Config *c, int B, int T, Mode mode, char *error
 //
 // Where several processes train together, the ranks, each has the whole of options, data and weights
 // and takes its rows of every micro-batch; the functions marked `all` are then called by all ranks,
-// in the same order. What they exchange is dev/ranks.h's.
+// in the same order. How they are started, meet and exchange stands in dev/ranks.
 
 typedef enum { PARAMS, EXP_AVG, EXP_AVG_SQ, GRADS } Block;
 // Of the tensors' names in files, which hold no gradients.
