@@ -79,6 +79,12 @@ test_files: dev/trust/test_files.c dev/trust/run.h dev/trust/check.h train_sessa
 	$(CAN_WRITE)
 	$(COMPILE)
 
+# several processes that train together; they are Linux's
+RANKS = $(if $(filter Linux,$(shell uname)),test_ranks)
+test_ranks: dev/trust/test_ranks.c dev/ranks/ranks.h dev/ranks/shared.h dev/trust/run.h dev/trust/check.h train_sessa.c
+	$(CAN_WRITE)
+	$(COMPILE) -pthread
+
 # how far back a layer reaches (dev/claims/claims.md)
 influence: dev/claims/influence.c train_sessa.c
 	$(CAN_WRITE)
@@ -174,14 +180,15 @@ train: train_sessa
 	./train_sessa "$$@" && echo && \
 	./train_sessa --load "$${out%.safetensors}.best.safetensors" --generate 500 --temperature 0.8
 
-test: test_sessa64 test_sessa test_runs64 test_runs test_files train_sessa
+test: test_sessa64 test_sessa test_runs64 test_runs test_files $(RANKS) train_sessa
 	./test_sessa64
 	./test_sessa
 	./test_runs64
 	./test_runs
 	./test_files
+	$(if $(RANKS),./test_ranks)
 
 clean:
-	rm -f train_sessa test_sessa test_sessa64 test_runs test_runs64 test_files influence sessa.html
+	rm -f train_sessa test_sessa test_sessa64 test_runs test_runs64 test_files test_ranks influence sessa.html
 	rm -f train_sessacu test_sessacu test_kernels test_shapes
 	rm -rf emulated

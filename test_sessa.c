@@ -881,7 +881,7 @@ static double model_ways(int mixer) {
     Model *m = create(&c, B, T, TRAIN), *g = create(&c, 1, T, GENERATE);
     shake_weights(m, 0.05);
     memcpy(g->params, m->params, sizeof(real) * (size_t)m->table.count);
-    Dropout drop = {random_int(0, 1) * 0.1, 3, 7};
+    Dropout drop = {random_int(0, 1) * 0.1, 3, 7, 0};
     Twice to[] = {written(B * T), written(m->table.count), written(V), written(V)};
     for (plain = 0; plain < 2; plain++) {
         memset(m->grads, 0, sizeof(real) * (size_t)m->table.count);
@@ -1036,12 +1036,12 @@ static void gate_b(LayerCase *c) {
     gate_backward(c->grad[0], c->grad[1], c->dout, c->in[0], c->in[1], LD, LN, LD);
 }
 static void dropout_f(LayerCase *c) {
-    Dropout drop = {0.3, 5, 7};
+    Dropout drop = {0.3, 5, 7, 0};
     memcpy(c->out, c->in[0], sizeof(real) * LN * LD);
     dropout(c->out, LN * LD, drop, 3);
 }
 static void dropout_b(LayerCase *c) {
-    Dropout drop = {0.3, 5, 7};
+    Dropout drop = {0.3, 5, 7, 0};
     memcpy(c->grad[0], c->dout, sizeof(real) * LN * LD);
     dropout(c->grad[0], LN * LD, drop, 3);
 }
@@ -1186,7 +1186,7 @@ static void check_model(const char *name, Config c, int B, int T, int P, double 
     int *inputs = random_ids(B * T, c.vocab_size, 0), *targets = random_ids(B * T, c.vocab_size, 1);
     targets[0] = 1;
     for (int i = 0; i < B * T; i++) counted += targets[i] >= 0;
-    Loss loss = {m, inputs, targets, B, T, {probability, 3, 11}, 1.0 / counted};
+    Loss loss = {m, inputs, targets, B, T, {probability, 3, 11, 0}, 1.0 / counted};
     m->P = P;
     shake_weights(m, 0.15);
     real *start = noise(m->table.count, 0.1), *grads = copy_of(start, m->table.count);
@@ -1275,7 +1275,7 @@ static void check_adamw(void) {
 
 static void check_dropout(void) {
     enum { N = 200000 };
-    Dropout drop = {0.3, 42, 9}, later = {0.3, 42, 10};
+    Dropout drop = {0.3, 42, 9, 0}, later = {0.3, 42, 10, 0};
     real *x = noise(N, 0);
     for (int i = 0; i < N; i++) x[i] = 1;
     real *again = copy_of(x, N), *place = copy_of(x, N), *step = copy_of(x, N);
@@ -1465,7 +1465,7 @@ static double tested_loss(Model *m) {
 
 static void tested_backward(Model *m, double dloss) {
     hand_over(m, GRADS, m->grads);
-    backend_gpu()->backward(tested_gpu, dloss);
+    backend_gpu()->backward(tested_gpu, dloss, 1);
     memcpy(m->grads, backend_gpu()->read(tested_gpu, GRADS), sizeof(real) * (size_t)m->table.count);
 }
 

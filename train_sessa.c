@@ -34,7 +34,7 @@ What stands where, in this order:
     the same, fast         panels, tiles, vectors: how the layers above are made fast
     tables, random numbers, errors, the machine, memory, the backend, signals
     files, safetensors, data, words, options
-    a run                  its checkpoints, data, validation, and the places that it writes
+    a run                  its checkpoints, data, ranks, validation, and the places that it writes
     generation, what a run tells, training, the program
 
 Plain is what a layer is, fast is how it is made fast. The functions down to "the same, fast" are plain:
@@ -182,9 +182,10 @@ static inline uint64_t splitmix64(uint64_t z) {
 }
 
 // A dropout mask is a function of (seed, micro-batch, place, index), not stored: the backward pass asks it
-// again. probability 0 is off.
-typedef struct { double probability; uint64_t seed, micro_step; } Dropout;
-static const Dropout no_dropout = {0, 0, 0};
+// again. probability 0 is off. first: the index of the first number, where these rows are not a micro-batch's
+// first.
+typedef struct { double probability; uint64_t seed, micro_step, first; } Dropout;
+static const Dropout no_dropout = {0, 0, 0, 0};
 
 // x_i *= mask_i, mask_i = 0 with the given probability p, else 1/(1-p). x (n). Its own backward pass, on the
 // gradient.
@@ -195,7 +196,7 @@ static void dropout(real *x, int64_t n, Dropout drop, int place) {
     real scale = (real)(1 / (1 - drop.probability));
     #pragma omp parallel for
     for (int64_t i = 0; i < n; i++) {
-        int kept = (splitmix64(key ^ (uint64_t)i) >> 32) >= threshold;
+        int kept = (splitmix64(key ^ (drop.first + (uint64_t)i)) >> 32) >= threshold;
         x[i] *= kept ? scale : 0;
     }
 }
@@ -3278,6 +3279,10 @@ static Model *model_create(const Config *c, int B, int T, Mode mode, char *error
 //
 // All that the training loop and the command line know of the layers. The CUDA twin brings its own,
 // with a Model of its own behind the pointer.
+//
+// Where several processes train together, the ranks, each has the whole of options, data and weights
+// and takes its rows of every micro-batch; the functions marked `all` are then called by all ranks,
+// in the same order. How they are started, meet and exchange stands in dev/ranks.
 
 typedef enum { PARAMS, EXP_AVG, EXP_AVG_SQ, GRADS } Block;
 // Of the tensors' names in files, which hold no gradients.
@@ -3288,7 +3293,8 @@ typedef struct {
     Model *(*create)(const Config *config, int B, int T, Mode mode, char *error);
     void (*destroy)(Model *model);
     double (*bytes)(const Model *model);
-    // the block's numbers, in the parameter table's order, in memory of their own
+    // the block's numbers, in the parameter table's order, in memory of their own; of the moments
+    // every rank may have a part alone: all
     real *(*read)(Model *model, Block block);
     // makes the numbers that stand there the model's
     void (*write)(Model *model, Block block);
@@ -3297,10 +3303,14 @@ typedef struct {
     // of the last forward pass, the sum; the GPU may be at work until it is asked for
     double (*loss)(Model *model);
     void (*hits)(Model *model, char *hits);
-    void (*backward)(Model *model, double dloss);
-    // the gradients' norm; not finite: no update
+    // last: of the step's micro-batches; what each rank has is then added up: all
+    void (*backward)(Model *model, double dloss, int last);
+    // the gradients' norm; not finite: no update. all
     double (*update)(Model *model, AdamW options, double clip, int64_t step);
     void (*extend)(Model *model, const int *tokens, int n, int first, real *logits);
+    int rank, ranks; // 0 and 1: alone
+    // rows (ranks,n): a rank fills in its own, and then has all of them. all
+    void (*gather)(double *rows, int n);
 } Backend;
 
 // hits[n] = 1 where the target of token n has the largest logit of its row, else 0, of the last
@@ -3335,15 +3345,20 @@ static real *cpu_read(Model *m, Block block) {
 }
 // The host's memory is the model's own.
 static void cpu_write(Model *m, Block block) { (void)m; (void)block; }
+static void cpu_backward(Model *m, double dloss, int last) {
+    (void)last;
+    model_backward(m, dloss);
+}
 static double cpu_update(Model *m, AdamW options, double clip, int64_t step) {
     double length = norm(m->grads, m->table.count);
     if (isfinite(length)) model_update(m, options, clip_scale(length, clip), step);
     return length;
 }
 
-static const Backend cpu_backend = {"CPU",      model_create,   model_free,    cpu_bytes,
-                                    cpu_read,   cpu_write,      model_forward, model_loss,
-                                    model_hits, model_backward, cpu_update,    model_extend};
+static const Backend cpu_backend = {"CPU",        model_create, model_free,    cpu_bytes,  cpu_read,
+                                    cpu_write,    model_forward, model_loss,   model_hits,
+                                    cpu_backward, cpu_update,   model_extend,  0,          1,
+                                    NULL};
 
 // ----------------------------------------------------------------------------
 // signals: what asks for an end lets the step end and be saved
@@ -5097,7 +5112,7 @@ typedef struct {
     const char *prompt, *prompt_file, *stop;
     double temperature, top_p;
     // computing
-    int64_t plain;
+    int64_t plain, gpus, timeout;
     // state
     int64_t step, validated, since_best;
     double best_val, train_loss, previous_loss, grad_norm;
@@ -5221,6 +5236,10 @@ static const Option option_table[] = {
      "validation loss of --load on the whole split"},
     {COMPUTING, "plain", NULL, FLAG, FIELD(plain), "0", 0, 1,
      "every layer as it stands first in the source, no faster way: to compare and to learn from"},
+    {COMPUTING, "gpus", NULL, INTEGER, FIELD(gpus), "1", 1, 4096,
+     "GPUs of this machine that train together; this build: 1"},
+    {COMPUTING, "timeout", NULL, INTEGER, FIELD(timeout), "600", 1, 1e6,
+     "seconds that processes which train together wait for one of them"},
     {STATE, "step", "step", INTEGER, FIELD(step), "0", 0, 1e11, "updates done"},
     {STATE, "best_val_loss", "best_val_loss", NUMBER, FIELD(best_val), "1e300", 0, 1e300,
      "lowest validation loss so far"},
@@ -5419,7 +5438,7 @@ static int is_training(const Options *o) { return !o->generate && !o->eval; }
 // Whether the option changes anything in what the program was asked to do.
 static int is_of_use(const Options *o, const Option *option) {
     Group group = option->group;
-    if (group == COMPUTING) return 1;
+    if (group == COMPUTING) return !o->generate || !is_among(option, " gpus timeout ");
     if (o->generate) return group == MODEL || group == INSTEAD || is_among(option, " load seed ");
     if (o->eval) return group == MODEL || group == DATA || is_among(option, " load eval batch ");
     if (group != INSTEAD) return 1;
@@ -5444,9 +5463,10 @@ static int check_use(const Settings *s, char *error) {
     return 0;
 }
 
-// Whether the options of the command line go together.
-static int check_options(const Settings *s, char *error) {
+// Whether the options of the command line go together, and with what was built.
+static int check_options(const Settings *s, const Backend *backend, char *error) {
     const Options *o = &s->values;
+    int ranks = backend->ranks;
     if (o->resume && (o->load || !is_training(o)))
         return wrong(error, NULL, "--resume goes with neither --load, --generate nor --eval");
     if (o->generate && o->eval)
@@ -5454,6 +5474,11 @@ static int check_options(const Settings *s, char *error) {
     if (!is_training(o) && !o->load)
         return wrong(error, NULL, "--generate and --eval take the weights from --load FILE");
     if (check_use(s, error)) return WRONG_OPTION;
+    if (ranks == 1 && o->gpus > 1)
+        return wrong(error, NULL, "--gpus %lld: this build trains on %s", (long long)o->gpus,
+                     strcmp(backend->name, "CPU") ? "one GPU" : "the CPU, in one process");
+    if (ranks == 1 && is_given(s, "timeout"))
+        return wrong(error, NULL, "--timeout changes nothing where one process trains");
     if (o->go_on && (o->resume || o->again))
         return wrong(error, NULL, "--continue goes with neither --resume nor --again");
     if (o->again && (o->resume || o->overwrite))
@@ -5509,6 +5534,10 @@ typedef struct {
     char *hits;               // (batch, seq)
 
     int in_place;             // the line of a step stands on the terminal, the cursor on it
+
+    // several ranks
+    double *rows;             // (ranks,MEETING): what they tell each other
+    int stopped;              // a signal has asked one of them for an end, and all know it
 } Run;
 
 // The model that the options describe.
@@ -5644,6 +5673,9 @@ static void add_vocabulary(CheckpointFile *file, const Run *run) {
 static int save_checkpoint(Run *run, Place *place, Content content, int trial, uint64_t *total,
                            char *error) {
     int n_blocks = content == WEIGHTS ? 1 : 3;
+    for (int block = EXP_AVG; run->backend->rank && block < n_blocks; block++)
+        run->backend->read(run->model, (Block)block); // rank 0 writes them
+    if (run->backend->rank) return 0;
     size_t n_tensors = (size_t)(n_blocks * run->table.n);
     size_t count = (size_t)n_blocks * (size_t)run->table.count;
     CheckpointFile file;
@@ -6061,6 +6093,82 @@ static int64_t sequence_place(Run *run, int64_t i) {
 }
 
 // ----------------------------------------------------------------------------
+// a run's ranks
+//
+// Several processes that train one model do the same steps, each on its rows, and so take every
+// decision together: on sums over the ranks, added in their order, which are the same numbers
+// everywhere. Rank 0 alone writes, locks and prints. Of one process all this does nothing.
+
+// Makes n numbers their sums over the ranks, on every one of them, and tells it whether any has been
+// asked for an end. MEETING: the most numbers.
+enum { MEETING = N_OPTIONS + 100 };
+static void add_up(Run *run, double *numbers, int n) {
+    int rank = run->backend->rank, ranks = run->backend->ranks, row = n + 1;
+    if (ranks == 1) return;
+    memcpy(run->rows + rank * row, numbers, sizeof(double) * (size_t)n);
+    run->rows[rank * row + n] = interrupted != 0;
+    run->backend->gather(run->rows, row);
+    memset(numbers, 0, sizeof(double) * (size_t)n);
+    for (int r = 0; r < ranks; r++) {
+        for (int i = 0; i < n; i++) numbers[i] += run->rows[r * row + i];
+        run->stopped |= run->rows[r * row + n] > 0;
+    }
+}
+
+// Makes them those of rank 0.
+static void take_first(Run *run, double *numbers, int n) {
+    if (run->backend->rank) memset(numbers, 0, sizeof(double) * (size_t)n);
+    add_up(run, numbers, n);
+}
+
+// Whether a signal has asked for an end: of several ranks, when they last met.
+static int is_stopped(const Run *run) {
+    return run->backend->ranks > 1 ? run->stopped : interrupted != 0;
+}
+
+// The result of all: that of the first rank that failed, the one to tell why. The others' lines are
+// taken away.
+static int agree(Run *run, int result, char *error) {
+    int rank = run->backend->rank, ranks = run->backend->ranks, first = 0;
+    char problem[ERROR_SIZE];
+    if (ranks == 1) return result;
+    run->rows[rank] = result;
+    run->backend->gather(run->rows, 1);
+    while (first < ranks - 1 && !run->rows[first]) first++;
+    if (first != rank) *error = 0;
+    memcpy(problem, error, sizeof(problem));
+    if (*error && rank) format_line(error, NULL, "rank %d: %.480s", rank, problem);
+    return (int)run->rows[first];
+}
+
+// Whether this rank was given what rank 0 was: options, and the content of data and checkpoint. How
+// a path reads there is its own affair; the lowest loss follows from rank 0's files.
+static int check_same(Run *run, char *error) {
+    Options *o = &run->settings.values;
+    double ours[N_OPTIONS + 1], first[N_OPTIONS + 1];
+    char text[96];
+    if (run->backend->ranks == 1) return 0;
+    for (int i = 0; i <= N_OPTIONS; i++) {
+        const char *value = i < N_OPTIONS ? option_text(text, o, &option_table[i]) : run->started_from;
+        if (!value) value = "";
+        first[i] = ours[i] = (double)(hash_bytes((const unsigned char *)value, strlen(value)) >> 12);
+    }
+    take_first(run, first, N_OPTIONS + 1);
+    take_first(run, &o->best_val, 1);
+    if (first[N_OPTIONS] != ours[N_OPTIONS])
+        return fail(error, NULL, "the checkpoint, %s, is not that of rank 0", run->started_from);
+    for (int i = 0; i < N_OPTIONS; i++) {
+        const Option *option = &option_table[i];
+        if (first[i] == ours[i] || is_among(option, " data val log out load resume best_val_loss "))
+            continue;
+        const char *dashes = option->group < STATE ? "--" : "", *value = option_text(text, o, option);
+        return fail(error, NULL, "%s%s %.200s: rank 0 has another", dashes, option->name,
+                    value ? value : "is not set");
+    }
+    return 0;
+}
+
+// ----------------------------------------------------------------------------
 // validation
 //
 // The mean loss over the validation split, and of example sets the share of the targets that the
@@ -6109,14 +6217,44 @@ static double fraction(int64_t part, int64_t whole) {
     return whole ? (double)part / (double)whole : NAN;
 }
 
+// The sum of the losses of B windows from `first` on, and counts their targets.
+static double evaluate_windows(Run *run, Tally *tally, int64_t first, int B) {
+    const Dataset *set = run->val_set;
+    int T = (int)run->settings.values.seq, examples = set->kind == DATA_EXAMPLES;
+    for (int b = 0; b < B; b++) {
+        int64_t at = run->val_begin + (first + b) * (examples ? 1 : T);
+        copy_sequence(run->inputs + b * T, run->targets + b * T, set, at, T);
+    }
+    run->backend->forward(run->model, run->inputs, run->targets, B, T, no_dropout);
+    double sum = run->backend->loss(run->model);
+    if (examples) run->backend->hits(run->model, run->hits);
+    const int32_t *lags = set->lags ? set->lags + (run->val_begin + first) * T : NULL;
+    count_targets(tally, run, lags, B * T);
+    return sum;
+}
+
+// Adds up what the ranks found.
+static void add_scores(Run *run, double *sum, int *broken, Tally *tally) {
+    enum { COUNTS = sizeof(Tally) / sizeof(int64_t) };
+    double numbers[2 + COUNTS] = {*sum, (double)*broken};
+    int64_t counts[COUNTS];
+    memcpy(counts, tally, sizeof(counts));
+    for (int i = 0; i < COUNTS; i++) numbers[2 + i] = (double)counts[i];
+    add_up(run, numbers, 2 + COUNTS);
+    *sum = numbers[0];
+    *broken = numbers[1] > 0;
+    for (int i = 0; i < COUNTS; i++) counts[i] = (int64_t)numbers[2 + i];
+    memcpy(tally, counts, sizeof(counts));
+}
+
 // Over consecutive windows of the validation split: all of them, or max_batches evenly spaced
-// batches. A signal that asks for an end breaks it off, unless it `lasts`.
+// batches, of which each rank takes its rows. A signal that asks for an end breaks it off, unless it
+// `lasts`.
 static Score evaluate(Run *run, int64_t max_batches, int lasts) {
     const Options *o = &run->settings.values;
-    const Dataset *set = run->val_set;
-    int T = (int)o->seq, examples = set->kind == DATA_EXAMPLES;
+    int T = (int)o->seq, examples = run->val_set->kind == DATA_EXAMPLES;
     int64_t length = run->val_end - run->val_begin, windows = examples ? length : (length - 1) / T;
-    int64_t batches = (windows + o->batch - 1) / o->batch;
+    int64_t batches = (windows + o->batch - 1) / o->batch, rows = o->batch / run->backend->ranks;
     int64_t taken = max_batches && max_batches < batches ? max_batches : batches;
     double sum = 0;
     Tally tally;
@@ -6126,19 +6264,12 @@ static Score evaluate(Run *run, int64_t max_batches, int lasts) {
     for (int64_t i = 0; i < taken && !score.broken; i++) {
         // batches·i/taken, where the product may overflow
         int64_t batch = batches / taken * i + batches % taken * i / taken;
-        int64_t first = batch * o->batch;
-        int B = (int)(windows - first < o->batch ? windows - first : o->batch);
-        for (int b = 0; b < B; b++) {
-            int64_t at = run->val_begin + (first + b) * (examples ? 1 : T);
-            copy_sequence(run->inputs + b * T, run->targets + b * T, set, at, T);
-        }
-        run->backend->forward(run->model, run->inputs, run->targets, B, T, no_dropout);
-        sum += run->backend->loss(run->model);
-        if (examples) run->backend->hits(run->model, run->hits);
-        const int32_t *lags = set->lags ? set->lags + (run->val_begin + first) * T : NULL;
-        count_targets(&tally, run, lags, B * T);
+        int64_t first = batch * o->batch + run->backend->rank * rows;
+        int B = (int)(windows - first < rows ? windows - first : rows);
+        if (B > 0) sum += evaluate_windows(run, &tally, first, B); // of the last batch some have none
         score.broken = interrupted && !lasts && i + 1 < taken;
     }
+    add_scores(run, &sum, &score.broken, &tally);
     score.count = tally.targets;
     score.loss = tally.targets ? sum / (double)tally.targets : NAN;
     score.bits_per_byte = tally.bytes ? sum / (log(2) * (double)tally.bytes) : NAN;
@@ -7331,8 +7462,8 @@ static double learning_rate(const Options *o, int64_t step) {
 static int train_step(Run *run, double *loss, double *grad_norm, char *error) {
     Options *o = &run->settings.values;
     const Backend *backend = run->backend;
-    int T = (int)o->seq, B = (int)o->batch;
-    int64_t count = 0, sequences = o->accum * o->batch;
+    int T = (int)o->seq, B = (int)o->batch / backend->ranks; // a rank's rows
+    int64_t count = 0, sequences = o->accum * o->batch, row = (int64_t)backend->rank * B;
     for (int64_t i = 0; i < sequences; i++) {
         int64_t place = sequence_place(run, o->step * sequences + i);
         copy_sequence(run->inputs + i * T, run->targets + i * T, &run->train, place, T);
@@ -7341,12 +7472,14 @@ static int train_step(Run *run, double *loss, double *grad_norm, char *error) {
     double dloss = count ? 1 / (double)count : 0;
     *loss = 0;
     for (int64_t a = 0; a < o->accum; a++) {
-        Dropout drop = {o->dropout, (uint64_t)o->seed, (uint64_t)(o->step * o->accum + a)};
-        const int *inputs = run->inputs + a * B * T, *targets = run->targets + a * B * T;
-        backend->forward(run->model, inputs, targets, B, T, drop);
-        backend->backward(run->model, dloss);
+        uint64_t micro_step = (uint64_t)(o->step * o->accum + a);
+        Dropout drop = {o->dropout, (uint64_t)o->seed, micro_step, (uint64_t)(row * T * o->dim)};
+        int64_t at = (a * o->batch + row) * T;
+        backend->forward(run->model, run->inputs + at, run->targets + at, B, T, drop);
+        backend->backward(run->model, dloss, a + 1 == o->accum);
         *loss += backend->loss(run->model) * dloss;
     }
+    add_up(run, loss, 1);
     AdamW adam = {learning_rate(o, o->step), o->beta1, o->beta2, o->eps, o->weight_decay};
     *grad_norm = isfinite(*loss) ? backend->update(run->model, adam, o->clip, o->step + 1) : NAN;
     if (!isfinite(*loss) || !isfinite(*grad_norm))
@@ -7437,13 +7570,14 @@ static int store_step(Run *run, Training *t, const Step *s, const Score *score, 
     if (validated) o->validated = o->step;
     if (validated && scored && o->patience)
         o->since_best = score->loss < o->best_val ? 0 : o->since_best + 1;
-    int last = is_last(o);
+    int last = is_last(o), lower = scored && score->loss < o->best_val;
     if (!last || !t->log.stream)
         result = log_line(&t->log, s, scored && !last ? score : NULL, error);
-    if (!result && scored && score->loss < o->best_val) {
+    if (!result && lower) {
         o->best_val = score->loss;
         result = save_best(run, error);
     }
+    if (o->log || lower) result = agree(run, result, error);
     if (result) {
         o->validated = validated_before;
         o->best_val = best_before;
@@ -7460,7 +7594,7 @@ static int store_step(Run *run, Training *t, const Step *s, const Score *score, 
 static int conclude_step(Run *run, Training *t, const Step *s, char *error) {
     Options *o = &run->settings.values;
     int due = o->eval_every && o->step % o->eval_every == 0;
-    int to_save = is_last(o) || interrupted || (o->save_every && o->step % o->save_every == 0);
+    int to_save = is_last(o) || is_stopped(run) || (o->save_every && o->step % o->save_every == 0);
     to_save = to_save || is_kept(o);
     Score score;
     o->train_loss = s->loss;
@@ -7549,16 +7683,17 @@ static int begin_training(Run *run, Training *t, char *error) {
     Options *o = &run->settings.values;
     Place *out = &run->out_place, *best = &run->best_place;
     uint64_t run_size = 0, best_size = 0;
-    if (out->lock >= 0) remove_leftovers(out->target);
-    if (best->lock >= 0) remove_leftovers(best->target);
+    int writes = !run->backend->rank;
+    if (writes && out->lock >= 0) remove_leftovers(out->target);
+    if (writes && best->lock >= 0) remove_leftovers(best->target);
     if (save_checkpoint(run, out, RESUMABLE, 1, &run_size, error)) return FAILED;
     if (save_checkpoint(run, best, WEIGHTS, 1, &best_size, error)) return FAILED;
-    if (check_disk(run, run_size, best_size, error)) return FAILED;
-    if (o->sample_every) {
+    if (writes && check_disk(run, run_size, best_size, error)) return FAILED;
+    if (writes && o->sample_every) {
         t->sampler = run->backend->create(&run->config, 1, (int)o->seq, GENERATE, error);
         if (!t->sampler) return FAILED;
     }
-    int result = log_open(&t->log, o, error);
+    int result = writes ? log_open(&t->log, o, error) : 0;
     if (result || !o->go_on || o->resume) return result;
     saving = 1; // whatever ends the program, --continue finds its run and knows its log
     result = store_run(run, t, error);
@@ -7581,9 +7716,9 @@ static int make_step(Run *run, Training *t, Step *s, char *error) {
 // The steps up to the last one, or to a signal.
 static int train_steps(Run *run, Training *t, Step *s, char *error) {
     const Options *o = &run->settings.values;
-    while (o->step < o->steps && !is_out_of_patience(o) && !interrupted) {
+    while (o->step < o->steps && !is_out_of_patience(o) && !is_stopped(run)) {
         if (make_step(run, t, s, error)) return FAILED;
-        if (!o->sample_every || o->step % o->sample_every) continue;
+        if (!t->sampler || o->step % o->sample_every) continue;
         // if it is standard output that fails, nobody reads any more: no reason to stop
         if (print_sample(run, t->sampler, error) && !ferror(stdout)) return FAILED;
     }
@@ -7642,6 +7777,11 @@ static int train_to_end(Run *run, Training *t, char *error) {
     const Options *o = &run->settings.values;
     int renamed = o->resume && strcmp(o->out, o->resume), result = 0;
     Unfinished open = find_unfinished(run, &t->log, renamed);
+    double found[] = {(double)open.line, (double)open.validation, (double)open.end,
+                      (double)open.snapshot};
+    take_first(run, found, 4); // rank 0 has the files
+    Unfinished of_all = {found[0] > 0, found[1] > 0, found[2] > 0, found[3] > 0};
+    open = of_all;
     Step s = step_before(run);
     t->idle = (o->step >= o->steps || is_out_of_patience(o)) && !open.end;
     if (t->idle) {
@@ -7657,7 +7797,7 @@ static int train_to_end(Run *run, Training *t, char *error) {
     if (!result && open.validation) result = conclude_step(run, t, &s, error);
     else if (!result && open.snapshot) result = save_snapshot(run, error);
     if (!result) result = train_steps(run, t, &s, error);
-    if (!result && (interrupted || renamed)) result = save_stopped(run, t, error);
+    if (!result && (is_stopped(run) || renamed)) result = save_stopped(run, t, error);
     if (!result && is_last(o)) result = conclude_run(run, t, &s, error);
     return result;
 }
@@ -7714,7 +7854,7 @@ static int train(Run *run, const char *program, char *error) {
     if (t.sampler) run->backend->destroy(t.sampler);
     if (result == FAILED) tell_what_is_saved(run, &t, error);
     if (result || t.idle) return result;
-    if (t.complete) return tell_files(run, &t, log_is_gone, error);
+    if (t.complete) return run->backend->rank ? 0 : tell_files(run, &t, log_is_gone, error);
     print_resume_command(run, program);
     return 130;
 }
@@ -7748,11 +7888,13 @@ static int make_model(Run *run, char *error) {
     int64_t needed = (int64_t)strlen(o->prompt) + 1 + o->generate;
     int64_t longest = o->window && o->window < needed ? o->window : needed;
     Mode mode = o->generate ? GENERATE : o->eval ? EVALUATE : TRAIN;
-    int B = o->generate ? 1 : (int)o->batch, T = o->generate ? (int)longest : (int)o->seq;
+    int B = o->generate ? 1 : (int)o->batch / run->backend->ranks;
+    int T = o->generate ? (int)longest : (int)o->seq;
     run->model_T = T;
     run->model = run->backend->create(&run->config, B, T, mode, error);
     if (!run->model) return FAILED;
-    size_t tokens = (size_t)B * (size_t)T * (size_t)(mode == TRAIN ? o->accum : 1);
+    size_t rows = o->generate ? 1 : (size_t)(mode == TRAIN ? o->accum * o->batch : o->batch);
+    size_t tokens = rows * (size_t)T;
     size_t examples = run->train.kind == DATA_EXAMPLES ? (size_t)run->train_end : 1;
     double bytes = (double)tokens * (2 * sizeof(int) + 1) + (double)examples * sizeof(int32_t);
     if (check_room(bytes, NULL, "a step's data", error)) return FAILED;
@@ -7788,13 +7930,14 @@ static int find_run(Options *o, char *error) {
     return there < 0 ? FAILED : 0;
 }
 
-// Opens files and data and makes the model, ready to go. What can be refused is refused as early as
-// it is known: options that do not go together before anything is read, what may not be replaced
-// before the data, a file that lacks a tensor before memory is taken for the model.
-static int prepare(Run *run, char *error) {
+// Opens files and data. What can be refused is refused as early as it is known: options that do not
+// go together before anything is read, what may not be replaced before the data, a file that lacks a
+// tensor before memory is taken for the model. What is written is rank 0's affair.
+static int open_files(Run *run, char *error) {
     Options *o = &run->settings.values;
-    int training = is_training(o), result;
-    if (check_options(&run->settings, error)) return WRONG_OPTION;
+    int training = is_training(o), ranks = run->backend->ranks, result;
+    int writes = training && !run->backend->rank;
+    if (check_options(&run->settings, run->backend, error)) return WRONG_OPTION;
     plain = (int)o->plain;
     if (find_run(o, error)) return FAILED;
 
@@ -7802,25 +7945,34 @@ static int prepare(Run *run, char *error) {
     // might be writing
     if (o->resume && !is_given(&run->settings, "out")) o->out = o->resume;
     if (training) install_handlers(BEFORE_TRAINING);
-    if (training && (result = claim_places(run, error))) return result;
+    if (writes && (result = claim_places(run, error))) return result;
 
     if ((result = open_checkpoint(run, error))) return result;
     settle_defaults(o);
     if (config_of(&run->config, o, error)) return WRONG_OPTION;
+    if (!o->generate && o->batch % ranks)
+        return wrong(error, NULL, "--batch %lld does not divide by the %d processes that train",
+                     (long long)o->batch, ranks);
     if ((result = read_prompt(run, error))) return result;
 
     // --again compares the data's hash as well: it looks at what is there once the data is read
-    if (training && (result = check_distinct(run, error))) return result;
-    if (training && !o->again && (result = check_free(run, error))) return result;
+    if (writes && (result = check_distinct(run, error))) return result;
+    if (writes && !o->again && (result = check_free(run, error))) return result;
     if (!o->generate && (result = open_data(run, error))) return result;
-    if (training && o->again && (result = check_free(run, error))) return result;
-    if (o->resume && (result = check_best(run, error))) return result;
-    if (training && (result = check_snapshots(run, error))) return result;
+    if (writes && o->again && (result = check_free(run, error))) return result;
+    if (writes && o->resume && (result = check_best(run, error))) return result;
+    if (writes && (result = check_snapshots(run, error))) return result;
     if (config_of(&run->config, o, error)) return WRONG_OPTION; // now with the data's T and V
+    return make_table(run, error);
+}
 
-    if (make_table(run, error)) return FAILED;
-    if (make_model(run, error)) return FAILED;
-    return fill_model(run, error);
+// Makes all of it ready to go, on all ranks or on none.
+static int prepare(Run *run, char *error) {
+    int result = agree(run, open_files(run, error), error);
+    if (!result) result = agree(run, check_same(run, error), error);
+    if (!result) result = agree(run, make_model(run, error), error);
+    if (!result) result = agree(run, fill_model(run, error), error);
+    return result;
 }
 
 // The validation loss of the whole split, for --eval.
@@ -7848,8 +8000,10 @@ static void print_model(const Run *run) {
     printf("%s: D %d, L %d, H %d, G %d, T %d, V %d, %.2fM parameters; ", o->mixer, c->d_model,
            c->n_layers, c->n_heads, c->n_kv_heads, c->max_seq_len, c->vocab_size,
            (double)run->table.count / 1e6);
-    printf("%s%s, %d threads, %.0f MiB\n", run->backend->name, plain ? ", plain" : "",
+    printf("%s%s, %d threads, %.0f MiB", run->backend->name, plain ? ", plain" : "",
            omp_get_max_threads(), run->backend->bytes(run->model) / 0x1p20);
+    if (run->backend->ranks > 1) printf(" in each of %d processes", run->backend->ranks);
+    printf("\n");
     int from_file = o->load || o->resume;
     char words[PATH_MAX];
     if (run->words.count && !from_file && words_beside(words, o->data))
@@ -7869,8 +8023,8 @@ static void print_model(const Run *run) {
 static int perform(Run *run, const char *program, char *error) {
     const Options *o = &run->settings.values;
     if (!is_training(o)) install_handlers(WHILE_READING);
-    print_zeros(o->data, &run->train);
-    print_zeros(o->val, &run->val);
+    if (!run->backend->rank) print_zeros(o->data, &run->train);
+    if (!run->backend->rank) print_zeros(o->val, &run->val);
     if (o->eval) return print_evaluation(run, error);
     if (!o->generate) {
         print_model(run);
@@ -7910,6 +8064,7 @@ static void run_free(Run *run) {
     free(run->order);
     free(run->prompt);
     free(run->old_best);
+    free(run->rows);
     dataset_free(&run->train);
     dataset_free(&run->val);
     words_free(&run->words);
@@ -7931,13 +8086,19 @@ static int run_program(int argc, char **argv, const Backend *backend) {
     if (result == HELP) print_help(argv[0]);
     if (result == TELL_VERSION) print_version(backend);
     if (told) result = 0;
+    size_t rows = sizeof(double) * MEETING * (size_t)backend->ranks;
+    if (backend->ranks > 1 && !(run.rows = (double *)grow(NULL, rows)))
+        result = fail(error, NULL, "out of memory");
     if (!result && !told) result = prepare(&run, error);
-    if (!result && !told) result = perform(&run, argv[0], error);
+    if (!result && !told) {
+        result = perform(&run, argv[0], error);
+        if (backend->rank) *error = 0; // what can fail there fails on all, or where files are written
+    }
     end_line(&run);
     if (!result && (fflush(stdout) || ferror(stdout)))
         result = fail(error, "standard output", "closed, or on a full disk");
     if (result) fflush(stdout); // before the line of the error
-    if (result < 0) fprintf(stderr, "train_sessa: %s\n", error);
+    if (result < 0 && *error) fprintf(stderr, "train_sessa: %s\n", error);
     remove_locks();
     run_free(&run);
     return result == WRONG_OPTION ? 2 : result == FAILED ? 1 : result;

@@ -2193,7 +2193,8 @@ static void backward_launches_gpu(ModelGPU<X> *m, int B, int T, double dropout, 
     join(W_IN_GRADIENT);
 }
 
-template <typename X> static void model_backward_gpu(Model *model, double dloss) {
+template <typename X> static void model_backward_gpu(Model *model, double dloss, int last) {
+    (void)last; // alone there is nothing to exchange
     ModelGPU<X> *m = of<X>(model);
     cudaStream_t stream = gpu.stream;
     int B = m->host.batch_B, T = m->host.batch_T, N = B * T, V = m->host.config.vocab_size;
@@ -2791,7 +2792,10 @@ static const Backend backend_of = {"CUDA",
                                    model_hits_gpu<X>,
                                    model_backward_gpu<X>,
                                    model_update_gpu<X>,
-                                   model_extend_gpu<X>};
+                                   model_extend_gpu<X>,
+                                   0,
+                                   1,
+                                   NULL};
 static const Backend *backend_gpu(void) {
     return gpu.precision == BF16 ? &backend_of<bf16> : &backend_of<float>;
 }

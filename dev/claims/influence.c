@@ -188,7 +188,7 @@ static int measure(Run *run, const Measure *given, const char *path, char *error
     const Options *options = &run->settings.values;
     Model *m = run->model;
     Measure o = *given;
-    Dropout off = {0, 0, 0};
+    Dropout off = {0, 0, 0, 0};
     int T = (int)options->seq, L = m->config.n_layers;
     int64_t windows = run->val_set->kind == DATA_EXAMPLES ? run->val_end - run->val_begin : (run->val_end - run->val_begin - 1) / T;
     uint64_t random = 1;
@@ -335,7 +335,7 @@ static void check_model(int mixer) {
     if (!m) { fprintf(stderr, "influence: %s\n", error); exit(1); }
     int D = config.d_model, l = 1, ids[T];
     uint64_t random = 5;
-    Dropout off = {0, 0, 0};
+    Dropout off = {0, 0, 0, 0};
     initialise(m->params, &m->table, 3);
     for (int64_t i = 0; i < m->table.count; i++) m->params[i] *= 3; // uneven weights
     for (int t = 0; t < T; t++) ids[t] = (int)(random_u64(&random) % 11);

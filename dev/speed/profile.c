@@ -54,7 +54,7 @@ int main(int argc, char **argv) {
     uint64_t random = 1;
     for (int i = 0; i < N; i++) ids[i] = (int)(random_u64(&random) % (uint64_t)V);
     initialise(m->params, &m->table, 1);
-    Dropout off = {0, 0, 0};
+    Dropout off = {0, 0, 0, 0};
     AdamW adam = {1e-6, 0.9, 0.99, 1e-8, 0.1};
     double step[REPEATS];
     for (int i = 0; i < REPEATS; i++) {

@@ -880,6 +880,9 @@ static void check_what_is_said(void) {
     refuse_with("stands there twice", "%s --steps 3 --out z.safetensors --seed 3 --seed 4", run_of_text);
     refuse_with("changes nothing", "%s --steps 3 --out z.safetensors --prompt a", run_of_text);
     refuse_with("changes nothing", "--load a.safetensors --generate 3 --steps 4");
+    refuse_with("trains on the CPU, in one process", "%s --steps 3 --out z.safetensors --gpus 2", run_of_text);
+    refuse_with("changes nothing", "%s --steps 3 --out z.safetensors --timeout 9", run_of_text);
+    refuse_with("changes nothing", "--load a.safetensors --generate 3 --gpus 2");
     refuse_with("changes nothing", "--load a.safetensors --eval --data text --lr 1");
     refuse_with("its bytes", "%s --steps 3 --out z.safetensors --vocab 20", run_of_text);
 }

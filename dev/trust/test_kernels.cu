@@ -914,7 +914,7 @@ static void check_passes(const char *name, const Backend *backend, int mixer) {
     for (int pass = 0; pass < 2; pass++) {
         for (int i = pass; i < 2; i++) {
             backend->forward(m, ids, ids, B, T, no_dropout);
-            backend->backward(m, pass + 1);
+            backend->backward(m, pass + 1, 1);
         }
         grads[pass] = copy_of(backend->read(m, GRADS), m->table.count);
         backend->update(m, none, 1, 1);
@@ -956,7 +956,7 @@ static void test_gpu_update(void) {
             AdamW adam = {1e-3, 0.9, 0.99, 1e-8, 0.1};
             for (int n = 0; n < B * T; n++) ids[n] = (7 * n * n + step) % V;
             backend->forward(m, ids, ids, B, T, no_dropout);
-            backend->backward(m, 1);
+            backend->backward(m, 1, 1);
             backend->update(m, adam, 1, step + 1);
             if (look) backend->read(m, look == 1 ? PARAMS : GRADS);
         }
@@ -989,7 +989,7 @@ static void train_on(const Backend *backend, Model *m, const unsigned char *text
         }
         AdamW adam = {3e-3 * fmin(1, (step + 1) / 20.0), 0.9, 0.99, 1e-8, 0.1};
         backend->forward(m, inputs, targets, B, T, no_dropout);
-        backend->backward(m, 1.0 / (B * T));
+        backend->backward(m, 1.0 / (B * T), 1);
         losses[step] = backend->loss(m) / (B * T);
         backend->update(m, adam, 1, step + 1);
     }

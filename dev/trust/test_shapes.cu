@@ -244,7 +244,7 @@ static int answer(const Case *s, const int *ids, const int *targets, float *loss
     float *own = losses_of<X>(m, N);
     memcpy(losses, own, sizeof(float) * (size_t)N);
     free(own);
-    backend->backward(m, 1.0 / N);
+    backend->backward(m, 1.0 / N, 1);
     memcpy(grads, backend->read(m, GRADS), sizeof(float) * (size_t)m->table.count);
     backend->destroy(m);
     return 1;
@@ -314,7 +314,7 @@ template <typename X> static void check_training(const Case *s, const int *ids, 
     const Table *table = &m->table;
     AdamW none = {0, 0.9, 0.99, 1e-8, 0.1};
     backend->forward(m, ids, targets, B, T, no_dropout);
-    backend->backward(m, dloss);
+    backend->backward(m, dloss, 1);
     float *grads = (float *)malloc(sizeof(float) * (size_t)table->count);
     memcpy(grads, backend->read(m, GRADS), sizeof(float) * (size_t)table->count);
     double in_parts = 0, against_cpu = 0, bound = gradient_bound(s);
@@ -322,16 +322,16 @@ template <typename X> static void check_training(const Case *s, const int *ids, 
         int left = s->left < B ? s->left : B - 1;
         backend->update(m, none, 0, 1);
         backend->forward(m, ids, targets, left, T, no_dropout);
-        backend->backward(m, dloss);
+        backend->backward(m, dloss, 1);
         backend->forward(m, ids + left * T, targets + left * T, B - left, T, no_dropout);
-        backend->backward(m, dloss);
+        backend->backward(m, dloss, 1);
         in_parts = gradient_distance(backend->read(m, GRADS), grads, table);
     }
     if (operations(s) < 2e9) {
         Model *cpu = make(&cpu_backend, s, B, TRAIN);
         cpu_backend.forward(cpu, ids, targets, B, T, no_dropout);
         hold(distance(losses, cpu->acts.losses, N, 0), loss_bound(s), "losses, CPU", B);
-        cpu_backend.backward(cpu, dloss);
+        cpu_backend.backward(cpu, dloss, 1);
         against_cpu = gradient_distance(grads, cpu->grads, table);
         meet("held against the CPU", 1);
         model_free(cpu);
