@@ -31,10 +31,10 @@ static int heads_at_once(int heads, int T, int d) { // 24 MiB of keys and values
 // The rows stay, the walk is along the keys, 128 at a time; the ring holds K0 K1 V0 K2 V1 ..., for a group
 // starts on the next tile's logits before it multiplies this tile's weights with the values, and works on
 // the softmax meanwhile. stats: the logarithm of Σ exp in units of log2, and room for the backward pass.
-enum { KEYS = 128, SLOTS = 5 };
+enum { TILE_KEYS = 128, SLOTS = 5 };
 template <int DH> struct ForwardShared {
     enum { GROUPS = DH == 64 ? 3 : 2, ROWS = 64 * GROUPS };
-    bf16 q[2][DH / ATOM][ROWS][ATOM], ring[SLOTS][DH / ATOM][KEYS][ATOM];
+    bf16 q[2][DH / ATOM][ROWS][ATOM], ring[SLOTS][DH / ATOM][TILE_KEYS][ATOM];
     uint64_t q_full[2], q_free[2], full[SLOTS], free[SLOTS];
 };
 template <int DH>
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(GROUP *(ForwardShared<DH>::GROUPS + 1), 1)
     }
     barriers_ready();
     wait_for_results(0);
-    auto tiles_before = [&](int row) { return (first + row + KEYS - 1) / KEYS; };
+    auto tiles_before = [&](int row) { return (first + row + TILE_KEYS - 1) / TILE_KEYS; };
     if (group == GROUPS) {
         KEEP_REGISTERS("dec", DH == 64 ? 32 : 40);
         if (threadIdx.x % GROUP) return;
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(GROUP *(ForwardShared<DH>::GROUPS + 1), 1)
                 barrier_expect(&s->full[slot], sizeof(s->ring[slot]));
                 for (int c = 0; c < DH / ATOM; c++)
                     copy_tile(s->ring[slot][c][0], is_key ? &k_map : &v_map, c * ATOM, h / (H / G),
-                              tile * KEYS, b, &s->full[slot]);
+                              tile * TILE_KEYS, b, &s->full[slot]);
             }
         }
         return;
@@ -84,8 +84,8 @@ __global__ void __launch_bounds__(GROUP *(ForwardShared<DH>::GROUPS + 1), 1)
     KEEP_REGISTERS("inc", DH == 64 ? 160 : 232);
     int lane = threadIdx.x % 32, group_row, row;
     float sum[DH / 8][4], max[2], total[2], shrink[2];
-    uint32_t weights[KEYS / 16][4];
-    typedef float Logits[KEYS / 8][4];
+    uint32_t weights[TILE_KEYS / 16][4];
+    typedef float Logits[TILE_KEYS / 8][4];
     auto done_with = [&](int item) {
         if (threadIdx.x % GROUP == 0) barrier_arrive(&s->free[(begun + item) % SLOTS]);
     };
@@ -93,26 +93,27 @@ __global__ void __launch_bounds__(GROUP *(ForwardShared<DH>::GROUPS + 1), 1)
         int item = begun + (tile ? 2 * tile - 1 : 0);
         barrier_wait(&s->full[item % SLOTS], item / SLOTS);
         products_begin();
-        product_transposed<DH, KEYS>(w, s->q[pieces % 2][0][64 * group], ROWS * ATOM,
-                                     s->ring[item % SLOTS][0][0], KEYS * ATOM);
+        product_transposed<DH, TILE_KEYS>(w, s->q[pieces % 2][0][64 * group], ROWS * ATOM,
+                                     s->ring[item % SLOTS][0][0], TILE_KEYS * ATOM);
         products_commit();
     };
     // logits to weights with the new maximum; shrink: what that does to what was summed
     auto softmax = [&](Logits &w, int tile) {
-        int j0 = tile * KEYS;
-        if (j0 + KEYS - 1 > first + group_row)
-            for (int n = 0; n < KEYS / 8; n++)
+        int j0 = tile * TILE_KEYS;
+        if (j0 + TILE_KEYS - 1 > first + group_row)
+            for (int n = 0; n < TILE_KEYS / 8; n++)
                 for (int e = 0; e < 4; e++)
                     if (j0 + n * 8 + lane % 4 * 2 + e % 2 > first + row + e / 2 * 8) w[n][e] = -INFINITY;
         for (int half = 0; half < 2; half++) {
             float top = -INFINITY;
-            for (int n = 0; n < KEYS / 8; n++) top = fmaxf(top, fmaxf(w[n][2 * half], w[n][2 * half + 1]));
+            for (int n = 0; n < TILE_KEYS / 8; n++)
+                top = fmaxf(top, fmaxf(w[n][2 * half], w[n][2 * half + 1]));
             top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
             top = fmaxf(max[half], scale * fmaxf(top, __shfl_xor_sync(~0u, top, 2)));
             shrink[half] = exp2_fast(max[half] - top);
             max[half] = top;
             total[half] *= shrink[half];
-            for (int n = 0; n < KEYS / 8; n++)
+            for (int n = 0; n < TILE_KEYS / 8; n++)
                 for (int e = 2 * half; e < 2 * half + 2; e++) {
                     w[n][e] = exp2_fast(w[n][e] * scale - top);
                     total[half] += w[n][e];
@@ -123,7 +124,7 @@ __global__ void __launch_bounds__(GROUP *(ForwardShared<DH>::GROUPS + 1), 1)
         int item = begun + number;
         barrier_wait(&s->full[item % SLOTS], item / SLOTS);
         products_begin();
-        product_plain<DH, KEYS>(sum, weights, s->ring[item % SLOTS][0][0]);
+        product_plain<DH, TILE_KEYS>(sum, weights, s->ring[item % SLOTS][0][0]);
         products_commit();
     };
     for (; (piece = next_piece(turn, head, blocks, B * H, at_once)) >= 0; pieces++) {
@@ -142,7 +143,7 @@ __global__ void __launch_bounds__(GROUP *(ForwardShared<DH>::GROUPS + 1), 1)
             products_wait<0>();
             done_with(0);
             softmax(w, 0);
-            as_operand<KEYS>(weights, w);
+            as_operand<TILE_KEYS>(weights, w);
         }
         for (int tile = 1; tile < seen; tile++) {
             Logits w;
@@ -155,7 +156,7 @@ __global__ void __launch_bounds__(GROUP *(ForwardShared<DH>::GROUPS + 1), 1)
             done_with(2 * tile);
             for (int n = 0; n < DH / 8; n++)
                 for (int e = 0; e < 4; e++) sum[n][e] *= shrink[e / 2];
-            as_operand<KEYS>(weights, w);
+            as_operand<TILE_KEYS>(weights, w);
         }
         int last = seen == tiles ? 2 * tiles - 1 : 2 * seen;
         read(last);
@@ -601,7 +602,8 @@ static void attention_tiles(bf16 *out, float *stats, const bf16 *q, const bf16 *
     typedef ForwardShared<DH> Shared;
     int64_t rows = T - first, all = (int64_t)T * ld;
     CUtensorMap q_map = tile_map(q, d, H, rows, ld, rows * ld, B, Shared::ROWS),
-        k_map = tile_map(k, d, G, T, ld, all, B, KEYS), v_map = tile_map(v, d, G, T, ld, all, B, KEYS);
+        k_map = tile_map(k, d, G, T, ld, all, B, TILE_KEYS),
+        v_map = tile_map(v, d, G, T, ld, all, B, TILE_KEYS);
     allow_shared(attention_tile_kernel<DH>, sizeof(Shared));
     LAUNCH(attention_tile_kernel<DH>, gpu.processors, GROUP * (Shared::GROUPS + 1), sizeof(Shared), stream,
            q_map, k_map, v_map, out, (float2 *)stats, B, T, H, G, d, first, heads_at_once(B * H, T, DH),

@@ -63,6 +63,8 @@ static Panels feedback_panels(int B, int T, int D, int P, int in_eights = 1, int
           : T <= 512                          ? 2 * BLOCK
           : T <= 2048                         ? 4 * BLOCK
                                               : 8 * BLOCK;
+    while (P <= 0 && p.P > 2 * BLOCK && B * (int64_t)(p.P / (2 * BLOCK)) > MOST_SEQUENCES) // pairs that merge
+        p.P /= 2;
     int most = 11 * D / p.P * p.P; // rows of e that a layer may need for a while
     p.kept = keep && alone && T <= 28 * D && (int64_t)B * T * p.ld <= 1 << 28;
     p.R = P > 0 ? min_int(P, BLOCK) : p.kept ? T : !p.tiles || most < REACH ? REACH : most;
