@@ -483,6 +483,7 @@ static void check_other_ranks(const char *name, int before, int after) {
 }
 
 static void test_resumed(void) {
+    char line[256];
     heading("stop and resume with another number of ranks");
     check_other_ranks("4 ranks, then 4", 4, 4);
     check_other_ranks("4 ranks, then 2", 4, 2);
@@ -502,6 +503,18 @@ static void test_resumed(void) {
     discard("c.best.safetensors"); // which rank 0 alone sees
     ok = ok && !run("--resume c.safetensors --steps 12 --log c.log --eval-every 5 --eval-batches 2 --gpus 2");
     check(ok && said("counts anew"), "best weights that are gone: rank 0 says it, and all know");
+    if (without_tcp) {
+        release();
+        return;
+    }
+    static const char again[] = "--resume c.safetensors --eval-every 5 --eval-batches 2 --overwrite";
+    snprintf(line, sizeof(line), "%s --out d.safetensors", again);
+    usual(2, 2);
+    start_rank(0, line);
+    start_rank(1, again);
+    int codes[] = {end_rank(0, 30), end_rank(1, 30)};
+    check(!codes[0] && !codes[1] && same_tensors("c.safetensors", "d.safetensors"),
+          "--out of rank 0 alone: it saves there, and the other takes part");
     release();
 }
 
@@ -520,13 +533,14 @@ static int count_files(const char *path) {
 static void test_one_writes(void) {
     static const char o[] = "--data /text.of.test --dim 16 --layers 1 --heads 2 --seq 12 --batch 4 --steps 6 "
                             "--eval-every 2 --eval-batches 2 --save-every 1 --keep-every 3 --sample-every 2 "
-                            "--patience 5 --log w.log --overwrite --out w.safetensors";
+                            "--patience 5 --log w.log --overwrite --out sub/w.safetensors";
     char line[1024], elsewhere[100];
     size_t size = 0;
     heading("rank 0 alone writes, prints and locks");
     snprintf(line, sizeof(line), "--data %s/text %s", work, strchr(o + 7, ' ') + 1);
     snprintf(elsewhere, sizeof(elsewhere), "%s/elsewhere", folder);
     mkdir(elsewhere, 0777);
+    mkdir(in_work("sub"), 0777); // which rank 1 does not have
     usual(2, 2);
     as.folder = elsewhere;
     int ok = 1;
@@ -543,9 +557,15 @@ static void test_one_writes(void) {
           "rank 1 prints nothing, rank 0 its lines and its samples");
     double losses[16];
     check(read_log("w.log", "train_loss", losses, 16) == 6, "the log has a line for each step");
-    check(slurp("w.step3.safetensors", &size) && slurp("w.step6.safetensors", &size) &&
-              slurp("w.best.safetensors", &size),
+    check(slurp("sub/w.step3.safetensors", &size) && slurp("sub/w.step6.safetensors", &size) &&
+              slurp("sub/w.best.safetensors", &size),
           "the snapshots and the best weights are there");
+    static const char *const ends[] = {"", ".best", ".step3", ".step6"};
+    for (int i = 0; i < 4; i++) {
+        snprintf(line, sizeof(line), "sub/w%s.safetensors", ends[i]);
+        discard(line);
+    }
+    check(!count_files(in_work("sub")), "and nothing else");
     rmdir(elsewhere);
     release();
 }
@@ -791,6 +811,8 @@ static void test_refused(void) {
     check_refused("other data", FEW, other, "data_content");
     check_refused("data that is not there", FEW, "--data none --batch 4", "none: No such file");
     check_refused("another learning rate", FEW, FEW "--lr 1e-3", "--lr 0.001: rank 0 has another");
+    check_refused("a log of rank 0 alone", FEW "--log e.log", FEW, "--log is not set: rank 0 has one");
+    check_refused("a log of rank 1 alone", FEW, FEW "--log e.log", "--log e.log: rank 0 has none");
     check_refused("another width", FEW, FEW "--kv-heads 2", "--kv-heads 2: rank 0 has another");
     check_refused("a batch that does not divide", MODEL_OPTIONS "--batch 5", MODEL_OPTIONS "--batch 5",
                   "--batch 5 does not divide by the 2 processes");
@@ -928,7 +950,7 @@ static void check_asked(const char *name, int number, int to_all, const char *ma
     int once = stopped && !strstr(strstr((char *)output, "stopped after step") + 1, "stopped after step");
     static double steps[1 << 14];
     int lines = read_log("k.log", "step", steps, 1 << 14);
-    check(n == 2 && code == 130 && once && step > 0 && !complaint_size && lines == step,
+    check(n == 2 && code == 130 && once && step > 0 && !complaint_size && lines == step && said(" --gpus 2"),
           "%s: saved once, at the step of the log, exit code 130", name);
 }
 
