@@ -1362,7 +1362,8 @@ static void mamba2_backward(Model *m, int l, int B, int T) {
 #endif
 
 // e^x by 2^n · e^r with |r| ≤ ln2/2 and a polynomial for e^r, so that loops over it are vectorised.
-// float: relative error below 2.5e-7 + 3e-8·|x|, 0 for x below -87.7, NaN for NaN. double: the library's.
+// float: relative error below 2.5e-7 + 3e-8·|x| for x from -87.33 to 88, e^88 for larger x, 0 for x below
+// -87.7 and, where denormals are flushed, below -87.34; NaN for NaN. double: the library's.
 // The bits of a float are in the order of its magnitude: they, not x, are held below those of 88. Where x
 // itself is compared with a constant, gcc makes a way of its own for that constant, and selects.
 static inline real exp_real(real x) {
@@ -1970,9 +1971,10 @@ static void softmax_item(const void *call, int item) {
 // Rows of softmax weights over the past. For the rows t = i0 .. i0+n-1
 //     weights[j·n + t-i0] = gain_t · exp(q_t·k_j/√d - max_t) / sum_t
 // for the keys j that t sees (j ≤ t; strict: j < t), else 0.
-// q: n rows, k: i0+n rows, gain (n) or NULL for 1. stats (n,2) keeps each row's maximum and 1/sum: the
-// forward pass writes them; the backward pass says `recompute` and gets the same weights, bit for bit. A row
-// that sees nothing (row 0, strict) has no weights: 1/sum is 0.
+// q: n rows, k: i0+n rows, gain (n) or NULL for 1. stats (n,2) keeps each row's maximum and 1/sum. Who says
+// `recompute` has them from before: the feedback's backward pass, whose forward pass wrote them here, gets
+// the same weights, bit for bit; attention's, with those of attention_panel, gets its weights to rounding. A
+// row that sees nothing (row 0, strict) has no weights: 1/sum is 0.
 static void softmax_panel(real *weights, real *stats, int recompute, const real *gain, const real *q,
                           const real *k, int ld, int i0, int n, int d, int strict) {
     int cols = i0 + n;
@@ -2045,9 +2047,10 @@ static void scale_rows(real *x, int ld, const real *scale, int step, int n, int 
         for (int i = 0; i < width; i++) x[r * ld + i] *= scale[r * step];
 }
 
-// The rows i0 .. i0+n-1 of a head, KEYS keys after the other, so that their weights e stay in the cache:
+// The rows i0 .. i0+n-1 of a head, KEYS keys at a time, so that their weights e stay in the cache:
 //     out_I = ((e_0 v_0) · shrink_1 + e_1 v_1) · shrink_2 + ... + e_m v_m,   then divided by the rows' sums
-// q: the panel's rows; out and stats likewise.
+// q: the panel's rows; out and stats likewise. k and v: the head's rows from position 0 on. weights: room for
+// n·KEYS numbers.
 static void attention_panel(real *out, real *stats, real *weights, const real *q, const real *k,
                             const real *v, Shape shape, int i0, int n) {
     int d = shape.d, ld = shape.ld, D = shape.H * d, cols = i0 + n;
@@ -2081,7 +2084,8 @@ ONE_COPY static void attention_head(const void *call, int item) {
     for (int i0 = first; i0 < T; i0 += p->P) {
         int64_t row = b * rows + i0 - first;
         real *stats = p->stats + 2 * ((int64_t)item * rows + i0 - first), *out = p->out + (row * H + h) * d;
-        attention_panel(out, stats, weights, p->q + row * ld + h * d, k, v, p->shape, i0, min_int(p->P, T - i0));
+        int n = min_int(p->P, T - i0);
+        attention_panel(out, stats, weights, p->q + row * ld + h * d, k, v, p->shape, i0, n);
     }
 }
 
@@ -5237,9 +5241,9 @@ static const Option option_table[] = {
     {COMPUTING, "plain", NULL, FLAG, FIELD(plain), "0", 0, 1,
      "every layer as it stands first in the source, no faster way: to compare and to learn from"},
     {COMPUTING, "gpus", NULL, INTEGER, FIELD(gpus), "1", 1, 4096,
-     "GPUs of this machine that train together; this build: 1"},
+     "processes that train together, one a GPU; so far 1"},
     {COMPUTING, "timeout", NULL, INTEGER, FIELD(timeout), "600", 1, 1e6,
-     "seconds that processes which train together wait for one of them"},
+     "seconds that they wait for one of them (no build has several yet)"},
     {STATE, "step", "step", INTEGER, FIELD(step), "0", 0, 1e11, "updates done"},
     {STATE, "best_val_loss", "best_val_loss", NUMBER, FIELD(best_val), "1e300", 0, 1e300,
      "lowest validation loss so far"},
@@ -6142,28 +6146,33 @@ static int agree(Run *run, int result, char *error) {
 }
 
 // Whether this rank was given what rank 0 was: options, and the content of data and checkpoint. How
-// a path reads there is its own affair; the lowest loss follows from rank 0's files.
+// a path reads there is its own affair, but not whether there is one; the lowest loss follows from
+// rank 0's files.
 static int check_same(Run *run, char *error) {
+    static const char paths[] = " data val log out load resume ";
     Options *o = &run->settings.values;
     double ours[N_OPTIONS + 1], first[N_OPTIONS + 1];
     char text[96];
     if (run->backend->ranks == 1) return 0;
     for (int i = 0; i <= N_OPTIONS; i++) {
         const char *value = i < N_OPTIONS ? option_text(text, o, &option_table[i]) : run->started_from;
+        if (value && i < N_OPTIONS && is_among(&option_table[i], paths)) value = "given";
         if (!value) value = "";
         first[i] = ours[i] = (double)(hash_bytes((const unsigned char *)value, strlen(value)) >> 12);
     }
     take_first(run, first, N_OPTIONS + 1);
     take_first(run, &o->best_val, 1);
+    if (first[N_OPTIONS] != ours[N_OPTIONS] && !*run->started_from)
+        return fail(error, NULL, "rank 0 goes on with a checkpoint; here none is found");
     if (first[N_OPTIONS] != ours[N_OPTIONS])
         return fail(error, NULL, "the checkpoint, %s, is not that of rank 0", run->started_from);
     for (int i = 0; i < N_OPTIONS; i++) {
         const Option *option = &option_table[i];
-        if (first[i] == ours[i] || is_among(option, " data val log out load resume best_val_loss "))
-            continue;
+        if (first[i] == ours[i] || is_among(option, " best_val_loss ")) continue;
         const char *dashes = option->group < STATE ? "--" : "", *value = option_text(text, o, option);
-        return fail(error, NULL, "%s%s %.200s: rank 0 has another", dashes, option->name,
-                    value ? value : "is not set");
+        const char *theirs = !is_among(option, paths) ? "another" : value ? "none" : "one";
+        return fail(error, NULL, "%s%s %.200s: rank 0 has %s", dashes, option->name,
+                    value ? value : "is not set", theirs);
     }
     return 0;
 }
@@ -6634,6 +6643,7 @@ static int save_snapshot(Run *run, char *error) {
     const Options *o = &run->settings.values;
     Place place;
     char path[PATH_MAX], problem[ERROR_SIZE];
+    if (run->backend->rank) return save_checkpoint(run, NULL, SNAPSHOT, 0, NULL, error); // no files
     if (snapshot_beside(path, o->out, o->step, error)) return FAILED;
     if (lies_there(path, problem) && !is_own_snapshot(run, path))
         return fail(error, path, "another file was put there meanwhile, which stays");
@@ -7338,7 +7348,7 @@ static void print_resume_command(Run *run, const char *program) {
     for (int i = 0; i < N_OPTIONS; i++) {
         const Option *option = &option_table[i];
         char text[96];
-        int needed = option->group == WATCHING || is_among(option, " save-every keep-every ");
+        int needed = option->group == WATCHING || is_among(option, " save-every keep-every gpus timeout ");
         if (!s->given[i] || !needed) continue;
         printf(" --%s ", option->name);
         print_quoted(option_text(text, &s->values, option));
@@ -7778,10 +7788,12 @@ static int train_to_end(Run *run, Training *t, char *error) {
     int renamed = o->resume && strcmp(o->out, o->resume), result = 0;
     Unfinished open = find_unfinished(run, &t->log, renamed);
     double found[] = {(double)open.line, (double)open.validation, (double)open.end,
-                      (double)open.snapshot};
-    take_first(run, found, 4); // rank 0 has the files
+                      (double)open.snapshot, (double)renamed, (double)(t->saved == o->out)};
+    take_first(run, found, 6); // rank 0 has the files
     Unfinished of_all = {found[0] > 0, found[1] > 0, found[2] > 0, found[3] > 0};
     open = of_all;
+    renamed = found[4] > 0;
+    if (run->backend->rank) t->saved = found[5] > 0 ? o->out : NULL;
     Step s = step_before(run);
     t->idle = (o->step >= o->steps || is_out_of_patience(o)) && !open.end;
     if (t->idle) {

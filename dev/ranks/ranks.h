@@ -273,6 +273,9 @@ static void leave(int code) {
 // ----------------------------------------------------------------------------
 // what the ranks tell each other
 
+// Where other ranks of the machine look whether this one still waits for rank 0, NULL: nowhere.
+static volatile int64_t *waits_for_first;
+
 // Waits in pieces, so that a program that was stopped (Ctrl-Z) has not waited meanwhile. Seconds waited; 0:
 // there is something to read, or the end.
 static double wait_to_read(int fd, double waited) {
@@ -299,8 +302,10 @@ static void receive(int fd, void *bytes, size_t n, int peer) {
             usleep(4000000);
             end_of_dead(peer);
         }
-        do waited = wait_to_read(fd, waited);
-        while (waited > 0 && waited < most);
+        do {
+            if (waits_for_first && !peer) __atomic_add_fetch(waits_for_first, 1, __ATOMIC_RELAXED);
+            waited = wait_to_read(fd, waited);
+        } while (waited > 0 && waited < most);
         if (waited >= most)
             end_all(peer || job.rank == 1, "%s has not come for %.0f s (--timeout), and the others end",
                     rank_name(name, peer), job.timeout);
@@ -426,9 +431,11 @@ static void settle_connection(int fd) {
     fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) & ~O_NONBLOCK);
 }
 
-// Rank 0's ear: for all networks, or where the ranks are on this machine alone for none.
+// Rank 0's ear: for all networks, or where the ranks are on this machine alone for none (127.0.0.1, ::1).
+enum { OUTSIDE, INSIDE, INSIDE_SIX };
 static int listen_at(int port, int inside, char *error) {
-    int on = 1, off = 0, fd = inside ? -1 : socket(AF_INET6, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    int on = 1, off = 0, fd = -1;
+    if (inside != INSIDE) fd = socket(AF_INET6, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     struct sockaddr_in6 six;
     struct sockaddr_in four;
     memset(&six, 0, sizeof(six));
@@ -436,6 +443,7 @@ static int listen_at(int port, int inside, char *error) {
     six.sin6_family = AF_INET6;
     four.sin_family = AF_INET;
     six.sin6_port = four.sin_port = htons((uint16_t)port);
+    if (inside == INSIDE_SIX) six.sin6_addr = in6addr_loopback;
     if (inside) four.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
     int is_six = fd >= 0;
     if (!is_six) fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
@@ -527,7 +535,8 @@ static int wait_for_ranks(char *error) {
     static Guest guests[MOST];
     struct pollfd all[MOST + 1];
     int n = 0, missing = 2 * (job.ranks - 1), strangers = 0;
-    int inside = !strncmp(job.address, "127.", 4) || !strcmp(job.address, "localhost");
+    int is_four = !strncmp(job.address, "127.", 4) || !strcmp(job.address, "localhost");
+    int inside = is_four ? INSIDE : !strcmp(job.address, "::1") ? INSIDE_SIX : OUTSIDE;
     int ear = listen_at(job.port, inside, error);
     const char *problem = NULL;
     double waited = 0;
@@ -617,7 +626,10 @@ static int read_answer(int fd, double waited, char *error) {
         return fail(error, NULL, "rank %d: rank 0 at %.200s port %d says nothing within %.0f s (--timeout)",
                     job.rank, job.address, job.port, job.timeout);
     if (answer.refused) *error = 0;
-    return answer.refused || memcmp(answer.token, job.token, sizeof(job.token)) ? FAILED : 0;
+    else if (memcmp(answer.token, job.token, sizeof(job.token)))
+        return fail(error, NULL, "rank %d: rank 0 at %.200s port %d is of another job", job.rank, job.address,
+                    job.port);
+    return answer.refused ? FAILED : 0;
 }
 
 // Another rank looks for rank 0, which may not be there yet.
@@ -647,7 +659,8 @@ static int go_to_first(char *error) {
         }
         if (fd < 0)
             return fail(error, NULL, "rank %d: rank 0 is not at %.200s port %d within %.0f s (--timeout): %s",
-                        job.rank, job.address, job.port, job.timeout, strerror(problem));
+                        job.rank, job.address, job.port, job.timeout,
+                        name_error ? gai_strerror(name_error) : strerror(problem));
         if (send(fd, &hello, sizeof(hello), MSG_NOSIGNAL) != (ssize_t)sizeof(hello)) errno = 0;
         (hello.second ? job.life : job.talk)[0] = fd;
     }
@@ -700,13 +713,15 @@ static int wait_for_children(pid_t *children, int n, const sigset_t *signals) {
         if (number > 0 && number != SIGCHLD) asked = number;
         if (number > 0 && number != SIGCHLD && info.si_code <= 0) end_children(children, n, number);
         for (int r = 0; r < n; r++) {
-            int status;
-            if (children[r] <= 0 || waitpid(children[r], &status, WNOHANG) != children[r]) continue;
+            int status = 0;
+            pid_t ended = children[r] > 0 ? waitpid(children[r], &status, WNOHANG) : 0;
+            int unknown = ended < 0 && errno == ECHILD; // ended, and nobody knows how
+            if (ended <= 0 && !unknown) continue;
             children[r] = 0;
             left--;
-            int ended_by = WIFSIGNALED(status) ? WTERMSIG(status) : 0;
+            int ended_by = !unknown && WIFSIGNALED(status) ? WTERMSIG(status) : 0;
             int on_request = ended_by && ended_by == asked; // before it trained
-            int code = on_request ? 128 + ended_by : ended_by ? 1 : WEXITSTATUS(status);
+            int code = on_request ? 128 + ended_by : ended_by || unknown ? 1 : WEXITSTATUS(status);
             if (r == 0) codes[0] = code;
             else if (!codes[1]) codes[1] = code;
             if (code && code != 130 && !failed_at) failed_at = seconds();
@@ -755,6 +770,7 @@ static int launch(char *error) {
     sigemptyset(&signals);
     for (size_t i = 0; i < sizeof(passed) / sizeof(passed[0]); i++) sigaddset(&signals, passed[i]);
     sigprocmask(SIG_BLOCK, &signals, &before);
+    signal(SIGCHLD, SIG_DFL); // who ignores it, as some starters do, cannot wait for a child
     fflush(stdout);
     for (int r = 0; r < n && !result; r++) {
         children[r] = fork();

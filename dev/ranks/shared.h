@@ -12,7 +12,8 @@ up, in which order, who updates what and who gets it is as it will be between ca
 #include "ranks.h"
 #include <sched.h>
 
-// The memory: how often each rank of the machine has come to a barrier; a slot for each of them, and one for
+// The memory: how often each rank of the machine has come to a barrier, and how often it has looked whether
+// rank 0 says something; a slot for each of them, and one for
 // each machine, of as many numbers as the largest range has.
 typedef struct {
     volatile int64_t *arrived;
@@ -30,24 +31,39 @@ static Model *divided; // the model that trains: it has this rank's moments alon
 static real *whole[3]; // a block of all ranks' moments, where it was asked for
 
 // Waits until all ranks of the machine are here. Which one hangs is told once: by the machine's first rank,
-// who may itself wait for other machines, so that the others wait longer for it; of rank 0 by rank 1.
+// who may itself wait for other machines, so that the others wait longer for it; of rank 0 by rank 1. One
+// that is not here because it waits for rank 0 does not hang: then rank 0 does.
 static void wait_for_host(void) {
     char name[160];
     int64_t turn = __atomic_add_fetch(&shared.arrived[shared.mine * 8], 1, __ATOMIC_ACQ_REL);
     for (int i = 0; i < shared.n; i++) {
         double last = seconds(), waited = 0, more = i == 0 ? 4.5 : shared.mine ? 1.5 : 0;
-        int tells = i == 0 ? job.rank == 1 : shared.mine == 0;
+        int tells = i == 0 ? job.rank == 1 : shared.mine == 0, peer = shared.members[i];
+        int64_t looked = 0;
         for (int looks = 0; __atomic_load_n(&shared.arrived[i * 8], __ATOMIC_ACQUIRE) < turn; looks++) {
             if (looks < 20) sched_yield(); // on a busy machine the others are let through first
             else usleep(looks < 200 ? 50 : 500);
             double now = seconds();
             waited += now - last < 1 ? now - last : 1; // a program that was stopped has not waited
             last = now;
+            int64_t looks_there = __atomic_load_n(&shared.arrived[i * 8 + 1], __ATOMIC_RELAXED);
+            if (i && job.rank && looks_there != looked && waited > job.timeout - 0.5) {
+                more = 4.5;
+                tells = job.rank == 1;
+                peer = 0;
+            }
+            looked = looks_there;
             if (waited > job.timeout + more)
                 end_all(tells, "%s has not come for %.0f s (--timeout), and the others end",
-                        rank_name(name, shared.members[i]), job.timeout);
+                        rank_name(name, peer), job.timeout);
         }
     }
+}
+
+// A function of its own, which the compiler does not merge with its caller's loop: under -ffast-math it might
+// add the ranks in another order.
+ONE_COPY static void add_numbers(real *sums, const real *x, int64_t n) {
+    for (int64_t i = 0; i < n; i++) sums[i] += x[i];
 }
 
 // The range's numbers in rank order within a machine, then the machines' sums in their order.
@@ -57,14 +73,10 @@ static void reduce_range(real *grads, int range) {
     wait_for_host();
     int host = job.hosts[job.rank];
     if (job.n_hosts > 1 && shared.mine == 0) { // a network carries each machine's sums once
-        real *sums = shared.of_hosts;
-        size_t row = (size_t)count * sizeof(real);
-        for (int64_t i = 0; i < count; i++) {
-            real sum = shared.slots[i];
-            for (int r = 1; r < shared.n; r++) sum += shared.slots[r * shared.most + i];
-            sums[host * count + i] = sum;
-        }
-        gather_bytes(sums, row, 1);
+        real *sums = shared.of_hosts + host * count;
+        memcpy(sums, shared.slots, sizeof(real) * (size_t)count);
+        for (int r = 1; r < shared.n; r++) add_numbers(sums, shared.slots + r * shared.most, count);
+        gather_bytes(shared.of_hosts, sizeof(real) * (size_t)count, 1);
     }
     if (job.n_hosts > 1) wait_for_host();
     int64_t step = job.n_hosts > 1 ? count : shared.most;
@@ -72,11 +84,11 @@ static void reduce_range(real *grads, int range) {
     for (int p = 0; p < division.n; p++) {
         const Piece *piece = &division.pieces[p];
         if (piece->range != range || piece->rank != job.rank) continue;
-        for (int64_t i = piece->offset - begin; i < piece->offset - begin + piece->count; i++) {
-            real sum = from[i];
-            for (int r = 1; r < (job.n_hosts > 1 ? job.n_hosts : shared.n); r++) sum += from[r * step + i];
-            grads[begin + i] = sum;
-        }
+        real *sums = grads + piece->offset;
+        const real *x = from + piece->offset - begin;
+        memcpy(sums, x, sizeof(real) * (size_t)piece->count);
+        for (int r = 1; r < (job.n_hosts > 1 ? job.n_hosts : shared.n); r++)
+            add_numbers(sums, x + r * step, piece->count);
     }
     wait_for_host(); // before the slots are another range's
 }
@@ -163,6 +175,7 @@ static int make_shared(int ready, char *error) {
     free(places);
     if (is_there) {
         shared.arrived = (volatile int64_t *)shared.memory;
+        waits_for_first = shared.arrived + shared.mine * 8 + 1;
         shared.slots = (real *)((char *)shared.memory + 64 * (size_t)shared.n);
         shared.of_hosts = shared.slots + (int64_t)shared.n * shared.most;
     }
@@ -198,6 +211,7 @@ static void destroy_divided(Model *m) {
     if (m == divided) {
         for (int i = 0; i < 3; i++) free(whole[i]);
         memset(whole, 0, sizeof(whole));
+        waits_for_first = NULL;
         munmap(shared.memory, shared.bytes);
         free(shared.members);
         division_free(&division);
@@ -237,7 +251,8 @@ static void backward_divided(Model *m, double dloss, int last) {
 
 // The norm over all shares, in rank order; each rank's update of its own; and the new weights for all.
 static double update_divided(Model *m, AdamW options, double clip, int64_t step) {
-    double *squares = (double *)calloc((size_t)job.ranks, sizeof(double)), sum = 0;
+    double *squares = (double *)calloc((size_t)job.ranks, sizeof(double));
+    volatile double sum = 0; // added in rank order, whatever the compiler may
     if (!squares) end_all(1, "rank %d: out of memory", job.rank);
     for (int p = 0; p < division.n; p++) {
         const Piece *piece = &division.pieces[p];
@@ -247,7 +262,7 @@ static double update_divided(Model *m, AdamW options, double clip, int64_t step)
         }
     }
     gather_rows(squares, 1);
-    for (int r = 0; r < job.ranks; r++) sum += squares[r];
+    for (int r = 0; r < job.ranks; r++) sum = sum + squares[r];
     free(squares);
     double length = sqrt(sum);
     if (!isfinite(length)) return length;
