@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..")
 FAST = ["-ffast-math", "-fno-finite-math-only", "-Wno-unknown-pragmas"]
@@ -42,14 +43,15 @@ ODD = ["--dim", "62", "--heads", "1", "--seq", "41", "--batch", "3"]
 
 def build(folder, also):
     """The programs by their names."""
-    programs = {}
+    programs, building = {}, []
     for name, command in BUILDS.items():
         if not shutil.which(command[0]):
             print("%s: not here, left out" % name)
             continue
         programs[name] = os.path.join(folder, name.replace(" ", "_"))
-        source = os.path.join(ROOT, "train_sessa.c")
-        subprocess.run(command + FAST + [source, "-o", programs[name], "-lm"], check=True)
+        building.append(command + FAST + [os.path.join(ROOT, "train_sessa.c"), "-o", programs[name], "-lm"])
+    with ThreadPoolExecutor(2) as two:  # at a time
+        list(two.map(lambda command: subprocess.run(command, check=True), building))
     for pair in also:
         name, program = pair.split("=", 1)
         programs[name] = os.path.abspath(program)
