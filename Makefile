@@ -128,8 +128,10 @@ testcu: test_sessacu test_kernels test_shapes test_runs train_sessacu
 
 # The same tests on a machine without a GPU, the kernels' threads on the CPU (dev/trust/trust.md, "Without a GPU").
 EMULATE = dev/trust/emulate
-EMULATED_SOURCES = $(TWIN) test_sessa.c $(wildcard dev/trust/*.cu dev/trust/*.cuh) dev/trust/check.h $(wildcard $(EMULATE)/*)
-EMULATED_FLAGS = -std=c++17 -O1 $(NATIVE) -fno-strict-aliasing $(OPENMP) $(WARNINGS) $(if $(SANITIZE),-g -fsanitize=$(SANITIZE)) \
+EMULATED_SOURCES = $(TWIN) test_sessa.c $(wildcard dev/trust/*.cu dev/trust/*.cuh) dev/trust/check.h \
+	$(wildcard $(EMULATE)/*)
+EMULATED_FLAGS = -std=c++17 -O1 $(NATIVE) -fno-strict-aliasing $(OPENMP) \
+	$(WARNINGS) $(if $(SANITIZE),-g -fsanitize=$(SANITIZE)) \
 	-Wno-unknown-pragmas -Wno-sign-compare -Wno-unused-parameter -Wno-unused-function -I $(EMULATE) -I . -I dev/trust
 # on a card with 99 KiB of shared memory a block
 EMULATED_RUN = OMP_NUM_THREADS=1

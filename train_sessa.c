@@ -1899,6 +1899,13 @@ static int shared_out(int items) {
     return threads == 1 || items % threads == 0 || items >= 4 * threads;
 }
 
+// w_jr = -∞ for the keys j from seen + r on, which row r does not see
+__attribute__((always_inline))
+static inline void hide_future(real *w, int n, int seen, int cols, int m) {
+    for (int64_t j = seen > 0 ? seen : 0; j < cols; j++)
+        for (int r = 0; r < min_int(m, (int)j - seen + 1); r++) w[j * n + r] = -INFINITY;
+}
+
 // max_r = max(max_r, w_0r, w_1r, ...),   w_jr = exp(w_jr - max_r),   sum_r += Σ_j w_jr
 __attribute__((always_inline))
 static inline void exponentials(real *w, real *max, real *sum, int n, int cols, int m) {
@@ -1921,8 +1928,7 @@ __attribute__((always_inline))
 static inline void softmax_columns(real *w, real *stats, int recompute, const real *gain, int n, int seen,
                                    int cols, int m) {
     real max[TILE_COLS], sum[TILE_COLS];
-    for (int64_t j = seen > 0 ? seen : 0; j < cols; j++)
-        for (int r = 0; r < min_int(m, (int)j - seen + 1); r++) w[j * n + r] = -INFINITY;
+    hide_future(w, n, seen, cols, m);
     if (recompute) {
         for (int r = 0; r < m; r++) max[r] = stats[2 * r];
         for (int r = 0; r < m; r++) sum[r] = stats[2 * r + 1] * (gain ? gain[r] : 1);
@@ -2022,8 +2028,7 @@ typedef struct {
 __attribute__((always_inline))
 static inline void more_keys_columns(real *w, real *stats, real *shrink, int n, int seen, int cols, int m) {
     real max[TILE_COLS], sum[TILE_COLS] = {0};
-    for (int64_t j = seen > 0 ? seen : 0; j < cols; j++)
-        for (int r = 0; r < min_int(m, (int)j - seen + 1); r++) w[j * n + r] = -INFINITY;
+    hide_future(w, n, seen, cols, m);
     for (int r = 0; r < m; r++) max[r] = stats[2 * r];
     exponentials(w, max, sum, n, cols, m);
     for (int r = 0; r < m; r++) {

@@ -3,10 +3,10 @@
     python3 dev/trust/check_compilers.py [--steps 100] [--also NAME=PROGRAM ...]
 
 Builds train_sessa.c in several ways and trains the same small models with each; --also adds what another compiler built.
-One binary must write the same bytes for any number of threads, of a shape, too, that fills no vector. Two binaries round
-differently: their losses drift apart, slowly. The largest relative difference from the losses in float64 after 1, 10 and
---steps steps is printed and held against a bound, by the median of three seeds: AdamW's first step is lr·g / (|g| + 1e-8),
-so a single weight whose gradient is no larger than its rounding may go either way, and the losses of such a run lie
+One binary must write the same bytes for any number of threads, of a shape, too, that fills no vector. Two binaries
+round differently: their losses drift apart, slowly. The largest relative difference from the losses in float64 after
+1, 10 and --steps steps is printed and held against a bound, by the median of three seeds: AdamW's first step is
+lr·g / (|g| + 1e-8), so a single weight whose gradient is no larger than its rounding may go either way, and the losses of such a run lie
 1e-6 apart without a fault. About one run in thirty has such a weight.
 """
 

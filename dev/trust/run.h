@@ -53,6 +53,15 @@ static inline int open_tensors(Safetensors *file, const char *name) {
     return !safetensors_read(file, in_work(name), error);
 }
 
+// The step of a checkpoint, -1 if it cannot be read.
+static inline int step_of(const char *name) {
+    Safetensors file;
+    if (!open_tensors(&file, name)) return -1;
+    int step = atoi(safetensors_meta(&file, "step"));
+    safetensors_free(&file);
+    return step;
+}
+
 // Whether two safetensors files hold the same tensors; their metadata may differ.
 static inline int same_tensors(const char *a, const char *b) {
     Safetensors x, y;

@@ -859,14 +859,6 @@ static void test_refused(void) {
 
 #define ENDLESS MODEL_OPTIONS "--batch 4 --steps 100000 --eval-every 0 --save-every 1 --overwrite "
 
-static int step_of(const char *name) {
-    Safetensors file;
-    if (!open_tensors(&file, name)) return -1;
-    int step = atoi(safetensors_meta(&file, "step"));
-    safetensors_free(&file);
-    return step;
-}
-
 // Waits until the log has so many lines.
 static void wait_for_log(const char *log, int lines) {
     double steps[64];

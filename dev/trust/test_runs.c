@@ -39,15 +39,6 @@ static void check_resume(const char *name, const char *options) {
           "%s: the log goes on, and is cut back to the resumed step", name);
 }
 
-// The step of a checkpoint, -1 if it cannot be read.
-static int step_of(const char *name) {
-    Safetensors file;
-    if (!open_tensors(&file, name)) return -1;
-    int step = atoi(safetensors_meta(&file, "step"));
-    safetensors_free(&file);
-    return step;
-}
-
 static void check_interrupt(void) {
     static const char endless[] = "--run --data text " SMALL "--steps 100000 --eval-every 0 --dropout 0.1 "
                                   "--log i.log --out i.safetensors";
