@@ -37,6 +37,9 @@ static void tiles_open(int major) {
     }
     gpu.hopper = !hides && major == 9 && built.maxThreadsPerBlock == GROUP &&
                  found == cudaDriverEntryPointSuccess;
+    if (!hides && major == 9 && !gpu.hopper)
+        fprintf(stderr, "train_sessa: built without Hopper's instructions, slower on this GPU than what "
+                        "`make CUDA_ARCH=sm_90a train_sessacu` builds\n");
     gpu.clusters = gpu.hopper && clusters_fit();
     gpu.tiles = gpu.hopper || (major >= 8 && gpu.shared >= 99 << 10);
 }
