@@ -481,6 +481,16 @@ __global__ void __launch_bounds__(WARP_THREADS, 2)
     fetch(0, 0);
     copy_async_commit();
     if (threadIdx.x < WALK) shared->stats[0][threadIdx.x] = known(0);
+    // out = the warp's own keys, or values, times the rows of a tile from `at` on
+    auto times_own = [&](float (&out)[M][BACK_WALK / 8][4], bf16 *own, bf16 *rows, int at) {
+        uint32_t left[M][4];
+#pragma unroll 2
+        for (int kk = 0; kk < DH / 16; kk++) {
+            for (int m = 0; m < M; m++)
+                left_operand<DH, ROWS, 0>(left[m], own, warp_key - j0 + m * 16, kk * 16);
+            multiply<DH, WALK, 0, M, BACK_WALK>(out, left, rows, at, kk * 16);
+        }
+    };
     float k_sum[M][DH / 8][4] = {}, v_sum[M][DH / 8][4] = {};
     walk(heads * tiles, s.slots, 1, fetch, [&](int i, int slot) {
         bf16 *queries = tile(slot), *douts = queries + WALK * DH;
@@ -490,15 +500,10 @@ __global__ void __launch_bounds__(WARP_THREADS, 2)
         for (int at = 0; at < WALK; at += BACK_WALK) {
             int r0 = first + at, masked = r0 < warp_key + 16 * M - 1;
             if (r0 + BACK_WALK - 1 < warp_key) continue;
-            uint32_t left[M][4], weights[BACK_WALK / 16][M][4];
+            uint32_t weights[BACK_WALK / 16][M][4];
             {
                 float w[M][BACK_WALK / 8][4] = {};
-#pragma unroll 2
-                for (int kk = 0; kk < DH / 16; kk++) {
-                    for (int m = 0; m < M; m++)
-                        left_operand<DH, ROWS, 0>(left[m], shared->own[0], warp_key - j0 + m * 16, kk * 16);
-                    multiply<DH, WALK, 0, M, BACK_WALK>(w, left, queries, at, kk * 16);
-                }
+                times_own(w, shared->own[0], queries, at);
 #pragma unroll
                 for (int n = 0; n < BACK_WALK / 8; n++) {
                     int r = n * 8 + lane % 4 * 2;
@@ -519,12 +524,7 @@ __global__ void __launch_bounds__(WARP_THREADS, 2)
             for (int kk = 0; kk < BACK_WALK / 16; kk++)
                 multiply<DH, WALK, 1, M, DH>(v_sum, weights[kk], douts, 0, at + kk * 16);
             float dw[M][BACK_WALK / 8][4] = {};
-#pragma unroll 2
-            for (int kk = 0; kk < DH / 16; kk++) {
-                for (int m = 0; m < M; m++)
-                    left_operand<DH, ROWS, 0>(left[m], shared->own[1], warp_key - j0 + m * 16, kk * 16);
-                multiply<DH, WALK, 0, M, BACK_WALK>(dw, left, douts, at, kk * 16);
-            }
+            times_own(dw, shared->own[1], douts, at);
 #pragma unroll
             for (int n = 0; n < BACK_WALK / 8; n++) { // the weights become the gradients of the logits
                 float4 two = *(const float4 *)&shared->stats[i % 2][at + n * 8 + lane % 4 * 2];
