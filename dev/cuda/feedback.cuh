@@ -791,7 +791,8 @@ static void feedback_panel_backward_gpu(X *df, X *dq, X *dk, float *dgamma, floa
                                       {gamma, stats, T}, {NULL, stats, T}, B, T, D, r0, n, r0 + low, r0 + end,
                                       stream);
         for (int at = p->march ? -1 : (end - 1) / p->P * p->P; at >= low; at -= p->P) {
-            int m = min_int(p->P, end - at), i0 = r0 + at, alone = i0 + m == T;
+            // df may be ds: in two parts λ is written while other blocks read what it comes from
+            int m = min_int(p->P, end - at), i0 = r0 + at, alone = i0 + m == T && !lo;
             float *h = alone ? NULL : h_all + (int64_t)i0 * D;
             const X *ds_I = ds + (int64_t)i0 * D;
             X *u = dq + (int64_t)i0 * ld, *df_I = df + (int64_t)i0 * D;
@@ -808,7 +809,7 @@ static void feedback_panel_backward_gpu(X *df, X *dq, X *dk, float *dgamma, floa
                 read_ahead<V>(w, ds_I + at);
                 if (heard) read_ahead<V>(old, h + at);
                 for (int j = 0; j < V; j++) v[j] += w[j] + old[j];
-                write_some<V>(h + at, v);
+                if (!lo) write_some<V>(h + at, v);
                 write_parts<V>(block + ((int64_t)b * m + r) * wide + i, wide - D, v);
             };
             // v = λ: u = X((γ/z) ⊙ λ), and λ becomes u/(γ/z), so that the residual is that of a λ whose u

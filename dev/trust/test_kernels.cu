@@ -902,7 +902,7 @@ static int is_nearest(double exact, real found) {
 // Inverses and right-hand sides of blocks are kept in two parts. So what a block is solved to is the bf16
 // number next to the exact one, but for few (emulated: 0.8 in 100 at most; without the second part of
 // either, 5 and more). On test_peaked's chain a block hangs on one row of its neighbour, here by a gain that
-// rounds nothing: 1/2. And c is s of the row before, in every bit.
+// rounds nothing: 1/2. And c is s of the row before, in every bit. df takes the place of ds, as in a model.
 static void test_nearest(int B, int T) {
     enum { D = 64 };
     int64_t rows = (int64_t)B * T, size = rows * D, s_others = 0, df_others = 0, c_others = 0;
@@ -920,17 +920,17 @@ static void test_nearest(int B, int T) {
     }
     bf16 *f_d = on_gpu<bf16>(f, size), *q_d = on_gpu<bf16>(q, size), *k_d = on_gpu<bf16>(k, size);
     bf16 *s_d = gpu_poison<bf16>(size), *ds_d = on_gpu<bf16>(ds, size), *c_d = gpu_poison<bf16>(size);
-    bf16 *df_d = gpu_poison<bf16>(size), *dq_d = gpu_poison<bf16>(size), *dk_d = gpu_poison<bf16>(size);
+    bf16 *dq_d = gpu_poison<bf16>(size), *dk_d = gpu_poison<bf16>(size);
     float *gamma_d = on_gpu<float>(gamma, rows), *stats_d = gpu_poison<float>(2 * rows);
     float *dgamma_d = gpu_poison<float>(rows);
     Shape shape = shape_of(B, T, 0, 1, 1, D, D);
     feedback_forward_gpu(s_d, c_d, stats_d, m.weights, m.scratch, f_d, q_d, k_d, gamma_d, shape, &m.p,
                          gpu.stream);
-    feedback_backward_gpu(df_d, dq_d, dk_d, dgamma_d, (float *)NULL, m.weights, m.scratch, ds_d, s_d, c_d,
+    feedback_backward_gpu(ds_d, dq_d, dk_d, dgamma_d, (float *)NULL, m.weights, m.scratch, ds_d, s_d, c_d,
                           stats_d, q_d, k_d, gamma_d, shape, &m.p, (ColumnSums *)NULL, gpu.stream);
     from_gpu(s, s_d, size);
     from_gpu(c, c_d, size);
-    from_gpu(df, df_d, size);
+    from_gpu(df, ds_d, size);
     for (int64_t column = 0; column < (int64_t)B * D; column++) {
         int64_t first = column / D * T * D + column % D;
         const float *gains = gamma + column / D * T;
