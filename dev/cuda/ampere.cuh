@@ -118,7 +118,8 @@ __global__ void __launch_bounds__(WARP_THREADS, 2)
     int k0 = SHAPE == A_UPPER   ? m0
              : SHAPE == B_LOWER ? n0
                                 : 0,
-        k1 = SHAPE == A_LOWER ? min(K, shift + m0 + ROWS) : K, steps = max(0, (k1 - k0 + STEP - 1) / STEP);
+        k1 = SHAPE == A_LOWER ? min(K, shift + m0 + ROWS) : K, once = max(0, (k1 - k0 + STEP - 1) / STEP),
+        steps = once * part_turns(a.place, b.place);
     wait_for_results();
     // in tiles of 128 even where these are of 64: so far reads who multiplies with the result
     if (SHAPE == OUT_LOWER && n0 >= shift + (m0 | 127) + 1) return;
@@ -133,14 +134,15 @@ __global__ void __launch_bounds__(WARP_THREADS, 2)
     int64_t a_next = STEP * (A_COLUMNS ? a.ld : 1), b_next = STEP * (B_COLUMNS ? b.ld : 1);
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = warp % 2 * (ROWS / 2), col = warp / 2 * WIDTH;
     auto tile = [&](int slot) { return (bf16 *)(shared_tiles + slot * SLOT); };
-    auto fetch = [&](int i, int slot) {
-        int k = i * STEP;
-        if (A_COLUMNS) fetch_tile<ROWS, STEP>(tile(slot), left + i * a_next, a.ld, a.rows - a_row - k,
-                                             a.cols - a_col);
-        else fetch_tile<STEP, ROWS>(tile(slot), left + i * a_next, a.ld, a.rows - a_row, a.cols - a_col - k);
+    auto fetch = [&](int at, int slot) {
+        int turn = at / once, i = at - turn * once, k = i * STEP, a_lo = part_of_A(p, turn),
+            b_lo = part_of_B(p, q, turn), a_cols = a.cols - a_col - a_lo, b_cols = b.cols - b_col - b_lo;
+        const bf16 *a_at = left + i * a_next + a_lo, *b_at = right + i * b_next + b_lo;
         bf16 *to = tile(slot) + ROWS * STEP;
-        if (B_COLUMNS) fetch_tile<BN, STEP>(to, right + i * b_next, b.ld, b.rows - b_row - k, b.cols - b_col);
-        else fetch_tile<STEP, BN>(to, right + i * b_next, b.ld, b.rows - b_row, b.cols - b_col - k);
+        if (A_COLUMNS) fetch_tile<ROWS, STEP>(tile(slot), a_at, a.ld, a.rows - a_row - k, a_cols);
+        else fetch_tile<STEP, ROWS>(tile(slot), a_at, a.ld, a.rows - a_row, a_cols - k);
+        if (B_COLUMNS) fetch_tile<BN, STEP>(to, b_at, b.ld, b.rows - b_row - k, b_cols);
+        else fetch_tile<STEP, BN>(to, b_at, b.ld, b.rows - b_row, b_cols - k);
     };
     float sum[TILES][WIDTH / 8][4] = {};
     walk(steps, slots, 0, fetch, [&](int, int slot) {

@@ -248,8 +248,9 @@ __device__ static inline void group_barrier(int group) { // of the 128 threads o
 // them.
 
 // Numbers that a product reads: row r, column i of item p of sequence b is at[b·step + (row + p·row_along +
-// r)·ld + (col + p·col_along) % wrap + i]; rows and cols are those of the whole.
-struct PartPlace { int row, col, row_along, col_along, wrap; };
+// r)·ld + (col + p·col_along) % wrap + i]; rows and cols are those of the whole. Unless lo is 0 the number
+// that is meant is the sum of two bf16 numbers, and the second of them lies lo columns further.
+struct PartPlace { int row, col, row_along, col_along, wrap, lo; };
 template <typename X> struct Part {
     const X *at;
     int64_t ld, step;
@@ -261,8 +262,16 @@ template <typename X> struct Part {
     }
 };
 template <typename X>
-static Part<X> part_of(const X *at, int64_t ld, int64_t step, int rows, int cols, int row = 0, int col = 0) {
-    return {at, ld, step, rows, cols, {row, col, 0, 0, INT_MAX}};
+static Part<X> part_of(const X *at, int64_t ld, int64_t step, int rows, int cols, int row = 0, int col = 0,
+                       int lo = 0) {
+    return {at, ld, step, rows, cols, {row, col, 0, 0, INT_MAX, lo}};
+}
+// A product of such sums goes along K up to three times: A·B, then A_lo·B, then A·B_lo. What is left out is
+// 2^-18 of the whole.
+__device__ static inline int part_turns(PartPlace a, PartPlace b) { return 1 + (a.lo > 0) + (b.lo > 0); }
+__device__ static inline int part_of_A(PartPlace a, int turn) { return turn == 1 ? a.lo : 0; }
+__device__ static inline int part_of_B(PartPlace a, PartPlace b, int turn) {
+    return turn == 1 + (a.lo > 0) ? b.lo : 0;
 }
 // 1: f wants a maximum and a sum of each tile's rows besides
 template <typename F> constexpr int sums_rows = 0;
@@ -300,7 +309,8 @@ __global__ void __launch_bounds__(2 * GROUP + 32, 2)
     int k0 = SHAPE == A_UPPER   ? m0
              : SHAPE == B_LOWER ? n0
                                 : 0,
-        k1 = SHAPE == A_LOWER ? min(K, shift + m0 + 128) : K, steps = max(0, (k1 - k0 + ATOM - 1) / ATOM);
+        k1 = SHAPE == A_LOWER ? min(K, shift + m0 + 128) : K, once = max(0, (k1 - k0 + ATOM - 1) / ATOM),
+        steps = once * part_turns(a, b);
     if (threadIdx.x == 0)
         for (int i = 0; i < STAGES; i++) { barrier_init(&s->full[i], 1); barrier_init(&s->free[i], 2); }
     barriers_ready();
@@ -312,14 +322,15 @@ __global__ void __launch_bounds__(2 * GROUP + 32, 2)
         int a_row = a.row + item * a.row_along, a_col = (a.col + item * a.col_along) % a.wrap,
             b_row = b.row + item * b.row_along, b_col = (b.col + item * b.col_along) % b.wrap;
         for (int i = 0; i < steps; i++) {
-            int slot = i % STAGES, k = k0 + i * ATOM;
+            int slot = i % STAGES, turn = i / once, k = k0 + (i - turn * once) * ATOM,
+                a_at = a_col + part_of_A(a, turn), b_at = b_col + part_of_B(a, b, turn);
             if (i >= STAGES) barrier_wait(&s->free[slot], i / STAGES - 1);
             barrier_expect(&s->full[slot], sizeof(s->a[0]) + sizeof(s->b[0]));
             for (int j = 0; j < 2; j++)
-                copy_tile(s->a[slot][j][0], &a_map, a_col + (A_COLUMNS ? m0 + ATOM * j : k), 0,
+                copy_tile(s->a[slot][j][0], &a_map, a_at + (A_COLUMNS ? m0 + ATOM * j : k), 0,
                           a_row + (A_COLUMNS ? k : m0 + ATOM * j), sequence, &s->full[slot]);
             for (int j = 0; j < BN / ATOM; j++)
-                copy_tile(s->b[slot][j][0], &b_map, b_col + (B_COLUMNS ? n0 + ATOM * j : k), 0,
+                copy_tile(s->b[slot][j][0], &b_map, b_at + (B_COLUMNS ? n0 + ATOM * j : k), 0,
                           b_row + (B_COLUMNS ? k : n0 + ATOM * j), sequence, &s->full[slot]);
         }
         return;
