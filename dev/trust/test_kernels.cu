@@ -839,7 +839,7 @@ static void test_gpu_tiles(void) {
         {64, 300, 2, 1, 48},
         {24, 513, 4, 4, 64},
         {1, 2305, 2, 2, 64},
-        {3, 1000, 5, 5, 64},
+        {6, 1000, 5, 5, 64},
     };
     heading("bf16: attention and feedback in tiles");
     for (size_t i = 0; i < sizeof(shapes) / sizeof(shapes[0]); i++) {

@@ -86,6 +86,9 @@ template <typename X> static void meet_ways(const ModelGPU<X> *m, const Case *s)
         meet("feedback: march of one block, several panels", tiles && p->march == 1 && several);
         meet("feedback: march of clusters, one panel", tiles && p->march == CLUSTER && !several);
         meet("feedback: march of clusters, several panels", tiles && p->march == CLUSTER && several);
+        meet("feedback: logits in tiles of 256 columns", tiles && p->wide_logits);
+        meet("feedback: dq', dk' in tiles of 192 columns", tiles && p->wide_sums == 192);
+        meet("feedback: dq', dk' in tiles of 256 columns", tiles && p->wide_sums == 256);
         meet("attention: ring", read && d <= 64 && ring);
         meet("attention: tiles of 64 columns, two kernels", read && d <= 64 && !ring && gpu.clusters);
         meet("attention: two kernels (no room for clusters)", read && d <= 64 && !gpu.clusters && T <= 1024);
