@@ -416,17 +416,17 @@ __global__ void __launch_bounds__(2 * GROUP + 32, 2)
 #endif
 }
 
-// The same in tiles of 128 rows and 192 or 256 columns, for large products: a tile of operands is used for
-// more products than one of 128×128, which halves what these ask of L2 a product by a quarter, and of shared memory
-// by a fifth. Blocks stay, one a multiprocessor: a thread has the operands copied, the first and second four
-// warps multiply, 64 rows each, and while these are at a tile's end the next one's operands are on their way.
+// The same for large products, in tiles of 128 rows and 256 columns (or 192): these ask L2 for a quarter less
+// than 128×128, and shared memory for a fifth less. Blocks stay, one a multiprocessor. A thread has the
+// operands copied; the first and second four warps multiply, 64 rows each; and while these are at a tile's
+// end, the next one's operands are on their way.
 //
-// Everything goes through one ring of slots: for each tile its steps of K, 64 at a time, then two pieces of
-// 128 columns of the result. In a piece f finds what lay at its place, if it wants that, and leaves its results, which
-// the copy engine takes to memory.
+// Everything goes through one ring of slots: for each tile its steps, 64 of K each, then two pieces of 128
+// columns of the result. In a piece f finds what lay at its place, if it wants that, and leaves its results,
+// which the copy engine takes to memory.
 //
-// Which tile is next is asked of a counter: another stream may have some of the multiprocessors. What is
-// computed for a tile does not depend on that.
+// Which tile is next is asked of a counter, for another stream may have some of the multiprocessors. What is
+// computed for a tile does not depend on it.
 template <int BN> struct WideShared {
     enum { STAGES = BN == 256 ? 4 : 5 };
     bf16 slots[STAGES][2 * ATOM + BN][ATOM]; // a, b; or columns 0 .. 63, 64 .. 127 of a piece, 128 rows each
@@ -447,7 +447,7 @@ template <int BN, int SHAPE> struct WideTiles {
           before(0) {}
     // x: sequence, or -1 where there is none any more; y: m0, z: n0. The number is larger than the one before.
     __device__ int4 at(int number) {
-        for (; line < rows * sequences || (SHAPE == OUT_LOWER && line < columns * sequences); line++) {
+        for (; line < (SHAPE == OUT_LOWER ? columns : rows) * sequences; line++) {
             if (SHAPE == OUT_LOWER) { // a line goes down a column, from the first row that sees it
                 int n0 = line % columns * BN, first = n0 > shift ? (n0 - shift) / 128 : 0,
                     count = max(0, rows - first);
@@ -558,7 +558,7 @@ __global__ void __launch_bounds__(3 * GROUP, 1)
 #pragma unroll
             for (int k = 0; k < ATOM / 16; k++)
                 tensor_product<BN, A_COLUMNS, B_COLUMNS>(
-                    sum, operand(left + k * 16 * (A_COLUMNS ? ATOM : 1), ATOM * ATOM * 2),
+                    sum, operand(left + k * 16 * (A_COLUMNS ? ATOM : 1)),
                     operand(right + k * 16 * (B_COLUMNS ? ATOM : 1), ATOM * ATOM * 2), i > 0 || k > 0);
             products_commit();
             products_wait<1>();
@@ -574,7 +574,8 @@ __global__ void __launch_bounds__(3 * GROUP, 1)
             int r = m0 + group * ATOM + first + half * 8;
             row[half] = f.row_of(sequence, min(r, M - 1));
         }
-        if constexpr (sums_columns<F>) asm volatile("bar.sync 3, 256;" : : : "memory"); // the last tile's are read
+        if constexpr (sums_columns<F>) // the last tile's are read
+            asm volatile("bar.sync 3, 256;" : : : "memory");
         auto finish = [&](auto piece) {
             int slot = item % STAGES;
             bf16 *out = s->slots[slot][group * ATOM];
