@@ -4,6 +4,7 @@ passes and updates, its training against the CPU's, its decoder.
 
     ./test_kernels
     ./test_kernels layers               layers alone: enough for a GPU that is emulated
+    ./test_kernels tiles            only attention and feedback in bf16, in shapes that have kernels of their own
     ./test_kernels tiles SEED COUNT     only attention and feedback in bf16: COUNT shapes that take tiles
 */
 #define SESSA_NO_MAIN
@@ -1142,6 +1143,11 @@ int main(int argc, char **argv) {
     CUDA(cudaEventCreate(&lists_gone));
     if (argc == 4 && !strcmp(argv[1], "tiles")) {
         test_random_tiles((uint64_t)atoll(argv[2]), atoi(argv[3]));
+        return report();
+    }
+    if (argc == 2 && !strcmp(argv[1], "tiles")) {
+        gpu.precision = BF16;
+        test_gpu_tiles();
         return report();
     }
     test_gpu_layers<float>("fp32: layers against the C functions, shapes odd and even");
