@@ -26,6 +26,9 @@ typedef struct {
     int kept;         // weights stay as they are for the backward pass, in one panel
     // columns of the product's tiles, 192 or 256: of logits and their gradient, of dq' and dk'; 0: 128 or 64
     int wide_logits, wide_sums;
+    // dq' of a panel is few tiles and long sums: what its rows get from those before is cuBLASLt's product,
+    // which cuts the sums in pieces
+    int apart;
     int64_t ld, lx;   // from row to row of e: in floats before the softmax (without tiles), in X
     int64_t rows;     // of a panel: R, and T at most
     int64_t e_step, m_step; // from one sequence's e, M to the next: in X
@@ -92,6 +95,7 @@ static Panels feedback_panels(int B, int T, int D, int P, int in_eights = 1, int
         p.R = (int)round_up(p.R / 2, p.P);
     p.rows = min_int(p.R, T);
     if (alone && gpu.hopper) feedback_wide_tiles(&p, D);
+    p.apart = p.tiles && p.R < T && few_tiles(p.rows, D, B);
     p.e_step = p.rows * p.lx;
     p.m_step = p.rows * p.P;
     int64_t x = sizeof(X), rows = p.rows, block = min_int(p.P, T), wide_ = p.ld > D ? p.ld : D,
@@ -303,6 +307,19 @@ template <typename O> struct StoreSummed : Store<O> {
 };
 template <typename O> constexpr int sums_columns<StoreSummed<O>> = 1;
 template <> constexpr int by_twos<StoreSummed<bf16>> = 1;
+// The same of v and what is known of the sum: a matrix in float32, D columns
+template <typename O> struct StoreOnto : StoreSummed<O> {
+    const float *known;
+    int64_t known_step;
+    int D;
+    template <int V> __device__ void operator()(Known<V> some, int b, int item, int r, int i, float *v) const {
+        float w[V];
+        read_ahead<V>(w, known + b * known_step + (int64_t)r * D + i);
+        for (int e = 0; e < V; e++) v[e] += w[e];
+        StoreSummed<O>::operator()(some, b, item, r, i, v);
+    }
+};
+template <typename O> constexpr int sums_columns<StoreOnto<O>> = 1;
 // v = λ_t·s_j: the gradient of the logits, X((γ/z) e (v - δ)), in e's place. i0: the first row's position
 template <typename X> struct LogitGradient {
     X *e;
@@ -886,8 +903,17 @@ static void feedback_panel_backward_gpu(X *df, X *dq, X *dk, float *dgamma, floa
         product_gpu<0, 0, OUT_LOWER>(to_logits, lambda_I, part_of(s, D, all, T, D), m,
                                      p->tiles ? min_int((int)round_up(i0 + m, BLOCK), (int)p->ld) : i0 + m, D,
                                      i0, 1, logits_way);
-        product_gpu<0, 1, A_LOWER>(to_dq, dl, part_of(k, ld, wide_step, i0 + m, D), m, D, i0 + m, i0, 1,
-                                   sums_way);
+        Part<X> keys = part_of(k, ld, wide_step, i0 + m, D);
+        if (!p->apart || !r0) {
+            product_gpu<0, 1, A_LOWER>(to_dq, dl, keys, m, D, i0 + m, i0, 1, sums_way);
+            continue;
+        }
+        float *known = scratch + p->rhs + (int64_t)i0 * D; // where h was
+        StoreOnto<X> onto = {to_dq, known, all, D};
+        matmul_gpu(into(known, D, all), rows_of_gpu((const X *)e, p->lx, step), rows_of_gpu(k, ld, wide_step), m,
+                   D, r0, 1, 0, B, stream);
+        dl.place.col = keys.place.row = r0;
+        product_gpu<0, 1, A_LOWER>(onto, dl, keys, m, D, m, 0, 1, way);
     }
     for (int at = 0; at < n; at += height) {
         int m = min_int(height, n - at), last = r0 + n == T;

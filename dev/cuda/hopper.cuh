@@ -691,6 +691,10 @@ static void product_wide(F f, Part<bf16> a, Part<bf16> b, int M, int N, int K, i
 // What all products of a layer have in common. scratch: (B,M,N), NULL: there are tiles. wide: columns of the
 // tiles of its large products (192 or 256; 0: 128).
 typedef struct { int B, in_eights, wide; float *scratch; cudaStream_t stream; } ProductWay;
+// Of 128×128: narrower ones are better then.
+static int few_tiles(int64_t M, int64_t N, int64_t products) {
+    return (M + 127) / 128 * ((N + 127) / 128) * products <= 80;
+}
 // f of A·B: A (M,K), or with A_COLUMNS its transpose (K,M); B (N,K) transposed, or with B_COLUMNS (K,N) as
 // it is; for each of the items of all sequences.
 template <int A_COLUMNS, int B_COLUMNS, int SHAPE, typename F, typename X>
@@ -707,8 +711,8 @@ static void product_gpu(F f, Part<X> a, Part<X> b, int M, int N, int K, int shif
                     wide(f, a, b, M, N, K, shift, way.B, way.stream);
                     return;
                 }
-            int few = (int64_t)((M + 127) / 128) * ((N + 127) / 128) * way.B * items <= 80;
-            auto tiles = few ? product_tiles<A_COLUMNS, B_COLUMNS, SHAPE, 64, F>
+            auto tiles = few_tiles(M, N, (int64_t)way.B * items)
+                             ? product_tiles<A_COLUMNS, B_COLUMNS, SHAPE, 64, F>
                              : product_tiles<A_COLUMNS, B_COLUMNS, SHAPE, 128, F>;
             tiles(f, a, b, M, N, K, shift, items, way.B, way.stream);
             return;

@@ -72,6 +72,7 @@ template <typename X> static void meet_ways(const ModelGPU<X> *m, const Case *s)
         meet("feedback: tiles, blocks of 1024", tiles && !p->march && p->P == 1024);
         meet("feedback: weights kept", tiles && p->kept);
         meet("feedback: weights computed again", tiles && !p->kept);
+        meet("feedback: dq' of rows before a panel apart", tiles && p->apart);
         meet("feedback: product tiles of 128 columns", tiles && blocks > 80);
         meet("feedback: product tiles of 64 columns", tiles && blocks <= 80);
         meet("attention: tiles of 128 columns", read && d > 64);
