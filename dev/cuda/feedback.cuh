@@ -29,6 +29,11 @@ typedef struct {
     int tiles, march, R, P;
     int kept;         // weights stay as they are for the backward pass, in one panel
     int lo;           // columns from the first to the second part of M, 0: it has one
+    // columns of the product's tiles, 192 or 256: of logits and their gradient, of dq' and dk'; 0: 128 or 64
+    int wide_logits, wide_sums;
+    // dq' of a panel is few tiles and long sums: what its rows get from those before is cuBLASLt's product,
+    // which cuts the sums in pieces
+    int apart;
     int64_t ld, lx;   // from row to row of e: in floats before the softmax (without tiles), in X
     int64_t ld_m;     // and of M, in X
     int64_t rows;     // of a panel: R, and T at most
@@ -48,6 +53,23 @@ typedef struct {
     // where each part's numbers end, in this order; behind them a band in a build for tests
     int64_t ends[N_PARTS];
 } Panels;
+// Wide tiles (hopper.cuh) where there are enough for most of the 132 multiprocessors. Of their widths dq' and
+// dk' take the one with which they are done first: the longest sum has one multiprocessor, or all sums,
+// half as long where the panel is the whole, have all.
+static void feedback_wide_tiles(Panels *p, int D) {
+    enum { MOST = 132, ENOUGH = 96 };
+    int64_t logits = 0, rows = (p->rows + BLOCK - 1) / BLOCK;
+    for (int64_t m0 = 0; m0 < p->rows; m0 += BLOCK) logits += (p->T - p->rows + m0 + BLOCK + 255) / 256;
+    p->wide_logits = p->B * logits >= ENOUGH ? 256 : 0;
+    double least = INFINITY;
+    for (int columns = 256; columns >= 192; columns -= 64) {
+        int64_t across = (D + columns - 1) / columns, tiles = p->B * rows * across;
+        double each = tiles * (1 - 0.5 * (double)p->rows / p->T) / MOST, time = columns * (each > 1 ? each : 1);
+        if (tiles < ENOUGH || 3 * across * columns > 4 * (int64_t)D || time >= least) continue;
+        least = time;
+        p->wide_sums = columns;
+    }
+}
 template <typename X>
 static Panels feedback_panels(int B, int T, int D, int P, int in_eights = 1, int keep = 0) {
     Panels p = {};
@@ -81,6 +103,8 @@ static Panels feedback_panels(int B, int T, int D, int P, int in_eights = 1, int
     while (P <= 0 && p.R > p.P && (int64_t)B * p.R * p.ld > (p.tiles ? 1 << 28 : 1 << 26))
         p.R = (int)round_up(p.R / 2, p.P);
     p.rows = min_int(p.R, T);
+    if (alone && gpu.hopper) feedback_wide_tiles(&p, D);
+    p.apart = p.tiles && p.R < T && few_tiles(p.rows, D, B);
     p.e_step = p.rows * p.lx;
     p.m_step = p.rows * p.ld_m;
     int64_t x = sizeof(X), rows = p.rows, block = min_int(p.P, T), wide_ = p.ld > D ? p.ld : D,
@@ -132,8 +156,25 @@ struct LogitExp {
     __device__ void row(int b, int r, int tile, float2 sums) const {
         if (partial) partial[((int64_t)b * tiles + tile) * R + r] = sums;
     }
+    // By twos: sums are a maximum and a sum so far.
+    struct Row { float m; float2 sums; };
+    MatrixGPU<bf16> place() const { return {e, ld, 1, e_step}; }
+    __device__ Row row_of(int b, int r) const {
+        return {stats ? stats[b * stats_step + r].x : 0, {-INFINITY, 0}};
+    }
+    __device__ uint32_t two(Row &row, int r, int i, float2 &v, uint32_t) const {
+        int seen = r0 + r - i; // 1: the first, more: both
+        v.x *= scale;
+        v.y *= scale;
+        if (seen > 0) row.sums.x = fmaxf(row.sums.x, v.x);
+        if (seen > 1) row.sums.x = fmaxf(row.sums.x, v.y);
+        uint32_t both = pack_two(seen > 0 ? exp2_fast(v.x - row.m) : 0, seen > 1 ? exp2_fast(v.y - row.m) : 0);
+        row.sums.y += low_of(both) + high_of(both);
+        return both;
+    }
 };
 template <> constexpr int sums_rows<LogitExp> = 1;
+template <> constexpr int by_twos<LogitExp> = 1;
 // A thread takes a row, in the order of its tiles.
 __global__ static void feedback_stats_kernel(float2 *stats, int64_t stats_step, const float2 *partial,
                                              int *flags, int again, int r0, int n, int R, int tiles) {
@@ -271,15 +312,63 @@ template <typename O> struct StoreSummed : Store<O> {
     __device__ void column(int b, int r, int i, float sum) const {
         if (sums.partial) *sums.at(b, row + r, i) = sum;
     }
+    // by twos, nothing added
+    struct Row {};
+    MatrixGPU<O> place() const { return {this->out, this->ld, 1, this->step}; }
+    __device__ Row row_of(int, int) const { return {}; }
+    __device__ uint32_t two(Row &, int, int, float2 &v, uint32_t) const {
+        v.x *= this->scale;
+        v.y *= this->scale;
+        return pack_two(v.x, v.y);
+    }
 };
 template <typename O> constexpr int sums_columns<StoreSummed<O>> = 1;
+template <> constexpr int by_twos<StoreSummed<bf16>> = 1;
+// The same of v and what is known of the sum: a matrix in float32, D columns
+template <typename O> struct StoreOnto : StoreSummed<O> {
+    const float *known;
+    int64_t known_step;
+    int D;
+    template <int V> __device__ void operator()(Known<V> some, int b, int item, int r, int i, float *v) const {
+        float w[V];
+        read_ahead<V>(w, known + b * known_step + (int64_t)r * D + i);
+        for (int e = 0; e < V; e++) v[e] += w[e];
+        StoreSummed<O>::operator()(some, b, item, r, i, v);
+    }
+};
+template <typename O> constexpr int sums_columns<StoreOnto<O>> = 1;
+// v = λ_t·s_j: the gradient of the logits, X((γ/z) e (v - δ)), in e's place. i0: the first row's position
+template <typename X> struct LogitGradient {
+    X *e;
+    const float *delta;
+    RowScale scale;
+    int64_t ld, step;
+    int i0, T;
+    template <int V> __device__ void operator()(Known<V>, int b, int, int r, int i, float *v) const {
+        X *at = e + b * step + r * ld + i;
+        float w[V], factor = scale.at(b, r), dot = delta[(int64_t)b * T + r];
+        read_ahead<V>(w, at);
+        for (int j = 0; j < V; j++) v[j] = i + j < i0 + r ? factor * w[j] * (v[j] - dot) : 0;
+        write_some<V>(at, v);
+    }
+    struct Row { float factor, dot; };
+    MatrixGPU<X> place() const { return {e, ld, 1, step}; }
+    __device__ Row row_of(int b, int r) const { return {scale.at(b, r), delta[(int64_t)b * T + r]}; }
+    __device__ uint32_t two(Row &row, int r, int i, float2 &v, uint32_t there) const {
+        int seen = i0 + r - i;
+        return pack_two(seen > 0 ? row.factor * low_of(there) * (v.x - row.dot) : 0,
+                        seen > 1 ? row.factor * high_of(there) * (v.y - row.dot) : 0);
+    }
+};
+template <> constexpr int by_twos<LogitGradient<bf16>> = 1;
+template <> constexpr int changes_its_place<LogitGradient<bf16>> = 1;
 // e of the panel of rows r0 .. r0+n-1, with their m and 1/z (known: given), and the inverses M.
 template <typename X>
 static void feedback_panel(float *weights, float *scratch, const Panels *p, float *stats, int known,
                            const X *q, const X *k, int ld, const float *gamma, int B, int T, int D, int first,
                            int r0, int n, cudaStream_t stream) {
     int64_t rows = T - first, row = r0 - first, step = p->e_step, m_step = p->m_step;
-    ProductWay way = {B, 1, p->tiles ? NULL : scratch + p->product, stream};
+    ProductWay way = {B, 1, 0, p->tiles ? NULL : scratch + p->product, stream};
     X *e = (X *)(weights + p->e), *M = (X *)(weights + p->inverse), *scaled = (X *)(scratch + p->merge);
     RowScale scale = {gamma + row, stats + 2 * row, rows};
     if constexpr (sizeof(X) == sizeof(bf16)) {
@@ -291,9 +380,11 @@ static void feedback_panel(float *weights, float *scratch, const Panels *p, floa
                       1.44269504f / sqrtf((float)D), r0, (int)p->rows, tiles, blocks};
         for (int again = 0; p->tiles && again < 2 - known; again++) {
             if (again) { f.stats = known_stats; f.flags = flags; }
-            product_tiles<0, 0, OUT_LOWER, BLOCK>(
-                f, part_of(q + row * ld, ld, rows * ld, (int)(rows - row), D),
-                part_of(k, ld, (int64_t)T * ld, T, D), n, width, D, r0, 1, B, stream);
+            Part<bf16> q_rows = part_of(q + row * ld, ld, rows * ld, (int)(rows - row), D),
+                       k_rows = part_of(k, ld, (int64_t)T * ld, T, D);
+            if (p->wide_logits)
+                product_wide<0, 0, OUT_LOWER, 256>(f, q_rows, k_rows, n, width, D, r0, B, stream);
+            else product_tiles<0, 0, OUT_LOWER, BLOCK>(f, q_rows, k_rows, n, width, D, r0, 1, B, stream);
             if (!known)
                 LAUNCH(feedback_stats_kernel, dim3(blocks, B), BLOCK, 0, stream, known_stats, rows, partial,
                        flags, again, r0, n, f.R, tiles);
@@ -671,7 +762,7 @@ static void feedback_forward_fast(X *s, X *c, float *stats, Scratch weights_room
     float *weights = weights_room.at, *scratch = scratch_room.at;
     int64_t rows = T - first, step = p.e_step, all = (int64_t)T * D, m_step = p.m_step;
     X *e = (X *)(weights + p.e), *M = (X *)(weights + p.inverse), *block = (X *)(scratch + p.block);
-    ProductWay way = {B, wide({D}, {s, c, f, scratch}), p.tiles ? NULL : scratch + p.product, stream};
+    ProductWay way = {B, wide({D}, {s, c, f, scratch}), 0, p.tiles ? NULL : scratch + p.product, stream};
     for (int r0 = first; r0 < T; r0 += p.R) {
         int n = min_int(p.R, T - r0);
         feedback_panel(weights, scratch, &p, stats, 0, q, k, ld, gamma, B, T, D, first, r0, n, stream);
@@ -778,8 +869,11 @@ static void feedback_panel_backward_gpu(X *df, X *dq, X *dk, float *dgamma, floa
     int n = min_int(p->R, T - r0), lo = p->lo;
     int64_t step = p->e_step, all = (int64_t)T * D, wide_step = (int64_t)T * ld, m_step = p->m_step;
     float *lambda = scratch + p->lambda, *dk_sum = scratch + p->dk, sigma = 1 / sqrtf((float)D);
-    ProductWay way = {B, wide({D, ld}, {df, dq, dk, ds, s, c, scratch}),
-                      p->tiles ? NULL : scratch + p->product, stream};
+    ProductWay way = {B, wide({D, ld}, {df, dq, dk, ds, s, c, scratch}), 0,
+                      p->tiles ? NULL : scratch + p->product, stream},
+               logits_way = way, sums_way = way;
+    logits_way.wide = p->wide_logits;
+    sums_way.wide = p->wide_sums;
     X *e = (X *)(weights + p->e), *M = (X *)(weights + p->inverse), *block = (X *)(scratch + p->block);
     if (!p->kept) feedback_panel(weights, scratch, p, stats, 1, q, k, ld, gamma, B, T, D, 0, r0, n, stream);
     for (int low = (n - 1) / REACH * REACH; low >= 0; low -= REACH) {
@@ -868,26 +962,26 @@ static void feedback_panel_backward_gpu(X *df, X *dq, X *dk, float *dgamma, floa
     int height = p->tiles ? n : p->P;
     for (int at = 0; at < n; at += height) { // tiles know the triangle, blocks of rows follow it roughly
         int m = min_int(height, n - at), i0 = r0 + at;
-        int64_t wide_row = (int64_t)i0 * ld, lx = p->lx;
+        int64_t wide_row = (int64_t)i0 * ld;
         RowScale scale = {gamma + i0, stats + 2 * i0, T};
-        X *e_I = e + at * p->lx;
-        const float *delta = dgamma + i0;
-        // v = λ_t·s_j: the gradient of the logits, X((γ/z) e (v - δ)), in e's place
-        auto to_logits = [e_I, delta, scale, lx, step, i0, T] __device__ (auto V, int b, int, int r, int i,
-                                                                         float *v) {
-            X *place = e_I + b * step + r * lx + i;
-            float w[V], factor = scale.at(b, r), dot = delta[(int64_t)b * T + r];
-            read_ahead<V>(w, place);
-            for (int j = 0; j < V; j++) v[j] = i + j < i0 + r ? factor * w[j] * (v[j] - dot) : 0;
-            write_some<V>(place, v);
-        };
+        LogitGradient<X> to_logits = {e + at * p->lx, dgamma + i0, scale, p->lx, step, i0, T};
         StoreSummed<X> to_dq = {{dq + wide_row, ld, wide_step, sigma, 0}, dq_sums, i0};
         Part<X> lambda_I = part_of((const X *)df, D, all, T, D, i0),
                 dl = part_of((const X *)e, p->lx, step, n, (int)p->ld, at, 0);
         product_gpu<0, 0, OUT_LOWER>(to_logits, lambda_I, part_of(s, D, all, T, D), m,
                                      p->tiles ? min_int((int)round_up(i0 + m, BLOCK), (int)p->ld) : i0 + m, D,
-                                     i0, 1, way);
-        product_gpu<0, 1, A_LOWER>(to_dq, dl, part_of(k, ld, wide_step, i0 + m, D), m, D, i0 + m, i0, 1, way);
+                                     i0, 1, logits_way);
+        Part<X> keys = part_of(k, ld, wide_step, i0 + m, D);
+        if (!p->apart || !r0) {
+            product_gpu<0, 1, A_LOWER>(to_dq, dl, keys, m, D, i0 + m, i0, 1, sums_way);
+            continue;
+        }
+        float *known = scratch + p->rhs + (int64_t)i0 * D; // where h was
+        StoreOnto<X> onto = {to_dq, known, all, D};
+        matmul_gpu(into(known, D, all), rows_of_gpu((const X *)e, p->lx, step), rows_of_gpu(k, ld, wide_step), m,
+                   D, r0, 1, 0, B, stream);
+        dl.place.col = keys.place.row = r0;
+        product_gpu<0, 1, A_LOWER>(onto, dl, keys, m, D, m, 0, 1, way);
     }
     for (int at = 0; at < n; at += height) {
         int m = min_int(height, n - at), last = r0 + n == T;
@@ -895,7 +989,7 @@ static void feedback_panel_backward_gpu(X *df, X *dq, X *dk, float *dgamma, floa
             q_I = part_of(q, ld, wide_step, T, D, r0 + at);
         StoreSummed<X> to_dk = {{dk + (int64_t)at * ld, ld, wide_step, sigma, 0}, dk_sums, at};
         Store<float> to_sum = {dk_sum + (int64_t)(r0 + at) * D, D, all, sigma, !last};
-        if (p->R >= T) product_gpu<1, 1, A_UPPER>(to_dk, dl, q_I, m, D, n - at, 0, 1, way);
+        if (p->R >= T) product_gpu<1, 1, A_UPPER>(to_dk, dl, q_I, m, D, n - at, 0, 1, sums_way);
         else product_gpu<1, 1, A_UPPER>(to_sum, dl, q_I, m, D, n - at, 0, 1, way);
     }
     if (p->R < T)

@@ -4,6 +4,7 @@ passes and updates, its training against the CPU's, its decoder.
 
     ./test_kernels
     ./test_kernels layers               layers alone: enough for a GPU that is emulated
+    ./test_kernels tiles            only attention and feedback in bf16, in shapes that have kernels of their own
     ./test_kernels tiles SEED COUNT     only attention and feedback in bf16: COUNT shapes that take tiles
 */
 #define SESSA_NO_MAIN
@@ -839,7 +840,7 @@ static void test_gpu_tiles(void) {
         {64, 300, 2, 1, 48},
         {24, 513, 4, 4, 64},
         {1, 2305, 2, 2, 64},
-        {3, 1000, 5, 5, 64},
+        {6, 1000, 5, 5, 64},
     };
     heading("bf16: attention and feedback in tiles");
     for (size_t i = 0; i < sizeof(shapes) / sizeof(shapes[0]); i++) {
@@ -1214,6 +1215,11 @@ int main(int argc, char **argv) {
         test_random_tiles((uint64_t)atoll(argv[2]), atoi(argv[3]));
         test_nearest(gpu.hopper ? 48 : 2, 300); // on Hopper one block's march, and a cluster's
         test_nearest(1, gpu.hopper ? 2500 : 600);
+        return report();
+    }
+    if (argc == 2 && !strcmp(argv[1], "tiles")) {
+        gpu.precision = BF16;
+        test_gpu_tiles();
         return report();
     }
     test_gpu_layers<float>("fp32: layers against the C functions, shapes odd and even");
