@@ -90,8 +90,8 @@ static void add_rows(real *sum, const real *dout, int N, int width, int ld) {
 
 // Dropout's mask at a place, its key where the kernels read it.
 static Mask mask_on_gpu(Dropout drop, int place) {
-    uint64_t key = dropout_key(drop), *device = gpu_lend<uint64_t>(1);
-    CUDA(cudaMemcpy(device, &key, sizeof(key), cudaMemcpyHostToDevice));
+    Draw draw = draw_of(drop), *device = gpu_lend<Draw>(1);
+    CUDA(cudaMemcpy(device, &draw, sizeof(draw), cudaMemcpyHostToDevice));
     return mask_of(device, drop.probability, place);
 }
 

@@ -9,7 +9,7 @@ rows, one after the other, added in the order that is promised, and one update o
 */
 #define SESSA_NO_MAIN
 #include "../../train_sessa.c"
-#include "../ranks/shared.h"
+#include "../ranks/cpu.h"
 #include "check.h"
 #include "run.h"
 
