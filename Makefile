@@ -162,7 +162,7 @@ emulated/test_sessacu: emulated/prepared
 	$(CXX) $(EMULATED_FLAGS) $(if $(PLAIN),-DSESSA_PLAIN) -DTEST_CUDA -x c++ emulated/test_sessa.c -o $@
 
 emulated/train_sessacu: emulated/prepared
-	$(CXX) $(EMULATED_FLAGS) $(if $(PLAIN),-DSESSA_PLAIN) -x c++ emulated/train_sessa.cu -o $@
+	$(CXX) $(EMULATED_FLAGS) $(if $(PLAIN),-DSESSA_PLAIN,-DSESSA_NCCL) -x c++ emulated/train_sessa.cu -o $@ -pthread
 
 test_emulated: emulated_sessacu emulated_shapes emulated_itself
 emulated_sessacu: emulated/test_sessacu
