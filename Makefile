@@ -159,7 +159,7 @@ emulated/test_emulate: emulated/prepared
 	$(CXX) $(EMULATED_FLAGS) -x c++ emulated/$(EMULATE)/test_emulate.cu -o $@
 
 emulated/test_sessacu: emulated/prepared
-	$(CXX) $(EMULATED_FLAGS) $(if $(PLAIN),-DSESSA_PLAIN) -DTEST_CUDA -x c++ emulated/test_sessa.c -o $@
+	$(CXX) $(EMULATED_FLAGS) $(if $(PLAIN),-DSESSA_PLAIN,-DSESSA_NCCL) -DTEST_CUDA -x c++ emulated/test_sessa.c -o $@ -pthread
 
 emulated/train_sessacu: emulated/prepared
 	$(CXX) $(EMULATED_FLAGS) $(if $(PLAIN),-DSESSA_PLAIN,-DSESSA_NCCL) -x c++ emulated/train_sessa.cu -o $@ -pthread

@@ -438,7 +438,7 @@ template <typename X> void Layers<X>::draw(int even_, int T_) {
     wte_d = on_gpu<float>(wte, (int64_t)V * D);
     dout_f = on_gpu<float>(dout, size);
     floor = 0.1 * sqrt((double)size);
-    drop = {random_int(0, 1) ? 0.3 : 0, 11, 5};
+    drop = {random_int(0, 1) ? 0.3 : 0, 11, 5, (uint64_t)random_int(0, 1) << 33};
     sums = sums_on_gpu(B, T, 3 * ld);
 }
 
