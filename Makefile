@@ -47,7 +47,8 @@ LDLIBS = -lm
 COMPILE = $(CC) $(CFLAGS) $(WARNINGS) $< $(OPENMP) -o $@ $(LDLIBS)
 CAN_WRITE = @test -w . || test -w $@ || { echo "$@: this folder is read-only, build in a copy of it" >&2; exit 1; }
 
-.PHONY: all help train test testcu test_emulated emulated_sessacu emulated_shapes emulated_itself page clean
+.PHONY: all help train test testcu test_emulated emulated_sessacu emulated_shapes emulated_itself emulated_ranks
+.PHONY: page clean
 
 all: train_sessa
 
@@ -130,10 +131,11 @@ test_kernels: dev/trust/test_kernels.cu dev/trust/check.h dev/trust/guard.cuh $(
 test_shapes: dev/trust/test_shapes.cu dev/trust/guard.cuh $(TWIN)
 	$(NVCC) $(NVCCFLAGS) $< -o $@ -lcublasLt
 
-testcu: test_sessacu test_kernels test_shapes test_runs train_sessacu
+testcu: test_sessacu test_kernels test_shapes test_runs $(RANKS) train_sessacu
 	./test_sessacu
 	./test_kernels
 	./test_runs ./test_sessacu
+	$(if $(RANKS),./test_ranks ./test_sessacu shared)
 	./test_shapes 1 0 300
 
 # The same tests on a machine without a GPU, the kernels' threads on the CPU (dev/trust/trust.md, "Without a GPU").
@@ -164,13 +166,15 @@ emulated/test_sessacu: emulated/prepared
 emulated/train_sessacu: emulated/prepared
 	$(CXX) $(EMULATED_FLAGS) $(if $(PLAIN),-DSESSA_PLAIN,-DSESSA_NCCL) -x c++ emulated/train_sessa.cu -o $@ -pthread
 
-test_emulated: emulated_sessacu emulated_shapes emulated_itself
+test_emulated: emulated_sessacu emulated_shapes emulated_itself $(if $(RANKS),emulated_ranks)
 emulated_sessacu: emulated/test_sessacu
 	$(EMULATED_RUN) emulated/test_sessacu
 emulated_shapes: emulated/test_shapes
 	$(EMULATED_RUN) emulated/test_shapes 1 0 36 small
 emulated_itself: emulated/test_emulate
 	emulated/test_emulate
+emulated_ranks: emulated/test_sessacu test_ranks
+	EMULATE_DEVICES=4 $(EMULATED_RUN) ./test_ranks emulated/test_sessacu nccl
 
 # ARGS: options of train_sessa. Without any, a run of the same settings and data is made again and replaces the
 # one that is there; with some, nothing is replaced unless they say --overwrite. What they name as --out or

@@ -270,6 +270,7 @@ template <typename X> static void gather_moments(ModelGPU<X> *m, float *share) {
     exchange_by->spread(m->grads, 0, division.n_ranges);
     follow(gpu.stream, gpu.exchange);
     wait_for_others();
+    if (job.ranks > 1) meet_again(); // nobody's process ends while another still reads from its card
 }
 template <typename X> static void take_moments(ModelGPU<X> *m, float *share) { copy_share(m, share, 1); }
 

@@ -17,17 +17,19 @@ What a machine's rank i carries of 2 machines with 2 ranks, shares by number of 
 
 // Its functions are looked for when they are needed: a program on one GPU does without the library.
 #define NCCL_FUNCTIONS(F)                                                                                       \
-    F(GetVersion) F(GetErrorString) F(GetUniqueId) F(CommInitRankConfig) F(CommGetAsyncError) F(CommDestroy) \
-    F(GroupStart) F(GroupEnd) F(Send) F(Recv) F(AllGather)
+    F(GetVersion) F(GetErrorString) F(GetUniqueId) F(CommInitRankConfig) F(CommGetAsyncError) F(GroupStart)     \
+    F(GroupEnd) F(Send) F(Recv) F(AllGather)
 static struct {
 #define FUNCTION(name) decltype(&nccl##name) name;
     NCCL_FUNCTIONS(FUNCTION)
 #undef FUNCTION
     ncclComm_t all;
     int to_itself;          // a test's one rank sends to itself what it would add
-    int *members, n, mine;  // (n) the ranks of this machine, this one's number among them
+    int *members, n, mine;   // (n) the ranks of this machine, this one's number among them
+    int *porters;            // (ranks) of each rank's share on this machine
     int *carried, n_carried; // shares that this rank adds up for its machine, its own among them
-    double checked;         // seconds() when
+    int *of_hosts;           // (n_hosts) the porters of this rank's share
+    double checked;          // seconds() when
 } nccl;
 
 static void nccl_check(ncclResult_t code, const char *what, int line) {
@@ -66,18 +68,31 @@ static int porter(int host, int owner) {
         if (job.hosts[r] == host && wanted-- == 0) return r;
 }
 
-// Finds members and carried. FAILED: no memory.
+// Who sends what to whom. FAILED: no memory.
 static int nccl_plan(void) {
-    if (nccl.members) return 0;
-    nccl.members = (int *)calloc((size_t)job.ranks, sizeof(int));
-    nccl.carried = (int *)calloc((size_t)job.ranks, sizeof(int));
-    if (!nccl.members || !nccl.carried) return FAILED;
+    int host = job.hosts[job.rank], **lists[] = {&nccl.members, &nccl.porters, &nccl.carried, &nccl.of_hosts};
+    if (nccl.n) return 0;
+    for (int i = 0; i < 4; i++)
+        if (!(*lists[i] = (int *)calloc((size_t)job.ranks, sizeof(int)))) return FAILED;
     for (int r = 0; r < job.ranks; r++) {
+        nccl.porters[r] = porter(host, r);
+        if (nccl.porters[r] == job.rank) nccl.carried[nccl.n_carried++] = r;
         if (r == job.rank) nccl.mine = nccl.n;
-        if (job.hosts[r] == job.hosts[job.rank]) nccl.members[nccl.n++] = r;
-        if (porter(job.hosts[job.rank], r) == job.rank) nccl.carried[nccl.n_carried++] = r;
+        if (job.hosts[r] == host) nccl.members[nccl.n++] = r;
     }
+    for (int h = 0; h < job.n_hosts; h++) nccl.of_hosts[h] = porter(h, job.rank);
     return 0;
+}
+
+// NCCL connects ranks when they first send to each other, and waits for them: not for ever. Rank 0 tells it.
+static void nccl_limit(const char *doing) {
+    job.doing = doing;
+    job.until = seconds() + job.timeout + (job.rank ? 12 : 10);
+}
+static void nccl_group_end(void) {
+    nccl_limit("what NCCL sends");
+    NCCL(GroupEnd());
+    job.until = 0;
 }
 
 // Multiprocessors: NCCL's channels are blocks that stay. 8 carry about 180 GB/s over NVLink.
@@ -125,18 +140,19 @@ static int nccl_open(char *error) {
     tell_all(&id, sizeof(id));
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
     config.maxCTAs = nccl_processors();
-    job.doing = "NCCL's connecting of the ranks";
-    job.until = seconds() + job.timeout;
+    nccl_limit("NCCL's meeting of the ranks");
     NCCL(CommInitRankConfig(&nccl.all, job.ranks, id, job.rank, &config));
     job.until = 0;
     return 0;
 }
+// The communicator ends with the process: ncclCommDestroy waits for the machine's other ranks, and one that has
+// failed may be the only one that comes here.
 static void nccl_close(void) {
-    if (nccl.all) NCCL(CommDestroy(nccl.all));
-    free(nccl.members);
-    free(nccl.carried);
-    nccl.all = NULL;
-    nccl.members = nccl.carried = NULL;
+    int **lists[] = {&nccl.members, &nccl.porters, &nccl.carried, &nccl.of_hosts};
+    for (int i = 0; i < 4; i++) {
+        free(*lists[i]);
+        *lists[i] = NULL;
+    }
     nccl.n = nccl.n_carried = 0;
 }
 
@@ -179,17 +195,15 @@ static void nccl_reduce(float *block, int range, float *room) {
     size_t n = (size_t)share;
     float *own = begin + job.rank * share, *own_sum = own;
     NCCL(GroupStart());
-    for (int r = 0; r < job.ranks; r++) {
-        int to = porter(host, r);
-        if (to != job.rank || nccl.to_itself)
-            NCCL(Send(begin + r * share, n, ncclFloat, to, nccl.all, gpu.exchange));
-    }
+    for (int r = 0; r < job.ranks; r++)
+        if (nccl.porters[r] != job.rank || nccl.to_itself)
+            NCCL(Send(begin + r * share, n, ncclFloat, nccl.porters[r], nccl.all, gpu.exchange));
     for (int c = 0; c < nccl.n_carried; c++)
         for (int i = 0; i < nccl.n; i++)
             if (i != mine)
                 NCCL(Recv(parts + ((int64_t)c * nccl.n + i) * share, n, ncclFloat, nccl.members[i], nccl.all,
                           gpu.exchange));
-    NCCL(GroupEnd());
+    nccl_group_end();
     for (int c = 0; c < nccl.n_carried; c++) {
         int owner = nccl.carried[c];
         float *sum = several ? sums + c * share : own;
@@ -204,8 +218,8 @@ static void nccl_reduce(float *block, int range, float *room) {
             NCCL(Send(sums + c * share, n, ncclFloat, nccl.carried[c], nccl.all, gpu.exchange));
     for (int h = 0; h < job.n_hosts; h++)
         if (h != host)
-            NCCL(Recv(of_hosts + h * share, n, ncclFloat, porter(h, job.rank), nccl.all, gpu.exchange));
-    NCCL(GroupEnd());
+            NCCL(Recv(of_hosts + h * share, n, ncclFloat, nccl.of_hosts[h], nccl.all, gpu.exchange));
+    nccl_group_end();
     add_ranks_gpu(own, own_sum, of_hosts, job.n_hosts, host, share, gpu.exchange);
 }
 
@@ -216,10 +230,12 @@ static void nccl_spread(float *block, int from, int end) {
         int64_t share = share_of(range);
         NCCL(AllGather(begin + job.rank * share, begin, (size_t)share, ncclFloat, nccl.all, gpu.exchange));
     }
-    NCCL(GroupEnd());
+    nccl_group_end();
 }
 static void nccl_tell(double *rows) {
+    NCCL(GroupStart());
     NCCL(AllGather(rows + job.rank, rows, 1, ncclDouble, nccl.all, gpu.exchange));
+    nccl_group_end();
 }
 
 static const Exchange through_nccl = {nccl_prepare,    nccl_open,   nccl_close,  nccl_look, nccl_room,

@@ -231,7 +231,7 @@ static void *watch(void *unused) {
     while (left && !job.leaving) {
         int heard = poll(all, (nfds_t)n, 500);
         if (job.until > 0 && seconds() > job.until && !job.leaving)
-            end_all(job.rank == 0, "%s has taken %.0f s (--timeout), and the ranks end", job.doing, job.timeout);
+            end_all(job.rank < 2, "%s has taken %.0f s (--timeout), and the ranks end", job.doing, job.timeout);
         if (heard <= 0) continue;
         for (int r = 0; r < n && !job.leaving; r++) {
             char word = 0;
@@ -381,13 +381,21 @@ static void tell_all(void *bytes, size_t n) {
     for (int r = 1; !job.rank && r < job.ranks; r++) transmit_message(job.talk[r], bytes, n, r, 0);
 }
 
+// Waits until all are here.
+__attribute__((unused)) // where there are no cards
+static void meet_again(void) {
+    double *rows = (double *)calloc((size_t)job.ranks, sizeof(double));
+    if (!rows) end_all(1, "rank %d: out of memory", job.rank);
+    gather_rows(rows, 1);
+    free(rows);
+}
+
 // Whoever has waited for others on his card for --timeout calls it: who does not come then is the one that
 // hangs. If all come, it is the exchange.
 __attribute__((unused)) // where there are no cards
 static void call_roll(void) {
-    double *rows = (double *)calloc((size_t)job.ranks, sizeof(double));
     job.patience = 10; // all have waited
-    if (rows) gather_rows(rows, 1);
+    meet_again();
     end_all(job.rank == 0, "the exchange between the GPUs does not end: %.0f s (--timeout)", job.timeout);
 }
 

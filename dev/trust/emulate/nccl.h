@@ -65,12 +65,6 @@ inline ncclResult_t ncclCommInitRankConfig(ncclComm_t *all, int ranks, ncclUniqu
     *all = new emulate::Communicator{id.internal, rank, ranks, none, none};
     return ncclSuccess;
 }
-inline ncclResult_t ncclCommDestroy(ncclComm_t all) {
-    emulate::perform(NULL);
-    for (int i = 0; i < 100 && rmdir(all->folder.c_str()) && errno == ENOTEMPTY; i++) usleep(10000);
-    delete all;
-    return ncclSuccess;
-}
 inline ncclResult_t ncclCommGetAsyncError(ncclComm_t, ncclResult_t *problem) {
     *problem = ncclSuccess;
     return ncclSuccess;
