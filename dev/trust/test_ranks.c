@@ -845,7 +845,7 @@ static void test_refused(void) {
     check(!code, "few open files, and more allowed: they are asked for");
     files_of_child = 60;
     prepare_child = allow_few_files;
-    code = run(FEW "--batch 64 --gpus 64");
+    code = run(MODEL_OPTIONS "--batch 64 --steps 3 --gpus 64");
     prepare_child = NULL;
     setrlimit(RLIMIT_NOFILE, &files);
     check(code == 1 && complained("64 processes take 356 open files, and here are at most 60 (ulimit -Hn)"),
