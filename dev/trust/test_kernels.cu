@@ -91,8 +91,8 @@ static void add_rows(real *sum, const real *dout, int N, int width, int ld) {
 
 // Dropout's mask at a place, its key where the kernels read it.
 static Mask mask_on_gpu(Dropout drop, int place) {
-    uint64_t key = dropout_key(drop), *device = gpu_lend<uint64_t>(1);
-    CUDA(cudaMemcpy(device, &key, sizeof(key), cudaMemcpyHostToDevice));
+    Draw draw = draw_of(drop), *device = gpu_lend<Draw>(1);
+    CUDA(cudaMemcpy(device, &draw, sizeof(draw), cudaMemcpyHostToDevice));
     return mask_of(device, drop.probability, place);
 }
 
@@ -439,7 +439,7 @@ template <typename X> void Layers<X>::draw(int even_, int T_) {
     wte_d = on_gpu<float>(wte, (int64_t)V * D);
     dout_f = on_gpu<float>(dout, size);
     floor = 0.1 * sqrt((double)size);
-    drop = {random_int(0, 1) ? 0.3 : 0, 11, 5};
+    drop = {random_int(0, 1) ? 0.3 : 0, 11, 5, (uint64_t)random_int(0, 1) << 33};
     sums = sums_on_gpu(B, T, 3 * ld);
 }
 
