@@ -590,7 +590,7 @@ __global__ void __launch_bounds__(3 * GROUP, 1)
         release(item - 1);
     };
     auto pass = [&](int items) { // of the other group alone
-        for (; items > 0; items--, item++) { arrived(item); release(item); }
+        for (; items > 0; items--, item++) { arrived(item); __syncwarp(); release(item); }
     };
     auto put = [&](int part, int half, int n, uint32_t two) {
         int r = own_row + half * 8;

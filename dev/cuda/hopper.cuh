@@ -87,8 +87,15 @@ __device__ static inline void barrier_expect(uint64_t *barrier, int bytes) {
                  : "r"(shared_at(barrier)), "r"(bytes)
                  : "memory");
 }
-// Waits until round number `round` (0, 1, ...) of arrivals is complete; no round may be two behind.
+// Waits until round number `round` (0, 1, ...) of arrivals is complete; no round may be two behind. So the next
+// one may not complete before every thread that waits for this one has seen it: who lets others go on arrives
+// after all for whom it arrives.
 __device__ static inline void barrier_wait(uint64_t *barrier, int round) {
+#ifdef LATE_WARPS // a build for tests: one wait in 64 begins some 20 microseconds late
+    uint32_t now;
+    asm volatile("mov.u32 %0, %%clock;" : "=r"(now));
+    if ((now + threadIdx.x / 32 * 7919) * 2654435761u >> 26 == 0) __nanosleep(20000);
+#endif
     asm volatile("{\n.reg .pred done;\nagain:\n"
                  "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}"
                  : : "r"(shared_at(barrier)), "r"(round & 1) : "memory");

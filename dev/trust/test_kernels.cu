@@ -1209,6 +1209,9 @@ int main(int argc, char **argv) {
     begin(argv);
     go_to_data();
     if (gpu_open(no_gpu)) { fprintf(stderr, "test_kernels: %s\n", no_gpu); return 1; }
+#ifdef LATE_WARPS
+    gpu.processors = 2; // blocks that stay have many pieces of work, one behind the other
+#endif
     gpu.precision = FP32;
     CUDA(cudaEventCreate(&lists_gone));
     if (argc == 4 && !strcmp(argv[1], "tiles")) {
