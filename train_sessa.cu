@@ -157,7 +157,7 @@ static void unguard(const void *, size_t) {}
 
 // What may go beside something else, and what is recorded as one: the schedule's words, see there.
 typedef enum { DIRECT_READ, W_O_GRADIENT, W_OUT_GRADIENT, W_IN_GRADIENT, LATE_UPDATE, N_BRANCHES } Branch;
-typedef enum { FORWARD_EARLY, FORWARD_LATE, BACKWARD, BACKWARD_ADDS, ONE_TOKEN } Pass;
+typedef enum { FORWARD_EARLY, FORWARD_LATE, FORWARD_LOSS, BACKWARD, BACKWARD_ADDS, ONE_TOKEN } Pass;
 
 // What only speed needs stands in dev/cuda, and each of its files is included where the layer stands that
 // it makes fast. -DSESSA_PLAIN leaves them out: then `plain` is always on, and launches go one behind the
@@ -1639,7 +1639,7 @@ template <typename X> struct ModelGPU {
     cudaEvent_t loss_there, lists_there, norm_there;
     int *host_lists, *starts;                    // of sort_tokens: page-locked; (V+1)
     ColumnSums sums;
-    int dlogits_ready, decodes;
+    int trains, dlogits_ready, decodes; // ready: the last forward pass left dlogits in place of the logits
     Ways ways;
     Recordings recordings;
 };
@@ -2018,7 +2018,7 @@ template <typename X> static Model *create_whole_gpu(const Config *c, int B, int
     m->host.config = *c;
     m->host.B = B;
     m->host.T = T;
-    m->dlogits_ready = mode == TRAIN;
+    m->trains = mode == TRAIN;
     int64_t tokens = (int64_t)B * T, ids = (6 * tokens + 2) * (int64_t)sizeof(int),
             pairs = (int64_t)T * (d / 2);
     real *tables = (real *)allocate(2 * pairs, sizeof(real), &whole); // cosine and sine
@@ -2194,10 +2194,11 @@ static void model_forward_gpu(Model *model, const int *inputs, const int *target
     m->host.batch_B = B;
     m->host.batch_T = T;
     m->host.drop = drop;
+    m->dlogits_ready = m->trains && !model->loss_alone;
     replay(m, FORWARD_EARLY, B, T, drop.probability,
            [&] { hidden_forward_gpu(m, m->inputs->ids, B, T, 0, drop.probability, 0, early, stream); });
     join(LATE_UPDATE);
-    replay(m, FORWARD_LATE, B, T, drop.probability, [&] {
+    replay(m, m->dlogits_ready ? FORWARD_LATE : FORWARD_LOSS, B, T, drop.probability, [&] {
         hidden_forward_gpu(m, (const int *)NULL, B, T, 0, drop.probability, early, m->host.config.n_layers,
                            stream);
         linear_forward_gpu(acts->logits, (int)acts->ld_logits, acts->ln_f, as_x(m, m->weights.wte),
@@ -2262,14 +2263,11 @@ static void layer_backward_gpu(ModelGPU<X> *m, int l, int B, int T, Mask mask, M
 template <typename X>
 static void backward_launches_gpu(ModelGPU<X> *m, int B, int T, double dropout, cudaStream_t stream) {
     const Config *c = &m->host.config;
-    int D = c->d_model, V = c->vocab_size, N = B * T, last = c->n_layers - 1, ld = (int)m->acts.ld_logits;
+    int D = c->d_model, N = B * T, last = c->n_layers - 1, ld = (int)m->acts.ld_logits;
     ActivationsGPU<X> *acts = &m->acts;
     const Weights *w = &m->weights, *dw = &m->grad;
-    const int *targets = m->inputs->ids + N;
     X *dlogits = acts->logits, *dln_f = acts->ds;
     auto mask = [&](int place) { return mask_of(&m->inputs->draw, dropout, place); };
-    if (!m->dlogits_ready)
-        crossentropy_gpu(acts->losses, acts->hits, dlogits, acts->logits, ld, targets, N, V, stream);
     linear_backward_gpu(dln_f, dw->wte, dlogits, ld, acts->ln_f, as_x(m, w->wte), N, D, ld, m->sums.add,
                         stream, m->inputs->scale);
     residual_layernorm_backward_gpu(acts->residual, dw->ln_f_weight, dw->ln_f_bias, acts->dbranch,
@@ -2287,6 +2285,11 @@ template <typename X> static void model_backward_gpu(Model *model, double dloss,
     Inputs *host = m->host_inputs, *device = m->inputs;
     float scale = (float)dloss;
     each(1, 1, 0, stream, [=] __device__ (auto, int, int) { device->scale[0] = scale; });
+    X *logits = m->acts.logits;
+    if (!m->dlogits_ready) // not recorded: whether they are depends on the forward pass
+        crossentropy_gpu(m->acts.losses, m->acts.hits, logits, logits, m->acts.ld_logits, device->ids + N, N, V,
+                         stream);
+    m->dlogits_ready = 1;
     replay(m, m->sums.add ? BACKWARD_ADDS : BACKWARD, B, T, m->host.drop.probability,
            [&] { backward_launches_gpu(m, B, T, m->host.drop.probability, stream); });
     if (last) exchange_layers(m);

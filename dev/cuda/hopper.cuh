@@ -306,7 +306,7 @@ static Part<X> part_of(const X *at, int64_t ld, int64_t step, int rows, int cols
 }
 // A product of such sums goes along K up to three times: A·B, then A_lo·B, then A·B_lo. What is left out is
 // 2^-18 of the whole.
-__device__ static inline int part_turns(PartPlace a, PartPlace b) { return 1 + (a.lo > 0) + (b.lo > 0); }
+__host__ __device__ static inline int part_turns(PartPlace a, PartPlace b) { return 1 + (a.lo > 0) + (b.lo > 0); }
 __device__ static inline int part_of_A(PartPlace a, int turn) { return turn == 1 ? a.lo : 0; }
 __device__ static inline int part_of_B(PartPlace a, PartPlace b, int turn) {
     return turn == 1 + (a.lo > 0) ? b.lo : 0;
@@ -694,10 +694,11 @@ static void product_tiles(F f, Part<bf16> a, Part<bf16> b, int M, int N, int K, 
     LAUNCH_AS(0, ahead, kernel, blocks, threads, bytes, stream, a_map, b_map, a.place, b.place, f, M, N, K,
               shift, items);
 }
-// K > 0
+// K > 0; of one item, and of operands that are one bf16 number each
 template <int A_COLUMNS, int B_COLUMNS, int SHAPE, int BN, typename F>
 static void product_wide(F f, Part<bf16> a, Part<bf16> b, int M, int N, int K, int shift, int B,
                          cudaStream_t stream) {
+    must_fit(part_turns(a.place, b.place), 1, "turns of a product in wide tiles");
     MatrixGPU<bf16> place = f.place();
     CUtensorMap a_map = tile_map(a.at, a.cols, 1, a.rows, a.ld, a.step, B, A_COLUMNS ? ATOM : 128),
         b_map = tile_map(b.at, b.cols, 1, b.rows, b.ld, b.step, B, B_COLUMNS ? ATOM : BN),
