@@ -179,7 +179,7 @@ emulated_shapes: emulated/test_shapes
 emulated_itself: emulated/test_emulate
 	emulated/test_emulate
 emulated_ranks: emulated/test_sessacu test_ranks
-	EMULATE_DEVICES=4 $(EMULATED_RUN) ./test_ranks emulated/test_sessacu nccl
+	EMULATE_DEVICES=4 $(EMULATED_RUN) ./test_ranks emulated/test_sessacu nccl short
 
 # ARGS: options of train_sessa. Without any, a run of the same settings and data is made again and replaces the
 # one that is there; with some, nothing is replaced unless they say --overwrite. What they name as --out or

@@ -187,6 +187,7 @@ template <typename X> struct ModelGPU;
 static int gpu_of_rank(int) { return 0; }
 static int processors_of_exchange(void) { return 0; }
 static int sharers(Mode) { return 0; }
+static int64_t least_range(void) { return 0; }
 static void wait_for_gpu(cudaEvent_t event) { CUDA(cudaEventSynchronize(event)); }
 template <typename X> static int64_t exchange_room(const ModelGPU<X> *) { return 0; }
 template <typename X> static Model *share_out(ModelGPU<X> *, char *) { return NULL; }
@@ -1617,7 +1618,9 @@ template <typename X> struct ModelGPU {
     int ranks;
     int64_t held;
     const int *units;
-    int64_t *begins;                             // (L+2) where ranges begin: the embedding, each layer; the end
+    // the block's ranges (dev/ranks/gpus.cuh): where they begin, and the end; of each layer, in which it is
+    int64_t *begins;                             // (n_ranges+1)
+    int n_ranges, *ranges;                       // (L)
     cudaEvent_t *layer_there;                    // its gradients; with ranks
     float *received;                             // exchange_room
     float *params, *exp_avg, *exp_avg_sq, *grads; // in the order of Block
@@ -1940,7 +1943,7 @@ template <typename X> static void model_free_gpu(Model *model) {
     void *blocks[] = {m->weights.layers, m->grad.layers, m->acts.layers, m->host.table.rows,
                       m->x_table.rows, m->f_table.rows, m->host.params,
                       m->host.grads, m->host.exp_avg, m->host.exp_avg_sq, m->host.table.places, m->starts,
-                      m->begins, m};
+                      m->begins, m->ranges, m};
     for (size_t i = 0; i < sizeof(blocks) / sizeof(blocks[0]); i++) free(blocks[i]);
 }
 
@@ -2027,7 +2030,8 @@ template <typename X> static Model *create_whole_gpu(const Config *c, int B, int
     m->acts.layers = (LayerActivationsGPU<X> *)allocate(c->n_layers, sizeof(LayerActivationsGPU<X>), &whole);
     m->starts = (int *)allocate((int64_t)c->vocab_size + 1, sizeof(int), &whole);
     if (whole) carve_weights(&m->weights, &m->host.table, NULL, c);
-    int64_t *begin = m->begins = (int64_t *)allocate(c->n_layers + 2, sizeof(int64_t), &whole);
+    m->begins = (int64_t *)allocate(c->n_layers + 2, sizeof(int64_t), &whole);
+    m->ranges = (int *)allocate(c->n_layers, sizeof(int), &whole);
     int64_t *places = m->host.table.places = (int64_t *)allocate(m->host.table.n, sizeof(int64_t), &whole);
     if (!whole || m->host.table.incomplete) {
         fail(error, NULL, "out of memory");
@@ -2035,20 +2039,24 @@ template <typename X> static Model *create_whole_gpu(const Config *c, int B, int
         model_free_gpu<X>(&m->host);
         return NULL;
     }
-    for (int i = 0; i < m->host.table.n; i++) { // the projections stay together: they are one product
+    m->n_ranges = 1;
+    for (int i = 0, l = 0; i < m->host.table.n; i++) { // the projections stay together: they are one product
         const Tensor *row = &m->host.table.rows[i];
         int follows =
             strstr(row->name, ".k_proj.") || strstr(row->name, ".v_proj.") || strstr(row->name, ".proj_fb.");
-        int begins = strstr(row->name, ".ln.weight") != NULL; // a range, of which each rank has as many units
+        int begins_layer = strstr(row->name, ".ln.weight") != NULL;
+        // a range, of which each rank has as many units; late layers have their own
+        int begins = begins_layer && (l == early_layers(c) || m->count - m->begins[m->n_ranges - 1] >= least_range());
         if (!follows) m->count = round_up(m->count, begins && m->ranks ? 64 * m->ranks : 64);
-        if (begins) *++begin = m->count;
+        if (begins) m->begins[m->n_ranges++] = m->count;
+        if (begins_layer) m->ranges[l++] = m->n_ranges - 1;
         places[i] = m->count;
         // wte: rows more, of zeros that stay zeros
         m->count += i ? row->count : round_up(c->vocab_size, 8) * c->d_model;
     }
     m->count = round_up(m->count, m->ranks ? 64 * m->ranks : 64);
     m->held = m->ranks ? m->count / m->ranks : m->count;
-    *++begin = m->count;
+    m->begins[m->n_ranges] = m->count;
     double needed = INFINITY;
     size_t present = 0, all = 0;
     CUDA(cudaMemGetInfo(&present, &all));
@@ -2338,7 +2346,7 @@ __global__ void adamw_kernel(float *w, const float *g, float *exp_avg, float *ex
 template <typename X> static double model_update_gpu(Model *model, AdamW o, double clip, int64_t step) {
     ModelGPU<X> *m = of<X>(model);
     double *norm = m->norm; // the next batch's inputs are on their way while late layers read it
-    int ranks = m->ranks, early_end = 1 + early_layers(&m->host.config), end = 1 + m->host.config.n_layers;
+    int ranks = m->ranks, early_end = m->ranges[early_layers(&m->host.config)];
     join(LATE_UPDATE);
     exchange_squares(m);
     if (!ranks) sum_gpu<1>(norm, m->grads, m->units, m->held, gpu.stream);
@@ -2362,7 +2370,7 @@ template <typename X> static double model_update_gpu(Model *model, AdamW o, doub
     cudaStream_t late = beside(LATE_UPDATE);
     adamw(early, m->held, late);
     exchange_weights(m, 0, early_end, gpu.stream);
-    exchange_weights(m, early_end, end, late);
+    exchange_weights(m, early_end, m->n_ranges, late);
     wait_for_gpu(m->norm_there);
     if (isfinite(m->host_sum[1])) m->sums.add = 0;
     return sqrt(m->host_sum[1]);
