@@ -358,6 +358,10 @@ template <typename X> static void check_training(const Case *s, const int *ids, 
     backend->destroy(m);
 }
 
+// The logits of what a model reads behind `first` tokens
+static void extend(const Backend *backend, Model *m, const int *ids, int n, int first, float *logits) {
+    memcpy(logits, backend->extend(m, 0, ids, n, first), sizeof(float) * (size_t)m->config.vocab_size);
+}
 // The last logits of the text by a plain model of this precision, its prompt at once and then pieces of 7.
 static int plain_text(const Case *s, Precision precision, const int *ids, int prompt, float *logits) {
     gpu.precision = precision;
@@ -365,8 +369,8 @@ static int plain_text(const Case *s, Precision precision, const int *ids, int pr
     const Backend *backend = backend_gpu();
     Model *m = make(backend, s, 1, GENERATE);
     if (m) {
-        backend->extend(m, ids, prompt, 0, logits);
-        for (int at = prompt; at < s->T; at += 7) backend->extend(m, ids + at, at_most(7, s->T - at), at, logits);
+        extend(backend, m, ids, prompt, 0, logits);
+        for (int at = prompt; at < s->T; at += 7) extend(backend, m, ids + at, at_most(7, s->T - at), at, logits);
         backend->destroy(m);
     }
     plain = 0;
@@ -400,19 +404,19 @@ template <typename X> static void check_generation(const Case *s, const int *ids
     if (!m) return;
     meet_ways((ModelGPU<X> *)m, s);
     float *pieces = (float *)malloc(sizeof(float) * (size_t)V), *whole = (float *)malloc(sizeof(float) * (size_t)V);
-    backend->extend(m, ids, prompt, 0, pieces);
+    extend(backend, m, ids, prompt, 0, pieces);
     int piece = at < T - singles, tiles = s->c.mixer == SESSA && ((ModelGPU<X> *)m)->ways.feedback[1].tiles;
-    if (piece) backend->extend(m, ids + at, T - singles - at, at, pieces);
+    if (piece) extend(backend, m, ids + at, T - singles - at, at, pieces);
     if (gpu.tiles) meet("generation: a piece in tiles, behind others", piece && tiles && at % 8 == 0);
     if (gpu.tiles) meet("generation: a piece that begins where tiles cannot", piece && tiles && at % 8 != 0);
-    for (at = T - singles; at < T; at++) backend->extend(m, ids + at, 1, at, pieces);
-    backend->extend(m, ids, T, 0, whole);
+    for (at = T - singles; at < T; at++) extend(backend, m, ids + at, 1, at, pieces);
+    extend(backend, m, ids, T, 0, whole);
     double apart = distance(pieces, whole, V, 0);
     double bound = fmax(gradient_bound(s), 4 * check_plain_text(s, ids, prompt, whole));
     hold(apart, bound, "logits, text in pieces", 1);
     if (operations(s) < 2e9) {
         Model *cpu = make(&cpu_backend, s, 1, GENERATE);
-        model_extend(cpu, ids, T, 0, pieces);
+        extend(&cpu_backend, cpu, ids, T, 0, pieces);
         hold(distance(whole, pieces, V, 0), bound, "logits, CPU", 1);
         model_free(cpu);
     }
