@@ -8116,7 +8116,8 @@ static int make_model(Run *run, char *error) {
     int64_t needed = prompt + 1 + o->generate;
     int64_t longest = o->window && o->window < needed ? o->window : needed;
     Mode mode = o->generate ? GENERATE : o->eval ? EVALUATE : TRAIN;
-    int B = o->generate ? (int)(texts < MOST_TEXTS ? texts : MOST_TEXTS) : (int)o->batch / run->backend->ranks;
+    int together = texts < MOST_TEXTS ? (int)texts : MOST_TEXTS;
+    int B = o->generate ? together : (int)o->batch / run->backend->ranks;
     int T = o->generate ? (int)longest : (int)o->seq;
     run->model_T = T;
     run->model = run->backend->create(&run->config, B, T, mode, error);
