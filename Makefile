@@ -7,7 +7,8 @@
 # make page         builds sessa.html, the program in a browser; needs emscripten (apt install emscripten)
 # make clean        removes what was built
 #
-# Variables: CC, CXX, CFLAGS, OPENMP= (for one thread), ARCH (native; x86-64-v3 for valgrind), NVCC, CUDA_ARCH
+# Variables: CC, CXX, CFLAGS, OPENMP= (for one thread), ARCH (native; x86-64-v3 for valgrind), NVCC, CUDA_ARCH,
+# NCCL (the folder of nccl.h; NCCL= for one GPU)
 
 # What the compiler takes is asked once, when something is built: at its first use such a variable becomes the answer.
 #
@@ -46,12 +47,13 @@ LDLIBS = -lm
 COMPILE = $(CC) $(CFLAGS) $(WARNINGS) $< $(OPENMP) -o $@ $(LDLIBS)
 CAN_WRITE = @test -w . || test -w $@ || { echo "$@: this folder is read-only, build in a copy of it" >&2; exit 1; }
 
-.PHONY: all help train test testcu test_emulated emulated_sessacu emulated_shapes emulated_itself page clean
+.PHONY: all help train test testcu test_emulated emulated_sessacu emulated_shapes emulated_itself emulated_ranks
+.PHONY: page clean
 
 all: train_sessa
 
 help:
-	@sed -n '/^# Variables/{s/^# //p;q;};s/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
+	@sed -n '/^$$/q;s/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
 
 train_sessa: train_sessa.c
 	$(CAN_WRITE)
@@ -81,7 +83,7 @@ test_files: dev/trust/test_files.c dev/trust/run.h dev/trust/check.h train_sessa
 
 # several processes that train together; they are Linux's
 RANKS = $(if $(filter Linux,$(shell uname)),test_ranks)
-test_ranks: dev/trust/test_ranks.c dev/ranks/ranks.h dev/ranks/shared.h dev/trust/run.h dev/trust/check.h train_sessa.c
+test_ranks: dev/trust/test_ranks.c $(wildcard dev/ranks/*.h) dev/trust/run.h dev/trust/check.h train_sessa.c
 	$(CAN_WRITE)
 	$(COMPILE) -pthread
 
@@ -103,9 +105,18 @@ NVCC ?= $(or $(shell command -v nvcc 2>/dev/null),$(USUAL_NVCC))
 CUDA_ARCH ?= $(or $(subst sm_90,sm_90a,$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sed -n '1s/^\([0-9]*\)\.\([0-9]*\).*/sm_\1\2/p')),sm_90a)
 NVCCFLAGS ?= -O3 --extended-lambda -gencode arch=$(subst sm_,compute_,$(CUDA_ARCH)),code=$(CUDA_ARCH) -diag-suppress 1675 -Xcompiler "$(CFLAGS) $(OPENMP) $(WARNINGS)"
 
-# The twin, and what makes it fast; PLAIN=1 leaves that out.
-TWIN = train_sessa.cu train_sessa.c $(wildcard dev/cuda/*.cuh)
-NVCC_TWIN = $(NVCC) $(NVCCFLAGS) $(if $(PLAIN),-DSESSA_PLAIN)
+# NCCL, for several GPUs: the folder of nccl.h, as a package or PyTorch brings it. The library is looked for when
+# the program runs. NCCL= builds without, for one GPU.
+ASK_NCCL = for folder in $(dir $(abspath $(shell command -v $(NVCC))))../include /usr/include /usr/local/include \
+		/usr/local/cuda/include /opt/cuda/include \
+		`python3 -c 'import nvidia.nccl as n; print(list(n.__path__)[0] + "/include")' 2>/dev/null`; do \
+	test -f $$folder/nccl.h && echo $$folder && break; \
+	done
+NCCL ?= $(eval NCCL := $(shell $(ASK_NCCL)))$(NCCL)
+
+# The twin, and what makes it fast; PLAIN=1 leaves that out, and several GPUs.
+TWIN = train_sessa.cu train_sessa.c $(wildcard dev/cuda/*.cuh) $(wildcard dev/ranks/*.h dev/ranks/*.cuh)
+NVCC_TWIN = $(NVCC) $(NVCCFLAGS) $(if $(PLAIN),-DSESSA_PLAIN,$(if $(NCCL),-DSESSA_NCCL -I$(NCCL)))
 
 train_sessacu: $(TWIN)
 	$(NVCC_TWIN) $< -o $@ -lcublasLt
@@ -120,10 +131,11 @@ test_kernels: dev/trust/test_kernels.cu dev/trust/check.h dev/trust/guard.cuh $(
 test_shapes: dev/trust/test_shapes.cu dev/trust/guard.cuh $(TWIN)
 	$(NVCC) $(NVCCFLAGS) $< -o $@ -lcublasLt
 
-testcu: test_sessacu test_kernels test_shapes test_runs train_sessacu
+testcu: test_sessacu test_kernels test_shapes test_runs $(RANKS) train_sessacu
 	./test_sessacu
 	./test_kernels
 	./test_runs ./test_sessacu
+	$(if $(RANKS),./test_ranks ./test_sessacu shared)
 	./test_shapes 1 0 300
 
 # The same tests on a machine without a GPU, the kernels' threads on the CPU (dev/trust/trust.md, "Without a GPU").
@@ -149,18 +161,20 @@ emulated/test_emulate: emulated/prepared
 	$(CXX) $(EMULATED_FLAGS) -x c++ emulated/$(EMULATE)/test_emulate.cu -o $@
 
 emulated/test_sessacu: emulated/prepared
-	$(CXX) $(EMULATED_FLAGS) $(if $(PLAIN),-DSESSA_PLAIN) -DTEST_CUDA -x c++ emulated/test_sessa.c -o $@
+	$(CXX) $(EMULATED_FLAGS) $(if $(PLAIN),-DSESSA_PLAIN,-DSESSA_NCCL) -DTEST_CUDA -x c++ emulated/test_sessa.c -o $@ -pthread
 
 emulated/train_sessacu: emulated/prepared
-	$(CXX) $(EMULATED_FLAGS) $(if $(PLAIN),-DSESSA_PLAIN) -x c++ emulated/train_sessa.cu -o $@
+	$(CXX) $(EMULATED_FLAGS) $(if $(PLAIN),-DSESSA_PLAIN,-DSESSA_NCCL) -x c++ emulated/train_sessa.cu -o $@ -pthread
 
-test_emulated: emulated_sessacu emulated_shapes emulated_itself
+test_emulated: emulated_sessacu emulated_shapes emulated_itself $(if $(RANKS),emulated_ranks)
 emulated_sessacu: emulated/test_sessacu
 	$(EMULATED_RUN) emulated/test_sessacu
 emulated_shapes: emulated/test_shapes
 	$(EMULATED_RUN) emulated/test_shapes 1 0 36 small
 emulated_itself: emulated/test_emulate
 	emulated/test_emulate
+emulated_ranks: emulated/test_sessacu test_ranks
+	EMULATE_DEVICES=4 $(EMULATED_RUN) ./test_ranks emulated/test_sessacu nccl
 
 # ARGS: options of train_sessa. Without any, a run of the same settings and data is made again and replaces the
 # one that is there; with some, nothing is replaced unless they say --overwrite. What they name as --out or

@@ -25,7 +25,8 @@ launches, what runs beside what) is in dev/cuda, a file for each:
 
     if (!plain) return feedback_forward_fast(...);        dev/cuda/feedback.cuh
 
--DSESSA_PLAIN leaves dev/cuda out. Attention has its fast way in bf16 alone, and says so by way->tiles.
+Several GPUs that train one model, a process each, are dev/ranks': here stand the places where they exchange.
+-DSESSA_PLAIN leaves dev/cuda and dev/ranks out. Attention has its fast way in bf16 alone, and says so by way->tiles.
 
 X is the type of what products read and of the activations kept for the backward pass: bf16, or float.
 In float32 always: the parameters and their moments and gradients, the residual stream, the softmax's
@@ -66,6 +67,10 @@ heuristic and never by timing.
 #endif
 #include "train_sessa.c"
 
+#ifndef SESSA_PLAIN
+#include "dev/ranks/ranks.h"
+#endif
+
 static_assert(sizeof(real) == sizeof(float), "the CUDA twin is float32 and bf16");
 typedef __nv_bfloat16 bf16;
 
@@ -93,38 +98,46 @@ typedef struct {
 enum { WORKSPACE = 32 << 20, N_PRODUCTS = 1 << 13 };
 static struct {
     Precision precision;
-    int ready, processors;
+    int ready, device;
+    int processors, spared; // multiprocessors: for launches that fill the GPU; the others are the exchange's
     // tiles: bf16 has kernels of its own; hopper: with Hopper's instructions, else what all have since Ampere
     int tiles, hopper;
     int clusters; // Hopper's kernels in clusters too: not on every part of a GPU (MIG, MPS)
     int shared, shared_together; // bytes of shared memory: of a block at most, of a multiprocessor's blocks
     cudaStream_t stream, side, late; // the launches; those beside them, see the schedule
+    cudaStream_t exchange;           // of several GPUs
     cublasLtHandle_t lt;
     // two, of stream and of side: cuBLASLt's, and sum_gpu's partial sums, one at a time in the stream's order
     char *workspace;
-} gpu = {BF16, 0, 0, 0, 0, 0, 0, 0, NULL, NULL, NULL, NULL, NULL};
+} gpu = {BF16, 0, 0, 0, 0, 0, 0, 0, 0, 0, NULL, NULL, NULL, NULL, NULL, NULL};
 static Product products[N_PRODUCTS]; // each at its key's hash, until another takes its place
 
-// What fails here is a broken machine or a broken program: one line, exit code 1.
-static void cuda_check(cudaError_t code, const char *what, int line) {
-    if (code == cudaSuccess) return;
-    fprintf(stderr, "train_sessa: CUDA: %s (%s, line %d)\n", cudaGetErrorString(code), what, line);
+// What fails here is a broken machine or a broken program: one line, exit code 1. Of several processes all end.
+__attribute__((format(printf, 1, 2))) static void stop_program(const char *format, ...) {
+    char line[ERROR_SIZE];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(line, sizeof(line), format, arguments);
+    va_end(arguments);
+#ifndef SESSA_PLAIN
+    if (job.ranks > 1) end_all(1, "rank %d: %s", job.rank, line);
+#endif
+    fprintf(stderr, "train_sessa: %s\n", line);
     exit(1);
 }
+static void cuda_check(cudaError_t code, const char *what, int line) {
+    if (code != cudaSuccess) stop_program("CUDA: %s (%s, line %d)", cudaGetErrorString(code), what, line);
+}
 static void lt_check(cublasStatus_t code, const char *what, int line) {
-    if (code == CUBLAS_STATUS_SUCCESS) return;
-    fprintf(stderr, "train_sessa: cuBLASLt: status %d (%s, line %d)\n", (int)code, what, line);
-    exit(1);
+    if (code != CUBLAS_STATUS_SUCCESS) stop_program("cuBLASLt: status %d (%s, line %d)", (int)code, what, line);
 }
 #define CUDA(call) cuda_check(call, #call, __LINE__)
 #define LT(call) lt_check(call, #call, __LINE__)
 
 // A pass that would ask for more than there is stops before it writes past that.
 static void must_fit(int64_t asked, int64_t room, const char *what) {
-    if (asked <= room) return;
-    fprintf(stderr, "train_sessa: CUDA: %s: %lld asked for, room for %lld\n", what, (long long)asked,
-            (long long)room);
-    exit(1);
+    if (asked > room)
+        stop_program("CUDA: %s: %lld asked for, room for %lld", what, (long long)asked, (long long)room);
 }
 
 // Memory of the device that layers use one after the other, and how much of it there is.
@@ -152,6 +165,10 @@ typedef enum { FORWARD_EARLY, FORWARD_LATE, BACKWARD, BACKWARD_ADDS, ONE_TOKEN }
 #ifndef SESSA_PLAIN
 #include "dev/cuda/schedule.cuh"
 #include "dev/cuda/instructions.cuh"
+// Of several GPUs: dev/ranks/gpus.cuh
+static int gpu_of_rank(int devices);
+static int processors_of_exchange(void);
+static void wait_for_gpu(cudaEvent_t event);
 #else
 // Every kernel begins with it: the schedule starts kernels early. Here there is nothing to wait for.
 __device__ static inline void wait_for_results(void) {}
@@ -165,6 +182,24 @@ template <typename M, typename F> static void replay(M *, Pass, int, int, double
 static void forget_recordings(Recordings *) {}
 static int early_layers(const Config *) { return 0; }
 static void tiles_open(int) {}
+// One GPU has all.
+template <typename X> struct ModelGPU;
+static int gpu_of_rank(int) { return 0; }
+static int processors_of_exchange(void) { return 0; }
+static int sharers(Mode) { return 0; }
+static void wait_for_gpu(cudaEvent_t event) { CUDA(cudaEventSynchronize(event)); }
+template <typename X> static int64_t exchange_room(const ModelGPU<X> *) { return 0; }
+template <typename X> static Model *share_out(ModelGPU<X> *, char *) { return NULL; }
+static void wait_for_others(void) {}
+static int run_gpus(int argc, char **argv, const Backend *one) { return run_program(argc, argv, one); }
+template <typename... A> static void exchange_close(A...) {}
+template <typename... A> static void layer_is_behind(A...) {}
+template <typename... A> static void exchange_layers(A...) {}
+template <typename... A> static void exchange_embedding(A...) {}
+template <typename... A> static void exchange_squares(A...) {}
+template <typename... A> static void exchange_weights(A...) {}
+template <typename... A> static void gather_moments(A...) {}
+template <typename... A> static void take_moments(A...) {}
 // The fast ways, none of which is called.
 template <typename... A> static void embedding_backward_fast(A &&...) {}
 template <typename... A> static void attention_forward_fast(A &&...) {}
@@ -193,7 +228,8 @@ static int gpu_open(char *error) {
     if (code != cudaSuccess || devices == 0)
         return fail(error, NULL, "no CUDA device: %s",
                     code == cudaSuccess ? "none is there" : cudaGetErrorString(code));
-    if ((code = cudaSetDevice(0)) != cudaSuccess ||
+    gpu.device = gpu_of_rank(devices);
+    if ((code = cudaSetDevice(gpu.device)) != cudaSuccess ||
         (code = cudaMalloc((void **)&gpu.workspace, 2 * (WORKSPACE + GUARD))) != cudaSuccess)
         return fail(error, NULL, "the CUDA device cannot be used: %s", cudaGetErrorString(code));
     for (int i = 0; i < 2; i++) {
@@ -201,14 +237,16 @@ static int gpu_open(char *error) {
         CUDA(cudaMemset(at, 0, WORKSPACE));
         guard(at + WORKSPACE, at + WORKSPACE + GUARD, "workspace", i);
     }
-    cudaStream_t *streams[] = {&gpu.late, &gpu.side, &gpu.stream};
-    for (int i = 0; i < 3; i++) CUDA(cudaStreamCreateWithPriority(streams[i], cudaStreamDefault, -i));
+    cudaStream_t *streams[] = {&gpu.late, &gpu.side, &gpu.stream, &gpu.exchange};
+    for (int i = 0; i < 4; i++) CUDA(cudaStreamCreateWithPriority(streams[i], cudaStreamDefault, -i));
     LT(cublasLtCreate(&gpu.lt));
     int major = 0;
-    CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
-    CUDA(cudaDeviceGetAttribute(&gpu.processors, cudaDevAttrMultiProcessorCount, 0));
-    CUDA(cudaDeviceGetAttribute(&gpu.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
-    CUDA(cudaDeviceGetAttribute(&gpu.shared_together, cudaDevAttrMaxSharedMemoryPerMultiprocessor, 0));
+    CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, gpu.device));
+    CUDA(cudaDeviceGetAttribute(&gpu.processors, cudaDevAttrMultiProcessorCount, gpu.device));
+    CUDA(cudaDeviceGetAttribute(&gpu.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, gpu.device));
+    CUDA(cudaDeviceGetAttribute(&gpu.shared_together, cudaDevAttrMaxSharedMemoryPerMultiprocessor, gpu.device));
+    gpu.spared = processors_of_exchange();
+    gpu.processors -= gpu.spared;
     tiles_open(major);
     gpu.ready = 1;
     return 0;
@@ -690,20 +728,25 @@ __device__ static inline uint64_t splitmix64_gpu(uint64_t z) {
     return z ^ (z >> 31);
 }
 
-// A mask of dropout, number by number that of the C function; the passes that need it compute it. Its key is
-// in the device's memory: a recorded step finds that of its own time there.
-typedef struct { const uint64_t *key; uint64_t place, threshold; float scale; } Mask;
-static uint64_t dropout_key(Dropout drop) { return splitmix64(splitmix64(drop.seed) ^ drop.micro_step); }
-static Mask mask_of(const uint64_t *key, double probability, int place) {
-    return {key, (uint64_t)place, (uint64_t)(probability * 4294967296.0), (float)(1 / (1 - probability))};
+// A mask of dropout, number by number that of the C function; the passes that need it compute it. What is drawn,
+// its key and the index of the first number, is in the device's memory: a recorded step finds that of its own
+// time there.
+typedef struct { uint64_t key, first; } Draw;
+typedef struct { const Draw *draw; uint64_t place, threshold; float scale; } Mask;
+static Draw draw_of(Dropout drop) {
+    return {splitmix64(splitmix64(drop.seed) ^ drop.micro_step), drop.first};
+}
+static Mask mask_of(const Draw *draw, double probability, int place) {
+    return {draw, (uint64_t)place, (uint64_t)(probability * 4294967296.0), (float)(1 / (1 - probability))};
 }
 // The factors of the numbers at, at + 1, ...
 template <int SPAN> __device__ inline Pack<SPAN> mask_at(const Mask &mask, int64_t at) {
     Pack<SPAN> factor;
-    uint64_t key = mask.threshold ? splitmix64_gpu(*mask.key ^ mask.place) : 0;
+    uint64_t key = mask.threshold ? splitmix64_gpu(mask.draw->key ^ mask.place) : 0,
+             index = mask.threshold ? mask.draw->first + (uint64_t)at : 0;
     for (int c = 0; c < SPAN; c++)
         factor[c] = !mask.threshold ? 1
-                    : (splitmix64_gpu(key ^ (uint64_t)(at + c)) >> 32) >= mask.threshold ? mask.scale : 0;
+                    : (splitmix64_gpu(key ^ (index + c)) >> 32) >= mask.threshold ? mask.scale : 0;
     return factor;
 }
 
@@ -1545,7 +1588,7 @@ template <typename X> struct ActivationsGPU {
 // What a step reads from the device's memory, because it changes from step to step; room for ids behind it:
 // inputs, targets, the lists of sort_tokens.
 typedef struct {
-    uint64_t dropout_key;
+    Draw draw;
     float scale[4]; // dloss, 0, 1: what products scale by
     int ids[];      // generation: a Next each
 } Inputs;
@@ -1586,6 +1629,14 @@ template <typename X> struct ModelGPU {
     Model host;
     char *memory;                                // all of the model, one allocation
     int64_t count;                               // numbers in a block
+    // processes that share it, each with `held` numbers of the moments; 0: this one has all. Which they are, in
+    // units of 64: NULL: all
+    int ranks;
+    int64_t held;
+    const int *units;
+    int64_t *begins;                             // (L+2) where ranges begin: the embedding, each layer; the end
+    cudaEvent_t *layer_there;                    // its gradients; with ranks
+    float *received;                             // exchange_room
     float *params, *exp_avg, *exp_avg_sq, *grads; // in the order of Block
     // the parameters as X: products read them; float: params itself
     X *copy;
@@ -1597,7 +1648,7 @@ template <typename X> struct ModelGPU {
     float *f_block;
     // in the device's memory; page-locked, as is the result of sums
     Inputs *inputs, *host_inputs;
-    // in the device's memory: its square, and what clipping makes of the gradients
+    // in the device's memory: its square, what clipping makes of the gradients, and the ranks' squares
     double *norm;
     double *host_sum;                            // of losses; of squares of gradients
     int plain;                                   // made for the plain ways
@@ -1726,6 +1777,13 @@ template <typename X> static const MixerGPU<X> mixers_gpu[N_MIXERS] = {
 
 #ifndef SESSA_PLAIN
 #include "dev/cuda/decode.cuh"
+#endif
+
+#ifndef SESSA_PLAIN
+template <typename X> static void model_free_gpu(Model *model);
+template <int SQUARES>
+static void sum_gpu(double *out, const float *x, const int *units, int64_t n, cudaStream_t stream);
+#include "dev/ranks/gpus.cuh"
 #endif
 
 // ----------------------------------------------------------------------------
@@ -1910,6 +1968,7 @@ template <typename X> static void carve_activations_gpu(ModelGPU<X> *m, int B, i
 template <typename X> static void model_free_gpu(Model *model) {
     ModelGPU<X> *m = of<X>(model);
     if (gpu.ready) cudaDeviceSynchronize();
+    exchange_close(m);
     unguard(m->memory, m->memory ? (size_t)(m->host.bytes - 2 * WORKSPACE) : 0);
     cudaFree(m->memory);
     cudaFreeHost(m->host_inputs);
@@ -1919,7 +1978,8 @@ template <typename X> static void model_free_gpu(Model *model) {
     forget_recordings(&m->recordings);
     void *blocks[] = {m->weights.layers, m->grad.layers, m->acts.layers, m->host.table.rows,
                       m->x_table.rows, m->f_table.rows, m->host.params,
-                      m->host.grads, m->host.exp_avg, m->host.exp_avg_sq, m->host.table.places, m->starts, m};
+                      m->host.grads, m->host.exp_avg, m->host.exp_avg_sq, m->host.table.places, m->starts,
+                      m->begins, m};
     for (size_t i = 0; i < sizeof(blocks) / sizeof(blocks[0]); i++) free(blocks[i]);
 }
 
@@ -1942,11 +2002,17 @@ template <typename X> static int64_t carve_memory(ModelGPU<X> *m, char *memory, 
     int there = memory != NULL;
     float **blocks[] = {&m->params, &m->exp_avg, &m->exp_avg_sq, &m->grads};
     for (int i = 0; i < 4; i++)
-        *blocks[i] = take<float>(&at, i == PARAMS || mode >= TRAIN ? m->count : 0, names[i], there);
+        *blocks[i] = take<float>(&at, i == PARAMS      ? m->count
+                                      : mode < TRAIN   ? 0
+                                      : blocks[i] == &m->grads ? m->count
+                                                               : m->held,
+                                 names[i], there);
     m->copy =
         sizeof(X) == sizeof(bf16) ? take<X>(&at, m->count, "copy of the parameters", there) : (X *)m->params;
     m->decayed = take<unsigned char>(&at, m->count / 64, "decayed", there);
-    m->norm = take<double>(&at, 2, "norm", there);
+    m->units = m->ranks ? take<int>(&at, m->held / 64, "units", there) : NULL;
+    m->received = take<float>(&at, exchange_room(m), "received", there);
+    m->norm = take<double>(&at, 2 + m->ranks, "norm", there);
     m->inputs = (Inputs *)take<char>(&at, (int64_t)sizeof(Inputs) + ids_room(B, T, mode), "inputs", there);
     m->x_block = take<X>(&at, m->x_table.count, "activations", there);
     m->f_block = take<float>(&at, m->f_table.count, "activations in float32", there);
@@ -1993,7 +2059,7 @@ static int within_launches(const Config *c, int B, int T, size_t number, char *e
     return 0;
 }
 
-template <typename X> static Model *model_create_gpu(const Config *c, int B, int T, Mode mode, char *error) {
+template <typename X> static Model *create_whole_gpu(const Config *c, int B, int T, Mode mode, char *error) {
 #ifdef SESSA_PLAIN
     plain = 1;
 #endif
@@ -2002,6 +2068,7 @@ template <typename X> static Model *model_create_gpu(const Config *c, int B, int
     ModelGPU<X> *m = (ModelGPU<X> *)allocate(1, sizeof(ModelGPU<X>), &whole);
     if (!m) { fail(error, NULL, "out of memory"); return NULL; }
     m->plain = plain;
+    m->ranks = sharers(mode);
     m->host.config = *c;
     m->host.B = B;
     m->host.T = T;
@@ -2013,6 +2080,7 @@ template <typename X> static Model *model_create_gpu(const Config *c, int B, int
     m->acts.layers = (LayerActivationsGPU<X> *)allocate(c->n_layers, sizeof(LayerActivationsGPU<X>), &whole);
     m->starts = (int *)allocate((int64_t)c->vocab_size + 1, sizeof(int), &whole);
     if (whole) carve_weights(&m->weights, &m->host.table, NULL, c);
+    int64_t *begin = m->begins = (int64_t *)allocate(c->n_layers + 2, sizeof(int64_t), &whole);
     int64_t *places = m->host.table.places = (int64_t *)allocate(m->host.table.n, sizeof(int64_t), &whole);
     if (!whole || m->host.table.incomplete) {
         fail(error, NULL, "out of memory");
@@ -2024,12 +2092,16 @@ template <typename X> static Model *model_create_gpu(const Config *c, int B, int
         const Tensor *row = &m->host.table.rows[i];
         int follows =
             strstr(row->name, ".k_proj.") || strstr(row->name, ".v_proj.") || strstr(row->name, ".proj_fb.");
-        if (!follows) m->count = round_up(m->count, 64);
+        int begins = strstr(row->name, ".ln.weight") != NULL; // a range, of which each rank has as many units
+        if (!follows) m->count = round_up(m->count, begins && m->ranks ? 64 * m->ranks : 64);
+        if (begins) *++begin = m->count;
         places[i] = m->count;
         // wte: rows more, of zeros that stay zeros
         m->count += i ? row->count : round_up(c->vocab_size, 8) * c->d_model;
     }
-    m->count = round_up(m->count, 64);
+    m->count = round_up(m->count, m->ranks ? 64 * m->ranks : 64);
+    m->held = m->ranks ? m->count / m->ranks : m->count;
+    *++begin = m->count;
     double needed = INFINITY;
     size_t present = 0, all = 0;
     CUDA(cudaMemGetInfo(&present, &all));
@@ -2094,6 +2166,10 @@ template <typename X> static Model *model_create_gpu(const Config *c, int B, int
     free(tables);
     return &m->host;
 }
+template <typename X> static Model *model_create_gpu(const Config *c, int B, int T, Mode mode, char *error) {
+    Model *model = create_whole_gpu<X>(c, B, T, mode, error);
+    return sharers(mode) ? share_out((ModelGPU<X> *)(void *)model, error) : model;
+}
 
 // ----------------------------------------------------------------------------
 // forward, backward, update
@@ -2108,7 +2184,7 @@ static void hidden_forward_gpu(ModelGPU<X> *m, const int *inputs, int B, int T, 
     const Weights *w = &m->weights;
     ActivationsGPU<X> *acts = &m->acts;
     float *x = acts->residual, gamma_max = (float)c->gamma_max;
-    auto mask = [&](int place) { return mask_of(&m->inputs->dropout_key, dropout, place); };
+    auto mask = [&](int place) { return mask_of(&m->inputs->draw, dropout, place); };
     if (inputs) embedding_dropout_forward_gpu(x, inputs, w->wte, mask(0), B, T - first, D, stream);
     for (int l = from; l < end; l++) {
         const LayerWeights *wl = &w->layers[l];
@@ -2136,13 +2212,20 @@ static void hidden_forward_gpu(ModelGPU<X> *m, const int *inputs, int B, int T, 
 }
 
 // out = Σ x_i, or Σ x_i², in double: a block takes its share, then one block those of the blocks.
-template <int SQUARES, typename Y> __global__ void sum_kernel(double *out, const Y *x, int64_t n) {
+// units: of 64 numbers, which of x they are; NULL: the first n.
+static __device__ inline int64_t place_of(const int *units, int64_t i) {
+    return units ? 64 * (int64_t)units[i / 64] + i % 64 : i;
+}
+template <int SQUARES, typename Y>
+__global__ void sum_kernel(double *out, const Y *x, const int *units, int64_t n) {
     __shared__ double sums[256];
     wait_for_results();
     double sum = 0;
     int64_t end = n * (blockIdx.x + 1) / gridDim.x;
-    for (int64_t i = n * blockIdx.x / gridDim.x + threadIdx.x; i < end;
-         i += 256) sum += SQUARES ? (double)x[i] * (double)x[i] : (double)x[i];
+    for (int64_t i = n * blockIdx.x / gridDim.x + threadIdx.x; i < end; i += 256) {
+        double one = (double)x[place_of(units, i)];
+        sum += SQUARES ? one * one : one;
+    }
     sums[threadIdx.x] = sum;
     for (int half = 128; half; half /= 2) {
         __syncthreads();
@@ -2150,11 +2233,12 @@ template <int SQUARES, typename Y> __global__ void sum_kernel(double *out, const
     }
     if (threadIdx.x == 0) out[blockIdx.x] = sums[0];
 }
-template <int SQUARES> static void sum_gpu(double *out, const float *x, int64_t n, cudaStream_t stream) {
+template <int SQUARES>
+static void sum_gpu(double *out, const float *x, const int *units, int64_t n, cudaStream_t stream) {
     int blocks = n < 1 << 19 ? 64 : 1056;
     double *partial = (double *)gpu.workspace;
-    LAUNCH((sum_kernel<SQUARES, float>), blocks, 256, 0, stream, partial, x, n);
-    LAUNCH((sum_kernel<0, double>), 1, 256, 0, stream, out, partial, blocks);
+    LAUNCH((sum_kernel<SQUARES, float>), blocks, 256, 0, stream, partial, x, units, n);
+    LAUNCH((sum_kernel<0, double>), 1, 256, 0, stream, out, partial, (const int *)NULL, blocks);
 }
 
 template <typename X>
@@ -2168,8 +2252,8 @@ static void model_forward_gpu(Model *model, const int *inputs, const int *target
     Inputs *host = m->host_inputs;
     must_fit(B, m->host.B, "sequences of a batch");
     must_fit(T, m->host.T, "tokens of a sequence");
-    CUDA(cudaEventSynchronize(m->loss_there)); // nothing reads the last batch there any more
-    host->dropout_key = dropout_key(drop);
+    wait_for_gpu(m->loss_there); // nothing reads the last batch there any more
+    host->draw = draw_of(drop);
     memcpy(host->ids, inputs, sizeof(int) * (size_t)N);
     memcpy(host->ids + N, targets, sizeof(int) * (size_t)N);
     CUDA(cudaMemcpyAsync(m->inputs, host, sizeof(Inputs) + sizeof(int) * 2 * (size_t)N,
@@ -2187,18 +2271,19 @@ static void model_forward_gpu(Model *model, const int *inputs, const int *target
                            (const X *)NULL, N, D, (int)acts->ld_logits, stream);
         crossentropy_gpu(acts->losses, acts->hits, m->dlogits_ready ? acts->logits : NULL, acts->logits,
                          acts->ld_logits, m->inputs->ids + N, N, V, stream);
-        sum_gpu<0>(m->host_sum, acts->losses, N, stream);
+        sum_gpu<0>(m->host_sum, acts->losses, NULL, N, stream);
     });
     CUDA(cudaEventRecord(m->loss_there, stream));
 }
 
 template <typename X> static double model_loss_gpu(Model *model) {
     ModelGPU<X> *m = of<X>(model);
-    CUDA(cudaEventSynchronize(m->loss_there));
+    wait_for_gpu(m->loss_there);
     return m->host_sum[0];
 }
 
 template <typename X> static void model_hits_gpu(Model *m, char *hits) {
+    wait_for_others();
     CUDA(cudaMemcpyAsync(hits, ((ModelGPU<X> *)m)->acts.hits, (size_t)(m->batch_B * m->batch_T),
                          cudaMemcpyDeviceToHost, gpu.stream));
     CUDA(cudaStreamSynchronize(gpu.stream));
@@ -2237,6 +2322,7 @@ static void layer_backward_gpu(ModelGPU<X> *m, int l, int B, int T, Mask mask, M
                                     mask_below, 0, dln, a->x, a->ln_mean, a->ln_rstd, w->ln_weight, N, D,
                                     sums, stream);
     column_sums_gpu(sums, stream);
+    layer_is_behind(m, l);
 }
 
 // model_backward, all but its last line: down to dx, the gradient of the embedding's output.
@@ -2248,7 +2334,7 @@ static void backward_launches_gpu(ModelGPU<X> *m, int B, int T, double dropout, 
     const Weights *w = &m->weights, *dw = &m->grad;
     const int *targets = m->inputs->ids + N;
     X *dlogits = acts->logits, *dln_f = acts->ds;
-    auto mask = [&](int place) { return mask_of(&m->inputs->dropout_key, dropout, place); };
+    auto mask = [&](int place) { return mask_of(&m->inputs->draw, dropout, place); };
     if (!m->dlogits_ready)
         crossentropy_gpu(acts->losses, acts->hits, dlogits, acts->logits, ld, targets, N, V, stream);
     linear_backward_gpu(dln_f, dw->wte, dlogits, ld, acts->ln_f, as_x(m, w->wte), N, D, ld, m->sums.add,
@@ -2260,8 +2346,8 @@ static void backward_launches_gpu(ModelGPU<X> *m, int B, int T, double dropout, 
     join(W_IN_GRADIENT);
 }
 
+// last: of the step's micro-batches; then ranks exchange what they have, layer by layer beside the way back.
 template <typename X> static void model_backward_gpu(Model *model, double dloss, int last) {
-    (void)last; // alone there is nothing to exchange
     ModelGPU<X> *m = of<X>(model);
     cudaStream_t stream = gpu.stream;
     int B = m->host.batch_B, T = m->host.batch_T, N = B * T, V = m->host.config.vocab_size;
@@ -2270,68 +2356,78 @@ template <typename X> static void model_backward_gpu(Model *model, double dloss,
     each(1, 1, 0, stream, [=] __device__ (auto, int, int) { device->scale[0] = scale; });
     replay(m, m->sums.add ? BACKWARD_ADDS : BACKWARD, B, T, m->host.drop.probability,
            [&] { backward_launches_gpu(m, B, T, m->host.drop.probability, stream); });
+    if (last) exchange_layers(m);
     int *lists = device->ids + (m->host_lists - host->ids);
     Tokens tokens = {device->ids, host->ids, N, V, lists, m->host_lists, m->starts, m->lists_there};
     embedding_backward_gpu(m->grad.wte, m->acts.scratch, m->acts.residual, tokens, m->host.config.d_model,
                            stream);
+    if (last) exchange_embedding(m);
     m->sums.add = 1;
 }
 
-// adamw: a thread takes 4 numbers; all parameters in one launch, the tensors' ends rounded up hold zeros
-// that stay zeros. It does not clear the gradient: the next backward pass overwrites it. scale: in the
+// adamw: a thread takes 4 of the numbers from .. end-1 that this rank has moments of, units: see sum_gpu; all
+// tensors in one launch, their ends rounded up hold zeros that stay zeros. It does not clear the gradient: the next backward pass overwrites it. scale: in the
 // device's memory; NaN: nothing is updated.
 template <typename X>
 __global__ void adamw_kernel(float *w, const float *g, float *exp_avg, float *exp_avg_sq, X *copy,
-                             const unsigned char *decayed, int64_t n, float beta1, float beta2, float rate1,
+                             const unsigned char *decayed, const int *units, int64_t from, int64_t end,
+                             float beta1, float beta2, float rate1,
                              float rate2, float keep, float step_size, float correction, float eps,
                              const double *scale) {
     wait_for_results();
-    int64_t i = 4 * ((int64_t)blockIdx.x * blockDim.x + threadIdx.x);
+    int64_t i = from + 4 * ((int64_t)blockIdx.x * blockDim.x + threadIdx.x);
     float factor = (float)*scale;
-    if (i >= n || isnan(factor)) return;
+    if (i >= end || isnan(factor)) return;
+    int64_t at = place_of(units, i);
     float p[4], grad[4], m[4], v[4];
-    read_some<4>(p, w + i);
-    read_some<4>(grad, g + i);
+    read_some<4>(p, w + at);
+    read_some<4>(grad, g + at);
     read_some<4>(m, exp_avg + i);
     read_some<4>(v, exp_avg_sq + i);
-    if (!decayed[i / 64]) keep = 1;
+    if (!decayed[at / 64]) keep = 1;
     for (int e = 0; e < 4; e++) {
         grad[e] *= factor;
         m[e] = beta1 * m[e] + rate1 * grad[e];
         v[e] = beta2 * v[e] + rate2 * grad[e] * grad[e];
         p[e] = keep * p[e] - step_size * m[e] / (sqrtf(v[e]) * correction + eps);
     }
-    write_some<4>(w + i, p);
+    write_some<4>(w + at, p);
     write_some<4>(exp_avg + i, m);
     write_some<4>(exp_avg_sq + i, v);
     if constexpr (sizeof(X) == 2)
-        *(uint2 *)(copy + i) = make_uint2(pack_two(p[0], p[1]), pack_two(p[2], p[3]));
+        *(uint2 *)(copy + at) = make_uint2(pack_two(p[0], p[1]), pack_two(p[2], p[3]));
 }
 // The host goes on as soon as it has the norm. What the next forward pass needs first, embedding and early
 // layers, comes first.
 template <typename X> static double model_update_gpu(Model *model, AdamW o, double clip, int64_t step) {
     ModelGPU<X> *m = of<X>(model);
     double *norm = m->norm; // the next batch's inputs are on their way while late layers read it
+    int ranks = m->ranks, early_end = 1 + early_layers(&m->host.config), end = 1 + m->host.config.n_layers;
     join(LATE_UPDATE);
-    sum_gpu<1>(norm, m->grads, m->count, gpu.stream);
+    exchange_squares(m);
+    if (!ranks) sum_gpu<1>(norm, m->grads, m->units, m->held, gpu.stream);
     each(1, 1, 0, gpu.stream, [=] __device__ (auto, int, int) { // clip_scale
+        if (ranks) norm[0] = 0;
+        for (int r = 0; r < ranks; r++) norm[0] += norm[2 + r];
         double length = sqrt(norm[0]);
         norm[1] = !isfinite(length) ? NAN : clip > 0 && clip < length + 1e-6 ? clip / (length + 1e-6) : 1;
     });
     CUDA(cudaMemcpyAsync(m->host_sum + 1, norm, sizeof(double), cudaMemcpyDeviceToHost, gpu.stream));
     CUDA(cudaEventRecord(m->norm_there, gpu.stream));
     auto adamw = [&](int64_t from, int64_t end, cudaStream_t stream) {
-        LAUNCH(adamw_kernel<X>, (unsigned)(((end - from) / 4 + 255) / 256), 256, 0, stream, m->params + from,
-               m->grads + from, m->exp_avg + from, m->exp_avg_sq + from, m->copy + from,
-               m->decayed + from / 64, end - from, (float)o.beta1, (float)o.beta2, (float)(1 - o.beta1),
-               (float)(1 - o.beta2), (float)(1 - o.lr * o.weight_decay),
+        LAUNCH(adamw_kernel<X>, (unsigned)(((end - from) / 4 + 255) / 256), 256, 0, stream, m->params, m->grads,
+               m->exp_avg, m->exp_avg_sq, m->copy, m->decayed, m->units, from, end, (float)o.beta1,
+               (float)o.beta2, (float)(1 - o.beta1), (float)(1 - o.beta2), (float)(1 - o.lr * o.weight_decay),
                (float)(o.lr / (1 - pow(o.beta1, (double)step))),
                (float)(1 / sqrt(1 - pow(o.beta2, (double)step))), (float)o.eps, norm + 1);
     };
-    int64_t early = m->weights.layers[early_layers(&m->host.config)].ln_weight - m->params;
+    int64_t early = m->begins[early_end] / (ranks ? ranks : 1);
     adamw(0, early, gpu.stream);
-    adamw(early, m->count, beside(LATE_UPDATE));
-    CUDA(cudaEventSynchronize(m->norm_there));
+    cudaStream_t late = beside(LATE_UPDATE);
+    adamw(early, m->held, late);
+    exchange_weights(m, 0, early_end, gpu.stream);
+    exchange_weights(m, early_end, end, late);
+    wait_for_gpu(m->norm_there);
     if (isfinite(m->host_sum[1])) m->sums.add = 0;
     return sqrt(m->host_sum[1]);
 }
@@ -2881,17 +2977,21 @@ static void mamba2_backward_gpu(ModelGPU<X> *m, int l, int B, int T, cudaStream_
 
 static_assert(PARAMS == 0 && EXP_AVG == 1 && EXP_AVG_SQ == 2 && GRADS == 3,
               "the lists here and in carve_memory follow Block");
-// Tensor by tensor between the device's block and the host's, which follows the table.
+// Whether ranks share the block.
+template <typename X> static int is_shared(const ModelGPU<X> *m, Block block) {
+    return m->ranks && (block == EXP_AVG || block == EXP_AVG_SQ);
+}
+// Tensor by tensor between the device's block and the host's, which follows the table. A shared one stands in the
+// place of the gradients, which nobody needs between two steps.
 template <typename X> static real *copy_block(ModelGPU<X> *m, Block block, cudaMemcpyKind way) {
     real **hosts[] = {&m->host.params, &m->host.exp_avg, &m->host.exp_avg_sq, &m->host.grads},
          *host = *hosts[block];
-    float *blocks[] = {m->params, m->exp_avg, m->exp_avg_sq, m->grads}, *device = blocks[block];
+    float *blocks[] = {m->params, m->exp_avg, m->exp_avg_sq, m->grads},
+          *device = is_shared(m, block) ? m->grads : blocks[block];
     if (!host) host = *hosts[block] = (real *)calloc((size_t)m->host.table.count + 1, sizeof(real));
-    if (!host) {
-        fprintf(stderr, "train_sessa: no %.2f GiB of memory for a copy of the parameters\n",
-                (double)m->host.table.count * sizeof(real) / 0x1p30);
-        exit(1);
-    }
+    if (!host)
+        stop_program("no %.2f GiB of memory for a copy of the parameters",
+                     (double)m->host.table.count * sizeof(real) / 0x1p30);
     for (int i = 0; i < m->host.table.n; i++) {
         void *ends[] = {host + m->host.table.rows[i].offset, device + m->host.table.places[i]};
         int back = way == cudaMemcpyDeviceToHost;
@@ -2903,8 +3003,10 @@ template <typename X> static real *copy_block(ModelGPU<X> *m, Block block, cudaM
 template <typename X> static real *read_gpu(Model *model, Block block) {
     ModelGPU<X> *m = of<X>(model);
     join(LATE_UPDATE);
+    wait_for_others();
     if (block == GRADS && !m->sums.add)
         CUDA(cudaMemsetAsync(m->grads, 0, sizeof(float) * (size_t)m->count, gpu.stream));
+    if (is_shared(m, block)) gather_moments(m, block == EXP_AVG ? m->exp_avg : m->exp_avg_sq);
     real *host = copy_block(m, block, cudaMemcpyDeviceToHost);
     CUDA(cudaStreamSynchronize(gpu.stream));
     return host;
@@ -2913,6 +3015,7 @@ template <typename X> static void write_gpu(Model *model, Block block) {
     ModelGPU<X> *m = of<X>(model);
     join(LATE_UPDATE);
     copy_block(m, block, cudaMemcpyHostToDevice);
+    if (is_shared(m, block)) take_moments(m, block == EXP_AVG ? m->exp_avg : m->exp_avg_sq);
     if (block == GRADS) m->sums.add = 1;
     if (block == PARAMS && sizeof(X) == sizeof(bf16))
         copy_gpu(m->copy, 64, m->params, (int)(m->count / 64), 64, gpu.stream);
@@ -2972,7 +3075,7 @@ static int run_cuda_program(int argc, char **argv) {
     static const char *const names[] = {"CUDA fp32", "CUDA tf32", "CUDA bf16"};
     Backend backend = *backend_gpu();
     backend.name = names[gpu.precision];
-    if (!code) code = run_program(argc, argv, &backend);
+    if (!code) code = run_gpus(argc, argv, &backend);
     if (!code && help)
         printf(
             "\nCUDA\n  --precision   TEXT  fp32, tf32 or bf16: of products and of what they read [bf16]\n");

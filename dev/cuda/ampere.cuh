@@ -118,7 +118,8 @@ __global__ void __launch_bounds__(WARP_THREADS, 2)
     int k0 = SHAPE == A_UPPER   ? m0
              : SHAPE == B_LOWER ? n0
                                 : 0,
-        k1 = SHAPE == A_LOWER ? min(K, shift + m0 + ROWS) : K, steps = max(0, (k1 - k0 + STEP - 1) / STEP);
+        k1 = SHAPE == A_LOWER ? min(K, shift + m0 + ROWS) : K, once = max(0, (k1 - k0 + STEP - 1) / STEP),
+        steps = once * part_turns(a.place, b.place);
     wait_for_results();
     // in tiles of 128 even where these are of 64: so far reads who multiplies with the result
     if (SHAPE == OUT_LOWER && n0 >= shift + (m0 | 127) + 1) return;
@@ -133,14 +134,15 @@ __global__ void __launch_bounds__(WARP_THREADS, 2)
     int64_t a_next = STEP * (A_COLUMNS ? a.ld : 1), b_next = STEP * (B_COLUMNS ? b.ld : 1);
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = warp % 2 * (ROWS / 2), col = warp / 2 * WIDTH;
     auto tile = [&](int slot) { return (bf16 *)(shared_tiles + slot * SLOT); };
-    auto fetch = [&](int i, int slot) {
-        int k = i * STEP;
-        if (A_COLUMNS) fetch_tile<ROWS, STEP>(tile(slot), left + i * a_next, a.ld, a.rows - a_row - k,
-                                             a.cols - a_col);
-        else fetch_tile<STEP, ROWS>(tile(slot), left + i * a_next, a.ld, a.rows - a_row, a.cols - a_col - k);
+    auto fetch = [&](int at, int slot) {
+        int turn = at / once, i = at - turn * once, k = i * STEP, a_lo = part_of_A(p, turn),
+            b_lo = part_of_B(p, q, turn), a_cols = a.cols - a_col - a_lo, b_cols = b.cols - b_col - b_lo;
+        const bf16 *a_at = left + i * a_next + a_lo, *b_at = right + i * b_next + b_lo;
         bf16 *to = tile(slot) + ROWS * STEP;
-        if (B_COLUMNS) fetch_tile<BN, STEP>(to, right + i * b_next, b.ld, b.rows - b_row - k, b.cols - b_col);
-        else fetch_tile<STEP, BN>(to, right + i * b_next, b.ld, b.rows - b_row, b.cols - b_col - k);
+        if (A_COLUMNS) fetch_tile<ROWS, STEP>(tile(slot), a_at, a.ld, a.rows - a_row - k, a_cols);
+        else fetch_tile<STEP, ROWS>(tile(slot), a_at, a.ld, a.rows - a_row, a_cols - k);
+        if (B_COLUMNS) fetch_tile<BN, STEP>(to, b_at, b.ld, b.rows - b_row - k, b_cols);
+        else fetch_tile<STEP, BN>(to, b_at, b.ld, b.rows - b_row, b_cols - k);
     };
     float sum[TILES][WIDTH / 8][4] = {};
     walk(steps, slots, 0, fetch, [&](int, int slot) {
@@ -481,6 +483,16 @@ __global__ void __launch_bounds__(WARP_THREADS, 2)
     fetch(0, 0);
     copy_async_commit();
     if (threadIdx.x < WALK) shared->stats[0][threadIdx.x] = known(0);
+    // out = the warp's own keys, or values, times the rows of a tile from `at` on
+    auto times_own = [&](float (&out)[M][BACK_WALK / 8][4], bf16 *own, bf16 *rows, int at) {
+        uint32_t left[M][4];
+#pragma unroll 2
+        for (int kk = 0; kk < DH / 16; kk++) {
+            for (int m = 0; m < M; m++)
+                left_operand<DH, ROWS, 0>(left[m], own, warp_key - j0 + m * 16, kk * 16);
+            multiply<DH, WALK, 0, M, BACK_WALK>(out, left, rows, at, kk * 16);
+        }
+    };
     float k_sum[M][DH / 8][4] = {}, v_sum[M][DH / 8][4] = {};
     walk(heads * tiles, s.slots, 1, fetch, [&](int i, int slot) {
         bf16 *queries = tile(slot), *douts = queries + WALK * DH;
@@ -490,15 +502,10 @@ __global__ void __launch_bounds__(WARP_THREADS, 2)
         for (int at = 0; at < WALK; at += BACK_WALK) {
             int r0 = first + at, masked = r0 < warp_key + 16 * M - 1;
             if (r0 + BACK_WALK - 1 < warp_key) continue;
-            uint32_t left[M][4], weights[BACK_WALK / 16][M][4];
+            uint32_t weights[BACK_WALK / 16][M][4];
             {
                 float w[M][BACK_WALK / 8][4] = {};
-#pragma unroll 2
-                for (int kk = 0; kk < DH / 16; kk++) {
-                    for (int m = 0; m < M; m++)
-                        left_operand<DH, ROWS, 0>(left[m], shared->own[0], warp_key - j0 + m * 16, kk * 16);
-                    multiply<DH, WALK, 0, M, BACK_WALK>(w, left, queries, at, kk * 16);
-                }
+                times_own(w, shared->own[0], queries, at);
 #pragma unroll
                 for (int n = 0; n < BACK_WALK / 8; n++) {
                     int r = n * 8 + lane % 4 * 2;
@@ -519,12 +526,7 @@ __global__ void __launch_bounds__(WARP_THREADS, 2)
             for (int kk = 0; kk < BACK_WALK / 16; kk++)
                 multiply<DH, WALK, 1, M, DH>(v_sum, weights[kk], douts, 0, at + kk * 16);
             float dw[M][BACK_WALK / 8][4] = {};
-#pragma unroll 2
-            for (int kk = 0; kk < DH / 16; kk++) {
-                for (int m = 0; m < M; m++)
-                    left_operand<DH, ROWS, 0>(left[m], shared->own[1], warp_key - j0 + m * 16, kk * 16);
-                multiply<DH, WALK, 0, M, BACK_WALK>(dw, left, douts, at, kk * 16);
-            }
+            times_own(dw, shared->own[1], douts, at);
 #pragma unroll
             for (int n = 0; n < BACK_WALK / 8; n++) { // the weights become the gradients of the logits
                 float4 two = *(const float4 *)&shared->stats[i % 2][at + n * 8 + lane % 4 * 2];

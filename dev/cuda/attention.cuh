@@ -631,7 +631,7 @@ static void attention_tiles_backward(bf16 *dq, bf16 *dk, bf16 *dv, const bf16 *d
            out, B, T, H, d);
     if (DH == 64 && in_ring(T, H, G)) {
         int C = (T + 127) / 128, bytes = sizeof(RingShared),
-            most = clusters_at_once(attention_ring_kernel, C, bytes);
+            most = clusters_at_once(attention_ring_kernel, C, bytes) - (gpu.spared + C - 1) / C;
         LAUNCH_AS(C, 1, attention_ring_kernel, C * min_int(most, (B * H + 1) / 2), 3 * GROUP, bytes, stream,
                   maps[0][0], maps[0][1], maps[0][2], maps[0][3], dq, dk, dv, stats, ld, B, T, H, d, scale,
                   sigma);

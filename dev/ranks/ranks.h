@@ -21,6 +21,7 @@ on a network, the second one sees a connection that breaks.
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <pthread.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
 #ifdef __linux__
@@ -32,6 +33,7 @@ typedef struct {
     int local;         // its number among the ranks of its machine, as the starter counts
     int launched;      // by --gpus: the process that started it tells who died
     double timeout;    // seconds
+    double patience;   // how long one of them is waited for: as long, but in a roll call
     char address[256]; // of rank 0, where a starter started the ranks
     int port;
     uint64_t token[2];    // what only the processes of the job know
@@ -42,6 +44,8 @@ typedef struct {
     int *talk, *life;     // (ranks) rank 0's connections; of the others [0] alone, to rank 0
     volatile int told;    // a rank has failed and told why
     volatile int leaving; // what happens to the others does not matter any more
+    volatile double until; // seconds(): what this rank does, then it hangs; 0: as long as it likes
+    const char *volatile doing; // what that is
     pthread_t watcher;    // the thread that watches their lives
     struct pollfd *lives; // (ranks) its list of them
 } Job;
@@ -225,7 +229,10 @@ static void *watch(void *unused) {
         all[r].events = POLLIN;
     }
     while (left && !job.leaving) {
-        if (poll(all, (nfds_t)n, 500) <= 0) continue;
+        int heard = poll(all, (nfds_t)n, 500);
+        if (job.until > 0 && seconds() > job.until && !job.leaving)
+            end_all(job.rank < 2, "%s has taken %.0f s (--timeout), and the ranks end", job.doing, job.timeout);
+        if (heard <= 0) continue;
         for (int r = 0; r < n && !job.leaving; r++) {
             char word = 0;
             if (all[r].fd < 0 || !all[r].revents) continue;
@@ -277,49 +284,42 @@ static void leave(int code) {
 static volatile int64_t *waits_for_first;
 
 // Waits in pieces, so that a program that was stopped (Ctrl-Z) has not waited meanwhile. Seconds waited; 0:
-// there is something to read, or the end.
-static double wait_to_read(int fd, double waited) {
+// there is something to read, or room to write (POLLIN, POLLOUT), or the end.
+static double wait_for_peer(int fd, short what, double waited) {
     enum { PIECE = 100 };
-    struct pollfd one = {fd, POLLIN, 0};
+    struct pollfd one = {fd, what, 0};
     int got = poll(&one, 1, PIECE);
     return got > 0 ? 0 : waited + PIECE * 1e-3;
 }
 
 // Waits for `peer` so long: a rank that does not come hangs. Rank 0 tells it; who waits for rank 0 waits a
-// little longer, for it may wait itself.
-static void receive(int fd, void *bytes, size_t n, int peer) {
+// little longer, for it may wait itself. `got`: what reading or writing said before. Returns the bytes that
+// went, 0 where it is to be tried again.
+static size_t went(ssize_t got, int fd, short what, int peer) {
     char name[160];
-    double most = job.timeout + (peer ? 0.5 : 3);
-    for (size_t done = 0; done < n;) {
-        double waited = 0;
-        ssize_t got = recv(fd, (char *)bytes + done, n - done, MSG_DONTWAIT);
-        if (got > 0) {
-            done += (size_t)got;
-            continue;
-        }
-        int nothing_yet = got < 0 && (errno == EAGAIN || errno == EINTR);
-        if (!nothing_yet) { // dead: the other thread ends this process
-            usleep(4000000);
-            end_of_dead(peer);
-        }
-        do {
-            if (waits_for_first && !peer) __atomic_add_fetch(waits_for_first, 1, __ATOMIC_RELAXED);
-            waited = wait_to_read(fd, waited);
-        } while (waited > 0 && waited < most);
-        if (waited >= most)
-            end_all(peer || job.rank == 1, "%s has not come for %.0f s (--timeout), and the others end",
-                    rank_name(name, peer), job.timeout);
+    double waited = 0, most = job.patience + (peer ? 0.5 : 3);
+    if (got > 0) return (size_t)got;
+    if (!(got < 0 && (errno == EAGAIN || errno == EINTR))) { // dead: the other thread ends this process
+        usleep(4000000);
+        end_of_dead(peer);
     }
+    do {
+        if (waits_for_first && !peer) __atomic_add_fetch(waits_for_first, 1, __ATOMIC_RELAXED);
+        waited = wait_for_peer(fd, what, waited);
+    } while (waited > 0 && waited < most);
+    if (waited >= most)
+        end_all(peer || job.rank == 1, "%s has not come for %.0f s (--timeout), and the others end",
+                rank_name(name, peer), job.timeout);
+    return 0;
+}
+static void receive(int fd, void *bytes, size_t n, int peer) {
+    for (size_t done = 0; done < n;)
+        done += went(recv(fd, (char *)bytes + done, n - done, MSG_DONTWAIT), fd, POLLIN, peer);
 }
 static void transmit(int fd, const void *bytes, size_t n, int peer) {
-    for (size_t done = 0; done < n;) {
-        ssize_t got = send(fd, (const char *)bytes + done, n - done, MSG_NOSIGNAL);
-        if (got > 0) done += (size_t)got;
-        else if (got < 0 && errno != EINTR) {
-            usleep(4000000);
-            end_of_dead(peer);
-        }
-    }
+    for (size_t done = 0; done < n;)
+        done += went(send(fd, (const char *)bytes + done, n - done, MSG_NOSIGNAL | MSG_DONTWAIT), fd, POLLOUT,
+                     peer);
 }
 
 // Each message says what it is, so that ranks that are not at the same point do not take one for another.
@@ -374,10 +374,29 @@ static void gather_bytes(void *rows, size_t each, int of_hosts) {
 static void gather_rows(double *rows, int n) { gather_bytes(rows, sizeof(double) * (size_t)n, 0); }
 
 // Gives all ranks rank 0's bytes: the 128 of NCCL's id.
-__attribute__((unused)) static void tell_all(void *bytes, size_t n) {
+__attribute__((unused)) // where NCCL is not
+static void tell_all(void *bytes, size_t n) {
     n_messages[0]++;
     if (job.rank) receive_message(job.talk[0], bytes, n, 0, 0);
     for (int r = 1; !job.rank && r < job.ranks; r++) transmit_message(job.talk[r], bytes, n, r, 0);
+}
+
+// Waits until all are here.
+__attribute__((unused)) // where there are no cards
+static void meet_again(void) {
+    double *rows = (double *)calloc((size_t)job.ranks, sizeof(double));
+    if (!rows) end_all(1, "rank %d: out of memory", job.rank);
+    gather_rows(rows, 1);
+    free(rows);
+}
+
+// Whoever has waited for others on his card for --timeout calls it: who does not come then is the one that
+// hangs. If all come, it is the exchange.
+__attribute__((unused)) // where there are no cards
+static void call_roll(void) {
+    job.patience = 10; // all have waited
+    meet_again();
+    end_all(job.rank == 0, "the exchange between the GPUs does not end: %.0f s (--timeout)", job.timeout);
 }
 
 // ----------------------------------------------------------------------------
@@ -398,7 +417,7 @@ typedef struct {
 static const char MAGIC[8] = "sessa/1";
 
 // Memory for what a job knows of its ranks.
-static int job_allocate(Job *j, char *error) {
+static int job_allocate(Job *j, const char *backend, char *error) {
     size_t n = (size_t)j->ranks;
     j->machines = (char(*)[96])calloc(n, 96);
     j->hosts = (int *)calloc(n, sizeof(int));
@@ -408,9 +427,23 @@ static int job_allocate(Job *j, char *error) {
     if (!j->machines || !j->hosts || !j->talk || !j->life || !j->lives)
         return fail(error, NULL, "out of memory");
     for (size_t r = 0; r < n; r++) j->talk[r] = j->life[r] = -1;
-    snprintf(j->version, sizeof(j->version), "%s, float%d, %d options", VERSION, (int)(8 * sizeof(real)),
-             (int)N_OPTIONS);
+    snprintf(j->version, sizeof(j->version), "%s, %s, float%d, %d options", VERSION, backend,
+             (int)(8 * sizeof(real)), (int)N_OPTIONS);
     return 0;
+}
+
+// Two connections a rank, and their two ends where the ranks are started here: more files than a process is
+// given unless it asks. FAILED where it may not have them.
+static int allow_files(int ranks, char *error) {
+    struct rlimit limit;
+    rlim_t least = 4 * (rlim_t)ranks + 100, wanted = least + 900;
+    if (getrlimit(RLIMIT_NOFILE, &limit) || limit.rlim_cur >= wanted) return 0;
+    if (limit.rlim_max < least)
+        return fail(error, NULL, "%d processes take %d open files, and here are at most %llu (ulimit -Hn)", ranks,
+                    (int)least, (unsigned long long)limit.rlim_max);
+    limit.rlim_cur = limit.rlim_max < wanted ? limit.rlim_max : wanted;
+    if (!setrlimit(RLIMIT_NOFILE, &limit)) return 0;
+    return fail(error, NULL, "%d open files for %d processes: %s", (int)least, ranks, strerror(errno));
 }
 
 // Small messages go at once; a machine that is gone, without a word from its kernel, is noticed in half a
@@ -619,7 +652,7 @@ static int read_answer(int fd, double waited, char *error) {
             return fail(error, NULL, "rank %d: what answers at %.200s port %d is not rank 0 of this job",
                         job.rank, job.address, job.port);
         double before = waited;
-        if (nothing_yet) waited = wait_to_read(fd, waited);
+        if (nothing_yet) waited = wait_for_peer(fd, POLLIN, waited);
         if (!waited) waited = before;
     }
     if (got < sizeof(answer))
@@ -820,8 +853,9 @@ static void be_quiet(void) {
 // Fills in the job: 1: this is a rank of several, 0: the program is alone, else FAILED or WRONG_OPTION.
 static int find_job(const Settings *s, char *error) {
     int started = job_from_environment(&job, error);
-    job.timeout = (double)s->values.timeout;
+    job.timeout = job.patience = (double)s->values.timeout;
     if (started < 0) return started;
+    if (started && job.ranks == 1) started = 0; // srun -n1 with --gpus: they are started here
     if (started && s->values.gpus > 1)
         return wrong(error, NULL, "--gpus %lld: here a starter counts the processes (its environment has %d)",
                      (long long)s->values.gpus, job.ranks);
@@ -839,10 +873,14 @@ static int run_in_ranks(int argc, char **argv, const Backend *alone, Backend (*m
     int several = parsed ? 0 : find_job(&settings, error);
     int by_one = parsed || settings.values.generate; // a help, a wrong option, a text
     if (by_one && job_from_environment(&job, error) > 0 && job.rank) return parsed < 0 ? 2 : 0;
-    if (by_one || !several) return run_program(argc, argv, alone);
+    if (by_one || !several) {
+        memset(&job, 0, sizeof(job));
+        return run_program(argc, argv, alone);
+    }
     int result = several < 0 ? several : 0;
     name_machine(&job);
-    if (!result) result = job_allocate(&job, error);
+    if (!result) result = job_allocate(&job, alone->name, error);
+    if (!result) result = allow_files(job.ranks, error);
     if (!result && settings.values.gpus > 1) {
         code = launch(error);
         if (code >= 0) return code;
@@ -886,6 +924,7 @@ typedef struct {
     int64_t *held;   // (ranks) numbers that each rank has
     int64_t *padded; // (n_ranges) a rank's part with what pads it
 } Division;
+static Division division; // of the model that trains
 
 // Which range a row of the table is in: 0 the embedding, 1 + l layer l, the last one with the LayerNorm
 // behind it.

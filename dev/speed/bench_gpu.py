@@ -1,15 +1,17 @@
-"""Training steps on one GPU, side by side: train_sessacu in bf16 and TF32, the PyTorch model of sessa.py under torch.compile
+"""Training steps on one GPU, or several, side by side: train_sessacu in bf16 and TF32, the PyTorch model of sessa.py under torch.compile
 in bf16 autocast, and the Transformer of gpt.py (FlashAttention through scaled_dot_product_attention) likewise.
 
   dev/speed/bench_gpu.py                            # all shapes, all programs
   dev/speed/bench_gpu.py --shapes small long8192    # some
   dev/speed/bench_gpu.py --no-torch                 # this program alone
+  dev/speed/bench_gpu.py --gpus 1 2 4 --shapes medium   # the PyTorch models under DistributedDataParallel
   dev/speed/bench_gpu.py --generate                 # tokens a second, one sequence, behind prompts of 1000 and 8000 tokens
 
 A step is forward, backward, clipping, AdamW. Tokens per second are of the median step, after the first ones. Memory is what
 the program takes with cudaMalloc, workspaces included, against torch.cuda.max_memory_allocated. The share counts
 6·parameters + 14·T·D·L floating-point operations a token (6·T·D·L + recomputation, 7·T·D·L, for the Transformer) of the rate of
-a bf16 product of two 8192×8192 matrices, measured here.
+a bf16 product of two 8192×8192 matrices, measured here. On n GPUs the batch is n times as large (--scaling weak), or the same
+(strong), and the share is that of n such rates.
 """
 import argparse
 import gc
@@ -47,8 +49,8 @@ def write_shard(path, V, count):
         file.write(header.tobytes() + np.random.default_rng(0).integers(V, size=count).astype("<u2").tobytes())
 
 
-def program_run(program, shape, precision, steps):
-    """(median ms a step, GiB) of the CUDA program, or (None, the line it printed)"""
+def program_run(program, shape, precision, steps, gpus=1):
+    """(median ms a step, GiB of a GPU) of the CUDA program, or (None, the line it printed)"""
     D, L, H, V, B, T = shape
     with tempfile.TemporaryDirectory() as folder:
         path = lambda name: os.path.join(folder, name)
@@ -56,7 +58,7 @@ def program_run(program, shape, precision, steps):
         write_shard(path("val.bin"), V, B * T + 1)
         command = [program, "--precision", precision, "--data", path("train.bin"), "--val", path("val.bin"), "--vocab", V, "--dim", D, "--layers", L,
                    "--heads", H, "--seq", T, "--batch", B, "--steps", steps + SKIPPED, "--eval-every", 0, "--lr", 1e-4, "--log", path("log"), "--out",
-                   path("out.safetensors"), "--save-every", 1000000]
+                   path("out.safetensors"), "--save-every", 1000000] + (["--gpus", gpus] if gpus > 1 else [])
         done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
         if done.returncode:
             return None, done.stderr.strip()
@@ -66,8 +68,21 @@ def program_run(program, shape, precision, steps):
         return statistics.median(times), mib / 1024
 
 
-def torch_run(make, shape, steps):
-    """(median ms a step, GiB, ms to compile) of a PyTorch model under torch.compile in bf16 autocast"""
+def depth_of(shape):
+    """blocks of the Transformer with about as many parameters"""
+    D, L, _, V, _, T = shape
+    return max(1, round((parameters_of(D, L, V) - V * D - T * D) / (12 * D * D)))
+
+
+def torch_model(kind, shape):
+    from gpt import GPT
+    from sessa import Config, Sessa
+    D, L, H, V, _, T = shape
+    return GPT(V, D, depth_of(shape), H, T) if kind == "gpt" else Sessa(Config(V, D, L, H, max_seq_len=T))
+
+
+def torch_run(kind, shape, steps, wrap=lambda model: model):
+    """(median ms a step, GiB) of a PyTorch model under torch.compile in bf16 autocast; wrap: makes it one of several"""
     import torch
     from sessa import configure_adamw
     _, _, _, V, B, T = shape
@@ -75,8 +90,8 @@ def torch_run(make, shape, steps):
     torch._dynamo.reset()
     try:
         with torch.device("cuda"):
-            model = make()
-        call, optimizer = torch.compile(model), configure_adamw(model, 1e-4, (0.9, 0.99), 1e-8, 0.1)
+            model = torch_model(kind, shape)
+        call, optimizer = torch.compile(wrap(model)), configure_adamw(model, 1e-4, (0.9, 0.99), 1e-8, 0.1)
         ids = torch.randint(V, (B, T + 1), device="cuda")
         inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
         torch.cuda.reset_peak_memory_stats()
@@ -101,6 +116,31 @@ def torch_run(make, shape, steps):
         model = call = optimizer = out = loss = None
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def torch_rank(kind, name, batch, steps):
+    """One process of several, which torchrun has started; rank 0 prints what torch_run returns."""
+    import torch
+    from torch.nn.parallel import DistributedDataParallel
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("nccl")
+    shape = SHAPES[name][:4] + (batch, SHAPES[name][5])
+    result = torch_run(kind, shape, steps, lambda model: DistributedDataParallel(model, gradient_as_bucket_view=True))
+    if torch.distributed.get_rank() == 0:
+        print("result", json.dumps(result), flush=True)
+    torch.distributed.destroy_process_group()
+
+
+def ddp_run(kind, name, shape, steps, gpus):
+    """torch_run's of `gpus` processes that share the batch"""
+    if shape[4] % gpus:
+        return None, f"a batch of {shape[4]} does not divide"
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", gpus, __file__, "--steps", steps, "--rank", kind, name,
+             shape[4] // gpus]
+    done = subprocess.run([sys.executable] + [str(word) for word in words], capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("result ")]
+    errors = [line.strip() for line in done.stderr.splitlines() if "Error" in line] or ["no result"]
+    return json.loads(lines[-1][7:]) if lines else (None, errors[0][:80])
 
 
 def program_decode(program, shape, prompt, n):
@@ -177,10 +217,15 @@ def main():
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--precisions", nargs="+", default=["bf16", "tf32"])
     parser.add_argument("--steps", type=int, default=20, help="timed, of each program [20]")
+    parser.add_argument("--gpus", nargs="+", type=int, default=[1], help="how many take part [1]")
+    parser.add_argument("--scaling", choices=["weak", "strong"], default="weak", help="the batch is a GPU's, or that of all [weak]")
+    parser.add_argument("--rank", nargs=3, metavar=("MODEL", "SHAPE", "BATCH"), help="one process of several, for torchrun")
     parser.add_argument("--no-torch", action="store_true", help="this program alone")
     parser.add_argument("--generate", action="store_true", help="time generation, not training")
     parser.add_argument("--program", default=os.path.join(here, "..", "..", "train_sessacu"))
     o = parser.parse_args()
+    if o.rank:
+        return torch_rank(o.rank[0], o.rank[1], int(o.rank[2]), o.steps)
     rate, card = 0, "a GPU"
     try:
         rate, card = product_rate()
@@ -191,24 +236,29 @@ def main():
         return bench_generation(o.program, o.no_torch)
     print(f"{card}, bf16 product {rate:.0f} TFLOP/s\n\n| shape | program | ms a step | tok/s | GiB | share of the product rate |\n|---|---|---|---|---|---|")
     for name in o.shapes:
-        shape = D, L, H, V, B, T = SHAPES[name]
-        parameters = parameters_of(D, L, V)
-        work = 6 * parameters + 14 * T * D * L
-        runs = [(f"train_sessacu {p}", lambda p=p: program_run(o.program, shape, p, o.steps), work) for p in o.precisions]
-        if not o.no_torch:
-            from gpt import GPT
-            from sessa import Config, Sessa
-            depth = max(1, round((parameters - V * D - T * D) / (12 * D * D)))
-            runs.append(("sessa.py, compiled bf16", lambda: torch_run(lambda: Sessa(Config(V, D, L, H, max_seq_len=T)), shape, o.steps), work))
-            runs.append((f"gpt.py, {depth} blocks, compiled bf16", lambda: torch_run(lambda: GPT(V, D, depth, H, T), shape, o.steps),
-                         6 * (V * D + T * D + 12 * depth * D * D) + 7 * T * D * depth))
-        for what, run, flops in runs:
-            ms, memory = run()
-            if ms is None:
-                print(f"| {name} | {what} | {memory} | | | |", flush=True)
-            else:
-                share = f"{100 * flops * B * T / (1e9 * ms) / rate:.0f} %" if rate else ""
-                print(f"| {name} | {what} | {ms:.2f} | {1e3 * B * T / ms:,.0f} | {memory:.2f} | {share} |", flush=True)
+        for gpus in o.gpus:
+            bench_shape(o, name, gpus, rate)
+
+
+def bench_shape(o, name, gpus, rate):
+    D, L, H, V, B, T = SHAPES[name]
+    B *= gpus if o.scaling == "weak" else 1
+    shape, parameters, depth = (D, L, H, V, B, T), parameters_of(D, L, V), depth_of(SHAPES[name])
+    work = 6 * parameters + 14 * T * D * L
+    peer = lambda kind: torch_run(kind, shape, o.steps) if gpus == 1 else ddp_run(kind, name, shape, o.steps, gpus)
+    runs = [(f"train_sessacu {p}", lambda p=p: program_run(o.program, shape, p, o.steps, gpus), work) for p in o.precisions]
+    if not o.no_torch:
+        runs.append(("sessa.py, compiled bf16", lambda: peer("sessa"), work))
+        runs.append((f"gpt.py, {depth} blocks, compiled bf16", lambda: peer("gpt"),
+                     6 * (V * D + T * D + 12 * depth * D * D) + 7 * T * D * depth))
+    for what, run, flops in runs:
+        what += f", {gpus} GPUs" if gpus > 1 else ""
+        ms, memory = run()
+        if ms is None:
+            print(f"| {name} | {what} | {memory} | | | |", flush=True)
+        else:
+            share = f"{100 * flops * B * T / (1e9 * ms) / rate / gpus:.0f} %" if rate else ""
+            print(f"| {name} | {what} | {ms:.2f} | {1e3 * B * T / ms:,.0f} | {memory:.2f} | {share} |", flush=True)
 
 
 if __name__ == "__main__":

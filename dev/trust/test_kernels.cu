@@ -4,6 +4,7 @@ passes and updates, its training against the CPU's, its decoder.
 
     ./test_kernels
     ./test_kernels layers               layers alone: enough for a GPU that is emulated
+    ./test_kernels tiles            only attention and feedback in bf16, in shapes that have kernels of their own
     ./test_kernels tiles SEED COUNT     only attention and feedback in bf16: COUNT shapes that take tiles
 */
 #define SESSA_NO_MAIN
@@ -90,8 +91,8 @@ static void add_rows(real *sum, const real *dout, int N, int width, int ld) {
 
 // Dropout's mask at a place, its key where the kernels read it.
 static Mask mask_on_gpu(Dropout drop, int place) {
-    uint64_t key = dropout_key(drop), *device = gpu_lend<uint64_t>(1);
-    CUDA(cudaMemcpy(device, &key, sizeof(key), cudaMemcpyHostToDevice));
+    Draw draw = draw_of(drop), *device = gpu_lend<Draw>(1);
+    CUDA(cudaMemcpy(device, &draw, sizeof(draw), cudaMemcpyHostToDevice));
     return mask_of(device, drop.probability, place);
 }
 
@@ -438,7 +439,7 @@ template <typename X> void Layers<X>::draw(int even_, int T_) {
     wte_d = on_gpu<float>(wte, (int64_t)V * D);
     dout_f = on_gpu<float>(dout, size);
     floor = 0.1 * sqrt((double)size);
-    drop = {random_int(0, 1) ? 0.3 : 0, 11, 5};
+    drop = {random_int(0, 1) ? 0.3 : 0, 11, 5, (uint64_t)random_int(0, 1) << 33};
     sums = sums_on_gpu(B, T, 3 * ld);
 }
 
@@ -839,7 +840,7 @@ static void test_gpu_tiles(void) {
         {64, 300, 2, 1, 48},
         {24, 513, 4, 4, 64},
         {1, 2305, 2, 2, 64},
-        {3, 1000, 5, 5, 64},
+        {6, 1000, 5, 5, 64},
     };
     heading("bf16: attention and feedback in tiles");
     for (size_t i = 0; i < sizeof(shapes) / sizeof(shapes[0]); i++) {
@@ -883,6 +884,76 @@ static void test_peaked(void) {
                           stats_d, q_d, k_d, gamma_d, shape_of(1, T, 0, 1, 1, D, D), &m.p,
                               (ColumnSums *)NULL, gpu.stream);
     check_error(gpu_error(ds_d, lambda, T, D, D, 0), 0x1p-7, "its adjoint: two, of u and of the result");
+    gpu_release();
+}
+
+static void from_gpu(real *host, const bf16 *device, int64_t n) {
+    bf16 *numbers = (bf16 *)lend((size_t)n * sizeof(bf16));
+    CUDA(cudaStreamSynchronize(gpu.stream));
+    CUDA(cudaMemcpy(numbers, device, (size_t)n * sizeof(bf16), cudaMemcpyDeviceToHost));
+    for (int64_t i = 0; i < n; i++) host[i] = value_of(numbers[i]);
+}
+
+static int is_nearest(double exact, real found) {
+    bf16 nearest;
+    set_value(&nearest, (float)exact);
+    return value_of(nearest) == found;
+}
+
+// Inverses and right-hand sides of blocks are kept in two parts. So what a block is solved to is the bf16
+// number next to the exact one, but for few (emulated: 0.8 in 100 at most; without the second part of
+// either, 5 and more). On test_peaked's chain a block hangs on one row of its neighbour, here by a gain that
+// rounds nothing: 1/2. And c is s of the row before, in every bit. df takes the place of ds, as in a model.
+static void test_nearest(int B, int T) {
+    enum { D = 64 };
+    int64_t rows = (int64_t)B * T, size = rows * D, s_others = 0, df_others = 0, c_others = 0;
+    heading("bf16: each block of the feedback is solved to the nearest number");
+    real *f = noise(size, 1), *q = noise(size, 0), *k = noise(size, 0), *ds = noise(size, 1);
+    real *gamma = poison(rows), *s = poison(size), *c = poison(size), *df = poison(size);
+    Feedback m = feedback_on_gpu<bf16>(B, T, D, 0, 1, 0);
+    int P = m.p.P;
+    for (int64_t n = 0; n < rows; n++) {
+        gamma[n] = n % T % P ? (real)0.999 : (real)0.5;
+        for (int i = 0; i < D; i++) {
+            k[n * D + i] = splitmix64((uint64_t)(n * D + i)) >> 63 ? 6 : -6;
+            q[n * D + i] = n % T ? k[(n - 1) * D + i] : 0;
+        }
+    }
+    bf16 *f_d = on_gpu<bf16>(f, size), *q_d = on_gpu<bf16>(q, size), *k_d = on_gpu<bf16>(k, size);
+    bf16 *s_d = gpu_poison<bf16>(size), *ds_d = on_gpu<bf16>(ds, size), *c_d = gpu_poison<bf16>(size);
+    bf16 *dq_d = gpu_poison<bf16>(size), *dk_d = gpu_poison<bf16>(size);
+    float *gamma_d = on_gpu<float>(gamma, rows), *stats_d = gpu_poison<float>(2 * rows);
+    float *dgamma_d = gpu_poison<float>(rows);
+    Shape shape = shape_of(B, T, 0, 1, 1, D, D);
+    feedback_forward_gpu(s_d, c_d, stats_d, m.weights, m.scratch, f_d, q_d, k_d, gamma_d, shape, &m.p,
+                         gpu.stream);
+    feedback_backward_gpu(ds_d, dq_d, dk_d, dgamma_d, (float *)NULL, m.weights, m.scratch, ds_d, s_d, c_d,
+                          stats_d, q_d, k_d, gamma_d, shape, &m.p, (ColumnSums *)NULL, gpu.stream);
+    from_gpu(s, s_d, size);
+    from_gpu(c, c_d, size);
+    from_gpu(df, ds_d, size);
+    for (int64_t column = 0; column < (int64_t)B * D; column++) {
+        int64_t first = column / D * T * D + column % D;
+        const float *gains = gamma + column / D * T;
+        double last = 0;
+        for (int t = 0; t < T; t++) {
+            int64_t at = first + (int64_t)t * D;
+            double before = t ? (double)s[at - D] : 0;
+            last = (double)f[at] + (double)gains[t] * (t % P ? last : before);
+            s_others += !is_nearest(last, s[at]);
+            c_others += (double)c[at] != before;
+        }
+        for (int t = T - 1; t >= 0; t--) {
+            int64_t at = first + (int64_t)t * D;
+            double behind = (t + 1) % P ? last : t + 1 < T ? (double)df[at + D] : 0;
+            last = (double)ds[at] + (t + 1 < T ? (double)gains[t + 1] * behind : 0);
+            df_others += !is_nearest(last, df[at]);
+        }
+    }
+    check_error((double)s_others / (double)size, 0.03, "B %d, T %d, blocks of %d rows: s, share of others", B, T,
+                P);
+    check_error((double)df_others / (double)size, 0.03, "its adjoint");
+    check(!c_others, "c is s of the row before");
     gpu_release();
 }
 
@@ -1144,6 +1215,13 @@ int main(int argc, char **argv) {
     CUDA(cudaEventCreate(&lists_gone));
     if (argc == 4 && !strcmp(argv[1], "tiles")) {
         test_random_tiles((uint64_t)atoll(argv[2]), atoi(argv[3]));
+        test_nearest(gpu.hopper ? 48 : 2, 300); // on Hopper one block's march, and a cluster's
+        test_nearest(1, gpu.hopper ? 2500 : 600);
+        return report();
+    }
+    if (argc == 2 && !strcmp(argv[1], "tiles")) {
+        gpu.precision = BF16;
+        test_gpu_tiles();
         return report();
     }
     test_gpu_layers<float>("fp32: layers against the C functions, shapes odd and even");
@@ -1157,6 +1235,8 @@ int main(int argc, char **argv) {
     if (layers_alone) return report();
     test_gpu_tiles();
     test_peaked();
+    test_nearest(48, 300);
+    test_nearest(1, 3000);
     test_gpu_passes();
     test_gpu_update();
     test_gpu_training();

@@ -3,13 +3,15 @@ The test of several processes that train one model: what dev/ranks promises, wit
 the CPU and exchange through shared memory, and machines that are played on this one.
 
     ./test_ranks
+    ./test_ranks PROGRAM shared     of the CUDA twin, whose ranks share a card and exchange through memory
+    ./test_ranks PROGRAM nccl       and with a card each, by NCCL
 
 The ranks' numbers are held against a plain loop of this process, `reference`: the gradients of each rank's
 rows, one after the other, added in the order that is promised, and one update of all.
 */
 #define SESSA_NO_MAIN
 #include "../../train_sessa.c"
-#include "../ranks/shared.h"
+#include "../ranks/cpu.h"
 #include "check.h"
 #include "run.h"
 
@@ -336,15 +338,13 @@ static int is_named(const char *tensor) {
 }
 
 // The first step's gradients, as the first moments have them, of R ranks and of --batch B/R --accum R.
-static void check_first_gradients(const char *mixer) {
+static void check_first_gradients(const char *options, const char *mixer) {
     Safetensors a, b;
     int exact = 0, others = 0, ok = 1;
     double worst = 0;
-    ok &=
-        !run(MODEL_OPTIONS "--mixer %s --batch 4 --steps 1 --clip 0 --overwrite --out a.safetensors --gpus 4",
-             mixer);
-    ok &= !run(MODEL_OPTIONS
-               "--mixer %s --batch 1 --accum 4 --steps 1 --clip 0 --overwrite --out b.safetensors",
+    ok &= !run("%s --mixer %s --batch 4 --steps 1 --clip 0 --overwrite --out a.safetensors --gpus 4", options,
+               mixer);
+    ok &= !run("%s --mixer %s --batch 1 --accum 4 --steps 1 --clip 0 --overwrite --out b.safetensors", options,
                mixer);
     ok = ok && open_tensors(&a, "a.safetensors") && open_tensors(&b, "b.safetensors");
     for (int i = 0; ok && i < a.n_tensors; i++) {
@@ -372,32 +372,34 @@ static void check_first_gradients(const char *mixer) {
     check_error(ok ? worst : NAN, 1e-5, "%s: and all of them to rounding", mixer);
 }
 
-// Losses of 100 steps beside those of other options; validations in between too.
-static void check_losses(const char *name, int ranks, const char *options, const char *others, double bound) {
+// Losses of so many steps, at most 100, beside those of other options; validations in between too.
+static void check_losses(const char *name, int steps, int ranks, const char *options, const char *others,
+                         double bound) {
     static double x[128], y[128], u[128], v[128];
     double worst = 0;
-    int ok = !run("%s --steps 100 --overwrite --eval-every 20 --log x.log --out x.safetensors --gpus %d",
-                  options, ranks);
-    ok = ok && !run("%s --steps 100 --overwrite --eval-every 20 --log y.log --out y.safetensors", others);
-    ok = ok && read_log("x.log", "train_loss", x, 128) == 100 &&
-         read_log("y.log", "train_loss", y, 128) == 100;
-    ok = ok && read_log("x.log", "grad_norm", u, 128) == 100 && read_log("y.log", "grad_norm", v, 128) == 100;
-    for (int s = 0; s < 100; s++) {
+    int ok = !run("%s --steps %d --overwrite --eval-every 20 --log x.log --out x.safetensors --gpus %d", options,
+                  steps, ranks);
+    ok = ok && !run("%s --steps %d --overwrite --eval-every 20 --log y.log --out y.safetensors", others, steps);
+    ok = ok && read_log("x.log", "train_loss", x, 128) == steps &&
+         read_log("y.log", "train_loss", y, 128) == steps;
+    ok = ok && read_log("x.log", "grad_norm", u, 128) == steps &&
+         read_log("y.log", "grad_norm", v, 128) == steps;
+    for (int s = 0; s < steps; s++) {
         worst_of(&worst, ok ? fabs(x[s] - y[s]) / y[s] : NAN);
         worst_of(&worst, ok ? fabs(u[s] - v[s]) / v[s] / 10 : NAN);
     }
-    check_error(worst, bound, "%s: losses, and norms, of 100 steps", name);
+    check_error(worst, bound, "%s: losses, and norms, of %d steps", name, steps);
 }
 
 static void test_against_one(void) {
     heading("the numbers of one process");
-    check_first_gradients("sessa");
-    check_first_gradients("attention");
-    check_first_gradients("mamba2");
-    check_losses("2 ranks, --batch 4, against --batch 2 --accum 2", 2,
+    check_first_gradients(MODEL_OPTIONS, "sessa");
+    check_first_gradients(MODEL_OPTIONS, "attention");
+    check_first_gradients(MODEL_OPTIONS, "mamba2");
+    check_losses("2 ranks, --batch 4, against --batch 2 --accum 2", 100, 2,
                  MODEL_OPTIONS "--batch 4 --eval-batches 2",
                  MODEL_OPTIONS "--batch 2 --accum 2 --eval-batches 4", 1e-5);
-    check_losses("4 ranks, dropout, --accum 2, against one with --batch 4", 4,
+    check_losses("4 ranks, dropout, --accum 2, against one with --batch 4", 100, 4,
                  MODEL_OPTIONS "--batch 4 --accum 2 --dropout 0.2",
                  MODEL_OPTIONS "--batch 4 --accum 2 --dropout 0.2", 1e-5);
     int ok = run_ranks(1, 1, MODEL_OPTIONS "--batch 4 --steps 5 --overwrite --out a.safetensors");
@@ -798,6 +800,12 @@ static void check_other_version(void) {
     close(fd);
 }
 
+static rlim_t files_of_child;
+static void allow_few_files(void) {
+    struct rlimit few = {files_of_child, files_of_child};
+    setrlimit(RLIMIT_NOFILE, &few);
+}
+
 static void test_refused(void) {
     heading("what goes wrong before the first step: one clear line, and no rank starts");
     check_refused("another seed", FEW "--seed 1", FEW "--seed 2", "--seed 2: rank 0 has another");
@@ -823,6 +831,25 @@ static void test_refused(void) {
     check(code == 2 && complained("--batch 6 does not divide by the 4") &&
               !strchr((char *)complaint, '\n')[1],
           "--gpus: a batch that does not divide, exit code 2");
+    set_number("SLURM_PROCID", 0);
+    set_number("SLURM_NTASKS", 1);
+    set_number("SLURM_STEP_ID", 0);
+    code = run(FEW "--gpus 2");
+    forget_starters();
+    check(!code && said("in each of 2 processes"), "--gpus 2 inside a starter's one process: two");
+    struct rlimit files, few = {60, 60};
+    getrlimit(RLIMIT_NOFILE, &files);
+    few.rlim_max = files.rlim_max;
+    setrlimit(RLIMIT_NOFILE, &few);
+    code = run(FEW "--gpus 4");
+    check(!code, "few open files, and more allowed: they are asked for");
+    files_of_child = 60;
+    prepare_child = allow_few_files;
+    code = run(MODEL_OPTIONS "--batch 64 --steps 3 --gpus 64");
+    prepare_child = NULL;
+    setrlimit(RLIMIT_NOFILE, &files);
+    check(code == 1 && complained("64 processes take 356 open files, and here are at most 60 (ulimit -Hn)"),
+          "no more allowed: a line");
     check(run("--load x --generate 9 --gpus 2") == 2 && complained("changes nothing"),
           "--gpus with --generate is refused");
     check_strangers();
@@ -884,10 +911,13 @@ static int children_of(pid_t parent, pid_t *children, int most) {
 
 // Ranks of a starter, two machines of two; one gets a signal. The others end in time, one line names it, and
 // the last save is whole.
-static void check_lost(const char *name, int lost, int number, const char *words, double limit) {
+static void check_lost(const char *name, int lost, int number, const char *options, const char *words,
+                       double limit) {
+    char line[512];
     usual(4, 2);
     discard("k.log");
-    for (int r = 0; r < 4; r++) start_rank(r, ENDLESS "--timeout 3 --log k.log --out k.safetensors");
+    snprintf(line, sizeof(line), "%s --timeout 3 --log k.log --out k.safetensors", options);
+    for (int r = 0; r < 4; r++) start_rank(r, line);
     wait_for_log("k.log", 5);
     double begin = seconds();
     send_signal(ranks_of_test[lost], number);
@@ -908,11 +938,13 @@ static void check_lost(const char *name, int lost, int number, const char *words
 }
 
 // The same of ranks that --gpus has started.
-static void check_lost_child(const char *name, int lost, int number, const char *words, double limit) {
+static void check_lost_child(const char *name, int lost, int number, const char *options, const char *words,
+                             double limit) {
     pid_t children[8] = {0};
+    char line[512];
     discard("k.log");
-    pid_t parent = start_and_wait_for_log(
-        "--run " ENDLESS "--timeout 3 --log k.log --out k.safetensors --gpus 4", "k.log", 5);
+    snprintf(line, sizeof(line), "--run %s --timeout 3 --log k.log --out k.safetensors --gpus 4", options);
+    pid_t parent = start_and_wait_for_log(line, "k.log", 3);
     int n = children_of(parent, children, 8);
     double begin = seconds();
     if (n > lost) send_signal(children[lost], number);
@@ -972,9 +1004,9 @@ static void check_orphans(void) {
 
 static void test_lost(void) {
     heading("what goes wrong while they train, started by --gpus");
-    check_lost_child("--gpus, rank 1 killed", 1, SIGKILL, "rank 1 was ended by signal 9", 8);
-    check_lost_child("--gpus, rank 0 killed", 0, SIGKILL, "rank 0 was ended by signal 9", 8);
-    check_lost_child("--gpus, rank 2 hangs", 2, SIGSTOP, "rank 2 has not come for 3 s", 16);
+    check_lost_child("--gpus, rank 1 killed", 1, SIGKILL, ENDLESS, "rank 1 was ended by signal 9", 8);
+    check_lost_child("--gpus, rank 0 killed", 0, SIGKILL, ENDLESS, "rank 0 was ended by signal 9", 8);
+    check_lost_child("--gpus, rank 2 hangs", 2, SIGSTOP, ENDLESS, "rank 2 has not come for 3 s", 16);
     check_orphans();
     check_asked("SIGTERM to the one who started them", SIGTERM, 0, ENDLESS);
     check_asked("SIGINT to all", SIGINT, 1,
@@ -982,12 +1014,18 @@ static void test_lost(void) {
     release();
 }
 
+#define WIDE "--data text --dim 256 --layers 1 --heads 4 --seq 4 --batch 4 --steps 100000 --eval-every 0 " \
+             "--save-every 1 --overwrite "
+
 static void test_lost_of_starter(void) {
     heading("what goes wrong while they train, started by a starter");
-    check_lost("rank 3 killed", 3, SIGKILL, "rank 3 on beta has ended", 8);
-    check_lost("rank 0 killed", 0, SIGKILL, "rank 0 on alpha has ended", 8);
-    check_lost("rank 1 hangs (--timeout 3)", 1, SIGSTOP, "rank 1 on alpha has not come for 3 s", 13);
-    check_lost("rank 0 hangs", 0, SIGSTOP, "rank 0 on alpha has not come for 3 s", 13);
+    check_lost("rank 3 killed", 3, SIGKILL, ENDLESS, "rank 3 on beta has ended", 8);
+    check_lost("rank 0 killed", 0, SIGKILL, ENDLESS, "rank 0 on alpha has ended", 8);
+    check_lost("rank 1 hangs (--timeout 3)", 1, SIGSTOP, ENDLESS, "rank 1 on alpha has not come for 3 s", 13);
+    check_lost("rank 0 hangs", 0, SIGSTOP, ENDLESS, "rank 0 on alpha has not come for 3 s", 13);
+
+    check_lost("rank 0 hangs, and is sent more than a connection holds", 0, SIGSTOP, WIDE,
+               "rank 0 on alpha has not come for 3 s", 13);
 
     // one of them is asked
     usual(2, 1);
@@ -1025,6 +1063,121 @@ static void test_lost_of_starter(void) {
     release();
 }
 
+// Removes what is left beside the work folder, and all of it.
+static void clean_up(void) {
+    glob_t left;
+    char pattern[100];
+    snprintf(pattern, sizeof(pattern), "%s/{out?,err?,nccl_*/*,nccl_*}", folder);
+    if (!glob(pattern, GLOB_BRACE | GLOB_NOSORT, NULL, &left)) {
+        for (int again = 0; again < 2; again++) // folders are empty the second time
+            for (size_t i = 0; i < left.gl_pathc; i++)
+                if (unlink(left.gl_pathv[i])) rmdir(left.gl_pathv[i]);
+        globfree(&left);
+    }
+    remove_folder();
+}
+
+// ----------------------------------------------------------------------------
+// the CUDA twin
+
+#define TWIN_OPTIONS "--data few --dim 16 --layers 2 --heads 2 --seq 8 --warmup 2 "
+#define TWIN_ENDLESS TWIN_OPTIONS "--batch 4 --steps 100000 --eval-every 0 --save-every 1 --overwrite "
+
+static const char *twin; // its binary
+static int emulated;     // on a machine without a card: fewer steps
+
+static void use_exchange(const char *name) {
+    if (strcmp(name, "nccl")) setenv("SESSA_TEST_EXCHANGE", name, 1);
+    else unsetenv("SESSA_TEST_EXCHANGE"); // as users have it
+}
+
+// By NCCL, and through memory, the bits of which the CPU's part of this test knows.
+static void check_same_exchange(const char *name, int ranks, int per_machine, const char *options) {
+    char line[512];
+    static const char *const names[] = {"nccl", "shared"}, *const files[] = {"a", "b"};
+    int ok = 1;
+    for (int i = 0; ok && i < 2; i++) {
+        use_exchange(names[i]);
+        snprintf(line, sizeof(line), "%s --steps 3 --overwrite --out %s.safetensors", options, files[i]);
+        ok = per_machine ? run_ranks(ranks, per_machine, line) : !run_gpus(ranks, line);
+    }
+    use_exchange("nccl");
+    check(ok && same_files("a.safetensors", "b.safetensors"), "%s: the bits of sums in the promised order", name);
+}
+
+static void test_twin_by_nccl(void) {
+    heading("the twin, by NCCL: the bits of the exchange through memory");
+    check_same_exchange("2 ranks", 2, 0, TWIN_OPTIONS "--batch 4");
+    check_same_exchange("4 ranks, dropout, 2 micro-batches", 4, 0,
+                        TWIN_OPTIONS "--batch 4 --accum 2 --dropout 0.2");
+    check_same_exchange("4 ranks, --plain", 4, 0, TWIN_OPTIONS "--batch 4 --plain");
+    if (emulated && !without_tcp) {
+        check_same_exchange("4 ranks on 2 machines", 4, 2, TWIN_OPTIONS "--batch 4");
+        check_same_exchange("3 ranks on machines with 2 and 1", 3, 2, TWIN_OPTIONS "--batch 3");
+    }
+    // one rank that sends to itself
+    setenv("SESSA_TEST_EXCHANGE", "nccl", 1);
+    int ok = !run(TWIN_OPTIONS "--batch 2 --steps 3 --overwrite --out a.safetensors");
+    unsetenv("SESSA_TEST_EXCHANGE");
+    ok = ok && !run(TWIN_OPTIONS "--batch 2 --steps 3 --overwrite --out b.safetensors");
+    check(ok && same_files("a.safetensors", "b.safetensors"), "one rank that sends to itself: the bytes of none");
+    if (!emulated) return;
+    setenv("EMULATE_DEVICES", "1", 1);
+    int code = run(TWIN_OPTIONS "--batch 4 --steps 3 --overwrite --out a.safetensors --gpus 2");
+    setenv("EMULATE_DEVICES", "4", 1);
+    check(code == 1 && complained("ranks 0 and 1 have one GPU") && !strchr((char *)complaint, '\n')[1],
+          "more ranks than cards: one line");
+    release();
+}
+
+static void test_twin(void) {
+    int steps = emulated ? 4 : 100;
+    heading("the twin: several ranks against one");
+    check_first_gradients(TWIN_OPTIONS, "sessa");
+    check_losses("2 ranks, --batch 4, against --batch 2 --accum 2", steps, 2, TWIN_OPTIONS "--batch 4",
+                 TWIN_OPTIONS "--batch 2 --accum 2", 1e-4);
+    check_losses("4 ranks, dropout, --accum 2, against one with --batch 4", steps, 4,
+                 TWIN_OPTIONS "--batch 4 --accum 2 --dropout 0.2",
+                 TWIN_OPTIONS "--batch 4 --accum 2 --dropout 0.2", 1e-3);
+
+    heading("the twin: stop and resume, with other numbers of ranks, and on the CPU");
+    static const char again[] = "--overwrite --eval-every 0 --steps 2";
+    int ok = !run(TWIN_OPTIONS "--batch 4 --dropout 0.1 --decay-steps 9 %s --out a.safetensors --gpus 2", again);
+    ok = ok && !run("--resume a.safetensors %s --out b.safetensors --gpus 4", again);
+    ok = ok && !run("--resume b.safetensors %s --out c.safetensors", again);
+    program = self;
+    ok = ok && !run("--resume c.safetensors %s --out d.safetensors --gpus 2", again);
+    program = twin;
+    ok = ok && !run("--resume d.safetensors %s --out e.safetensors --gpus 2", again);
+    check(ok && same_tensors("a.safetensors", "b.safetensors") && same_tensors("a.safetensors", "c.safetensors") &&
+              same_tensors("a.safetensors", "d.safetensors") && same_files("a.safetensors", "e.safetensors"),
+          "2 ranks, 4, 1, 2 of the CPU, 2: the same bytes");
+    ok = !run(TWIN_OPTIONS "--batch 4 --dropout 0.1 --decay-steps 9 --overwrite --eval-every 0 --steps 4 "
+                           "--out b.safetensors --gpus 2");
+    ok = ok && !run("--resume e.safetensors --eval-every 0 --steps 4 --gpus 2");
+    check(ok && same_tensors("b.safetensors", "e.safetensors"), "and on to the bytes of a run without a stop");
+
+    heading("the twin: a rank that is lost");
+    check_lost_child("rank 1 killed", 1, SIGKILL, TWIN_ENDLESS, "rank 1 was ended by signal 9", 8);
+    check_lost_child("rank 2 hangs", 2, SIGSTOP, TWIN_ENDLESS, "rank 2 has not come for 3 s", 24);
+    release();
+}
+
+static void test_all_of_twin(const char *exchange) {
+    forget_starters();
+    without_tcp = !has_loopback();
+    emulated = getenv("EMULATE_DEVICES") != NULL;
+    open_folder();
+    setenv("TMPDIR", folder, 1); // for the messages of an NCCL that is emulated
+    copy_file("text", "few");
+    check(!truncate(in_work("few"), 400), "a short text");
+    program = twin;
+    use_exchange(exchange);
+    if (!strcmp(exchange, "nccl")) test_twin_by_nccl();
+    test_twin();
+    clean_up();
+}
+
 // ----------------------------------------------------------------------------
 
 // Not a part of main: see test_runs.c.
@@ -1043,14 +1196,7 @@ __attribute__((noinline)) static void test_all(void) {
     if (!without_tcp) test_one_writes();
     if (!without_tcp) test_refused();
     if (!without_tcp) test_lost_of_starter();
-    for (int r = 0; r < MOST_RANKS; r++) {
-        char name[16];
-        snprintf(name, sizeof(name), "../out%d", r);
-        discard(name);
-        snprintf(name, sizeof(name), "../err%d", r);
-        discard(name);
-    }
-    remove_folder();
+    clean_up();
 }
 
 int main(int argc, char **argv) {
@@ -1059,9 +1205,17 @@ int main(int argc, char **argv) {
         argv[1] = argv[0];
         return run_in_ranks(argc - 1, argv + 1, &cpu_backend, ranks_backend);
     }
+    static char path[PATH_MAX];
+    int of_twin = argc == 3 && (!strcmp(argv[2], "shared") || !strcmp(argv[2], "nccl"));
+    if (argc > 1 && (!of_twin || !realpath(argv[1], path))) {
+        fprintf(stderr, "test_ranks: takes nothing, or a program and its exchange, shared or nccl\n");
+        return 1;
+    }
     begin(argv);
     go_to_data();
     n_threads = "1";
-    test_all();
+    twin = path;
+    if (of_twin) test_all_of_twin(argv[2]);
+    else test_all();
     return report();
 }

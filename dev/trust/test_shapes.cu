@@ -72,6 +72,7 @@ template <typename X> static void meet_ways(const ModelGPU<X> *m, const Case *s)
         meet("feedback: tiles, blocks of 1024", tiles && !p->march && p->P == 1024);
         meet("feedback: weights kept", tiles && p->kept);
         meet("feedback: weights computed again", tiles && !p->kept);
+        meet("feedback: dq' of rows before a panel apart", tiles && p->apart);
         meet("feedback: product tiles of 128 columns", tiles && blocks > 80);
         meet("feedback: product tiles of 64 columns", tiles && blocks <= 80);
         meet("attention: tiles of 128 columns", read && d > 64);
@@ -86,6 +87,9 @@ template <typename X> static void meet_ways(const ModelGPU<X> *m, const Case *s)
         meet("feedback: march of one block, several panels", tiles && p->march == 1 && several);
         meet("feedback: march of clusters, one panel", tiles && p->march == CLUSTER && !several);
         meet("feedback: march of clusters, several panels", tiles && p->march == CLUSTER && several);
+        meet("feedback: logits in tiles of 256 columns", tiles && p->wide_logits);
+        meet("feedback: dq', dk' in tiles of 192 columns", tiles && p->wide_sums == 192);
+        meet("feedback: dq', dk' in tiles of 256 columns", tiles && p->wide_sums == 256);
         meet("attention: ring", read && d <= 64 && ring);
         meet("attention: tiles of 64 columns, two kernels", read && d <= 64 && !ring && gpu.clusters);
         meet("attention: two kernels (no room for clusters)", read && d <= 64 && !gpu.clusters && T <= 1024);

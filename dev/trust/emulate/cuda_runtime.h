@@ -12,6 +12,7 @@
 #include <memory>
 #include <signal.h>
 #include <tuple>
+#include <unistd.h>
 #include <utility>
 #include "threads.h"
 
@@ -129,10 +130,13 @@ inline cudaError_t cudaPeekAtLastError(void) { return emulate::last_error; }
 
 namespace emulate {
 
+struct Event;
 struct Work {
     std::shared_ptr<std::function<void()>> run; // none: only its order counts
     std::vector<std::shared_ptr<Work>> after;   // what has to be done before
     int done;
+    std::function<int()> there;                 // none: always; whether what another process sends has come
+    Event *event;                               // of a recording: a launch of it records the event
 };
 typedef std::shared_ptr<Work> Piece;
 struct Stream;
@@ -154,30 +158,40 @@ inline Lots &host_lots(void) {
     return lots;
 }
 
-// Does what was given, until `wanted` is done; NULL: all of it. Of what can be done the last given goes first
-// for a while, or the first, or any: streams run far ahead of each other.
-inline void perform(const Piece &wanted) {
-    while (wanted ? !wanted->done : !pending.empty()) {
-        std::vector<size_t> able;
-        for (size_t i = 0; i < pending.size(); i++) {
-            int can = 1;
-            for (const Piece &before : pending[i]->after) can &= before->done;
-            if (can) able.push_back(i);
-            if (can && !seed) break;
+// Does a piece of what was given. Of what can be done the last given goes first for a while, or the first, or
+// any: streams run far ahead of each other. 0: all that can be done waits for other processes.
+inline int perform_one(void) {
+    std::vector<size_t> able;
+    int waits = 0;
+    for (size_t i = 0; i < pending.size(); i++) {
+        int can = 1;
+        for (const Piece &before : pending[i]->after) can &= before->done;
+        if (can && pending[i]->there && !pending[i]->there()) {
+            waits = 1;
+            continue;
         }
-        if (able.empty()) fault({"streams", 0}, "nothing of what was given can be done");
-        Lots &lots = host_lots();
-        static int favoured;
-        if (seed && lots.below(16) == 0) favoured = (int)lots.below(3);
-        size_t at = favoured == 0   ? able.front()
-                    : favoured == 1 ? able.back()
-                                    : able[lots.below((unsigned)able.size())];
-        Piece piece = pending[at];
-        pending.erase(pending.begin() + (long)at);
-        if (piece->run) (*piece->run)();
-        piece->done = 1;
-        piece->after.clear();
+        if (can) able.push_back(i);
+        if (can && !seed) break;
     }
+    if (able.empty() && !waits) fault({"streams", 0}, "nothing of what was given can be done");
+    if (able.empty()) return 0;
+    Lots &lots = host_lots();
+    static int favoured;
+    if (seed && lots.below(16) == 0) favoured = (int)lots.below(3);
+    size_t at = favoured == 0   ? able.front()
+                : favoured == 1 ? able.back()
+                                : able[lots.below((unsigned)able.size())];
+    Piece piece = pending[at];
+    pending.erase(pending.begin() + (long)at);
+    if (piece->run) (*piece->run)();
+    piece->done = 1;
+    piece->after.clear();
+    return 1;
+}
+// Until `wanted` is done; NULL: all of it.
+inline void perform(const Piece &wanted) {
+    while (wanted ? !wanted->done : !pending.empty())
+        if (!perform_one()) usleep(100);
 }
 
 inline Stream *stream_of(Stream *stream) { return stream ? stream : &legacy; }
@@ -195,6 +209,7 @@ inline Piece new_piece(std::shared_ptr<std::function<void()>> run) {
     Piece piece = std::make_shared<Work>();
     piece->run = run;
     piece->done = 0;
+    piece->event = NULL;
     return piece;
 }
 // In the stream's order. Streams wait for the legacy one and it for them: what is given to that is done at
@@ -220,6 +235,7 @@ enum cudaStreamCaptureMode {
     cudaStreamCaptureModeThreadLocal,
     cudaStreamCaptureModeRelaxed
 };
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 enum { cudaGraphInstantiateFlagUseNodePriority = 8 };
 
 inline cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned, int) {
@@ -257,6 +273,22 @@ inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream = NULL
     event->recorded = stream->recorded;
     return cudaSuccess;
 }
+enum { cudaEventRecordDefault = 0, cudaEventRecordExternal = 1 };
+// External: a part of the recording, which every launch of it does anew.
+inline cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned flags) {
+    if (flags != cudaEventRecordExternal) return cudaEventRecord(event, stream);
+    if (!stream || !stream->recorded) return emulate::with(cudaErrorInvalidValue);
+    emulate::Piece piece = emulate::new_piece(NULL);
+    piece->event = event;
+    emulate::follow_piece(stream, piece);
+    return cudaSuccess;
+}
+inline cudaError_t cudaEventQuery(cudaEvent_t event) {
+    if (event->recorded) return emulate::with(cudaErrorStreamCaptureUnsupported);
+    if (!event->work || event->work->done) return cudaSuccess;
+    if (!emulate::perform_one()) usleep(100);
+    return event->work->done ? cudaSuccess : emulate::with(cudaErrorNotReady);
+}
 inline cudaError_t cudaEventSynchronize(cudaEvent_t event) {
     if (event->recorded) return emulate::with(cudaErrorStreamCaptureUnsupported);
     if (event->work) emulate::perform(event->work);
@@ -278,6 +310,10 @@ inline cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, u
     return cudaSuccess;
 }
 
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus *status) {
+    *status = emulate::stream_of(stream)->recorded ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+    return cudaSuccess;
+}
 inline cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
     if (!stream || stream->recorded) return emulate::with(cudaErrorStreamCaptureUnsupported);
     emulate::perform(NULL); // what came before is not the graph's
@@ -326,6 +362,7 @@ inline cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream) {
         emulate::Piece copy = copies[piece.get()] = emulate::new_piece(piece->run);
         for (const emulate::Piece &one : piece->after) copy->after.push_back(copies[one.get()]);
         if (piece->after.empty() && before && !before->done) copy->after.push_back(before);
+        if (piece->event) piece->event->work = copy;
         end->after.push_back(copy);
         emulate::pending.push_back(copy);
     }
@@ -518,10 +555,18 @@ enum cudaDeviceAttr {
     cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
 };
 inline cudaError_t cudaGetDeviceCount(int *count) {
-    *count = 1;
+    *count = (int)emulate::number_from("EMULATE_DEVICES", 1);
     return cudaSuccess;
 }
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaSetDevice(int device) {
+    int count;
+    cudaGetDeviceCount(&count);
+    return device >= 0 && device < count ? cudaSuccess : emulate::with(cudaErrorInvalidValue);
+}
+inline cudaError_t cudaDeviceGetPCIBusId(char *name, int size, int device) {
+    snprintf(name, (size_t)size, "0000:%02x:00.0", device);
+    return cudaSuccess;
+}
 inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr what, int) {
     switch (what) {
     case cudaDevAttrMaxThreadsPerBlock: *value = emulate::MOST_THREADS; break;

@@ -14,7 +14,7 @@ import re
 import sys
 
 TOP = os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", ".."))
-USUAL = ["train_sessa.cu", "test_sessa.c", "dev/cuda/*.cuh", "dev/trust/*.cu", "dev/trust/*.cuh",
+USUAL = ["train_sessa.cu", "test_sessa.c", "dev/cuda/*.cuh", "dev/ranks/*.cuh", "dev/ranks/*.h", "dev/trust/*.cu", "dev/trust/*.cuh",
          "dev/trust/emulate/*.cu"]
 ALIGN = r"(?:__align__\((?P<align>[^()]*)\)\s*)?"
 DYNAMIC = re.compile(r"extern\s+__shared__\s+" + ALIGN +
