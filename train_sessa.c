@@ -6818,8 +6818,8 @@ static void print_changes(const Run *run) {
 // generation
 //
 // A token at a time: the model gives logits, a token is drawn from them, and the forward pass goes
-// on with it. What is worth reading is sample_token, and how generate_tokens goes on when the
-// positions are full.
+// on with it. What is worth reading is sample_token, and how make_tokens goes on when the positions
+// are full.
 
 typedef struct { double weight; int id; } Candidate;
 static int comes_first(Candidate a, Candidate b) {
@@ -6837,25 +6837,69 @@ static void sift_down(Candidate *heap, int n, int i) {
     heap[i] = c;
 }
 
-// Puts the likeliest of V candidates, as few as the cut of sample_token asks for, in order from the
-// end. Returns the number of those that are kept; *total, the sum of all weights, becomes theirs.
-static int keep_likeliest(Candidate *candidates, int V, int most, double top_p, double *total) {
+static Candidate turned(Candidate c) {
+    Candidate back = {-c.weight, -c.id};
+    return back;
+}
+
+// Brings the `most` likeliest of V candidates to the front, in no order: a heap of the likeliest so far with
+// the last of them at its top, by turned signs.
+static void select_likeliest(Candidate *candidates, int V, int most) {
+    for (int i = 0; i < most; i++) candidates[i] = turned(candidates[i]);
+    for (int i = most / 2; i >= 0; i--) sift_down(candidates, most, i);
+    for (int i = most; i < V; i++) {
+        Candidate c = turned(candidates[i]);
+        if (!comes_first(candidates[0], c)) continue;
+        candidates[0] = c;
+        sift_down(candidates, most, 0);
+    }
+    for (int i = 0; i < most; i++) candidates[i] = turned(candidates[i]);
+}
+
+// Brings those of V candidates to the front that the fewest likeliest which reach top_p can be among. The
+// others are below half of what 1 - top_p leaves each of V: all of them together leave more than top_p.
+// Returns how many there are.
+static int drop_unlikely(Candidate *candidates, int V, double top_p, double total) {
+    double least = (1 - top_p) * total / (2 * (double)V);
+    int n = 0;
+    for (int i = 0; i < V; i++) {
+        candidates[n] = candidates[i];
+        n += candidates[i].weight >= least;
+    }
+    return n;
+}
+
+// Puts the likeliest of n candidates, all or as few as reach top_p, in order from the end. Returns the
+// number of those that are kept; *total, the sum of all weights, becomes theirs.
+static int keep_likeliest(Candidate *candidates, int n, int all, double top_p, double *total) {
     int ordered = 0, kept = 0;
     double sum = 0;
-    for (int i = V / 2; i >= 0; i--) sift_down(candidates, V, i);
-    while (ordered < most && (most < V || sum < top_p * *total)) {
-        int last = V - 1 - ordered++;
+    for (int i = n / 2; i >= 0; i--) sift_down(candidates, n, i);
+    while (ordered < n && (all || sum < top_p * *total)) {
+        int last = n - 1 - ordered++;
         Candidate first = candidates[0];
         candidates[0] = candidates[last];
         sift_down(candidates, last, 0);
         candidates[last] = first;
         sum += first.weight;
     }
-    if (most < V) *total = sum;
+    if (all) *total = sum;
     for (sum = 0; kept < ordered && (kept == 0 || sum < top_p * *total); kept++)
-        sum += candidates[V - 1 - kept].weight;
+        sum += candidates[n - 1 - kept].weight;
     *total = sum;
     return kept;
+}
+
+// e^x of x from -700 to 0, as exp_real: relative error below 1e-15 + 2e-16·|x|
+static inline double exp_weight(double x) {
+    int32_t n = (int32_t)(x * 1.4426950408889634 - 0.5); // the nearest integer
+    double r = x - (double)n * 0.6931471805599453, power = 1;
+    UNROLL
+    for (int i = 12; i > 0; i--) power = 1 + power * (r * (1.0 / i));
+    int64_t exponent = (int64_t)(n + 1023) << 52;
+    double scale;
+    memcpy(&scale, &exponent, sizeof(scale));
+    return power * scale;
 }
 
 // Draws a token from softmax(logits/temperature), cut to the top_k likeliest (0: all) and then to
@@ -6863,23 +6907,39 @@ static int keep_likeliest(Candidate *candidates, int V, int most, double top_p, 
 // not finite.
 static int sample_token(const real *logits, Candidate *candidates, int V, double temperature,
                         int64_t top_k, double top_p, uint64_t *random) {
-    int best = 0, kept = V, most = top_k && top_k < V ? (int)top_k : V;
-    double total = 0;
-    for (int i = 0; i < V; i++) {
-        if (!isfinite(logits[i])) return -1;
-        if (logits[i] > logits[best]) best = i;
+    enum { PIECE = 64 };
+    int best = 0, finite = 1, n = V, kept, cut = top_k && top_k < V;
+    double total = 0, weights[PIECE], least = -700 * temperature; // e^-700 is no weight beside 1
+    real largest = logits[0], tops[PIECE];
+    for (int i = 0; i < PIECE; i++) tops[i] = logits[0];
+    for (int i = 0; i < V; i++) finite &= isfinite(logits[i]) != 0;
+    if (!finite) return -1;
+    for (int from = 0; from < V; from += PIECE) {
+        int size = V - from < PIECE ? V - from : PIECE;
+        for (int i = 0; i < size; i++) tops[i] = logits[from + i] > tops[i] ? logits[from + i] : tops[i];
     }
+    for (int i = 0; i < PIECE; i++) largest = tops[i] > largest ? tops[i] : largest;
+    while (logits[best] != largest) best++;
     if (temperature == 0) return best;
-    for (int i = 0; i < V; i++) {
-        candidates[i].weight = exp(((double)logits[i] - (double)logits[best]) / temperature);
-        candidates[i].id = i;
-        total += candidates[i].weight;
+    for (int from = 0, size; from < V; from += size) {
+        size = V - from < PIECE ? V - from : PIECE;
+        for (int i = 0; i < size; i++) {
+            double below = (double)logits[from + i] - (double)largest;
+            weights[i] = exp_weight((below > least ? below : least) / temperature);
+        }
+        for (int i = 0; i < size; i++) {
+            Candidate c = {weights[i], from + i};
+            candidates[from + i] = c;
+            total += weights[i];
+        }
     }
-    if (most < V || top_p < 1) kept = keep_likeliest(candidates, V, most, top_p, &total);
+    if (cut) select_likeliest(candidates, V, n = (int)top_k);
+    else if (top_p < 1) n = drop_unlikely(candidates, V, top_p, total);
+    kept = cut || top_p < 1 ? keep_likeliest(candidates, n, cut, top_p, &total) : n;
     double left = random_uniform(random) * total;
-    for (int i = V - 1; i > V - kept; i--)
+    for (int i = n - 1; i > n - kept; i--)
         if ((left -= candidates[i].weight) < 0) return candidates[i].id;
-    return candidates[V - kept].id;
+    return candidates[n - kept].id;
 }
 
 // What a byte is, to the rule that cuts text into pieces (see "words").
@@ -7007,6 +7067,7 @@ static int cut_prompts(Run *run, size_t size, const char *name, char *error) {
     size_t lines = size && end[-1] != '\n';
     for (char *c = at; c < end; c++) lines += *c == '\n';
     if (!lines) return fail(error, name, "it holds no prompt");
+    if (lines > INT_MAX) return fail(error, name, "it holds %zu prompts, more than %d", lines, INT_MAX);
     run->prompts = (const char **)grow(NULL, lines * sizeof(char *));
     if (!run->prompts) return fail(error, name, "its %zu prompts do not fit in memory", lines);
     for (run->n_prompts = 0; at < end; run->n_prompts++) {
@@ -7227,6 +7288,7 @@ static int read_tokens(Run *run, Generation *g, Sequence *s, int64_t n) {
         same++;
     }
     if (same > 1) backend->copy(run->model, number, same - 1, s->count - s->begin);
+    #pragma omp parallel for schedule(static) if (same > 1)
     for (int i = 0; i < same; i++) draw_token(run, g, s + i, logits, n);
     return same;
 }

@@ -2063,7 +2063,8 @@ template <typename X> static Model *create_whole_gpu(const Config *c, int B, int
 #ifdef SESSA_PLAIN
     plain = 1;
 #endif
-    if (gpu_open(error) || within_launches(c, B, T, sizeof(X), error)) return NULL;
+    int at_once = mode == GENERATE ? 1 : B; // sequences that hidden_forward_gpu reads
+    if (gpu_open(error) || within_launches(c, at_once, T, sizeof(X), error)) return NULL;
     int whole = 1, d = c->d_model / c->n_heads;
     ModelGPU<X> *m = (ModelGPU<X> *)allocate(1, sizeof(ModelGPU<X>), &whole);
     if (!m) { fail(error, NULL, "out of memory"); return NULL; }
@@ -2106,7 +2107,7 @@ template <typename X> static Model *create_whole_gpu(const Config *c, int B, int
     size_t present = 0, all = 0;
     CUDA(cudaMemGetInfo(&present, &all));
     for (int keep = mode >= TRAIN;; keep = 0) { // without, the feedback's weights are computed again
-        m->ways = ways_of<X>(c, mode == GENERATE ? 1 : B, T, 0, keep);
+        m->ways = ways_of<X>(c, at_once, T, 0, keep);
         needed = model_bytes(m, B, T, mode);
         if (!keep || needed < 0.9 * (double)present) break;
     }
@@ -2507,15 +2508,19 @@ static const real *model_extend_gpu(Model *model, int sequence, const int *token
     return logits;
 }
 
-// What is known of a sequence's first n positions, to `copies` sequences behind it.
+// What is known of a sequence's first n positions, rows of `width`, to `copies` sequences behind it.
 template <typename Y>
-static void copy_cache_gpu(Y *cache, int64_t step, int sequence, int copies, int64_t numbers,
+static void copy_cache_gpu(Y *cache, int64_t step, int sequence, int copies, int n, int width,
                            cudaStream_t stream) {
     Y *from = cache + sequence * step, *to_ = from + step;
-    int64_t eights = (numbers + 7) / 8; // of an aligned step
-    each(copies, (int)(8 * eights), wide({step}, {from}), stream, [=] __device__ (auto SPAN, int n, int i) {
-        write(to_ + n * step + i, read<SPAN>(from + i));
-    });
+    int some = (int)(MOST_PIECES / ((int64_t)n * width)); // copies of a pass
+    if (some < 1) some = 1;
+    for (int first = 0; first < copies; first += some)
+        each(min_int(some, copies - first) * (int64_t)n, width, wide({step, width}, {from}), stream,
+             [=] __device__ (auto SPAN, int row, int i) {
+            int64_t at = (int64_t)(row % n) * width + i;
+            write(to_ + (first + row / n) * step + at, read<SPAN>(from + at));
+        });
 }
 template <typename X> static void model_copy_gpu(Model *model, int sequence, int copies, int n) {
     ModelGPU<X> *m = of<X>(model);
@@ -2524,8 +2529,8 @@ template <typename X> static void model_copy_gpu(Model *model, int sequence, int
     must_fit(sequence + copies + 1, m->host.B, "sequences");
     for (int l = 0; l < c->n_layers; l++) {
         LayerActivationsGPU<X> *layer = &m->acts.layers[l];
-        copy_cache_gpu(layer->proj, a->proj_step, sequence, copies, (int64_t)n * proj_ld(c), gpu.stream);
-        copy_cache_gpu(layer->s, a->s_step, sequence, copies, (int64_t)n * c->d_model, gpu.stream);
+        copy_cache_gpu(layer->proj, a->proj_step, sequence, copies, n, proj_ld(c), gpu.stream);
+        copy_cache_gpu(layer->s, a->s_step, sequence, copies, n, c->d_model, gpu.stream);
     }
 }
 

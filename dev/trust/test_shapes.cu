@@ -124,7 +124,7 @@ template <typename X> static void meet_ways(const ModelGPU<X> *m, const Case *s)
     meet("generation: decoder in eights, bf16", generating && m->decodes && eights && bf16_);
     meet("generation: decoder by ones, bf16", generating && m->decodes && !eights && bf16_);
     meet("generation: decoder, float32", generating && m->decodes && !bf16_);
-    meet("generation: decoder with more heads than splits", generating && m->decodes && decode_splits(c->n_heads) == 1);
+    meet("generation: decoder with more heads than parts", generating && m->decodes && decode_shape(c, 0, 0).head_parts == 1);
     meet("generation: no decoder, mamba2", generating && !m->decodes && !direct);
     meet("generation: no decoder, too wide", generating && !m->decodes && direct);
     static const char *const names[N_MIXERS][3] = {{"sessa, fp32", "sessa, tf32", "sessa, bf16"},
@@ -429,6 +429,67 @@ template <typename X> static void check_generation(const Case *s, const int *ids
     backend->destroy(m);
 }
 
+// Token i of text `number`, of which ids give T
+static int token_of(const Case *s, const int *ids, int number, int i) { return ids[(i * (number + 1) + number) % s->T]; }
+
+// Sequences in company, of which some are missing at times and whose first ones are copies, against each alone:
+// the same bits.
+template <typename X> static void check_company(const Case *s, const int *ids) {
+    enum { STEPS = 3, MOST = 70 };
+    const Backend *backend = backend_gpu();
+    int T = s->T, V = s->c.vocab_size, N = T > STEPS ? between(0, 1) ? between(2, 8) : between(9, MOST) : 1;
+    Model *m = N > 1 ? make(backend, s, N, GENERATE) : NULL;
+    if (!m) return;
+    N = m->B; // 1 where the decoder cannot
+    int copies = between(0, N - 1), *first = (int *)malloc(sizeof(int) * N), *text = (int *)malloc(sizeof(int) * T);
+    Next *next = (Next *)malloc(sizeof(Next) * N);
+    float *logits = (float *)malloc(sizeof(float) * (size_t)N * STEPS * (size_t)V);
+    memset(logits, 0, sizeof(float) * (size_t)N * STEPS * (size_t)V);
+    auto number = [&](int n) { return n <= copies ? 0 : n; }; // of its text
+    for (int n = 0; n < N; n++) {
+        first[n] = n && n <= copies ? first[0] : log_between(1, T - STEPS);
+        for (int i = 0; i < first[n]; i++) text[i] = token_of(s, ids, number(n), i);
+        if (n == 0 || n > copies) backend->extend(m, n, text, first[n], 0);
+        if (n == 0 && copies) backend->copy(m, 0, copies, first[0]);
+    }
+    for (int step = 0; step < STEPS; step++) {
+        int there = 0, turn = between(0, N - 1);
+        for (int i = 0; i < N; i++) {
+            int n = (i + turn) % N, at = first[n] + step;
+            if (n % 7 != 3 || step < 1) next[there++] = {n, token_of(s, ids, number(n), at), at};
+        }
+        const float *own = backend->extend_each(m, next, there);
+        for (int i = 0; i < there; i++)
+            memcpy(logits + ((size_t)next[i].sequence * STEPS + step) * V, own + (size_t)i * V, sizeof(float) * V);
+    }
+    backend->destroy(m);
+    Model *alone = make(backend, s, 1, GENERATE);
+    int apart = 0;
+    for (int n = 0; n < N && alone; n++) {
+        for (int i = 0; i < first[n]; i++) text[i] = token_of(s, ids, number(n), i);
+        backend->extend(alone, 0, text, first[n], 0);
+        for (int step = 0; step < (n % 7 != 3 ? STEPS : 1); step++) {
+            Next one = {0, token_of(s, ids, number(n), first[n] + step), first[n] + step};
+            const float *own = backend->extend_each(alone, &one, 1);
+            apart += memcmp(own, logits + ((size_t)n * STEPS + step) * V, sizeof(float) * (size_t)V) != 0;
+        }
+    }
+    if (apart) fails("%d of %d logits of a sequence change with its company of %d, %d copies", apart, N * STEPS, N,
+                     copies);
+    if (alone) backend->destroy(alone);
+    int bf16_ = sizeof(X) == 2, wide_ = s->c.d_model % 8 == 0;
+    meet("generation: 2 to 4 together", N >= 2 && N <= 4);
+    meet("generation: 5 to 8 together, bf16 in eights", N > 4 && N <= 8 && bf16_ && wide_);
+    meet("generation: more than 8 together, bf16 in eights", N > 8 && bf16_ && wide_);
+    meet("generation: more than 4 together, rows not in eights", N > 4 && !wide_);
+    meet("generation: more than 4 together in float32", N > 4 && !bf16_);
+    meet("generation: copies of a sequence", N > 1 && copies);
+    free(first);
+    free(text);
+    free(next);
+    free(logits);
+}
+
 static void check_shape(const Case *s) {
     const Config *c = &s->c;
     int clusters = gpu.clusters;
@@ -452,9 +513,10 @@ static void check_shape(const Case *s) {
         if (m || !error[0] || strstr(error, "GiB")) fails("made, or refused without the reason: '%s'", error);
         if (m) backend_gpu()->destroy(m);
         meet("refused: past a launch's limits", 1);
-    } else if (s->mode == GENERATE)
+    } else if (s->mode == GENERATE) {
         (s->precision == BF16 ? check_generation<bf16> : check_generation<float>)(s, ids);
-    else (s->precision == BF16 ? check_training<bf16> : check_training<float>)(s, ids, targets);
+        (s->precision == BF16 ? check_company<bf16> : check_company<float>)(s, ids);
+    } else (s->precision == BF16 ? check_training<bf16> : check_training<float>)(s, ids, targets);
     gpu.clusters = clusters;
     if (n_broken > broken_before) fails("%d guard bands written to", n_broken - broken_before);
     free(ids);
