@@ -233,8 +233,19 @@ static DecodeShape decode_shape(const Config *c, int64_t proj_step, int64_t s_st
     return {proj_width(c), D, H, c->n_kv_heads, head_parts, feedback_parts, proj_step, s_step,
             round_up((int64_t)(head_parts + feedback_parts) * D + 2 * (H * head_parts + feedback_parts), 64)};
 }
-__device__ static inline int parts_of(int keys, int size, int most) {
+__device__ static inline int parts_of(int keys, int size, int most) { // size: a power of two
     return max(1, min(most, (keys + size - 1) / size));
+}
+// How a block's threads share a part of rows `width` wide: 2^lanes threads a key's product; sums over values by
+// `groups` of `across` threads, each every groups-th row.
+typedef struct { int lanes, across, groups; } DecodeThreads;
+template <int V> static DecodeThreads decode_threads(int width) {
+    int pieces = width / V, lanes = 5;
+    auto idle = [&](int n) { return ((pieces + (1 << n) - 1) >> n << n) - pieces; }; // of lanes, a key
+    while (lanes > 0 && 1 << (lanes - 1) >= pieces) lanes--;
+    while (lanes > 3 && idle(lanes - 1) < idle(lanes)) lanes--;
+    int across = min_int(pieces, DECODE_THREADS);
+    return {lanes, across, DECODE_THREADS / across};
 }
 // Where the parts of head h (H: the feedback) begin: their sums, their maxima with Σ e
 __device__ static inline int64_t part_sums(const DecodeShape &s, int h) {
@@ -244,113 +255,166 @@ __device__ static inline int64_t part_stats(const DecodeShape &s, int h) {
     return (int64_t)(s.head_parts + s.feedback_parts) * s.D + 2 * (int64_t)h * s.head_parts;
 }
 
-// logit[j] = scale q·k_j of n keys: `lanes` threads a key, four keys of theirs at once
-template <int V, typename X>
-__device__ inline void decode_logits(float *logit, const X *q, const X *k, int64_t ld, int n, int width,
+// V numbers as they are in memory, so that many on their way take few registers
+template <int V, typename X> struct alignas(V == 1 ? sizeof(X) : 16) Raw { X x[V]; };
+template <int V, typename X> __device__ inline void read_raw(Raw<V, X> &raw, const X *from) {
+    if constexpr (V == 1) raw.x[0] = *from;
+    else for (int i = 0; i < V * (int)sizeof(X) / 16; i++) ((uint4 *)raw.x)[i] = ((const uint4 *)from)[i];
+}
+
+// logit[j] = scale q·k_j of n keys: 2^lanes threads a key, of which each has ROUNDS keys with PIECES of their
+// columns on their way at once
+template <int V, int ROUNDS, int PIECES, typename X>
+__device__ inline void decode_logits(float *logit, const X *q, const X *k, int ld, int n, int width,
                                      int lanes, float scale) {
-    enum { ROUNDS = 4 };
-    int apart = DECODE_THREADS / lanes;
-    for (int first = threadIdx.x / lanes; first - (int)threadIdx.x / lanes < n; first += ROUNDS * apart) {
-        float dot[ROUNDS] = {}, a[V], b[ROUNDS][V];
-        for (int i = threadIdx.x % lanes * V; i < width; i += lanes * V) {
-            read_some<V>(a, q + i);
+    int apart = DECODE_THREADS >> lanes, lane = threadIdx.x & ((1 << lanes) - 1), own = threadIdx.x >> lanes;
+    for (int j0 = 0; j0 < n; j0 += ROUNDS * apart) {
+        float dot[ROUNDS] = {};
+        for (int i0 = lane * V; i0 < width; i0 += PIECES * V << lanes) {
+            float a[V];
+            Raw<V, X> b[PIECES][ROUNDS];
 #pragma unroll
-            for (int r = 0; r < ROUNDS; r++) read_some<V>(b[r], k + min(first + r * apart, n - 1) * ld + i);
+            for (int p = 0; p < PIECES; p++) {
+                int i = i0 + (p * V << lanes);
 #pragma unroll
-            for (int r = 0; r < ROUNDS; r++)
-                for (int e = 0; e < V; e++) dot[r] += a[e] * b[r][e];
+                for (int r = 0; r < ROUNDS; r++)
+                    if (i < width) read_raw<V>(b[p][r], k + min(j0 + own + r * apart, n - 1) * ld + i);
+            }
+#pragma unroll
+            for (int p = 0; p < PIECES; p++) {
+                int i = i0 + (p * V << lanes);
+                if (i >= width) break;
+                read_some<V>(a, q + i);
+#pragma unroll
+                for (int r = 0; r < ROUNDS; r++)
+                    for (int e = 0; e < V; e++) dot[r] += a[e] * get(b[p][r].x[e]);
+            }
         }
 #pragma unroll
         for (int r = 0; r < ROUNDS; r++) {
-            int j = first + r * apart;
-            for (int lane = lanes / 2; lane; lane /= 2) dot[r] += __shfl_xor_sync(~0u, dot[r], lane);
-            if (threadIdx.x % lanes == 0 && j < n) logit[j] = scale * dot[r];
+            int j = j0 + own + r * apart;
+            for (int other = 1 << lanes >> 1; other; other /= 2) dot[r] += __shfl_xor_sync(~0u, dot[r], other);
+            if (lane == 0 && j < n) logit[j] = scale * dot[r];
         }
     }
 }
-template <int V, typename X>
-__global__ void __launch_bounds__(DECODE_THREADS)
-    decode_attention_kernel(float *parts, float *gamma, const X *proj, const X *s, const X *abar,
-                            const float *gamma_weight, const float *gamma_bias, float gamma_max,
-                            const Next *next, DecodeShape shape, int few) {
-    extern __shared__ __align__(16) float sums[]; // for each group of threads that spans the width
-    __shared__ float logit[DECODE_KEYS];
-    __shared__ float e[DECODE_KEYS];
-    int D = shape.D, H = shape.H, E = shape.E, d = D / H, block = blockIdx.x, n_seq = blockIdx.y,
-        lane = threadIdx.x % 32;
-    Next at = next[n_seq];
-    int feedback = block >= H * shape.head_parts, head = feedback ? H : block / shape.head_parts,
-        part = feedback ? block - H * shape.head_parts : block % shape.head_parts, width = feedback ? D : d,
-        keys = at.first + !feedback, ld = feedback ? D : E, kv = head / (H / shape.G) * d,
-        all = feedback ? parts_of(keys, FEEDBACK_PART, shape.feedback_parts)
-                       : parts_of(keys, HEAD_PART, shape.head_parts),
-        from = (int)((int64_t)keys * part / all), end = (int)((int64_t)keys * (part + 1) / all);
-    int idle = at.sequence < 0 || part >= all, gains = feedback && part == shape.feedback_parts;
-    proj += at.sequence * shape.proj_step;
-    s += at.sequence * shape.s_step;
-    const X *q = proj + (int64_t)at.first * E + (feedback ? E - 2 * D : head * d),
-            *k = proj + (feedback ? E - D : D + kv), *v = feedback ? s : proj + D + shape.G * d + kv;
-    if (few && !idle) { // on their way to the L2 cache
-        int lines = (width * (int)sizeof(X) + 127) / 128;
-        for (int i = threadIdx.x; i < 2 * lines * (end - from); i += DECODE_THREADS) {
-            int64_t j = from + i / (2 * lines);
-            prefetch_l2((const char *)(i / lines % 2 ? v + j * ld : k + j * E) + i % lines * 128);
+// acc += Σ_j e_j v_j over every groups-th of n rows from `group` on, ROUNDS of them on their way at once
+template <int V, int ROUNDS, typename X>
+__device__ inline void decode_values(float acc[V], const float *e, const X *v, int ld, int n, int group,
+                                     int groups) {
+    for (int j0 = group; j0 < n; j0 += ROUNDS * groups) {
+        Raw<V, X> rows[ROUNDS];
+#pragma unroll
+        for (int r = 0; r < ROUNDS; r++) read_raw<V>(rows[r], v + min(j0 + r * groups, n - 1) * ld);
+#pragma unroll
+        for (int r = 0; r < ROUNDS; r++) {
+            float e_j = j0 + r * groups < n ? e[j0 + r * groups] : 0;
+            for (int i = 0; i < V; i++) acc[i] += e_j * get(rows[r].x[i]);
         }
     }
-    wait_for_results();
-    if (gains && at.sequence >= 0 && threadIdx.x < 32) { // [18]: the block after the last part
-        float dot = 0;
-        for (int i = lane; i < D; i += 32) dot = fmaf(get(abar[(int64_t)n_seq * 2 * D + i]), gamma_weight[i], dot);
-        dot = warp_sum(dot);
-        if (lane == 0) gamma[n_seq] = gain_forward_gpu(dot, gamma_bias[0], gamma_max);
-    }
-    if (idle) return;
-    int pieces = width / V, across = min(pieces, DECODE_THREADS), groups = DECODE_THREADS / across, lanes = 1;
-    while (lanes < 32 && lanes * V < width) lanes *= 2; // of a key's product
+}
+// One part: keys k and values v, n of each, ld_k and ld_v apart; `out` (width): Σ e v, stats: the maximum, Σ e.
+// sums: shared, for each group of threads that spans the width
+template <int V, typename X>
+__device__ inline void decode_part(float *out, float *stats, float *sums, const X *q, const X *k, int ld_k,
+                                   const X *v, int ld_v, int n, int width, DecodeThreads by) {
+    __shared__ float logit[DECODE_KEYS];
+    __shared__ float e[DECODE_KEYS];
+    int lane = threadIdx.x % 32, pieces = width / V, apart = DECODE_THREADS >> by.lanes,
+        group = threadIdx.x / by.across, first = threadIdx.x - group * by.across;
     float max_ = -INFINITY, total = 0, scale = 1 / sqrtf((float)width);
-    for (int i = threadIdx.x; i < groups * width; i += DECODE_THREADS) sums[i] = 0;
-    for (int j0 = from; j0 < end; j0 += DECODE_KEYS) {
-        int n = min(DECODE_KEYS, end - j0);
-        decode_logits<V>(logit, q, k + (int64_t)j0 * E, E, n, width, lanes, scale);
+    for (int j0 = 0; j0 < n; j0 += DECODE_KEYS) {
+        int some = min(DECODE_KEYS, n - j0);
+        const X *keys = k + (int64_t)j0 * ld_k;
+        int two = some <= 2 * apart, deep = pieces > 1 << by.lanes;
+        if (two && deep) decode_logits<V, 1, 3>(logit, q, keys, ld_k, some, width, by.lanes, scale);
+        else if (two) decode_logits<V, 2, 1>(logit, q, keys, ld_k, some, width, by.lanes, scale);
+        else decode_logits<V, 4, 1>(logit, q, keys, ld_k, some, width, by.lanes, scale);
         __syncthreads();
         float own[DECODE_KEYS / 32], top = max_, sum = 0;
+#pragma unroll
         for (int i = 0; i < DECODE_KEYS / 32; i++) {
-            own[i] = lane + 32 * i < n ? logit[lane + 32 * i] : -INFINITY;
+            own[i] = lane + 32 * i < some ? logit[lane + 32 * i] : -INFINITY;
             top = fmaxf(top, own[i]);
         }
         top = warp_max(top);
         float shrink = __expf(max_ - top);
         max_ = top;
+#pragma unroll
         for (int i = 0; i < DECODE_KEYS / 32; i++) {
+            if (32 * i >= some) break;
             own[i] = __expf(own[i] - max_);
             sum += own[i];
             if (threadIdx.x < 32) e[lane + 32 * i] = own[i];
         }
         total = total * shrink + warp_sum(sum);
         __syncthreads();
-        for (int piece = threadIdx.x % across, group = threadIdx.x / across; piece < pieces && group < groups;
-             piece += across) {
-            float *sum_at = sums + group * width + piece * V, acc[V], x[V];
-            read_some<V>(acc, sum_at);
+        for (int piece = first; piece < pieces && group < by.groups; piece += by.across) {
+            float *sum_at = sums + group * width + piece * V, acc[V] = {};
+            if (j0) read_some<V>(acc, sum_at);
             for (int i = 0; i < V; i++) acc[i] *= shrink;
-            for (int j1 = group; j1 < n; j1 += 4 * groups)
-#pragma unroll
-                for (int j = j1; j < j1 + 4 * groups; j += groups) { // four rows on their way at once
-                    float e_j = j < n ? e[j] : 0;
-                    read_some<V>(x, v + (int64_t)(j0 + min(j, n - 1)) * ld + piece * V);
-                    for (int i = 0; i < V; i++) acc[i] += e_j * x[i];
-                }
+            const X *values = v + (int64_t)j0 * ld_v + piece * V;
+            if (some <= 2 * by.groups) decode_values<V, 2>(acc, e, values, ld_v, some, group, by.groups);
+            else decode_values<V, 4>(acc, e, values, ld_v, some, group, by.groups);
             write_some<V>(sum_at, acc);
         }
     }
     __syncthreads();
-    parts += n_seq * shape.size;
-    float *stats = parts + part_stats(shape, head) + 2 * part, *out = parts + part_sums(shape, head) + (int64_t)part * width;
     if (threadIdx.x == 0) { stats[0] = max_; stats[1] = total; }
     for (int i = threadIdx.x; i < width; i += DECODE_THREADS) {
         float sum = 0;
-        for (int g = 0; g < groups; g++) sum += sums[g * width + i];
+        for (int g = 0; g < by.groups && n; g++) sum += sums[g * width + i];
         out[i] = sum;
+    }
+}
+// A block takes parts block, block + blocks, ... of its head's; those of heads come before those of the feedback.
+// BLOCKS: of a multiprocessor, which its registers suffice for
+template <int V, int BLOCKS, typename X>
+__global__ void __launch_bounds__(DECODE_THREADS, BLOCKS)
+    decode_attention_kernel(float *parts, float *gamma, const X *proj, const X *s, const X *abar,
+                            const float *gamma_weight, const float *gamma_bias, float gamma_max,
+                            const Next *next, DecodeShape shape, DecodeThreads of_head, DecodeThreads of_feedback,
+                            int head_blocks, int feedback_blocks, int few) {
+    extern __shared__ __align__(16) float sums[];
+    int D = shape.D, H = shape.H, E = shape.E, d = D / H, n_seq = blockIdx.y, place = blockIdx.x,
+        feedback = place >= H * head_blocks, head = feedback ? H : place / head_blocks,
+        block = place - head * head_blocks,
+        blocks = feedback ? feedback_blocks : head_blocks, width = feedback ? D : d;
+    Next at = next[n_seq];
+    int keys = at.first + !feedback, ld = feedback ? D : E, kv = feedback ? 0 : head / (H / shape.G) * d,
+        all = feedback ? parts_of(keys, FEEDBACK_PART, shape.feedback_parts)
+                       : parts_of(keys, HEAD_PART, shape.head_parts),
+        size = keys / all, more = keys - size * all; // the first `more` parts have a key more
+    int idle = at.sequence < 0 || block >= all, gains = feedback && block == feedback_blocks;
+    proj += at.sequence * shape.proj_step;
+    s += at.sequence * shape.s_step;
+    const X *q = proj + (int64_t)at.first * E + (feedback ? E - 2 * D : head * d),
+            *k = proj + (feedback ? E - D : D + kv), *v = feedback ? s : proj + D + shape.G * d + kv;
+    if (few && !idle && !gains) { // on their way to the L2 cache
+        int lines = (width * (int)sizeof(X) + 127) / 128, n = size + (block < more);
+        int64_t from = (int64_t)block * size + min(block, more);
+        for (int i = threadIdx.x; i < 2 * lines * n; i += DECODE_THREADS) {
+            int64_t j = from + i / (2 * lines);
+            prefetch_l2((const char *)(i / lines % 2 ? v + j * ld : k + j * E) + i % lines * 128);
+        }
+    }
+    wait_for_results();
+    if (gains) { // [18]: the block after those of the feedback's parts
+        if (at.sequence < 0 || threadIdx.x >= 32) return;
+        float dot = 0;
+        for (int i = threadIdx.x; i < D; i += 32)
+            dot = fmaf(get(abar[(int64_t)n_seq * 2 * D + i]), gamma_weight[i], dot);
+        dot = warp_sum(dot);
+        if (threadIdx.x == 0) gamma[n_seq] = gain_forward_gpu(dot, gamma_bias[0], gamma_max);
+        return;
+    }
+    if (idle) return;
+    parts += n_seq * shape.size;
+    float *stats = parts + part_stats(shape, head), *out = parts + part_sums(shape, head);
+    for (int part = block; part < all; part += blocks) {
+        int64_t from = (int64_t)part * size + min(part, more);
+        decode_part<V>(out + (int64_t)part * width, stats + 2 * part, sums, q, k + from * E, E, v + from * ld, ld,
+                       size + (part < more), width, feedback ? of_feedback : of_head);
     }
 }
 template <typename X>
@@ -360,10 +424,14 @@ static void decode_attention_gpu(float *parts, float *gamma, const X *proj, cons
     int D = shape.D, d = D / shape.H, widest = shape.feedback_parts ? D : d,
         floats = widest > 8 * DECODE_THREADS ? widest : 8 * DECODE_THREADS,
         in_eights = wide({D, d, shape.E, shape.proj_step, shape.s_step}, {proj, s}),
-        blocks = shape.H * shape.head_parts + (shape.feedback_parts ? shape.feedback_parts + 1 : 0);
-    LAUNCH((in_eights ? decode_attention_kernel<8, X> : decode_attention_kernel<1, X>), dim3(blocks, N),
+        turns = N <= 8 ? 1 : 4, // parts a block, where all are there: blocks enough, and fewer that find none
+        head_blocks = (shape.head_parts + turns - 1) / turns, feedback_blocks = (shape.feedback_parts + turns - 1) / turns,
+        blocks = shape.H * head_blocks + (feedback_blocks ? feedback_blocks + 1 : 0);
+    constexpr int BLOCKS = sizeof(X) == sizeof(bf16) ? 4 : 2;
+    LAUNCH((in_eights ? decode_attention_kernel<8, BLOCKS, X> : decode_attention_kernel<1, BLOCKS, X>), dim3(blocks, N),
            DECODE_THREADS, floats * (int)sizeof(float), stream, parts, gamma, proj, s, abar, gamma_weight,
-           gamma_bias, gamma_max, next, shape, N <= ALONE);
+           gamma_bias, gamma_max, next, shape, in_eights ? decode_threads<8>(d) : decode_threads<1>(d),
+           in_eights ? decode_threads<8>(D) : decode_threads<1>(D), head_blocks, feedback_blocks, N <= ALONE);
 }
 
 // The parts come together: factor e^(max - top)/Σ of each of a head's, by a warp
