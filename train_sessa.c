@@ -6869,13 +6869,13 @@ static int drop_unlikely(Candidate *candidates, int V, double top_p, double tota
     return n;
 }
 
-// Puts the likeliest of n candidates, all or as few as reach top_p, in order from the end. Returns the
+// Puts the likeliest of n candidates, `most` (0: as few as reach top_p), in order from the end. Returns the
 // number of those that are kept; *total, the sum of all weights, becomes theirs.
-static int keep_likeliest(Candidate *candidates, int n, int all, double top_p, double *total) {
+static int keep_likeliest(Candidate *candidates, int n, int most, double top_p, double *total) {
     int ordered = 0, kept = 0;
     double sum = 0;
     for (int i = n / 2; i >= 0; i--) sift_down(candidates, n, i);
-    while (ordered < n && (all || sum < top_p * *total)) {
+    while (ordered < (most ? most : n) && (most || sum < top_p * *total)) {
         int last = n - 1 - ordered++;
         Candidate first = candidates[0];
         candidates[0] = candidates[last];
@@ -6883,7 +6883,7 @@ static int keep_likeliest(Candidate *candidates, int n, int all, double top_p, d
         candidates[last] = first;
         sum += first.weight;
     }
-    if (all) *total = sum;
+    if (most) *total = sum;
     for (sum = 0; kept < ordered && (kept == 0 || sum < top_p * *total); kept++)
         sum += candidates[n - 1 - kept].weight;
     *total = sum;
@@ -6908,7 +6908,7 @@ static inline double exp_weight(double x) {
 static int sample_token(const real *logits, Candidate *candidates, int V, double temperature,
                         int64_t top_k, double top_p, uint64_t *random) {
     enum { PIECE = 64 };
-    int best = 0, finite = 1, n = V, kept, cut = top_k && top_k < V;
+    int best = 0, finite = 1, n = V, kept = V, most = top_k < V ? (int)top_k : 0;
     double total = 0, weights[PIECE], least = -700 * temperature; // e^-700 is no weight beside 1
     real largest = logits[0], tops[PIECE];
     for (int i = 0; i < PIECE; i++) tops[i] = logits[0];
@@ -6933,9 +6933,9 @@ static int sample_token(const real *logits, Candidate *candidates, int V, double
             total += weights[i];
         }
     }
-    if (cut) select_likeliest(candidates, V, n = (int)top_k);
-    else if (top_p < 1) n = drop_unlikely(candidates, V, top_p, total);
-    kept = cut || top_p < 1 ? keep_likeliest(candidates, n, cut, top_p, &total) : n;
+    if (most && most < V / 16) select_likeliest(candidates, V, n = most); // else one heap is cheaper than two
+    if (!most && top_p < 1) n = drop_unlikely(candidates, V, top_p, total);
+    if (most || top_p < 1) kept = keep_likeliest(candidates, n, most, top_p, &total);
     double left = random_uniform(random) * total;
     for (int i = n - 1; i > n - kept; i--)
         if ((left -= candidates[i].weight) < 0) return candidates[i].id;
