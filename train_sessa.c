@@ -900,11 +900,21 @@ static double model_loss(Model *m) {
 }
 
 // Generation is the same forward pass over n new tokens behind `first` known ones, first + n ≤ T: logits (V)
-// of the last. O((first + n)·D) for each token and layer, for nothing that is known is computed again.
-static void model_extend(Model *m, const int *tokens, int n, int first, real *logits) {
+// of the last, there until the next call. O((first + n)·D) for each token and layer, for nothing that is known
+// is computed again. A model may keep several sequences apart; this one keeps one, number 0.
+static const real *model_extend(Model *m, int sequence, const int *tokens, int n, int first) {
     int D = m->config.d_model, V = m->config.vocab_size;
+    (void)sequence;
     hidden_forward(m, tokens, 1, first + n, first, no_dropout);
-    linear_forward(logits, V, m->acts.ln_f + (int64_t)(n - 1) * D, m->weights.wte, NULL, 1, D, V);
+    linear_forward(m->acts.logits, V, m->acts.ln_f + (int64_t)(n - 1) * D, m->weights.wte, NULL, 1, D, V);
+    return m->acts.logits;
+}
+
+// One token more of each of n sequences, no two the same: logits (n,V).
+typedef struct { int sequence, token, first; } Next;
+static const real *model_extend_each(Model *m, const Next *next, int n) {
+    (void)n; // 1
+    return model_extend(m, next->sequence, &next->token, 1, next->first);
 }
 
 // One layer's part of model_backward: acts.dx holds the gradient of its output y before, and of its input x
@@ -3271,7 +3281,7 @@ static Model *model_create(const Config *c, int B, int T, Mode mode, char *error
         return NULL;
     }
     m->config = *c;
-    m->B = B;
+    m->B = B = mode == GENERATE ? 1 : B;
     m->T = T;
     if (model_measure(m, mode, error) || model_allocate(m, mode, error)) {
         model_free(m);
@@ -3300,6 +3310,7 @@ static const char *block_prefixes[] = {"", "exp_avg.", "exp_avg_sq."};
 
 typedef struct {
     const char *name;
+    // GENERATE: for B sequences at most, the model's own B says how many
     Model *(*create)(const Config *config, int B, int T, Mode mode, char *error);
     void (*destroy)(Model *model);
     double (*bytes)(const Model *model);
@@ -3317,7 +3328,10 @@ typedef struct {
     void (*backward)(Model *model, double dloss, int last);
     // the gradients' norm; not finite: no update. all
     double (*update)(Model *model, AdamW options, double clip, int64_t step);
-    void (*extend)(Model *model, const int *tokens, int n, int first, real *logits);
+    // generation, see model_extend; of `copies` sequences behind this one, the first n positions
+    const real *(*extend)(Model *model, int sequence, const int *tokens, int n, int first);
+    const real *(*extend_each)(Model *model, const Next *next, int n);
+    void (*copy)(Model *model, int sequence, int copies, int n);
     int rank, ranks; // 0 and 1: alone
     // rows (ranks,n): a rank fills in its own, and then has all of them. all
     void (*gather)(double *rows, int n);
@@ -3359,15 +3373,20 @@ static void cpu_backward(Model *m, double dloss, int last) {
     (void)last;
     model_backward(m, dloss);
 }
+// Of one sequence there are no copies.
+static void cpu_copy(Model *m, int sequence, int copies, int n) {
+    (void)m; (void)sequence; (void)copies; (void)n;
+}
 static double cpu_update(Model *m, AdamW options, double clip, int64_t step) {
     double length = norm(m->grads, m->table.count);
     if (isfinite(length)) model_update(m, options, clip_scale(length, clip), step);
     return length;
 }
 
-static const Backend cpu_backend = {"CPU",        model_create, model_free,    cpu_bytes,  cpu_read,
-                                    cpu_write,    model_forward, model_loss,   model_hits,
-                                    cpu_backward, cpu_update,   model_extend,  0,          1,
+static const Backend cpu_backend = {"CPU",        model_create, model_free,   cpu_bytes,
+                                    cpu_read,     cpu_write,    model_forward, model_loss,
+                                    model_hits,   cpu_backward, cpu_update,   model_extend,
+                                    model_extend_each, cpu_copy, 0,           1,
                                     NULL};
 
 // ----------------------------------------------------------------------------
@@ -5119,7 +5138,7 @@ typedef struct {
     int64_t save_every, keep_every, overwrite, again, go_on;
     // instead of training
     int64_t generate, eval, top_k, window, samples;
-    const char *prompt, *prompt_file, *stop;
+    const char *prompt, *prompt_file, *prompts, *stop;
     double temperature, top_p;
     // computing
     int64_t plain, gpus, timeout;
@@ -5230,8 +5249,10 @@ static const Option option_table[] = {
     {INSTEAD, "prompt", NULL, TEXT, FIELD(prompt), "", 0, 0, "text (or token ids) to go on from"},
     {INSTEAD, "prompt-file", NULL, TEXT, FIELD(prompt_file), NULL, 0, 0,
      "the same from a file, all of it; -: standard input"},
+    {INSTEAD, "prompts", NULL, TEXT, FIELD(prompts), NULL, 0, 0,
+     "a file of prompts, one a line, each of which is gone on from; -: standard input"},
     {INSTEAD, "samples", NULL, INTEGER, FIELD(samples), "1", 1, 1e9,
-     "texts to write, one after the other; the i-th is the same of any number"},
+     "texts to write of each prompt; the i-th is the same of any number"},
     {INSTEAD, "stop", NULL, TEXT, FIELD(stop), NULL, 0, 0,
      "a text (or token ids) behind which a sample ends, if it comes"},
     {INSTEAD, "temperature", NULL, NUMBER, FIELD(temperature), "1", 0, 1e6,
@@ -5495,8 +5516,8 @@ static int check_options(const Settings *s, const Backend *backend, char *error)
         return wrong(error, NULL, "--again goes with neither --resume nor --overwrite");
     if (o->patience && !o->eval_every)
         return wrong(error, NULL, "--patience takes validations: --eval-every 0 makes none");
-    if (o->prompt_file && is_given(s, "prompt"))
-        return wrong(error, NULL, "--prompt and --prompt-file exclude each other");
+    if (is_given(s, "prompt") + !!o->prompt_file + !!o->prompts > 1)
+        return wrong(error, NULL, "--prompt, --prompt-file and --prompts exclude each other");
     if (strcmp(o->format, "auto") && strcmp(o->format, "bytes"))
         return wrong(error, NULL, "--format takes auto or bytes, not '%s'", o->format);
     return 0;
@@ -5536,7 +5557,9 @@ typedef struct {
     int64_t order_epoch;
 
     // model
-    unsigned char *prompt;    // of --prompt-file
+    unsigned char *prompt_text; // of --prompt-file or --prompts
+    const char **prompts;     // what is gone on from
+    int n_prompts;
     Model *model;
     int model_T;              // its longest sequence: of a batch, or what generation remembers
     Table table;              // of the parameters
@@ -6798,8 +6821,8 @@ static void print_changes(const Run *run) {
 // generation
 //
 // A token at a time: the model gives logits, a token is drawn from them, and the forward pass goes
-// on with it. What is worth reading is sample_token, and how generate_tokens goes on when the
-// positions are full.
+// on with it. What is worth reading is sample_token, and how make_tokens goes on when the positions
+// are full.
 
 typedef struct { double weight; int id; } Candidate;
 static int comes_first(Candidate a, Candidate b) {
@@ -6817,25 +6840,69 @@ static void sift_down(Candidate *heap, int n, int i) {
     heap[i] = c;
 }
 
-// Puts the likeliest of V candidates, as few as the cut of sample_token asks for, in order from the
-// end. Returns the number of those that are kept; *total, the sum of all weights, becomes theirs.
-static int keep_likeliest(Candidate *candidates, int V, int most, double top_p, double *total) {
+static Candidate turned(Candidate c) {
+    Candidate back = {-c.weight, -c.id};
+    return back;
+}
+
+// Brings the `most` likeliest of V candidates to the front, in no order: a heap of the likeliest so far with
+// the last of them at its top, by turned signs.
+static void select_likeliest(Candidate *candidates, int V, int most) {
+    for (int i = 0; i < most; i++) candidates[i] = turned(candidates[i]);
+    for (int i = most / 2; i >= 0; i--) sift_down(candidates, most, i);
+    for (int i = most; i < V; i++) {
+        Candidate c = turned(candidates[i]);
+        if (!comes_first(candidates[0], c)) continue;
+        candidates[0] = c;
+        sift_down(candidates, most, 0);
+    }
+    for (int i = 0; i < most; i++) candidates[i] = turned(candidates[i]);
+}
+
+// Brings those of V candidates to the front that the fewest likeliest which reach top_p can be among. The
+// others are below half of what 1 - top_p leaves each of V: all of them together leave more than top_p.
+// Returns how many there are.
+static int drop_unlikely(Candidate *candidates, int V, double top_p, double total) {
+    double least = (1 - top_p) * total / (2 * (double)V);
+    int n = 0;
+    for (int i = 0; i < V; i++) {
+        candidates[n] = candidates[i];
+        n += candidates[i].weight >= least;
+    }
+    return n;
+}
+
+// Puts the likeliest of n candidates, `most` (0: as few as reach top_p), in order from the end. Returns the
+// number of those that are kept; *total, the sum of all weights, becomes theirs.
+static int keep_likeliest(Candidate *candidates, int n, int most, double top_p, double *total) {
     int ordered = 0, kept = 0;
     double sum = 0;
-    for (int i = V / 2; i >= 0; i--) sift_down(candidates, V, i);
-    while (ordered < most && (most < V || sum < top_p * *total)) {
-        int last = V - 1 - ordered++;
+    for (int i = n / 2; i >= 0; i--) sift_down(candidates, n, i);
+    while (ordered < (most ? most : n) && (most || sum < top_p * *total)) {
+        int last = n - 1 - ordered++;
         Candidate first = candidates[0];
         candidates[0] = candidates[last];
         sift_down(candidates, last, 0);
         candidates[last] = first;
         sum += first.weight;
     }
-    if (most < V) *total = sum;
+    if (most) *total = sum;
     for (sum = 0; kept < ordered && (kept == 0 || sum < top_p * *total); kept++)
-        sum += candidates[V - 1 - kept].weight;
+        sum += candidates[n - 1 - kept].weight;
     *total = sum;
     return kept;
+}
+
+// e^x of x from -700 to 0, as exp_real: relative error below 1e-15 + 2e-16·|x|
+static inline double exp_weight(double x) {
+    int32_t n = (int32_t)(x * 1.4426950408889634 - 0.5); // the nearest integer
+    double r = x - (double)n * 0.6931471805599453, power = 1;
+    UNROLL
+    for (int i = 12; i > 0; i--) power = 1 + power * (r * (1.0 / i));
+    int64_t exponent = (int64_t)(n + 1023) << 52;
+    double scale;
+    memcpy(&scale, &exponent, sizeof(scale));
+    return power * scale;
 }
 
 // Draws a token from softmax(logits/temperature), cut to the top_k likeliest (0: all) and then to
@@ -6843,23 +6910,39 @@ static int keep_likeliest(Candidate *candidates, int V, int most, double top_p, 
 // not finite.
 static int sample_token(const real *logits, Candidate *candidates, int V, double temperature,
                         int64_t top_k, double top_p, uint64_t *random) {
-    int best = 0, kept = V, most = top_k && top_k < V ? (int)top_k : V;
-    double total = 0;
-    for (int i = 0; i < V; i++) {
-        if (!isfinite(logits[i])) return -1;
-        if (logits[i] > logits[best]) best = i;
+    enum { PIECE = 64 };
+    int best = 0, finite = 1, n = V, kept = V, most = top_k < V ? (int)top_k : 0;
+    double total = 0, weights[PIECE], least = -700 * temperature; // e^-700 is no weight beside 1
+    real largest = logits[0], tops[PIECE];
+    for (int i = 0; i < PIECE; i++) tops[i] = logits[0];
+    for (int i = 0; i < V; i++) finite &= isfinite(logits[i]) != 0;
+    if (!finite) return -1;
+    for (int from = 0; from < V; from += PIECE) {
+        int size = V - from < PIECE ? V - from : PIECE;
+        for (int i = 0; i < size; i++) tops[i] = logits[from + i] > tops[i] ? logits[from + i] : tops[i];
     }
+    for (int i = 0; i < PIECE; i++) largest = tops[i] > largest ? tops[i] : largest;
+    while (logits[best] != largest) best++;
     if (temperature == 0) return best;
-    for (int i = 0; i < V; i++) {
-        candidates[i].weight = exp(((double)logits[i] - (double)logits[best]) / temperature);
-        candidates[i].id = i;
-        total += candidates[i].weight;
+    for (int from = 0, size; from < V; from += size) {
+        size = V - from < PIECE ? V - from : PIECE;
+        for (int i = 0; i < size; i++) {
+            double below = (double)logits[from + i] - (double)largest;
+            weights[i] = exp_weight((below > least ? below : least) / temperature);
+        }
+        for (int i = 0; i < size; i++) {
+            Candidate c = {weights[i], from + i};
+            candidates[from + i] = c;
+            total += weights[i];
+        }
     }
-    if (most < V || top_p < 1) kept = keep_likeliest(candidates, V, most, top_p, &total);
+    if (most && most < V / 16) select_likeliest(candidates, V, n = most); // else one heap is cheaper than two
+    if (!most && top_p < 1) n = drop_unlikely(candidates, V, top_p, total);
+    if (most || top_p < 1) kept = keep_likeliest(candidates, n, most, top_p, &total);
     double left = random_uniform(random) * total;
-    for (int i = V - 1; i > V - kept; i--)
+    for (int i = n - 1; i > n - kept; i--)
         if ((left -= candidates[i].weight) < 0) return candidates[i].id;
-    return candidates[V - kept].id;
+    return candidates[n - kept].id;
 }
 
 // What a byte is, to the rule that cuts text into pieces (see "words").
@@ -6981,43 +7064,79 @@ static int read_stream(int fd, const char *path, unsigned char **bytes, size_t *
     }
 }
 
-// Takes the prompt from --prompt-file, if that is given.
-static int read_prompt(Run *run, char *error) {
-    Options *o = &run->settings.values;
-    const char *path = o->prompt_file;
-    size_t size;
-    if (!path) return 0;
-    int standard = !strcmp(path, "-");
-    int fd = standard ? STDIN_FILENO : open(path, O_RDONLY | O_CLOEXEC);
+// Cuts the text of --prompts into its lines, each a prompt; a line may end as on Windows.
+static int cut_prompts(Run *run, size_t size, const char *name, char *error) {
+    char *at = (char *)run->prompt_text, *end = at + size;
+    size_t lines = size && end[-1] != '\n';
+    for (char *c = at; c < end; c++) lines += *c == '\n';
+    if (!lines) return fail(error, name, "it holds no prompt");
+    if (lines > INT_MAX) return fail(error, name, "it holds %zu prompts, more than %d", lines, INT_MAX);
+    run->prompts = (const char **)grow(NULL, lines * sizeof(char *));
+    if (!run->prompts) return fail(error, name, "its %zu prompts do not fit in memory", lines);
+    for (run->n_prompts = 0; at < end; run->n_prompts++) {
+        char *line_end = at + strcspn(at, "\n");
+        run->prompts[run->n_prompts] = at;
+        at = line_end + 1;
+        if (line_end > run->prompts[run->n_prompts] && line_end[-1] == '\r') line_end--;
+        *line_end = 0;
+    }
+    return 0;
+}
+
+// Takes what is gone on from: the lines of --prompts, all of --prompt-file, or --prompt.
+static int read_prompts(Run *run, char *error) {
+    const Options *o = &run->settings.values;
+    const char *path = o->prompts ? o->prompts : o->prompt_file;
+    size_t size = 0;
+    int result = 0, standard = path && !strcmp(path, "-");
     const char *name = standard ? "standard input" : path;
-    if (fd < 0) return fail(error, path, "%s", strerror(errno));
-    int result = read_stream(fd, name, &run->prompt, &size, error);
-    if (!standard) close(fd);
-    if (!result && strlen((char *)run->prompt) < size)
-        result = fail(error, name, "it holds a byte 0, which no prompt may");
-    o->prompt = (char *)run->prompt;
-    return result;
+    if (path) {
+        int fd = standard ? STDIN_FILENO : open(path, O_RDONLY | O_CLOEXEC);
+        if (fd < 0) return fail(error, path, "%s", strerror(errno));
+        result = read_stream(fd, name, &run->prompt_text, &size, error);
+        if (!standard) close(fd);
+    }
+    if (result) return result;
+    if (path && strlen((char *)run->prompt_text) < size)
+        return fail(error, name, "it holds a byte 0, which no prompt may");
+    if (o->prompts) return cut_prompts(run, size, name, error);
+    run->prompts = (const char **)malloc(sizeof(char *));
+    if (!run->prompts) return fail(error, NULL, "out of memory");
+    run->prompts[0] = path ? (char *)run->prompt_text : o->prompt;
+    run->n_prompts = 1;
+    return 0;
+}
+
+// Where a prompt comes from, for a line of error
+static const char *prompt_name(char name[64], const Run *run, const char *prompt) {
+    const Options *o = &run->settings.values;
+    int line = 0;
+    if (!o->prompts) return o->prompt_file ? "--prompt-file" : "--prompt";
+    while (line < run->n_prompts && run->prompts[line] != prompt) line++;
+    snprintf(name, 64, "--prompts, line %d", line + 1);
+    return name;
 }
 
 // Reads a prompt as token ids: those of its bytes or words, or, where these are not known, numbers
 // between spaces. Returns their number, WRONG_OPTION or FAILED. ids has room for strlen(prompt) + 1.
 static int encode_prompt(const Run *run, const char *prompt, int *ids, char *error) {
     int n = 0, V = run->config.vocab_size;
+    char name[64];
+    const char *from = prompt;
     if (run->words.pairs)
         return encode_text(ids, &run->words, (const unsigned char *)prompt, strlen(prompt), error);
     for (; run->vocab_bytes && prompt[n]; n++) {
         ids[n] = id_of_byte(run, prompt[n]);
         if (ids[n] < 0)
             return wrong(error, NULL, "%s: the vocabulary lacks its byte %d, 0x%02X",
-                         run->settings.values.prompt_file ? "--prompt-file" : "--prompt", n,
-                         (unsigned char)prompt[n]);
+                         prompt_name(name, run, prompt), n, (unsigned char)prompt[n]);
     }
     while (!run->vocab_bytes && *prompt) {
         char *end;
         long id = strtol(prompt, &end, 10);
         if (end == prompt || id < 0 || id >= V || (*end && !isspace((unsigned char)*end)))
-            return wrong(error, NULL, "--prompt takes token ids from 0 to %d between spaces",
-                         V - 1);
+            return wrong(error, NULL, "%s takes token ids from 0 to %d between spaces",
+                         run->settings.values.prompts ? prompt_name(name, run, from) : "--prompt", V - 1);
         ids[n++] = (int)id;
         prompt = end + strspn(end, " \t\n\v\f\r");
     }
@@ -7047,145 +7166,294 @@ static void print_byte(Character *c, unsigned char byte) {
     }
 }
 
-// What --stop waits for: the bytes of a text or, without a vocabulary of bytes, token ids; and as
-// many of those that were written last.
-typedef struct { int *wanted, *last, n; } Stop;
+// What --stop waits for: the bytes of a text or, without a vocabulary of bytes, token ids.
+typedef struct { int *wanted, n; } Stop;
 
-// Takes the byte or id that was written: whether that completes what is waited for.
-static int stop_reached(Stop *stop, int written) {
+// Takes the byte or id behind `last`, the n that came before: whether that completes what is waited
+// for.
+static int stop_reached(const Stop *stop, int *last, int next) {
     if (!stop->n) return 0;
     size_t size = (size_t)stop->n * sizeof(int);
-    memmove(stop->last, stop->last + 1, size - sizeof(int));
-    stop->last[stop->n - 1] = written;
-    return !memcmp(stop->last, stop->wanted, size);
+    memmove(last, last + 1, size - sizeof(int));
+    last[stop->n - 1] = next;
+    return !memcmp(last, stop->wanted, size);
 }
 
-// What generation needs beside the model: the tokens so far, of which the first are the prompt's,
-// and scratch (V).
+// What is gone on from. None of its own: a new line, or token 0.
+typedef struct { const char *text; int *ids, count; } Prompt;
+
+// A text on its way.
 typedef struct {
-    const char *text; // the prompt
-    int *tokens, count, prompt_count;
+    const Prompt *prompt;
+    int *tokens, count;  // the prompt's, then those that were drawn
+    int fed, begin;      // the model has seen `fed` of them and remembers them from `begin` on
+    uint64_t random;
+    int *last;           // what --stop compares
+    int complete, broken;
+    int written;         // tokens that stand on standard output, or are the prompt's
+    int64_t last_length; // bytes of its last token that are written: up to the end of --stop's text
+} Sequence;
+
+// What generation needs beside the model. Several sequences are on their way together, and the
+// first that is not complete is printed as it grows; those behind it wait for their turn.
+typedef struct {
+    Prompt *prompts;
+    Sequence *sequences;
+    int *memory;         // of the sequences' tokens, of what --stop compares
+    int count, front;    // sequences of this group, the one that is printed
+    Next *next;
     Stop stop;
     Character character; // the one that is being printed
-    real *logits;
-    Candidate *candidates;
+    Candidate *candidates; // (threads,V)
 } Generation;
 
 // Whether the bytes of the model's tokens are known, so that text comes of them.
 static int writes_bytes(const Run *run) { return run->vocab_bytes || run->words.count; }
 
-// Writes a token: its bytes or, where these are not known, its id, behind a space unless it is the
-// first. 1: with it the sample ends. The bytes of a word behind the text to stop at are not written.
-static int write_token(const Run *run, Generation *g, int id, int first) {
-    const Words *w = &run->words;
-    int64_t length = w->count ? word_length(w, id) : 1;
-    if (!writes_bytes(run)) {
-        printf(first ? "%d" : " %d", id);
-        return stop_reached(&g->stop, id);
-    }
-    for (int64_t i = 0; i < length; i++) {
-        unsigned char byte = w->count ? word_of(w, id)[i] : run->vocab[id];
-        print_byte(&g->character, byte);
-        if (stop_reached(&g->stop, byte)) return 1;
-    }
-    return 0;
+// The number i of what a token stands for: a byte or, where these are not known, its id
+static int64_t token_length(const Run *run, int id) {
+    return run->words.count ? word_length(&run->words, id) : 1;
+}
+static int part_of_token(const Run *run, int id, int64_t i) {
+    if (!writes_bytes(run)) return id;
+    return run->words.count ? word_of(&run->words, id)[i] : run->vocab[id];
 }
 
-// Writes the prompt as text; that of words without merges was given as ids.
-static void write_prompt(const Run *run, Generation *g) {
+// Appends a token, and finds out whether the sequence ends with it.
+static void take_token(const Run *run, const Stop *stop, Sequence *s, int id, int64_t n) {
+    int64_t length = token_length(run, id), i = 0;
+    while (i < length && !s->complete)
+        s->complete = stop_reached(stop, s->last, part_of_token(run, id, i++));
+    s->last_length = i;
+    s->tokens[s->count++] = id;
+    if (s->count - s->prompt->count == n) s->complete = 1;
+}
+
+// Writes the first `length` bytes of a token or, where these are not known, its id, behind a space
+// unless it is the first.
+static void write_token(const Run *run, Character *character, int id, int64_t length, int first) {
+    if (!writes_bytes(run)) printf(first ? "%d" : " %d", id);
+    else
+        for (int64_t i = 0; i < length; i++)
+            print_byte(character, (unsigned char)part_of_token(run, id, i));
+}
+
+// Writes a prompt as text; that of words without merges was given as ids.
+static void write_prompt(const Run *run, Character *character, const Prompt *prompt) {
     int as_ids = run->words.count && !run->words.pairs;
-    for (const char *byte = g->text; *byte && !as_ids; byte++)
-        print_byte(&g->character, (unsigned char)*byte);
-    for (int i = 0; i < g->prompt_count && as_ids && *g->text; i++)
-        write_token(run, g, g->tokens[i], !i);
-    for (int i = 0; i < g->stop.n; i++) g->stop.last[i] = -1; // nothing of what is waited for
+    for (const char *byte = prompt->text; *byte && !as_ids; byte++)
+        print_byte(character, (unsigned char)*byte);
+    for (int i = 0; i < prompt->count && as_ids && *prompt->text; i++)
+        write_token(run, character, prompt->ids[i], token_length(run, prompt->ids[i]), !i);
 }
 
-// Writes the prompt and behind it n sampled tokens, as they are made, or as many as --stop asks
-// for. When the positions that the model remembers are full, the last half is read afresh.
-static int generate_tokens(Run *run, Generation *g, int64_t n, uint64_t random, char *error) {
-    const Options *o = &run->settings.values;
-    int V = run->config.vocab_size, T = run->model_T, stopped = 0;
-    int fed = 0, begin = 0; // the model has seen `fed` tokens and remembers them from `begin` on
-    g->count = g->prompt_count;
-    g->character.n = 0;
-    write_prompt(run, g);
-    for (int64_t made = 0; made < n && !interrupted && !stopped; made++) {
-        if (g->count - begin > T) {
-            int half = T > 1 ? T / 2 : 1;
-            begin = g->count - (made ? half : T);
-            fed = begin;
+// Writes what is there of the sequences in their order, up to the first that is not complete. Lines
+// of --- stand between them.
+static int write_sequences(const Run *run, Generation *g, char *error) {
+    while (g->front < g->count) {
+        Sequence *s = &g->sequences[g->front];
+        while (s->written < s->count) {
+            int id = s->tokens[s->written], first = s->written == s->prompt->count && !*s->prompt->text;
+            int last = s->written + 1 == s->count;
+            write_token(run, &g->character, id, last ? s->last_length : token_length(run, id), first);
+            s->written++;
         }
-        run->backend->extend(run->model, g->tokens + fed, g->count - fed, fed - begin, g->logits);
-        fed = g->count;
-        int id = sample_token(g->logits, g->candidates, V, o->temperature, o->top_k, o->top_p,
-                              &random);
-        if (id < 0) return fail(error, NULL, "a logit is not finite: the weights are spoilt");
-        stopped = write_token(run, g, id, g->count == g->prompt_count && !*g->text);
-        g->tokens[g->count++] = id;
-        if (fflush(stdout)) return fail(error, "standard output", "%s", strerror(errno));
+        if (!s->complete) break;
+        putchar('\n');
+        g->character.n = 0;
+        if (++g->front == g->count) break;
+        printf("---\n");
+        write_prompt(run, &g->character, g->sequences[g->front].prompt);
     }
-    if (putchar('\n') == EOF || fflush(stdout))
-        return fail(error, "standard output", "%s", strerror(errno));
-    return 0;
+    return fflush(stdout) ? fail(error, "standard output", "%s", strerror(errno)) : 0;
 }
 
-// Makes the prompt and --stop tokens. Nothing to go on from: a new line, or token 0.
-static int begin_generation(const Run *run, Generation *g, const char *stop, char *error) {
-    int n = encode_prompt(run, g->text, g->tokens, error);
+// A token behind those of a sequence, drawn from their logits
+static void draw_token(const Run *run, const Generation *g, Sequence *s, const real *logits, int64_t n) {
+    const Options *o = &run->settings.values;
+    int V = run->config.vocab_size;
+    Candidate *candidates = g->candidates + (size_t)omp_get_thread_num() * (size_t)V;
+    int id = sample_token(logits, candidates, V, o->temperature, o->top_k, o->top_p, &s->random);
+    s->fed = s->count;
+    if (id < 0) s->broken = s->complete = 1;
+    else take_token(run, &g->stop, s, id, n);
+}
+
+// Has the model read several tokens of a sequence, a prompt or what is read afresh, and draws the
+// next. Those behind it that go on from the same prompt, and have read nothing yet, have that in
+// common: returns how many it was done for.
+static int read_tokens(Run *run, Generation *g, Sequence *s, int64_t n) {
+    const Backend *backend = run->backend;
+    int number = (int)(s - g->sequences), known = s->fed - s->begin, same = 1;
+    const real *logits = backend->extend(run->model, number, s->tokens + s->fed, s->count - s->fed, known);
+    while (s->count == s->prompt->count && number + same < g->count && s[same].prompt == s->prompt) {
+        s[same].begin = s->begin;
+        same++;
+    }
+    if (same > 1) backend->copy(run->model, number, same - 1, s->count - s->begin);
+    #pragma omp parallel for schedule(static) if (same > 1)
+    for (int i = 0; i < same; i++) draw_token(run, g, s + i, logits, n);
+    return same;
+}
+
+// One token more for every sequence. When the positions that the model remembers are full, the last
+// half is read afresh.
+static int make_tokens(Run *run, Generation *g, int64_t n, char *error) {
+    int T = run->model_T, waiting = 0, V = run->config.vocab_size, broken = 0;
+    for (int i = 0, same; i < g->count; i += same) {
+        Sequence *s = &g->sequences[i];
+        same = 1;
+        if (s->complete) continue;
+        if (s->count - s->begin > T) {
+            int half = T > 1 ? T / 2 : 1;
+            s->fed = s->begin = s->count - (s->count > s->prompt->count ? half : T);
+        }
+        Next next = {i, s->tokens[s->fed], s->fed - s->begin};
+        if (s->count - s->fed > 1) same = read_tokens(run, g, s, n);
+        else g->next[waiting++] = next;
+    }
+    if (waiting) {
+        const real *logits = run->backend->extend_each(run->model, g->next, waiting);
+        #pragma omp parallel for schedule(static) if (waiting > 1)
+        for (int i = 0; i < waiting; i++)
+            draw_token(run, g, &g->sequences[g->next[i].sequence], logits + (size_t)i * (size_t)V, n);
+    }
+    for (int i = 0; i < g->count; i++) broken |= g->sequences[i].broken;
+    return broken ? fail(error, NULL, "a logit is not finite: the weights are spoilt") : 0;
+}
+
+// Writes the sequences of a group, as they are made: each its prompt and behind it n sampled tokens,
+// or as many as --stop asks for.
+static int generate_group(Run *run, Generation *g, int64_t n, char *error) {
+    int result = 0;
+    g->front = 0;
+    g->character.n = 0;
+    write_prompt(run, &g->character, g->sequences->prompt);
+    while (g->front < g->count && !result && !interrupted) {
+        result = make_tokens(run, g, n, error);
+        if (!result) result = write_sequences(run, g, error);
+    }
+    if (g->front < g->count && !result && (putchar('\n') == EOF || fflush(stdout)))
+        result = fail(error, "standard output", "%s", strerror(errno));
+    return result;
+}
+
+// Makes a prompt tokens.
+static int make_prompt(const Run *run, Prompt *prompt, char *error) {
+    int n = encode_prompt(run, prompt->text, prompt->ids, error);
     if (n < 0) return n;
     if (!n) {
         int newline = id_of_byte(run, '\n');
-        g->tokens[n++] = newline < 0 ? 0 : newline;
+        prompt->ids[n++] = newline < 0 ? 0 : newline;
     }
-    g->prompt_count = n;
-    for (; writes_bytes(run) && stop[g->stop.n]; g->stop.n++) {
-        char byte = stop[g->stop.n];
-        if (run->vocab_bytes && id_of_byte(run, byte) < 0)
-            return wrong(error, NULL, "--stop: the vocabulary lacks its byte %d, 0x%02X", g->stop.n,
-                         (unsigned char)byte);
-        g->stop.wanted[g->stop.n] = (unsigned char)byte;
-    }
-    if (writes_bytes(run)) return 0;
-    n = encode_prompt(run, stop, g->stop.wanted, error);
-    if (n < 0) return wrong(error, NULL, "--stop takes token ids from 0 to %d between spaces",
-                            run->config.vocab_size - 1);
-    g->stop.n = n;
+    prompt->count = n;
     return 0;
 }
 
-// Writes samples to standard output, each the prompt and n tokens. The i-th follows from `random`
-// and i alone; lines of --- stand between them.
-static int generate(Run *run, const char *prompt, int64_t n, uint64_t random, char *error) {
+// Makes --stop bytes or tokens.
+static int make_stop(const Run *run, Stop *stop, const char *text, char *error) {
+    for (; writes_bytes(run) && text[stop->n]; stop->n++) {
+        char byte = text[stop->n];
+        if (run->vocab_bytes && id_of_byte(run, byte) < 0)
+            return wrong(error, NULL, "--stop: the vocabulary lacks its byte %d, 0x%02X", stop->n,
+                         (unsigned char)byte);
+        stop->wanted[stop->n] = (unsigned char)byte;
+    }
+    if (writes_bytes(run)) return 0;
+    stop->n = encode_prompt(run, text, stop->wanted, error);
+    if (stop->n < 0)
+        return wrong(error, NULL, "--stop takes token ids from 0 to %d between spaces",
+                     run->config.vocab_size - 1);
+    return 0;
+}
+
+// The texts number `from` on of all that are asked for, as many as a group has: those of a prompt
+// follow each other. The i-th of each follows from `random` and i alone.
+static void begin_group(const Run *run, Generation *g, int64_t from, int64_t n, uint64_t random) {
+    int *memory = g->memory;
+    for (int i = 0; i < g->count; i++) {
+        Sequence *s = &g->sequences[i];
+        int64_t number = (from + i) % run->settings.values.samples;
+        memset(s, 0, sizeof(*s));
+        s->prompt = &g->prompts[(from + i) / run->settings.values.samples];
+        s->random = number ? splitmix64(random ^ splitmix64((uint64_t)number)) : random;
+        s->count = s->written = s->prompt->count;
+        s->last = memory;
+        s->tokens = memory + g->stop.n;
+        memory = s->tokens + s->count + n;
+        for (int k = 0; k < g->stop.n; k++) s->last[k] = -1; // nothing of what is waited for
+        memcpy(s->tokens, s->prompt->ids, sizeof(int) * (size_t)s->count);
+    }
+}
+
+// Numbers of memory for a group's sequences, of which each begins with the longest prompt at most
+static double group_numbers(const Generation *g, int n_prompts, int64_t n) {
+    int longest = 0;
+    for (int i = 0; i < n_prompts; i++)
+        if (g->prompts[i].count > longest) longest = g->prompts[i].count;
+    return (double)g->count * ((double)longest + (double)n + (double)g->stop.n);
+}
+
+// The memory for groups of as many sequences as the model keeps apart, or fewer, if they do not fit.
+static int make_room(const Run *run, Generation *g, int n_prompts, int64_t n, char *error) {
+    int64_t texts = n_prompts * run->settings.values.samples;
+    size_t V = (size_t)run->config.vocab_size, threads = (size_t)omp_get_max_threads();
+    g->count = texts < run->model->B ? (int)texts : run->model->B;
+    if (g->count == 1) threads = 1;
+    double drawn = (double)V * sizeof(Candidate) * (double)threads;
+    while (check_room(drawn + group_numbers(g, n_prompts, n) * sizeof(int), NULL, "what is generated",
+                      error)) {
+        if (g->count == 1) return FAILED;
+        g->count /= 2;
+    }
+    size_t count = (size_t)g->count;
+    g->candidates = (Candidate *)malloc(V * threads * sizeof(Candidate));
+    g->sequences = (Sequence *)malloc(count * sizeof(Sequence));
+    g->next = (Next *)malloc(count * sizeof(Next));
+    g->memory = (int *)malloc((size_t)group_numbers(g, n_prompts, n) * sizeof(int));
+    return g->candidates && g->sequences && g->next && g->memory ? 0 : fail(error, NULL, "out of memory");
+}
+
+// Makes the prompts and --stop tokens, all of them before anything is written. ids: memory for them
+static int begin_generation(const Run *run, Generation *g, const char *const *prompts, int n_prompts,
+                            int *ids, char *error) {
+    const char *stop = run->settings.values.stop ? run->settings.values.stop : "";
+    int result = 0;
+    for (int i = 0; i < n_prompts && !result; i++) {
+        g->prompts[i].text = prompts[i];
+        g->prompts[i].ids = ids;
+        ids += strlen(prompts[i]) + 1;
+        result = make_prompt(run, &g->prompts[i], error);
+    }
+    g->stop.wanted = ids;
+    return result ? result : make_stop(run, &g->stop, stop, error);
+}
+
+// Writes texts to standard output, --samples of each prompt, each the prompt and n tokens. They are
+// made in groups of as many as the model keeps apart; which of them are made together changes none.
+static int generate(Run *run, const char *const *prompts, int n_prompts, int64_t n, uint64_t random,
+                    char *error) {
     const Options *o = &run->settings.values;
-    const char *stop = o->stop ? o->stop : "";
-    size_t V = (size_t)run->config.vocab_size, length = strlen(prompt), n_stop = strlen(stop) + 1;
-    double bytes = (double)V * (sizeof(real) + sizeof(Candidate)) +
-                   ((double)n + (double)length + 2 * (double)n_stop) * sizeof(int);
-    if (check_room(bytes, NULL, "what is generated", error)) return FAILED;
+    int64_t texts = n_prompts * o->samples;
+    size_t numbers = (o->stop ? strlen(o->stop) : 0) + 1;
+    for (int i = 0; i < n_prompts; i++) numbers += strlen(prompts[i]) + 1;
+    size_t bytes = numbers * sizeof(int) + (size_t)n_prompts * sizeof(Prompt);
+    if (check_room((double)bytes, NULL, "the prompts", error)) return FAILED;
     Generation g;
     memset(&g, 0, sizeof(g));
-    g.text = prompt;
-    g.logits = (real *)malloc(V * sizeof(real));
-    g.candidates = (Candidate *)malloc(V * sizeof(Candidate));
-    g.tokens = (int *)malloc((length + 2 + (size_t)n) * sizeof(int));
-    g.stop.wanted = (int *)malloc(n_stop * sizeof(int));
-    g.stop.last = (int *)malloc(n_stop * sizeof(int));
-    int result;
-    if (!g.tokens || !g.candidates || !g.logits || !g.stop.wanted || !g.stop.last)
-        result = fail(error, NULL, "out of memory");
-    else
-        result = begin_generation(run, &g, stop, error);
-    for (int64_t i = 0; i < o->samples && !result && !interrupted; i++) {
-        uint64_t of_sample = i ? splitmix64(random ^ splitmix64((uint64_t)i)) : random;
-        if (i) printf("---\n");
-        result = generate_tokens(run, &g, n, of_sample, error);
+    g.prompts = (Prompt *)malloc((size_t)n_prompts * sizeof(Prompt));
+    int *ids = (int *)malloc(numbers * sizeof(int));
+    int result = g.prompts && ids ? 0 : fail(error, NULL, "out of memory");
+    if (!result) result = begin_generation(run, &g, prompts, n_prompts, ids, error);
+    if (!result) result = make_room(run, &g, n_prompts, n, error);
+    for (int64_t from = 0; from < texts && !result && !interrupted; from += g.count) {
+        if (g.count > texts - from) g.count = (int)(texts - from);
+        begin_group(run, &g, from, n, random);
+        if (from) printf("---\n");
+        result = generate_group(run, &g, n, error);
     }
-    free(g.logits);
-    free(g.candidates);
-    free(g.tokens);
-    free(g.stop.wanted);
-    free(g.stop.last);
+    void *blocks[] = {g.prompts, ids, g.candidates, g.sequences, g.next, g.memory};
+    for (size_t i = 0; i < sizeof(blocks) / sizeof(blocks[0]); i++) free(blocks[i]);
     return result;
 }
 
@@ -7519,7 +7787,8 @@ static int print_sample(Run *run, Model *sampler, char *error) {
     run->model = sampler;
     end_line(run);
     printf("---\n");
-    int result = generate(run, "", 200, splitmix64((uint64_t)(o->seed + o->step)), error);
+    static const char *const nothing[] = {""};
+    int result = generate(run, nothing, 1, 200, splitmix64((uint64_t)(o->seed + o->step)), error);
     printf("---\n");
     run->model = trained;
     return result;
@@ -7902,18 +8171,23 @@ static int make_table(Run *run, char *error) {
 
 // Makes the model, for the longest sequence that it will see, and the arrays for the tokens of a
 // step.
+enum { MOST_TEXTS = 256 }; // that are generated together, where the model keeps several apart
 static int make_model(Run *run, char *error) {
     const Options *o = &run->settings.values;
     // positions of what is generated: all of them, or those that are remembered
-    int64_t needed = (int64_t)strlen(o->prompt) + 1 + o->generate;
+    int64_t prompt = 0, texts = run->n_prompts * o->samples;
+    for (int i = 0; i < run->n_prompts; i++)
+        if ((int64_t)strlen(run->prompts[i]) > prompt) prompt = (int64_t)strlen(run->prompts[i]);
+    int64_t needed = prompt + 1 + o->generate;
     int64_t longest = o->window && o->window < needed ? o->window : needed;
     Mode mode = o->generate ? GENERATE : o->eval ? EVALUATE : TRAIN;
-    int B = o->generate ? 1 : (int)o->batch / run->backend->ranks;
+    int together = texts < MOST_TEXTS ? (int)texts : MOST_TEXTS;
+    int B = o->generate ? together : (int)o->batch / run->backend->ranks;
     int T = o->generate ? (int)longest : (int)o->seq;
     run->model_T = T;
     run->model = run->backend->create(&run->config, B, T, mode, error);
     if (!run->model) return FAILED;
-    size_t rows = o->generate ? 1 : (size_t)(mode == TRAIN ? o->accum * o->batch : o->batch);
+    size_t rows = mode == GENERATE ? 1 : (size_t)(mode == TRAIN ? o->accum * o->batch : o->batch);
     size_t tokens = rows * (size_t)T;
     size_t examples = run->train.kind == DATA_EXAMPLES ? (size_t)run->train_end : 1;
     double bytes = (double)tokens * (2 * sizeof(int) + 1) + (double)examples * sizeof(int32_t);
@@ -7973,7 +8247,7 @@ static int open_files(Run *run, char *error) {
     if (!o->generate && o->batch % ranks)
         return wrong(error, NULL, "--batch %lld does not divide by the %d processes that train",
                      (long long)o->batch, ranks);
-    if ((result = read_prompt(run, error))) return result;
+    if ((result = read_prompts(run, error))) return result;
 
     // --again compares the data's hash as well: it looks at what is there once the data is read
     if (writes && (result = check_distinct(run, error))) return result;
@@ -8050,7 +8324,8 @@ static int perform(Run *run, const char *program, char *error) {
         print_model(run);
         return train(run, program, error);
     }
-    int result = generate(run, o->prompt, o->generate, splitmix64((uint64_t)o->seed), error);
+    int result = generate(run, run->prompts, run->n_prompts, o->generate, splitmix64((uint64_t)o->seed),
+                          error);
     return result ? result : interrupted ? 130 : 0;
 }
 
@@ -8082,7 +8357,8 @@ static void run_free(Run *run) {
     free(run->targets);
     free(run->hits);
     free(run->order);
-    free(run->prompt);
+    free(run->prompt_text);
+    free(run->prompts);
     free(run->old_best);
     free(run->rows);
     dataset_free(&run->train);

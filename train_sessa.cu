@@ -214,7 +214,7 @@ template <typename... A> static void hidden_decode_gpu(A &&...) {}
 typedef struct { int tiles, kept; int64_t weights, total; } Panels;
 template <typename... A> static int64_t tile_sums_room(A...) { return 0; }
 template <typename... A> static int64_t embedding_scratch(A...) { return 0; }
-template <typename... A> static int64_t decode_parts(A...) { return 0; }
+template <typename... A> static int64_t decode_numbers(A...) { return 0; }
 template <typename... A> static int decodes(A...) { return 0; }
 template <typename... A> static int scan_rows(A...) { return 0; }
 static int feedback_shared(void) { return 0; }
@@ -1564,6 +1564,13 @@ template <typename X> struct LayerActivationsGPU {
     X *xbc, *y_scan, *normed, *tail; // mamba2
     float *step, *rms, *states, *carried;
 };
+// Of generation, one token of each of N sequences; a layer's caches begin with the first sequence's.
+template <typename X> struct DecodeGPU {
+    int64_t proj_step, s_step, tail_step, carried_step; // numbers from one sequence's cache to the next
+    float *x, *gamma, *c, *parts;                       // (N,D), (N), (N,D), and see dev/cuda/decode.cuh
+    X *row, *ag, *gated;                                // (N,D), (N,2D), (N,D)
+    float *logits, *host_logits;                        // (N,V), the second page-locked
+};
 template <typename X> struct ActivationsGPU {
     LayerActivationsGPU<X> *layers;
     float *residual;                // (N,D) the stream between the layers; backward its gradient, dx
@@ -1576,6 +1583,7 @@ template <typename X> struct ActivationsGPU {
     X *ds, *dout, *dbranch, *dabar, *dproj, *dy, *dxbc;
     float *dgamma, *dstep, *cosine, *sine;
     Scratch scratch;
+    DecodeGPU<X> decode;
 };
 
 // What a step reads from the device's memory, because it changes from step to step; room for ids behind it:
@@ -1583,8 +1591,7 @@ template <typename X> struct ActivationsGPU {
 typedef struct {
     Draw draw;
     float scale[4]; // dloss, 0, 1: what products scale by
-    int first;      // generation: positions known
-    int ids[];
+    int ids[];      // generation: a Next each
 } Inputs;
 
 // What all passes of a model do: chosen when it is made, by its largest batch, and with it the memory that
@@ -1603,6 +1610,16 @@ template <typename X> static Ways ways_of(const Config *c, int B, int T, int P, 
     Ways ways = {attention_way<X>(B, T, c->n_heads, c->n_kv_heads, d, ld, P),
                  {feedback_panels<X>(B, T, D, P, 0, keep), feedback_panels<X>(B, T, D, P, ld % 8 == 0, keep)}};
     return ways;
+}
+
+// Generation chooses by what is read alone, rounded up to three bits: the same for a text in any company.
+static int ways_length(int n) {
+    int unit = 1;
+    while (n > 8 * unit) unit *= 2;
+    return (int)round_up(n, unit);
+}
+template <typename X> static Ways ways_of_text(const Config *c, int n) {
+    return ways_of<X>(c, 1, ways_length(n), 0, 0);
 }
 
 // The first member is a Model as the other parts know it: configuration, table of parameters, and in the
@@ -1837,7 +1854,7 @@ static int64_t column_sums_room(const Config *c, int B, int T) {
 // ask for panels of any height.
 typedef struct { int64_t weights, scratch, sums; } Room;
 template <typename X> static Room room_of(const Config *c, int B, int T, Mode mode, const Ways *ways) {
-    int D = c->d_model, H = c->n_heads;
+    int D = c->d_model;
     Room room = {0, 0, column_sums_room(c, B, T)};
     auto at_least = [](int64_t &size, int64_t numbers) { if (size < numbers) size = numbers; };
     auto add = [&](const Ways &w, int tiles) {
@@ -1849,10 +1866,12 @@ template <typename X> static Room room_of(const Config *c, int B, int T, Mode mo
     LayerWeights none = {};
     if (c->mixer == MAMBA2) at_least(room.scratch, scan_scratch_gpu(scan_of(c, &none, B, T)));
     else add(*ways, 1);
-    if (c->mixer != MAMBA2 && mode == GENERATE) add(*ways, 0);
     for (int P = 1; P <= min_int(T, 128) && mode == KEEP_ALL && c->mixer != MAMBA2; P++)
         add(ways_of<X>(c, B, T, P, 0), 1);
-    if (mode == GENERATE) at_least(room.scratch, decode_parts(D, H) + c->vocab_size);
+    for (int n = 1; n < T && mode == GENERATE && c->mixer != MAMBA2; n = ways_length(n) + 1)
+        for (int tiles = 0; tiles < 2; tiles++) add(ways_of_text<X>(c, n), tiles);
+    for (int tiles = 0; tiles < 2 && mode == GENERATE && c->mixer != MAMBA2; tiles++)
+        add(ways_of_text<X>(c, T), tiles);
     if (mode >= TRAIN && !plain) at_least(room.scratch, embedding_scratch(B * T, c->vocab_size, D));
     return room;
 }
@@ -1868,9 +1887,14 @@ template <typename X> static void carve_activations_gpu(ModelGPU<X> *m, int B, i
     Table *t = &m->x_table, *f = &m->f_table;
     X *x = m->x_block;
     float *fb = m->f_block;
+    int sequences = mode == GENERATE ? B : 1; // whose caches are kept; they are read one by one
+    if (mode == GENERATE) B = 1;
     ActivationList list = list_activations_gpu<X>(c, B, T, mode);
     auto in_x = [&](int l, const char *name) { return activation_gpu(t, x, &list, l, name); };
     auto in_f = [&](int l, const char *name) { return activation_gpu(f, fb, &list, l, name); };
+    DecodeGPU<X> *decode = &acts->decode;
+    decode->proj_step = round_up((int64_t)T * proj_ld(c), 128);
+    decode->s_step = round_up((int64_t)T * D, 128);
     t->n = f->n = 0;
     t->count = f->count = 0;
     Room room = room_of<X>(c, B, T, mode, &m->ways);
@@ -1880,7 +1904,10 @@ template <typename X> static void carve_activations_gpu(ModelGPU<X> *m, int B, i
         if (l > 0) *a = acts->layers[0];
         a->x = read;
         if (mamba2) mamba2_activations_gpu(m, &list, l, mode);
-        else {
+        else if (sequences > 1) {
+            a->proj = add_activation(t, x, l, "proj", 2, sequences, decode->proj_step, 1);
+            a->s = add_activation(t, x, l, "s", 2, sequences, decode->s_step, 1);
+        } else {
             a->proj = in_x(l, "proj");
             a->s = in_x(l, "s");
         }
@@ -1918,7 +1945,18 @@ template <typename X> static void carve_activations_gpu(ModelGPU<X> *m, int B, i
     acts->cosine = in_f(-1, "cosine");
     acts->sine = in_f(-1, "sine");
     acts->scratch = {add_activation(f, fb, -1, "scratch", 1, room.scratch, 1, 1), room.scratch};
-    m->decodes = mode == GENERATE && !mamba2 && !plain && decodes(D, H);
+    m->decodes = mode == GENERATE && !mamba2 && !plain && decodes(c);
+    if (mode == GENERATE) {
+        int64_t parts = m->decodes ? decode_numbers(c) : 0;
+        decode->x = add_activation(f, fb, -1, "next_x", 2, sequences, D, 1);
+        decode->gamma = add_activation(f, fb, -1, "next_gamma", 1, sequences, 1, 1);
+        decode->c = add_activation(f, fb, -1, "next_c", 2, sequences, D, 1);
+        decode->parts = add_activation(f, fb, -1, "next_parts", 2, sequences, parts, 1);
+        decode->logits = add_activation(f, fb, -1, "next_logits", 2, sequences, c->vocab_size, 1);
+        decode->row = add_activation(t, x, -1, "next_row", 2, sequences, D, 1);
+        decode->ag = add_activation(t, x, -1, "next_ag", 2, sequences, 2 * D, 1);
+        decode->gated = add_activation(t, x, -1, "next_gated", 2, sequences, D, 1);
+    }
     if (!training) return;
     acts->dout = acts->layers[0].branch; // free by then
     acts->ds = in_x(-1, "ds");
@@ -1937,6 +1975,7 @@ template <typename X> static void model_free_gpu(Model *model) {
     unguard(m->memory, m->memory ? (size_t)(m->host.bytes - 2 * WORKSPACE) : 0);
     cudaFree(m->memory);
     cudaFreeHost(m->host_inputs);
+    cudaFreeHost(m->acts.decode.host_logits);
     for (cudaEvent_t *event : {&m->loss_there, &m->lists_there, &m->norm_there})
         if (*event) cudaEventDestroy(*event);
     forget_recordings(&m->recordings);
@@ -1954,10 +1993,15 @@ template <typename Y> static Y *take(char **memory, int64_t count, const char *n
     if (there) guard(end, *memory, name, -1);
     return (Y *)at;
 }
+// Bytes for a batch's ids and lists, or for what a sequence reads and what all of them are given next
+static int64_t ids_room(int B, int T, Mode mode) {
+    int64_t batch = (6 * (mode == GENERATE ? 1 : (int64_t)B) * T + 2) * (int64_t)sizeof(int),
+            each = mode == GENERATE ? B * (int64_t)sizeof(Next) : 0;
+    return batch > each ? batch : each;
+}
 template <typename X> static int64_t carve_memory(ModelGPU<X> *m, char *memory, int B, int T, Mode mode) {
     static const char *const names[] = {"parameters", "first moments", "second moments", "gradients"};
     char *at = memory;
-    int64_t tokens = (int64_t)B * T;
     int there = memory != NULL;
     float **blocks[] = {&m->params, &m->exp_avg, &m->exp_avg_sq, &m->grads};
     for (int i = 0; i < 4; i++)
@@ -1972,11 +2016,21 @@ template <typename X> static int64_t carve_memory(ModelGPU<X> *m, char *memory, 
     m->units = m->ranks ? take<int>(&at, m->held / 64, "units", there) : NULL;
     m->received = take<float>(&at, exchange_room(m), "received", there);
     m->norm = take<double>(&at, 2 + m->ranks, "norm", there);
-    m->inputs = (Inputs *)take<char>(&at, (int64_t)sizeof(Inputs) + (6 * tokens + 2) * (int64_t)sizeof(int),
-                                     "inputs", there);
+    m->inputs = (Inputs *)take<char>(&at, (int64_t)sizeof(Inputs) + ids_room(B, T, mode), "inputs", there);
     m->x_block = take<X>(&at, m->x_table.count, "activations", there);
     m->f_block = take<float>(&at, m->f_table.count, "activations in float32", there);
     return at - memory;
+}
+
+// Bytes of the device's memory for such a batch or so many sequences, INFINITY: more than can be addressed
+template <typename X> static double model_bytes(ModelGPU<X> *m, int B, int T, Mode mode) {
+    m->x_block = NULL; // no place yet, sizes alone
+    m->f_block = NULL;
+    carve_activations_gpu(m, B, T, mode);
+    if (m->host.table.count < 0 || m->x_table.count < 0 || m->f_table.count < 0 ||
+        m->host.table.count >= PTRDIFF_MAX / 64)
+        return INFINITY;
+    return (double)carve_memory(m, NULL, B, T, mode);
 }
 
 // What the launches cannot take is said before anything is allocated. FAILED and a line in error
@@ -2012,7 +2066,8 @@ template <typename X> static Model *create_whole_gpu(const Config *c, int B, int
 #ifdef SESSA_PLAIN
     plain = 1;
 #endif
-    if (gpu_open(error) || within_launches(c, B, T, sizeof(X), error)) return NULL;
+    int at_once = mode == GENERATE ? 1 : B; // sequences that hidden_forward_gpu reads
+    if (gpu_open(error) || within_launches(c, at_once, T, sizeof(X), error)) return NULL;
     int whole = 1, d = c->d_model / c->n_heads;
     ModelGPU<X> *m = (ModelGPU<X> *)allocate(1, sizeof(ModelGPU<X>), &whole);
     if (!m) { fail(error, NULL, "out of memory"); return NULL; }
@@ -2022,8 +2077,7 @@ template <typename X> static Model *create_whole_gpu(const Config *c, int B, int
     m->host.B = B;
     m->host.T = T;
     m->trains = mode == TRAIN;
-    int64_t tokens = (int64_t)B * T, ids = (6 * tokens + 2) * (int64_t)sizeof(int),
-            pairs = (int64_t)T * (d / 2);
+    int64_t pairs = (int64_t)T * (d / 2);
     real *tables = (real *)allocate(2 * pairs, sizeof(real), &whole); // cosine and sine
     for (Weights *w : {&m->weights, &m->grad})
         w->layers = (LayerWeights *)allocate(c->n_layers, sizeof(LayerWeights), &whole);
@@ -2061,19 +2115,33 @@ template <typename X> static Model *create_whole_gpu(const Config *c, int B, int
     size_t present = 0, all = 0;
     CUDA(cudaMemGetInfo(&present, &all));
     for (int keep = mode >= TRAIN;; keep = 0) { // without, the feedback's weights are computed again
-        m->ways = ways_of<X>(c, B, T, 0, keep);
-        m->x_block = NULL; // no place yet, sizes alone
-        m->f_block = NULL;
-        carve_activations_gpu(m, B, T, mode);
-        if (m->host.table.count >= 0 && m->x_table.count >= 0 && m->f_table.count >= 0 &&
-            m->host.table.count < PTRDIFF_MAX / 64)
-            needed = (double)carve_memory(m, NULL, B, T, mode);
+        m->ways = ways_of<X>(c, at_once, T, 0, keep);
+        needed = model_bytes(m, B, T, mode);
         if (!keep || needed < 0.9 * (double)present) break;
     }
+    if (mode == GENERATE) {
+        int wanted = B, fewer = 1; // of which it is known that they fit, or nothing does
+        if (!m->decodes) B = 1;
+        else if (needed > 0.9 * (double)present) {
+            while (B - fewer > 1) {
+                int half = fewer + (B - fewer) / 2;
+                *(model_bytes(m, half, T, mode) > 0.9 * (double)present ? &B : &fewer) = half;
+            }
+            B = fewer;
+            fprintf(stderr, "train_sessa: %d of %d texts are generated together: for more the GPU lacks memory\n", B,
+                    wanted);
+        }
+        needed = model_bytes(m, B, T, mode);
+        m->host.B = B;
+    }
+    int64_t ids = ids_room(B, T, mode);
     cudaError_t code = cudaErrorMemoryAllocation;
     if (needed <= (double)present) code = cudaMalloc((void **)&m->memory, (size_t)needed);
     if (code == cudaSuccess)
         code = cudaMallocHost((void **)&m->host_inputs, sizeof(Inputs) + (size_t)ids + 2 * sizeof(double));
+    if (code == cudaSuccess && mode == GENERATE)
+        code = cudaMallocHost((void **)&m->acts.decode.host_logits,
+                              sizeof(float) * (size_t)B * (size_t)c->vocab_size);
     if (code != cudaSuccess) {
         cudaGetLastError();
         fail(error, NULL,
@@ -2093,7 +2161,7 @@ template <typename X> static Model *create_whole_gpu(const Config *c, int B, int
     carve_weights(&m->grad, &m->host.table, m->grads, c);
     m->host_inputs->scale[1] = 0;
     m->host_inputs->scale[2] = 1;
-    m->host_lists = m->host_inputs->ids + 2 * tokens;
+    m->host_lists = m->host_inputs->ids + 2 * (int64_t)B * T; // not of generation
     m->host_sum =
         (double *)((char *)m->host_inputs + round_up((int64_t)sizeof(Inputs) + ids, sizeof(double)));
     for (int i = 0; i < m->host.table.n; i++) {
@@ -2376,27 +2444,105 @@ template <typename X> static double model_update_gpu(Model *model, AdamW o, doub
     return sqrt(m->host_sum[1]);
 }
 
-template <typename X>
-static void model_extend_gpu(Model *model, const int *tokens, int n, int first, real *logits) {
-    ModelGPU<X> *m = of<X>(model);
-    cudaStream_t stream = gpu.stream;
-    int D = m->host.config.d_model, V = m->host.config.vocab_size;
-    int64_t parts = decode_parts(D, m->host.config.n_heads);
-    float *row = borrow(m->acts.scratch, parts + V) + parts;
-    must_fit(first + n, m->host.T, "tokens of a sequence");
-    m->host_inputs->first = first;
-    memcpy(m->host_inputs->ids, tokens, sizeof(int) * (size_t)n);
-    CUDA(cudaMemcpyAsync(m->inputs, m->host_inputs, sizeof(Inputs) + sizeof(int) * (size_t)n,
-                         cudaMemcpyHostToDevice, stream));
-    if (n == 1 && m->decodes) replay(m, ONE_TOKEN, 0, 0, 0, [&] { hidden_decode_gpu(m, stream); });
-    else {
-        hidden_forward_gpu(m, m->inputs->ids, 1, first + n, first, 0, 0, m->host.config.n_layers, stream);
-        linear_forward_gpu(m->acts.logits, V, m->acts.ln_f + (size_t)(n - 1) * D, as_x(m, m->weights.wte),
-                           (const X *)NULL, 1, D, V, stream);
-        copy_gpu(row, V, m->acts.logits, 1, V, stream);
+// The layers' caches are those of another sequence, so many further.
+template <typename X> static void shift_caches(ModelGPU<X> *m, int sequences) {
+    const DecodeGPU<X> *a = &m->acts.decode;
+    for (int l = 0; l < m->host.config.n_layers; l++) {
+        LayerActivationsGPU<X> *layer = &m->acts.layers[l];
+        int same = layer->f == layer->s;
+        if (m->host.config.mixer == MAMBA2) {
+            layer->tail += sequences * a->tail_step;
+            layer->carried += sequences * a->carried_step;
+            continue;
+        }
+        layer->proj += sequences * a->proj_step;
+        layer->s += sequences * a->s_step;
+        if (same) layer->f = layer->s;
     }
-    CUDA(cudaMemcpyAsync(logits, row, sizeof(float) * (size_t)V, cudaMemcpyDeviceToHost, stream));
-    CUDA(cudaStreamSynchronize(stream));
+}
+
+// Logits (n,V), once they are there
+template <typename X> static const real *read_logits(ModelGPU<X> *m, int n) {
+    DecodeGPU<X> *a = &m->acts.decode;
+    size_t bytes = sizeof(float) * (size_t)n * (size_t)m->host.config.vocab_size;
+    CUDA(cudaMemcpyAsync(a->host_logits, a->logits, bytes, cudaMemcpyDeviceToHost, gpu.stream));
+    CUDA(cudaStreamSynchronize(gpu.stream));
+    return a->host_logits;
+}
+
+template <typename X> static const real *extend_gpu(ModelGPU<X> *m, const int *tokens, int n, int first);
+// Sequences are told apart by the decoder alone: else there is one, and the next token is read as any text.
+// Launches are recorded for 1, 2, 4, ... of them; those that are not there have the number -1.
+template <typename X> static const real *model_extend_each_gpu(Model *model, const Next *next, int n) {
+    ModelGPU<X> *m = of<X>(model);
+    if (!m->decodes) return extend_gpu(m, &next->token, 1, next->first);
+    int N = 1, B = m->host.B;
+    while (N < n) N *= 2;
+    N = min_int(N, B);
+    must_fit(n, B, "sequences");
+    Next *host = (Next *)m->host_inputs->ids, none = {-1, 0, 0};
+    for (int i = 0; i < n; i++) {
+        must_fit(next[i].first + 1, m->host.T, "tokens of a sequence");
+        host[i] = next[i];
+    }
+    for (int i = n; i < N; i++) host[i] = none;
+    CUDA(cudaMemcpyAsync(m->inputs->ids, host, sizeof(Next) * (size_t)N, cudaMemcpyHostToDevice, gpu.stream));
+    replay(m, ONE_TOKEN, N, 0, 0, [&] { hidden_decode_gpu(m, N, gpu.stream); });
+    return read_logits(m, n);
+}
+
+// A text, or its next piece, at once.
+template <typename X> static const real *extend_gpu(ModelGPU<X> *m, const int *tokens, int n, int first) {
+    cudaStream_t stream = gpu.stream;
+    const Config *c = &m->host.config;
+    int D = c->d_model, V = c->vocab_size;
+    must_fit(first + n, m->host.T, "tokens of a sequence");
+    m->ways = ways_of_text<X>(c, first + n);
+    memcpy(m->host_inputs->ids, tokens, sizeof(int) * (size_t)n);
+    CUDA(cudaMemcpyAsync(m->inputs->ids, m->host_inputs->ids, sizeof(int) * (size_t)n, cudaMemcpyHostToDevice,
+                         stream));
+    hidden_forward_gpu(m, m->inputs->ids, 1, first + n, first, 0, 0, c->n_layers, stream);
+    linear_forward_gpu(m->acts.logits, V, m->acts.ln_f + (size_t)(n - 1) * D, as_x(m, m->weights.wte),
+                       (const X *)NULL, 1, D, V, stream);
+    copy_gpu(m->acts.decode.logits, V, m->acts.logits, 1, V, stream);
+    return read_logits(m, 1);
+}
+template <typename X>
+static const real *model_extend_gpu(Model *model, int sequence, const int *tokens, int n, int first) {
+    ModelGPU<X> *m = of<X>(model);
+    Next next = {sequence, *tokens, first};
+    must_fit(sequence + 1, m->host.B, "sequences");
+    if (n == 1 && m->decodes) return model_extend_each_gpu<X>(model, &next, 1);
+    shift_caches(m, sequence);
+    const real *logits = extend_gpu(m, tokens, n, first);
+    shift_caches(m, -sequence);
+    return logits;
+}
+
+// What is known of a sequence's first n positions, rows of `width`, to `copies` sequences behind it.
+template <typename Y>
+static void copy_cache_gpu(Y *cache, int64_t step, int sequence, int copies, int n, int width,
+                           cudaStream_t stream) {
+    Y *from = cache + sequence * step, *to_ = from + step;
+    int some = (int)(MOST_PIECES / ((int64_t)n * width)); // copies of a pass
+    if (some < 1) some = 1;
+    for (int first = 0; first < copies; first += some)
+        each(min_int(some, copies - first) * (int64_t)n, width, wide({step, width}, {from}), stream,
+             [=] __device__ (auto SPAN, int row, int i) {
+            int64_t at = (int64_t)(row % n) * width + i;
+            write(to_ + (first + row / n) * step + at, read<SPAN>(from + at));
+        });
+}
+template <typename X> static void model_copy_gpu(Model *model, int sequence, int copies, int n) {
+    ModelGPU<X> *m = of<X>(model);
+    const Config *c = &m->host.config;
+    const DecodeGPU<X> *a = &m->acts.decode;
+    must_fit(sequence + copies + 1, m->host.B, "sequences");
+    for (int l = 0; l < c->n_layers; l++) {
+        LayerActivationsGPU<X> *layer = &m->acts.layers[l];
+        copy_cache_gpu(layer->proj, a->proj_step, sequence, copies, n, proj_ld(c), gpu.stream);
+        copy_cache_gpu(layer->s, a->s_step, sequence, copies, n, c->d_model, gpu.stream);
+    }
 }
 
 // ----------------------------------------------------------------------------
@@ -2907,6 +3053,8 @@ static const Backend backend_of = {"CUDA",
                                    model_backward_gpu<X>,
                                    model_update_gpu<X>,
                                    model_extend_gpu<X>,
+                                   model_extend_each_gpu<X>,
+                                   model_copy_gpu<X>,
                                    0,
                                    1,
                                    NULL};

@@ -164,7 +164,7 @@ EXPORT int page_sample(int index, const char *prompt, int n, double temperature,
     double before = o->temperature;
     o->temperature = temperature;
     run->model = sampler;
-    int result = generate(run, prompt, n, splitmix64((uint64_t)seed), line);
+    int result = generate(run, &prompt, 1, n, splitmix64((uint64_t)seed), line);
     run->model = trained;
     o->temperature = before;
     model_free(sampler);

@@ -5,7 +5,8 @@ in bf16 autocast, and the Transformer of gpt.py (FlashAttention through scaled_d
   dev/speed/bench_gpu.py --shapes small long8192    # some
   dev/speed/bench_gpu.py --no-torch                 # this program alone
   dev/speed/bench_gpu.py --gpus 1 2 4 --shapes medium   # the PyTorch models under DistributedDataParallel
-  dev/speed/bench_gpu.py --generate                 # tokens a second, one sequence, behind prompts of 1000 and 8000 tokens
+  dev/speed/bench_gpu.py --generate                 # tokens a second behind prompts of 1000 and 8000 tokens, of one text and of several
+  dev/speed/bench_gpu.py --generate --samples 1 --prompts 1000
 
 A step is forward, backward, clipping, AdamW. Tokens per second are of the median step, after the first ones. Memory is what
 the program takes with cudaMalloc, workspaces included, against torch.cuda.max_memory_allocated. The share counts
@@ -143,24 +144,31 @@ def ddp_run(kind, name, shape, steps, gpus):
     return json.loads(lines[-1][7:]) if lines else (None, errors[0][:80])
 
 
-def program_decode(program, shape, prompt, n):
-    """ms a token of the program's --generate, the median of its tokens: the sampler is in it"""
+def untrained(program, shape, folder):
+    """path of a checkpoint of this shape, after one step"""
     D, L, H, V, _, _ = shape
-    with tempfile.TemporaryDirectory() as folder:
-        path = lambda name: os.path.join(folder, name)
-        write_shard(path("ids.bin"), V, 1000)
-        train = [program, "--data", path("ids.bin"), "--vocab", V, "--dim", D, "--layers", L, "--heads", H, "--seq", 64,
-                 "--batch", 1, "--steps", 1, "--eval-batches", 1, "--out", path("out.safetensors")]
-        subprocess.run([str(word) for word in train], capture_output=True, check=True)
-        ids = " ".join(str(i) for i in np.random.default_rng(1).integers(V, size=prompt))
-        command = [program, "--load", path("out.safetensors"), "--generate", str(n), "--window", "0", "--prompt", ids]
-        with subprocess.Popen(command, stdout=subprocess.PIPE) as run:
-            times, size = [], 0
-            while piece := os.read(run.stdout.fileno(), 1 << 20):
-                size += len(piece)
-                if size > len(ids):  # the prompt comes first
-                    times.append(time.perf_counter())
-        return 1e3 * statistics.median(b - a for a, b in zip(times, times[1:]))
+    data, out = os.path.join(folder, "ids.bin"), os.path.join(folder, "out.safetensors")
+    write_shard(data, V, 1000)
+    train = [program, "--data", data, "--vocab", V, "--dim", D, "--layers", L, "--heads", H, "--seq", 64, "--batch", 1, "--steps", 1,
+             "--eval-batches", 1, "--out", out]
+    subprocess.run([str(word) for word in train], capture_output=True, check=True)
+    return out
+
+
+def program_decode(program, checkpoint, V, prompt, n, samples=1):
+    """(ms, texts) of a step of the program's --generate, a token of each of so many texts; the median: the sampler is in it"""
+    ids = " ".join(str(i) for i in np.random.default_rng(1).integers(V, size=prompt))
+    command = [program, "--load", checkpoint, "--generate", str(n), "--window", "0", "--prompt", ids, "--samples", str(samples)]
+    with tempfile.TemporaryFile() as told, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=told) as run:
+        times, size, of_first = [], 0, 0
+        while piece := os.read(run.stdout.fileno(), 1 << 20):
+            size += len(piece)
+            of_first = of_first or b"\n" in piece  # the first text is printed as it grows, the others are there when it ends
+            if size > len(ids) and not of_first:  # the prompt comes first
+                times.append(time.perf_counter())
+        told.seek(0)
+        fewer = re.search(rb"([0-9]+) of [0-9]+ texts are generated together", told.read())
+    return 1e3 * statistics.median(b - a for a, b in zip(times, times[1:])), int(fewer.group(1)) if fewer else samples
 
 
 def torch_decode(shape, prompt, n):
@@ -185,16 +193,18 @@ def torch_decode(shape, prompt, n):
         return 1e3 * statistics.median(b - a for a, b in zip(times, times[1:]))
 
 
-def bench_generation(program, no_torch):
-    print("| shape | prompt | program | ms a token | tok/s |\n|---|---|---|---|---|")
-    for name in ("small", "medium"):
-        for prompt in (1000, 8000):
-            runs = [("train_sessacu", lambda: program_decode(program, SHAPES[name], prompt, 256))]
-            if not no_torch:
-                runs.append(("sessa.py, bf16, cache", lambda: torch_decode(SHAPES[name], prompt, 64)))
-            for what, run in runs:
-                ms = run()
-                print(f"| {name} | {prompt} | {what} | {ms:.3f} | {1e3 / ms:,.0f} |", flush=True)
+def bench_generation(program, no_torch, names, prompts, samples):
+    print("| shape | prompt | program | texts | ms a step | tok/s |\n|---|---|---|---|---|---|")
+    row = lambda name, prompt, what, texts, ms: print(f"| {name} | {prompt} | {what} | {texts} | {ms:.3f} | {1e3 * texts / ms:,.0f} |", flush=True)
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint = untrained(program, SHAPES[name], folder)
+            for prompt in prompts:
+                for asked in samples:
+                    ms, texts = program_decode(program, checkpoint, SHAPES[name][3], prompt, 256 if asked == 1 else 64, asked)
+                    row(name, prompt, os.path.basename(program), texts, ms)
+                if not no_torch:
+                    row(name, prompt, "sessa.py, bf16, cache", 1, torch_decode(SHAPES[name], prompt, 64))
 
 
 def product_rate():
@@ -222,6 +232,8 @@ def main():
     parser.add_argument("--rank", nargs=3, metavar=("MODEL", "SHAPE", "BATCH"), help="one process of several, for torchrun")
     parser.add_argument("--no-torch", action="store_true", help="this program alone")
     parser.add_argument("--generate", action="store_true", help="time generation, not training")
+    parser.add_argument("--samples", nargs="+", type=int, default=[1, 8, 64, 256], help="with --generate: texts together [1 8 64 256]")
+    parser.add_argument("--prompts", nargs="+", type=int, default=[1000, 8000], help="with --generate: tokens behind which they go on [1000 8000]")
     parser.add_argument("--program", default=os.path.join(here, "..", "..", "train_sessacu"))
     o = parser.parse_args()
     if o.rank:
@@ -233,7 +245,8 @@ def main():
         o.no_torch = True
     if o.generate:
         print(card)
-        return bench_generation(o.program, o.no_torch)
+        names = [name for name in o.shapes if name in ("small", "medium")]
+        return bench_generation(o.program, o.no_torch, names, o.prompts, o.samples)
     print(f"{card}, bf16 product {rate:.0f} TFLOP/s\n\n| shape | program | ms a step | tok/s | GiB | share of the product rate |\n|---|---|---|---|---|---|")
     for name in o.shapes:
         for gpus in o.gpus:

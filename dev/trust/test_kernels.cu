@@ -1224,8 +1224,10 @@ static void check_decode(Config c) {
     precise worst = 0, *ref = zeros(V);
     real *logits = poison(V);
     for (int t = PROMPT_LENGTH - 1; t < T; t++) {
-        if (t == PROMPT_LENGTH - 1) backend->extend(stepwise, ids, PROMPT_LENGTH, 0, logits);
-        else backend->extend(stepwise, ids + t, 1, t, logits);
+        Next next = {0, ids[t], t};
+        const real *there = t == PROMPT_LENGTH - 1 ? backend->extend(stepwise, 0, ids, PROMPT_LENGTH, 0)
+                                                   : backend->extend_each(stepwise, &next, 1);
+        memcpy(logits, there, sizeof(real) * (size_t)V);
         for (int n = 0; n < V; n++) ref[n] = (double)whole->acts.logits[t * V + n];
         worst_of(&worst, error_of(logits, ref, V, 0));
     }

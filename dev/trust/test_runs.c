@@ -515,6 +515,48 @@ static void check_prompt_file(void) {
     check(ok && !strncmp((char *)output, "3 14\n15\n ", 9), "token ids from a file, on several lines");
 }
 
+// Texts of several prompts, of which a GPU makes many together, against each prompt's own.
+static void check_company(const char *options) {
+    static const char *const prompts[] = {"--prompt abc", "--prompt ab~cd", "", "--prompt abc",
+                                          "--prompt efg~hij~abc~a"};
+    static const char lines[] = "abc\nab cd\r\n\nabc\nefg hij abc a";
+    static const char load[] = "--load g.safetensors --generate 40 --temperature 2 --samples 3";
+    size_t n = 0;
+    int ok = 1;
+    spill("prompt", lines, strlen(lines));
+    char *each = (char *)lend(1 << 14);
+    for (int i = 0; i < 5 && ok; i++) {
+        ok = !run("%s %s %s", load, options, prompts[i]) && n + output_size + 4 < 1 << 14;
+        if (i && ok) n += (size_t)sprintf(each + n, "---\n");
+        if (ok) memcpy(each + n, output, output_size);
+        if (ok) n += output_size;
+    }
+    ok = ok && !run("%s %s --prompts prompt", load, options);
+    check(ok && output_size == n && !memcmp(output, each, n), "--prompts, %s: each line's texts are those of --prompt",
+          options);
+    prepare_child = read_prompt_file;
+    ok = ok && !run("%s %s --prompts -", load, options);
+    prepare_child = NULL;
+    check(ok && output_size == n && !memcmp(output, each, n), "--prompts -, %s: standard input", options);
+}
+
+static void check_prompts(void) {
+    check_company("--window 16"); // positions run out, of each text at another token
+    check_company("--stop e");    // texts end at different tokens
+    int both = run("--load g.safetensors --generate 3 --prompts prompt --prompt a") == 2 && complained("--prompts");
+    int neither = run("--load g.safetensors --generate 3 --prompts prompt --prompt-file prompt") == 2;
+    spill("prompt", "", 0);
+    int empty = run("--load g.safetensors --generate 3 --prompts prompt") == 1 && complained("no prompt");
+    spill("prompt", "abc\nabZ\nabc\n", 12);
+    int foreign = run("--load g.safetensors --generate 3 --prompts prompt") == 2 && complained("line 2");
+    check(both && neither && empty && foreign && !output_size,
+          "no prompts, a byte that the vocabulary lacks, --prompts beside another are refused");
+    spill("prompt", "3 14\n15\n", 8);
+    check(!run("--load n.safetensors --generate 2 --prompts prompt") && !strncmp((char *)output, "3 14 ", 5) &&
+              strstr((char *)output, "---\n15 "),
+          "token ids a line");
+}
+
 static void test_generation(void) {
     heading("evaluation and generation");
     Writer w;
@@ -534,6 +576,7 @@ static void test_generation(void) {
     check_stop();
     check_many();
     check_prompt_file();
+    check_prompts();
     model_free(w.model);
     safetensors_free(&w.file);
     release();

@@ -124,7 +124,7 @@ template <typename X> static void meet_ways(const ModelGPU<X> *m, const Case *s)
     meet("generation: decoder in eights, bf16", generating && m->decodes && eights && bf16_);
     meet("generation: decoder by ones, bf16", generating && m->decodes && !eights && bf16_);
     meet("generation: decoder, float32", generating && m->decodes && !bf16_);
-    meet("generation: decoder with more heads than splits", generating && m->decodes && decode_splits(c->n_heads) == 1);
+    meet("generation: decoder with more heads than parts", generating && m->decodes && decode_shape(c, 0, 0).head_parts == 1);
     meet("generation: no decoder, mamba2", generating && !m->decodes && !direct);
     meet("generation: no decoder, too wide", generating && !m->decodes && direct);
     static const char *const names[N_MIXERS][3] = {{"sessa, fp32", "sessa, tf32", "sessa, bf16"},
@@ -362,6 +362,10 @@ template <typename X> static void check_training(const Case *s, const int *ids, 
     backend->destroy(m);
 }
 
+// The logits of what a model reads behind `first` tokens
+static void extend(const Backend *backend, Model *m, const int *ids, int n, int first, float *logits) {
+    memcpy(logits, backend->extend(m, 0, ids, n, first), sizeof(float) * (size_t)m->config.vocab_size);
+}
 // The last logits of the text by a plain model of this precision, its prompt at once and then pieces of 7.
 static int plain_text(const Case *s, Precision precision, const int *ids, int prompt, float *logits) {
     gpu.precision = precision;
@@ -369,8 +373,8 @@ static int plain_text(const Case *s, Precision precision, const int *ids, int pr
     const Backend *backend = backend_gpu();
     Model *m = make(backend, s, 1, GENERATE);
     if (m) {
-        backend->extend(m, ids, prompt, 0, logits);
-        for (int at = prompt; at < s->T; at += 7) backend->extend(m, ids + at, at_most(7, s->T - at), at, logits);
+        extend(backend, m, ids, prompt, 0, logits);
+        for (int at = prompt; at < s->T; at += 7) extend(backend, m, ids + at, at_most(7, s->T - at), at, logits);
         backend->destroy(m);
     }
     plain = 0;
@@ -404,25 +408,86 @@ template <typename X> static void check_generation(const Case *s, const int *ids
     if (!m) return;
     meet_ways((ModelGPU<X> *)m, s);
     float *pieces = (float *)malloc(sizeof(float) * (size_t)V), *whole = (float *)malloc(sizeof(float) * (size_t)V);
-    backend->extend(m, ids, prompt, 0, pieces);
+    extend(backend, m, ids, prompt, 0, pieces);
     int piece = at < T - singles, tiles = s->c.mixer == SESSA && ((ModelGPU<X> *)m)->ways.feedback[1].tiles;
-    if (piece) backend->extend(m, ids + at, T - singles - at, at, pieces);
+    if (piece) extend(backend, m, ids + at, T - singles - at, at, pieces);
     if (gpu.tiles) meet("generation: a piece in tiles, behind others", piece && tiles && at % 8 == 0);
     if (gpu.tiles) meet("generation: a piece that begins where tiles cannot", piece && tiles && at % 8 != 0);
-    for (at = T - singles; at < T; at++) backend->extend(m, ids + at, 1, at, pieces);
-    backend->extend(m, ids, T, 0, whole);
+    for (at = T - singles; at < T; at++) extend(backend, m, ids + at, 1, at, pieces);
+    extend(backend, m, ids, T, 0, whole);
     double apart = distance(pieces, whole, V, 0);
     double bound = fmax(gradient_bound(s), 4 * check_plain_text(s, ids, prompt, whole));
     hold(apart, bound, "logits, text in pieces", 1);
     if (operations(s) < 2e9) {
         Model *cpu = make(&cpu_backend, s, 1, GENERATE);
-        model_extend(cpu, ids, T, 0, pieces);
+        extend(&cpu_backend, cpu, ids, T, 0, pieces);
         hold(distance(whole, pieces, V, 0), bound, "logits, CPU", 1);
         model_free(cpu);
     }
     free(pieces);
     free(whole);
     backend->destroy(m);
+}
+
+// Token i of text `number`, of which ids give T
+static int token_of(const Case *s, const int *ids, int number, int i) { return ids[(i * (number + 1) + number) % s->T]; }
+
+// Sequences in company, of which some are missing at times and whose first ones are copies, against each alone:
+// the same bits.
+template <typename X> static void check_company(const Case *s, const int *ids) {
+    enum { STEPS = 3, MOST = 70 };
+    const Backend *backend = backend_gpu();
+    int T = s->T, V = s->c.vocab_size, N = T > STEPS ? between(0, 1) ? between(2, 8) : between(9, MOST) : 1;
+    Model *m = N > 1 ? make(backend, s, N, GENERATE) : NULL;
+    if (!m) return;
+    N = m->B; // 1 where the decoder cannot
+    int copies = between(0, N - 1), *first = (int *)malloc(sizeof(int) * N), *text = (int *)malloc(sizeof(int) * T);
+    Next *next = (Next *)malloc(sizeof(Next) * N);
+    float *logits = (float *)malloc(sizeof(float) * (size_t)N * STEPS * (size_t)V);
+    memset(logits, 0, sizeof(float) * (size_t)N * STEPS * (size_t)V);
+    auto number = [&](int n) { return n <= copies ? 0 : n; }; // of its text
+    for (int n = 0; n < N; n++) {
+        first[n] = n && n <= copies ? first[0] : log_between(1, T - STEPS);
+        for (int i = 0; i < first[n]; i++) text[i] = token_of(s, ids, number(n), i);
+        if (n == 0 || n > copies) backend->extend(m, n, text, first[n], 0);
+        if (n == 0 && copies) backend->copy(m, 0, copies, first[0]);
+    }
+    for (int step = 0; step < STEPS; step++) {
+        int there = 0, turn = between(0, N - 1);
+        for (int i = 0; i < N; i++) {
+            int n = (i + turn) % N, at = first[n] + step;
+            if (n % 7 != 3 || step < 1) next[there++] = {n, token_of(s, ids, number(n), at), at};
+        }
+        const float *own = backend->extend_each(m, next, there);
+        for (int i = 0; i < there; i++)
+            memcpy(logits + ((size_t)next[i].sequence * STEPS + step) * V, own + (size_t)i * V, sizeof(float) * V);
+    }
+    backend->destroy(m);
+    Model *alone = make(backend, s, 1, GENERATE);
+    int apart = 0;
+    for (int n = 0; n < N && alone; n++) {
+        for (int i = 0; i < first[n]; i++) text[i] = token_of(s, ids, number(n), i);
+        backend->extend(alone, 0, text, first[n], 0);
+        for (int step = 0; step < (n % 7 != 3 ? STEPS : 1); step++) {
+            Next one = {0, token_of(s, ids, number(n), first[n] + step), first[n] + step};
+            const float *own = backend->extend_each(alone, &one, 1);
+            apart += memcmp(own, logits + ((size_t)n * STEPS + step) * V, sizeof(float) * (size_t)V) != 0;
+        }
+    }
+    if (apart) fails("%d of %d logits of a sequence change with its company of %d, %d copies", apart, N * STEPS, N,
+                     copies);
+    if (alone) backend->destroy(alone);
+    int bf16_ = sizeof(X) == 2, wide_ = s->c.d_model % 8 == 0;
+    meet("generation: 2 to 4 together", N >= 2 && N <= 4);
+    meet("generation: 5 to 8 together, bf16 in eights", N > 4 && N <= 8 && bf16_ && wide_);
+    meet("generation: more than 8 together, bf16 in eights", N > 8 && bf16_ && wide_);
+    meet("generation: more than 4 together, rows not in eights", N > 4 && !wide_);
+    meet("generation: more than 4 together in float32", N > 4 && !bf16_);
+    meet("generation: copies of a sequence", N > 1 && copies);
+    free(first);
+    free(text);
+    free(next);
+    free(logits);
 }
 
 static void check_shape(const Case *s) {
@@ -448,9 +513,10 @@ static void check_shape(const Case *s) {
         if (m || !error[0] || strstr(error, "GiB")) fails("made, or refused without the reason: '%s'", error);
         if (m) backend_gpu()->destroy(m);
         meet("refused: past a launch's limits", 1);
-    } else if (s->mode == GENERATE)
+    } else if (s->mode == GENERATE) {
         (s->precision == BF16 ? check_generation<bf16> : check_generation<float>)(s, ids);
-    else (s->precision == BF16 ? check_training<bf16> : check_training<float>)(s, ids, targets);
+        (s->precision == BF16 ? check_company<bf16> : check_company<float>)(s, ids);
+    } else (s->precision == BF16 ? check_training<bf16> : check_training<float>)(s, ids, targets);
     gpu.clusters = clusters;
     if (n_broken > broken_before) fails("%d guard bands written to", n_broken - broken_before);
     free(ids);

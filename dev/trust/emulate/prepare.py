@@ -53,7 +53,7 @@ def with_bounds(text):
         open_ = at + len(word) - 1
         end = closing(text, open_)
         most = text[open_ + 1:end - 1]
-        most = most.rsplit(",", 1)[0] if re.search(r",\s*\d+\s*$", most) else most
+        most = most.rsplit(",", 1)[0] if re.search(r",\s*\w+\s*$", most) else most
         parameters = text.index("(", end)
         body = text.index("{", closing(text, parameters)) + 1
         lines = "\n" * text[at:end].count("\n") # of the head: those behind it stay where they are
