@@ -127,13 +127,18 @@ test_sessacu: test_sessa.c dev/trust/check.h $(TWIN)
 test_kernels: dev/trust/test_kernels.cu dev/trust/check.h dev/trust/guard.cuh $(TWIN)
 	$(NVCC) $(NVCCFLAGS) $< -o $@ -lcublasLt
 
+# the same, but now and then a warp comes late to a barrier: what holds only among quick ones stands still
+test_late: dev/trust/test_kernels.cu dev/trust/check.h dev/trust/guard.cuh $(TWIN)
+	$(NVCC) $(NVCCFLAGS) -DLATE_WARPS $< -o $@ -lcublasLt
+
 # random shapes, and the branches that they meet: ./test_shapes SEED FIRST COUNT
 test_shapes: dev/trust/test_shapes.cu dev/trust/guard.cuh $(TWIN)
 	$(NVCC) $(NVCCFLAGS) $< -o $@ -lcublasLt
 
-testcu: test_sessacu test_kernels test_shapes test_runs $(RANKS) train_sessacu
+testcu: test_sessacu test_kernels test_late test_shapes test_runs $(RANKS) train_sessacu
 	./test_sessacu
 	./test_kernels
+	timeout -k 5 300 ./test_late tiles
 	./test_runs ./test_sessacu
 	$(if $(RANKS),./test_ranks ./test_sessacu shared)
 	./test_shapes 1 0 300
@@ -174,7 +179,7 @@ emulated_shapes: emulated/test_shapes
 emulated_itself: emulated/test_emulate
 	emulated/test_emulate
 emulated_ranks: emulated/test_sessacu test_ranks
-	EMULATE_DEVICES=4 $(EMULATED_RUN) ./test_ranks emulated/test_sessacu nccl
+	EMULATE_DEVICES=4 $(EMULATED_RUN) ./test_ranks emulated/test_sessacu nccl short
 
 # ARGS: options of train_sessa. Without any, a run of the same settings and data is made again and replaces the
 # one that is there; with some, nothing is replaced unless they say --overwrite. What they name as --out or
@@ -206,5 +211,5 @@ test: test_sessa64 test_sessa test_runs64 test_runs test_files $(RANKS) train_se
 
 clean:
 	rm -f train_sessa test_sessa test_sessa64 test_runs test_runs64 test_files test_ranks influence sessa.html
-	rm -f train_sessacu test_sessacu test_kernels test_shapes
+	rm -f train_sessacu test_sessacu test_kernels test_late test_shapes
 	rm -rf emulated

@@ -716,6 +716,7 @@ typedef struct {
     int *inputs, *targets;      // (B,T), kept for the backward pass
     int batch_B, batch_T;       // of the last forward pass
     Dropout drop;               // of the last forward pass
+    int loss_alone;             // no backward pass follows the forward passes: nothing is made for it alone
     int P;                      // panel height of the fast attention and feedback, 0: chosen by shape
 } Model;
 
@@ -6262,7 +6263,9 @@ static double evaluate_windows(Run *run, Tally *tally, int64_t first, int B) {
         int64_t at = run->val_begin + (first + b) * (examples ? 1 : T);
         copy_sequence(run->inputs + b * T, run->targets + b * T, set, at, T);
     }
+    run->model->loss_alone = 1;
     run->backend->forward(run->model, run->inputs, run->targets, B, T, no_dropout);
+    run->model->loss_alone = 0;
     double sum = run->backend->loss(run->model);
     if (examples) run->backend->hits(run->model, run->hits);
     const int32_t *lags = set->lags ? set->lags + (run->val_begin + first) * T : NULL;

@@ -157,7 +157,7 @@ static void unguard(const void *, size_t) {}
 
 // What may go beside something else, and what is recorded as one: the schedule's words, see there.
 typedef enum { DIRECT_READ, W_O_GRADIENT, W_OUT_GRADIENT, W_IN_GRADIENT, LATE_UPDATE, N_BRANCHES } Branch;
-typedef enum { FORWARD_EARLY, FORWARD_LATE, BACKWARD, BACKWARD_ADDS, ONE_TOKEN } Pass;
+typedef enum { FORWARD_EARLY, FORWARD_LATE, FORWARD_LOSS, BACKWARD, BACKWARD_ADDS, ONE_TOKEN } Pass;
 
 // What only speed needs stands in dev/cuda, and each of its files is included where the layer stands that
 // it makes fast. -DSESSA_PLAIN leaves them out: then `plain` is always on, and launches go one behind the
@@ -187,6 +187,7 @@ template <typename X> struct ModelGPU;
 static int gpu_of_rank(int) { return 0; }
 static int processors_of_exchange(void) { return 0; }
 static int sharers(Mode) { return 0; }
+static int64_t least_range(void) { return 0; }
 static void wait_for_gpu(cudaEvent_t event) { CUDA(cudaEventSynchronize(event)); }
 template <typename X> static int64_t exchange_room(const ModelGPU<X> *) { return 0; }
 template <typename X> static Model *share_out(ModelGPU<X> *, char *) { return NULL; }
@@ -1634,7 +1635,9 @@ template <typename X> struct ModelGPU {
     int ranks;
     int64_t held;
     const int *units;
-    int64_t *begins;                             // (L+2) where ranges begin: the embedding, each layer; the end
+    // the block's ranges (dev/ranks/gpus.cuh): where they begin, and the end; of each layer, in which it is
+    int64_t *begins;                             // (n_ranges+1)
+    int n_ranges, *ranges;                       // (L)
     cudaEvent_t *layer_there;                    // its gradients; with ranks
     float *received;                             // exchange_room
     float *params, *exp_avg, *exp_avg_sq, *grads; // in the order of Block
@@ -1656,7 +1659,7 @@ template <typename X> struct ModelGPU {
     cudaEvent_t loss_there, lists_there, norm_there;
     int *host_lists, *starts;                    // of sort_tokens: page-locked; (V+1)
     ColumnSums sums;
-    int dlogits_ready, decodes;
+    int trains, dlogits_ready, decodes; // ready: the last forward pass left dlogits in place of the logits
     Ways ways;
     Recordings recordings;
 };
@@ -1979,7 +1982,7 @@ template <typename X> static void model_free_gpu(Model *model) {
     void *blocks[] = {m->weights.layers, m->grad.layers, m->acts.layers, m->host.table.rows,
                       m->x_table.rows, m->f_table.rows, m->host.params,
                       m->host.grads, m->host.exp_avg, m->host.exp_avg_sq, m->host.table.places, m->starts,
-                      m->begins, m};
+                      m->begins, m->ranges, m};
     for (size_t i = 0; i < sizeof(blocks) / sizeof(blocks[0]); i++) free(blocks[i]);
 }
 
@@ -2073,7 +2076,7 @@ template <typename X> static Model *create_whole_gpu(const Config *c, int B, int
     m->host.config = *c;
     m->host.B = B;
     m->host.T = T;
-    m->dlogits_ready = mode == TRAIN;
+    m->trains = mode == TRAIN;
     int64_t pairs = (int64_t)T * (d / 2);
     real *tables = (real *)allocate(2 * pairs, sizeof(real), &whole); // cosine and sine
     for (Weights *w : {&m->weights, &m->grad})
@@ -2081,7 +2084,8 @@ template <typename X> static Model *create_whole_gpu(const Config *c, int B, int
     m->acts.layers = (LayerActivationsGPU<X> *)allocate(c->n_layers, sizeof(LayerActivationsGPU<X>), &whole);
     m->starts = (int *)allocate((int64_t)c->vocab_size + 1, sizeof(int), &whole);
     if (whole) carve_weights(&m->weights, &m->host.table, NULL, c);
-    int64_t *begin = m->begins = (int64_t *)allocate(c->n_layers + 2, sizeof(int64_t), &whole);
+    m->begins = (int64_t *)allocate(c->n_layers + 2, sizeof(int64_t), &whole);
+    m->ranges = (int *)allocate(c->n_layers, sizeof(int), &whole);
     int64_t *places = m->host.table.places = (int64_t *)allocate(m->host.table.n, sizeof(int64_t), &whole);
     if (!whole || m->host.table.incomplete) {
         fail(error, NULL, "out of memory");
@@ -2089,20 +2093,24 @@ template <typename X> static Model *create_whole_gpu(const Config *c, int B, int
         model_free_gpu<X>(&m->host);
         return NULL;
     }
-    for (int i = 0; i < m->host.table.n; i++) { // the projections stay together: they are one product
+    m->n_ranges = 1;
+    for (int i = 0, l = 0; i < m->host.table.n; i++) { // the projections stay together: they are one product
         const Tensor *row = &m->host.table.rows[i];
         int follows =
             strstr(row->name, ".k_proj.") || strstr(row->name, ".v_proj.") || strstr(row->name, ".proj_fb.");
-        int begins = strstr(row->name, ".ln.weight") != NULL; // a range, of which each rank has as many units
+        int begins_layer = strstr(row->name, ".ln.weight") != NULL;
+        // a range, of which each rank has as many units; late layers have their own
+        int begins = begins_layer && (l == early_layers(c) || m->count - m->begins[m->n_ranges - 1] >= least_range());
         if (!follows) m->count = round_up(m->count, begins && m->ranks ? 64 * m->ranks : 64);
-        if (begins) *++begin = m->count;
+        if (begins) m->begins[m->n_ranges++] = m->count;
+        if (begins_layer) m->ranges[l++] = m->n_ranges - 1;
         places[i] = m->count;
         // wte: rows more, of zeros that stay zeros
         m->count += i ? row->count : round_up(c->vocab_size, 8) * c->d_model;
     }
     m->count = round_up(m->count, m->ranks ? 64 * m->ranks : 64);
     m->held = m->ranks ? m->count / m->ranks : m->count;
-    *++begin = m->count;
+    m->begins[m->n_ranges] = m->count;
     double needed = INFINITY;
     size_t present = 0, all = 0;
     CUDA(cudaMemGetInfo(&present, &all));
@@ -2262,10 +2270,11 @@ static void model_forward_gpu(Model *model, const int *inputs, const int *target
     m->host.batch_B = B;
     m->host.batch_T = T;
     m->host.drop = drop;
+    m->dlogits_ready = m->trains && !model->loss_alone;
     replay(m, FORWARD_EARLY, B, T, drop.probability,
            [&] { hidden_forward_gpu(m, m->inputs->ids, B, T, 0, drop.probability, 0, early, stream); });
     join(LATE_UPDATE);
-    replay(m, FORWARD_LATE, B, T, drop.probability, [&] {
+    replay(m, m->dlogits_ready ? FORWARD_LATE : FORWARD_LOSS, B, T, drop.probability, [&] {
         hidden_forward_gpu(m, (const int *)NULL, B, T, 0, drop.probability, early, m->host.config.n_layers,
                            stream);
         linear_forward_gpu(acts->logits, (int)acts->ld_logits, acts->ln_f, as_x(m, m->weights.wte),
@@ -2330,14 +2339,11 @@ static void layer_backward_gpu(ModelGPU<X> *m, int l, int B, int T, Mask mask, M
 template <typename X>
 static void backward_launches_gpu(ModelGPU<X> *m, int B, int T, double dropout, cudaStream_t stream) {
     const Config *c = &m->host.config;
-    int D = c->d_model, V = c->vocab_size, N = B * T, last = c->n_layers - 1, ld = (int)m->acts.ld_logits;
+    int D = c->d_model, N = B * T, last = c->n_layers - 1, ld = (int)m->acts.ld_logits;
     ActivationsGPU<X> *acts = &m->acts;
     const Weights *w = &m->weights, *dw = &m->grad;
-    const int *targets = m->inputs->ids + N;
     X *dlogits = acts->logits, *dln_f = acts->ds;
     auto mask = [&](int place) { return mask_of(&m->inputs->draw, dropout, place); };
-    if (!m->dlogits_ready)
-        crossentropy_gpu(acts->losses, acts->hits, dlogits, acts->logits, ld, targets, N, V, stream);
     linear_backward_gpu(dln_f, dw->wte, dlogits, ld, acts->ln_f, as_x(m, w->wte), N, D, ld, m->sums.add,
                         stream, m->inputs->scale);
     residual_layernorm_backward_gpu(acts->residual, dw->ln_f_weight, dw->ln_f_bias, acts->dbranch,
@@ -2355,6 +2361,11 @@ template <typename X> static void model_backward_gpu(Model *model, double dloss,
     Inputs *host = m->host_inputs, *device = m->inputs;
     float scale = (float)dloss;
     each(1, 1, 0, stream, [=] __device__ (auto, int, int) { device->scale[0] = scale; });
+    X *logits = m->acts.logits;
+    if (!m->dlogits_ready) // not recorded: whether they are depends on the forward pass
+        crossentropy_gpu(m->acts.losses, m->acts.hits, logits, logits, m->acts.ld_logits, device->ids + N, N, V,
+                         stream);
+    m->dlogits_ready = 1;
     replay(m, m->sums.add ? BACKWARD_ADDS : BACKWARD, B, T, m->host.drop.probability,
            [&] { backward_launches_gpu(m, B, T, m->host.drop.probability, stream); });
     if (last) exchange_layers(m);
@@ -2403,7 +2414,7 @@ __global__ void adamw_kernel(float *w, const float *g, float *exp_avg, float *ex
 template <typename X> static double model_update_gpu(Model *model, AdamW o, double clip, int64_t step) {
     ModelGPU<X> *m = of<X>(model);
     double *norm = m->norm; // the next batch's inputs are on their way while late layers read it
-    int ranks = m->ranks, early_end = 1 + early_layers(&m->host.config), end = 1 + m->host.config.n_layers;
+    int ranks = m->ranks, early_end = m->ranges[early_layers(&m->host.config)];
     join(LATE_UPDATE);
     exchange_squares(m);
     if (!ranks) sum_gpu<1>(norm, m->grads, m->units, m->held, gpu.stream);
@@ -2427,7 +2438,7 @@ template <typename X> static double model_update_gpu(Model *model, AdamW o, doub
     cudaStream_t late = beside(LATE_UPDATE);
     adamw(early, m->held, late);
     exchange_weights(m, 0, early_end, gpu.stream);
-    exchange_weights(m, early_end, end, late);
+    exchange_weights(m, early_end, m->n_ranges, late);
     wait_for_gpu(m->norm_there);
     if (isfinite(m->host_sum[1])) m->sums.add = 0;
     return sqrt(m->host_sum[1]);

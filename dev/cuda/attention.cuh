@@ -162,7 +162,9 @@ __global__ void __launch_bounds__(GROUP *(ForwardShared<DH>::GROUPS + 1), 1)
         read(last);
         products_wait<0>();
         done_with(last);
-        for (int tile = seen; tile < tiles; tile++) // for the other groups
+        // Tiles for the other groups. Who gives a slot back waits for it, and no other thread: a warp that comes
+        // late, when the next round has arrived there, would wait for the one after that, and this for the warp.
+        for (int tile = seen; tile < tiles && threadIdx.x % GROUP == 0; tile++)
             for (int value = 0; value < 2; value++) {
                 int item = !value ? 2 * tile - 1 : tile == tiles - 1 ? 2 * tiles - 1 : 2 * tile + 2;
                 barrier_wait(&s->full[(begun + item) % SLOTS], (begun + item) / SLOTS);

@@ -53,11 +53,13 @@ typedef struct {
     // where each part's numbers end, in this order; behind them a band in a build for tests
     int64_t ends[N_PARTS];
 } Panels;
-// Wide tiles (hopper.cuh) where there are enough for most of the 132 multiprocessors. Of their widths dq' and
-// dk' take the one with which they are done first: the longest sum has one multiprocessor, or all sums,
-// half as long where the panel is the whole, have all.
+// Wide tiles (hopper.cuh) where there are enough for most of the 132 multiprocessors, and sequences so long
+// that little of them lies above the diagonal (measured: of 256 tokens a step is 0.5 % slower). Of their widths
+// dq' and dk' take the one with which they are done first: the longest sum has one multiprocessor, or all
+// sums, half as long where the panel is the whole, have all.
 static void feedback_wide_tiles(Panels *p, int D) {
-    enum { MOST = 132, ENOUGH = 96 };
+    enum { MOST = 132, ENOUGH = 96, SHORT = 512 };
+    if (p->T <= SHORT) return;
     int64_t logits = 0, rows = (p->rows + BLOCK - 1) / BLOCK;
     for (int64_t m0 = 0; m0 < p->rows; m0 += BLOCK) logits += (p->T - p->rows + m0 + BLOCK + 255) / 256;
     p->wide_logits = p->B * logits >= ENOUGH ? 256 : 0;
@@ -175,22 +177,33 @@ struct LogitExp {
 };
 template <> constexpr int sums_rows<LogitExp> = 1;
 template <> constexpr int by_twos<LogitExp> = 1;
-// A thread takes a row, in the order of its tiles.
-__global__ static void feedback_stats_kernel(float2 *stats, int64_t stats_step, const float2 *partial,
-                                             int *flags, int again, int r0, int n, int R, int tiles) {
+// A block takes 128 rows; of a row's tiles thread number `part` takes each STATS_PARTS-th, and the first adds
+// up, part after part. Up to 1024 tokens that is the order of the tiles.
+enum { STATS_PARTS = 8 };
+__global__ static void __launch_bounds__(STATS_PARTS * BLOCK)
+    feedback_stats_kernel(float2 *stats, int64_t stats_step, const float2 *partial, int *flags, int again,
+                          int r0, int n, int R, int tiles) {
+    __shared__ float2 parts[STATS_PARTS][BLOCK];
     wait_for_results();
-    int r = blockIdx.x * BLOCK + threadIdx.x, far = 0, *flag = flags + blockIdx.y * gridDim.x + blockIdx.x;
+    int own = threadIdx.x % BLOCK, part = threadIdx.x / BLOCK, r = blockIdx.x * BLOCK + own, far = 0,
+        *flag = flags + blockIdx.y * gridDim.x + blockIdx.x;
     if (again && !*flag) return;
-    if (r < n) {
-        float top = -INFINITY, z = 0;
-        partial += (int64_t)blockIdx.y * tiles * R + r;
-        stats += blockIdx.y * stats_step + r;
-#pragma unroll 4
-        for (int tile = 0; tile * BLOCK < r0 + r; tile++) {
-            float2 sums = partial[(int64_t)tile * R];
-            top = fmaxf(top, sums.x);
-            z += sums.y;
+    float top = -INFINITY, z = 0;
+    partial += (int64_t)blockIdx.y * tiles * R + r;
+#pragma unroll 8
+    for (int tile = part; r < n && tile * BLOCK < r0 + r; tile += STATS_PARTS) {
+        float2 sums = partial[(int64_t)tile * R];
+        top = fmaxf(top, sums.x);
+        z += sums.y;
+    }
+    parts[part][own] = make_float2(top, z);
+    __syncthreads();
+    if (part == 0 && r < n) {
+        for (int other = 1; other < (int)blockDim.x / BLOCK; other++) {
+            top = fmaxf(top, parts[other][own].x);
+            z += parts[other][own].y;
         }
+        stats += blockIdx.y * stats_step + r;
         far = !again && r0 + r > 0 && fabsf(top) > 58;
         *stats = make_float2(again ? stats->x : far ? top : 0, z > 0 ? 1 / z : z); // NaN stays NaN
     }
@@ -386,8 +399,8 @@ static void feedback_panel(float *weights, float *scratch, const Panels *p, floa
                 product_wide<0, 0, OUT_LOWER, 256>(f, q_rows, k_rows, n, width, D, r0, B, stream);
             else product_tiles<0, 0, OUT_LOWER, BLOCK>(f, q_rows, k_rows, n, width, D, r0, 1, B, stream);
             if (!known)
-                LAUNCH(feedback_stats_kernel, dim3(blocks, B), BLOCK, 0, stream, known_stats, rows, partial,
-                       flags, again, r0, n, f.R, tiles);
+                LAUNCH(feedback_stats_kernel, dim3(blocks, B), min_int(tiles, STATS_PARTS) * BLOCK, 0, stream,
+                       known_stats, rows, partial, flags, again, r0, n, f.R, tiles);
         }
     }
     if (!p->tiles) {
@@ -590,7 +603,7 @@ __global__ void __launch_bounds__(3 * GROUP, 1)
         release(item - 1);
     };
     auto pass = [&](int items) { // of the other group alone
-        for (; items > 0; items--, item++) { arrived(item); release(item); }
+        for (; items > 0; items--, item++) { arrived(item); __syncwarp(); release(item); }
     };
     auto put = [&](int part, int half, int n, uint32_t two) {
         int r = own_row + half * 8;

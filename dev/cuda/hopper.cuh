@@ -87,8 +87,15 @@ __device__ static inline void barrier_expect(uint64_t *barrier, int bytes) {
                  : "r"(shared_at(barrier)), "r"(bytes)
                  : "memory");
 }
-// Waits until round number `round` (0, 1, ...) of arrivals is complete; no round may be two behind.
+// Waits until round number `round` (0, 1, ...) of arrivals is complete; no round may be two behind. So the next
+// one may not complete before every thread that waits for this one has seen it: who lets others go on arrives
+// after all for whom it arrives.
 __device__ static inline void barrier_wait(uint64_t *barrier, int round) {
+#ifdef LATE_WARPS // a build for tests: one wait in 64 begins some 20 microseconds late
+    uint32_t now;
+    asm volatile("mov.u32 %0, %%clock;" : "=r"(now));
+    if ((now + threadIdx.x / 32 * 7919) * 2654435761u >> 26 == 0) __nanosleep(20000);
+#endif
     asm volatile("{\n.reg .pred done;\nagain:\n"
                  "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}"
                  : : "r"(shared_at(barrier)), "r"(round & 1) : "memory");
@@ -299,7 +306,7 @@ static Part<X> part_of(const X *at, int64_t ld, int64_t step, int rows, int cols
 }
 // A product of such sums goes along K up to three times: A·B, then A_lo·B, then A·B_lo. What is left out is
 // 2^-18 of the whole.
-__device__ static inline int part_turns(PartPlace a, PartPlace b) { return 1 + (a.lo > 0) + (b.lo > 0); }
+__host__ __device__ static inline int part_turns(PartPlace a, PartPlace b) { return 1 + (a.lo > 0) + (b.lo > 0); }
 __device__ static inline int part_of_A(PartPlace a, int turn) { return turn == 1 ? a.lo : 0; }
 __device__ static inline int part_of_B(PartPlace a, PartPlace b, int turn) {
     return turn == 1 + (a.lo > 0) ? b.lo : 0;
@@ -687,10 +694,11 @@ static void product_tiles(F f, Part<bf16> a, Part<bf16> b, int M, int N, int K, 
     LAUNCH_AS(0, ahead, kernel, blocks, threads, bytes, stream, a_map, b_map, a.place, b.place, f, M, N, K,
               shift, items);
 }
-// K > 0
+// K > 0; of one item, and of operands that are one bf16 number each
 template <int A_COLUMNS, int B_COLUMNS, int SHAPE, int BN, typename F>
 static void product_wide(F f, Part<bf16> a, Part<bf16> b, int M, int N, int K, int shift, int B,
                          cudaStream_t stream) {
+    must_fit(part_turns(a.place, b.place), 1, "turns of a product in wide tiles");
     MatrixGPU<bf16> place = f.place();
     CUtensorMap a_map = tile_map(a.at, a.cols, 1, a.rows, a.ld, a.step, B, A_COLUMNS ? ATOM : 128),
         b_map = tile_map(b.at, b.cols, 1, b.rows, b.ld, b.step, B, B_COLUMNS ? ATOM : BN),

@@ -9,9 +9,10 @@ the model; where the ranks come from stands in ranks.h, how they exchange in ncc
     wait_for_gpu                           no longer than --timeout
     run_gpus                               the program, in as many processes as it is told
 
-A range is the embedding, or a layer; in the device's block it is padded to whole units of 64 numbers a rank, and
-rank r has the r-th part of each. Everything between ranks goes in one stream, gpu.exchange, in the same order on
-all of them, and nothing of it into a recording.
+A range is what goes at once: from the embedding on, as many layers as make 8 MiB; the layers whose new weights are
+given late begin another. In the device's block it is padded to whole units of 64 numbers a rank, and rank r has
+the r-th part of each. Everything between ranks goes in one stream, gpu.exchange, in the same order on all of them,
+and nothing of it into a recording.
 */
 
 // One way to exchange. All of it goes in gpu.exchange, all ranks call it, in the same order.
@@ -94,14 +95,20 @@ static const Exchange through_memory = {through_memory_prepare, through_memory_o
 // what the twin asks
 
 static int gpu_of_rank(int devices) { return job.local % devices; }
-static int processors_of_exchange(void) { return exchange_by && job.ranks > 1 ? exchange_by->processors() : 0; }
+static int processors_of_exchange(void) { return exchange_by && job.ranks ? exchange_by->processors() : 0; }
 
 // How many ranks share a model of this mode; 0: it is this one's alone.
 static int sharers(Mode mode) { return mode == TRAIN && exchange_by ? job.ranks : 0; }
 
+// Numbers that a range has at least. 8 MiB take NCCL's 8 channels 45 µs, a message 10 to 20.
+static int64_t least_range(void) {
+    int least = number_from("SESSA_TEST_RANGE"); // for tests
+    return least > 0 ? least : 2 << 20;
+}
+
 // Waits for the device, whose work may wait for other ranks.
 static void wait_for_gpu(cudaEvent_t event) {
-    if (job.ranks < 2) return CUDA(cudaEventSynchronize(event));
+    if (!job.ranks) return CUDA(cudaEventSynchronize(event));
     double last = seconds(), waited = 0;
     for (;;) {
         cudaError_t code = cudaEventQuery(event);
@@ -119,7 +126,7 @@ static void wait_for_gpu(cudaEvent_t event) {
 // For all that gpu.stream was given, where others take part in it.
 static void wait_for_others(void) {
     static cudaEvent_t so_far;
-    if (job.ranks < 2) return;
+    if (!job.ranks) return;
     if (!so_far) CUDA(cudaEventCreateWithFlags(&so_far, cudaEventDisableTiming));
     CUDA(cudaEventRecord(so_far, gpu.stream));
     wait_for_gpu(so_far);
@@ -129,7 +136,7 @@ static void wait_for_others(void) {
 // free by then.
 template <typename X> static int64_t exchange_room(const ModelGPU<X> *m) {
     int64_t most = 0, logits = (int64_t)m->host.B * m->host.T * round_up(m->host.config.vocab_size, 8);
-    for (int range = 0; m->ranks && range <= m->host.config.n_layers; range++) {
+    for (int range = 0; m->ranks && range < m->n_ranges; range++) {
         int64_t share = (m->begins[range + 1] - m->begins[range]) / m->ranks;
         if (share > most) most = share;
     }
@@ -145,10 +152,10 @@ template <typename X> static int divide_gpu(ModelGPU<X> *m) {
     int L = m->host.config.n_layers;
     Table ranges;
     memset(&ranges, 0, sizeof(ranges));
-    for (int range = 0; range <= L; range++)
+    for (int range = 0; range < m->n_ranges; range++)
         add_tensor(&ranges, NULL, range - 1, range ? "all" : "wte.weight", 1,
                    m->begins[range + 1] - m->begins[range], 1, 1);
-    int failed = ranges.incomplete || divide(&division, &ranges, L, job.ranks, 64);
+    int failed = ranges.incomplete || divide(&division, &ranges, m->n_ranges - 1, job.ranks, 64);
     free(ranges.rows);
     int *units = (int *)malloc(sizeof(int) * (size_t)(m->held / 64));
     m->layer_there = (cudaEvent_t *)calloc((size_t)L, sizeof(cudaEvent_t));
@@ -220,13 +227,15 @@ template <typename X> static void layer_is_behind(ModelGPU<X> *m, int l) {
     if (recorded == cudaStreamCaptureStatusNone) CUDA(cudaEventRecord(m->layer_there[l], stream));
     else CUDA(cudaEventRecordWithFlags(m->layer_there[l], stream, cudaEventRecordExternal));
 }
-// From the last layer to the first, as soon as each is there.
+// From the last range to the first but one, as soon as the layers of each are there.
 template <typename X> static void exchange_layers(ModelGPU<X> *m) {
-    for (int l = m->host.config.n_layers - 1; m->ranks && l >= 0; l--) {
+    for (int l = m->host.config.n_layers - 1; m->ranks && l >= 0 && m->ranges[l]; l--) {
+        int is_first = !l || m->ranges[l - 1] < m->ranges[l];
         CUDA(cudaStreamWaitEvent(gpu.exchange, m->layer_there[l], 0));
-        exchange_by->reduce(m->grads, 1 + l, room_of_exchange(m));
+        if (is_first) exchange_by->reduce(m->grads, m->ranges[l], room_of_exchange(m));
     }
 }
+// And the layers of its range.
 template <typename X> static void exchange_embedding(ModelGPU<X> *m) {
     if (!m->ranks) return;
     follow(gpu.exchange, gpu.stream);
@@ -280,16 +289,18 @@ template <typename X> static void take_moments(ModelGPU<X> *m, float *share) { c
 static const Backend *of_one_gpu;
 static Backend of_a_rank(void) { return *of_one_gpu; }
 
-// SESSA_TEST_EXCHANGE, for tests: "shared", ranks share a card; "nccl", one rank sends to itself.
+// SESSA_TEST_EXCHANGE, for tests: "shared", ranks share a card; "nccl", the one rank that there is exchanges, and
+// what is its own stays; "itself", it sends all of it to itself.
 static int run_gpus(int argc, char **argv, const Backend *backend) {
     const char *test = getenv("SESSA_TEST_EXCHANGE");
     of_one_gpu = backend;
     if (test && !strcmp(test, "shared")) exchange_by = &through_memory;
 #ifdef SESSA_NCCL
     else exchange_by = &through_nccl;
-    if (test && !strcmp(test, "nccl")) {
+    nccl.to_itself = test && !strcmp(test, "itself");
+    if (test && (nccl.to_itself || !strcmp(test, "nccl"))) {
         char error[ERROR_SIZE];
-        job.ranks = nccl.to_itself = 1;
+        job.ranks = 1;
         job.timeout = job.patience = 600;
         if (!job_allocate(&job, backend->name, error)) {
             number_hosts();

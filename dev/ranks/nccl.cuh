@@ -24,7 +24,7 @@ static struct {
     NCCL_FUNCTIONS(FUNCTION)
 #undef FUNCTION
     ncclComm_t all;
-    int to_itself;          // a test's one rank sends to itself what it would add
+    int to_itself;           // a test's one rank sends to itself what is its own
     int *members, n, mine;   // (n) the ranks of this machine, this one's number among them
     int *porters;            // (ranks) of each rank's share on this machine
     int *carried, n_carried; // shares that this rank adds up for its machine, its own among them
@@ -166,12 +166,15 @@ static void nccl_look(void) {
     if (problem != ncclInProgress) nccl_check(problem, "the exchange", __LINE__);
 }
 
+// Whether a machine's ranks add up at all. Of one rank alone the gradients are the machine's sums, where they are.
+static int nccl_adds(void) { return nccl.n > 1 || nccl.to_itself; }
+
 // The room for reduce, in shares: what each member has of each share that this rank carries; the machine's sums of
 // these; and the machines' sums of its own.
 static int64_t nccl_room(int64_t share) {
     if (nccl_plan()) stop_program("out of memory");
-    int64_t parts = (int64_t)nccl.n_carried * nccl.n;
-    return share * (job.n_hosts > 1 ? parts + nccl.n_carried + job.n_hosts : parts);
+    int several = job.n_hosts > 1, of_members = nccl_adds() ? nccl.n + several : 0;
+    return share * ((int64_t)nccl.n_carried * of_members + (several ? job.n_hosts : 0));
 }
 
 // out = x_0 + x_1 + ... + x_n-1, in this order. x_r (share) is the r-th of parts, x_mine is own. out may be own.
@@ -186,14 +189,16 @@ static void add_ranks_gpu(float *out, const float *own, const float *parts, int 
     });
 }
 
-// Each machine's sums of its ranks, at their porters; then the machines' sums, at the ranks whose they are.
-static void nccl_reduce(float *block, int range, float *room) {
-    float *begin = block + division.begin[range], *parts = room;
-    int64_t share = share_of(range);
-    float *sums = parts + (int64_t)nccl.n_carried * nccl.n * share, *of_hosts = sums + nccl.n_carried * share;
-    int host = job.hosts[job.rank], several = job.n_hosts > 1, mine = nccl.to_itself ? -1 : nccl.mine;
+// Where the machine's sum of the c-th share is that this rank carries: in the gradients, where it is the only one
+// or there is but one machine; else in `sums`.
+static float *nccl_sum(float *begin, float *sums, int c, int64_t share) {
+    return nccl_adds() && job.n_hosts > 1 ? sums + c * share : begin + nccl.carried[c] * share;
+}
+
+// Each machine's sums of its ranks, at their porters.
+static void nccl_reduce_members(float *begin, float *parts, float *sums, int64_t share) {
+    int mine = nccl.to_itself ? -1 : nccl.mine;
     size_t n = (size_t)share;
-    float *own = begin + job.rank * share, *own_sum = own;
     NCCL(GroupStart());
     for (int r = 0; r < job.ranks; r++)
         if (nccl.porters[r] != job.rank || nccl.to_itself)
@@ -204,23 +209,37 @@ static void nccl_reduce(float *block, int range, float *room) {
                 NCCL(Recv(parts + ((int64_t)c * nccl.n + i) * share, n, ncclFloat, nccl.members[i], nccl.all,
                           gpu.exchange));
     nccl_group_end();
-    for (int c = 0; c < nccl.n_carried; c++) {
-        int owner = nccl.carried[c];
-        float *sum = several ? sums + c * share : own;
-        if (owner == job.rank) own_sum = sum;
-        add_ranks_gpu(sum, begin + owner * share, parts + (int64_t)c * nccl.n * share, nccl.n, mine, share,
-                      gpu.exchange);
-    }
-    if (!several) return;
-    NCCL(GroupStart());
     for (int c = 0; c < nccl.n_carried; c++)
-        if (nccl.carried[c] != job.rank)
-            NCCL(Send(sums + c * share, n, ncclFloat, nccl.carried[c], nccl.all, gpu.exchange));
+        add_ranks_gpu(nccl_sum(begin, sums, c, share), begin + nccl.carried[c] * share,
+                      parts + (int64_t)c * nccl.n * share, nccl.n, mine, share, gpu.exchange);
+}
+
+// The machines' sums, at the ranks whose they are.
+static void nccl_reduce_hosts(float *begin, float *sums, float *of_hosts, int64_t share) {
+    int host = job.hosts[job.rank];
+    size_t n = (size_t)share;
+    float *own = begin + job.rank * share, *own_sum = own;
+    NCCL(GroupStart());
+    for (int c = 0; c < nccl.n_carried; c++) {
+        float *sum = nccl_sum(begin, sums, c, share);
+        if (nccl.carried[c] == job.rank) own_sum = sum;
+        else NCCL(Send(sum, n, ncclFloat, nccl.carried[c], nccl.all, gpu.exchange));
+    }
     for (int h = 0; h < job.n_hosts; h++)
         if (h != host)
             NCCL(Recv(of_hosts + h * share, n, ncclFloat, nccl.of_hosts[h], nccl.all, gpu.exchange));
     nccl_group_end();
     add_ranks_gpu(own, own_sum, of_hosts, job.n_hosts, host, share, gpu.exchange);
+}
+
+static void nccl_reduce(float *block, int range, float *room) {
+    float *begin = block + division.begin[range];
+    int64_t share = share_of(range);
+    int several = job.n_hosts > 1, adds = nccl_adds();
+    float *sums = room + (adds ? (int64_t)nccl.n_carried * nccl.n * share : 0);
+    float *of_hosts = sums + (adds ? nccl.n_carried * share : 0);
+    if (adds) nccl_reduce_members(begin, room, sums, share);
+    if (several) nccl_reduce_hosts(begin, sums, of_hosts, share);
 }
 
 static void nccl_spread(float *block, int from, int end) {

@@ -1009,6 +1009,47 @@ static void test_gpu_passes(void) {
     release();
 }
 
+// A forward pass for its loss alone: the bits of one that a backward pass follows, at once, recorded and
+// replayed; and the backward pass that follows it nevertheless has its own.
+template <typename X> static void check_loss_alone(int mixer) {
+    enum { B = 3, T = 70, V = 50, N = B * T };
+    Config c = config_with(mixer, V, 64, 2, 4, 2, T);
+    const Backend *backend = backend_gpu();
+    AdamW none = {0, 0.9, 0.99, 1e-8, 0.1};
+    int ids[N], same = 1;
+    double loss[2];
+    float losses[2][N];
+    real *grads[2];
+    Model *m = model_on(backend, &c, B, T);
+    if (!m) return;
+    for (int n = 0; n < N; n++) ids[n] = random_int(0, V - 1);
+    for (int turn = 0; turn < 8; turn++) {
+        int alone = turn % 2;
+        m->loss_alone = alone;
+        backend->forward(m, ids, ids, B, T, no_dropout);
+        loss[alone] = backend->loss(m);
+        CUDA(cudaMemcpy(losses[alone], ((ModelGPU<X> *)m)->acts.losses, sizeof(losses[0]), cudaMemcpyDeviceToHost));
+        backend->backward(m, 1, 1);
+        grads[alone] = copy_of(backend->read(m, GRADS), m->table.count);
+        backend->update(m, none, 1, 1);
+        if (!alone) continue;
+        same &= loss[0] == loss[1] && !memcmp(losses[0], losses[1], sizeof(losses[0]))
+                && !memcmp(grads[0], grads[1], sizeof(real) * (size_t)m->table.count);
+    }
+    check(same, "%s, %s", mixers[mixer].name, precision_names[gpu.precision]);
+    backend->destroy(m);
+}
+static void test_gpu_loss_alone(void) {
+    heading("a forward pass for its loss alone has the same losses");
+    for (int mixer = 0; mixer < N_MIXERS; mixer++) {
+        gpu.precision = FP32;
+        check_loss_alone<float>(mixer);
+        gpu.precision = BF16;
+        check_loss_alone<bf16>(mixer);
+    }
+    release();
+}
+
 // Weights after some steps, the next one begun at once, or after a look at them, or at the gradients: the
 // same bits, though the update of most layers goes on under what follows. They are large enough for it to
 // take as long as that needs to get there.
@@ -1211,12 +1252,16 @@ int main(int argc, char **argv) {
     begin(argv);
     go_to_data();
     if (gpu_open(no_gpu)) { fprintf(stderr, "test_kernels: %s\n", no_gpu); return 1; }
+#ifdef LATE_WARPS
+    gpu.processors = 2; // blocks that stay have many pieces of work, one behind the other
+#endif
     gpu.precision = FP32;
     CUDA(cudaEventCreate(&lists_gone));
     if (argc == 4 && !strcmp(argv[1], "tiles")) {
         test_random_tiles((uint64_t)atoll(argv[2]), atoi(argv[3]));
         test_nearest(gpu.hopper ? 48 : 2, 300); // on Hopper one block's march, and a cluster's
         test_nearest(1, gpu.hopper ? 2500 : 600);
+        test_gpu_loss_alone();
         return report();
     }
     if (argc == 2 && !strcmp(argv[1], "tiles")) {
@@ -1238,6 +1283,7 @@ int main(int argc, char **argv) {
     test_nearest(48, 300);
     test_nearest(1, 3000);
     test_gpu_passes();
+    test_gpu_loss_alone();
     test_gpu_update();
     test_gpu_training();
     test_gpu_memory();
