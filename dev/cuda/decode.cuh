@@ -425,13 +425,16 @@ static void decode_attention_gpu(float *parts, float *gamma, const X *proj, cons
         floats = widest > 8 * DECODE_THREADS ? widest : 8 * DECODE_THREADS,
         in_eights = wide({D, d, shape.E, shape.proj_step, shape.s_step}, {proj, s}),
         turns = N <= 8 ? 1 : 4, // parts a block, where all are there: blocks enough, and fewer that find none
-        head_blocks = (shape.head_parts + turns - 1) / turns, feedback_blocks = (shape.feedback_parts + turns - 1) / turns,
+        head_blocks = (shape.head_parts + turns - 1) / turns,
+        feedback_blocks = (shape.feedback_parts + turns - 1) / turns,
         blocks = shape.H * head_blocks + (feedback_blocks ? feedback_blocks + 1 : 0);
     constexpr int BLOCKS = sizeof(X) == sizeof(bf16) ? 4 : 2;
-    LAUNCH((in_eights ? decode_attention_kernel<8, BLOCKS, X> : decode_attention_kernel<1, BLOCKS, X>), dim3(blocks, N),
-           DECODE_THREADS, floats * (int)sizeof(float), stream, parts, gamma, proj, s, abar, gamma_weight,
-           gamma_bias, gamma_max, next, shape, in_eights ? decode_threads<8>(d) : decode_threads<1>(d),
-           in_eights ? decode_threads<8>(D) : decode_threads<1>(D), head_blocks, feedback_blocks, N <= ALONE);
+    DecodeThreads of_head = in_eights ? decode_threads<8>(d) : decode_threads<1>(d),
+                  of_feedback = in_eights ? decode_threads<8>(D) : decode_threads<1>(D);
+    LAUNCH((in_eights ? decode_attention_kernel<8, BLOCKS, X> : decode_attention_kernel<1, BLOCKS, X>),
+           dim3(blocks, N), DECODE_THREADS, floats * (int)sizeof(float), stream, parts, gamma, proj, s, abar,
+           gamma_weight, gamma_bias, gamma_max, next, shape, of_head, of_feedback, head_blocks, feedback_blocks,
+           N <= ALONE);
 }
 
 // The parts come together: factor e^(max - top)/Σ of each of a head's, by a warp

@@ -124,7 +124,8 @@ template <typename X> static void meet_ways(const ModelGPU<X> *m, const Case *s)
     meet("generation: decoder in eights, bf16", generating && m->decodes && eights && bf16_);
     meet("generation: decoder by ones, bf16", generating && m->decodes && !eights && bf16_);
     meet("generation: decoder, float32", generating && m->decodes && !bf16_);
-    meet("generation: decoder with more heads than parts", generating && m->decodes && decode_shape(c, 0, 0).head_parts == 1);
+    int parts = m->decodes ? decode_shape(c, 0, 0).head_parts : 0;
+    meet("generation: decoder with more heads than parts", generating && parts == 1);
     meet("generation: no decoder, mamba2", generating && !m->decodes && !direct);
     meet("generation: no decoder, too wide", generating && !m->decodes && direct);
     static const char *const names[N_MIXERS][3] = {{"sessa, fp32", "sessa, tf32", "sessa, bf16"},
@@ -430,7 +431,9 @@ template <typename X> static void check_generation(const Case *s, const int *ids
 }
 
 // Token i of text `number`, of which ids give T
-static int token_of(const Case *s, const int *ids, int number, int i) { return ids[(i * (number + 1) + number) % s->T]; }
+static int token_of(const Case *s, const int *ids, int number, int i) {
+    return ids[(i * (number + 1) + number) % s->T];
+}
 
 // Sequences in company, of which some are missing at times and whose first ones are copies, against each alone:
 // the same bits.
