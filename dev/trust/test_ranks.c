@@ -1171,7 +1171,8 @@ static void check_bf16(int steps) {
                       whole[] = TWIN_OPTIONS "--lr 1e-3 --precision bf16 --batch 4";
     double apart = losses_apart(steps, 2, whole, halves), control = losses_apart(steps, 1, whole, halves);
     check_error(control, 1e-2, "bf16, one GPU, --batch 4, against --batch 2 --accum 2: %d steps", steps);
-    check_error(apart, 3 * control, "bf16, 2 ranks, --batch 4, against the same: three times that");
+    // and what the log's nine digits leave
+    check_error(apart, 3 * control + 1e-8, "bf16, 2 ranks, --batch 4, against the same: three times that");
 }
 
 static void test_twin(void) {
