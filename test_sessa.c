@@ -1353,6 +1353,54 @@ static double likelier(const real *logits, int n, int id, double temperature, in
     return sum / total;
 }
 
+static int by_weight(const void *a, const void *b) {
+    const Candidate *x = (const Candidate *)a, *y = (const Candidate *)b;
+    return comes_first(*x, *y) ? -1 : comes_first(*y, *x);
+}
+
+// sample_token with a full sort, whatever the cut.
+static int plain_token(const real *logits, Candidate *sorted, int V, double temperature, int top_k, double top_p,
+                       uint64_t *random) {
+    double total = 0, sum = 0;
+    int n = top_k && top_k < V ? top_k : V, kept = 0, cut = n < V || top_p < 1, best = 0;
+    for (int i = 0; i < V; i++)
+        if (logits[i] > logits[best]) best = i;
+    for (int i = 0; i < V; i++) {
+        sorted[i].weight = exp(((double)logits[i] - (double)logits[best]) / temperature);
+        sorted[i].id = i;
+    }
+    if (cut) qsort(sorted, (size_t)V, sizeof(Candidate), by_weight);
+    for (int i = 0; i < n; i++) total += sorted[i].weight;
+    while (kept < n && (!cut || kept == 0 || sum < top_p * total)) sum += sorted[kept++].weight;
+    double left = random_uniform(random) * (cut ? sum : total);
+    for (int i = 0; i < kept; i++) { // without a cut from the last id on
+        Candidate c = sorted[cut ? i : V - 1 - i];
+        if ((left -= c.weight) < 0) return c.id;
+    }
+    return sorted[cut ? kept - 1 : 0].id;
+}
+
+// Cuts of many sizes, of peaked and flat distributions with equal logits among them.
+static void check_cuts(void) {
+    enum { MOST = 3000, DRAWS = 30 };
+    static const int sizes[] = {1, 2, 63, 64, 65, 700, MOST}, top_k[] = {0, 1, 7, 40, 600};
+    static const double top_p[] = {1, 0.95, 0.5, 0.01}, temperatures[] = {0.05, 1, 30};
+    Candidate *candidates = (Candidate *)lend(sizeof(Candidate) * MOST);
+    real *logits = poison(MOST);
+    uint64_t random = 9, again = 9;
+    int apart = 0, draws = 0;
+    for (int i = 0; i < 7 * 5 * 4 * 3; i++) {
+        int V = sizes[i % 7], k = top_k[i / 7 % 5];
+        double p = top_p[i / 35 % 4], temperature = temperatures[i / 140];
+        for (int n = 0; n < V; n++) logits[n] = (real)(floor(-8 * log(random_uniform(&random) + 1e-9)) / 4);
+        again = random;
+        for (int n = 0; n < DRAWS; n++, draws++)
+            apart += sample_token(logits, candidates, V, temperature, k, p, &random) !=
+                     plain_token(logits, candidates, V, temperature, k, p, &again);
+    }
+    check(!apart && draws > 10000, "sample_token: %d tokens of %d cuts are those of a full sort", draws, 7 * 5 * 4 * 3);
+}
+
 static void check_sampling(void) {
     enum { N = 6, DRAWS = 40000 };
     real *logits = noise(N, 1);
@@ -1389,6 +1437,7 @@ static void test_training_parts(void) {
     check_schedule();
     check_initial_values();
     check_sampling();
+    check_cuts();
     release();
 }
 
