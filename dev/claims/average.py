@@ -1,7 +1,7 @@
 """The mean of several checkpoints' weights, as one checkpoint: of the snapshots that a run leaves (--keep-every), say.
 
   ./train_sessa --steps 2000 --keep-every 100 --out run.safetensors
-  dev/claims/average.py run.step*.safetensors --last 10 --out averaged.safetensors
+  dev/claims/average.py run.step*.safetensors --steps 1000 2000 --out averaged.safetensors
   ./train_sessa --load averaged.safetensors --eval
 
 θ̄ = (θ_1 + … + θ_n) / n, of every weight, summed in float64. An optimiser that goes on at a large rate wanders about a minimum; the mean of
@@ -56,12 +56,12 @@ def average(paths):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", help="checkpoints")
-    parser.add_argument("--last", type=int, help="only so many, those of the latest steps")
+    parser.add_argument("--steps", nargs=2, type=int, metavar=("FIRST", "LAST"), help="only the snapshots of these steps")
     parser.add_argument("--out", required=True)
     o = parser.parse_args()
-    if o.last is not None and not 1 <= o.last <= len(o.files):
-        parser.error(f"--last takes a number from 1 to {len(o.files)}, the files that are given")
-    files = sorted(o.files, key=step_of)[-(o.last or 0):]
+    files = [path for path in o.files if not o.steps or o.steps[0] <= step_of(path) <= o.steps[1]]
+    if not files:
+        parser.error(f"none of the files is a snapshot of step {o.steps[0]} to {o.steps[1]}")
     tensors, metadata = average(files)
     try:
         save_file(tensors, o.out, metadata)

@@ -142,8 +142,8 @@ def accuracies(log):
     if not os.path.exists(log):
         return []
     with open(log) as file:
-        lines = [json.loads(line) for line in file if line.endswith("\n")]
-    return [(line["step"], line["val_accuracy"]) for line in lines if "val_accuracy" in line]
+        lines = [json.loads(line) for line in file if '"val_accuracy"' in line and line.endswith("\n")]
+    return [(line["step"], line["val_accuracy"]) for line in lines]
 
 
 def at_gate(log, gate):
@@ -164,7 +164,7 @@ def train_until(command, passed, o):
             if not stopped and passed():
                 process.terminate()
                 stopped = True
-            time.sleep(0.05)
+            time.sleep(0.1)
         if process.returncode and not stopped:
             said.seek(0)
             words = (said.read().strip().splitlines() or ["no word said"])[-1]

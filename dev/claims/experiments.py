@@ -7,7 +7,7 @@ path, on the same data for as many steps, two seeds each. One entry a table; it 
   dev/claims/experiments.py mqar --models mamba2 --seeds 1337 --program ./train_sessacu
   dev/claims/experiments.py symbolsoup-200k --models mamba2 --seeds 101 --lr 2e-3     # one point of a sweep; its runs have names of their own
   dev/claims/experiments.py symbolsoup-200k --jobs 3           # three runs at a time
-  dev/claims/experiments.py tinyshakespeare-10m --models sessa --seeds 1 2 3 --set weight-decay=1 dropout=0.2 --average 10
+  dev/claims/experiments.py tinyshakespeare-10m --models sessa --seeds 1 2 3 --set min-lr=1e-3 --average 1000-2000
   dev/claims/experiments.py tinyshakespeare --dry-run          # prints the commands
 
 Entries: symbolsoup (accuracy on its test set), symbolsoup-200k (the same with 200,000 examples), symbolsoup-long (100,000 of 900 to
@@ -16,8 +16,8 @@ Entries: symbolsoup (accuracy on its test set), symbolsoup-200k (the same with 2
 data/. Runs are kept in FOLDER: one that is finished is not run again, one that was stopped goes on, and --table makes the tables of
 those that are finished. The programs are built with make.
 
---average N M …: with the means of a run's last N, M … snapshots (dev/claims/average.py) evaluated beside its best weights; the snapshots,
-one every --keep-every steps, are deleted then.
+--average A-B …: with the mean of a run's snapshots of the steps A to B (dev/claims/average.py) evaluated beside its best weights; the
+snapshots, one every --keep-every steps, are deleted then.
 """
 import argparse
 import glob
@@ -88,7 +88,8 @@ ENTRIES = {
         "metric": "loss", "vocab": 65, "real": (384, 8, 6), "quick": (32, 2, 2), "suffix": "txt",
         "make": {"real": ["tinyshakespeare.sh"], "quick": ["tinyshakespeare.sh"]},
         "options": {
-            "real": {"seq": 256, "steps": 2000, "batch": 64, "lr": 1e-3, "warmup": 100, "beta2": 0.95, "dropout": 0.3, "eval-every": 100},
+            "real": {"seq": 256, "steps": 2000, "batch": 64, "lr": 1e-3, "warmup": 100, "beta2": 0.95, "dropout": 0.3, "eval-every": 100,
+                     "save-every": 1000},
             "quick": {"steps": 100, "warmup": 10, "dropout": 0.1, "eval-every": 50}}},
 }
 
@@ -135,7 +136,7 @@ def train(stem, shape, seed, data, options, o):
     """Trains one model with one seed, unless that is done: the log's lines."""
     log, out = stem + ".jsonl", stem + ".safetensors"
     lines = log_lines(log)
-    watching = {key: value for key, value in options.items() if key.startswith("eval")}
+    watching = {key: value for key, value in options.items() if key.startswith(("eval", "save"))}
     if o.average:
         watching["keep-every"] = o.keep_every
     told = [word for key, value in watching.items() for word in ("--" + key, str(value))]
@@ -170,16 +171,16 @@ def evaluate(stem, data, o):
 
 
 def averages(stem, data, o):
-    """{N: validation loss of the mean of the run's last N snapshots}; kept beside it, and the snapshots are deleted."""
+    """{"A-B": validation loss of the mean of the run's snapshots of these steps}; kept beside it, and the snapshots are deleted."""
     path = stem + ".average.json"
     if os.path.exists(path):
         with open(path) as file:
             return json.load(file)
     found, out, snapshots = {}, stem + ".averaged.safetensors", glob.glob(glob.escape(stem) + ".step*.safetensors")
     where = ("--val", data["val"]) if "val" in data else ("--data", data["train"])
-    for n in map(str, o.average):
-        call([sys.executable, os.path.join(HERE, "average.py"), *snapshots, "--last", n, "--out", out], False)
-        found[n] = scores(call([o.program, "--eval", "--load", out, *where], False))["val_loss"]
+    for steps in o.average:
+        call([sys.executable, os.path.join(HERE, "average.py"), *snapshots, "--steps", *steps.split("-"), "--out", out], False)
+        found[steps] = scores(call([o.program, "--eval", "--load", out, *where], False))["val_loss"]
     with open(path, "w") as file:
         json.dump(found, file)
     for snapshot in snapshots:
@@ -255,13 +256,12 @@ def run_entry(name, entry, o):
                 means.append(mean)
         results.append((title, shape, last, tests, means))
         columns = sorted({lag for test in tests for lag in test if lag.startswith("lag")} | set(columns), key=lambda lag: int(lag.split()[1]))
-    averaged = [str(n) for n in o.average or ()]
 
     metric = entry["metric"]
     head = ["model", "shape", "parameters"]
     head += {"accuracy": ["test accuracy", "test loss"], "lag": ["validation accuracy", "test accuracy", *columns],
              "perplexity": ["validation perplexity"], "loss": ["validation loss"]}[metric] + ["validation loss at the end"]
-    head += [f"of the last {n} averaged" for n in averaged] + ["tokens/s"]
+    head += [f"the mean of steps {steps}" for steps in o.average] + ["tokens/s"]
     rows = [head, ["---"] * len(head)]
     for title, shape, last, tests, means in results:
         row = [title, f"D {shape.dim}, L {shape.layers}" + (f", w {shape.head_dim}" if shape.head_dim else f", H {shape.heads}"),
@@ -275,7 +275,7 @@ def run_entry(name, entry, o):
         else:
             row.append(spread([math.exp(x) for x in best], 3) if metric == "perplexity" else spread(best))
         row.append(spread([line["val_loss"] for line in last]))
-        row += [spread([mean.get(n) for mean in means]) for n in averaged]
+        row += [spread([mean.get(steps) for mean in means]) for steps in o.average]
         row.append(f"{statistics.median(line['tok_per_s'] or 0 for line in last):,.0f}" if last else "")
         rows.append(row)
     told = " ".join(f"--{key} {value}" for key, value in options.items())
@@ -309,7 +309,7 @@ def main():
     parser.add_argument("--lr", type=float, help="in place of the entry's; such runs have names of their own")
     parser.add_argument("--warmup", type=int, help="the same for the steps of warm-up")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="and for any other option of the program")
-    parser.add_argument("--average", nargs="+", type=int, metavar="N", help="evaluate the mean of the last N snapshots too")
+    parser.add_argument("--average", nargs="+", default=[], metavar="A-B", help="evaluate the mean of the snapshots of these steps too")
     parser.add_argument("--keep-every", type=int, default=50, help="steps between two of them [50]")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time [1]")
     parser.add_argument("--table", action="store_true", help="no training: only the tables of what is there")
@@ -319,6 +319,8 @@ def main():
     o = parser.parse_args()
     if not all("=" in word for word in o.set) or o.jobs < 1:
         parser.error("--set takes NAME=VALUE, --jobs 1 or more")
+    if not all(re.fullmatch(r"\d+-\d+", word) for word in o.average):
+        parser.error("--average takes two steps, as in 1000-2000")
     o.program = o.program or os.path.join(ROOT, "train_sessa" if o.quick or o.small else "train_sessacu")
     if not o.dry_run and not os.path.exists(o.program):
         sys.exit(f"{o.program} is not there: make {os.path.basename(o.program)}")
