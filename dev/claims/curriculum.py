@@ -245,6 +245,16 @@ def one_run(model, shape, seed, scale, prefixes, tests, o):
             json.dump(result, file, indent=1)
 
 
+def attempt(run):
+    """Whether this run came to its end; if not, a line says why."""
+    try:
+        one_run(*run)
+        return True
+    except SystemExit as error:
+        print(error, file=sys.stderr, flush=True)
+        return False
+
+
 def results(o):
     """Those of the folder's runs."""
     found = []
@@ -328,6 +338,7 @@ def main():
     if not o.table and not o.dry_run and not os.path.exists(o.program):
         sys.exit(f"{o.program} is not there: make {os.path.basename(o.program)}")
     os.makedirs(os.path.join(o.folder, "data"), exist_ok=True)
+    complete = []   # of each run, whether it is
     if not o.table:
         prefixes, tests = make_data(o)
         shapes = dict(zip(("sessa", "attention", "mamba2", "nofeedback"),
@@ -337,16 +348,17 @@ def main():
             runs = [(model, shapes[model], seed, scale, prefixes, tests, o)
                     for seed in seeds for model in o.models for scale in scales_of(model)]
             with ThreadPoolExecutor(o.jobs) as pool:
-                list(pool.map(lambda run: one_run(*run), runs))
+                return list(pool.map(attempt, runs))
 
         if o.sweep:
-            run_all(o.sweep, lambda model: o.scales)
-        run_all(o.seeds, lambda model: [best_scale(model, o)] if o.sweep else o.scales)
+            complete += run_all(o.sweep, lambda model: o.scales)
+        complete += run_all(o.seeds, lambda model: [best_scale(model, o)] if o.sweep else o.scales)
     if not o.dry_run:
         text = table(o)
         with open(os.path.join(o.folder, "curriculum.md"), "w") as file:
             file.write(text)
         print("\n" + text)
+    sys.exit(not all(complete))
 
 
 if __name__ == "__main__":
