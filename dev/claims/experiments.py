@@ -88,8 +88,8 @@ ENTRIES = {
         "metric": "loss", "vocab": 65, "real": (384, 8, 6), "quick": (32, 2, 2), "suffix": "txt",
         "make": {"real": ["tinyshakespeare.sh"], "quick": ["tinyshakespeare.sh"]},
         "options": {
-            "real": {"seq": 256, "steps": 2000, "batch": 64, "lr": 1e-3, "warmup": 100, "beta2": 0.95, "dropout": 0.3, "eval-every": 100,
-                     "save-every": 1000},
+            "real": {"seq": 256, "steps": 2000, "batch": 64, "lr": 1e-3, "min-lr": 1e-5, "warmup": 100, "beta2": 0.95, "weight-decay": 1.7,
+                     "dropout": 0.3, "eval-every": 100, "save-every": 1000},
             "quick": {"steps": 100, "warmup": 10, "dropout": 0.1, "eval-every": 50}}},
 }
 
