@@ -1,11 +1,13 @@
-"""The mean of several checkpoints' weights, as one checkpoint: of the snapshots that a run leaves (--keep-every), say.
+"""The mean of several checkpoints' weights, as one checkpoint: of the snapshots that a run leaves
+(--keep-every), say.
 
   ./train_sessa --steps 2000 --keep-every 100 --out run.safetensors
   dev/claims/average.py run.step*.safetensors --steps 1000 2000 --out averaged.safetensors
   ./train_sessa --load averaged.safetensors --eval
 
-θ̄ = (θ_1 + … + θ_n) / n, of every weight, summed in float64. An optimiser that goes on at a large rate wanders about a minimum; the mean of
-where it was lies nearer to it than any of these places. That holds along one run, and not between runs.
+θ̄ = (θ_1 + … + θ_n) / n, of every weight, summed in float64. An optimiser that goes on at a large rate
+wanders about a minimum; the mean of where it was lies nearer to it than any of these places. That holds along
+one run, and not between runs.
 """
 import argparse
 import re
@@ -16,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 # of the metadata: what tells the model's shape, and what it was trained on. The rest is a run's state
-SHAPE = ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "max_seq_len", "gamma_max", "no_rope", "mixer", "mamba_head_dim",
-         "mamba_state_dim")
+SHAPE = ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "max_seq_len", "gamma_max", "no_rope",
+         "mixer", "mamba_head_dim", "mamba_state_dim")
 DATA = ("data", "data_format", "val", "data_content", "val_content")
 
 
@@ -50,13 +52,15 @@ def average(paths):
                 sums[name] += x
             elif not np.array_equal(x, sums[name]):         # the words
                 sys.exit(f"{path}: {name} differs from that of {paths[0]}")
-    return {name: np.asarray(x / len(paths), np.float32) if x.dtype == np.float64 else x for name, x in sums.items()}, told
+    means = {name: np.asarray(x / len(paths), np.float32) if x.dtype == np.float64 else x for name, x in sums.items()}
+    return means, told
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", help="checkpoints")
-    parser.add_argument("--steps", nargs=2, type=int, metavar=("FIRST", "LAST"), help="only the snapshots of these steps")
+    parser.add_argument("--steps", nargs=2, type=int, metavar=("FIRST", "LAST"),
+                        help="only the snapshots of these steps")
     parser.add_argument("--out", required=True)
     o = parser.parse_args()
     files = [path for path in o.files if not o.steps or o.steps[0] <= step_of(path) <= o.steps[1]]

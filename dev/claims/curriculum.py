@@ -4,7 +4,7 @@ it was learned.
   dev/claims/curriculum.py --models sessa attention --seeds 1 2 3      # about 3 minutes a run on one CPU thread
   dev/claims/curriculum.py --first 1                                   # without stage 0
   dev/claims/curriculum.py --scales 0.5 1 2 --seeds 101                # the learning-rate sweep: every stage's rate times that
-  dev/claims/curriculum.py --scales 0.5 1 2 --sweep 101 --jobs 8       # first that, then five seeds at each model's best; 8 runs at once
+  dev/claims/curriculum.py --scales 0.5 1 2 --sweep 101 --jobs 8       # that, then five seeds at each model's best
   dev/claims/curriculum.py --table                                     # no training: the table of the runs that are there
   dev/claims/curriculum.py --plateau 4 4                               # pairs, queries: what can be had without matching keys
 
@@ -187,8 +187,9 @@ def train_stage(i, stem, before, shape, seed, scale, prefixes, o):
     for path in glob.glob(glob.escape(stem) + ".*"):        # of a run that was stopped
         os.remove(path)
     start = ["--load", before] if before else shape.options()
-    train_until([o.program, "--data", prefixes[i] + "_train.safetensors", "--val", prefixes[i] + "_val.safetensors", *start,
-                 "--seq", stage.tokens(), "--steps", steps, "--batch", stage.batch, "--lr", rate, "--min-lr", rate / 10,
+    train_until([o.program, "--data", prefixes[i] + "_train.safetensors", "--val", prefixes[i] + "_val.safetensors",
+                 *start, "--seq", stage.tokens(), "--steps", steps, "--batch", stage.batch,
+                 "--lr", rate, "--min-lr", rate / 10,
                  "--warmup", min(200, steps // 10), "--beta2", "0.95", "--seed", seed, "--out", out, "--log", log,
                  "--eval-every", EVERY, "--eval-batches", -(-400 // stage.batch), "--save-every", 1000000,
                  *(() if last else ("--keep-every", EVERY))], passed, o)
@@ -267,8 +268,8 @@ def results(o):
 
 
 def best_scale(model, o):
-    """The factor with the highest accuracy in the last stage, mean over the sweep's seeds, where a run that did not come to it
-    counts as 0; of equal ones the smallest."""
+    """The factor with the highest accuracy in the last stage, mean over the sweep's seeds, where a run that did
+    not come to it counts as 0; of equal ones the smallest."""
     of = {scale: [] for scale in sorted(o.scales)}
     for r in results(o):
         if r["model"] == model and r["seed"] in o.sweep and r["scale"] in of and r["first"] == o.first:
@@ -330,6 +331,8 @@ def main():
     parser.add_argument("--plateau", nargs=2, type=int, metavar=("PAIRS", "QUERIES"), help="print the accuracy without matching")
     parser.add_argument("--dry-run", action="store_true", help="print the commands only")
     o = parser.parse_args()
+    if o.jobs < 1:
+        parser.error("--jobs takes 1 or more")
     shape, o.stages = SETTINGS[o.setting]
     o.folder = o.folder or os.path.join(ROOT, "runs", "curriculum" + "-large" * (o.setting == "large") + "-repeat" * o.repeat)
     if o.plateau:

@@ -1,5 +1,6 @@
-"""The paper's comparisons, run again: Sessa, a Transformer and Mamba-2 with equally many parameters, and Sessa without its feedback
-path, on the same data for as many steps, two seeds each. One entry a table; it writes FOLDER/NAME.md, and the curves beside it.
+"""The paper's comparisons, run again: Sessa, a Transformer and Mamba-2 with equally many parameters, and
+Sessa without its feedback path, on the same data for as many steps, two seeds each. One entry a table; it
+writes FOLDER/NAME.md, and the curves beside it.
 
   dev/claims/experiments.py symbolsoup mqar --quick            # minutes on a CPU: shows that everything works, and no more
   dev/claims/experiments.py mqar --small                       # an hour or so on a CPU: small models that do learn
@@ -10,14 +11,15 @@ path, on the same data for as many steps, two seeds each. One entry a table; it 
   dev/claims/experiments.py tinyshakespeare-10m --models sessa --seeds 1 2 3 --set min-lr=1e-3 --average 1000-2000
   dev/claims/experiments.py tinyshakespeare --dry-run          # prints the commands
 
-Entries: symbolsoup (accuracy on its test set), symbolsoup-200k (the same with 200,000 examples), symbolsoup-long (100,000 of 900 to
-1,024 tokens), mqar (accuracy by lag, up to four times the lags trained on), simplestories
-(perplexity), tinyshakespeare and tinyshakespeare-10m (validation loss). Data that is not there is made or fetched by the scripts of
-data/. Runs are kept in FOLDER: one that is finished is not run again, one that was stopped goes on, and --table makes the tables of
-those that are finished. The programs are built with make.
+Entries: symbolsoup (accuracy on its test set), symbolsoup-200k (the same with 200,000 examples),
+symbolsoup-long (100,000 of 900 to 1,024 tokens), mqar (accuracy by lag, up to four times the lags trained
+on), simplestories (perplexity), tinyshakespeare and tinyshakespeare-10m (validation loss). Data that is not
+there is made or fetched by the scripts of data/. Runs are kept in FOLDER: one that is finished is not run
+again, one that was stopped goes on, and --table makes the tables of those that are finished. The programs are
+built with make.
 
---average A-B …: with the mean of a run's snapshots of the steps A to B (dev/claims/average.py) evaluated beside its best weights; the
-snapshots, one every --keep-every steps, are deleted then.
+--average A-B …: with the mean of a run's snapshots of the steps A to B (dev/claims/average.py) evaluated
+beside its best weights; the snapshots, one every --keep-every steps, are deleted then.
 """
 import argparse
 import glob
@@ -88,8 +90,8 @@ ENTRIES = {
         "metric": "loss", "vocab": 65, "real": (384, 8, 6), "quick": (32, 2, 2), "suffix": "txt",
         "make": {"real": ["tinyshakespeare.sh"], "quick": ["tinyshakespeare.sh"]},
         "options": {
-            "real": {"seq": 256, "steps": 2000, "batch": 64, "lr": 1e-3, "min-lr": 1e-5, "warmup": 100, "beta2": 0.95, "weight-decay": 1.7,
-                     "dropout": 0.3, "eval-every": 100, "save-every": 1000},
+            "real": {"seq": 256, "steps": 2000, "batch": 64, "lr": 1e-3, "min-lr": 1e-5, "warmup": 100, "beta2": 0.95,
+                     "weight-decay": 1.7, "dropout": 0.3, "eval-every": 100, "save-every": 1000},
             "quick": {"steps": 100, "warmup": 10, "dropout": 0.1, "eval-every": 50}}},
 }
 
@@ -145,7 +147,8 @@ def train(stem, shape, seed, data, options, o):
             command = [o.program, "--resume", out, "--log", log, *told]     # all else is in the file
         else:
             command = [o.program, "--data", data["train"], *(("--val", data["val"]) if "val" in data else ()), *shape.options()]
-            command += [word for key, value in options.items() if key not in watching for word in ("--" + key, str(value))]
+            settings = {key: value for key, value in options.items() if key not in watching}
+            command += [word for key, value in settings.items() for word in ("--" + key, str(value))]
             command += [*told, "--seed", str(seed), "--log", log, "--out", out, "--overwrite"]
         call(command, o.dry_run)
         lines = log_lines(log)
@@ -171,7 +174,8 @@ def evaluate(stem, data, o):
 
 
 def averages(stem, data, o):
-    """{"A-B": validation loss of the mean of the run's snapshots of these steps}; kept beside it, and the snapshots are deleted."""
+    """{"A-B": validation loss of the mean of the run's snapshots of these steps}; kept beside it, the snapshots
+    are deleted."""
     path = stem + ".average.json"
     if os.path.exists(path):
         with open(path) as file:
@@ -179,7 +183,8 @@ def averages(stem, data, o):
     found, out, snapshots = {}, stem + ".averaged.safetensors", glob.glob(glob.escape(stem) + ".step*.safetensors")
     where = ("--val", data["val"]) if "val" in data else ("--data", data["train"])
     for steps in o.average:
-        call([sys.executable, os.path.join(HERE, "average.py"), *snapshots, "--steps", *steps.split("-"), "--out", out], False)
+        script = os.path.join(HERE, "average.py")
+        call([sys.executable, script, *snapshots, "--steps", *steps.split("-"), "--out", out], False)
         found[steps] = scores(call([o.program, "--eval", "--load", out, *where], False))["val_loss"]
     with open(path, "w") as file:
         json.dump(found, file)
@@ -223,7 +228,8 @@ def run_entry(name, entry, o):
     for title, shape in match.rows(entry["vocab"], match.Shape("sessa", D, L, H), state_dim=16 if o.quick else 64):
         key = "nofeedback" if title.endswith("feedback") else shape.mixer
         if not o.models or key in o.models:
-            rows_of.append((title, shape, [(os.path.join(folder, f"{name}_{key}_{seed}{tag}"), shape, seed) for seed in o.seeds]))
+            runs = [(os.path.join(folder, f"{name}_{key}_{seed}{tag}"), shape, seed) for seed in o.seeds]
+            rows_of.append((title, shape, runs))
 
     def one(run):
         """(the log's lines, the test, the averages), or None if it failed or, with --table, has not ended."""
@@ -260,8 +266,8 @@ def run_entry(name, entry, o):
     metric = entry["metric"]
     head = ["model", "shape", "parameters"]
     head += {"accuracy": ["test accuracy", "test loss"], "lag": ["validation accuracy", "test accuracy", *columns],
-             "perplexity": ["validation perplexity"], "loss": ["validation loss"]}[metric] + ["validation loss at the end"]
-    head += [f"the mean of steps {steps}" for steps in o.average] + ["tokens/s"]
+             "perplexity": ["validation perplexity"], "loss": ["validation loss"]}[metric]
+    head += ["validation loss at the end"] + [f"the mean of steps {steps}" for steps in o.average] + ["tokens/s"]
     rows = [head, ["---"] * len(head)]
     for title, shape, last, tests, means in results:
         row = [title, f"D {shape.dim}, L {shape.layers}" + (f", w {shape.head_dim}" if shape.head_dim else f", H {shape.heads}"),
@@ -308,8 +314,10 @@ def main():
     parser.add_argument("--batch", type=int, help="in place of the entry's")
     parser.add_argument("--lr", type=float, help="in place of the entry's; such runs have names of their own")
     parser.add_argument("--warmup", type=int, help="the same for the steps of warm-up")
-    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="and for any other option of the program")
-    parser.add_argument("--average", nargs="+", default=[], metavar="A-B", help="evaluate the mean of the snapshots of these steps too")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE",
+                        help="and for any other option of the program")
+    parser.add_argument("--average", nargs="+", default=[], metavar="A-B",
+                        help="evaluate the mean of the snapshots of these steps too")
     parser.add_argument("--keep-every", type=int, default=50, help="steps between two of them [50]")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time [1]")
     parser.add_argument("--table", action="store_true", help="no training: only the tables of what is there")

@@ -18,7 +18,8 @@ random signs for each [2]; --map l, the layer whose matrices are written as pict
     layers.l.solve      |(I - diag(γ) α)^-1|_tτ [19-22], what s_t owes to f_τ with the weights held fixed: all hops
     layers.l.chain      Π_{τ<u≤t} exp(-exp(A_log) Δ_u) of a mamba2 layer, mean over heads: one chain
     layers.l.kernel     not by lag but by the ratio of positions, signed: the sum of α_tj γ_j over the j with
-                        b ≤ 8 log2(t/(j + 1/2)) < b + 1, mean over the rows t ≥ T/16; tail.py makes the tail's exponent of it
+                        b ≤ 8 log2(t/(j + 1/2)) < b + 1, mean over the rows t ≥ T/16; tail.py makes the tail's
+                        exponent of it
     layers.l.gain       one number: the mean of γ_t
     layers.l.jacobian   |∂s_t/∂ā_τ| / sqrt(D), Frobenius norm, root mean square: the whole mixer, its weights depending on ā as they
                         do. From backward passes: the mean of |J^T u|² over signs u is |J|². 0 at lags that no target has
@@ -142,8 +143,8 @@ static void add_by_lag(ByLag to, const double *matrix, int T, int sources) {
 
 enum { PER_OCTAVE = 8, KERNEL = 16 * PER_OCTAVE }; // t/(j + 1/2) ≤ 2 T
 
-// kernel[b] += the sum of α_tj γ_j over the j of which t/(j + 1/2) is b to b + 1 eighths of an octave, mean over the rows t ≥ T/16.
-// alpha (T,T) has the weights without their gain.
+// kernel[b] += the sum of α_tj γ_j over the j of which t/(j + 1/2) is b to b + 1 eighths of an octave, mean over
+// the rows t ≥ T/16. alpha (T,T) has the weights without their gain.
 static void add_kernel(double *kernel, const double *alpha, const real *gain, int T) {
     int first = T < 32 ? 1 : T / 16;
     for (int t = first; t < T; t++)
@@ -163,7 +164,8 @@ static void jacobian_rows(double *rows, Model *m, int l, int T, int t, const rea
 }
 
 // Everything of one layer, on the sequence that has just gone through the model.
-static void measure_layer(Model *m, int l, int T, const Measure *o, int sequence, ByLag *by_lag, double *kernel, uint64_t *random) {
+static void measure_layer(Model *m, int l, int T, const Measure *o, int sequence, ByLag *by_lag, double *kernel,
+                          uint64_t *random) {
     static const char *names[] = {"direct", "feedback", "solve", "chain"};
     int D = m->config.d_model, mixer = m->config.mixer, side = min_int(o->map_size, T), sources = o->sources ? min_int(o->sources, T) : T;
     double *matrix = (double *)array((size_t)T * T, sizeof(double)), *rows = (double *)array((size_t)T, sizeof(double));
@@ -452,9 +454,12 @@ static void check_model(int mixer) {
         feedback_matrix(A, m, l, T, 1);
         for (int b = 0; b < KERNEL; b++) moment += kernel[b] * pow(2, beta * (b + 0.5) / PER_OCTAVE);
         for (int i = T / 16; i < T; i++)
-            for (int j = 0; j < i; j++)
-                to_be += A[(size_t)i * T + j] / (double)a->gamma[i] * (double)a->gamma[j] * pow(i / (j + 0.5), beta) / (T - T / 16);
-        hold(fabs(moment / to_be - 1), 0.01, "sessa: a moment of the kernel, %.5f, against the matrix' own, %.5f", moment, to_be);
+            for (int j = 0; j < i; j++) {
+                double ratio = (double)a->gamma[j] / (double)a->gamma[i];
+                to_be += A[(size_t)i * T + j] * ratio * pow(i / (j + 0.5), beta) / (T - T / 16);
+            }
+        hold(fabs(moment / to_be - 1), 0.01, "sessa: a moment of the kernel, %.5f, against the matrix' own, %.5f",
+             moment, to_be);
         solve_matrix(R, m, l, T, T);
         wrong = 0;
         for (int i = 0; i < T; i++)

@@ -37,7 +37,8 @@ def main():
         parser.error(f"{len(names)} names for {len(found)} checkpoints")
     figure, axis = plt.subplots(figsize=(7, 4.2))
     for name, points in zip(names, found.values()):
-        axis.plot([low * 2 ** 0.5 or 4 for low, _ in points], [loss for _, loss in points], marker="o", ms=4, label=name)
+        middles = [low * 2 ** 0.5 or 4 for low, _ in points]
+        axis.plot(middles, [loss for _, loss in points], marker="o", ms=4, label=name)
     axis.set_xscale("log", base=2)
     axis.set_xlabel("position in the window, tokens")
     axis.set_ylabel("validation loss there, nats a byte")

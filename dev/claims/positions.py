@@ -3,12 +3,13 @@
   ./train_sessacu --data data/prose.txt --dim 768 --layers 4 --heads 12 --seq 8192 --batch 2 --out prose.safetensors
   dev/claims/positions.py prose.best.safetensors --data data/prose.txt --program ./train_sessacu --json positions.json
 
-The validation part of the text, its last tenth, is cut into windows as long as the model's; of each window the token at position t is
-predicted from t + 1 tokens. Printed is the mean loss over the positions of each bin, 0 to 15, 16 to 31, 32 to 63 …, all
-models on the same windows.
+The validation part of the text, its last tenth, is cut into windows as long as the model's; of each window
+the token at position t is predicted from t + 1 tokens. Printed is the mean loss over the positions of each
+bin, 0 to 15, 16 to 31, 32 to 63 …, all models on the same windows.
 
-The program tells one loss a data set, and so an example set is made for every bin, the same inputs with that bin's targets alone; and a
-copy of the weights without the words, with which the program would take texts only.
+The program tells one loss a data set, and so an example set is made for every bin, the same inputs with that
+bin's targets alone; and a copy of the weights without the words, with which the program would take texts
+only.
 """
 import argparse
 import json
@@ -43,7 +44,8 @@ WORDS = "tokenizer.bytes"
 
 
 def read_model(path):
-    """(its T, the bytes that its tokens stand for, its weights, the metadata that tells its shape) of a checkpoint trained on a text."""
+    """(its T, the bytes that its tokens stand for, its weights, the metadata that tells its shape) of a checkpoint
+    trained on a text."""
     try:
         with safe_open(path, "np") as file:
             metadata = file.metadata() or {}
@@ -78,8 +80,8 @@ def windows_of(path, words, T, n):
 
 
 def loss(program, weights, path):
-    done = subprocess.run([program, "--eval", "--load", weights, "--val", path, "--batch", "4"], capture_output=True, text=True,
-                          errors="replace")
+    command = [program, "--eval", "--load", weights, "--val", path, "--batch", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     found = re.search(r"^val_loss (\S+)", done.stdout, re.M)
     if done.returncode or not found:
         sys.exit((done.stderr.strip().splitlines() or [f"{program}: exit code {done.returncode}"])[-1])

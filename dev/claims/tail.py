@@ -1,10 +1,12 @@
-"""The tail of a trained feedback path, predicted from its weights by ratio of positions, against the tail that is measured.
+"""The tail of a trained feedback path, predicted from its weights by ratio of positions, against the tail
+that is measured.
 
-  ./influence tail.safetensors --load sessa.best.safetensors --data data/tinyshakespeare.txt --seq 4096 --sequences 4 --targets 1
+  ./influence tail.safetensors --load sessa.best.safetensors --data my.txt --seq 4096 --sequences 4 --targets 1
   dev/claims/tail.py tail.safetensors                                 # a table, a row a layer
   dev/claims/tail.py text.safetensors recall.safetensors --out tail.svg     # and a point a layer, with the diagonal
 
-With s = f + γ u the path is u_t = Σ_{j<t} α_tj (f_j + γ_j u_j): u_t is what it reads at t. Behind a source at τ, scaled to u_τ = 1,
+With s = f + γ u the path is u_t = Σ_{j<t} α_tj (f_j + γ_j u_j): u_t is what it reads at t. Behind a source at
+τ, scaled to u_τ = 1,
 
   u_t = Σ_{τ≤j<t} α_tj γ_j u_j.
 
@@ -12,17 +14,20 @@ Let the weights depend on the ratio of positions alone, α_tj γ_j = h(j/t)/t. T
 
   M(β) = ∫_0^1 h(x) x^-β dx = 1.
 
-Even weights have h = γ, M = γ/(1-β), β = 1-γ: the theory's. A part a of the weight that always goes to near neighbours has x = 1, so
-M = γ a + γ (1-a)/(1-β) and β = 1 - γ (1-a)/(1 - γ a), between 1-γ and 1: near hops neither carry influence away nor forget it, and count
-for nothing but their loss. A part on the far past, say on the first token, has x near 0, and lowers β.
+Even weights have h = γ, M = γ/(1-β), β = 1-γ: the theory's. A part a of the weight that always goes to near
+neighbours has x = 1, so M = γ a + γ (1-a)/(1-β) and β = 1 - γ (1-a)/(1 - γ a), between 1-γ and 1: near hops
+neither carry influence away nor forget it, and count for nothing but their loss. A part on the far past, say
+on the first token, has x near 0, and lowers β.
 
-A trained h may be of both signs, and with a negative mean the integral has no root where it converges. The recursion has its answer all
-the same. So it is solved as it stands, with the trained layer's h (`kernel` of influence.c, its mean over positions) in the place of its
-weights, from each of the first --sources positions. What this leaves out: that h changes with t, and how α_tj and γ_j go with u_j.
+A trained h may be of both signs, and with a negative mean the integral has no root where it converges. The
+recursion has its answer all the same. So it is solved as it stands, with the trained layer's h (`kernel` of
+influence.c, its mean over positions) in the place of its weights, from each of the first --sources positions.
+What this leaves out: that h changes with t, and how α_tj and γ_j go with u_j.
 
-The table: γ̄, the mean gain; Σ α γ, the gain that is attended to (the mean of Σ_j α_tj γ_j); 1-γ̄, the exponent that even weights of that
-gain would have; the exponent predicted from h; the measured one, of |(I - diag(γ) α)^-1|. The last two are negative slopes over the lags
-T/16 to 9T/10, each ratio of lags counting alike.
+The table: γ̄, the mean gain; Σ α γ, the gain that is attended to (the mean of Σ_j α_tj γ_j); 1-γ̄, the
+exponent that even weights of that gain would have; the exponent predicted from h; the measured one, of
+|(I - diag(γ) α)^-1|. The last two are negative slopes over the lags T/16 to 9T/10, each ratio of lags
+counting alike.
 """
 import argparse
 import os
@@ -43,13 +48,15 @@ def bins(t):
 
 
 def even(n, T):
-    """The kernel (n) of weights 1/t: the share of a row's positions that a bin has, mean over the rows t ≥ T/16 as in influence.c."""
+    """The kernel (n) of weights 1/t: the share of a row's positions that a bin has, mean over the rows t ≥ T/16 as
+    in influence.c."""
     first = 1 if T < 32 else T // 16
     return sum(np.bincount(bins(t), minlength=n) / t for t in range(first, T)) / (T - first)
 
 
 def profile(kernel, T, sources=16):
-    """|u| by lag (T), mean over the sources, where α_tj γ_j is h(j/t)/t. h: the kernel, each bin in units of what even weights have."""
+    """|u| by lag (T), mean over the sources, where α_tj γ_j is h(j/t)/t. h: the kernel, each bin in units of what
+    even weights have."""
     share = even(len(kernel), T)
     h = kernel / np.where(share > 0, share, 1)
     u = np.zeros((T, sources))
@@ -78,7 +85,8 @@ def layers_of(path, sources):
         sys.exit(f"{path}: {error}")
     out = []
     while f"layers.{len(out)}.kernel" in tensors:
-        kernel, gain, solve = (tensors[f"layers.{len(out)}.{name}"].astype(np.float64) for name in ("kernel", "gain", "solve"))
+        kernel, gain, solve = (tensors[f"layers.{len(out)}.{name}"].astype(np.float64)
+                               for name in ("kernel", "gain", "solve"))
         out.append((gain[0], kernel.sum(), exponent(profile(kernel, len(solve), sources)), exponent(solve)))
     if not out:
         sys.exit(f"{path}: it holds no layers of a feedback path; dev/claims/influence.c writes them")
@@ -125,8 +133,8 @@ def main():
     rows = np.array([row for layers in found.values() for row in layers if None not in row])
     if len(rows):
         theory, kernel = np.abs(1 - rows[:, 0] - rows[:, 3]), np.abs(rows[:, 2] - rows[:, 3])
-        print(f"\n{len(rows)} layers, distance from what is measured, median and worst: 1-γ̄ {np.median(theory):.2f} and {theory.max():.2f}, "
-              f"predicted {np.median(kernel):.2f} and {kernel.max():.2f}")
+        print(f"\n{len(rows)} layers, distance from what is measured, median and worst: 1-γ̄ {np.median(theory):.2f} "
+              f"and {theory.max():.2f}, predicted {np.median(kernel):.2f} and {kernel.max():.2f}")
     if o.out:
         draw(found, o.out)
 

@@ -184,7 +184,8 @@ def test_curriculum():
     run("curriculum.py", "--program", "/nowhere/train_sessa", code=1)
 
 
-# A program that plays train_sessa: it keeps its calls, takes the longer the smaller the seed, and dies half way where it is told.
+# A program that plays train_sessa: it keeps its calls, takes the longer the smaller the seed, and dies half way
+# where it is told.
 PLAYED = r"""#!{python}
 import json, os, sys, time
 words, folder = sys.argv[1:], {folder!r}
@@ -226,15 +227,16 @@ def calls(folder):
 
 
 def test_experiments_jobs():
-    """Models side by side; --jobs at a time; the table in the order of the seeds, whoever ends first; a run that died goes on, alone."""
+    """Models side by side; --jobs at a time; the table in the order of the seeds, whoever ends first; a run that
+    died goes on, alone."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, os.path.join(HERE, "experiments.py"), "mqar", "--quick", "--program", play(folder), "--folder", folder,
-                   "--models", "sessa", "mamba2", "--seeds", "1", "2", "3"]
+        command = [sys.executable, os.path.join(HERE, "experiments.py"), "mqar", "--quick", "--program", play(folder),
+                   "--folder", folder, "--models", "sessa", "mamba2", "--seeds", "1", "2", "3"]
         open(os.path.join(folder, "dies"), "w").close()
         done = subprocess.run([*command, "--jobs", "2"], capture_output=True, text=True)
         assert done.returncode == 1 and "killed" in done.stderr and "Traceback" not in done.stderr, done.stderr
         begun = [line.split()[1] for line in calls(folder) if line.startswith("start")]
-        assert begun[:2] in (["mqar_sessa_1", "mqar_mamba2_1"], ["mqar_mamba2_1", "mqar_sessa_1"]) and len(begun) == 6, begun
+        assert {*begun[:2]} == {"mqar_sessa_1", "mqar_mamba2_1"} and len(begun) == 6, begun
         assert {*begun[2:4]} == {"mqar_sessa_2", "mqar_mamba2_2"}, begun
         running, most = 0, 0
         for line in calls(folder):
@@ -245,7 +247,8 @@ def test_experiments_jobs():
         os.remove(os.path.join(folder, "dies"))
         before = len(calls(folder))
         done = subprocess.run([*command, "--jobs", "3"], capture_output=True, text=True)
-        assert done.returncode == 0 and calls(folder)[before:] == ["resume mqar_sessa_2", "end mqar_sessa_2"], (done.stderr, calls(folder))
+        again = calls(folder)[before:]
+        assert done.returncode == 0 and again == ["resume mqar_sessa_2", "end mqar_sessa_2"], (done.stderr, again)
         assert done.stdout.count("| 0.2000 (0.1000, 0.2000, 0.3000) |") == 2, done.stdout
         with open(os.path.join(folder, "quick", "mqar.md")) as file:
             first = file.read()
@@ -255,8 +258,8 @@ def test_experiments_jobs():
 
 
 def test_curriculum_stage():
-    """A stage's weights are those of the first validation at the gate, though the run has gone on; what an earlier, stopped run left is
-    not read; and the sweep's choice counts a run that was stopped at a gate as nothing."""
+    """A stage's weights are those of the first validation at the gate, though the run has gone on; what an earlier,
+    stopped run left is not read; and the sweep's choice counts a run that was stopped at a gate as nothing."""
     with tempfile.TemporaryDirectory() as folder:
         stem, program = os.path.join(folder, "stage0"), os.path.join(folder, "program")
         with open(program, "w") as file:
@@ -281,13 +284,16 @@ open(value("--out"), "w").write("1000")
                 assert file.read() == str(expected[0])
             assert not [name for name in os.listdir(folder) if ".step" in name]
         os.rename(stem + ".jsonl", os.path.join(folder, "stage1.jsonl"))
-        assert curriculum.train_stage(1, os.path.join(folder, "stage1"), None, shape, 1, 1, {1: "none"}, o)[:2] == (1000, 0.2)    # the last: to its end
+        last = curriculum.train_stage(1, os.path.join(folder, "stage1"), None, shape, 1, 1, {1: "none"}, o)
+        assert last[:2] == (1000, 0.2)      # to its end
 
         o = argparse.Namespace(folder=folder, scales=[2.0, 0.5, 1.0], sweep=[101, 102], first=0)
-        found = {(0.5, 101): 0.97, (0.5, 102): None, (1.0, 101): 0.9, (1.0, 102): 0.9, (2.0, 101): 0.8, (2.0, 102): 0.99, (2.0, 1): 1.0}
+        found = {(0.5, 101): 0.97, (0.5, 102): None, (1.0, 101): 0.9, (1.0, 102): 0.9,
+                 (2.0, 101): 0.8, (2.0, 102): 0.99, (2.0, 1): 1.0}
         for (scale, seed), accuracy in found.items():
             os.mkdir(os.path.join(folder, f"{scale}_{seed}"))
-            result = {"model": "sessa", "seed": seed, "scale": scale, "first": 0, "stages": [{"accuracy": accuracy or 0.94}]}
+            result = {"model": "sessa", "seed": seed, "scale": scale, "first": 0}
+            result["stages"] = [{"accuracy": accuracy or 0.94}]
             with open(os.path.join(folder, f"{scale}_{seed}", "result.json"), "w") as file:
                 json.dump(result | ({"by_lag": {}} if accuracy else {}), file)
         assert curriculum.best_scale("sessa", o) == 1.0
@@ -296,7 +302,8 @@ open(value("--out"), "w").write("1000")
 
 
 def test_average():
-    """The mean of weights, without moments and the run's state; snapshots by their step; files that do not go together are refused."""
+    """The mean of weights, without moments and the run's state; snapshots by their step; files that do not go
+    together are refused."""
     try:
         from safetensors import safe_open
         from safetensors.numpy import load_file, save_file
@@ -304,10 +311,11 @@ def test_average():
         raise Skip("safetensors is not installed")
     with tempfile.TemporaryDirectory() as folder:
         path = lambda name: os.path.join(folder, name)
-        weights, words = np.random.default_rng(0).normal(size=(3, 4, 5)).astype(np.float32), np.arange(4, dtype=np.uint8)
+        weights = np.random.default_rng(0).normal(size=(3, 4, 5)).astype(np.float32)
+        words = np.arange(4, dtype=np.uint8)
         for step, w in zip((100, 200, 300), weights):
-            save_file({"wte.weight": w, "exp_avg.wte.weight": w, "tokenizer.bytes": words}, path(f"r.step{step}.safetensors"),
-                      {"mixer": "sessa", "step": str(step)})
+            save_file({"wte.weight": w, "exp_avg.wte.weight": w, "tokenizer.bytes": words},
+                      path(f"r.step{step}.safetensors"), {"mixer": "sessa", "step": str(step)})
         files = [path(f"r.step{step}.safetensors") for step in (100, 200, 300)]
         for steps, expected in (((), weights), (("--steps", 150, 300), weights[1:])):
             run("average.py", *files, *steps, "--out", path("mean.safetensors"))
@@ -324,8 +332,8 @@ def test_average():
 
 
 def test_positions():
-    """Bins cover each position once; weighed by their sizes their losses are the program's own loss of the text; where the text is chance,
-    and only there, the loss is high."""
+    """Bins cover each position once; weighed by their sizes their losses are the program's own loss of the text;
+    where the text is chance, and only there, the loss is high."""
     for T in (1, 16, 17, 100, 8192):
         edges = positions.bins(T)
         assert [p for low, high in edges for p in range(low, high)] == list(range(T)), T
@@ -337,17 +345,20 @@ def test_positions():
         place = np.arange(6000) % 50     # of a window, those of the last tenth beginning at a multiple of 50
         with open(path("a.txt"), "wb") as file:     # the alphabet, and from place 33 on chance
             file.write(bytes(np.where(place > 32, random.integers(97, 106, 6000), 97 + place % 9).astype(np.uint8)))
-        subprocess.run([PROGRAM, "--data", path("a.txt"), "--dim", "16", "--layers", "1", "--heads", "1", "--seq", "50", "--steps", "30", "--lr",
-                        "1e-2", "--out", path("m.safetensors")], check=True, capture_output=True)
+        options = "--dim 16 --layers 1 --heads 1 --seq 50 --steps 30 --lr 1e-2".split()
+        subprocess.run([PROGRAM, "--data", path("a.txt"), *options, "--out", path("m.safetensors")], check=True,
+                       capture_output=True)
         best = path("m.best.safetensors")
         o = argparse.Namespace(data=path("a.txt"), windows=1000, jobs=2, program=PROGRAM)
         found = positions.by_position(best, o)
-        whole = subprocess.run([PROGRAM, "--load", best, "--data", path("a.txt"), "--eval"], check=True, capture_output=True, text=True)
+        whole = subprocess.run([PROGRAM, "--load", best, "--data", path("a.txt"), "--eval"], check=True,
+                               capture_output=True, text=True)
         whole = float(whole.stdout.split("val_loss ")[1].split()[0])
         mean = sum(found[low] * (high - low) for low, high in positions.bins(50)) / 50
         assert list(found) == [0, 16, 32] and abs(mean / whole - 1) < 1e-5, (found, whole)
         assert max(found[0], found[16]) + 0.5 < found[32], found
-        out = run("positions.py", best, best, "--data", path("a.txt"), "--windows", 3, "--jobs", 3, "--program", PROGRAM, "--json", path("p.json"))
+        out = run("positions.py", best, best, "--data", path("a.txt"), "--windows", 3, "--jobs", 3,
+                  "--program", PROGRAM, "--json", path("p.json"))
         assert "| 0–15 |" in out and "| 32–49 |" in out
         run("positions.py", best, "--data", path("m.jsonl"), "--program", PROGRAM, code=1)
         try:
@@ -360,8 +371,8 @@ def test_positions():
 
 
 def test_tail():
-    """Even weights of either sign have the theory's exponent, 1-γ; near hops count for their loss alone; a kernel with more of the far
-    past has that of the recursion it stands for."""
+    """Even weights of either sign have the theory's exponent, 1-γ; near hops count for their loss alone; a kernel
+    with more of the far past has that of the recursion it stands for."""
     T = 1024
 
     def kernel_of(row):
