@@ -4,6 +4,7 @@ it was learned.
   dev/claims/curriculum.py --models sessa attention --seeds 1 2 3      # about 3 minutes a run on one CPU thread
   dev/claims/curriculum.py --first 1                                   # without stage 0
   dev/claims/curriculum.py --scales 0.5 1 2 --seeds 101                # the learning-rate sweep: every stage's rate times that
+  dev/claims/curriculum.py --scales 0.5 1 2 --sweep 101 --jobs 8       # that, then five seeds at each model's best
   dev/claims/curriculum.py --table                                     # no training: the table of the runs that are there
   dev/claims/curriculum.py --plateau 4 4                               # pairs, queries: what can be had without matching keys
 
@@ -17,19 +18,23 @@ stage 2 come 8 and 16 pairs without noise, then 16 pairs among noise, 8 of them 
 
 The gate: a stage ends when its validation accuracy is --gate or more, and the next begins; one that has not
 got there by its last step ends the run, "not matched". The last stage is trained to the end of its schedule
-and tested at lags up to --far. A run is stopped and resumed at every validation, so that a stage ends at a
-step which depends on nothing but the run itself.
+and tested at lags up to --far. A stage leaves a snapshot at every validation, and the next takes the first that
+was at the gate, so that a stage ends at a step which depends on nothing but the run itself.
 
 Folder runs/curriculum: data, one folder a run, its result.json (what is finished is not run again),
 curriculum.md with the table.
 """
 import argparse
+import glob
 import json
 import os
 import re
 import statistics
 import subprocess
 import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +45,7 @@ ROOT = os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(__file__)),
 
 VOCAB = 147     # 3 marks, 16 key symbols, 128 values
 EVERY = 250     # steps between two looks at the gate
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", **os.environ}
 
 
 @dataclass
@@ -103,8 +109,7 @@ def call(command, o):
     if o.dry_run:
         print("$", " ".join(command))
         return ""
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace",
-                          env={"OMP_NUM_THREADS": "1", **os.environ})
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=ENVIRONMENT)
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["no word said"])[-1]
         sys.exit(f"{' '.join(command)}: exit code {done.returncode}: {said}")
@@ -132,35 +137,71 @@ def make_data(o):
     return prefixes, tests
 
 
-def last_accuracy(log):
+def accuracies(log):
+    """[(step, validation accuracy)] of a log, whole lines only; none if there is no such file."""
+    if not os.path.exists(log):
+        return []
     with open(log) as file:
-        return [json.loads(line) for line in file][-1]["val_accuracy"]
+        lines = [json.loads(line) for line in file if '"val_accuracy"' in line and line.endswith("\n")]
+    return [(line["step"], line["val_accuracy"]) for line in lines]
+
+
+def at_gate(log, gate):
+    """The first step at which a log's validation accuracy is at the gate, or None."""
+    return next((step for step, accuracy in accuracies(log) if accuracy >= gate), None)
+
+
+def train_until(command, passed, o):
+    """Runs the program until it ends, or until passed() is true, which ends it."""
+    command = [str(word) for word in command]
+    if o.dry_run:
+        print("$", " ".join(command))
+        return
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said, env=ENVIRONMENT)
+        stopped = False
+        while process.poll() is None:
+            if not stopped and passed():
+                process.terminate()
+                stopped = True
+            time.sleep(0.1)
+        if process.returncode and not stopped:
+            said.seek(0)
+            words = (said.read().strip().splitlines() or ["no word said"])[-1]
+            sys.exit(f"{' '.join(command)}: exit code {process.returncode}: {words}")
 
 
 def train_stage(i, stem, before, shape, seed, scale, prefixes, o):
     """(steps made, accuracy at the end, first step at which it was at the gate or None); the weights are in stem.safetensors."""
     stage, last = o.stages[i], i == len(o.stages) - 1
-    steps = min(stage.steps, o.steps or stage.steps)
-    rate, passed, accuracy = stage.lr * scale, None, 0
-    for step in range(min(EVERY, steps), steps + 1, EVERY):
-        files = ["--log", stem + ".jsonl", "--eval-every", EVERY, "--eval-batches", -(-400 // stage.batch), "--save-every", 1000000]
-        if step <= EVERY:
-            start = ["--load", before] if before else shape.options()
-            command = [o.program, "--data", prefixes[i] + "_train.safetensors", "--val", prefixes[i] + "_val.safetensors", *start,
-                       "--seq", stage.tokens(), "--steps", step, "--decay-steps", steps, "--batch", stage.batch, "--lr", rate,
-                       "--min-lr", rate / 10, "--warmup", min(200, steps // 10), "--beta2", "0.95", "--seed", seed,
-                       "--out", stem + ".safetensors", "--overwrite", *files]
-        else:
-            command = [o.program, "--resume", stem + ".safetensors", "--steps", step, *files]
-        call(command, o)
-        if o.dry_run:
-            return steps, 1.0, steps
-        accuracy = last_accuracy(stem + ".jsonl")
-        if accuracy >= o.gate:
-            passed = passed or step
-            if not last:
-                break
-    return step, accuracy, passed
+    steps, rate = min(stage.steps, o.steps or stage.steps), stage.lr * scale
+    log, out = stem + ".jsonl", stem + ".safetensors"
+
+    def snapshot(step):
+        return f"{stem}.step{step}.safetensors"
+
+    def passed():
+        step = None if last else at_gate(log, o.gate)
+        return step and os.path.exists(snapshot(step))
+
+    for path in glob.glob(glob.escape(stem) + ".*"):        # of a run that was stopped
+        os.remove(path)
+    start = ["--load", before] if before else shape.options()
+    train_until([o.program, "--data", prefixes[i] + "_train.safetensors", "--val", prefixes[i] + "_val.safetensors",
+                 *start, "--seq", stage.tokens(), "--steps", steps, "--batch", stage.batch,
+                 "--lr", rate, "--min-lr", rate / 10,
+                 "--warmup", min(200, steps // 10), "--beta2", "0.95", "--seed", seed, "--out", out, "--log", log,
+                 "--eval-every", EVERY, "--eval-batches", -(-400 // stage.batch), "--save-every", 1000000,
+                 *(() if last else ("--keep-every", EVERY))], passed, o)
+    if o.dry_run:
+        return steps, 1.0, steps
+    found, gate = dict(accuracies(log)), at_gate(log, o.gate)
+    step = max(found) if last or not gate else gate
+    if step < steps:    # it went on while the log was read
+        os.replace(snapshot(step), out)
+    for path in glob.glob(glob.escape(stem) + ".step*"):
+        os.remove(path)
+    return step, found[step], gate
 
 
 def far_accuracy(weights, tests, o):
@@ -205,6 +246,37 @@ def one_run(model, shape, seed, scale, prefixes, tests, o):
             json.dump(result, file, indent=1)
 
 
+def attempt(run):
+    """Whether this run came to its end; if not, a line says why."""
+    try:
+        one_run(*run)
+        return True
+    except SystemExit as error:
+        print(error, file=sys.stderr, flush=True)
+        return False
+
+
+def results(o):
+    """Those of the folder's runs."""
+    found = []
+    for name in sorted(os.listdir(o.folder)):
+        path = os.path.join(o.folder, name, "result.json")
+        if os.path.exists(path):
+            with open(path) as file:
+                found.append(json.load(file))
+    return found
+
+
+def best_scale(model, o):
+    """The factor with the highest accuracy in the last stage, mean over the sweep's seeds, where a run that did
+    not come to it counts as 0; of equal ones the smallest."""
+    of = {scale: [] for scale in sorted(o.scales)}
+    for r in results(o):
+        if r["model"] == model and r["seed"] in o.sweep and r["scale"] in of and r["first"] == o.first:
+            of[r["scale"]].append(r["stages"][-1]["accuracy"] if "by_lag" in r else 0)
+    return max(of, key=lambda scale: statistics.mean(of[scale] or [0]))
+
+
 def mean_and_each(values, digits=3):
     values = [v for v in values if v is not None]
     if not values:
@@ -216,12 +288,8 @@ def mean_and_each(values, digits=3):
 def table(o):
     """One row a model, scale and first stage, over its seeds; those that stopped at a gate are counted, and in no mean."""
     groups = {}
-    for name in sorted(os.listdir(o.folder)):
-        path = os.path.join(o.folder, name, "result.json")
-        if os.path.exists(path):
-            with open(path) as file:
-                r = json.load(file)
-            groups.setdefault((r["model"], r["first"], r["scale"]), []).append(r)
+    for r in results(o):
+        groups.setdefault((r["model"], r["first"], r["scale"]), []).append(r)
     order = ["sessa", "attention", "mamba2", "nofeedback"]
     bins = sorted({low for rows in groups.values() for r in rows for low in r.get("by_lag", {}) if int(low) >= 64}, key=int)
     head = ["model", "stages", "rates ×", "seeds", "came to the last stage", "steps to it", "lags trained on", "test"]
@@ -247,6 +315,9 @@ def main():
                         choices=("sessa", "attention", "mamba2", "nofeedback"), help="[all four]")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5], help="[1 2 3 4 5]")
     parser.add_argument("--scales", nargs="+", type=float, default=[1.0], help="factors of the learning rates [1]")
+    parser.add_argument("--sweep", nargs="+", type=int, metavar="SEED",
+                        help="these seeds at all factors first, then --seeds at each model's best")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time [1]")
     parser.add_argument("--setting", choices=SETTINGS, default="small", help="[small]")
     parser.add_argument("--first", type=int, choices=(0, 1), default=0, help="the first stage [0]")
     parser.add_argument("--gate", type=float, default=0.95, help="accuracy that ends a stage [0.95]")
@@ -260,6 +331,8 @@ def main():
     parser.add_argument("--plateau", nargs=2, type=int, metavar=("PAIRS", "QUERIES"), help="print the accuracy without matching")
     parser.add_argument("--dry-run", action="store_true", help="print the commands only")
     o = parser.parse_args()
+    if o.jobs < 1:
+        parser.error("--jobs takes 1 or more")
     shape, o.stages = SETTINGS[o.setting]
     o.folder = o.folder or os.path.join(ROOT, "runs", "curriculum" + "-large" * (o.setting == "large") + "-repeat" * o.repeat)
     if o.plateau:
@@ -268,19 +341,27 @@ def main():
     if not o.table and not o.dry_run and not os.path.exists(o.program):
         sys.exit(f"{o.program} is not there: make {os.path.basename(o.program)}")
     os.makedirs(os.path.join(o.folder, "data"), exist_ok=True)
+    complete = []   # of each run, whether it is
     if not o.table:
         prefixes, tests = make_data(o)
         shapes = dict(zip(("sessa", "attention", "mamba2", "nofeedback"),
                           (shape for _, shape in match.rows(VOCAB, match.Shape("sessa", *shape)))))
-        for seed in o.seeds:            # the models side by side, should it be stopped early
-            for scale in o.scales:
-                for model in o.models:
-                    one_run(model, shapes[model], seed, scale, prefixes, tests, o)
+
+        def run_all(seeds, scales_of):      # the models side by side, should it be stopped early
+            runs = [(model, shapes[model], seed, scale, prefixes, tests, o)
+                    for seed in seeds for model in o.models for scale in scales_of(model)]
+            with ThreadPoolExecutor(o.jobs) as pool:
+                return list(pool.map(attempt, runs))
+
+        if o.sweep:
+            complete += run_all(o.sweep, lambda model: o.scales)
+        complete += run_all(o.seeds, lambda model: [best_scale(model, o)] if o.sweep else o.scales)
     if not o.dry_run:
         text = table(o)
         with open(os.path.join(o.folder, "curriculum.md"), "w") as file:
             file.write(text)
         print("\n" + text)
+    sys.exit(not all(complete))
 
 
 if __name__ == "__main__":

@@ -1,19 +1,28 @@
-"""The paper's comparisons, run again: Sessa, a Transformer and Mamba-2 with equally many parameters, and Sessa without its feedback
-path, on the same data for as many steps, two seeds each. One entry a table; it writes FOLDER/NAME.md, and the curves beside it.
+"""The paper's comparisons, run again: Sessa, a Transformer and Mamba-2 with equally many parameters, and
+Sessa without its feedback path, on the same data for as many steps, two seeds each. One entry a table; it
+writes FOLDER/NAME.md, and the curves beside it.
 
   dev/claims/experiments.py symbolsoup mqar --quick            # minutes on a CPU: shows that everything works, and no more
   dev/claims/experiments.py mqar --small                       # an hour or so on a CPU: small models that do learn
   dev/claims/experiments.py symbolsoup                         # the real thing, on a GPU
   dev/claims/experiments.py mqar --models mamba2 --seeds 1337 --program ./train_sessacu
   dev/claims/experiments.py symbolsoup-200k --models mamba2 --seeds 101 --lr 2e-3     # one point of a sweep; its runs have names of their own
+  dev/claims/experiments.py symbolsoup-200k --jobs 3           # three runs at a time
+  dev/claims/experiments.py tinyshakespeare-10m --models sessa --seeds 1 2 3 --set min-lr=1e-3 --average 1000-2000
   dev/claims/experiments.py tinyshakespeare --dry-run          # prints the commands
 
-Entries: symbolsoup (accuracy on its test set), symbolsoup-200k (the same with 200,000 examples), symbolsoup-long (100,000 of 900 to
-1,024 tokens), mqar (accuracy by lag, up to four times the lags trained on), simplestories
-(perplexity), tinyshakespeare (validation loss). Data that is not there is made or fetched by the scripts of data/. Runs are kept in
-FOLDER: one that is finished is not run again, one that was stopped goes on. The programs are built with make.
+Entries: symbolsoup (accuracy on its test set), symbolsoup-200k (the same with 200,000 examples),
+symbolsoup-long (100,000 of 900 to 1,024 tokens), mqar (accuracy by lag, up to four times the lags trained
+on), simplestories (perplexity), tinyshakespeare and tinyshakespeare-10m (validation loss). Data that is not
+there is made or fetched by the scripts of data/. Runs are kept in FOLDER: one that is finished is not run
+again, one that was stopped goes on, and --table makes the tables of those that are finished. The programs are
+built with make.
+
+--average A-B …: with the mean of a run's snapshots of the steps A to B (dev/claims/average.py) evaluated
+beside its best weights; the snapshots, one every --keep-every steps, are deleted then.
 """
 import argparse
+import glob
 import json
 import math
 import os
@@ -21,10 +30,12 @@ import re
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import match
 
-ROOT = os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.normpath(os.path.join(HERE, "..", ".."))
 
 # lines behind SymbolSoup's curves: what can be had by whom (dev/claims/soup.py)
 LADDER = (("0.447", "pairs of the text"), ("0.607", "blocks apart, letters"), ("0.791", "pairs"), ("0.820", "best possible"))
@@ -75,6 +86,13 @@ ENTRIES = {
         "metric": "loss", "vocab": 65, "real": (128, 5, 4), "quick": (32, 2, 2), "suffix": "txt",
         "make": {"real": ["tinyshakespeare.sh"], "quick": ["tinyshakespeare.sh"]},
         "options": {"real": {"steps": 2000}, "quick": {"steps": 100, "warmup": 10, "eval-every": 50}}},
+    "tinyshakespeare-10m": {
+        "metric": "loss", "vocab": 65, "real": (384, 8, 6), "quick": (32, 2, 2), "suffix": "txt",
+        "make": {"real": ["tinyshakespeare.sh"], "quick": ["tinyshakespeare.sh"]},
+        "options": {
+            "real": {"seq": 256, "steps": 2000, "batch": 64, "lr": 1e-3, "min-lr": 1e-5, "warmup": 100, "beta2": 0.95,
+                     "weight-decay": 1.7, "dropout": 0.3, "eval-every": 100, "save-every": 1000},
+            "quick": {"steps": 100, "warmup": 10, "dropout": 0.1, "eval-every": 50}}},
 }
 
 
@@ -97,7 +115,7 @@ def data_files(name, entry, setting, folder, dry):
     suffix = entry.get("suffix", "safetensors")
     script = entry["make"][setting]
     if suffix == "txt":
-        paths = {"train": os.path.join(ROOT, "data", f"{name}.txt")}
+        paths = {"train": os.path.join(ROOT, "data", "tinyshakespeare.txt")}
     else:   # what the smaller settings make differs, so it lies elsewhere
         prefix = os.path.join(os.path.join(ROOT, "data") if setting == "real" else folder, name)
         paths = {split: f"{prefix}_{split}.{suffix}" for split in ("train", "val") + (("test",) if suffix == "safetensors" else ())}
@@ -120,30 +138,58 @@ def train(stem, shape, seed, data, options, o):
     """Trains one model with one seed, unless that is done: the log's lines."""
     log, out = stem + ".jsonl", stem + ".safetensors"
     lines = log_lines(log)
-    if not lines or lines[-1]["step"] < options["steps"]:
+    watching = {key: value for key, value in options.items() if key.startswith(("eval", "save"))}
+    if o.average:
+        watching["keep-every"] = o.keep_every
+    told = [word for key, value in watching.items() for word in ("--" + key, str(value))]
+    if (not lines or lines[-1]["step"] < options["steps"]) and not o.table:
         if lines and os.path.exists(out):
-            watching = {key: value for key, value in options.items() if key.startswith("eval")}     # all else is in the file
-            command = [o.program, "--resume", out, "--log", log] + [word for key, value in watching.items() for word in ("--" + key, str(value))]
+            command = [o.program, "--resume", out, "--log", log, *told]     # all else is in the file
         else:
             command = [o.program, "--data", data["train"], *(("--val", data["val"]) if "val" in data else ()), *shape.options()]
-            command += [word for key, value in options.items() for word in ("--" + key, str(value))]
-            command += ["--seed", str(seed), "--log", log, "--out", out, "--overwrite"]
+            settings = {key: value for key, value in options.items() if key not in watching}
+            command += [word for key, value in settings.items() for word in ("--" + key, str(value))]
+            command += [*told, "--seed", str(seed), "--log", log, "--out", out, "--overwrite"]
         call(command, o.dry_run)
         lines = log_lines(log)
     return lines
 
 
+def scores(output):
+    """{measure: value} of what --eval prints."""
+    return {name: float(x) for name, x in re.findall(r"^(val_loss|val_accuracy|lag \d+ to \d+) (\S+)$", output, re.M)}
+
+
 def evaluate(stem, data, o):
     """{measure: value} of the best weights on the test set; kept beside them."""
     path = stem + ".test.json"
-    if os.path.exists(path) and os.path.getmtime(path) >= os.path.getmtime(stem + ".best.safetensors"):
+    if os.path.exists(path) and (o.table or os.path.getmtime(path) >= os.path.getmtime(stem + ".best.safetensors")):
         with open(path) as file:
             return json.load(file)
-    output = call([o.program, "--eval", "--load", stem + ".best.safetensors", "--val", data["test"]], o.dry_run)
-    found = {name: float(x) for name, x in re.findall(r"^(val_loss|val_accuracy|lag \d+ to \d+) (\S+)$", output, re.M)}
+    found = scores(call([o.program, "--eval", "--load", stem + ".best.safetensors", "--val", data["test"]], o.dry_run))
     if not o.dry_run:
         with open(path, "w") as file:
             json.dump(found, file)
+    return found
+
+
+def averages(stem, data, o):
+    """{"A-B": validation loss of the mean of the run's snapshots of these steps}; kept beside it, the snapshots
+    are deleted."""
+    path = stem + ".average.json"
+    if os.path.exists(path):
+        with open(path) as file:
+            return json.load(file)
+    found, out, snapshots = {}, stem + ".averaged.safetensors", glob.glob(glob.escape(stem) + ".step*.safetensors")
+    where = ("--val", data["val"]) if "val" in data else ("--data", data["train"])
+    for steps in o.average:
+        script = os.path.join(HERE, "average.py")
+        call([sys.executable, script, *snapshots, "--steps", *steps.split("-"), "--out", out], False)
+        found[steps] = scores(call([o.program, "--eval", "--load", out, *where], False))["val_loss"]
+    with open(path, "w") as file:
+        json.dump(found, file)
+    for snapshot in snapshots:
+        os.remove(snapshot)
     return found
 
 
@@ -157,6 +203,7 @@ def spread(values, digits=4):
 
 
 def run_entry(name, entry, o):
+    """Whether all of its runs have come to their end. Of those that have, the table is made."""
     setting = "quick" if o.quick else "small" if o.small else "real"
     if setting not in entry:
         sys.exit(f"{name} has no {setting} setting")
@@ -173,32 +220,56 @@ def run_entry(name, entry, o):
         options["lr"], tag = o.lr, f"_lr{o.lr:g}"
     if o.warmup is not None:
         options["warmup"], tag = o.warmup, f"{tag}_warmup{o.warmup}"
+    for word in o.set:
+        key, value = word.split("=", 1)
+        options[key], tag = value, f"{tag}_{key}{value}"
     D, L, H = entry[setting]
-    results, logs, columns = [], [], []
+    rows_of = []    # (title, shape, [a run of each seed])
     for title, shape in match.rows(entry["vocab"], match.Shape("sessa", D, L, H), state_dim=16 if o.quick else 64):
         key = "nofeedback" if title.endswith("feedback") else shape.mixer
-        if o.models and key not in o.models:
-            continue
-        last, tests = [], []
-        for seed in o.seeds:
-            stem = os.path.join(folder, f"{name}_{key}_{seed}{tag}")
+        if not o.models or key in o.models:
+            runs = [(os.path.join(folder, f"{name}_{key}_{seed}{tag}"), shape, seed) for seed in o.seeds]
+            rows_of.append((title, shape, runs))
+
+    def one(run):
+        """(the log's lines, the test, the averages), or None if it failed or, with --table, has not ended."""
+        stem, shape, seed = run
+        try:
             lines = train(stem, shape, seed, data, options, o)
-            if not lines:   # a dry run
-                continue
-            last.append({**lines[-1], "best": min(line["val_loss"] for line in lines if "val_loss" in line)})
-            logs.append((stem + ".jsonl", f"{title}, {seed}"))
-            tests.append(evaluate(stem, data, o) if "test" in data else {})
-        results.append((title, shape, last, tests))
+            if not o.dry_run and (not lines or lines[-1]["step"] < int(options["steps"])):
+                return None
+            test = evaluate(stem, data, o) if "test" in data else {}
+            return lines, test, averages(stem, data, o) if o.average and not o.dry_run else {}
+        except SystemExit as error:
+            print(error, file=sys.stderr)
+            return None
+
+    # the models side by side, should it be stopped early
+    runs = [run for of_seed in zip(*(runs for _, _, runs in rows_of)) for run in of_seed]
+    with ThreadPoolExecutor(o.jobs) as pool:
+        done = dict(zip((stem for stem, _, _ in runs), pool.map(one, runs)))
+    if o.dry_run or not any(done.values()):
+        return all(done.values())
+    results, logs, columns = [], [], []
+    for title, shape, runs in rows_of:
+        last, tests, means = [], [], []
+        for stem, _, seed in runs:
+            if done[stem]:
+                lines, test, mean = done[stem]
+                last.append({**lines[-1], "best": min(line["val_loss"] for line in lines if "val_loss" in line)})
+                logs.append((stem + ".jsonl", f"{title}, {seed}"))
+                tests.append(test)
+                means.append(mean)
+        results.append((title, shape, last, tests, means))
         columns = sorted({lag for test in tests for lag in test if lag.startswith("lag")} | set(columns), key=lambda lag: int(lag.split()[1]))
-    if o.dry_run:
-        return
 
     metric = entry["metric"]
     head = ["model", "shape", "parameters"]
     head += {"accuracy": ["test accuracy", "test loss"], "lag": ["validation accuracy", "test accuracy", *columns],
-             "perplexity": ["validation perplexity"], "loss": ["validation loss"]}[metric] + ["validation loss at the end", "tokens/s"]
+             "perplexity": ["validation perplexity"], "loss": ["validation loss"]}[metric]
+    head += ["validation loss at the end"] + [f"the mean of steps {steps}" for steps in o.average] + ["tokens/s"]
     rows = [head, ["---"] * len(head)]
-    for title, shape, last, tests in results:
+    for title, shape, last, tests, means in results:
         row = [title, f"D {shape.dim}, L {shape.layers}" + (f", w {shape.head_dim}" if shape.head_dim else f", H {shape.heads}"),
                f"{match.parameters(shape, entry['vocab']):,}"]
         best = [line["best"] for line in last]
@@ -209,7 +280,9 @@ def run_entry(name, entry, o):
             row += [spread([test.get(name) for test in tests], 3) for name in (columns if metric == "lag" else ["val_loss"])]
         else:
             row.append(spread([math.exp(x) for x in best], 3) if metric == "perplexity" else spread(best))
-        row += [spread([line["val_loss"] for line in last]), f"{statistics.median(line['tok_per_s'] or 0 for line in last):,.0f}"]
+        row.append(spread([line["val_loss"] for line in last]))
+        row += [spread([mean.get(steps) for mean in means]) for steps in o.average]
+        row.append(f"{statistics.median(line['tok_per_s'] or 0 for line in last):,.0f}" if last else "")
         rows.append(row)
     told = " ".join(f"--{key} {value}" for key, value in options.items())
     seeds = " and ".join(map(str, o.seeds))
@@ -223,11 +296,11 @@ def run_entry(name, entry, o):
         import matplotlib   # noqa: F401  the picture is an extra
     except ImportError:
         print("no curves: matplotlib is not installed")
-        return
-    plot = os.path.join(os.path.dirname(os.path.abspath(__file__)), "plot_training.py")
-    call([sys.executable, plot, *(path for path, _ in logs), "--names",
+        return all(done.values())
+    call([sys.executable, os.path.join(HERE, "plot_training.py"), *(path for path, _ in logs), "--names",
           *(label for _, label in logs), *(word for level in entry.get("levels", ()) for word in ("--level", *level)),
           "--title", name, "--out", os.path.join(folder, name + tag + ".svg")], False)
+    return all(done.values())
 
 
 def main():
@@ -241,19 +314,30 @@ def main():
     parser.add_argument("--batch", type=int, help="in place of the entry's")
     parser.add_argument("--lr", type=float, help="in place of the entry's; such runs have names of their own")
     parser.add_argument("--warmup", type=int, help="the same for the steps of warm-up")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE",
+                        help="and for any other option of the program")
+    parser.add_argument("--average", nargs="+", default=[], metavar="A-B",
+                        help="evaluate the mean of the snapshots of these steps too")
+    parser.add_argument("--keep-every", type=int, default=50, help="steps between two of them [50]")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time [1]")
+    parser.add_argument("--table", action="store_true", help="no training: only the tables of what is there")
     parser.add_argument("--program", help="[./train_sessa with --quick or --small, else ./train_sessacu]")
     parser.add_argument("--folder", default=os.path.join(ROOT, "runs"), help="[runs]")
     parser.add_argument("--dry-run", action="store_true", help="print the commands only")
     o = parser.parse_args()
+    if not all("=" in word for word in o.set) or o.jobs < 1:
+        parser.error("--set takes NAME=VALUE, --jobs 1 or more")
+    if not all(re.fullmatch(r"\d+-\d+", word) for word in o.average):
+        parser.error("--average takes two steps, as in 1000-2000")
     o.program = o.program or os.path.join(ROOT, "train_sessa" if o.quick or o.small else "train_sessacu")
     if not o.dry_run and not os.path.exists(o.program):
         sys.exit(f"{o.program} is not there: make {os.path.basename(o.program)}")
     try:
-        for name in o.entries:
-            run_entry(name, ENTRIES[name], o)
+        complete = [run_entry(name, ENTRIES[name], o) for name in o.entries]
     except KeyboardInterrupt:
         print("stopped: the same command goes on", file=sys.stderr)
         sys.exit(130)
+    sys.exit(not all(complete))
 
 
 if __name__ == "__main__":

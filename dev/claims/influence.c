@@ -17,6 +17,10 @@ random signs for each [2]; --map l, the layer whose matrices are written as pict
     layers.l.feedback   |γ_t α_tτ| [17, 18]: one hop of the feedback path
     layers.l.solve      |(I - diag(γ) α)^-1|_tτ [19-22], what s_t owes to f_τ with the weights held fixed: all hops
     layers.l.chain      Π_{τ<u≤t} exp(-exp(A_log) Δ_u) of a mamba2 layer, mean over heads: one chain
+    layers.l.kernel     not by lag but by the ratio of positions, signed: the sum of α_tj γ_j over the j with
+                        b ≤ 8 log2(t/(j + 1/2)) < b + 1, mean over the rows t ≥ T/16; tail.py makes the tail's
+                        exponent of it
+    layers.l.gain       one number: the mean of γ_t
     layers.l.jacobian   |∂s_t/∂ā_τ| / sqrt(D), Frobenius norm, root mean square: the whole mixer, its weights depending on ā as they
                         do. From backward passes: the mean of |J^T u|² over signs u is |J|². 0 at lags that no target has
 
@@ -82,25 +86,26 @@ static void direct_matrix(double *out, Model *m, int l, int T) {
                       1.0 / c->n_heads);
 }
 
-static void feedback_matrix(double *out, Model *m, int l, int T) {
+// diag(γ) α, or without the gain: α.
+static void feedback_matrix(double *out, Model *m, int l, int T, int with_gain) {
     int D = m->config.d_model, E = proj_width(&m->config);
     LayerActivations *a = &m->acts.layers[l];
-    weight_matrix(out, a->proj + E - 2 * D, a->proj + E - D, E, a->fb_stats, a->gamma, T, D, 1, 1);
+    weight_matrix(out, a->proj + E - 2 * D, a->proj + E - D, E, a->fb_stats, with_gain ? a->gamma : NULL, T, D, 1, 1);
 }
 
-// (I - A)^-1, D of its columns at a time: the feedback path's answer to unit vectors.
-static void solve_matrix(double *out, Model *m, int l, int T) {
+// The first n columns of (I - A)^-1, D of them at a time: the feedback path's answer to unit vectors.
+static void solve_matrix(double *out, Model *m, int l, int T, int n) {
     int D = m->config.d_model, E = proj_width(&m->config);
     LayerActivations *a = &m->acts.layers[l];
     const real *fb_q = a->proj + E - 2 * D, *fb_k = fb_q + D;
     real *f = (real *)array((size_t)T * D, sizeof(real)), *s = (real *)array((size_t)T * D, sizeof(real));
     real *stats = (real *)array(2 * (size_t)T, sizeof(real));
-    for (int c0 = 0; c0 < T; c0 += D) {
+    for (int c0 = 0; c0 < n; c0 += D) {
         memset(f, 0, sizeof(real) * (size_t)T * (size_t)D);
-        for (int i = 0; i < D && c0 + i < T; i++) f[(size_t)(c0 + i) * D + i] = 1;
+        for (int i = 0; i < D && c0 + i < n; i++) f[(size_t)(c0 + i) * D + i] = 1;
         feedback_forward(s, stats, work_of(m), f, fb_q, fb_k, a->gamma, feedback_shape(&m->config, 1, T, 0));
         for (int t = 0; t < T; t++)
-            for (int i = 0; i < D && c0 + i < T; i++) out[(size_t)t * T + c0 + i] = (double)s[(size_t)t * D + i];
+            for (int i = 0; i < D && c0 + i < n; i++) out[(size_t)t * T + c0 + i] = (double)s[(size_t)t * D + i];
     }
     free(f);
     free(s);
@@ -136,6 +141,17 @@ static void add_by_lag(ByLag to, const double *matrix, int T, int sources) {
         }
 }
 
+enum { PER_OCTAVE = 8, KERNEL = 16 * PER_OCTAVE }; // t/(j + 1/2) ≤ 2 T
+
+// kernel[b] += the sum of α_tj γ_j over the j of which t/(j + 1/2) is b to b + 1 eighths of an octave, mean over
+// the rows t ≥ T/16. alpha (T,T) has the weights without their gain.
+static void add_kernel(double *kernel, const double *alpha, const real *gain, int T) {
+    int first = T < 32 ? 1 : T / 16;
+    for (int t = first; t < T; t++)
+        for (int j = 0; j < t; j++)
+            kernel[(int)(PER_OCTAVE * log2(t / (j + 0.5)))] += alpha[(size_t)t * T + j] * (double)gain[j] / (T - first);
+}
+
 // rows[τ] += |J^T u|² / D over the rows τ ≤ t of ∂s_t/∂ā_τ, u one vector of signs: one backward pass of the mixer of layer l.
 static void jacobian_rows(double *rows, Model *m, int l, int T, int t, const real *u) {
     int D = m->config.d_model;
@@ -148,21 +164,32 @@ static void jacobian_rows(double *rows, Model *m, int l, int T, int t, const rea
 }
 
 // Everything of one layer, on the sequence that has just gone through the model.
-static void measure_layer(Model *m, int l, int T, const Measure *o, int sequence, ByLag *by_lag, uint64_t *random) {
+static void measure_layer(Model *m, int l, int T, const Measure *o, int sequence, ByLag *by_lag, double *kernel,
+                          uint64_t *random) {
     static const char *names[] = {"direct", "feedback", "solve", "chain"};
-    static void (*const matrices[])(double *, Model *, int, int) = {direct_matrix, feedback_matrix, solve_matrix, chain_matrix};
     int D = m->config.d_model, mixer = m->config.mixer, side = min_int(o->map_size, T), sources = o->sources ? min_int(o->sources, T) : T;
     double *matrix = (double *)array((size_t)T * T, sizeof(double)), *rows = (double *)array((size_t)T, sizeof(double));
     for (int k = 0; k < 4; k++) {
         if (mixer == MAMBA2 ? k != 3 : k == 3 || (k && mixer != SESSA)) continue;
+        int drawn = !sequence && l == o->map;
         memset(matrix, 0, sizeof(double) * (size_t)T * (size_t)T);
-        matrices[k](matrix, m, l, T);
+        if (k == 0) direct_matrix(matrix, m, l, T);
+        if (k == 1) feedback_matrix(matrix, m, l, T, 1);
+        if (k == 2) solve_matrix(matrix, m, l, T, drawn && side > sources ? side : sources);
+        if (k == 3) chain_matrix(matrix, m, l, T);
         add_by_lag(by_lag[k], matrix, T, sources);
-        if (sequence || l != o->map) continue;
+        if (!drawn) continue;
         char name[32];
         snprintf(name, sizeof(name), "map.%s", names[k]);
         for (int t = 1; t < side; t++) memmove(matrix + (size_t)t * side, matrix + (size_t)t * T, sizeof(double) * (size_t)side);
         keep(name, matrix, side, side);
+    }
+    if (mixer == SESSA) {
+        const real *gain = m->acts.layers[l].gamma;
+        memset(matrix, 0, sizeof(double) * (size_t)T * (size_t)T);
+        feedback_matrix(matrix, m, l, T, 0);
+        add_kernel(kernel, matrix, gain, T);
+        for (int t = 0; t < T; t++) kernel[KERNEL] += (double)gain[t] / T;
     }
     real *u = (real *)array((size_t)D, sizeof(real));
     for (int i = 0; i < o->targets; i++) { // from 1 to T-1, or to the last positions where all are sources
@@ -197,6 +224,7 @@ static int measure(Run *run, const Measure *given, const char *path, char *error
     if (o.sequences > windows) o.sequences = (int)windows;
     double *numbers = (double *)array((size_t)L * 5 * 2 * T, sizeof(double));
     ByLag *by_lag = (ByLag *)array((size_t)L * 5, sizeof(ByLag));
+    double *kernels = (double *)array((size_t)L * (KERNEL + 1), sizeof(double)); // and the mean gain behind each
     for (int i = 0; i < L * 5; i++) {
         by_lag[i].sum = numbers + (size_t)i * 2 * T;
         by_lag[i].count = by_lag[i].sum + T;
@@ -206,7 +234,7 @@ static int measure(Run *run, const Measure *given, const char *path, char *error
         int64_t place = run->val_begin + window * (run->val_set->kind == DATA_EXAMPLES ? 1 : T);
         copy_sequence(run->inputs, run->targets, run->val_set, place, T);
         model_forward(m, run->inputs, run->targets, 1, T, off);
-        for (int l = 0; l < L; l++) measure_layer(m, l, T, &o, i, by_lag + l * 5, &random);
+        for (int l = 0; l < L; l++) measure_layer(m, l, T, &o, i, by_lag + l * 5, kernels + l * (KERNEL + 1), &random);
     }
     for (int l = 0; l < L; l++)
         for (int k = 0; k < 5; k++) {
@@ -218,7 +246,17 @@ static int measure(Run *run, const Measure *given, const char *path, char *error
             snprintf(name, sizeof(name), "layers.%d.%s", l, names[k]);
             keep(name, x, 0, T);
         }
+    for (int l = 0; l < L && m->config.mixer == SESSA; l++) {
+        double *kernel = kernels + l * (KERNEL + 1);
+        char name[64];
+        for (int b = 0; b <= KERNEL; b++) kernel[b] /= o.sequences;
+        snprintf(name, sizeof(name), "layers.%d.kernel", l);
+        keep(name, kernel, 0, KERNEL);
+        snprintf(name, sizeof(name), "layers.%d.gain", l);
+        keep(name, kernel + KERNEL, 0, 1);
+    }
     free(by_lag);
+    free(kernels);
     free(numbers);
     char texts[2][32];
     snprintf(texts[0], 32, "%d", T);
@@ -407,9 +445,22 @@ static void check_model(int mixer) {
         hold(wrong, 1e-12, "mamba2: products of the chain%.0s%.0s", 0, 0);
     }
     if (mixer == SESSA) { // (I - A) R = I; and the adjoint solve of a unit vector is a row of R
+        // a moment of the kernel, against (I - A)'s own: its row t is γ_t α_tj
         memset(A, 0, sizeof(double) * T * T);
-        feedback_matrix(A, m, l, T);
-        solve_matrix(R, m, l, T);
+        feedback_matrix(A, m, l, T, 0);
+        double kernel[KERNEL] = {0}, moment = 0, to_be = 0, beta = 0.6;
+        add_kernel(kernel, A, a->gamma, T);
+        memset(A, 0, sizeof(double) * T * T);
+        feedback_matrix(A, m, l, T, 1);
+        for (int b = 0; b < KERNEL; b++) moment += kernel[b] * pow(2, beta * (b + 0.5) / PER_OCTAVE);
+        for (int i = T / 16; i < T; i++)
+            for (int j = 0; j < i; j++) {
+                double ratio = (double)a->gamma[j] / (double)a->gamma[i];
+                to_be += A[(size_t)i * T + j] * ratio * pow(i / (j + 0.5), beta) / (T - T / 16);
+            }
+        hold(fabs(moment / to_be - 1), 0.01, "sessa: a moment of the kernel, %.5f, against the matrix' own, %.5f",
+             moment, to_be);
+        solve_matrix(R, m, l, T, T);
         wrong = 0;
         for (int i = 0; i < T; i++)
             for (int j = 0; j < T; j++) {

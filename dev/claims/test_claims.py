@@ -1,6 +1,7 @@
 """Tests of the programs in dev/claims, the plots among them: dev/claims/test_claims.py, or pytest dev/claims/test_claims.py.
 With --program ./train_sessa the program must also read what they write.
 """
+import argparse
 import itertools
 import json
 import math
@@ -17,8 +18,10 @@ sys.path[:0] = [HERE, os.path.join(ROOT, "dev", "pytorch"), os.path.join(ROOT, "
 import curriculum
 import knife
 import match
+import positions
 import soup
 import symbolsoup
+import tail
 import theory
 from example_set import Stream
 from runner import Skip, run_tests
@@ -179,6 +182,244 @@ def test_curriculum():
         assert "1 of 1" in out and "0 of 1 (seed 1 at stage 0 with" in out
         assert os.path.exists(os.path.join(folder, "curriculum.md"))
     run("curriculum.py", "--program", "/nowhere/train_sessa", code=1)
+
+
+# A program that plays train_sessa: it keeps its calls, takes the longer the smaller the seed, and dies half way
+# where it is told.
+PLAYED = r"""#!{python}
+import json, os, sys, time
+words, folder = sys.argv[1:], {folder!r}
+value = lambda name: words[words.index(name) + 1]
+def call(what):
+    with open(os.path.join(folder, "calls"), "a") as file:
+        file.write(what + "\n")
+if "--eval" in words:
+    print("val_loss 1.5\nval_accuracy 0.5\nlag 16 to 31 0.5")
+    sys.exit()
+out = value("--resume" if "--resume" in words else "--out")
+name = os.path.basename(out).split(".")[0]
+seed = int(name.split("_")[2])
+call(("resume " if "--resume" in words else "start ") + name)
+time.sleep(0.8 / seed)
+dies = os.path.exists(os.path.join(folder, "dies")) and name.endswith("sessa_2")
+with open(value("--log"), "a") as file:
+    for step in (50,) if dies else (100,):
+        file.write(json.dumps(dict(step=step, train_loss=2, val_loss=seed, val_accuracy=seed / 10, tok_per_s=1)) + "\n")
+for path in (out, out.replace(".safetensors", ".best.safetensors")):
+    open(path, "w").close()
+call("end " + name)
+if dies:
+    sys.exit("killed")
+"""
+
+
+def play(folder):
+    path = os.path.join(folder, "program")
+    with open(path, "w") as file:
+        file.write(PLAYED.format(python=sys.executable, folder=folder))
+    os.chmod(path, 0o755)
+    return path
+
+
+def calls(folder):
+    with open(os.path.join(folder, "calls")) as file:
+        return file.read().split("\n")[:-1]
+
+
+def test_experiments_jobs():
+    """Models side by side; --jobs at a time; the table in the order of the seeds, whoever ends first; a run that
+    died goes on, alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, os.path.join(HERE, "experiments.py"), "mqar", "--quick", "--program", play(folder),
+                   "--folder", folder, "--models", "sessa", "mamba2", "--seeds", "1", "2", "3"]
+        open(os.path.join(folder, "dies"), "w").close()
+        done = subprocess.run([*command, "--jobs", "2"], capture_output=True, text=True)
+        assert done.returncode == 1 and "killed" in done.stderr and "Traceback" not in done.stderr, done.stderr
+        begun = [line.split()[1] for line in calls(folder) if line.startswith("start")]
+        assert {*begun[:2]} == {"mqar_sessa_1", "mqar_mamba2_1"} and len(begun) == 6, begun
+        assert {*begun[2:4]} == {"mqar_sessa_2", "mqar_mamba2_2"}, begun
+        running, most = 0, 0
+        for line in calls(folder):
+            running += 1 if not line.startswith("end") else -1
+            most = max(most, running)
+        assert most == 2, calls(folder)
+        assert "| 0.2000 (0.1000, 0.3000) |" in done.stdout        # Sessa's without the one that died
+        os.remove(os.path.join(folder, "dies"))
+        before = len(calls(folder))
+        done = subprocess.run([*command, "--jobs", "3"], capture_output=True, text=True)
+        again = calls(folder)[before:]
+        assert done.returncode == 0 and again == ["resume mqar_sessa_2", "end mqar_sessa_2"], (done.stderr, again)
+        assert done.stdout.count("| 0.2000 (0.1000, 0.2000, 0.3000) |") == 2, done.stdout
+        with open(os.path.join(folder, "quick", "mqar.md")) as file:
+            first = file.read()
+        subprocess.run([*command, "--table"], capture_output=True, check=True)
+        with open(os.path.join(folder, "quick", "mqar.md")) as file:
+            assert file.read() == first and len(calls(folder)) == before + 2
+
+
+def test_curriculum_stage():
+    """A stage's weights are those of the first validation at the gate, though the run has gone on; what an earlier,
+    stopped run left is not read; and the sweep's choice counts a run that was stopped at a gate as nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        stem, program = os.path.join(folder, "stage0"), os.path.join(folder, "program")
+        with open(program, "w") as file:
+            file.write(f"""#!{sys.executable}
+import json, sys
+value = lambda name: sys.argv[sys.argv.index(name) + 1]
+for step, accuracy in ((250, 0.5), (500, 0.96), (750, 0.97), (1000, 0.2)):
+    open(value("--out").replace(".safetensors", f".step{{step}}.safetensors"), "w").write(str(step))
+    open(value("--log"), "a").write(json.dumps(dict(step=step, val_accuracy=accuracy)) + "\\n")
+open(value("--out"), "w").write("1000")
+""")
+        os.chmod(program, 0o755)
+        stage = curriculum.Stage(2, 1, (6, 6), 10, 1000, 4, 1e-3)
+        o = argparse.Namespace(stages=[stage, stage], steps=None, gate=0.95, program=program, dry_run=False)
+        shape = match.Shape("sessa", 16, 1, 1)
+        with open(stem + ".jsonl", "w") as file:
+            file.write('{"step": 250, "val_accuracy": 0.99}\n')
+        for gate, expected in ((0.95, (500, 0.96, 500)), (0.965, (750, 0.97, 750)), (0.98, (1000, 0.2, None))):
+            o.gate = gate
+            assert curriculum.train_stage(0, stem, None, shape, 1, 1, {0: "none"}, o) == expected, gate
+            with open(stem + ".safetensors") as file:
+                assert file.read() == str(expected[0])
+            assert not [name for name in os.listdir(folder) if ".step" in name]
+        os.rename(stem + ".jsonl", os.path.join(folder, "stage1.jsonl"))
+        last = curriculum.train_stage(1, os.path.join(folder, "stage1"), None, shape, 1, 1, {1: "none"}, o)
+        assert last[:2] == (1000, 0.2)      # to its end
+
+        o = argparse.Namespace(folder=folder, scales=[2.0, 0.5, 1.0], sweep=[101, 102], first=0)
+        found = {(0.5, 101): 0.97, (0.5, 102): None, (1.0, 101): 0.9, (1.0, 102): 0.9,
+                 (2.0, 101): 0.8, (2.0, 102): 0.99, (2.0, 1): 1.0}
+        for (scale, seed), accuracy in found.items():
+            os.mkdir(os.path.join(folder, f"{scale}_{seed}"))
+            result = {"model": "sessa", "seed": seed, "scale": scale, "first": 0}
+            result["stages"] = [{"accuracy": accuracy or 0.94}]
+            with open(os.path.join(folder, f"{scale}_{seed}", "result.json"), "w") as file:
+                json.dump(result | ({"by_lag": {}} if accuracy else {}), file)
+        assert curriculum.best_scale("sessa", o) == 1.0
+        o.scales = [0.5, 2.0]
+        assert curriculum.best_scale("sessa", o) == 2.0
+
+
+def test_average():
+    """The mean of weights, without moments and the run's state; snapshots by their step; files that do not go
+    together are refused."""
+    try:
+        from safetensors import safe_open
+        from safetensors.numpy import load_file, save_file
+    except ImportError:
+        raise Skip("safetensors is not installed")
+    with tempfile.TemporaryDirectory() as folder:
+        path = lambda name: os.path.join(folder, name)
+        weights = np.random.default_rng(0).normal(size=(3, 4, 5)).astype(np.float32)
+        words = np.arange(4, dtype=np.uint8)
+        for step, w in zip((100, 200, 300), weights):
+            save_file({"wte.weight": w, "exp_avg.wte.weight": w, "tokenizer.bytes": words},
+                      path(f"r.step{step}.safetensors"), {"mixer": "sessa", "step": str(step)})
+        files = [path(f"r.step{step}.safetensors") for step in (100, 200, 300)]
+        for steps, expected in (((), weights), (("--steps", 150, 300), weights[1:])):
+            run("average.py", *files, *steps, "--out", path("mean.safetensors"))
+            found = load_file(path("mean.safetensors"))
+            assert set(found) == {"wte.weight", "tokenizer.bytes"} and np.array_equal(found["tokenizer.bytes"], words)
+            assert np.abs(found["wte.weight"] - expected.astype(np.float64).mean(0)).max() < 1e-7
+            with safe_open(path("mean.safetensors"), "np") as file:
+                assert file.metadata() == {"mixer": "sessa"}
+        save_file({"wte.weight": weights[0, :2], "tokenizer.bytes": words}, path("small.safetensors"))
+        save_file({"wte.weight": weights[0], "tokenizer.bytes": words + 1}, path("words.safetensors"))
+        for other in ("small.safetensors", "words.safetensors", "none.safetensors"):
+            run("average.py", files[0], path(other), "--out", path("x.safetensors"), code=1)
+        assert not os.path.exists(path("x.safetensors"))
+
+
+def test_positions():
+    """Bins cover each position once; weighed by their sizes their losses are the program's own loss of the text;
+    where the text is chance, and only there, the loss is high."""
+    for T in (1, 16, 17, 100, 8192):
+        edges = positions.bins(T)
+        assert [p for low, high in edges for p in range(low, high)] == list(range(T)), T
+    if not PROGRAM:
+        raise Skip("--program is not given")
+    with tempfile.TemporaryDirectory() as folder:
+        path = lambda name: os.path.join(folder, name)
+        random = np.random.default_rng(1)
+        place = np.arange(6000) % 50     # of a window, those of the last tenth beginning at a multiple of 50
+        with open(path("a.txt"), "wb") as file:     # the alphabet, and from place 33 on chance
+            file.write(bytes(np.where(place > 32, random.integers(97, 106, 6000), 97 + place % 9).astype(np.uint8)))
+        options = "--dim 16 --layers 1 --heads 1 --seq 50 --steps 30 --lr 1e-2".split()
+        subprocess.run([PROGRAM, "--data", path("a.txt"), *options, "--out", path("m.safetensors")], check=True,
+                       capture_output=True)
+        best = path("m.best.safetensors")
+        o = argparse.Namespace(data=path("a.txt"), windows=1000, jobs=2, program=PROGRAM)
+        found = positions.by_position(best, o)
+        whole = subprocess.run([PROGRAM, "--load", best, "--data", path("a.txt"), "--eval"], check=True,
+                               capture_output=True, text=True)
+        whole = float(whole.stdout.split("val_loss ")[1].split()[0])
+        mean = sum(found[low] * (high - low) for low, high in positions.bins(50)) / 50
+        assert list(found) == [0, 16, 32] and abs(mean / whole - 1) < 1e-5, (found, whole)
+        assert max(found[0], found[16]) + 0.5 < found[32], found
+        out = run("positions.py", best, best, "--data", path("a.txt"), "--windows", 3, "--jobs", 3,
+                  "--program", PROGRAM, "--json", path("p.json"))
+        assert "| 0–15 |" in out and "| 32–49 |" in out
+        run("positions.py", best, "--data", path("m.jsonl"), "--program", PROGRAM, code=1)
+        try:
+            import matplotlib   # noqa: F401
+        except ImportError:
+            raise Skip("the picture: matplotlib is not installed")
+        run("plot_positions.py", path("p.json"), "--out", path("p.svg"))
+        assert os.path.getsize(path("p.svg")) > 5000
+        run("plot_positions.py", best, code=1)
+
+
+def test_tail():
+    """Even weights of either sign have the theory's exponent, 1-γ; near hops count for their loss alone; a kernel
+    with more of the far past has that of the recursion it stands for."""
+    T = 1024
+
+    def kernel_of(row):
+        """As influence.c makes it."""
+        kernel, rows = np.zeros(128), range(T // 16, T)
+        for t in rows:
+            np.add.at(kernel, np.floor(8 * np.log2(t / (np.arange(t) + 0.5))).astype(int), row(t) / len(rows))
+        return kernel
+
+    def solved(row, sources=4):
+        u = np.zeros((T, sources))
+        for t in range(T):
+            u[t] = row(t) @ u[:t]
+            if t < sources:
+                u[t, t] = 1
+        return tail.exponent(np.mean([np.abs(np.pad(u[s:, s], (0, s))) for s in range(sources)], 0)[:T - sources])
+
+    def share(t, gain, part, first, last):
+        """Even weights, but for a part that is spread over the positions first to last."""
+        row = np.full(t, gain * (1 - part) / max(t, 1))
+        row[first:last] += gain * part / max(1, len(row[first:last]))
+        return row
+
+    for gain in (0.9, 0.5, -0.5):
+        found = tail.exponent(tail.profile(kernel_of(lambda t: np.full(t, gain / t)), T, 4))
+        assert abs(found - (1 - gain)) < 0.03, (gain, found)
+    near = tail.exponent(tail.profile(kernel_of(lambda t: share(t, 0.6, 0.5, max(0, t - 4), t)), T, 4))
+    assert abs(near - (1 - 0.6 * 0.5 / (1 - 0.6 * 0.5))) < 0.03, near
+    far = lambda t: share(t, 0.6, 0.3, 0, max(1, t // 8))
+    found, expected = tail.exponent(tail.profile(kernel_of(far), T, 4)), solved(far)
+    assert abs(found - expected) < 0.02 and found < 0.35, (found, expected)      # even weights: 0.4
+
+    try:
+        from safetensors.numpy import save_file
+    except ImportError:
+        raise Skip("safetensors is not installed")
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "t.safetensors")
+        solve = np.arange(1, T + 1) ** -0.5
+        kernel = kernel_of(lambda t: np.full(t, 0.5 / t))
+        save_file({"layers.0.kernel": kernel.astype(np.float32), "layers.0.gain": np.array([0.25], np.float32),
+                   "layers.0.solve": solve.astype(np.float32)}, path)
+        out = run("tail.py", path)
+        assert "| t | 0 | 0.25 | 0.50 | 0.75 | 0.49 | 0.50 |" in out, out
+        run("tail.py", os.path.join(folder, "none.safetensors"), code=1)
+        save_file({"layers.0.direct": solve}, path)
+        run("tail.py", path, code=1)
 
 
 def test_knife():
