@@ -1566,10 +1566,10 @@ template <typename X> struct LayerActivationsGPU {
 };
 // Of generation, one token of each of N sequences; a layer's caches begin with the first sequence's.
 template <typename X> struct DecodeGPU {
-    int64_t proj_step, s_step, tail_step, carried_step; // numbers from one sequence's cache to the next
-    float *x, *gamma, *c, *parts;                       // (N,D), (N), (N,D), and see dev/cuda/decode.cuh
-    X *row, *ag, *gated;                                // (N,D), (N,2D), (N,D)
-    float *logits, *host_logits;                        // (N,V), the second page-locked
+    int64_t proj_step, s_step;    // numbers from one sequence's cache to the next
+    float *x, *gamma, *c, *parts; // (N,D), (N), (N,D), and see dev/cuda/decode.cuh
+    X *row, *ag, *gated;          // (N,D), (N,2D), (N,D)
+    float *logits, *host_logits;  // (N,V), the second page-locked
 };
 template <typename X> struct ActivationsGPU {
     LayerActivationsGPU<X> *layers;
@@ -1595,7 +1595,8 @@ typedef struct {
 } Inputs;
 
 // What all passes of a model do: chosen when it is made, by its largest batch, and with it the memory that
-// they take. A smaller batch, as evaluation's last, and generation behind a short prompt go the same way.
+// they take. A smaller batch, as evaluation's last, goes the same way. Generation chooses for each text that it
+// reads: see ways_of_text.
 typedef struct {
     AttentionWay attention;
     Panels feedback[2]; // 1: where positions begin at a multiple of 8, so that tiles can
@@ -2004,12 +2005,9 @@ template <typename X> static int64_t carve_memory(ModelGPU<X> *m, char *memory, 
     char *at = memory;
     int there = memory != NULL;
     float **blocks[] = {&m->params, &m->exp_avg, &m->exp_avg_sq, &m->grads};
+    int64_t numbers[] = {m->count, m->held, m->held, m->count}; // as Block
     for (int i = 0; i < 4; i++)
-        *blocks[i] = take<float>(&at, i == PARAMS      ? m->count
-                                      : mode < TRAIN   ? 0
-                                      : blocks[i] == &m->grads ? m->count
-                                                               : m->held,
-                                 names[i], there);
+        *blocks[i] = take<float>(&at, i == PARAMS || mode >= TRAIN ? numbers[i] : 0, names[i], there);
     m->copy =
         sizeof(X) == sizeof(bf16) ? take<X>(&at, m->count, "copy of the parameters", there) : (X *)m->params;
     m->decayed = take<unsigned char>(&at, m->count / 64, "decayed", there);
@@ -2122,7 +2120,7 @@ template <typename X> static Model *create_whole_gpu(const Config *c, int B, int
     if (mode == GENERATE) {
         int wanted = B, fewer = 1; // of which it is known that they fit, or nothing does
         if (!m->decodes) B = 1;
-        else if (needed > 0.9 * (double)present) {
+        else if (B > 1 && needed > 0.9 * (double)present) {
             while (B - fewer > 1) {
                 int half = fewer + (B - fewer) / 2;
                 *(model_bytes(m, half, T, mode) > 0.9 * (double)present ? &B : &fewer) = half;
@@ -2220,11 +2218,13 @@ static void hidden_forward_gpu(ModelGPU<X> *m, const int *inputs, int B, int T, 
                                    w->ln_f_bias, N, D, stream);
 }
 
-// out = Σ x_i, or Σ x_i², in double: a block takes its share, then one block those of the blocks.
-// units: of 64 numbers, which of x they are; NULL: the first n.
+// Where number i of a rank's share is in the block. units: of 64 numbers, which of the block's they are; NULL: the
+// first ones.
 static __device__ inline int64_t place_of(const int *units, int64_t i) {
     return units ? 64 * (int64_t)units[i / 64] + i % 64 : i;
 }
+// out = Σ x_i, or Σ x_i², in double: a block takes its share, then one block those of the blocks. units: see
+// place_of.
 template <int SQUARES, typename Y>
 __global__ void sum_kernel(double *out, const Y *x, const int *units, int64_t n) {
     __shared__ double sums[256];
@@ -2377,9 +2377,9 @@ template <typename X> static void model_backward_gpu(Model *model, double dloss,
     m->sums.add = 1;
 }
 
-// adamw: a thread takes 4 of the numbers from .. end-1 that this rank has moments of, units: see sum_gpu; all
-// tensors in one launch, their ends rounded up hold zeros that stay zeros. It does not clear the gradient: the next backward pass overwrites it. scale: in the
-// device's memory; NaN: nothing is updated.
+// adamw of the numbers from .. end-1 that this rank has moments of (units: see place_of); a thread takes 4.
+// Tensors' ends rounded up hold zeros that stay zeros. It does not clear the gradient: the next backward pass
+// overwrites it. scale: in the device's memory; NaN: nothing is updated.
 template <typename X>
 __global__ void adamw_kernel(float *w, const float *g, float *exp_avg, float *exp_avg_sq, X *copy,
                              const unsigned char *decayed, const int *units, int64_t from, int64_t end,
@@ -2444,17 +2444,12 @@ template <typename X> static double model_update_gpu(Model *model, AdamW o, doub
     return sqrt(m->host_sum[1]);
 }
 
-// The layers' caches are those of another sequence, so many further.
+// The layers' caches are those of another sequence, so many further. mamba2 has one sequence.
 template <typename X> static void shift_caches(ModelGPU<X> *m, int sequences) {
     const DecodeGPU<X> *a = &m->acts.decode;
     for (int l = 0; l < m->host.config.n_layers; l++) {
         LayerActivationsGPU<X> *layer = &m->acts.layers[l];
         int same = layer->f == layer->s;
-        if (m->host.config.mixer == MAMBA2) {
-            layer->tail += sequences * a->tail_step;
-            layer->carried += sequences * a->carried_step;
-            continue;
-        }
         layer->proj += sequences * a->proj_step;
         layer->s += sequences * a->s_step;
         if (same) layer->f = layer->s;

@@ -6,7 +6,7 @@
 //     g = f + (γ/z) ⊙ (e_{I,<} s_<),   s = M g
 // Kept besides s: c = (e s)/z, for the backward pass' δ_t = λ_t·c_t.
 //
-// Rounded to bf16, M and g would each be off by 2^-9 of themselves, and s by more than the two. So with tiles
+// Rounded to bf16, M and g would each add to s's error about what rounding s costs. So with tiles
 // each is the sum of two bf16 numbers, hi = X(v) and lo = X(v - hi), and the product is of three,
 //     M g = M_hi g_hi + M_lo g_hi + M_hi g_lo
 // Without tiles they are one number, and a refinement follows: r = g + (γ/z) ⊙ (e_II s) - s, s += M r.
@@ -56,7 +56,8 @@ typedef struct {
 // Wide tiles (hopper.cuh) where there are enough for most of the 132 multiprocessors, and sequences so long
 // that little of them lies above the diagonal (measured: of 256 tokens a step is 0.5 % slower). Of their widths
 // dq' and dk' take the one with which they are done first: the longest sum has one multiprocessor, or all
-// sums, half as long where the panel is the whole, have all.
+// sums, half as long where the panel is the whole, have all. 132 are an H200's, whatever else the exchange between
+// GPUs takes of them: the choice is part of the bits.
 static void feedback_wide_tiles(Panels *p, int D) {
     enum { MOST = 132, ENOUGH = 96, SHORT = 512 };
     if (p->T <= SHORT) return;

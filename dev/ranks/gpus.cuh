@@ -28,7 +28,7 @@ typedef struct {
     void (*spread)(float *block, int from, int end); // each one's share of these ranges, for all
     void (*tell)(double *rows);                      // (ranks) each one's number, for all; in the device's memory
 } Exchange;
-static const Exchange *exchange_by; // NULL: this process is alone
+static const Exchange *exchange_by; // NULL: a build that knows none. Alone: job.ranks is 0
 
 static int64_t share_of(int range) { return (division.begin[range + 1] - division.begin[range]) / job.ranks; }
 

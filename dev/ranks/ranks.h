@@ -1,6 +1,6 @@
 /*
 Several processes that train one model, the ranks: how they are started, how they meet, what they tell each
-other while they train, how they end together, and which of them holds which parameters. Included behind
+other while they train, how they end together, and which of them has which moments. Included behind
 train_sessa.c. The page is ranks.md.
 
     run_in_ranks    the program, in as many processes as the command line or the starter's environment says
@@ -8,7 +8,7 @@ train_sessa.c. The page is ranks.md.
     job_from_environment, meet   torchrun, srun, mpirun have started them: they meet at rank 0 over TCP
     gather_bytes    what the ranks tell each other
     watch           a rank that dies ends the others
-    divide          whose each parameter is
+    divide          whose moments each parameter has
 
 Every rank has two connections to rank 0: one for what they tell each other, which the program's own thread
 reads, and one for their lives, which another thread watches: whatever the first one waits for, on a card or
@@ -370,7 +370,7 @@ static void gather_bytes(void *rows, size_t each, int of_hosts) {
         if (!of_hosts || is_first_of_host(r)) transmit_message(job.talk[r], rows, n * each, r, of_hosts);
 }
 
-// The backend's.
+// Backend.gather: rows (ranks,n)
 static void gather_rows(double *rows, int n) { gather_bytes(rows, sizeof(double) * (size_t)n, 0); }
 
 // Gives all ranks rank 0's bytes: the 128 of NCCL's id.
@@ -906,8 +906,9 @@ static int run_in_ranks(int argc, char **argv, const Backend *alone, Backend (*m
 // whose each parameter is
 //
 // ZeRO's first stage (Rajbhandari, Rasley, Ruwase, He: ZeRO, SC 2020): each rank has all weights and all
-// gradients, but a share of the moments, and updates that share. The embedding, and each layer, is a range
-// that is shared out by itself, so that the backward pass can exchange a layer as soon as it is behind it.
+// gradients, but a share of the moments, and updates that share. Ranges, the embedding's first, are shared out
+// each by itself, so that the backward pass can exchange one as soon as it is behind it. On the CPU each layer is
+// one; the CUDA twin hands in a table of its own, whose "layers" are ranges of several (divide_gpu).
 // Within a range every tensor is padded to whole units, the range to whole units a rank, and rank r has the
 // r-th part.
 

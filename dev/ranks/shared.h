@@ -13,8 +13,8 @@ share a card. What is added up, in which order, who updates what and who gets it
 #include <sched.h>
 
 // The memory: how often each rank of the machine has come to a barrier, and how often it has looked whether
-// rank 0 says something; a slot for each of them, and one for
-// each machine, of as many numbers as the largest range has.
+// rank 0 says something; a slot for each of them, and one for each machine, of as many numbers as the largest
+// range has.
 typedef struct {
     volatile int64_t *arrived;
     real *slots, *of_hosts;
