@@ -206,10 +206,13 @@ static void head_matrix(double *out, Model *m, int l, int T, int h) {
     weight_matrix(out, a->proj + h * shape.d, k, shape.ld, stats, NULL, T, shape.d, 0, 1);
 }
 
+// What arrives by any number of hops: (I - A)^-1
+static void all_hops_matrix(double *out, Model *m, int l, int T) { solve_matrix(out, m, l, T, T); }
+
 // What arrives by exactly two hops: A², A = diag(γ) α
 static void two_hops_matrix(double *out, Model *m, int l, int T) {
     double *A = (double *)array((size_t)T * T, sizeof(double));
-    feedback_matrix(A, m, l, T);
+    feedback_matrix(A, m, l, T, 1);
     for (int t = 0; t < T; t++)
         for (int u = 0; u < t; u++)
             for (int j = 0; j < u; j++) out[(size_t)t * T + j] += A[(size_t)t * T + u] * A[(size_t)u * T + j];
@@ -226,9 +229,9 @@ EXPORT double *page_matrix(int kind, int l, int head) {
     double *out = give((size_t)T * T);
     if (kind == DIRECT && head >= 0) head_matrix(out, look, l, T, head);
     else if (kind == DIRECT) direct_matrix(out, look, l, T);
-    else if (kind == FEEDBACK) feedback_matrix(out, look, l, T);
+    else if (kind == FEEDBACK) feedback_matrix(out, look, l, T, 1);
     else if (kind == TWO_HOPS) two_hops_matrix(out, look, l, T);
-    else if (kind == SOLVE) solve_matrix(out, look, l, T);
+    else if (kind == SOLVE) all_hops_matrix(out, look, l, T);
     else chain_matrix(out, look, l, T);
     return out;
 }
@@ -248,7 +251,7 @@ EXPORT double *page_gamma(int l) {
 // lag's logarithm and over the lag, fitted from lag `from` to `to`.
 EXPORT double *page_tail(int index, int T, int sources, int from, int to) {
     static void (*const matrices[N_MIXERS])(double *, Model *, int, int) = {
-        solve_matrix, direct_matrix, chain_matrix};
+        all_hops_matrix, direct_matrix, chain_matrix};
     Slot *slot = opened(index);
     if (!slot) return NULL;
     Run *run = &slot->run;
