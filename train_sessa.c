@@ -7069,8 +7069,7 @@ static int cut_prompts(Run *run, size_t size, const char *name, char *error) {
     char *at = (char *)run->prompt_text, *end = at + size;
     size_t lines = size && end[-1] != '\n';
     for (char *c = at; c < end; c++) lines += *c == '\n';
-    if (!lines) return fail(error, name, "it holds no prompt");
-    if (lines > INT_MAX) return fail(error, name, "it holds %zu prompts, more than %d", lines, INT_MAX);
+    if (!lines) return fail(error, name, "it holds no prompt"); // and fewer than 2^30 others: see read_stream
     run->prompts = (const char **)grow(NULL, lines * sizeof(char *));
     if (!run->prompts) return fail(error, name, "its %zu prompts do not fit in memory", lines);
     for (run->n_prompts = 0; at < end; run->n_prompts++) {
