@@ -49,8 +49,8 @@ Where one pass over the data does what several C functions do, its name says so:
     crossentropy_forward                    crossentropy_gpu, crossentropy_forward_gpu
     crossentropy_backward                   crossentropy_gpu, crossentropy_backward_gpu
 
-Everything is deterministic: no atomics, every sum in a fixed order, products chosen by cuBLASLt's
-heuristic and never by timing.
+Everything is deterministic: every sum has a fixed order and none goes by atomics (dev/cuda deals out tiles by
+one, which no number depends on); products are chosen by cuBLASLt's heuristic and never by timing.
 */
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 #error "train_sessa.cu needs a GPU of sm_80 (Ampere) or newer: no bf16 on the tensor cores of older ones"

@@ -1,6 +1,6 @@
-// generation: one token more of several sequences at once, in five launches a layer. What a sequence gets is the
-// same in any company, bit for bit: every sum has an order that knows nothing of the others. Where the
-// sequences stand is in the device's memory, so that all launches are one recording.
+// generation: one token more of several sequences at once, in five to seven launches a layer. What a sequence
+// gets is the same in any company, bit for bit: every sum has an order that knows nothing of the others. Where
+// the sequences stand is in the device's memory, so that all launches are one recording.
 //
 // Weights are read once for up to 64 sequences. With up to ALONE of them a launch makes ready what its product
 // reads (LayerNorm, the parts of attention) in every block, else in a launch of its own.
